@@ -1,0 +1,483 @@
+"""Settings: pydantic sections, YAML presets, and command-line flags generated from the same schema.
+
+Precedence: built-in default < preset or file given by --config < flags. This file imports no torch, so `--help` is quick.
+"""
+
+import argparse
+import difflib
+import hashlib
+import json
+import os
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from shared.errors import UserError
+
+T = TypeVar("T", bound=BaseModel)
+STRATEGIES = ("none", "ddp", "fsdp", "zero1", "zero2", "zero3")
+
+
+def setting(default: Any, help: str, *flags: str, hidden: bool = False, fixed: bool = False, **limits: Any) -> Any:
+    """A field with its help text.
+
+    flags: further names, on the command line and in YAML. hidden: no flag. fixed: may not change when a run resumes.
+    limits: pydantic's ge, gt, le, lt. A mutable default is copied for every instance.
+    """
+    extra = {"flags": list(flags), "hidden": hidden, "fixed": fixed}
+    if isinstance(default, (list, dict)):
+        return Field(
+            default_factory=lambda: type(default)(default), description=help, json_schema_extra=extra, **limits
+        )
+    return Field(default=default, description=help, json_schema_extra=extra, **limits)
+
+
+class Section(BaseModel):
+    """A group of settings. Unknown keys, NaN and values out of range are refused; behaves as a mapping for reading."""
+
+    model_config = ConfigDict(
+        extra="forbid", validate_default=True, validate_assignment=True, allow_inf_nan=False, protected_namespaces=()
+    )
+    fixed_on_resume: typing.ClassVar[bool] = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_other_names(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        for name, field in cls.model_fields.items():
+            for other in _extra(field).get("flags", ()):
+                if other in values and other not in cls.model_fields:
+                    if name in values:
+                        raise ValueError(f"'{name}' and '{other}' are two names of one setting; give one of them")
+                    values[name] = values.pop(other)
+        return values
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of `key`, or `default` where the section has no such key."""
+        return getattr(self, key) if key in type(self).model_fields else default
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in type(self).model_fields:
+            raise KeyError(key)
+        return getattr(self, key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in type(self).model_fields
+
+
+class RunSection(Section):
+    """Where and how a run executes; nothing here changes what is learned, except the seed."""
+
+    output_dir: str = setting(
+        "outputs/run", "folder that receives the run: config, logs, checkpoints, samples, report", "logdir"
+    )
+    seed: int = setting(42, "seed of data order, noise and initial weights", fixed=True, ge=0, le=2**63 - 1)
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    strategy: Literal[STRATEGIES] | None = setting(
+        None, "how ranks share the work; null: ddp on several ranks, none on one"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] | None = setting(
+        None, "null: bf16 where the device multiplies it natively, else fp32; fp16 needs CUDA"
+    )
+    resume: str = setting(
+        "auto",
+        "auto: newest complete checkpoint of output_dir; none: start anew; or a checkpoint's path",
+        "resume_from_checkpoint",
+    )
+    allow_data_change: bool = setting(False, "resume although the list of samples differs from the saved one")
+    dry_run: bool = setting(False, "print the plan (parameters, FLOPs, memory, communication, time) and stop")
+    world_size: int | None = setting(None, "ranks to plan for; null: the ranks of this launch", ge=1)
+    gpu: str | None = setting(None, "GPU to plan for, such as a100, h100, h200, 4090; null: a100")
+    time_limit_minutes: float | None = setting(None, "save and stop after this many minutes", gt=0)
+    timeout_minutes: float = setting(10.0, "longest wait of one rank for the others, minutes", gt=0)
+    tensorboard: bool = setting(False, "write TensorBoard event files beside metrics.jsonl")
+    wandb: bool = setting(False, "log to Weights & Biases (pip install wandb)", "use_wandb")
+    wandb_project: str = setting("trainings", "Weights & Biases project")
+    run_name: str | None = setting(None, "name of the run in Weights & Biases", "wandb_run_name")
+    check_gradients_every: int = setting(
+        1000,
+        "compare over ranks which parameters have gradients: at the first step and every so many steps; 0: never",
+        ge=0,
+    )
+
+
+class TrainingSection(Section):
+    """The loop's settings; each system subclasses it to set its defaults and add its own."""
+
+    batch_size: int = setting(32, "samples per rank and micro-step", fixed=False, ge=1)
+    global_batch_size: int | None = setting(
+        None, "samples of one optimizer step over all ranks; fixes the accumulation", ge=1
+    )
+    gradient_accumulation_steps: int = setting(
+        1, "micro-steps of one optimizer step when global_batch_size is null", "grad_accum", ge=1
+    )
+    num_epochs: int | None = setting(
+        100, "passes over the data; used when total_steps is null", "epochs", "num_train_epochs", ge=1
+    )
+    total_steps: int | None = setting(
+        None, "planned optimizer steps, the length of the schedule; null: num_epochs", ge=1
+    )
+    max_steps: int | None = setting(None, "stop after this many optimizer steps; does not bend the schedule", ge=1)
+    optimizer: Literal["adamw"] = setting("adamw", "optimizer", fixed=True)
+    learning_rate: float = setting(1e-4, "peak learning rate", "lr", ge=0)
+    weight_decay: float = setting(0.0, "decoupled weight decay of matrices", ge=0)
+    adam_beta1: float = setting(0.9, "AdamW beta 1", "beta1", ge=0, lt=1)
+    adam_beta2: float = setting(0.999, "AdamW beta 2", "beta2", ge=0, lt=1)
+    adam_epsilon: float = setting(1e-8, "AdamW epsilon", "eps", gt=0)
+    lr_scheduler_type: Literal["constant", "linear", "cosine", "wsd"] = setting(
+        "cosine", "shape after the warm-up; wsd: constant, then linear to the minimum in the last fifth", "lr_scheduler"
+    )
+    warmup_steps: int = setting(0, "steps of linear warm-up", "num_warmup_steps", ge=0)
+    min_lr_ratio: float = setting(0.0, "last learning rate as a share of the peak", ge=0, le=1)
+    max_grad_norm: float | None = setting(1.0, "clip the gradient norm to this; null: no clipping", "grad_clip", ge=0)
+    ema_decay: float = setting(0.0, "decay of the weights' moving average; 0: off", ge=0, lt=1)
+    ema_warmup: bool = setting(
+        True, "decay min(ema_decay, (1+n)/(10+n)), so that short runs do not average their start"
+    )
+    logging_steps: int = setting(50, "optimizer steps between log lines", "log_every", ge=1)
+    save_steps: int | None = setting(
+        500, "optimizer steps between checkpoints; null: only at the end", "save_every", ge=1
+    )
+    save_every_n_epochs: int | None = setting(None, "epochs between checkpoints, beside save_steps", ge=1)
+    eval_steps: int | None = setting(
+        500, "optimizer steps between validations; null: only at the end", "eval_every", ge=1
+    )
+    sample_steps: int | None = setting(
+        None, "optimizer steps between sample pictures; null: only at the end", "sample_every", ge=1
+    )
+    keep_last: int = setting(2, "newest checkpoints kept; the best one is kept beside them", "save_total_limit", ge=2)
+    keep_every: int | None = setting(None, "also keep the checkpoints at multiples of this step", ge=1)
+    best_metric: str = setting("val/loss", "metric that decides which checkpoint is best")
+    best_mode: Literal["min", "max"] = setting("min", "whether the best metric is the smallest or the largest")
+    early_stopping_patience: int | None = setting(
+        None, "stop after this many validations without a better best_metric", ge=1
+    )
+    num_workers: int = setting(0, "loader processes per rank", "workers", ge=0)
+    prefetch_factor: int = setting(2, "batches that each loader process reads ahead", ge=1)
+    gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass to save memory")
+    compile: bool = setting(False, "torch.compile each block", "torch_compile")
+
+
+def accumulation_steps(training: TrainingSection, world: int) -> int:
+    """Micro-steps of one optimizer step; refuses a global batch that ranks x batch_size does not divide, naming values that would do."""
+    if training.global_batch_size is None:
+        return training.gradient_accumulation_steps
+    micro = training.batch_size * world
+    if training.global_batch_size % micro:
+        per_rank = training.global_batch_size // world
+        fits = [size for size in range(1, per_rank + 1) if training.global_batch_size % (size * world) == 0]
+        advice = f"use --batch-size {', '.join(map(str, fits[-4:]))}" if fits else f"use a multiple of {world} ranks"
+        raise UserError(
+            f"training.global_batch_size {training.global_batch_size} is not divisible by batch_size {training.batch_size} x "
+            f"{world} ranks = {micro}; {advice}, or --global-batch-size {micro * max(1, round(training.global_batch_size / micro))}"
+        )
+    return training.global_batch_size // micro
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without repeated keys, which PyYAML would overwrite silently."""
+
+
+def _mapping_without_repeats(loader: _StrictLoader, node: yaml.MappingNode) -> dict:
+    seen: dict = {}
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"duplicate key '{key}', first in line {seen[key]}", key_node.start_mark
+            )
+        seen[key] = key_node.start_mark.line + 1
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_repeats)
+
+
+def read_yaml(path: Path) -> dict:
+    """The mapping in a YAML file; a UserError names the file and line of what cannot be read."""
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)  # noqa: S506  (a SafeLoader)
+    except FileNotFoundError:
+        raise UserError(f"--config {path}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected sections with keys, found {type(tree).__name__}")
+    return tree
+
+
+def load_config(
+    schema: type[T],
+    *,
+    presets: Path | None = None,
+    argv: list[str] | None = None,
+    default: str | None = None,
+    description: str | None = None,
+    aliases: dict[str, str] | None = None,
+) -> T:
+    """Read --config PRESET|FILE.yaml and the flags of `schema` into a validated `schema`.
+
+    aliases maps further flag spellings onto existing ones, e.g. {"--config_path": "--config"}. Errors are UserErrors.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    leaves = list(_leaves(schema))
+    parser = _parser(leaves, description, presets, default, aliases or {})
+    given = vars(parser.parse_args(argv))
+    tree, where = {}, "command line"
+    chosen = given.pop("--config", default)
+    if chosen is not None and presets is not None:
+        path = _preset_path(chosen, presets)
+        tree, where = read_yaml(path), f"command line or {path}"
+    for assignment in given.pop("--set", None) or ():
+        key, separator, value = assignment.partition("=")
+        if not separator:
+            raise UserError(f"--set {assignment}: expected section.key=value")
+        given[_full_key(key, leaves)] = value
+    kinds = {leaf.path: leaf.annotation for leaf in leaves}
+    for path, value in given.items():
+        _put(tree, path, _from_text(value, kinds[path]), schema)
+    return validate(schema, tree, where)
+
+
+def validate(schema: type[T], tree: dict, where: str) -> T:
+    """Validate once; every fault in one UserError, one per line, with the nearest valid key for an unknown one."""
+    try:
+        return schema.model_validate(tree)
+    except ValidationError as error:
+        faults = [_fault(item, schema) for item in error.errors()]
+        raise UserError("\n       ".join(f"{where}: {fault}" for fault in faults)) from None
+
+
+def save_config(config: BaseModel, path: Path) -> None:
+    """Write the resolved settings as YAML, aside and renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(
+        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
+    os.replace(temporary, path)
+
+
+def load_saved(schema: type[T], path: Path) -> T:
+    """The settings that save_config wrote."""
+    return validate(schema, read_yaml(Path(path)), str(path))
+
+
+def config_digest(config: BaseModel) -> str:
+    """SHA-256 of the settings that may not change on resume."""
+    return hashlib.sha256(json.dumps(fixed_settings(config), sort_keys=True).encode()).hexdigest()
+
+
+def fixed_settings(config: BaseModel) -> dict[str, Any]:
+    """Dotted names and values of every setting that may not change when a run resumes."""
+    values = config.model_dump(mode="json")
+    found = {}
+    for leaf in _leaves(type(config)):
+        if leaf.fixed:
+            node: Any = values
+            for part in leaf.path.split("."):
+                node = node.get(part) if isinstance(node, dict) else None
+            found[leaf.path] = node
+    return found
+
+
+def check_resume(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Sentences on the fixed settings that differ; empty when the run may resume."""
+    return [
+        f"{key} was {saved[key]!r}, is {current[key]!r}"
+        for key in current
+        if key in saved and saved[key] != current[key]
+    ]
+
+
+# --- flags from the schema --------------------------------------------------------------------------------------------
+
+
+def _extra(field: Any) -> dict:
+    return field.json_schema_extra or {}
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section class of an annotation such as ModelConfig or ModelConfig | None."""
+    options = typing.get_args(annotation) or (annotation,)
+    return next((item for item in options if isinstance(item, type) and issubclass(item, BaseModel)), None)
+
+
+class Leaf(typing.NamedTuple):
+    """One setting of a schema."""
+
+    path: str  # dotted name
+    annotation: Any
+    field: Any
+    fixed: bool  # may not change on resume
+
+    @property
+    def flags(self) -> list[str]:
+        """Its short name and its further names."""
+        return [self.path.rsplit(".", 1)[-1], *_extra(self.field).get("flags", ())]
+
+    @property
+    def hidden(self) -> bool:
+        return _extra(self.field).get("hidden", False)
+
+
+def _leaves(schema: type[BaseModel], prefix: str = "", fixed: bool = False) -> Iterator[Leaf]:
+    """Every setting below `schema`."""
+    for name, field in schema.model_fields.items():
+        section = _section_of(field.annotation)
+        if section is not None:
+            yield from _leaves(section, f"{prefix}{name}.", fixed or getattr(section, "fixed_on_resume", False))
+        else:
+            yield Leaf(f"{prefix}{name}", field.annotation, field, fixed or _extra(field).get("fixed", False))
+
+
+def _spellings(names: list[str]) -> list[str]:
+    return list(dict.fromkeys("--" + form for name in names for form in (name.replace("_", "-"), name)))
+
+
+def _parser(
+    leaves: list[Leaf], description: str | None, presets: Path | None, default: str | None, aliases: dict[str, str]
+) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    others: dict[str, list[str]] = {}
+    for spelling, flag in aliases.items():
+        others.setdefault(flag, []).extend(_spellings([spelling.lstrip("-")]))
+    taken: set[str] = set()
+    if presets is not None:
+        names = ", ".join(sorted(item.stem for item in presets.glob("*.yaml")))
+        parser.add_argument(
+            "--config",
+            *others.get("--config", ()),
+            dest="--config",
+            metavar="PRESET|FILE",
+            help=f"preset ({names}) or a YAML file (default: {default})",
+        )
+        taken.update(["--config", *others.get("--config", ())])
+    parser.add_argument(
+        "--set", dest="--set", action="append", metavar="KEY=VALUE", help="any setting by its dotted name; repeatable"
+    )
+    taken.add("--set")
+    shown = [leaf for leaf in leaves if not leaf.hidden]
+    short_names = [name for leaf in shown for name in set(leaf.flags)]
+    for leaf in shown:
+        names = [leaf.path, *(name for name in leaf.flags if short_names.count(name) == 1)]
+        flags = [flag for flag in _spellings(names) if flag not in taken]
+        flags += [flag for own in list(flags) for flag in others.get(own, ()) if flag not in taken]
+        taken.update(flags)
+        _add_flag(parser, leaf, flags)
+    return parser
+
+
+def _add_flag(parser: argparse.ArgumentParser, leaf: Leaf, flags: list[str]) -> None:
+    path, preset = leaf.path, leaf.field.get_default(call_default_factory=True)
+    kinds = _kinds(leaf.annotation)
+    text = f"{leaf.field.description or ''} (default: {preset})".replace("%", "%%").strip()
+    choices = [str(choice) for kind in kinds if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)]
+    metavar = "|".join(choices) if choices else path.rsplit(".", 1)[-1].upper()
+    if any(typing.get_origin(kind) is list or kind is list for kind in kinds):
+        parser.add_argument(*flags, dest=path, nargs="*", metavar=metavar, help=text)
+    elif bool in kinds:
+        parser.add_argument(*flags, dest=path, nargs="?", const="true", metavar="true|false", help=text)
+        negative = [f"--no-{flag[2:]}" for flag in flags if "." not in flag] + [
+            f"--no_{flag[2:]}" for flag in flags if "." not in flag
+        ]
+        parser.add_argument(
+            *dict.fromkeys(negative), dest=path, action="store_const", const="false", help=argparse.SUPPRESS
+        )
+    else:
+        parser.add_argument(*flags, dest=path, metavar=metavar, help=text)
+
+
+def _kinds(annotation: Any) -> tuple:
+    """The alternatives of an annotation: (int, NoneType) for int | None."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def _from_text(value: Any, annotation: Any) -> Any:
+    """A flag's raw text for pydantic: none/null where the field is optional, YAML for mappings, the text itself otherwise."""
+    kinds = _kinds(annotation)
+    if isinstance(value, list):
+        return [item for text in value for item in ([text] if value != [text] else text.split(","))]
+    if type(None) in kinds and value.lower() in ("none", "null"):
+        return None
+    if any(typing.get_origin(kind) is list or kind is list for kind in kinds):
+        return [item for item in value.strip("[]").replace(" ", "").split(",") if item]
+    if any(typing.get_origin(kind) is dict or kind is dict for kind in kinds):
+        return yaml.load(value, _StrictLoader)  # noqa: S506  (a SafeLoader)
+    return value
+
+
+def _put(tree: dict, path: str, value: Any, schema: type[BaseModel]) -> None:
+    """Lay `value` at a dotted path over the tree, and drop the other names that the YAML may have used for it."""
+    *parents, name = path.split(".")
+    for parent in parents:
+        schema = _section_of(schema.model_fields[parent].annotation)
+        if not isinstance(tree.get(parent), dict):
+            tree[parent] = {}
+        tree = tree[parent]
+    for other in _extra(schema.model_fields[name]).get("flags", ()):
+        tree.pop(other, None)
+    tree[name] = value
+
+
+def _full_key(key: str, leaves: list[Leaf]) -> str:
+    """The dotted name that `key` (dotted or short, any of a setting's names) stands for."""
+    parent, _, name = key.rpartition(".")
+    found = [leaf.path for leaf in leaves if key == leaf.path] or [
+        leaf.path for leaf in leaves if name in leaf.flags and parent in ("", leaf.path.rpartition(".")[0])
+    ]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UserError(f"--set {key}: names several settings: {', '.join(found)}; give the dotted name")
+    near = difflib.get_close_matches(key, [leaf.path for leaf in leaves], 1)
+    raise UserError(f"--set {key}: no such setting{f'; did you mean {near[0]}?' if near else ''}")
+
+
+def _preset_path(chosen: str, presets: Path) -> Path:
+    if chosen.endswith((".yaml", ".yml")) or os.sep in chosen:
+        path = Path(chosen)
+        return path if path.exists() or not (presets / path.name).exists() or os.sep in chosen else presets / path.name
+    path = presets / f"{chosen}.yaml"
+    if not path.exists():
+        known = sorted(item.stem for item in presets.glob("*.yaml"))
+        near = difflib.get_close_matches(chosen, known, 1)
+        raise UserError(
+            f"--config {chosen}: no such preset{f'; did you mean {near[0]}?' if near else ''} "
+            f"(presets: {', '.join(known)}; or give a .yaml file)"
+        )
+    return path
+
+
+def _fault(item: dict, schema: type[BaseModel]) -> str:
+    path = ".".join(str(part) for part in item["loc"])
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "extra_forbidden":
+        *parents, key = [str(part) for part in item["loc"]]
+        node: type[BaseModel] | None = schema
+        for parent in parents:
+            node = _section_of(node.model_fields[parent].annotation) if node and parent in node.model_fields else None
+        near = difflib.get_close_matches(key, list(node.model_fields) if node else [], 1)
+        return f"{path}: unknown setting{f'; did you mean {near[0]}?' if near else ''}"
+    if item["type"] == "value_error":
+        return f"{path}: {message}" if path else message
+    return f"{path}: {message} (got {item['input']!r})"

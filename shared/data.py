@@ -1,0 +1,236 @@
+"""Which sample comes when: order as a pure function of (seed, epoch), the same for any number of ranks and workers."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from shared.dist import DistInfo
+from shared.errors import BadSample, UserError
+from shared.rng import keyed_generator, keyed_seed
+
+MAX_BAD_SHARE = 0.01  # training stops when more of the data cannot be read
+SUBSTITUTES = 20  # how many other samples are tried in place of a broken one
+_ORDER, _SUBSTITUTE = 101, 102  # random streams
+
+
+class SampleKey(NamedTuple):
+    """One place in the global batch of one step."""
+
+    index: int  # sample in the dataset
+    epoch: int
+    slot: int  # position in the step's global batch, 0 .. global_batch - 1
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Cuts the epochs' permutations into steps, micro-steps and ranks.
+
+    The global batch of a step is a contiguous slice of the order, so one rank and N ranks see the same samples in a step when
+    batch_size x world x accumulation is the same. drop_last leaves out the tail of each epoch; otherwise a batch runs on into
+    the next epoch, and a set smaller than one batch repeats.
+    """
+
+    num_samples: int
+    batch_size: int
+    world: int = 1
+    accumulation: int = 1
+    seed: int = 0
+    drop_last: bool = True
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1:
+            raise UserError("the data set is empty; check its path and split")
+        if self.drop_last and self.num_samples < self.global_batch:
+            raise UserError(
+                f"the data set has {self.num_samples} samples, one optimizer step takes {self.global_batch} (batch_size {self.batch_size} x "
+                f"{self.world} ranks x {self.accumulation} micro-steps); use a smaller --batch-size, fewer ranks or less accumulation"
+            )
+
+    @property
+    def global_batch(self) -> int:
+        return self.batch_size * self.world * self.accumulation
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps that cover the data once (rounded up without drop_last)."""
+        whole, rest = divmod(self.num_samples, self.global_batch)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def keys(self, step: int, micro: int, rank: int) -> list[SampleKey]:
+        """The samples of one rank in one micro-step."""
+        first_slot = (micro * self.world + rank) * self.batch_size
+        return [self._key(step, slot) for slot in range(first_slot, first_slot + self.batch_size)]
+
+    def indices(self, step: int, micro: int, rank: int) -> list[int]:
+        """The dataset indices of `keys`."""
+        return [key.index for key in self.keys(step, micro, rank)]
+
+    def _key(self, step: int, slot: int) -> SampleKey:
+        length = self.steps_per_epoch * self.global_batch if self.drop_last else self.num_samples
+        epoch, position = divmod(step * self.global_batch + slot, length)
+        return SampleKey(int(self._order(epoch)[position]), epoch, slot)
+
+    def _order(self, epoch: int) -> Tensor:
+        if not self.shuffle:
+            return torch.arange(self.num_samples)
+        cache = self.__dict__.setdefault("_orders", {})
+        if epoch not in cache:
+            while len(cache) > 1:  # a batch touches at most a few epochs; the newest two are enough
+                cache.pop(min(cache))
+            cache[epoch] = torch.randperm(self.num_samples, generator=keyed_generator(self.seed, _ORDER, epoch))
+        return cache[epoch]
+
+
+class Stream(Protocol):
+    """What the loop reads from. MapStream is one; a system with packing writes its own."""
+
+    steps_per_epoch: int | None
+    samples_per_step: int       # over all ranks
+    fingerprint: str | None     # stands for the list of samples; a resumed run must have the same
+
+    def start(self, step: int, state: dict | None) -> None:
+        """Go to the batches of optimizer step `step`; `state` is what state() returned there, None at step 0."""
+
+    def next_step(self) -> list[Any]:
+        """The micro-batches of this rank for one optimizer step."""
+
+    def state(self) -> dict:
+        """What a resumed run needs beyond the step: JSON-able, the same on all ranks."""
+
+
+class _KeyedDataset(Dataset):
+    """Fetches by SampleKey; puts another sample in the place of one that cannot be read, chosen by key."""
+
+    def __init__(self, dataset: Any, seed: int):
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, key: SampleKey) -> tuple[dict, int, list]:
+        bad, index = [], key.index
+        for attempt in range(SUBSTITUTES):
+            try:
+                item = self.dataset.sample(index, key.epoch) if hasattr(self.dataset, "sample") else self.dataset[index]
+                return item, key.slot, bad
+            except BadSample as error:
+                bad.append((index, str(error)))
+                index = keyed_seed(self.seed, _SUBSTITUTE, key.epoch, key.index, attempt) % len(self.dataset)
+        raise UserError(f"{SUBSTITUTES} samples in a row cannot be read; the last: {bad[-1][1]}; check the data folder")
+
+
+class _Collate:
+    """The system's collate, plus the slots and the list of broken samples."""
+
+    def __init__(self, collate: Callable[[list[dict]], dict]):
+        self.collate = collate
+
+    def __call__(self, fetched: list[tuple[dict, int, list]]) -> tuple[dict, list]:
+        batch = self.collate([item for item, _, _ in fetched])
+        batch["slot"] = torch.tensor([slot for _, slot, _ in fetched])
+        return batch, [entry for _, _, bad in fetched for entry in bad]
+
+
+class _KeyBatches:
+    """The endless list of this rank's micro-batches from one step on (a batch sampler)."""
+
+    def __init__(self, plan: BatchPlan, rank: int, first_step: int):
+        self.plan, self.rank, self.first_step = plan, rank, first_step
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        step = self.first_step
+        while True:
+            for micro in range(self.plan.accumulation):
+                yield self.plan.keys(step, micro, self.rank)
+            step += 1
+
+
+class MapStream:
+    """The stream over a map dataset. The position is the step alone, so there is no state to save.
+
+    dataset: __len__ and __getitem__(index), or sample(index, epoch) for augmentation keyed by both; raises BadSample.
+    bad_samples: file that lists what was skipped, one JSON object a line.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        plan: BatchPlan,
+        info: DistInfo,
+        *,
+        collate: Callable[[list[dict]], dict],
+        num_workers: int = 0,
+        prefetch_factor: int = 2,
+        bad_samples: Path | None = None,
+    ):
+        self.dataset, self.plan, self.info = dataset, plan, info
+        self.collate, self.num_workers, self.prefetch_factor = _Collate(collate), num_workers, prefetch_factor
+        self.bad_path, self.bad = bad_samples, {}
+        self.steps_per_epoch, self.samples_per_step = plan.steps_per_epoch, plan.global_batch
+        self.fingerprint = getattr(dataset, "fingerprint", None)
+        self._batches: Iterator | None = None
+
+    def start(self, step: int, state: dict | None = None) -> None:
+        """Read on from the batches of `step`."""
+        self.close()
+        workers = dict(prefetch_factor=self.prefetch_factor, worker_init_fn=_one_thread) if self.num_workers else {}
+        loader = DataLoader(
+            _KeyedDataset(self.dataset, self.plan.seed),
+            batch_sampler=_KeyBatches(self.plan, self.info.rank, step),
+            collate_fn=self.collate,
+            num_workers=self.num_workers,
+            pin_memory=self.info.device.type == "cuda",
+            generator=torch.Generator(),
+            **workers,
+        )
+        self._batches = iter(loader)
+
+    def next_step(self) -> list[dict]:
+        """The micro-batches of the next optimizer step."""
+        batches = []
+        for _ in range(self.plan.accumulation):
+            batch, bad = next(self._batches)
+            self._note(bad)
+            batches.append(batch)
+        return batches
+
+    def state(self) -> dict:
+        return {}
+
+    def close(self) -> None:
+        """End the loader's processes."""
+        self._batches = None
+
+    def _note(self, bad: list[tuple[int, str]]) -> None:
+        new = {index: reason for index, reason in bad if index not in self.bad}
+        self.bad.update(new)
+        if new and self.bad_path is not None:
+            with open(self.bad_path, "a", encoding="utf-8") as file:
+                file.writelines(
+                    json.dumps({"index": index, "reason": reason}, ensure_ascii=False) + "\n"
+                    for index, reason in new.items()
+                )
+        if len(self.bad) > MAX_BAD_SHARE * len(self.dataset):
+            raise UserError(
+                f"{len(self.bad)} of {len(self.dataset)} samples cannot be read, more than {MAX_BAD_SHARE:.0%}; "
+                f"the last: {list(self.bad.values())[-1]}; all are listed in {self.bad_path}; mend or remove them"
+            )
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Copy every tensor in nested dicts, lists and tuples to the device, without waiting for pinned ones."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(to_device(item, device) for item in value)
+    return value

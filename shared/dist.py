@@ -1,0 +1,150 @@
+"""Ranks: who am I, who decides, what do all agree on. Everything works with one process and no process group."""
+
+import datetime
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+from shared.errors import UserError
+
+
+@dataclass(frozen=True)
+class DistInfo:
+    """One rank's place in the run."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
+    backend: str | None = None
+    restart: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def init_distributed(device: str = "auto", timeout_seconds: float = 600) -> DistInfo:
+    """Join the process group that torchrun describes in the environment, or stand alone.
+
+    device: auto takes the GPU of this local rank where there is one. Raises UserError for a GPU that is not there.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    chosen = _choose_device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    backend = None
+    if world > 1:
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        if not torch_dist.is_initialized():
+            torch_dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
+    return DistInfo(rank, world, local_rank, chosen, backend, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+
+
+def _choose_device(device: str, local_rank: int) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"--device {device}: not a device; use auto, cpu, cuda or cuda:N") from None
+    if chosen.type == "cuda":
+        index = chosen.index if chosen.index is not None else local_rank
+        if index >= torch.cuda.device_count():
+            raise UserError(
+                f"--device {device}: GPU {index} wanted, {torch.cuda.device_count()} found; use --device cpu or fewer processes"
+            )
+        chosen = torch.device("cuda", index)
+    return chosen
+
+
+def is_distributed() -> bool:
+    """Whether there are other ranks."""
+    return torch_dist.is_available() and torch_dist.is_initialized() and torch_dist.get_world_size() > 1
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if is_distributed():
+        gather_objects(None)  # objects travel over gloo on any device
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The value of every rank, in rank order, on every rank. Small picklable things only."""
+    if not is_distributed():
+        return [value]
+    values: list[Any] = [None] * torch_dist.get_world_size()
+    torch_dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's value on every rank."""
+    if not is_distributed():
+        return value
+    box = [value]
+    torch_dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank; the same answer everywhere, so that all ranks turn together."""
+    return bool(max_over_ranks(float(flag)))
+
+
+def max_over_ranks(value: float) -> float:
+    """The largest value over the ranks."""
+    if not is_distributed():
+        return value
+    box = torch.tensor(value, dtype=torch.float64)
+    torch_dist.all_reduce(box, op=torch_dist.ReduceOp.MAX)
+    return box.item()
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """The sum over ranks of a tensor without gradient; the input is not changed."""
+    total = value.detach().clone()
+    if is_distributed():
+        torch_dist.all_reduce(total)
+    return total
+
+
+def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
+    """The mean over ranks of named numbers; every rank gives the same names."""
+    if not is_distributed() or not values:
+        return dict(values)
+    names = sorted(values)
+    total = sum_over_ranks(torch.tensor([values[name] for name in names], dtype=torch.float64))
+    return dict(zip(names, (total / torch_dist.get_world_size()).tolist(), strict=True))
+
+
+def same_on_all_ranks(value: Any, what: str) -> None:
+    """Raise a RuntimeError that names the ranks where `value` differs from rank 0's."""
+    values = gather_objects(value)
+    differing = [rank for rank, other in enumerate(values) if other != values[0]]
+    if differing:
+        raise RuntimeError(
+            f"{what} differs between ranks: rank 0 has {values[0]!r}, rank {differing[0]} has {values[differing[0]]!r}"
+        )
+
+
+def raise_together(error: Exception | None) -> None:
+    """Raise on every rank when any rank met an error, so that none waits for the others."""
+    texts = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+    failed = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None]
+    if not failed:
+        return
+    if error is not None:
+        raise error
+    raise UserError(f"stopped because another rank failed: {'; '.join(failed)}")
+
+
+def shutdown() -> None:
+    """Leave the process group."""
+    if torch_dist.is_available() and torch_dist.is_initialized():
+        torch_dist.destroy_process_group()

@@ -1,0 +1,44 @@
+"""The two errors a user can cause, and the way every main() reports them: one sentence on stderr, exit code 2."""
+
+import errno
+import functools
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Bad input. The message is one sentence: what was wrong, where, what was found, what to do."""
+
+
+class BadSample(UserError):
+    """One sample of many cannot be read. The stream skips it, counts it and lists it in bad_samples.jsonl."""
+
+
+def command(main: Callable) -> Callable:
+    """Decorate a ``main(argv)`` so that what the user can mend ends with exit code 2 and one sentence on stderr."""
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None):
+        try:
+            return main(argv)
+        except UserError as error:
+            _leave(f"error: {error}")
+        except FileNotFoundError as error:
+            _leave(f"error: {error.filename}: no such file or folder; check the path")
+        except PermissionError as error:
+            _leave(f"error: {error.filename}: permission denied; choose a place that you can read and write")
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            _leave(
+                f"error: {error.filename or 'output folder'}: the disk is full; free some space and run the same command again"
+            )
+
+    return run
+
+
+def _leave(message: str) -> None:
+    rank = os.environ.get("RANK")
+    print(message if rank is None else f"[rank {rank}] {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)

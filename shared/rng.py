@@ -1,0 +1,41 @@
+"""Randomness as a function of keys. A draw keyed by (seed, step, sample) is the same on any rank, with any worker, after any resume."""
+
+import random
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def keyed_seed(*key: int) -> int:
+    """A 63-bit seed mixed from non-negative integers; neighbouring keys give unrelated seeds (numpy SeedSequence)."""
+    word = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+    return word & (2**63 - 1)
+
+
+def keyed_generator(*key: int) -> torch.Generator:
+    """A CPU generator for one key."""
+    return torch.Generator().manual_seed(keyed_seed(*key))
+
+
+def keyed_randn(shape: tuple[int, ...], *, key: tuple[int, ...], slots: Tensor) -> Tensor:
+    """Standard normal (B, *shape), float32, on the device of `slots`; row i depends only on (key, slots[i]).
+
+    slots: int64 (B,). Drawn on the CPU, so that CPU and GPU see the same numbers.
+    """
+    rows = [torch.randn(shape, generator=keyed_generator(*key, slot)) for slot in slots.tolist()]
+    return torch.stack(rows).to(slots.device, non_blocking=True)
+
+
+def keyed_rand(shape: tuple[int, ...], *, key: tuple[int, ...], slots: Tensor) -> Tensor:
+    """Uniform in [0, 1), otherwise as keyed_randn."""
+    rows = [torch.rand(shape, generator=keyed_generator(*key, slot)) for slot in slots.tolist()]
+    return torch.stack(rows).to(slots.device, non_blocking=True)
+
+
+def seed_everything(*key: int) -> None:
+    """Seed python, numpy and torch (all devices). The loop does so before every step: a resumed run needs no saved RNG state."""
+    seed = keyed_seed(*key)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.manual_seed(seed)

@@ -1,0 +1,116 @@
+"""Random access to webdataset tar files, so that sharded data keeps the exact order and resume of any other data."""
+
+import hashlib
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+
+from shared.errors import BadSample, UserError
+
+
+class Shards:
+    """Samples of tar files: members that share a path up to the first dot of the name make one sample.
+
+    The headers are read once; the index lies beside the shards (or in `cache_dir`) as a memory-mapped array, so a million
+    samples open at once with flat memory. shards[i] -> {"__key__": str, "jpg": bytes, "txt": bytes, ...}.
+    """
+
+    def __init__(self, paths: list[Path], cache_dir: Path | None = None):
+        self.paths = [Path(path) for path in paths]
+        if not self.paths:
+            raise UserError("no .tar shard was given; check the path or the pattern")
+        self._indices = [_open_index(path, cache_dir) for path in self.paths]
+        self._ends = np.cumsum([len(starts) - 1 for starts, _ in self._indices])
+        self._files: dict[tuple[int, int], io.BufferedReader] = {}
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        local = index - (int(self._ends[shard - 1]) if shard else 0)
+        starts, members = self._indices[shard]
+        sample: dict = {}
+        for offset, size, name in members[int(starts[local]) : int(starts[local + 1])].tolist():
+            key, extension = split_name(name.decode())
+            sample["__key__"] = key
+            sample[extension] = self._read(shard, offset, size)
+        return sample
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_files": {}}  # each process opens its own files
+
+    def _read(self, shard: int, offset: int, size: int) -> bytes:
+        key = (os.getpid(), shard)
+        if key not in self._files:
+            if len(self._files) >= 64:
+                self._files.pop(next(iter(self._files))).close()
+            self._files[key] = open(self.paths[shard], "rb")  # noqa: SIM115  (kept open between samples)
+        file = self._files[key]
+        file.seek(offset)
+        data = file.read(size)
+        if len(data) != size:
+            raise BadSample(
+                f"{self.paths[shard]}: ends at byte {offset + len(data)}, {offset + size} wanted; copy the shard again"
+            )
+        return data
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """webdataset's rule: the key ends at the first dot of the file name; the rest, in lower case, is the extension."""
+    folder, _, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return (f"{folder}/{stem}" if folder else stem), extension.lower()
+
+
+def _open_index(path: Path, cache_dir: Path | None) -> tuple[np.ndarray, np.ndarray]:
+    """(starts, members): members (M,) of (offset, size, name); sample i owns members starts[i]:starts[i+1]."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such shard; check the path or the pattern") from None
+    mark = hashlib.sha256(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = Path(cache_dir) if cache_dir is not None else path.parent
+    cached = folder / f".{path.name}.{mark}.index.npz"
+    names = [cached.with_suffix(f".{part}.npy") for part in ("starts", "members")]
+    if not all(name.exists() for name in names):
+        arrays = _read_headers(path)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, array in zip(names, arrays, strict=True):
+                temporary = name.with_name(f"{name.name}.{os.getpid()}.tmp")
+                with open(temporary, "wb") as file:
+                    np.save(file, array)
+                os.replace(temporary, name)
+        except OSError:
+            return arrays  # a read-only data folder: index again next time
+    return np.load(names[0], mmap_mode="r"), np.load(names[1], mmap_mode="r")
+
+
+def _read_headers(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    members, starts, last = [], [], None
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                if not member.isfile() or Path(member.name).name.startswith("."):
+                    continue
+                key = split_name(member.name)[0]
+                if key != last:
+                    starts.append(len(members))
+                    last = key
+                members.append((member.offset_data, member.size, member.name.encode()))
+                archive.members = []  # tarfile keeps every header otherwise
+    except (tarfile.TarError, EOFError) as error:
+        raise UserError(f"{path}: not a readable tar file ({error}); copy or make the shard again") from None
+    if not members:
+        raise UserError(f"{path}: the shard holds no files")
+    width = max(len(name) for _, _, name in members)
+    return (
+        np.array([*starts, len(members)], dtype=np.int64),
+        np.array(members, dtype=[("offset", np.int64), ("size", np.int64), ("name", f"S{width}")]),
+    )

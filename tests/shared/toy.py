@@ -1,0 +1,141 @@
+"""A toy run for the tests of shared/: a small transformer with keyed noise, dropout, a frozen layer and odd sizes.
+
+As a script it takes a JSON list of cases and runs them one after another in one launch: python tests/shared/toy.py CASES.json
+"""
+
+import json
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+from torch import nn
+
+from shared.config import RunSection, Section, TrainingSection
+from shared.data import BatchPlan, MapStream
+from shared.dist import init_distributed
+from shared.errors import command
+from shared.loop import fit
+from shared.rng import keyed_randn
+from shared.strategy import ensure_group
+
+WIDTH, CLASSES = 33, 65
+
+
+class Config(Section):
+    run: RunSection = RunSection()
+    training: TrainingSection = TrainingSection()
+
+
+class Block(nn.Module):
+    def __init__(self, dropout: float):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        return x + self.dropout(self.down(torch.tanh(self.up(self.norm(x)))))
+
+
+class Toy(nn.Module):
+    """tied: head and table are one tensor. branches: two branches, each sample set uses one; fixed_order runs both, at weight 0 or 1."""
+
+    def __init__(self, dropout=0.0, tied=False, branches=None):
+        super().__init__()
+        self.table = nn.Embedding(CLASSES, WIDTH)
+        self.frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        self.blocks = nn.ModuleList(Block(dropout) for _ in range(2))
+        self.head = nn.Linear(WIDTH, CLASSES, bias=not tied)
+        self.register_buffer("calls", torch.zeros(3))
+        if tied:
+            self.head.weight = self.table.weight
+        self.branches = branches
+        if branches:
+            self.branch_a, self.branch_b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, tokens, noise, use_a=True):
+        x = self.frozen(self.table(tokens)) + noise
+        if self.branches == "fixed_order":
+            x = x + float(use_a) * self.branch_a(x) + float(not use_a) * self.branch_b(x)
+        elif self.branches == "divergent":
+            x = x + (self.branch_a(x) if use_a else self.branch_b(x))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class Tokens:
+    fingerprint = "toy"
+
+    def __init__(self, bad=()):
+        self.bad = set(bad)
+
+    def __len__(self):
+        return 101
+
+    def __getitem__(self, index):
+        return self.sample(index, 0)
+
+    def sample(self, index, epoch):
+        from shared.errors import BadSample
+        from shared.rng import keyed_generator
+        if index in self.bad:
+            raise BadSample(f"sample {index} is broken")
+        return {"tokens": torch.randint(0, CLASSES, (6,), generator=keyed_generator(7, index, epoch)), "index": index}
+
+
+def collate(items):
+    return {"tokens": torch.stack([item["tokens"] for item in items]), "index": torch.tensor([item["index"] for item in items])}
+
+
+def losses(case):
+    def hook(model, batches, step):
+        for batch in batches:
+            noise = 0.1 * keyed_randn((6, WIDTH), key=(5, 1, step), slots=batch["slot"])
+            use_a = True if case.get("branches") is None else int(batch["slot"][0]) % 2 == 0
+            logits = model(batch["tokens"], noise, use_a)
+            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch["tokens"][:, 1:].flatten())
+            if step == case.get("nan_at") and int(batch["slot"].min()) == 0:
+                loss = loss * float("nan")
+            yield loss / len(batches), {"first_index": batch["index"][0].float()}
+    return hook
+
+
+def validate(model, step):
+    tokens = torch.arange(12).reshape(2, 6)
+    logits = model(tokens.to(next(model.module.parameters()).device), torch.zeros(2, 6, WIDTH))
+    return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten()), "draw": torch.rand(())}
+
+
+def run_case(case, info):
+    torch.manual_seed(3)
+    model = Toy(case.get("dropout", 0.0), case.get("tied", False), case.get("branches"))
+    training = {"batch_size": 2, "total_steps": 20, "learning_rate": 3e-3, "weight_decay": 0.01, "logging_steps": 1, "ema_decay": 0.9,
+                "save_steps": None, "eval_steps": 10, **case.get("training", {})}
+    config = Config(run={"strategy": case.get("strategy"), "precision": "fp32", "device": "cpu", "output_dir": case["output_dir"],
+                         **case.get("run", {})}, training=training)
+    plan = BatchPlan(101, config.training.batch_size, info.world, config.training.gradient_accumulation_steps, 11)
+    stream = MapStream(Tokens(case.get("bad", ())), plan, info, collate=collate, num_workers=case.get("num_workers", 0),
+                       bad_samples=Path(case["output_dir"]) / "bad_samples.jsonl")
+    return fit(config=config, info=info, model=model, stream=stream, losses=losses(case), validate=validate, wrap_classes=(Block,))
+
+
+@command
+def main(argv=None):
+    cases = json.loads(Path((argv or sys.argv[1:])[0]).read_text())
+    info = init_distributed("cpu", timeout_seconds=60)
+    ensure_group()
+    for case in cases:
+        try:
+            run_case(case, info)
+        except RuntimeError as error:
+            if not case.get("expect"):
+                raise
+            Path(case["output_dir"]).mkdir(parents=True, exist_ok=True)
+            (Path(case["output_dir"]) / f"error_{info.rank}.txt").write_text(str(error))
+
+
+if __name__ == "__main__":
+    main()
