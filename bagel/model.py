@@ -1,0 +1,153 @@
+"""BAGEL: one decoder that reads and writes text tokens and image latents (Mixture of Transformers).
+
+forward() is the only entry: a training pack gives per-token losses, a query with contexts gives logits or velocities.
+Tokens are put in expert order (text, ViT, then VAE tokens); `order` holds the pack position of each.
+Letters of shapes: L tokens of a pack, D width, N latent tokens, C numbers of a latent token.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bagel.attention import PackedAttention, PackLayout
+from bagel.config import ModelConfig
+from bagel.context import CachedAttention, Context
+from bagel.layers import Connector, PositionTable, TimestepEmbedder, training_times
+from bagel.transformer import LanguageModel
+from bagel.vit import VisionModel
+from shared.flow import linear_path
+
+ROUGH_STD = 0.02      # initial standard deviation of every matrix
+
+
+class Bagel(nn.Module):
+    """The trainable model; the autoencoder stays outside."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        width = config.language.hidden_size
+        self.config = config
+        self.language_model = LanguageModel(config.language)
+        self.vit_model = VisionModel(config.vision)
+        self.connector = Connector(config.vision.hidden_size, width)
+        self.vit_pos_embed = PositionTable(width, config.vision.patches_per_side)
+        self.latent_pos_embed = PositionTable(width, config.max_latent_size)
+        self.time_embedder = TimestepEmbedder(width)
+        self.vae2llm = nn.Linear(config.latent_width, width)
+        self.llm2vae = nn.Linear(width, config.latent_width)
+
+    def initialize(self) -> "Bagel":
+        """Random weights: matrices normal with deviation 0.02, biases 0, norms 1, and a zero output head."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=ROUGH_STD)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        nn.init.zeros_(self.llm2vae.weight)
+        return self
+
+    def freeze(self) -> "Bagel":
+        """Take what the settings freeze out of training."""
+        parts = {"freeze_llm": self.language_model, "freeze_vit": self.vit_model}
+        for setting, part in parts.items():
+            if self.config[setting]:
+                part.requires_grad_(False).eval()
+        if self.config.freeze_und:
+            trained = (*(name for name, _ in self.named_parameters() if "_moe_gen" in name), "language_model.lm_head.weight")
+            heads = ("time_embedder.", "vae2llm.", "llm2vae.")
+            for name, parameter in self.named_parameters():
+                keep = name in trained or name.startswith(heads)
+                parameter.requires_grad_(parameter.requires_grad and keep)
+        return self
+
+    def checkpoint_layers(self, enabled: bool) -> None:
+        """Recompute the decoder's and the tower's layers in the backward pass."""
+        self.language_model.model.gradient_checkpointing = enabled
+        self.vit_model.vision_model.gradient_checkpointing = enabled
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """A pack (key `sample_lens`) or a query of contexts (key `contexts`); see losses_of and answer."""
+        return self.answer(batch) if "contexts" in batch else self.losses_of(batch)
+
+    # --- training ---
+
+    def losses_of(self, pack: dict[str, Any]) -> dict[str, Tensor]:
+        """ce: (predictions,) cross entropy; mse: (target latents, C) squared error of the velocity; t: (target latents,); fp32.
+
+        Path: x_t = (1 - t) latent + t noise, so t = 1 is noise and the velocity points from data to noise. A pack without
+        images, or without text to predict, runs the same modules on nothing and gives empty losses that still have gradients.
+        """
+        t = training_times(pack["packed_timesteps"], self.config.timestep_shift)
+        noisy, velocity = linear_path(pack["packed_latents"], pack["packed_noise"], t)
+        x, order, num_und = self.embed(pack, noisy, t)
+        attention = PackedAttention(self._layout(pack), order, self.backend(x.device))
+        hidden = self.language_model.model(x, num_und, pack["packed_position_ids"][order], attention, self.config.freeze_und)
+        logits = self.language_model.lm_head(hidden[attention.inverse[pack["ce_loss_indexes"]]]).float()
+        target = _rows_of(pack["packed_vae_token_indexes"], pack["mse_loss_indexes"])
+        predicted = self.llm2vae(hidden[num_und + target]).float()
+        return {"ce": F.cross_entropy(logits, pack["packed_label_ids"], reduction="none"),
+                "mse": (predicted - velocity[target]) ** 2, "t": t[target]}
+
+    def embed(self, pack: dict[str, Any], latents_NC: Tensor, t_N: Tensor) -> tuple[Tensor, Tensor, int]:
+        """(tokens in expert order (L, D), their pack positions, number of understanding tokens)."""
+        text = self.language_model.model.embed_tokens(pack["packed_text_ids"])
+        features = self.connector(self.vit_model(pack["packed_vit_tokens"], pack["packed_vit_position_ids"], pack["vit_token_seqlens"]))
+        vit = features + self.vit_pos_embed(pack["packed_vit_position_ids"]).to(features.dtype)
+        vae = self.vae2llm(latents_NC.to(self.vae2llm.weight.dtype))
+        vae = vae + self.time_embedder(t_N) + self.latent_pos_embed(pack["packed_latent_position_ids"]).to(vae.dtype)
+        order = torch.cat([pack["packed_text_indexes"], pack["packed_vit_token_indexes"], pack["packed_vae_token_indexes"]])
+        wide = torch.promote_types(text.dtype, vae.dtype)
+        return torch.cat([text.to(wide), vit.to(wide), vae.to(wide)]), order, len(text) + len(vit)
+
+    def _layout(self, pack: dict[str, Any]) -> PackLayout:
+        return PackLayout(pack["sample_lens"], pack["split_lens"], pack["attn_modes"], pack.get("static_length"))
+
+    def backend(self, device: torch.device) -> str:
+        """The attention of packs on this device."""
+        if self.config.attention != "auto":
+            return self.config.attention
+        return "flex" if device.type == "cuda" else "sliced"
+
+    # --- inference ---
+
+    def answer(self, query: dict[str, Any]) -> dict[str, Tensor]:
+        """Run new tokens of several contexts, each seeing its own past.
+
+        query: the token fields of a pack, `query_lens`, `causal`, `store` (append to the contexts), `t` (N,) of the latents, and
+        `want`: logits (of all text tokens), velocity (of all latents) or none.
+        """
+        contexts: Sequence[Context] = query["contexts"]
+        x, order, num_und = self.embed(query, query["latents"], query["t"])
+        attention = CachedAttention(contexts, query["query_lens"], order, causal=query["causal"], store=query["store"])
+        hidden = self.language_model.model(x, num_und, query["packed_position_ids"][order], attention)
+        if query["want"] == "logits":
+            return {"logits": self.language_model.lm_head(hidden[:len(query["packed_text_ids"])]).float()}
+        if query["want"] == "velocity":
+            return {"velocity": self.llm2vae(hidden[num_und:]).float()}
+        return {}
+
+
+def _rows_of(indexes: Tensor, subset: Tensor) -> Tensor:
+    """Where the members of `subset` stand in the sorted `indexes`."""
+    return torch.searchsorted(indexes, subset)
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Values in all, in each expert, and in each small part, as the released model's table gives them."""
+    counts = {"total": 0, "trainable": 0, "understanding expert": 0, "generation expert": 0, "embedding and head": 0, "vision tower": 0}
+    for name, parameter in model.named_parameters():
+        if "moe_gen" in name:
+            part = "generation expert"
+        elif name.startswith(("language_model.lm_head", "language_model.model.embed_tokens")):
+            part = "embedding and head"
+        elif name.startswith("language_model."):
+            part = "understanding expert"
+        else:
+            part = "vision tower" if name.startswith("vit_model.") else name.split(".")[0]
+        counts[part] = counts.get(part, 0) + parameter.numel()
+        counts["total"] += parameter.numel()
+        counts["trainable"] += parameter.numel() * parameter.requires_grad
+    return counts

@@ -1,0 +1,145 @@
+"""The language model of BAGEL: Qwen2 with two sets of weights a layer, one for text and ViT tokens, one for VAE tokens.
+
+Every token belongs to one expert; all tokens of a sample share the attention. Tokens come in expert order: first the `num_und`
+understanding tokens (text, then ViT), then the generation tokens, so that each expert works on one slice without gathers.
+Letters of shapes: L tokens, D width, H heads, K head width.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from bagel.config import LanguageConfig
+from bagel.layers import RMSNorm, rotary_angles, rotate
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), no biases."""
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MoTAttention(nn.Module):
+    """Projections of both experts around one joint attention; query and key are normed per head before the rotary embedding."""
+
+    def __init__(self, config: LanguageConfig):
+        super().__init__()
+        width, head = config.hidden_size, config.head_dim
+        queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+        self.head = head
+        for expert in ("", "_moe_gen"):
+            setattr(self, f"q_proj{expert}", nn.Linear(width, queries))
+            setattr(self, f"k_proj{expert}", nn.Linear(width, keys))
+            setattr(self, f"v_proj{expert}", nn.Linear(width, keys))
+            setattr(self, f"o_proj{expert}", nn.Linear(queries, width, bias=False))
+            setattr(self, f"q_norm{expert}", RMSNorm(head, config.rms_norm_eps))
+            setattr(self, f"k_norm{expert}", RMSNorm(head, config.rms_norm_eps))
+
+    def _project(self, x_LD: Tensor, expert: str, frozen: bool) -> tuple[Tensor, Tensor, Tensor]:
+        module = self._modules
+        query, key, value = (module[f"{name}_proj{expert}"](x_LD).unflatten(-1, (-1, self.head)) for name in "qkv")
+        query, key = module[f"q_norm{expert}"](query), module[f"k_norm{expert}"](key)
+        return (query.detach(), key.detach(), value.detach()) if frozen else (query, key, value)
+
+    def forward(self, x_LD: Tensor, num_und: int, angles: tuple[Tensor, Tensor], attend: Attend, layer: int,
+                freeze_und: bool) -> Tensor:
+        und = self._project(x_LD[:num_und], "", freeze_und)
+        gen = self._project(x_LD[num_und:], "_moe_gen", False)
+        query, key, value = (torch.cat([a.to(b.dtype), b]) for a, b in zip(und, gen, strict=True))
+        out_LD = attend(layer, rotate(query, *angles), rotate(key, *angles), value).flatten(1)
+        und_out = self.o_proj(out_LD[:num_und])
+        if freeze_und:
+            und_out = und_out.detach()
+        return torch.cat([und_out, self.o_proj_moe_gen(out_LD[num_und:])])
+
+
+class MoTDecoderLayer(nn.Module):
+    """Pre-norm attention and MLP, each with the weights of the token's own expert."""
+
+    def __init__(self, config: LanguageConfig):
+        super().__init__()
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = MoTAttention(config)
+        self.mlp = GatedMLP(width, config.intermediate_size)
+        self.mlp_moe_gen = GatedMLP(width, config.intermediate_size)
+        self.input_layernorm = RMSNorm(width, eps)
+        self.input_layernorm_moe_gen = RMSNorm(width, eps)
+        self.post_attention_layernorm = RMSNorm(width, eps)
+        self.post_attention_layernorm_moe_gen = RMSNorm(width, eps)
+
+    def forward(self, x_LD: Tensor, num_und: int, angles: tuple[Tensor, Tensor], attend: Attend, layer: int,
+                freeze_und: bool = False) -> Tensor:
+        normed = torch.cat([self.input_layernorm(x_LD[:num_und]), self.input_layernorm_moe_gen(x_LD[num_und:])])
+        x_LD = x_LD + self.self_attn(normed, num_und, angles, attend, layer, freeze_und)
+        und = self.mlp(self.post_attention_layernorm(x_LD[:num_und]))
+        gen = self.mlp_moe_gen(self.post_attention_layernorm_moe_gen(x_LD[num_und:]))
+        return x_LD + torch.cat([und.detach() if freeze_und else und, gen])
+
+
+class MoTDecoder(nn.Module):
+    """Embeddings, layers and the two final norms."""
+
+    def __init__(self, config: LanguageConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(MoTDecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm_moe_gen = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head_width, self.theta = config.head_dim, config.rope_theta
+        self.gradient_checkpointing = False
+
+    def forward(self, x_LD: Tensor, num_und: int, position_L: Tensor, attend: Attend, freeze_und: bool = False) -> Tensor:
+        """Hidden states after the final norms, in the order of the input. position_L: rotary positions in that order."""
+        angles = rotary_angles(position_L, self.head_width, self.theta)
+        if freeze_und:      # the layers detach what each of them adds to these rows
+            x_LD = torch.cat([x_LD[:num_und].detach(), x_LD[num_und:]])
+        for number, layer in enumerate(self.layers):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x_LD = checkpoint(layer, x_LD, num_und, angles, attend, number, freeze_und, use_reentrant=False)
+            else:
+                x_LD = layer(x_LD, num_und, angles, attend, number, freeze_und)
+        und = self.norm(x_LD[:num_und])
+        return torch.cat([und.detach() if freeze_und else und, self.norm_moe_gen(x_LD[num_und:])])
+
+
+class LanguageModel(nn.Module):
+    """The decoder and its untied head."""
+
+    def __init__(self, config: LanguageConfig):
+        super().__init__()
+        self.model = MoTDecoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def copy_experts(self) -> None:
+        """Start the generation expert as a copy of the understanding expert, as one does from a plain Qwen2."""
+        parameters = dict(self.named_parameters())
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                if "_moe_gen" in name:
+                    parameter.copy_(parameters[name.replace("_moe_gen", "")])
+
+    def resize_vocabulary(self, size: int) -> None:
+        """Append rows for new tokens, drawn like the others; a table that is large enough is never shrunk."""
+        old = self.model.embed_tokens.num_embeddings
+        if size <= old:
+            return
+        width = self.model.embed_tokens.embedding_dim
+        embedding, head = nn.Embedding(size, width), nn.Linear(width, size, bias=False)
+        for new, former in ((embedding, self.model.embed_tokens), (head, self.lm_head)):
+            nn.init.normal_(new.weight, std=0.02)
+            new.to(former.weight.device, former.weight.dtype)
+            with torch.no_grad():
+                new.weight[:old] = former.weight
+        self.model.embed_tokens, self.lm_head = embedding, head
