@@ -44,6 +44,7 @@ class Zero(Strategy):
             model=self.module, optimizer=optimizer, config=self._settings(), dist_init_required=False)
         self.model, self.module = self.engine, self.engine.module
         self.parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        self._linked = False
         self._seen: set[str] = set()
         for name, parameter in self.parameters.items():  # p.grad is empty after ZeRO's own hooks
             parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._seen.add(name))
@@ -80,6 +81,8 @@ class Zero(Strategy):
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
         applied = not getattr(self.optimizer, "overflow", False)
+        if applied and not self._linked:
+            self._link_moments()
         self._seen.clear()
         return StepInfo(float(norm) if norm is not None and applied else float("nan"), applied)
 
@@ -142,8 +145,14 @@ class Zero(Strategy):
             moments = {kind: torch.zeros_like(flat) for kind in MOMENTS}
             count = torch.tensor(float(max(steps.values())), dtype=torch.float32, device=flat.device)
             self.optimizer.optimizer.state[flat] = {"step": count, **moments}
+        self._link_moments()
+
+    def _link_moments(self) -> None:
+        """Stages 1 and 2 link moments to parameters after the first group's first step, when the other groups have none yet: link again."""
         if self.stage < 3:
+            self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
+        self._linked = True
 
     def local_value(self, name: str) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param

@@ -13,7 +13,7 @@ if not __package__:
 import torch
 from torch import nn
 
-from shared.config import RunSection, Section, TrainingSection
+from shared.config import RunSection, Section, TrainingSection, accumulation_steps
 from shared.data import BatchPlan, MapStream
 from shared.dist import init_distributed
 from shared.errors import command
@@ -116,7 +116,7 @@ def run_case(case, info):
                 "save_steps": None, "eval_steps": 10, **case.get("training", {})}
     config = Config(run={"strategy": case.get("strategy"), "precision": "fp32", "device": "cpu", "output_dir": case["output_dir"],
                          **case.get("run", {})}, training=training)
-    plan = BatchPlan(101, config.training.batch_size, info.world, config.training.gradient_accumulation_steps, 11)
+    plan = BatchPlan(101, config.training.batch_size, info.world, accumulation_steps(config.training, info.world), 11)
     stream = MapStream(Tokens(case.get("bad", ())), plan, info, collate=collate, num_workers=case.get("num_workers", 0),
                        bad_samples=Path(case["output_dir"]) / "bad_samples.jsonl")
     return fit(config=config, info=info, model=model, stream=stream, losses=losses(case), validate=validate, wrap_classes=(Block,))
