@@ -1,0 +1,286 @@
+"""UnifiedGenerationDataset: records of every format as planned samples, with every fault listed by file and line.
+
+Text, sizes and lengths come from the records and the pictures' headers; pixels are read only when a sample is asked for.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import ImageOps
+from torch import Tensor
+
+from bagel.images import ImageFault, ImageTransform, image_size, load_image, to_tensor
+from bagel.packing import Draws, Dropout, PackBuilder, PackFormat, PlanItem
+from bagel.records import RecordFault, Step, check_texts, format_of, image_items, keyed_draw, steps_of
+from bagel.sources import RecordFile, open_records
+from bagel.tokenizer import Tokenizer
+from shared.errors import BadSample, UserError
+from shared.rng import keyed_generator
+
+_CHOICE, _FLIP, _PACK, _WEIGHT = 301, 302, 303, 304      # random streams
+SHOWN_ERRORS = 20
+
+
+class DataFormatError(UserError):
+    """Raised at the first malformed record when strict."""
+
+
+@dataclass(frozen=True)
+class DataError:
+    """One malformed record."""
+
+    file: str
+    line: int
+    id: str | None
+    code: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.code}: {self.message}"
+
+
+@dataclass(frozen=True)
+class _Record:
+    """A record that passed every check; `fixed`: nothing about it is drawn."""
+
+    source: RecordFile
+    line: int
+    value: dict
+    kind: str
+    fixed: bool
+
+
+class UnifiedGenerationDataset:
+    """dataset[i] and sample(i, epoch) give {"items": plan with pixels, "key": (epoch, i)}; length(i, epoch) its tokens.
+
+    What varies between epochs (paraphrases, turns, mirroring) is a function of (seed, epoch, index). Raises a UserError when no
+    valid record is left, and a DataFormatError at the first malformed one when `strict`.
+    """
+
+    def __init__(self, data_path: str, *, tokenizer: Tokenizer, layout: PackFormat, vae_transform: ImageTransform,
+                 vit_transform: ImageTransform, image_root: str | None = None, max_sequence_length: int = 16384,
+                 truncate_text: bool = False, strict: bool = False, escape_special_tokens: bool = False, flip_probability: float = 0.0,
+                 seed: int = 0):
+        self.data_path, self.tokenizer, self.layout, self.seed = data_path, tokenizer, layout, seed
+        self.vae_transform, self.vit_transform = vae_transform, vit_transform
+        self.max_length, self.truncate, self.escape = max_sequence_length, truncate_text, escape_special_tokens
+        self.strict, self.flip_probability = strict, flip_probability
+        self.errors: list[DataError] = []
+        self.records: list[_Record] = []
+        self._sizes: dict[tuple[RecordFile, str], tuple[int, int] | ImageFault] = {}
+        self._lengths: dict[tuple[int, int], int] = {}
+        sources = open_records(data_path, image_root)
+        read = [self._read(source, raw) for source in sources for raw in source.records()]
+        self._read_sizes([record for record in read if record is not None])
+        self._keep([record for record in read if record is not None])
+        if not self.records:
+            raise UserError(f"{data_path}: no valid record; {self.summary_of_errors()}")
+
+    # --- start-up ---
+
+    def _read(self, source: RecordFile, raw: Any) -> _Record | None:
+        """The record without a look at its pictures; None for a fault, which is listed."""
+        try:
+            if raw.fault:
+                raise RecordFault("E_JSON", f"not valid JSON ({raw.fault})")
+            kind = format_of(raw.value)
+            asked: list[int] = []
+            steps = steps_of(raw.value, kind, lambda count: asked.append(count) or 0)
+            check_texts(steps, self.escape)
+            return _Record(source, raw.line, raw.value, kind, all(count == 1 for count in asked))
+        except RecordFault as fault:
+            self._fault(source, raw.line, raw.value, fault.code, str(fault))
+            return None
+
+    def _read_sizes(self, records: Sequence[_Record]) -> None:
+        """Headers of all pictures, each once, by several threads."""
+        wanted = list(dict.fromkeys((record.source, name) for record in records for name in _pictures(record.value)))
+
+        def read(key: tuple[RecordFile, str]) -> tuple[int, int] | ImageFault:
+            try:
+                return image_size(key[0].picture(key[1]))
+            except ImageFault as fault:
+                return fault
+
+        with ThreadPoolExecutor(8) as pool:
+            self._sizes = dict(zip(wanted, pool.map(read, wanted), strict=True))
+
+    def _keep(self, records: Sequence[_Record]) -> None:
+        for record in records:
+            try:
+                self._plan(record, len(self.records), 0)
+            except (RecordFault, ImageFault) as fault:
+                self._fault(record.source, record.line, record.value, fault.code, str(fault))
+            else:
+                self.records.append(record)
+
+    def _fault(self, source: RecordFile, line: int, value: Any, code: str, message: str) -> None:
+        name = value.get("id") if isinstance(value, dict) else None
+        error = DataError(str(source.path), line, name if name is None else str(name), code, message)
+        if self.strict:
+            raise DataFormatError(f"{error}; mend the record, or leave out --strict-data to skip such records")
+        self.errors.append(error)
+
+    # --- samples ---
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.sample(index, 0)
+
+    def order(self, epoch: int) -> list[int]:
+        """The indices of one epoch, shuffled by (seed, epoch). A record of weight w comes w times on average, as index + k * len
+        for its k-th repetition, so that repetitions have noise of their own.
+        """
+        count, indices = len(self), []
+        draw = keyed_generator(self.seed, _WEIGHT, epoch)
+        for index, record in enumerate(self.records):
+            weight = float(record.value.get("weight", 1.0))
+            times = int(weight) + (weight % 1 > 0 and torch.rand((), generator=draw).item() < weight % 1)
+            indices += [index + copy * count for copy in range(times)]
+        shuffle = torch.randperm(len(indices), generator=keyed_generator(self.seed, _CHOICE, epoch))
+        return [indices[position] for position in shuffle.tolist()]
+
+    def plan(self, index: int, epoch: int) -> list[PlanItem]:
+        """The items of a sample without pixels."""
+        record = self.records[index % len(self)]
+        try:
+            return self._plan(record, index, epoch)
+        except RecordFault:      # a paraphrase of this epoch is too long: the one that was checked at the start is not
+            return self._plan(record, index, 0)
+
+    def length(self, index: int, epoch: int) -> int:
+        """Tokens of a sample when nothing is left out."""
+        key = (index % len(self), 0) if self.records[index % len(self)].fixed else (index, epoch)
+        if key not in self._lengths:
+            self._lengths[key] = self.layout.length(self.plan(*key))
+        return self._lengths[key]
+
+    def sample(self, index: int, epoch: int) -> dict[str, Any]:
+        """The items with pixels; raises a BadSample when a picture turns out to be damaged."""
+        record, items = self.records[index % len(self)], self.plan(index, epoch)
+        flip = torch.rand((), generator=keyed_generator(self.seed, _FLIP, epoch, index)).item() < self.flip_probability
+        loaded: dict[str, Any] = {}
+        for item in items:
+            if not item.source:
+                continue
+            try:
+                if item.source not in loaded:
+                    image = load_image(record.source.picture(item.source))
+                    loaded[item.source] = ImageOps.mirror(image) if flip else image
+            except ImageFault as fault:
+                raise BadSample(f"{record.source.path}:{record.line}: {fault.code}: {fault}") from None
+            item.image = self._pixels(loaded[item.source], item)
+        return {"items": items, "key": (epoch, index)}
+
+    def _pixels(self, image: Any, item: PlanItem) -> Tensor:
+        """The picture at the planned size."""
+        size = item.size[::-1]
+        from PIL import Image
+        return to_tensor(image if image.size == size else image.resize(size, Image.Resampling.BICUBIC))
+
+    def _plan(self, record: _Record, index: int, epoch: int) -> list[PlanItem]:
+        draw = keyed_draw(keyed_generator(self.seed, _CHOICE, epoch, index))
+        steps = steps_of(record.value, record.kind, draw)
+        looked_at = max(1, sum(step.vision for step in steps))
+        items: list[PlanItem] = []
+        for step in steps:
+            if step.image is None:
+                items.append(PlanItem("text", ids=self.tokenizer.encode(step.text), loss=int(step.target), enable_cfg=int(step.enable_cfg)))
+            else:
+                items += self._picture_items(record, step, looked_at)
+        return self._within_budget(items)
+
+    def _picture_items(self, record: _Record, step: Step, looked_at: int) -> list[PlanItem]:
+        key = (record.source, step.image)
+        size = self._sizes[key] if key in self._sizes else image_size(record.source.picture(step.image))
+        if isinstance(size, ImageFault):
+            raise size
+        vae, vit = self.vae_transform.sides(*size), self.vit_transform.sides(*size, looked_at)
+        for used, sides, stride, most in ((step.target or step.latents, vae, self.layout.latent_stride, self.layout.max_latent_size),
+                                          (step.vision, vit, self.layout.vit_patch, self.layout.vit_side)):
+            if used and max(sides) // stride > most:
+                raise ImageFault("E_IMAGE_SIZE", f"{step.image} of {size[0]} x {size[1]} pixels becomes {sides[0]} x {sides[1]}, which needs "
+                                                 f"{max(sides) // stride} patches on a side; at most {most} fit")
+        return image_items(step.image, vae[::-1], vit[::-1], target=step.target, latents=step.latents, vision=step.vision,
+                           enable_cfg=step.enable_cfg)
+
+    def _within_budget(self, items: list[PlanItem]) -> list[PlanItem]:
+        length = self.layout.length(items)
+        if length <= self.max_length:
+            return items
+        last, excess = items[-1], length - self.max_length
+        if self.truncate and last.type == "text" and last.loss and len(last.ids) > excess:
+            last.ids, last.cut = last.ids[:len(last.ids) - excess], True
+            return items
+        raise RecordFault("E_TOO_LONG", f"{length} tokens, {self.max_length} allowed; raise --max-sequence-length, use smaller pictures"
+                                        f"{'' if self.truncate else ', or cut the last answer with --truncate-text'}")
+
+    # --- reports ---
+
+    def summary_of_errors(self) -> str:
+        """Counts by code and the first faults."""
+        if not self.errors:
+            return "no malformed record"
+        counts = ", ".join(f"{code} {count}" for code, count in sorted(Counter(error.code for error in self.errors).items()))
+        return "\n  ".join([f"{len(self.errors)} malformed ({counts}):", *map(str, self.errors[:SHOWN_ERRORS])])
+
+    def write_errors(self, path: Path) -> None:
+        """All faults, one JSON object a line."""
+        lines = [json.dumps(asdict(error), ensure_ascii=False) + "\n" for error in self.errors]
+        temporary = path.with_name(f".{path.name}")
+        temporary.write_text("".join(lines), encoding="utf-8")
+        temporary.replace(path)
+
+    def describe(self) -> dict[str, Any]:
+        """Counts by format and kind of target, tokens to learn, and percentiles of the length."""
+        targets: Counter[str] = Counter()
+        for index in range(len(self)):
+            for item in self.plan(index, 0):
+                if item.loss:
+                    targets["text tokens" if item.type == "text" else "image tokens"] += item.tokens(
+                        self.layout.latent_stride, self.layout.vit_patch)
+                    targets["texts" if item.type == "text" else "images"] += 1
+        lengths = sorted(self.length(index, 0) for index in range(len(self)))
+        percentiles = {f"p{share}": lengths[min(len(lengths) - 1, len(lengths) * share // 100)] for share in (5, 50, 95, 100)}
+        return {"records": len(self), "malformed": len(self.errors), "formats": dict(Counter(record.kind for record in self.records)),
+                "targets": dict(targets), "length": percentiles}
+
+    def fingerprint(self) -> list[Any]:
+        """What a resumed run must find again: the file names and the number of valid records."""
+        return [[Path(part).name for part in self.data_path.split(",")], len(self)]
+
+
+def _pictures(value: Any) -> list[str]:
+    """Every string in a record that its format reads as a picture."""
+    if isinstance(value, list):
+        return [name for item in value for name in _pictures(item)]
+    if not isinstance(value, dict):
+        return []
+    found = []
+    for key, item in value.items():
+        if key in ("image_path", "image", "source_image_path", "target_image_path", "image_list"):
+            found += [name for name in (item if isinstance(item, list) else [item]) if isinstance(name, str)]
+        elif isinstance(item, (dict, list)):
+            found += _pictures(item)
+    return found
+
+
+def make_collate(layout: PackFormat, dropout: Dropout, seed: int, static_length: int | None = None) -> Callable[[list[dict]], dict]:
+    """A function that packs samples; every random number of a sample comes from (seed, epoch, index)."""
+    def collate(samples: list[dict]) -> dict[str, Any]:
+        builder = PackBuilder(layout)
+        for sample in samples:
+            draws = Draws.keyed(keyed_generator(seed, _PACK, *sample["key"]), sample["items"])
+            builder.add(sample["items"], draws, dropout)
+        pack = builder.pack(static_length)
+        pack["keys"] = [list(sample["key"]) for sample in samples]
+        return pack
+    return collate

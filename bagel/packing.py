@@ -1,0 +1,373 @@
+"""From planned samples to packs: token layout, positions, losses and splits of a pack, and which samples share one.
+
+A plan is a list of PlanItem. Letters of shapes: N latent tokens, C numbers of a latent token, Z latent channels, h w latent cells.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bagel.attention import CAUSAL, FULL, NOISE
+from bagel.generation import SpecialTokens
+from bagel.layers import patchify, position_ids
+
+CLEAN = -math.inf     # raw time of a clean picture
+
+
+@dataclass
+class PlanItem:
+    """One piece of a sample. Text has `ids`; a picture has its size in pixels and, once loaded, its pixels."""
+
+    type: Literal["text", "vit_image", "vae_image"]
+    ids: list[int] = field(default_factory=list)
+    size: tuple[int, int] = (0, 0)          # (height, width) after resizing
+    image: Tensor | None = None             # float32 (3, H, W) in [-1, 1]
+    source: str = ""                        # where the picture comes from
+    enable_cfg: int = 0                     # may be left out as a condition
+    loss: int = 0
+    special_token_loss: int = 0             # predict special_token_label at the closing mark
+    special_token_label: int | None = None
+    cut: bool = False                       # the text was cut short, so its closing mark is not learned
+    split_start: bool = True                # first frame of its block
+    split_end: bool = True                  # last frame of its block
+    frame_delta: int | None = None          # positions from this frame to the next
+
+    def tokens(self, latent_stride: int, vit_patch: int) -> int:
+        """Tokens without the two marks."""
+        if self.type == "text":
+            return len(self.ids)
+        side = latent_stride if self.type == "vae_image" else vit_patch
+        return (self.size[0] // side) * (self.size[1] // side)
+
+
+@dataclass(frozen=True)
+class PackFormat:
+    """Sizes and marks that turn items into tokens."""
+
+    tokens: SpecialTokens
+    latent_stride: int          # pixels of a latent token's side
+    max_latent_size: int
+    vit_patch: int
+    vit_side: int               # patches of the position table's side
+    interpolate_pos: bool
+    latent_patch: int
+    latent_channels: int
+
+    @property
+    def latent_width(self) -> int:
+        return self.latent_patch**2 * self.latent_channels
+
+    def length(self, items: Sequence[PlanItem]) -> int:
+        """Tokens that a sample takes when nothing is left out."""
+        return sum(item.tokens(self.latent_stride, self.vit_patch) + 2 for item in items)
+
+
+@dataclass
+class Draws:
+    """The random numbers of one sample: what is left out, raw times of pictures to generate, and where noise comes from."""
+
+    uniforms: Sequence[float]
+    raw_times: Iterator[float]
+    generator: torch.Generator | None = None
+
+    @classmethod
+    def keyed(cls, generator: torch.Generator, items: Sequence[PlanItem]) -> "Draws":
+        """All draws of a sample from its own generator, in one fixed order."""
+        uniforms = torch.rand(len(items), generator=generator).tolist()
+        raw = torch.randn(len(items), generator=generator).tolist()
+        return cls(uniforms, iter(raw), generator)
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Chances that a condition is left out."""
+
+    text: float = 0.0
+    vit: float = 0.0
+    vae: float = 0.0
+
+    def drops(self, item: PlanItem, uniform: float) -> bool:
+        chance = {"text": self.text, "vit_image": self.vit, "vae_image": self.vae}[item.type]
+        return bool(item.enable_cfg) and uniform < chance
+
+
+class PackBuilder:
+    """Writes samples one after another and hands out the tensors of the pack."""
+
+    def __init__(self, layout: PackFormat):
+        self.layout = layout
+        self.lists: dict[str, list] = {name: [] for name in (
+            "packed_text_ids", "packed_text_indexes", "packed_position_ids", "packed_label_ids", "ce_loss_indexes", "ce_loss_weights",
+            "packed_vit_token_indexes", "packed_vae_token_indexes", "packed_timesteps", "mse_loss_indexes", "sample_lens",
+            "split_lens", "attn_modes", "vit_token_seqlens", "patchified_vae_latent_shapes")}
+        self.vit_tokens: list[Tensor] = []
+        self.vit_cells: list[Tensor] = []
+        self.latent_cells: list[Tensor] = []
+        self.noise: list[Tensor] = []
+        self.images: list[Tensor | None] = []
+        self.posterior_noise: list[Tensor] = []
+        self.length = 0
+
+    def add(self, items: Sequence[PlanItem], draws: Draws, dropout: Dropout) -> None:
+        """Append one sample."""
+        first, rope, open_split, raw = self.length, 0, 0, CLEAN
+        for item, uniform in zip(items, draws.uniforms, strict=True):
+            if dropout.drops(item, uniform):
+                rope += item.type != "text"
+                continue
+            begin = self.length
+            if item.type == "text":
+                self._text(item, rope)
+            elif item.type == "vit_image":
+                self._vit(item, rope)
+            else:
+                if item.loss and item.split_start:
+                    raw = next(draws.raw_times)
+                self._vae(item, rope, raw if item.loss else CLEAN, draws.generator)
+            rope += self._advance(item)
+            written = self.length - begin
+            if item.split_start:
+                open_split = 0
+                self.lists["attn_modes"].append(_mode(item))
+            open_split += written
+            if item.split_end:
+                self.lists["split_lens"].append(open_split)
+        self.lists["sample_lens"].append(self.length - first)
+
+    @staticmethod
+    def _advance(item: PlanItem) -> int:
+        """Rotary positions that the item takes; a picture to generate takes none, for later tokens do not see it."""
+        if item.type == "text":
+            return len(item.ids) + 2
+        if item.type == "vae_image" and item.loss:
+            return item.frame_delta or 0
+        return 1
+
+    def _mark(self, token: int, position: int) -> None:
+        self.lists["packed_text_ids"].append(token)
+        self.lists["packed_text_indexes"].append(self.length)
+        self.lists["packed_position_ids"].append(position)
+        self.length += 1
+
+    def _predict(self, label: int, weight: float) -> None:
+        """The token just written predicts `label`."""
+        self.lists["ce_loss_indexes"].append(self.length - 1)
+        self.lists["packed_label_ids"].append(label)
+        self.lists["ce_loss_weights"].append(weight)
+
+    def _text(self, item: PlanItem, rope: int) -> None:
+        marks = self.layout.tokens
+        labels = [*item.ids, marks.eos]
+        for offset, token in enumerate([marks.bos, *item.ids]):
+            self._mark(token, rope + offset)
+            if item.loss and not (item.cut and offset == len(item.ids)):
+                self._predict(labels[offset], (len(labels) - item.cut) ** -0.5)
+        self._mark(marks.eos, rope + len(labels))
+        self._closing(item)
+
+    def _closing(self, item: PlanItem) -> None:
+        if item.special_token_loss:
+            self._predict(item.special_token_label, 1.0)
+
+    def _vit(self, item: PlanItem, rope: int) -> None:
+        rows, columns = (side // self.layout.vit_patch for side in item.size)
+        self._mark(self.layout.tokens.start_of_image, rope)
+        self._image_tokens("packed_vit_token_indexes", rows * columns, rope)
+        self.vit_cells.append(position_ids(rows, columns, self.layout.vit_side, interpolate=self.layout.interpolate_pos))
+        self.lists["vit_token_seqlens"].append(rows * columns)
+        if item.image is not None:
+            self.vit_tokens.append(patchify(item.image, self.layout.vit_patch))
+        self._mark(self.layout.tokens.end_of_image, rope)
+        self._closing(item)
+
+    def _image_tokens(self, name: str, count: int, rope: int) -> None:
+        self.lists[name].extend(range(self.length, self.length + count))
+        self.lists["packed_position_ids"].extend([rope] * count)
+        self.length += count
+
+    def _vae(self, item: PlanItem, rope: int, raw: float, generator: torch.Generator | None) -> None:
+        layout = self.layout
+        rows, columns = (side // layout.latent_stride for side in item.size)
+        self._mark(layout.tokens.start_of_image, rope)
+        if item.loss:
+            self.lists["mse_loss_indexes"].extend(range(self.length, self.length + rows * columns))
+        self._image_tokens("packed_vae_token_indexes", rows * columns, rope)
+        self.latent_cells.append(position_ids(rows, columns, layout.max_latent_size, interpolate=layout.interpolate_pos))
+        self.lists["patchified_vae_latent_shapes"].append([rows, columns])
+        self.lists["packed_timesteps"].extend([raw] * (rows * columns))
+        self.images.append(item.image)
+        if generator is not None:
+            cells = (layout.latent_channels, rows * layout.latent_patch, columns * layout.latent_patch)
+            self.posterior_noise.append(torch.randn(cells, generator=generator))
+            shape = (rows * columns, layout.latent_width)
+            self.noise.append(torch.randn(shape, generator=generator) if item.loss else torch.zeros(shape))
+        self._mark(layout.tokens.end_of_image, rope)
+        self._closing(item)
+
+    def pack(self, static_length: int | None = None) -> dict[str, Any]:
+        """The pack as the model takes it, apart from `packed_latents`, which the autoencoder makes of `vae_images`.
+
+        A pack in which nothing is left holds one empty text, so that every rank has something to run.
+        """
+        if self.length == 0:
+            self.add([PlanItem("text")], Draws([1.0], iter(())), Dropout())
+        plain = {"sample_lens", "split_lens", "attn_modes", "vit_token_seqlens", "patchified_vae_latent_shapes"}
+        fractional = {"ce_loss_weights", "packed_timesteps"}
+        pack: dict[str, Any] = {name: values if name in plain else
+                                torch.tensor(values, dtype=torch.float32 if name in fractional else torch.int64)
+                                for name, values in self.lists.items()}
+        layout, none = self.layout, torch.zeros(0, dtype=torch.int64)
+        pack["packed_vit_tokens"] = torch.cat([torch.zeros(0, 3 * layout.vit_patch**2), *self.vit_tokens])
+        pack["packed_vit_position_ids"] = torch.cat([none, *self.vit_cells])
+        pack["packed_latent_position_ids"] = torch.cat([none, *self.latent_cells])
+        pack["packed_noise"] = torch.cat([torch.zeros(0, layout.latent_width), *self.noise])
+        pack["vae_images"], pack["posterior_noise"] = self.images, self.posterior_noise
+        pack["sequence_length"] = self.length
+        if static_length is not None:
+            pack["static_length"] = static_length
+        return pack
+
+
+def _mode(item: PlanItem) -> str:
+    """How the split of this item attends. As in the released code, a clip whose first frame has a frame_delta counts as clean."""
+    if item.type == "text":
+        return CAUSAL
+    return NOISE if item.loss and item.frame_delta is None else FULL
+
+
+# --- which samples share a pack ---------------------------------------------------------------------------------------
+
+Key = tuple[int, int]      # (epoch, index)
+
+
+class Packer:
+    """Fills packs of at most `capacity` tokens and loses no sample.
+
+    A pack starts with the sample that waits longest and goes on in order; what does not fit waits. When nothing in order fits,
+    the largest waiting sample that fits is taken, until none does. `order(epoch)` gives the indices of an epoch; the last pack of
+    an epoch may be short. The state is the position and the waiting samples, the same on every rank.
+    """
+
+    def __init__(self, order: Callable[[int], Sequence[int]], length: Callable[[int, int], int], *, capacity: int, buffer_size: int):
+        self.order, self.length = order, length
+        self.capacity, self.buffer_size = capacity, buffer_size
+        self.epoch, self.cursor = 0, 0
+        self.waiting: list[Key] = []
+        self._sizes: dict[Key, int] = {}
+        self._order: tuple[int, Sequence[int]] | None = None
+
+    def next_pack(self) -> list[Key]:
+        """The (epoch, index) of the samples of the next pack."""
+        self._refill()
+        while not self.waiting:
+            self.epoch, self.cursor = self.epoch + 1, 0
+            self._refill()
+        pack: list[Key] = []
+        room = self.capacity
+        for key in list(self.waiting):
+            if pack and self._size(key) > room:
+                break
+            room -= self._take(key, pack)
+        while fitting := [key for key in self.waiting if self._size(key) <= room]:
+            room -= self._take(max(fitting, key=self._size), pack)
+        return pack
+
+    def _size(self, key: Key) -> int:
+        if key not in self._sizes:
+            self._sizes[key] = self.length(key[1], key[0])
+        return self._sizes[key]
+
+    def _take(self, key: Key, pack: list[Key]) -> int:
+        size = self._size(key)
+        self.waiting.remove(key)
+        del self._sizes[key]
+        pack.append(key)
+        self._refill()
+        return size
+
+    def _refill(self) -> None:
+        order = self._indices(self.epoch)
+        while len(self.waiting) < self.buffer_size and self.cursor < len(order):
+            self.waiting.append((self.epoch, int(order[self.cursor])))
+            self.cursor += 1
+
+    def _indices(self, epoch: int) -> Sequence[int]:
+        """The order of an epoch, worked out once."""
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, self.order(epoch))
+        return self._order[1]
+
+    def state(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "cursor": self.cursor, "waiting": [list(key) for key in self.waiting]}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.epoch, self.cursor = state["epoch"], state["cursor"]
+        self.waiting = [(epoch, index) for epoch, index in state["waiting"]]
+
+
+class SamplePacker(Packer):
+    """Packs of a fixed number of samples, whatever their length; a pack runs on into the next epoch."""
+
+    def __init__(self, order: Callable[[int], Sequence[int]], length: Callable[[int, int], int], *, samples: int):
+        super().__init__(order, length, capacity=0, buffer_size=samples)
+
+    def next_pack(self) -> list[Key]:
+        """The next `samples` samples in order."""
+        pack: list[Key] = []
+        while len(pack) < self.buffer_size:
+            self._refill()
+            wanted = self.buffer_size - len(pack)
+            pack, self.waiting = pack + self.waiting[:wanted], self.waiting[wanted:]
+            if len(pack) < self.buffer_size:
+                self.epoch, self.cursor = self.epoch + 1, 0
+        return pack
+
+
+class ReferencePacker(Packer):
+    """The released loop, which can lose samples: kept for comparison, `--packing reference`.
+
+    Samples longer than `max_sample` are skipped; below `prefer_buffer_before` tokens the buffer comes first; a sample that
+    does not fit goes to the buffer if it came from the stream and there is room, else it closes the pack and is lost.
+    written: tokens that a sample really takes, where that differs from the length that decides whether it fits.
+    """
+
+    def __init__(self, order: Callable[[int], Sequence[int]], length: Callable[[int, int], int], *, expected: int, capacity: int,
+                 max_sample: int, prefer_buffer_before: int, buffer_size: int, written: Callable[[int, int], int] | None = None):
+        super().__init__(order, length, capacity=capacity, buffer_size=buffer_size)
+        self.written = written or length
+        self.expected, self.max_sample, self.prefer_buffer_before = expected, max_sample, prefer_buffer_before
+
+    def next_pack(self) -> list[Key]:
+        """The samples of the next pack; the stream of epochs does not end."""
+        pack: list[Key] = []
+        filled = 0
+        while filled < self.expected:
+            buffered = filled < self.prefer_buffer_before and bool(self.waiting)
+            key = self.waiting.pop(0) if buffered else self._draw()
+            size = self._size(key)
+            if size > self.max_sample:
+                continue
+            if filled + size > self.capacity:
+                if not buffered and len(self.waiting) < self.buffer_size:
+                    self.waiting.append(key)
+                    continue
+                break
+            pack.append(key)
+            filled += self.written(key[1], key[0])
+        return pack
+
+    def _draw(self) -> Key:
+        if self.cursor >= len(self._indices(self.epoch)):
+            self.epoch, self.cursor = self.epoch + 1, 0
+        self.cursor += 1
+        return (self.epoch, int(self._indices(self.epoch)[self.cursor - 1]))
+
+
+def padding_share(lengths: Iterable[int], capacity: int) -> float:
+    """Share of padding when packs of these lengths are padded to `capacity`."""
+    lengths = list(lengths)
+    return 1 - sum(lengths) / (capacity * len(lengths)) if lengths else 0.0
