@@ -160,6 +160,7 @@ class TrainingSection(Section):
     early_stopping_patience: int | None = setting(
         None, "stop after this many validations without a better best_metric", ge=1
     )
+    early_stopping_min_delta: float = setting(0.0, "smallest gain of best_metric that counts as better", ge=0)
     num_workers: int = setting(0, "loader processes per rank", "workers", ge=0)
     prefetch_factor: int = setting(2, "batches that each loader process reads ahead", ge=1)
     gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass to save memory")

@@ -297,7 +297,7 @@ def _validate(validate: Callable, trained: TrainedModel, ema: EMA | None, state:
     score, sign = found.get(training.best_metric), 1 if training.best_mode == "min" else -1
     if score is None or not math.isfinite(score):
         return found, False
-    is_best = state.best is None or sign * score < sign * state.best
+    is_best = state.best is None or sign * (state.best - score) > training.early_stopping_min_delta
     state.best = score if is_best else state.best
     state.validations_without_gain = 0 if is_best else state.validations_without_gain + 1
     return found, is_best
