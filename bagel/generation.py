@@ -56,7 +56,7 @@ def extend(model: nn.Module, contexts: Sequence[Context], blocks: Sequence[Block
 
     Blocks of one call are all text or all pictures. With `store` the contexts grow.
     """
-    config, device = _plain(model).config, next(model.parameters()).device
+    config, device = _plain(model).config, next(_plain(model).parameters()).device
     text, vit, vae, positions, start = [], [], [], [], 0
     for context, block in zip(contexts, blocks, strict=True):
         image = range(start + 1, start + 1 + len(block.cells))
