@@ -27,10 +27,28 @@ def batches(micro: int, steps: int) -> dict:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("strategies")
-    toy(folder, 1, [{"output_dir": str(folder / f"one_{key}"), "training": batches(16 // steps, steps), **extra}
-                    for key, (extra, steps) in VARIANTS.items()])
-    toy(folder, 2, [{"output_dir": str(folder / f"{name}_{key}"), "strategy": name, "training": batches(8 // steps, steps), **extra}
-                    for name in STRATEGIES for key, (extra, steps) in VARIANTS.items()])
+    toy(
+        folder,
+        1,
+        [
+            {"output_dir": str(folder / f"one_{key}"), "training": batches(16 // steps, steps), **extra}
+            for key, (extra, steps) in VARIANTS.items()
+        ],
+    )
+    toy(
+        folder,
+        2,
+        [
+            {
+                "output_dir": str(folder / f"{name}_{key}"),
+                "strategy": name,
+                "training": batches(8 // steps, steps),
+                **extra,
+            }
+            for name in STRATEGIES
+            for key, (extra, steps) in VARIANTS.items()
+        ],
+    )
     return folder
 
 
@@ -53,7 +71,14 @@ def test_averaged_weights_equal_those_of_one_rank(runs, strategy):
 def test_a_run_moves_between_strategies_and_numbers_of_ranks(tmp_path):
     settings = {"global_batch_size": 12, "batch_size": 2, "total_steps": 10}
     toy(tmp_path, 1, [{"output_dir": str(tmp_path / "straight"), "training": settings}])
-    toy(tmp_path, 2, [{"output_dir": str(tmp_path / name), "strategy": name, "training": {**settings, "max_steps": 5}} for name in STRATEGIES])
+    toy(
+        tmp_path,
+        2,
+        [
+            {"output_dir": str(tmp_path / name), "strategy": name, "training": {**settings, "max_steps": 5}}
+            for name in STRATEGIES
+        ],
+    )
     moves = {1: [], 2: [], 3: []}  # every pair of strategies once, every source on every number of ranks
     for i, source in enumerate(STRATEGIES):
         for j, target in enumerate(STRATEGIES):
@@ -62,8 +87,14 @@ def test_a_run_moves_between_strategies_and_numbers_of_ranks(tmp_path):
     for world, pairs in moves.items():
         for source, target in pairs:
             shutil.copytree(tmp_path / source, tmp_path / f"{source}_{target}")
-        toy(tmp_path, world, [{"output_dir": str(tmp_path / f"{source}_{target}"), "strategy": target, "training": settings}
-                              for source, target in pairs])
+        toy(
+            tmp_path,
+            world,
+            [
+                {"output_dir": str(tmp_path / f"{source}_{target}"), "strategy": target, "training": settings}
+                for source, target in pairs
+            ],
+        )
         for source, target in pairs:
             found = losses(tmp_path / f"{source}_{target}")
             assert sorted(found) == sorted(expected)
@@ -75,8 +106,10 @@ def test_a_run_moves_between_strategies_and_numbers_of_ranks(tmp_path):
 def test_ranks_that_run_other_modules_are_caught(tmp_path, branches):
     # slot parity decides the branch, and slots 0 and 1 lie on different ranks
     common = {"branches": branches, "training": {"batch_size": 1, "total_steps": 6}}
-    cases = [{"output_dir": str(tmp_path / name), "strategy": name, "expect": branches == "divergent", **common}
-             for name in (STRATEGIES[:4] if branches == "divergent" else STRATEGIES)]
+    cases = [
+        {"output_dir": str(tmp_path / name), "strategy": name, "expect": branches == "divergent", **common}
+        for name in (STRATEGIES[:4] if branches == "divergent" else STRATEGIES)
+    ]
     toy(tmp_path, 2, cases)
     if branches == "divergent":
         for case in cases:
@@ -93,7 +126,18 @@ def test_ranks_that_run_other_modules_are_caught(tmp_path, branches):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_gradient_that_is_not_finite_is_skipped_by_all(tmp_path, strategy):
-    toy(tmp_path, 2, [{"output_dir": str(tmp_path / "run"), "strategy": strategy, "nan_at": 3, "training": {"batch_size": 2, "total_steps": 8}}])
+    toy(
+        tmp_path,
+        2,
+        [
+            {
+                "output_dir": str(tmp_path / "run"),
+                "strategy": strategy,
+                "nan_at": 3,
+                "training": {"batch_size": 2, "total_steps": 8},
+            }
+        ],
+    )
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     skipped = [row["step"] for row in rows if row.get("train/skipped")]
     assert skipped == [4]

@@ -1,6 +1,6 @@
 """A toy run for the tests of shared/: a small transformer with keyed noise, dropout, a frozen layer and odd sizes.
 
-As a script it takes a JSON list of cases and runs them one after another in one launch: python tests/shared/toy.py CASES.json
+As a script it runs a JSON list of cases one after another in one launch: python tests/shared/toy.py CASES.json
 """
 
 import json
@@ -40,7 +40,7 @@ class Block(nn.Module):
 
 
 class Toy(nn.Module):
-    """tied: head and table are one tensor. branches: two branches, each sample set uses one; fixed_order runs both, at weight 0 or 1."""
+    """tied: head and table are one tensor. branches: each batch uses one of two; fixed_order runs both."""
 
     def __init__(self, dropout=0.0, tied=False, branches=None):
         super().__init__()
@@ -81,13 +81,17 @@ class Tokens:
     def sample(self, index, epoch):
         from shared.errors import BadSample
         from shared.rng import keyed_generator
+
         if index in self.bad:
             raise BadSample(f"sample {index} is broken")
         return {"tokens": torch.randint(0, CLASSES, (6,), generator=keyed_generator(7, index, epoch)), "index": index}
 
 
 def collate(items):
-    return {"tokens": torch.stack([item["tokens"] for item in items]), "index": torch.tensor([item["index"] for item in items])}
+    return {
+        "tokens": torch.stack([item["tokens"] for item in items]),
+        "index": torch.tensor([item["index"] for item in items]),
+    }
 
 
 def losses(case):
@@ -100,6 +104,7 @@ def losses(case):
             if step == case.get("nan_at") and int(batch["slot"].min()) == 0:
                 loss = loss * float("nan")
             yield loss / len(batches), {"first_index": batch["index"][0].float()}
+
     return hook
 
 
@@ -112,14 +117,45 @@ def validate(model, step):
 def run_case(case, info):
     torch.manual_seed(3)
     model = Toy(case.get("dropout", 0.0), case.get("tied", False), case.get("branches"))
-    training = {"batch_size": 2, "total_steps": 20, "learning_rate": 3e-3, "weight_decay": 0.01, "logging_steps": 1, "ema_decay": 0.9,
-                "save_steps": None, "eval_steps": 10, **case.get("training", {})}
-    config = Config(run={"strategy": case.get("strategy"), "precision": "fp32", "device": "cpu", "output_dir": case["output_dir"],
-                         **case.get("run", {})}, training=training)
+    training = {
+        "batch_size": 2,
+        "total_steps": 20,
+        "learning_rate": 3e-3,
+        "weight_decay": 0.01,
+        "logging_steps": 1,
+        "ema_decay": 0.9,
+        "save_steps": None,
+        "eval_steps": 10,
+        **case.get("training", {}),
+    }
+    config = Config(
+        run={
+            "strategy": case.get("strategy"),
+            "precision": "fp32",
+            "device": "cpu",
+            "output_dir": case["output_dir"],
+            **case.get("run", {}),
+        },
+        training=training,
+    )
     plan = BatchPlan(101, config.training.batch_size, info.world, accumulation_steps(config.training, info.world), 11)
-    stream = MapStream(Tokens(case.get("bad", ())), plan, info, collate=collate, num_workers=case.get("num_workers", 0),
-                       bad_samples=Path(case["output_dir"]) / "bad_samples.jsonl")
-    return fit(config=config, info=info, model=model, stream=stream, losses=losses(case), validate=validate, wrap_classes=(Block,))
+    stream = MapStream(
+        Tokens(case.get("bad", ())),
+        plan,
+        info,
+        collate=collate,
+        num_workers=case.get("num_workers", 0),
+        bad_samples=Path(case["output_dir"]) / "bad_samples.jsonl",
+    )
+    return fit(
+        config=config,
+        info=info,
+        model=model,
+        stream=stream,
+        losses=losses(case),
+        validate=validate,
+        wrap_classes=(Block,),
+    )
 
 
 @command
