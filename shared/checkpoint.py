@@ -1,8 +1,8 @@
 """One checkpoint format for every system, strategy and number of ranks.
 
-A checkpoint is a folder: model.safetensors (trainable weights and buffers), ema.safetensors, optimizer.safetensors, trainer.json,
-config.yaml, and manifest.json (sizes and SHA-256 of all files), written last. It is written beside its place and renamed into it,
-so what is visible is complete; what was damaged later is told apart by its hashes.
+A checkpoint is a folder: model.safetensors (trainable weights and buffers), ema.safetensors, optimizer.safetensors,
+trainer.json, config.yaml, and manifest.json (sizes and SHA-256 of all files), written last. It is written beside its
+place and renamed into it, so what is visible is complete; what was damaged later is told apart by its hashes.
 """
 
 import hashlib
@@ -23,8 +23,18 @@ from shared.dist import DistInfo, barrier, from_main, raise_together
 from shared.errors import UserError
 
 FORMAT = 1
-_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
-          torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+_NAMES = {
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 class CheckpointError(UserError):
@@ -37,12 +47,21 @@ class CheckpointStore:
     def __init__(self, root: Path, info: DistInfo, *, keep_last: int = 2, keep_every: int | None = None):
         self.root, self.info, self.keep_last, self.keep_every = Path(root), info, keep_last, keep_every
 
-    def save(self, name: str, *, step: int, trainer: dict, tensors: dict[str, tuple[list, Iterable[Tensor | None]]], meta: dict,
-             extra: Callable[[Path], None] | None = None, best: str | None = None) -> Path:
+    def save(
+        self,
+        name: str,
+        *,
+        step: int,
+        trainer: dict,
+        tensors: dict[str, tuple[list, Iterable[Tensor | None]]],
+        meta: dict,
+        extra: Callable[[Path], None] | None = None,
+        best: str | None = None,
+    ) -> Path:
         """Write one checkpoint; all ranks call it. Any rank's error is raised on all, and nothing half-written stays.
 
-        tensors: file name -> (specs [(name, shape, dtype)], values in that order); drawing the values may be a collective.
-        extra(folder): rank 0 writes further files. best: the name of the best checkpoint so far, kept from deletion.
+        tensors: file name -> (specs [(name, shape, dtype)], values in that order); drawing a value may be a collective.
+        extra(folder): rank 0 writes further files. best: the best checkpoint so far, which is kept.
         """
         final = self.root / name
         if from_main(final.exists() and _is_valid(final)):
@@ -76,7 +95,7 @@ class CheckpointStore:
         temporary.mkdir()
 
     def _write_tensors(self, path: Path, specs: list, values: Iterable, files: dict, skip: bool) -> Exception | None:
-        """Every rank draws every value, since gathering is a collective; rank 0 writes them, unless something failed before."""
+        """Every rank draws every value, since gathering is a collective; rank 0 writes, unless something failed."""
         if not self.info.is_main or skip:
             for _ in values:
                 pass
@@ -87,7 +106,9 @@ class CheckpointStore:
             pass
         return error
 
-    def _write_rest(self, folder: Path, trainer: dict, meta: dict, step: int, extra: Callable | None, files: dict) -> None:
+    def _write_rest(
+        self, folder: Path, trainer: dict, meta: dict, step: int, extra: Callable | None, files: dict
+    ) -> None:
         _write_text(folder / "trainer.json", json.dumps(trainer, indent=1))
         if extra is not None:
             extra(folder)
@@ -112,7 +133,7 @@ class CheckpointStore:
 
     def _prune(self, best: str | None) -> None:
         found = self.listed()
-        keep = {path for _, path in found[:self.keep_last]}
+        keep = {path for _, path in found[: self.keep_last]}
         for step, path in found:
             if path in keep or path.name == best or (self.keep_every and step % self.keep_every == 0):
                 continue
@@ -132,13 +153,17 @@ class CheckpointStore:
         return sorted(found, reverse=True, key=lambda item: (item[0], item[1].name))
 
     def newest_valid(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint whose every file has the right hash, and sentences on those passed over. Rank 0 decides."""
+        """The newest checkpoint whose files all have the right hash, and sentences on the others; rank 0 decides."""
         if not self.info.is_main:
             return from_main(None)
         passed_over, chosen = [], None
         readable = {path for _, path in self.listed()}
-        folders = [p for p in self.root.iterdir() if p.is_dir() and not p.name.startswith(".")] if self.root.exists() else []
-        passed_over += [f"{path}: manifest.json is missing or unreadable" for path in sorted(folders) if path not in readable]
+        folders = (
+            [p for p in self.root.iterdir() if p.is_dir() and not p.name.startswith(".")] if self.root.exists() else []
+        )
+        passed_over += [
+            f"{path}: manifest.json is missing or unreadable" for path in sorted(folders) if path not in readable
+        ]
         for _, path in self.listed():
             try:
                 verify(path)
@@ -150,7 +175,7 @@ class CheckpointStore:
 
 
 def verify(path: Path) -> dict:
-    """The manifest of a checkpoint whose files all have the size and hash written there; CheckpointError names what differs."""
+    """The manifest of a checkpoint whose files agree with it in size and hash; CheckpointError names what differs."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         claimed = manifest.pop("sha256")
@@ -167,7 +192,9 @@ def verify(path: Path) -> dict:
         except OSError:
             raise CheckpointError(f"{path}: {name} is missing; use another checkpoint") from None
         if found != expected["bytes"]:
-            raise CheckpointError(f"{path}: {name} has {found} bytes, {expected['bytes']} were written; use another checkpoint")
+            raise CheckpointError(
+                f"{path}: {name} has {found} bytes, {expected['bytes']} were written; use another checkpoint"
+            )
         if _describe(path / name)["sha256"] != expected["sha256"]:
             raise CheckpointError(f"{path}: {name} is damaged (its SHA-256 differs); use another checkpoint")
     return manifest
@@ -203,6 +230,7 @@ def _blocks(start: bytes, specs: list, values: Iterator[Tensor]) -> Iterator[Any
 
 # --- reading weights --------------------------------------------------------------------------------------------------
 
+
 class TensorFile:
     """Tensors of a safetensors file by name, read when asked for."""
 
@@ -223,7 +251,10 @@ def newest_checkpoint(output_dir: Path) -> Path | None:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a user means by OUT, OUT/NAME or OUT/checkpoints/NAME; a damaged one is refused, never replaced."""
+    """The checkpoint that a user means by OUT, OUT/NAME or OUT/checkpoints/NAME.
+
+    CheckpointError where there is none, and where the one named is damaged: it is never replaced by another.
+    """
     path = Path(path)
     for folder in (path, path.parent / "checkpoints" / path.name):
         if (folder / "manifest.json").exists():
@@ -234,8 +265,10 @@ def find_checkpoint(path: Path) -> Path:
         if newest is not None:
             return newest
     found = sorted(item.name for item in path.parent.glob("*/manifest.json")) if path.parent.is_dir() else []
-    raise CheckpointError(f"{path}: {'holds no complete checkpoint' if path.exists() else 'no such checkpoint'}; "
-                          f"give a run folder or one of its checkpoints{f' ({found})' if found else ''}")
+    raise CheckpointError(
+        f"{path}: {'holds no complete checkpoint' if path.exists() else 'no such checkpoint'}; "
+        f"give a run folder or one of its checkpoints{f' ({found})' if found else ''}"
+    )
 
 
 def load_weights(path: Path | str, *, prefer_ema: bool = True) -> dict[str, Tensor]:
@@ -271,23 +304,31 @@ def _load_file(path: Path) -> dict[str, Tensor]:
 
 
 def load_strict(module: nn.Module, state: dict[str, Tensor], *, what: str, allow_missing: Iterable[str] = ()) -> None:
-    """Load a state dict whose names and shapes must all fit; a UserError lists what is missing, unexpected or of another shape.
+    """Load a state dict whose names and shapes must all fit.
 
-    allow_missing: name prefixes that may be absent.
+    what: the file, for the message. allow_missing: name prefixes that may be absent. UserError lists what is missing,
+    unexpected or of another shape.
     """
     own = module.state_dict()
     missing = [name for name in own if name not in state and not name.startswith(tuple(allow_missing))]
     unexpected = [name for name in state if name not in own]
-    shapes = [f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}" for name in own
-              if name in state and state[name].shape != own[name].shape]
-    faults = [f"{len(names)} {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-              for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)) if names]
+    shapes = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    faults = [
+        f"{len(names)} {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if names
+    ]
     if faults:
         raise UserError(f"{what} does not fit this model ({'; '.join(faults)}); check the preset and the file")
     module.load_state_dict(state, strict=False)
 
 
 # --- small parts ------------------------------------------------------------------------------------------------------
+
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Buffers that belong to the state dict, by name."""

@@ -1,17 +1,14 @@
 """Settings: pydantic sections, YAML presets, and command-line flags generated from the same schema.
 
-Precedence: built-in default < preset or file given by --config < flags. This file imports no torch, so `--help` is quick.
+Precedence: built-in default < preset or file given by --config < flags. No torch is imported: `--help` is quick.
 """
 
-import argparse
 import difflib
 import hashlib
 import json
 import os
 import sys
-import types
 import typing
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -19,6 +16,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shared.errors import UserError
+from shared.flags import Leaf as Leaf
+from shared.flags import StrictLoader, extra_of, from_text, full_key, leaves_of, make_parser, put, section_of
 
 T = TypeVar("T", bound=BaseModel)
 STRATEGIES = ("none", "ddp", "fsdp", "zero1", "zero2", "zero3")
@@ -53,7 +52,7 @@ class Section(BaseModel):
             return values
         values = dict(values)
         for name, field in cls.model_fields.items():
-            for other in _extra(field).get("flags", ()):
+            for other in extra_of(field).get("flags", ()):
                 if other in values and other not in cls.model_fields:
                     if name in values:
                         raise ValueError(f"'{name}' and '{other}' are two names of one setting; give one of them")
@@ -102,6 +101,7 @@ class RunSection(Section):
     wandb: bool = setting(False, "log to Weights & Biases (pip install wandb)", "use_wandb")
     wandb_project: str = setting("trainings", "Weights & Biases project")
     run_name: str | None = setting(None, "name of the run in Weights & Biases", "wandb_run_name")
+    cpu_offload: bool = setting(False, "fsdp and zero: keep weights and optimizer state in host memory", "fsdp_cpu_offload")
     check_gradients_every: int = setting(
         1000,
         "compare over ranks which parameters have gradients: at the first step and every so many steps; 0: never",
@@ -153,6 +153,7 @@ class TrainingSection(Section):
     sample_steps: int | None = setting(
         None, "optimizer steps between sample pictures; null: only at the end", "sample_every", ge=1
     )
+    save: bool = setting(True, "write checkpoints; without them a run cannot resume")
     keep_last: int = setting(2, "newest checkpoints kept; the best one is kept beside them", "save_total_limit", ge=2)
     keep_every: int | None = setting(None, "also keep the checkpoints at multiples of this step", ge=1)
     best_metric: str = setting("val/loss", "metric that decides which checkpoint is best")
@@ -168,7 +169,10 @@ class TrainingSection(Section):
 
 
 def accumulation_steps(training: TrainingSection, world: int) -> int:
-    """Micro-steps of one optimizer step; refuses a global batch that ranks x batch_size does not divide, naming values that would do."""
+    """Micro-steps of one optimizer step on `world` ranks.
+
+    UserError where batch_size x world does not divide global_batch_size; it names values that would do.
+    """
     if training.global_batch_size is None:
         return training.gradient_accumulation_steps
     micro = training.batch_size * world
@@ -177,8 +181,9 @@ def accumulation_steps(training: TrainingSection, world: int) -> int:
         fits = [size for size in range(1, per_rank + 1) if training.global_batch_size % (size * world) == 0]
         advice = f"use --batch-size {', '.join(map(str, fits[-4:]))}" if fits else f"use a multiple of {world} ranks"
         raise UserError(
-            f"training.global_batch_size {training.global_batch_size} is not divisible by batch_size {training.batch_size} x "
-            f"{world} ranks = {micro}; {advice}, or --global-batch-size {micro * max(1, round(training.global_batch_size / micro))}"
+            f"training.global_batch_size {training.global_batch_size} is not divisible by batch_size "
+            f"{training.batch_size} x {world} ranks = {micro}; {advice}, or --global-batch-size "
+            f"{micro * max(1, round(training.global_batch_size / micro))}"
         )
     return training.global_batch_size // micro
 
@@ -186,29 +191,10 @@ def accumulation_steps(training: TrainingSection, world: int) -> int:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """YAML without repeated keys, which PyYAML would overwrite silently."""
-
-
-def _mapping_without_repeats(loader: _StrictLoader, node: yaml.MappingNode) -> dict:
-    seen: dict = {}
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if key in seen:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"duplicate key '{key}', first in line {seen[key]}", key_node.start_mark
-            )
-        seen[key] = key_node.start_mark.line + 1
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
-
-
-_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_repeats)
-
-
 def read_yaml(path: Path) -> dict:
     """The mapping in a YAML file; a UserError names the file and line of what cannot be read."""
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)  # noqa: S506  (a SafeLoader)
+        tree = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)  # noqa: S506  (a SafeLoader)
     except FileNotFoundError:
         raise UserError(f"--config {path}: no such file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -234,8 +220,8 @@ def load_config(
     aliases maps further flag spellings onto existing ones, e.g. {"--config_path": "--config"}. Errors are UserErrors.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    leaves = list(_leaves(schema))
-    parser = _parser(leaves, description, presets, default, aliases or {})
+    leaves = list(leaves_of(schema))
+    parser = make_parser(leaves, description, presets, default, aliases or {})
     given = vars(parser.parse_args(argv))
     tree, where = {}, "command line"
     chosen = given.pop("--config", default)
@@ -246,10 +232,10 @@ def load_config(
         key, separator, value = assignment.partition("=")
         if not separator:
             raise UserError(f"--set {assignment}: expected section.key=value")
-        given[_full_key(key, leaves)] = value
+        given[full_key(key, leaves)] = value
     kinds = {leaf.path: leaf.annotation for leaf in leaves}
     for path, value in given.items():
-        _put(tree, path, _from_text(value, kinds[path]), schema)
+        put(tree, path, from_text(value, kinds[path]), schema)
     return validate(schema, tree, where)
 
 
@@ -285,7 +271,7 @@ def fixed_settings(config: BaseModel) -> dict[str, Any]:
     """Dotted names and values of every setting that may not change when a run resumes."""
     values = config.model_dump(mode="json")
     found = {}
-    for leaf in _leaves(type(config)):
+    for leaf in leaves_of(type(config)):
         if leaf.fixed:
             node: Any = values
             for part in leaf.path.split("."):
@@ -301,157 +287,6 @@ def check_resume(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
         for key in current
         if key in saved and saved[key] != current[key]
     ]
-
-
-# --- flags from the schema --------------------------------------------------------------------------------------------
-
-
-def _extra(field: Any) -> dict:
-    return field.json_schema_extra or {}
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section class of an annotation such as ModelConfig or ModelConfig | None."""
-    options = typing.get_args(annotation) or (annotation,)
-    return next((item for item in options if isinstance(item, type) and issubclass(item, BaseModel)), None)
-
-
-class Leaf(typing.NamedTuple):
-    """One setting of a schema."""
-
-    path: str  # dotted name
-    annotation: Any
-    field: Any
-    fixed: bool  # may not change on resume
-
-    @property
-    def flags(self) -> list[str]:
-        """Its short name and its further names."""
-        return [self.path.rsplit(".", 1)[-1], *_extra(self.field).get("flags", ())]
-
-    @property
-    def hidden(self) -> bool:
-        return _extra(self.field).get("hidden", False)
-
-
-def _leaves(schema: type[BaseModel], prefix: str = "", fixed: bool = False) -> Iterator[Leaf]:
-    """Every setting below `schema`."""
-    for name, field in schema.model_fields.items():
-        section = _section_of(field.annotation)
-        if section is not None:
-            yield from _leaves(section, f"{prefix}{name}.", fixed or getattr(section, "fixed_on_resume", False))
-        else:
-            yield Leaf(f"{prefix}{name}", field.annotation, field, fixed or _extra(field).get("fixed", False))
-
-
-def _spellings(names: list[str]) -> list[str]:
-    return list(dict.fromkeys("--" + form for name in names for form in (name.replace("_", "-"), name)))
-
-
-def _parser(
-    leaves: list[Leaf], description: str | None, presets: Path | None, default: str | None, aliases: dict[str, str]
-) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=description,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    others: dict[str, list[str]] = {}
-    for spelling, flag in aliases.items():
-        others.setdefault(flag, []).extend(_spellings([spelling.lstrip("-")]))
-    taken: set[str] = set()
-    if presets is not None:
-        names = ", ".join(sorted(item.stem for item in presets.glob("*.yaml")))
-        parser.add_argument(
-            "--config",
-            *others.get("--config", ()),
-            dest="--config",
-            metavar="PRESET|FILE",
-            help=f"preset ({names}) or a YAML file (default: {default})",
-        )
-        taken.update(["--config", *others.get("--config", ())])
-    parser.add_argument(
-        "--set", dest="--set", action="append", metavar="KEY=VALUE", help="any setting by its dotted name; repeatable"
-    )
-    taken.add("--set")
-    shown = [leaf for leaf in leaves if not leaf.hidden]
-    short_names = [name for leaf in shown for name in set(leaf.flags)]
-    for leaf in shown:
-        names = [leaf.path, *(name for name in leaf.flags if short_names.count(name) == 1)]
-        flags = [flag for flag in _spellings(names) if flag not in taken]
-        flags += [flag for own in list(flags) for flag in others.get(own, ()) if flag not in taken]
-        taken.update(flags)
-        _add_flag(parser, leaf, flags)
-    return parser
-
-
-def _add_flag(parser: argparse.ArgumentParser, leaf: Leaf, flags: list[str]) -> None:
-    path, preset = leaf.path, leaf.field.get_default(call_default_factory=True)
-    kinds = _kinds(leaf.annotation)
-    text = f"{leaf.field.description or ''} (default: {preset})".replace("%", "%%").strip()
-    choices = [str(choice) for kind in kinds if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)]
-    metavar = "|".join(choices) if choices else path.rsplit(".", 1)[-1].upper()
-    if any(typing.get_origin(kind) is list or kind is list for kind in kinds):
-        parser.add_argument(*flags, dest=path, nargs="*", metavar=metavar, help=text)
-    elif bool in kinds:
-        parser.add_argument(*flags, dest=path, nargs="?", const="true", metavar="true|false", help=text)
-        negative = [f"--no-{flag[2:]}" for flag in flags if "." not in flag] + [
-            f"--no_{flag[2:]}" for flag in flags if "." not in flag
-        ]
-        parser.add_argument(
-            *dict.fromkeys(negative), dest=path, action="store_const", const="false", help=argparse.SUPPRESS
-        )
-    else:
-        parser.add_argument(*flags, dest=path, metavar=metavar, help=text)
-
-
-def _kinds(annotation: Any) -> tuple:
-    """The alternatives of an annotation: (int, NoneType) for int | None."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return typing.get_args(annotation)
-    return (annotation,)
-
-
-def _from_text(value: Any, annotation: Any) -> Any:
-    """A flag's raw text for pydantic: none/null where the field is optional, YAML for mappings, the text itself otherwise."""
-    kinds = _kinds(annotation)
-    if isinstance(value, list):
-        return [item for text in value for item in ([text] if value != [text] else text.split(","))]
-    if type(None) in kinds and value.lower() in ("none", "null"):
-        return None
-    if any(typing.get_origin(kind) is list or kind is list for kind in kinds):
-        return [item for item in value.strip("[]").replace(" ", "").split(",") if item]
-    if any(typing.get_origin(kind) is dict or kind is dict for kind in kinds):
-        return yaml.load(value, _StrictLoader)  # noqa: S506  (a SafeLoader)
-    return value
-
-
-def _put(tree: dict, path: str, value: Any, schema: type[BaseModel]) -> None:
-    """Lay `value` at a dotted path over the tree, and drop the other names that the YAML may have used for it."""
-    *parents, name = path.split(".")
-    for parent in parents:
-        schema = _section_of(schema.model_fields[parent].annotation)
-        if not isinstance(tree.get(parent), dict):
-            tree[parent] = {}
-        tree = tree[parent]
-    for other in _extra(schema.model_fields[name]).get("flags", ()):
-        tree.pop(other, None)
-    tree[name] = value
-
-
-def _full_key(key: str, leaves: list[Leaf]) -> str:
-    """The dotted name that `key` (dotted or short, any of a setting's names) stands for."""
-    parent, _, name = key.rpartition(".")
-    found = [leaf.path for leaf in leaves if key == leaf.path] or [
-        leaf.path for leaf in leaves if name in leaf.flags and parent in ("", leaf.path.rpartition(".")[0])
-    ]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise UserError(f"--set {key}: names several settings: {', '.join(found)}; give the dotted name")
-    near = difflib.get_close_matches(key, [leaf.path for leaf in leaves], 1)
-    raise UserError(f"--set {key}: no such setting{f'; did you mean {near[0]}?' if near else ''}")
 
 
 def _preset_path(chosen: str, presets: Path) -> Path:
@@ -476,7 +311,7 @@ def _fault(item: dict, schema: type[BaseModel]) -> str:
         *parents, key = [str(part) for part in item["loc"]]
         node: type[BaseModel] | None = schema
         for parent in parents:
-            node = _section_of(node.model_fields[parent].annotation) if node and parent in node.model_fields else None
+            node = section_of(node.model_fields[parent].annotation) if node and parent in node.model_fields else None
         near = difflib.get_close_matches(key, list(node.model_fields) if node else [], 1)
         return f"{path}: unknown setting{f'; did you mean {near[0]}?' if near else ''}"
     if item["type"] == "value_error":

@@ -31,9 +31,9 @@ class SampleKey(NamedTuple):
 class BatchPlan:
     """Cuts the epochs' permutations into steps, micro-steps and ranks.
 
-    The global batch of a step is a contiguous slice of the order, so one rank and N ranks see the same samples in a step when
-    batch_size x world x accumulation is the same. drop_last leaves out the tail of each epoch; otherwise a batch runs on into
-    the next epoch, and a set smaller than one batch repeats.
+    The global batch of a step is a contiguous slice of the order, so one rank and N ranks see the same samples in a
+    step when batch_size x world x accumulation is the same. drop_last leaves out the tail of each epoch; otherwise a
+    batch runs on into the next epoch, and a set smaller than one batch repeats.
     """
 
     num_samples: int
@@ -49,8 +49,9 @@ class BatchPlan:
             raise UserError("the data set is empty; check its path and split")
         if self.drop_last and self.num_samples < self.global_batch:
             raise UserError(
-                f"the data set has {self.num_samples} samples, one optimizer step takes {self.global_batch} (batch_size {self.batch_size} x "
-                f"{self.world} ranks x {self.accumulation} micro-steps); use a smaller --batch-size, fewer ranks or less accumulation"
+                f"the data set has {self.num_samples} samples, one optimizer step takes {self.global_batch} "
+                f"(batch_size {self.batch_size} x {self.world} ranks x {self.accumulation} micro-steps); "
+                "use a smaller --batch-size, fewer ranks or less accumulation"
             )
 
     @property
@@ -92,8 +93,8 @@ class Stream(Protocol):
     """What the loop reads from. MapStream is one; a system with packing writes its own."""
 
     steps_per_epoch: int | None
-    samples_per_step: int       # over all ranks
-    fingerprint: str | None     # stands for the list of samples; a resumed run must have the same
+    samples_per_step: int  # over all ranks
+    fingerprint: str | None  # stands for the list of samples; a resumed run must have the same
 
     def start(self, step: int, state: dict | None) -> None:
         """Go to the batches of optimizer step `step`; `state` is what state() returned there, None at step 0."""

@@ -57,7 +57,8 @@ def _choose_device(device: str, local_rank: int) -> torch.device:
         index = chosen.index if chosen.index is not None else local_rank
         if index >= torch.cuda.device_count():
             raise UserError(
-                f"--device {device}: GPU {index} wanted, {torch.cuda.device_count()} found; use --device cpu or fewer processes"
+                f"--device {device}: GPU {index} wanted, {torch.cuda.device_count()} found; "
+                "use --device cpu or fewer processes"
             )
         chosen = torch.device("cuda", index)
     return chosen

@@ -31,9 +31,8 @@ def command(main: Callable) -> Callable:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            _leave(
-                f"error: {error.filename or 'output folder'}: the disk is full; free some space and run the same command again"
-            )
+            place = error.filename or "output folder"
+            _leave(f"error: {place}: the disk is full; free some space and run the same command again")
 
     return run
 

@@ -27,9 +27,10 @@ def linear_path(start: Tensor, end: Tensor, t_B: Tensor) -> tuple[Tensor, Tensor
 def sample_times(
     distribution: Literal["uniform", "logit_normal"], uniform_B: Tensor, *, mean: float = 0.0, std: float = 1.0
 ) -> Tensor:
-    """Times in (0, 1) from uniform draws in [0, 1).
+    """Times in (0, 1), shape (B,), from uniform draws in [0, 1).
 
-    logit_normal: sigmoid(mean + std n), n standard normal (Esser et al. 2024, eq. 19), by inverting the normal distribution function.
+    logit_normal: sigmoid(mean + std n) with n standard normal (Esser et al. 2024, eq. 19); n is the normal quantile of
+    the uniform draw.
     """
     if distribution == "uniform":
         return uniform_B
@@ -45,7 +46,7 @@ def shift_noise_level(sigma: Tensor, shift: float) -> Tensor:
 def time_grid(
     steps: int, *, start: float = 0.0, end: float = 1.0, shift: float = 1.0, noise_at: Literal["start", "end"] = "start"
 ) -> Tensor:
-    """steps + 1 monotone times from start to end in float64, shifted towards the noisy end. `steps` counts intervals."""
+    """steps + 1 monotone times from start to end, float64, shifted towards the noisy end; `steps` counts intervals."""
     if steps < 1:
         raise ValueError(f"steps is {steps}; at least 1 is needed")
     fraction = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
@@ -90,7 +91,7 @@ def integrate(
 
 
 def guided(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
-    """Classifier-free guidance: unconditional + scale (conditional - unconditional) (Ho and Salimans 2022, scale = 1 + w)."""
+    """Guidance: unconditional + scale (conditional - unconditional); Ho and Salimans 2022, eq. 6, scale = 1 + w."""
     return unconditional + scale * (conditional - unconditional)
 
 

@@ -19,7 +19,9 @@ TIME_BINS = 10  # bins of a loss over t in [0, 1]
 class RunLog:
     """The run's writer. Numbers of a window are added up on the device and read once per log line."""
 
-    def __init__(self, output_dir: Path, run: RunSection, info: DistInfo, *, resume_step: int = 0, settings: dict | None = None):
+    def __init__(
+        self, output_dir: Path, run: RunSection, info: DistInfo, *, resume_step: int = 0, settings: dict | None = None
+    ):
         self.output_dir, self.info = output_dir, info
         self.file = self.metrics = self.board = self.wandb = None
         if info.is_main:
@@ -74,7 +76,10 @@ class RunLog:
         """One line of metrics.jsonl, `step` first; a number that is not finite is written as null."""
         if self.metrics is None:
             return
-        clean = {name: value if not isinstance(value, float) or math.isfinite(value) else None for name, value in values.items()}
+        clean = {
+            name: value if not isinstance(value, float) or math.isfinite(value) else None
+            for name, value in values.items()
+        }
         self.metrics.write(json.dumps({"step": step, **clean}) + "\n")
         if self.board is not None:
             for name, value in clean.items():
@@ -110,6 +115,7 @@ def memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
@@ -126,7 +132,9 @@ def _tensorboard(output_dir: Path, resume_step: int):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard; or use --no-tensorboard") from None
+        raise UserError(
+            "--tensorboard needs the package tensorboard: pip install tensorboard; or use --no-tensorboard"
+        ) from None
     return SummaryWriter(str(output_dir), purge_step=resume_step + 1 if resume_step else None)
 
 
@@ -138,4 +146,6 @@ def _wandb(output_dir: Path, run: RunSection, settings: dict):
     mark = output_dir / "wandb_run_id"
     run_id = mark.read_text().strip() if mark.exists() else wandb.util.generate_id()
     mark.write_text(run_id)
-    return wandb.init(project=run.wandb_project, name=run.run_name, id=run_id, resume="allow", dir=str(output_dir), config=settings)
+    return wandb.init(
+        project=run.wandb_project, name=run.run_name, id=run_id, resume="allow", dir=str(output_dir), config=settings
+    )

@@ -1,6 +1,5 @@
-"""fit(): the only training loop. A system hands in functions (losses, validate, sample, after_step); everything else is here."""
+"""fit(), the only training loop. A system hands in functions (losses, validate, sample, after_step)."""
 
-import json
 import math
 import os
 import time
@@ -12,16 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from shared.checkpoint import CheckpointStore, find_checkpoint, frozen_digest
-from shared.config import check_resume, config_digest, fixed_settings, save_config
+from shared.checkpoint import CheckpointStore, frozen_digest
+from shared.config import save_config
 from shared.data import Stream, to_device
-from shared.dist import DistInfo, barrier, from_main, max_over_ranks, mean_over_ranks, raise_together
+from shared.dist import DistInfo, barrier, max_over_ranks, mean_over_ranks, raise_together
 from shared.ema import EMA
 from shared.errors import UserError
 from shared.log import RunLog, memory_gb
 from shared.optim import decay_groups, lr_at
+from shared.resume import RunState, checkpoint_folder_name, resume, save_run
 from shared.rng import seed_everything
-from shared.state import restore, restore_weights_only, tensors_to_save, trainer_state, versions
 from shared.stop import StopFlag
 from shared.strategy import Strategy, check_gradients_agree, choose_precision, make_strategy
 
@@ -30,7 +29,7 @@ _STEP_STREAM = 103
 
 
 class TrainedModel:
-    """What the hooks call: the wrapped module under the run's precision. `.module` is the bare one, for reading only."""
+    """What the hooks call: the wrapped module in the run's precision. `.module` is the bare one, for reading only."""
 
     def __init__(self, strategy: Strategy):
         self.strategy = strategy
@@ -42,22 +41,6 @@ class TrainedModel:
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         with self.strategy.autocast():
             return self.strategy.model(*arguments, **named)
-
-
-@dataclass
-class RunState:
-    """The numbers that a resumed run continues from."""
-
-    step: int = 0
-    samples_seen: int = 0
-    data_step: int = 0          # the stream's step; differs from `step` after a change of the global batch
-    skipped: int = 0            # in a row
-    best: float | None = None
-    best_name: str | None = None
-    validations_without_gain: int = 0
-    stream: dict | None = None
-    fingerprint: str | None = None
-    global_batch: int | None = None
 
 
 @dataclass
@@ -77,26 +60,44 @@ def is_done(output_dir: Path | str) -> bool:
     return (Path(output_dir) / "DONE").exists()
 
 
-def fit(*, config: Any, info: DistInfo, model: nn.Module, stream: Stream, losses: Callable[..., Iterator], validate: Callable | None = None,
-        sample: Callable | None = None, after_step: Callable | None = None, groups: list[dict] | None = None,
-        wrap_classes: tuple[type, ...] = (), export: Callable | None = None, checkpoint_name: str = "step_{step:08d}",
-        epoch_checkpoint_name: str | None = None, output_dir: Path | str | None = None, title: str = "") -> FitResult:
+def fit(
+    *,
+    config: Any,
+    info: DistInfo,
+    model: nn.Module,
+    stream: Stream,
+    losses: Callable[..., Iterator],
+    validate: Callable | None = None,
+    sample: Callable | None = None,
+    after_step: Callable | None = None,
+    groups: list[dict] | None = None,
+    wrap_classes: tuple[type, ...] = (),
+    export: Callable | None = None,
+    checkpoint_name: str = "step_{step:08d}",
+    epoch_checkpoint_name: str | None = None,
+    output_dir: Path | str | None = None,
+    title: str = "",
+) -> FitResult:
     """Train `model` to the planned step, resuming what is in the output folder.
 
-    losses(model, batches, step) yields one (loss, metrics) per micro-batch, pre-weighted: their sum over micro-batches, averaged
-    over ranks, is the loss. validate(model, step) -> dict of floats; sample(model, step, folder); after_step(module, step);
-    export(folder, weights, ema) adds files to a checkpoint. All ranks call all hooks in the same order.
+    losses(model, batches, step) yields one (loss, metrics) per micro-batch, pre-weighted: their sum over micro-batches,
+    averaged over ranks, is the loss. validate(model, step) -> dict of floats; sample(model, step, folder);
+    after_step(module, step); export(folder, weights, ema) adds files to a checkpoint. All ranks call all hooks in the
+    same order. Raises UserError for unreadable data, settings that do not fit the checkpoint, and lasting overflow.
     """
     run, training = config.run, config.training
     output_dir = Path(output_dir or run.output_dir)
-    strategy = make_strategy(run.strategy, info, choose_precision(run.precision, info.device), training)
+    precision = choose_precision(run.precision, info.device)
+    strategy = make_strategy(run.strategy, info, precision, training, run.cpu_offload)
     frozen = frozen_digest(model) if info.is_main else None
     strategy.prepare(model, groups or decay_groups(model, training.weight_decay), wrap_classes)
     ema = EMA(strategy, training.ema_decay, training.ema_warmup) if training.ema_decay > 0 else None
     trained = TrainedModel(strategy)
-    store = CheckpointStore(output_dir / "checkpoints", info, keep_last=training.keep_last, keep_every=training.keep_every)
+    store = CheckpointStore(
+        output_dir / "checkpoints", info, keep_last=training.keep_last, keep_every=training.keep_every
+    )
     notes: list[str] = []
-    state = _resume(config, strategy, ema, store, stream, frozen, notes.append)
+    state = resume(config, strategy, ema, store, stream, frozen, notes.append)
     last_step, samples_per_step = plan_steps(training, stream), getattr(stream, "samples_per_step", 1)
     stop_at = min(last_step, training.max_steps or last_step)
     log = RunLog(output_dir, run, info, resume_step=state.step, settings=config.model_dump(mode="json"))
@@ -106,9 +107,11 @@ def fit(*, config: Any, info: DistInfo, model: nn.Module, stream: Stream, losses
     checkpoint, reason, error, checked = None, None, None, False
     began, began_step = time.perf_counter(), state.step
 
-    def save() -> Path:
-        name = _checkpoint_name(state, stream, checkpoint_name, epoch_checkpoint_name)
-        return _save(name, config, state, strategy, ema, store, stream, frozen, export)
+    def save() -> Path | None:
+        if not training.save:
+            return None
+        name = checkpoint_folder_name(state, stream, checkpoint_name, epoch_checkpoint_name)
+        return save_run(name, config, state, strategy, ema, store, stream, frozen, export)
 
     with StopFlag(run.time_limit_minutes) as stop:
         while state.step < stop_at and reason is None:
@@ -137,8 +140,10 @@ def fit(*, config: Any, info: DistInfo, model: nn.Module, stream: Stream, losses
             done = strategy.optimizer_step()
             state.skipped = 0 if done.applied else state.skipped + 1
             if state.skipped >= MAX_SKIPPED:
-                raise UserError(f"the gradient was not finite in {MAX_SKIPPED} steps in a row, the last at step {state.step}; "
-                                "lower --learning-rate, use --precision fp32, or look at the data of these steps")
+                raise UserError(
+                    f"the gradient was not finite in {MAX_SKIPPED} steps in a row, the last at step {state.step}; "
+                    "lower --learning-rate, use --precision fp32, or look at the data of these steps"
+                )
             if done.applied and ema is not None:
                 ema.update()
             if after_step is not None:
@@ -153,13 +158,20 @@ def fit(*, config: Any, info: DistInfo, model: nn.Module, stream: Stream, losses
                 found, is_best = _validate(validate, trained, ema, state, training, log)
                 metrics |= found
                 if is_best:
-                    state.best_name = _checkpoint_name(state, stream, checkpoint_name, epoch_checkpoint_name)
+                    state.best_name = checkpoint_folder_name(state, stream, checkpoint_name, epoch_checkpoint_name)
                 if _patience_is_over(state, training):
                     reason = f"no better {training.best_metric} in {training.early_stopping_patience} validations"
             if sample is not None and (at_end or _due(state.step, training.sample_steps)):
                 _run_hook(sample, trained, ema, state.step, output_dir / "samples")
-            if not at_end and reason is None and (is_best or _due(state.step, training.save_steps)
-                                                  or _epoch_due(state, stream, training.save_every_n_epochs)):
+            if (
+                not at_end
+                and reason is None
+                and (
+                    is_best
+                    or _due(state.step, training.save_steps)
+                    or _epoch_due(state, stream, training.save_every_n_epochs)
+                )
+            ):
                 checkpoint = save()
     if state.step > 0 and (state.step > began_step or reason):
         checkpoint = save()
@@ -177,90 +189,8 @@ def plan_steps(training: Any, stream: Stream) -> int:
     return training.num_epochs * stream.steps_per_epoch
 
 
-# --- resume and save --------------------------------------------------------------------------------------------------
-
-def _resume(config: Any, strategy: Strategy, ema: EMA | None, store: CheckpointStore, stream: Stream, frozen: str | None,
-            say: Callable[[str], None]) -> RunState:
-    """The state to continue from; weights, moments and averages are put into place."""
-    wish = config.run.resume
-    samples_per_step, fingerprint = getattr(stream, "samples_per_step", 1), getattr(stream, "fingerprint", None)
-    if wish == "none":
-        _set_aside(store, say)
-        return RunState(fingerprint=fingerprint, global_batch=samples_per_step)
-    if wish == "auto":
-        folder, passed_over = store.newest_valid()
-        for sentence in passed_over:
-            say(f"passed over {sentence}")
-    else:
-        path = Path(wish)
-        if path.is_file():
-            restore_weights_only(path, strategy, ema, say)
-            return RunState(fingerprint=fingerprint, global_batch=samples_per_step)
-        folder = find_checkpoint(path)
-    if folder is None:
-        return RunState(fingerprint=fingerprint, global_batch=samples_per_step)
-    trainer = json.loads((folder / "trainer.json").read_text())
-    differing = check_resume(trainer["fixed_settings"], fixed_settings(config))
-    if differing:
-        raise UserError(f"{folder} was made with other settings: {'; '.join(differing)}; use the same, or another --output-dir")
-    _check_base(folder, from_main(frozen))
-    state = RunState(**trainer["run_state"])
-    if fingerprint != state.fingerprint and not config.run.allow_data_change:
-        raise UserError(f"{folder} was trained on another list of samples (fingerprint {state.fingerprint}, now {fingerprint}); "
-                        "use the same data, or --allow-data-change")
-    state.fingerprint = fingerprint
-    if state.global_batch != samples_per_step:
-        say(f"one optimizer step now takes {samples_per_step} samples, before it took {state.global_batch}; the data go on after "
-            f"{state.samples_seen} samples (--global-batch-size {state.global_batch} would keep the run the same)")
-        state.data_step, state.global_batch, state.stream = state.samples_seen // samples_per_step, samples_per_step, None
-    restore(folder, trainer, strategy, ema, say)
-    say(f"resumed from {folder} at step {state.step}")
-    return state
-
-
-def _set_aside(store: CheckpointStore, say: Callable[[str], None]) -> None:
-    if store.info.is_main and store.listed():
-        aside = store.root.with_name(f"{store.root.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
-        store.root.rename(aside)
-        say(f"starting anew as asked; the former checkpoints lie in {aside}")
-    barrier()
-
-
-def _check_base(folder: Path, frozen: str | None) -> None:
-    saved = json.loads((folder / "manifest.json").read_text()).get("frozen_sha256")
-    if saved != frozen:
-        raise UserError(f"{folder} was trained on another frozen base (SHA-256 {str(saved)[:12]}, now {str(frozen)[:12]}); give the same base weights")
-
-
-def _checkpoint_name(state: RunState, stream: Stream, name: str, epoch_name: str | None) -> str:
-    per_epoch = stream.steps_per_epoch
-    if epoch_name is not None and per_epoch and state.step % per_epoch == 0:
-        return epoch_name.format(step=state.step, epoch=state.step // per_epoch)
-    return name.format(step=state.step, epoch=state.step // per_epoch if per_epoch else 0)
-
-
-def _save(name: str, config: Any, state: RunState, strategy: Strategy, ema: EMA | None, store: CheckpointStore, stream: Stream,
-          frozen: str | None, export: Callable | None) -> Path:
-    state.stream = stream.state()
-    trainer = {**trainer_state(strategy, ema), "run_state": vars(state) | {}, "fixed_settings": fixed_settings(config)}
-    whole = None
-    if export is not None:  # a guide's own files want all weights at once
-        weights = {key: strategy.full("weight", key) for key in strategy.parameters}
-        averaged = None if ema is None else {key: ema.full(key) for key in strategy.parameters}
-        whole = (weights, averaged)
-
-    def extra(folder: Path) -> None:
-        save_config(config, folder / "config.yaml")
-        if whole is not None:
-            export(folder, *whole)
-
-    meta = {"world": strategy.info.world, "strategy": strategy.name, "precision": strategy.precision,
-            "config_sha256": config_digest(config), "frozen_sha256": frozen, "versions": versions()}
-    return store.save(name, step=state.step, trainer=trainer, tensors=tensors_to_save(strategy, ema), meta=meta, extra=extra,
-                      best=state.best_name)
-
-
 # --- small steps of the loop ------------------------------------------------------------------------------------------
+
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
@@ -288,10 +218,13 @@ def _run_hook(hook: Callable, trained: TrainedModel, ema: EMA | None, *arguments
             return hook(trained, *arguments)
 
 
-def _validate(validate: Callable, trained: TrainedModel, ema: EMA | None, state: RunState, training: Any,
-              log: RunLog) -> tuple[dict[str, float], bool]:
+def _validate(
+    validate: Callable, trained: TrainedModel, ema: EMA | None, state: RunState, training: Any, log: RunLog
+) -> tuple[dict[str, float], bool]:
     """The validation's numbers, and whether the score that decides is the best so far."""
-    found = mean_over_ranks({f"val/{key}": float(value) for key, value in _run_hook(validate, trained, ema, state.step).items()})
+    found = mean_over_ranks(
+        {f"val/{key}": float(value) for key, value in _run_hook(validate, trained, ema, state.step).items()}
+    )
     log.write(state.step, found)
     log.say(f"Step {state.step}, " + ", ".join(f"{key}: {value:.4f}" for key, value in found.items()))
     score, sign = found.get(training.best_metric), 1 if training.best_mode == "min" else -1
@@ -304,23 +237,54 @@ def _validate(validate: Callable, trained: TrainedModel, ema: EMA | None, state:
 
 
 def _patience_is_over(state: RunState, training: Any) -> bool:
-    return training.early_stopping_patience is not None and state.validations_without_gain >= training.early_stopping_patience
+    return (
+        training.early_stopping_patience is not None
+        and state.validations_without_gain >= training.early_stopping_patience
+    )
 
 
-def _log_line(log: RunLog, state: RunState, stream: Stream, training: Any, last_step: int, micro_steps: int, info: DistInfo,
-              began: float, began_step: int) -> dict[str, float]:
-    elapsed, waited, steps = time.perf_counter() - log.started, log.waited, log.counts.get("train/micro_loss", 0) // micro_steps
+def _log_line(
+    log: RunLog,
+    state: RunState,
+    stream: Stream,
+    training: Any,
+    last_step: int,
+    micro_steps: int,
+    info: DistInfo,
+    began: float,
+    began_step: int,
+) -> dict[str, float]:
+    elapsed, waited, steps = (
+        time.perf_counter() - log.started,
+        log.waited,
+        log.counts.get("train/micro_loss", 0) // micro_steps,
+    )
     means = log.close_window()
     loss = means.pop("train/micro_loss") * micro_steps  # the micro-losses of a step add up to its loss
     learning_rate = lr_at(state.step - 1, training, last_step)
     rate = steps * getattr(stream, "samples_per_step", 1) / elapsed
     epoch = state.step / stream.steps_per_epoch if stream.steps_per_epoch else 0.0
-    row = {"train/loss": loss, **means, "train/lr": learning_rate, "train/epoch": round(epoch, 4), "perf/samples_per_second": rate,
-           "perf/seconds_per_step": elapsed / steps, "perf/data_wait_share": waited / elapsed, "perf/memory_gb": memory_gb(info.device)}
+    row = {
+        "train/loss": loss,
+        **means,
+        "train/lr": learning_rate,
+        "train/epoch": round(epoch, 4),
+        "perf/samples_per_second": rate,
+        "perf/seconds_per_step": elapsed / steps,
+        "perf/data_wait_share": waited / elapsed,
+        "perf/memory_gb": memory_gb(info.device),
+    }
     log.write(state.step, row)
-    left = (time.perf_counter() - began) / (state.step - began_step) * (min(last_step, training.max_steps or last_step) - state.step)
-    log.say(f"Step {state.step}, Loss: {loss:.4f} | of {last_step} | epoch {epoch:.2f} | lr {learning_rate:.2e} | grad norm "
-            f"{means.get('train/grad_norm', float('nan')):.3f} | {rate:.1f} samples/s | {row['perf/memory_gb']:.2f} GB | {_clock(left)} left")
+    left = (
+        (time.perf_counter() - began)
+        / (state.step - began_step)
+        * (min(last_step, training.max_steps or last_step) - state.step)
+    )
+    log.say(
+        f"Step {state.step}, Loss: {loss:.4f} | of {last_step} | epoch {epoch:.2f} | lr {learning_rate:.2e} | "
+        f"grad norm {means.get('train/grad_norm', float('nan')):.3f} | {rate:.1f} samples/s | "
+        f"{row['perf/memory_gb']:.2f} GB | {_clock(left)} left"
+    )
     return row
 
 
@@ -329,8 +293,18 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
-def _announce(log: RunLog, notes: list[str], strategy: Strategy, config: Any, state: RunState, stop_at: int, last_step: int, stream: Stream,
-              output_dir: Path, title: str) -> None:
+def _announce(
+    log: RunLog,
+    notes: list[str],
+    strategy: Strategy,
+    config: Any,
+    state: RunState,
+    stop_at: int,
+    last_step: int,
+    stream: Stream,
+    output_dir: Path,
+    title: str,
+) -> None:
     info = strategy.info
     if info.is_main:
         save_config(config, output_dir / "config.yaml")
@@ -338,14 +312,19 @@ def _announce(log: RunLog, notes: list[str], strategy: Strategy, config: Any, st
             (output_dir / "DONE").unlink(missing_ok=True)
     trainable = sum(math.prod(strategy.shape(name)) for name in strategy.parameters)
     frozen = sum(getattr(p, "ds_numel", p.numel()) for p in strategy.module.parameters() if not p.requires_grad)
-    log.say(f"{title or output_dir}: {trainable:,} trainable and {frozen:,} frozen parameters; {strategy.name} on {info.world} rank(s), "
-            f"{info.device}, {strategy.precision}; {getattr(stream, 'samples_per_step', 1)} samples a step; steps {state.step} to {stop_at} "
-            f"of {last_step}; seed {config.run.seed}; restart {info.restart}; process {os.getpid()}")
+    log.say(
+        f"{title or output_dir}: {trainable:,} trainable and {frozen:,} frozen parameters; {strategy.name} on "
+        f"{info.world} rank(s), {info.device}, {strategy.precision}; {getattr(stream, 'samples_per_step', 1)} samples "
+        f"a step; steps {state.step} to {stop_at} of {last_step}; seed {config.run.seed}; restart {info.restart}; "
+        f"process {os.getpid()}"
+    )
     for note in notes:
         log.say(note)
 
 
-def _leave(log: RunLog, output_dir: Path, info: DistInfo, state: RunState, finished: bool, reason: str | None, stream: Stream) -> None:
+def _leave(
+    log: RunLog, output_dir: Path, info: DistInfo, state: RunState, finished: bool, reason: str | None, stream: Stream
+) -> None:
     if hasattr(stream, "close"):
         stream.close()
     if reason is not None:

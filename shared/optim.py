@@ -45,8 +45,8 @@ def adamw(groups: list[dict], parameters: dict[str, nn.Parameter], training: Tra
 def lr_at(step: int, training: TrainingSection, total_steps: int) -> float:
     """The learning rate of optimizer step `step`, counted from 0.
 
-    Warm-up: peak (step + 1) / warmup. Then, with p the share of the rest that is done: constant 1, linear 1 - p, cosine (1 + cos pi p) / 2,
-    wsd 1 until p = 0.8 and linear to 0 after it; scaled so that it ends at min_lr_ratio.
+    Warm-up: peak (step + 1) / warmup. Then, with p the share of the rest that is done: constant 1, linear 1 - p,
+    cosine (1 + cos pi p) / 2, wsd 1 until p = 0.8 and linear to 0 after it; scaled so that it ends at min_lr_ratio.
     """
     peak, warmup = training.learning_rate, training.warmup_steps
     if step < warmup:

@@ -1,6 +1,6 @@
-"""The dry run: one training step on fake tensors, so that parameters, FLOPs, memory, traffic and time are known before renting.
+"""The dry run: parameters, FLOPs, memory, traffic and time of a training step, known before renting.
 
-Nothing is allocated: the model is built and run forward and backward under FakeTensorMode, at full size, on any machine.
+Nothing is allocated: the model is built and run forward and backward at full size on fake tensors, on any machine.
 """
 
 import math
@@ -23,7 +23,7 @@ ASSUMED_UTILISATION = 0.40  # share of the matrix peak that a well-fed transform
 
 @dataclass(frozen=True)
 class GPU:
-    """Data-sheet figures: dense bf16 matrix peak (TFLOP/s), fp32 or TF32 peak, memory (GB), traffic of one GPU to others (GB/s)."""
+    """Data-sheet figures: dense bf16 and fp32 (TF32) matrix peaks, TFLOP/s; memory, GB; traffic to other GPUs, GB/s."""
 
     bf16_tflops: float
     fp32_tflops: float
@@ -32,10 +32,20 @@ class GPU:
 
 
 GPUS = {
-    "3080": GPU(59, 30, 10, 16), "3090": GPU(71, 36, 24, 16), "4090": GPU(165, 83, 24, 16), "5090": GPU(210, 105, 32, 32),
-    "a10": GPU(125, 62, 24, 16), "l4": GPU(121, 60, 24, 16), "l40s": GPU(362, 183, 48, 32), "a6000": GPU(155, 77, 48, 28),
-    "a100-40gb": GPU(312, 156, 40, 250), "a100": GPU(312, 156, 80, 250), "h100": GPU(989, 494, 80, 400), "h200": GPU(989, 494, 141, 400),
-    "h800": GPU(989, 494, 80, 180), "b200": GPU(2250, 1100, 180, 800),
+    "3080": GPU(59, 30, 10, 16),
+    "3090": GPU(71, 36, 24, 16),
+    "4090": GPU(165, 83, 24, 16),
+    "5090": GPU(210, 105, 32, 32),
+    "a10": GPU(125, 62, 24, 16),
+    "l4": GPU(121, 60, 24, 16),
+    "l40s": GPU(362, 183, 48, 32),
+    "a6000": GPU(155, 77, 48, 28),
+    "a100-40gb": GPU(312, 156, 40, 250),
+    "a100": GPU(312, 156, 80, 250),
+    "h100": GPU(989, 494, 80, 400),
+    "h200": GPU(989, 494, 141, 400),
+    "h800": GPU(989, 494, 80, 180),
+    "b200": GPU(2250, 1100, 180, 800),
 }
 
 
@@ -58,10 +68,10 @@ class Measured:
     trainable_bytes: int
     frozen_bytes: int
     forward_flops: float
-    step_flops: float      # forward and backward
-    peak_bytes: int        # largest sum of live tensors beside the parameters, gradients included
+    step_flops: float  # forward and backward
+    peak_bytes: int  # largest sum of live tensors beside the parameters, gradients included
     activation_bytes: int  # the same without the gradients of parameters
-    block_bytes: int       # the largest unit that fsdp and zero3 gather
+    block_bytes: int  # the largest unit that fsdp and zero3 gather
 
 
 @dataclass
@@ -90,7 +100,9 @@ class Plan:
     @property
     def flops_per_step(self) -> float:
         """All ranks' work for one optimizer step, frozen encoders included."""
-        return self.world * self.accumulation * (self.measured.step_flops + sum(part.flops for part in self.frozen_parts))
+        return (
+            self.world * self.accumulation * (self.measured.step_flops + sum(part.flops for part in self.frozen_parts))
+        )
 
     @property
     def samples_per_step(self) -> int:
@@ -143,20 +155,28 @@ def _attention_flops(query_shape: torch.Size, key_shape: torch.Size, value_shape
     return 2 * batch * heads * queries * key_shape[-2] * (width + value_shape[-1])
 
 
-# The CPU kernel of scaled_dot_product_attention has no formula in torch. Backward: twice the forward, as in model FLOPs.
+def _attention_forward(query, key, value, *_, out_val=None, **__) -> int:
+    return _attention_flops(query, key, value)
+
+
+def _attention_backward(grad, query, key, value, *_, out_val=None, **__) -> int:
+    return 2 * _attention_flops(query, key, value)  # the model's work: recomputation inside the kernel is not counted
+
+
+# The CPU kernel of scaled_dot_product_attention has no formula in torch.
 _ATTENTION_FLOPS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-        lambda query, key, value, *_, out_val=None, **__: _attention_flops(query, key, value),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        lambda grad, query, key, value, *_, out_val=None, **__: 2 * _attention_flops(query, key, value),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
 
 
-def measure(build: Callable[[], nn.Module], step: Callable[[nn.Module], Tensor], precision: str, blocks: tuple[type, ...] = ()) -> Measured:
+def measure(
+    build: Callable[[], nn.Module], step: Callable[[nn.Module], Tensor], precision: str, blocks: tuple[type, ...] = ()
+) -> Measured:
     """Build the model and run `step(model) -> loss` for one micro-batch, forward and backward, on fake tensors.
 
-    `step` makes its own inputs with torch.randn and the like. Attention must go through scaled_dot_product_attention to be
-    planned as the fused kernel that it is.
+    `step` makes its own inputs with torch.randn and the like. Attention must go through scaled_dot_product_attention to
+    be planned as the fused kernel that it is.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = build().train()
@@ -184,25 +204,50 @@ def measure(build: Callable[[], nn.Module], step: Callable[[nn.Module], Tensor],
         inside = {id(p) for unit in units for p in unit.parameters()}
         root = sum(_bytes(p) for p in parameters if id(p) not in inside)
         return Measured(
-            trainable=sum(p.numel() for p in trainable), frozen=sum(p.numel() for p in frozen),
-            trainable_bytes=sum(map(_bytes, trainable)), frozen_bytes=sum(map(_bytes, frozen)),
-            forward_flops=float(forward), step_flops=float(counter.get_total_flops()), peak_bytes=memory.peak,
+            trainable=sum(p.numel() for p in trainable),
+            frozen=sum(p.numel() for p in frozen),
+            trainable_bytes=sum(map(_bytes, trainable)),
+            frozen_bytes=sum(map(_bytes, frozen)),
+            forward_flops=float(forward),
+            step_flops=float(counter.get_total_flops()),
+            peak_bytes=memory.peak,
             activation_bytes=memory.activation_peak,
-            block_bytes=root + max((sum(_bytes(p) for p in unit.parameters()) for unit in units), default=0))
+            block_bytes=root + max((sum(_bytes(p) for p in unit.parameters()) for unit in units), default=0),
+        )
 
 
-def make_plan(title: str, measured: Measured, *, run: RunSection, training: TrainingSection, strategy: str | None = None,
-              world: int | None = None, gpu: str | None = None, frozen_parts: list[FrozenPart] | None = None) -> Plan:
+def make_plan(
+    title: str,
+    measured: Measured,
+    *,
+    run: RunSection,
+    training: TrainingSection,
+    strategy: str | None = None,
+    world: int | None = None,
+    gpu: str | None = None,
+    frozen_parts: list[FrozenPart] | None = None,
+) -> Plan:
     """Memory, traffic and time of one optimizer step from the measured micro-step."""
     world = world or run.world_size or 1
     strategy = strategy or run.strategy or ("ddp" if world > 1 else "none")
     if strategy == "none" and world > 1:
-        raise UserError(f"--strategy none plans for one rank, --world-size is {world}; use ddp, fsdp, zero1, zero2 or zero3")
+        raise UserError(
+            f"--strategy none plans for one rank, --world-size is {world}; use ddp, fsdp, zero1, zero2 or zero3"
+        )
     gpu_name = (gpu or run.gpu or "a100").lower()
     if gpu_name not in GPUS:
         raise UserError(f"--gpu {gpu_name}: not in the table; use one of {', '.join(GPUS)}")
-    plan = Plan(title, strategy, world, gpu_name, run.precision or "bf16", training.batch_size, accumulation_steps(training, world),
-                measured, frozen_parts or [])
+    plan = Plan(
+        title,
+        strategy,
+        world,
+        gpu_name,
+        run.precision or "bf16",
+        training.batch_size,
+        accumulation_steps(training, world),
+        measured,
+        frozen_parts or [],
+    )
     plan.memory = _memory(plan, has_ema=training.ema_decay > 0)
     plan.traffic_bytes = _traffic(plan)
     plan.checkpoint_bytes = 4 * measured.trainable * (3 + (training.ema_decay > 0))
@@ -214,57 +259,75 @@ def make_plan(title: str, measured: Measured, *, run: RunSection, training: Trai
 
 
 def _memory(plan: Plan, has_ema: bool) -> dict[str, int]:
-    """Bytes per rank by part. Sharded parts are divided by the ranks; what is gathered for compute is one unit and its successor."""
+    """Bytes per rank by part. Sharded parts are divided by the ranks; a unit and its successor are gathered."""
     found, world, half = plan.measured, plan.world, plan.precision != "fp32"
     shard = {"none": 1, "ddp": 1}.get(plan.strategy, world)
     weights_sharded = plan.strategy in ("fsdp", "zero3")
-    zero_copy = found.trainable * (2 if half else 4) if plan.strategy.startswith("zero") else 0  # compute copy beside the fp32 master
     weights = found.trainable_bytes / (world if weights_sharded else 1)
-    if plan.strategy.startswith("zero"):
-        weights = found.trainable_bytes / world + zero_copy / (world if weights_sharded else 1)
+    if plan.strategy.startswith("zero"):  # fp32 masters in shards, and a copy to compute with
+        copy = found.trainable * (2 if half else 4)
+        weights = found.trainable_bytes / world + copy / (world if weights_sharded else 1)
     gradients = 4 * found.trainable
     kept_gradients = gradients / (world if plan.strategy in ("fsdp", "zero2", "zero3") else 1)
     ema_shard = world if weights_sharded else 1
+    activations = found.activation_bytes
+    if plan.strategy == "none" and plan.accumulation == 1:  # gradients come as activations go
+        activations = max(0, found.peak_bytes - gradients)
     parts = {
         "weights": weights + found.frozen_bytes / (world if weights_sharded else 1),
         "gathered units": 2 * found.block_bytes / (2 if half else 1) if weights_sharded else 0,
         "gradients": kept_gradients,
         "Adam moments": 8 * found.trainable / shard,
         "moving average": 4 * found.trainable / ema_shard if has_ema else 0,
-        "activations": max(0, found.peak_bytes - gradients) if plan.strategy == "none" and plan.accumulation == 1 else found.activation_bytes,
+        "activations": activations,
         "frozen encoders": sum(part.bytes for part in plan.frozen_parts),
     }
     return {name: math.ceil(value) for name, value in parts.items() if value}
 
 
 def _traffic(plan: Plan) -> int:
-    """Bytes that one rank sends in one optimizer step (ring algorithms: a reduce-scatter or an all-gather moves (W-1)/W of the data)."""
+    """Bytes that one rank sends in one optimizer step; a ring's all-gather or reduce-scatter moves (W-1)/W."""
     found, share = plan.measured, (plan.world - 1) / plan.world
-    weight = (2 if plan.precision != "fp32" else 4)
-    gathers = weight * (found.trainable + found.frozen) * 2 * plan.accumulation  # forward and backward of every micro-step
-    return math.ceil(share * {
-        "none": 0, "ddp": 2 * 4 * found.trainable, "zero1": (weight + weight) * found.trainable, "zero2": (weight * plan.accumulation + weight)
-        * found.trainable, "fsdp": 4 * found.trainable + gathers, "zero3": weight * found.trainable * plan.accumulation + gathers}[plan.strategy])
+    weight = 2 if plan.precision != "fp32" else 4
+    gathers = weight * (found.trainable + found.frozen) * 2 * plan.accumulation  # in every forward and backward
+    moved = {
+        "none": 0,
+        "ddp": 2 * 4 * found.trainable,
+        "zero1": (weight + weight) * found.trainable,
+        "zero2": (weight * plan.accumulation + weight) * found.trainable,
+        "fsdp": 4 * found.trainable + gathers,
+        "zero3": weight * found.trainable * plan.accumulation + gathers,
+    }
+    return math.ceil(share * moved[plan.strategy])
 
 
 def describe(plan: Plan) -> str:
     """The plan as text."""
-    found, card = plan.measured, GPUS[plan.gpu_name]
+    found, card, samples = plan.measured, GPUS[plan.gpu_name], plan.micro_batch
+    rate = plan.samples_per_step / max(plan.seconds_per_step, 1e-12)
     fits = "fits" if plan.peak_memory < 0.94e9 * card.memory_gb else "DOES NOT FIT"
     lines = [
         f"plan: {plan.title}",
-        f"parameters          {found.trainable + found.frozen:,} ({found.trainable:,} trainable, {found.frozen:,} frozen)",
-        *(f"frozen encoder      {part.name}: {part.parameters:,} parameters, {part.flops:.4g} FLOPs a micro-batch" for part in plan.frozen_parts),
-        f"samples per step    {plan.samples_per_step} = {plan.micro_batch} a micro-batch x {plan.accumulation} micro-steps x {plan.world} ranks",
-        f"forward             {found.forward_flops / plan.micro_batch:.4e} FLOPs a sample ({found.forward_flops / plan.micro_batch / 2e9:.2f} G multiply-adds)",
-        f"training step       {plan.flops_per_step:.4e} FLOPs over all ranks ({found.step_flops / plan.micro_batch:.4e} a sample)",
-        f"memory a rank       {plan.peak_memory / 1e9:.2f} GB under {plan.strategy} on {plan.world} ranks in {plan.precision}: {fits} "
-        f"{plan.gpu_name} ({card.memory_gb:g} GB)",
+        f"parameters          {found.trainable + found.frozen:,} "
+        f"({found.trainable:,} trainable, {found.frozen:,} frozen)",
+        *(
+            f"frozen encoder      {part.name}: {part.parameters:,} parameters, {part.flops:.4g} FLOPs a micro-batch"
+            for part in plan.frozen_parts
+        ),
+        f"samples per step    {plan.samples_per_step} = {samples} a micro-batch x {plan.accumulation} micro-steps "
+        f"x {plan.world} ranks",
+        f"forward             {found.forward_flops / samples:.4e} FLOPs a sample "
+        f"({found.forward_flops / samples / 2e9:.2f} G multiply-adds)",
+        f"training step       {plan.flops_per_step:.4e} FLOPs over all ranks "
+        f"({found.step_flops / samples:.4e} a sample)",
+        f"memory a rank       {plan.peak_memory / 1e9:.2f} GB under {plan.strategy} on {plan.world} ranks in "
+        f"{plan.precision}: {fits} {plan.gpu_name} ({card.memory_gb:g} GB)",
         *(f"  {name:<18}{size / 1e9:.3f} GB" for name, size in plan.memory.items()),
         f"traffic a rank      {plan.traffic_bytes / 1e9:.3f} GB a step",
         f"checkpoint          {plan.checkpoint_bytes / 1e9:.3f} GB",
-        f"expected step       {plan.seconds_per_step:.4g} s on {plan.gpu_name} ({plan.samples_per_step / max(plan.seconds_per_step, 1e-12):.1f} samples/s): compute "
-        f"{plan.compute_seconds:.4g} s at {ASSUMED_UTILISATION:.0%} of the matrix peak (assumed), traffic {plan.traffic_seconds:.4g} s",
+        f"expected step       {plan.seconds_per_step:.4g} s on {plan.gpu_name} ({rate:.1f} samples/s): compute "
+        f"{plan.compute_seconds:.4g} s at {ASSUMED_UTILISATION:.0%} of the matrix peak (assumed), traffic "
+        f"{plan.traffic_seconds:.4g} s",
     ]
     return "\n".join(lines)
 

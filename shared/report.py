@@ -47,18 +47,33 @@ class Sample:
     group: str = ""
 
 
-def write_report(output_dir: Path | str, *, title: str, command: str, summary: dict[str, float | str], bars: list[Bar],
-                 samples: list[Sample], curves: list[str] | None = None, text: str = "") -> Path:
+def write_report(
+    output_dir: Path | str,
+    *,
+    title: str,
+    command: str,
+    summary: dict[str, float | str],
+    bars: list[Bar],
+    samples: list[Sample],
+    curves: list[str] | None = None,
+    text: str = "",
+) -> Path:
     """Write the three files into output_dir and return report.json.
 
-    summary: name -> figure or sentence. curves: metric names of metrics.jsonl (default: the losses); phases in sub-folders of
-    output_dir are found too. Sample paths may be absolute or relative to output_dir. text: a paragraph on what is seen.
+    summary: name -> figure or sentence. curves: metric names of metrics.jsonl (default: the losses); phases in
+    sub-folders of output_dir are found too. Sample paths may be absolute or relative to output_dir. text: a paragraph
+    on what is seen.
     """
     output_dir = Path(output_dir)
     report = {
-        "title": title, "command": command, "text": text, "summary": summary,
+        "title": title,
+        "command": command,
+        "text": text,
+        "summary": summary,
         "bars": [{**asdict(bar), "reached": bar.reached} for bar in bars],
-        "samples": [{**asdict(sample), "path": os.path.relpath(output_dir / sample.path, output_dir)} for sample in samples],
+        "samples": [
+            {**asdict(sample), "path": os.path.relpath(output_dir / sample.path, output_dir)} for sample in samples
+        ],
         "curves": _read_curves(output_dir, curves),
     }
     path = output_dir / "report.json"
@@ -68,7 +83,9 @@ def write_report(output_dir: Path | str, *, title: str, command: str, summary: d
     return path
 
 
-def write_index(reports: list[Path], output: Path, *, title: str = "What the five systems learned", notes: list[str] | None = None) -> None:
+def write_index(
+    reports: list[Path], output: Path, *, title: str = "What the five systems learned", notes: list[str] | None = None
+) -> None:
     """One page over several report.json files; notes are sentences shown on top, such as a system that failed."""
     sections = []
     for path in reports:
@@ -84,8 +101,10 @@ def write_index(reports: list[Path], output: Path, *, title: str = "What the fiv
 
 # --- parts ------------------------------------------------------------------------------------------------------------
 
+
 def _read_curves(output_dir: Path, names: list[str] | None) -> dict[str, list[tuple[int, float]]]:
     from shared.log import read_metrics
+
     curves: dict[str, list[tuple[int, float]]] = {}
     for path in sorted([*output_dir.glob("metrics.jsonl"), *output_dir.glob("*/metrics.jsonl")]):
         prefix = "" if path.parent == output_dir else f"{path.parent.name}: "
@@ -100,8 +119,10 @@ def _read_curves(output_dir: Path, names: list[str] | None) -> dict[str, list[tu
 def _figure(points: dict[str, list]) -> str:
     """The curves that share a phase in one small plot, as inline SVG."""
     import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
     figure, axes = pyplot.subplots(figsize=(5.2, 2.9), layout="constrained")
     for name, values in points.items():
         axes.plot(*zip(*values, strict=True), label=name, linewidth=1.4, marker="." if len(values) < 30 else None)
@@ -114,7 +135,7 @@ def _figure(points: dict[str, list]) -> str:
     figure.savefig(buffer, format="svg")
     pyplot.close(figure)
     text = buffer.getvalue()
-    return text[text.index("<svg"):]
+    return text[text.index("<svg") :]
 
 
 def _markdown(report: dict) -> str:
@@ -123,8 +144,11 @@ def _markdown(report: dict) -> str:
         lines += [report["text"], ""]
     if report["bars"]:
         lines += ["| figure | value | baseline | target | reached |", "|---|---|---|---|---|"]
-        lines += [f"| {bar['name']} | {_number(bar['value'])} | {_number(bar['baseline'])} | {_target(bar)} | {_verdict(bar)} |"
-                  for bar in report["bars"]]
+        lines += [
+            f"| {bar['name']} | {_number(bar['value'])} | {_number(bar['baseline'])} | {_target(bar)} "
+            f"| {_verdict(bar)} |"
+            for bar in report["bars"]
+        ]
         lines.append("")
     lines += [f"- {name}: {_number(value)}" for name, value in report["summary"].items()]
     lines += ["", *(f"- [{sample['caption'] or sample['path']}]({sample['path']})" for sample in report["samples"])]
@@ -135,24 +159,34 @@ def _section(report: dict, folder: Path) -> str:
     phases: dict[str, dict[str, list]] = {}
     for name, points in report["curves"].items():
         phases.setdefault(name.rpartition(": ")[0], {})[name] = points
-    rows = "".join(f"<tr><td>{html.escape(bar['name'])}{_remark(bar)}<td>{_number(bar['value'])}<td>{_number(bar['baseline'])}"
-                   f"<td>{_target(bar)}<td class={'yes' if bar['reached'] else 'no'}>{_verdict(bar)}" for bar in report["bars"])
+    rows = "".join(
+        f"<tr><td>{html.escape(bar['name'])}{_remark(bar)}<td>{_number(bar['value'])}<td>{_number(bar['baseline'])}"
+        f"<td>{_target(bar)}<td class={'yes' if bar['reached'] else 'no'}>{_verdict(bar)}"
+        for bar in report["bars"]
+    )
     table = f"<table><tr><th>figure<th>value<th>baseline<th>target<th>reached{rows}</table>" if rows else ""
-    facts = "".join(f"<dt>{html.escape(name)}<dd>{html.escape(_number(value))}" for name, value in report["summary"].items())
+    facts = "".join(
+        f"<dt>{html.escape(name)}<dd>{html.escape(_number(value))}" for name, value in report["summary"].items()
+    )
     groups: dict[str, list[dict]] = {}
     for sample in report["samples"]:
         groups.setdefault(sample["group"], []).append(sample)
-    gallery = "".join(f"<h3>{html.escape(group)}</h3><div class=gallery>{''.join(_show(item, folder) for item in items)}</div>"
-                      for group, items in groups.items())
-    return (f"<section><h2>{html.escape(report['title'])}</h2><pre>{html.escape(report['command'])}</pre>"
-            f"<p>{html.escape(report['text'])}</p>{table}<dl>{facts}</dl>"
-            f"<div class=curves>{''.join(_figure(points) for points in phases.values())}</div>{gallery}</section>")
+    gallery = "".join(
+        f"<h3>{html.escape(group)}</h3><div class=gallery>{''.join(_show(item, folder) for item in items)}</div>"
+        for group, items in groups.items()
+    )
+    return (
+        f"<section><h2>{html.escape(report['title'])}</h2><pre>{html.escape(report['command'])}</pre>"
+        f"<p>{html.escape(report['text'])}</p>{table}<dl>{facts}</dl>"
+        f"<div class=curves>{''.join(_figure(points) for points in phases.values())}</div>{gallery}</section>"
+    )
 
 
 def _show(sample: dict, folder: Path) -> str:
     path, caption = folder / sample["path"], html.escape(sample["caption"])
     if not path.exists():
-        return f"<figure><p class=no>{html.escape(sample['path'])} is missing</p><figcaption>{caption}</figcaption></figure>"
+        shown = f"<p class=no>{html.escape(sample['path'])} is missing</p>"
+        return f"<figure>{shown}<figcaption>{caption}</figcaption></figure>"
     kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
     data = path.read_bytes()
     if kind.startswith("text/") or kind == "application/json":
@@ -161,26 +195,38 @@ def _show(sample: dict, folder: Path) -> str:
         shown = f"<p class=no>{html.escape(path.name)}: {len(data) / 1e6:.1f} MB, too large to embed</p>"
     else:
         source = f"data:{kind};base64,{base64.b64encode(data).decode()}"
-        shown = {"image": f"<img alt='' src='{source}'>", "video": f"<video controls loop playsinline src='{source}'></video>",
-                 "audio": f"<audio controls src='{source}'></audio>"}.get(kind.split("/")[0], html.escape(path.name))
+        shown = {
+            "image": f"<img alt='' src='{source}'>",
+            "video": f"<video controls loop playsinline src='{source}'></video>",
+            "audio": f"<audio controls src='{source}'></audio>",
+        }.get(kind.split("/")[0], html.escape(path.name))
     return f"<figure>{shown}<figcaption>{caption}</figcaption></figure>"
 
 
 def _page(title: str, sections: list[str]) -> str:
-    return (f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>"
-            f"<title>{html.escape(title)}</title><style>{_STYLE}</style><main><h1>{html.escape(title)}</h1>{''.join(sections)}</main></html>\n")
+    return (
+        "<!doctype html><html lang=en><meta charset=utf-8>"
+        "<meta name=viewport content='width=device-width,initial-scale=1'>"
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style><main><h1>{html.escape(title)}</h1>{''.join(sections)}</main></html>\n"
+    )
 
 
 _STYLE = """
-:root{color-scheme:light dark}body{font:16px/1.55 system-ui,sans-serif;margin:0}main{max-width:72rem;margin:auto;padding:1rem}
+:root{color-scheme:light dark}body{font:16px/1.55 system-ui,sans-serif;margin:0}
+main{max-width:72rem;margin:auto;padding:1rem}
 h1{font-size:1.7rem}h2{margin-top:2.5rem;border-top:1px solid #8884;padding-top:1.5rem}
-pre{background:#8881;padding:.6rem .8rem;overflow-x:auto;border-radius:.4rem;font-size:.85rem;white-space:pre-wrap;overflow-wrap:anywhere}
-table{border-collapse:collapse;display:block;overflow-x:auto}td,th{padding:.3rem .7rem;text-align:left;border-bottom:1px solid #8883}
-td small{display:block;opacity:.7}.yes{color:#197a3d}.no{color:#b3541e}.note{background:#b3541e22;padding:.5rem .8rem;border-radius:.4rem}
-dl{display:grid;grid-template-columns:minmax(8rem,max-content) 1fr;gap:.2rem 1rem}dd{margin:0}.curves{display:flex;flex-wrap:wrap;gap:1rem}
+pre{background:#8881;padding:.6rem .8rem;overflow-x:auto;border-radius:.4rem;font-size:.85rem;
+white-space:pre-wrap;overflow-wrap:anywhere}
+table{border-collapse:collapse;display:block;overflow-x:auto}
+td,th{padding:.3rem .7rem;text-align:left;border-bottom:1px solid #8883}
+td small{display:block;opacity:.7}.yes{color:#197a3d}.no{color:#b3541e}
+.note{background:#b3541e22;padding:.5rem .8rem;border-radius:.4rem}
+dl{display:grid;grid-template-columns:minmax(8rem,max-content) 1fr;gap:.2rem 1rem}
+dd{margin:0}.curves{display:flex;flex-wrap:wrap;gap:1rem}
 .curves svg{background:#fff;max-width:100%;height:auto;border-radius:.4rem}
 .gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(16rem,100%),1fr));gap:1rem}
-figure{margin:0}figure img,figure video{width:100%;image-rendering:auto;border-radius:.4rem;background:#000}audio{width:100%}
+figure{margin:0}audio{width:100%}
+figure img,figure video{width:100%;image-rendering:auto;border-radius:.4rem;background:#000}
 figcaption{font-size:.85rem;opacity:.85}
 """
 
@@ -214,6 +260,7 @@ def _write(path: Path, text: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Join reports into one page."""
     import argparse
+
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("reports", nargs="*", type=Path, help="report.json files, in the order of the page")
     parser.add_argument("--output", type=Path, default=Path("outputs/index.html"))

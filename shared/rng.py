@@ -1,4 +1,7 @@
-"""Randomness as a function of keys. A draw keyed by (seed, step, sample) is the same on any rank, with any worker, after any resume."""
+"""Randomness as a function of keys.
+
+A draw keyed by (seed, step, sample) is the same on any rank, with any number of workers, after any resume.
+"""
 
 import random
 
@@ -34,7 +37,7 @@ def keyed_rand(shape: tuple[int, ...], *, key: tuple[int, ...], slots: Tensor) -
 
 
 def seed_everything(*key: int) -> None:
-    """Seed python, numpy and torch (all devices). The loop does so before every step: a resumed run needs no saved RNG state."""
+    """Seed python, numpy and torch (all devices). The loop does so before every step: no RNG state is saved."""
     seed = keyed_seed(*key)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)

@@ -14,8 +14,8 @@ from shared.errors import BadSample, UserError
 class Shards:
     """Samples of tar files: members that share a path up to the first dot of the name make one sample.
 
-    The headers are read once; the index lies beside the shards (or in `cache_dir`) as a memory-mapped array, so a million
-    samples open at once with flat memory. shards[i] -> {"__key__": str, "jpg": bytes, "txt": bytes, ...}.
+    The headers are read once; the index lies beside the shards (or in `cache_dir`) as a memory-mapped array, so that a
+    million samples open at once with flat memory. shards[i] -> {"__key__": str, "jpg": bytes, "txt": bytes, ...}.
     """
 
     def __init__(self, paths: list[Path], cache_dir: Path | None = None):

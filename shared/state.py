@@ -1,4 +1,4 @@
-"""What a checkpoint holds of the strategy and the EMA, and how it comes back, under any strategy and number of ranks."""
+"""What a checkpoint holds of strategy and EMA, and how it comes back under any strategy and number of ranks."""
 
 import importlib.metadata
 from collections.abc import Callable, Iterable
@@ -28,8 +28,10 @@ def tensors_to_save(strategy: Strategy, ema: EMA | None) -> dict[str, tuple[list
     files: dict = {"model.safetensors": (model_specs, model_values())}
     if ema is not None:
         files["ema.safetensors"] = (weight_specs, (ema.full(name) for name in names))
-    files["optimizer.safetensors"] = ([(f"{name}.{kind}", strategy.shape(name), torch.float32) for name, kind in moments],
-                                      (strategy.full(kind, name) for name, kind in moments))
+    files["optimizer.safetensors"] = (
+        [(f"{name}.{kind}", strategy.shape(name), torch.float32) for name, kind in moments],
+        (strategy.full(kind, name) for name, kind in moments),
+    )
     return files
 
 
@@ -38,8 +40,10 @@ def trainer_state(strategy: Strategy, ema: EMA | None) -> dict:
     steps = strategy.steps_taken()
     return {
         "optimizer_steps": steps,
-        "parameter_groups": [{key: group[key] for key in ("lr", "weight_decay", "betas", "eps") if key in group}
-                             for group in strategy.optimizer.param_groups],
+        "parameter_groups": [
+            {key: group[key] for key in ("lr", "weight_decay", "betas", "eps") if key in group}
+            for group in strategy.optimizer.param_groups
+        ],
         "loss_scale": {"value": strategy.scale.value, "good_steps": strategy.scale.good_steps},
         "ema_updates": None if ema is None else ema.updates,
     }
@@ -51,7 +55,13 @@ def restore(folder: Path, trainer: dict, strategy: Strategy, ema: EMA | None, sa
     buffers = persistent_buffers(strategy.module)
     _check_names(folder, model.names, {*names, *buffers})
     for name in names:
-        _load(strategy.shape(name), model[name], name, folder, lambda value, name=name: strategy.load_full("weight", name, value))
+        _load(
+            strategy.shape(name),
+            model[name],
+            name,
+            folder,
+            lambda value, name=name: strategy.load_full("weight", name, value),
+        )
     with torch.no_grad():
         for name, buffer in buffers.items():
             buffer.copy_(model[name])
@@ -61,7 +71,10 @@ def restore(folder: Path, trainer: dict, strategy: Strategy, ema: EMA | None, sa
         for kind in MOMENTS:
             if f"{name}.{kind}" in optimizer.names:
                 strategy.load_full(kind, name, optimizer[f"{name}.{kind}"])
-    strategy.scale.value, strategy.scale.good_steps = trainer["loss_scale"]["value"], trainer["loss_scale"]["good_steps"]
+    strategy.scale.value, strategy.scale.good_steps = (
+        trainer["loss_scale"]["value"],
+        trainer["loss_scale"]["good_steps"],
+    )
     strategy.finish_loading()
     if ema is None:
         return
@@ -82,7 +95,13 @@ def restore_weights_only(path: Path, strategy: Strategy, ema: EMA | None, say: C
     weights = {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in weights.items()}
     _check_names(path, set(weights), set(names), allow_more=True)
     for name in names:
-        _load(strategy.shape(name), weights[name], name, path, lambda value, name=name: strategy.load_full("weight", name, value))
+        _load(
+            strategy.shape(name),
+            weights[name],
+            name,
+            path,
+            lambda value, name=name: strategy.load_full("weight", name, value),
+        )
         if ema is not None:
             ema.load_full(name, weights[name])
     strategy.finish_loading()
@@ -96,12 +115,17 @@ def versions() -> dict[str, str]:
 
 def _load(shape: tuple, value: Tensor, name: str, folder: Path, put: Callable[[Tensor], None]) -> None:
     if tuple(value.shape) != shape:
-        raise CheckpointError(f"{folder}: {name} is {tuple(value.shape)}, this model has {shape}; use the settings of the checkpoint's config.yaml")
+        raise CheckpointError(
+            f"{folder}: {name} is {tuple(value.shape)}, this model has {shape}; "
+            "use the settings of the checkpoint's config.yaml"
+        )
     put(value)
 
 
 def _check_names(folder: Path, found: set[str], wanted: set[str], allow_more: bool = False) -> None:
     missing, more = sorted(wanted - found), [] if allow_more else sorted(found - wanted)
     if missing or more:
-        raise CheckpointError(f"{folder} does not fit this model: {len(missing)} weights missing {missing[:3]}, {len(more)} unexpected {more[:3]}; "
-                              "use the settings of the checkpoint's config.yaml")
+        raise CheckpointError(
+            f"{folder} does not fit this model: {len(missing)} weights missing {missing[:3]}, {len(more)} unexpected "
+            f"{more[:3]}; use the settings of the checkpoint's config.yaml"
+        )

@@ -1,4 +1,4 @@
-"""When to stop: a signal or the time limit. The flag is set here; the loop agrees on it over ranks and saves before it leaves."""
+"""When to stop: a signal or the time limit. The loop agrees on the flag over ranks and saves before it leaves."""
 
 import signal
 import threading
@@ -9,7 +9,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopFlag:
-    """Context that turns the first SIGTERM, SIGINT or SIGUSR1, or the end of the time, into a reason to stop; a second SIGINT kills."""
+    """Context that makes SIGTERM, SIGINT, SIGUSR1 or the time limit a reason to stop; a second SIGINT raises."""
 
     def __init__(self, time_limit_minutes: float | None = None):
         self.deadline = None if time_limit_minutes is None else time.monotonic() + 60 * time_limit_minutes

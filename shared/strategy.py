@@ -1,8 +1,8 @@
-"""How ranks share one model: none, ddp, fsdp (FSDP2) here, zero1 to zero3 in shared/zero.py, behind one small interface.
+"""How ranks share one model: none, ddp and fsdp (FSDP2) here, zero1 to zero3 in shared/zero.py, behind one interface.
 
 The loop sees: micro_step (a context around forward and backward), backward, optimizer_step, set_lr.
-Checkpoint and EMA see: full tensors by parameter name, and local values (the part of a parameter that this rank holds in fp32).
-Every method that gathers is a collective: all ranks call it, in the same order.
+Checkpoint and EMA see: full tensors by parameter name, and local values (the part of a parameter that this rank holds
+in fp32). Every method that gathers is a collective: all ranks call it, in the same order.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,7 +30,7 @@ class StepInfo(NamedTuple):
     """What one optimizer step did."""
 
     grad_norm: float  # before clipping
-    applied: bool     # False when the gradient was not finite and the step was left out, on all ranks
+    applied: bool  # False when the gradient was not finite and the step was left out, on all ranks
 
 
 class LossScale:
@@ -52,11 +52,14 @@ class LossScale:
 class Strategy:
     """No wrapper at all: one rank. Also the base of the others, which override what differs."""
 
-    def __init__(self, name: str, info: DistInfo, precision: str, training: TrainingSection):
+    def __init__(
+        self, name: str, info: DistInfo, precision: str, training: TrainingSection, cpu_offload: bool = False
+    ):
         self.name, self.info, self.precision, self.training = name, info, precision, training
+        self.cpu_offload = cpu_offload
         self.scale = LossScale(precision == "fp16")
         self.module: nn.Module
-        self.model: nn.Module          # what the objective calls
+        self.model: nn.Module  # what the objective calls
         self.parameters: dict[str, nn.Parameter]
         self.optimizer: torch.optim.Optimizer
 
@@ -197,7 +200,9 @@ class DDP(Strategy):
 
     def _wrap(self, groups: list[dict]) -> None:
         ids = [self.info.device.index] if self.info.device.type == "cuda" else None
-        self.model = DistributedDataParallel(self.module, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+        self.model = DistributedDataParallel(
+            self.module, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
         self.optimizer = adamw(groups, self.parameters, self.training)
 
     def micro_step(self, is_last: bool) -> contextlib.AbstractContextManager:
@@ -211,12 +216,22 @@ class FSDP(Strategy):
         mesh = torch_dist.device_mesh.init_device_mesh(self.info.device.type, (self.info.world,))
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         # Inputs keep their dtype (times and positions must stay fp32); autocast does the casting inside.
-        policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None, cast_forward_inputs=False)
-        self.module.to(self.info.device)
-        # Resharding after every forward, the root's too, so that swapped weights are never seen in a stale gathered copy.
+        policy = MixedPrecisionPolicy(
+            param_dtype=half, reduce_dtype=torch.float32 if half else None, cast_forward_inputs=False
+        )
+        if self.cpu_offload:  # parameters stay in host memory, buffers are read on the device
+            for module in self.module.modules():
+                for name, buffer in module._buffers.items():
+                    module._buffers[name] = None if buffer is None else buffer.to(self.info.device)
+        else:
+            self.module.to(self.info.device)
+        # Reshard after every forward, the root's too: swapped weights must not be seen in a stale gathered copy.
+        options = dict(mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        if self.cpu_offload:
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.info.device.type == "cuda")
         for block in blocks_of(self.module, wrap_classes):
-            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-        fully_shard(self.module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+            fully_shard(block, **options)
+        fully_shard(self.module, **options)
 
     @contextlib.contextmanager
     def micro_step(self, is_last: bool) -> Iterator[None]:
@@ -224,9 +239,6 @@ class FSDP(Strategy):
         self.module.set_requires_gradient_sync(is_last)
         self.module.set_is_last_backward(is_last)
         yield
-
-    def with_gradient(self) -> dict[str, bool]:
-        return super().with_gradient()
 
     def local_value(self, name: str) -> Tensor:
         return self.parameters[name].to_local().detach()
@@ -236,8 +248,14 @@ class FSDP(Strategy):
 
     def gather_local(self, name: str, local: Tensor) -> Tensor:
         parameter = self.parameters[name]
-        whole = DTensor.from_local(local, parameter.device_mesh, parameter.placements, run_check=False,
-                                   shape=parameter.shape, stride=parameter.stride())
+        whole = DTensor.from_local(
+            local,
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
         return whole.full_tensor().float().cpu()
 
     def split_full(self, name: str, full: Tensor) -> Tensor:
@@ -251,26 +269,35 @@ class FSDP(Strategy):
         return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def make_strategy(name: str | None, info: DistInfo, precision: str, training: TrainingSection) -> Strategy:
+def make_strategy(
+    name: str | None, info: DistInfo, precision: str, training: TrainingSection, cpu_offload: bool = False
+) -> Strategy:
     """The strategy of that name; null means ddp on several ranks and none on one. UserError for what cannot work."""
     name = name or ("ddp" if info.world > 1 else "none")
     if name == "none" and info.world > 1:
-        raise UserError(f"--strategy none runs on one rank, {info.world} were started; use ddp, fsdp, zero1, zero2 or zero3")
+        raise UserError(
+            f"--strategy none runs on one rank, {info.world} were started; use ddp, fsdp, zero1, zero2 or zero3"
+        )
+    if cpu_offload and name in ("none", "ddp"):
+        raise UserError(f"--cpu-offload works with the strategies fsdp, zero1, zero2 and zero3, not with {name}")
     if name == "none":
         return Strategy(name, info, precision, training)
     ensure_group()
     if name == "ddp":
         return DDP(name, info, precision, training)
     if name == "fsdp":
-        return FSDP(name, info, precision, training)
+        return FSDP(name, info, precision, training, cpu_offload)
     from shared.zero import Zero  # DeepSpeed takes a second to import: only where it is used
-    return Zero(name, info, precision, training)
+
+    return Zero(name, info, precision, training, cpu_offload)
 
 
 def choose_precision(precision: str | None, device: torch.device) -> str:
     """null: bf16 where the device multiplies it natively, else fp32. fp16 on a CPU is refused."""
     if precision == "fp16" and device.type == "cpu":
-        raise UserError("--precision fp16 needs CUDA (on a CPU it is about 17 times slower than fp32); use bf16 or fp32")
+        raise UserError(
+            "--precision fp16 needs CUDA (on a CPU it is about 17 times slower than fp32); use bf16 or fp32"
+        )
     if precision is not None:
         return precision
     if device.type == "cuda":
@@ -281,7 +308,13 @@ def choose_precision(precision: str | None, device: torch.device) -> str:
 def ensure_group() -> None:
     """A process group of one where there is none, for the strategies that always talk to one."""
     if not torch_dist.is_initialized():
-        for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        for key, value in {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "0",
+        }.items():
             os.environ.setdefault(key, value)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1)
@@ -308,7 +341,11 @@ def check_gradients_agree(strategy: Strategy, step: int) -> None:
         if len(having) == len(masks):
             continue
         if having:
-            raise RuntimeError(f"step {step}: parameter {name} has a gradient on rank {having[0]} and none on rank "
-                               f"{next(rank for rank in range(len(masks)) if rank not in having)}; every rank must run the same modules in "
-                               "every step: feed a placeholder input at weight 0")
-        raise RuntimeError(f"step {step}: trainable parameter {name} has no gradient on any rank; freeze it, or use it at weight 0")
+            lacking = next(rank for rank in range(len(masks)) if rank not in having)
+            raise RuntimeError(
+                f"step {step}: parameter {name} has a gradient on rank {having[0]} and none on rank {lacking}; "
+                "every rank must run the same modules in every step: feed a placeholder input at weight 0"
+            )
+        raise RuntimeError(
+            f"step {step}: trainable parameter {name} has no gradient on any rank; freeze it, or use it at weight 0"
+        )

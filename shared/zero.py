@@ -25,7 +25,9 @@ def import_deepspeed():
     try:
         import deepspeed
     except ImportError:
-        raise UserError("the strategies zero1, zero2 and zero3 need DeepSpeed: pip install 'deepspeed>=0.19,<0.20'") from None
+        raise UserError(
+            "the strategies zero1, zero2 and zero3 need DeepSpeed: pip install 'deepspeed>=0.19,<0.20'"
+        ) from None
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
@@ -41,7 +43,8 @@ class Zero(Strategy):
         deepspeed = import_deepspeed()
         optimizer = adamw(groups, self.parameters, self.training)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=self.module, optimizer=optimizer, config=self._settings(), dist_init_required=False)
+            model=self.module, optimizer=optimizer, config=self._settings(), dist_init_required=False
+        )
         self.model, self.module = self.engine, self.engine.module
         self.parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self._linked = False
@@ -59,6 +62,10 @@ class Zero(Strategy):
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,
         }
+        if self.cpu_offload:
+            settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+            if self.stage == 3:
+                settings["zero_optimization"]["offload_param"] = {"device": "cpu"}
         if self.precision == "bf16":
             settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
         elif self.precision == "fp16":
@@ -97,6 +104,7 @@ class Zero(Strategy):
 
     def full(self, kind: str, name: str) -> Tensor | None:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
         parameter = self.parameters[name]
         if kind == "weight":
             value = safe_get_full_fp32_param(parameter)
@@ -110,6 +118,7 @@ class Zero(Strategy):
     def load_full(self, kind: str, name: str, value: Tensor) -> None:
         import deepspeed
         from deepspeed import utils
+
         parameter = self.parameters[name]
         value = value.to(self.info.device, torch.float32)
         if self.stage < 3:
@@ -138,7 +147,7 @@ class Zero(Strategy):
         return dict.fromkeys(self.parameters, max(steps)) if steps else {}
 
     def load_steps_taken(self, steps: dict[str, int]) -> None:
-        """Make the empty optimizer state, which DeepSpeed would make at the first step, so that the moments have a place."""
+        """Make the empty optimizer state that DeepSpeed would make at the first step: the moments need a place."""
         if not steps:
             return
         for flat in self._flat_partitions():
@@ -148,7 +157,7 @@ class Zero(Strategy):
         self._link_moments()
 
     def _link_moments(self) -> None:
-        """Stages 1 and 2 link moments to parameters after the first group's first step, when the other groups have none yet: link again."""
+        """Link moments to parameters; stages 1 and 2 did so after the first group's step, when the others had none."""
         if self.stage < 3:
             self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
@@ -156,6 +165,7 @@ class Zero(Strategy):
 
     def local_value(self, name: str) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
+
         parameter = self.parameters[name]
         if self.stage == 3:
             return safe_get_local_fp32_param(parameter).detach().flatten()
@@ -167,7 +177,7 @@ class Zero(Strategy):
         parameter = self.parameters[name]
         parts = [torch.empty_like(local) for _ in range(self.info.world)]
         torch_dist.all_gather(parts, local.contiguous())
-        return torch.cat(parts)[:parameter.ds_numel].reshape(self.shape(name)).float().cpu()
+        return torch.cat(parts)[: parameter.ds_numel].reshape(self.shape(name)).float().cpu()
 
     def split_full(self, name: str, full: Tensor) -> Tensor:
         full = full.to(self.info.device, torch.float32)
@@ -175,7 +185,7 @@ class Zero(Strategy):
             return full
         length = self.parameters[name].ds_tensor.numel()
         padded = functional.pad(full.flatten(), (0, length * self.info.world - full.numel()))
-        return padded[self.info.rank * length:(self.info.rank + 1) * length].clone()
+        return padded[self.info.rank * length : (self.info.rank + 1) * length].clone()
 
     def compute_part(self, name: str) -> Tensor:
         parameter = self.parameters[name]

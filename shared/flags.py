@@ -1,0 +1,184 @@
+"""The settings of a schema, their argparse flags, and the flags' texts laid over a YAML tree."""
+
+import argparse
+import difflib
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel
+
+from shared.errors import UserError
+
+
+class StrictLoader(yaml.SafeLoader):
+    """YAML without repeated keys, which PyYAML would overwrite silently."""
+
+
+def _mapping_without_repeats(loader: StrictLoader, node: yaml.MappingNode) -> dict:
+    seen: dict = {}
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"duplicate key '{key}', first in line {seen[key]}", key_node.start_mark
+            )
+        seen[key] = key_node.start_mark.line + 1
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_repeats)
+
+
+def extra_of(field: Any) -> dict:
+    return field.json_schema_extra or {}
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section class of an annotation such as ModelConfig or ModelConfig | None."""
+    options = typing.get_args(annotation) or (annotation,)
+    return next((item for item in options if isinstance(item, type) and issubclass(item, BaseModel)), None)
+
+
+class Leaf(typing.NamedTuple):
+    """One setting of a schema."""
+
+    path: str  # dotted name
+    annotation: Any
+    field: Any
+    fixed: bool  # may not change on resume
+
+    @property
+    def flags(self) -> list[str]:
+        """Its short name and its further names."""
+        return [self.path.rsplit(".", 1)[-1], *extra_of(self.field).get("flags", ())]
+
+    @property
+    def hidden(self) -> bool:
+        return extra_of(self.field).get("hidden", False)
+
+
+def leaves_of(schema: type[BaseModel], prefix: str = "", fixed: bool = False) -> Iterator[Leaf]:
+    """Every setting below `schema`."""
+    for name, field in schema.model_fields.items():
+        section = section_of(field.annotation)
+        if section is not None:
+            yield from leaves_of(section, f"{prefix}{name}.", fixed or getattr(section, "fixed_on_resume", False))
+        else:
+            yield Leaf(f"{prefix}{name}", field.annotation, field, fixed or extra_of(field).get("fixed", False))
+
+
+def _spellings(names: list[str]) -> list[str]:
+    return list(dict.fromkeys("--" + form for name in names for form in (name.replace("_", "-"), name)))
+
+
+def make_parser(
+    leaves: list[Leaf], description: str | None, presets: Path | None, default: str | None, aliases: dict[str, str]
+) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    others: dict[str, list[str]] = {}
+    for spelling, flag in aliases.items():
+        others.setdefault(flag, []).extend(_spellings([spelling.lstrip("-")]))
+    taken: set[str] = set()
+    if presets is not None:
+        names = ", ".join(sorted(item.stem for item in presets.glob("*.yaml")))
+        parser.add_argument(
+            "--config",
+            *others.get("--config", ()),
+            dest="--config",
+            metavar="PRESET|FILE",
+            help=f"preset ({names}) or a YAML file (default: {default})",
+        )
+        taken.update(["--config", *others.get("--config", ())])
+    parser.add_argument(
+        "--set", dest="--set", action="append", metavar="KEY=VALUE", help="any setting by its dotted name; repeatable"
+    )
+    taken.add("--set")
+    shown = [leaf for leaf in leaves if not leaf.hidden]
+    short_names = [name for leaf in shown for name in set(leaf.flags)]
+    for leaf in shown:
+        names = [leaf.path, *(name for name in leaf.flags if short_names.count(name) == 1)]
+        flags = [flag for flag in _spellings(names) if flag not in taken]
+        flags += [flag for own in list(flags) for flag in others.get(own, ()) if flag not in taken]
+        taken.update(flags)
+        _add_flag(parser, leaf, flags)
+    return parser
+
+
+def _add_flag(parser: argparse.ArgumentParser, leaf: Leaf, flags: list[str]) -> None:
+    path, preset = leaf.path, leaf.field.get_default(call_default_factory=True)
+    kinds = _kinds(leaf.annotation)
+    text = f"{leaf.field.description or ''} (default: {preset})".replace("%", "%%").strip()
+    choices = [str(choice) for kind in kinds if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)]
+    metavar = "|".join(choices) if choices else path.rsplit(".", 1)[-1].upper()
+    if any(typing.get_origin(kind) is list or kind is list for kind in kinds):
+        parser.add_argument(*flags, dest=path, nargs="*", metavar=metavar, help=text)
+    elif bool in kinds:
+        parser.add_argument(*flags, dest=path, nargs="?", const="true", metavar="true|false", help=text)
+        negative = [f"--no-{flag[2:]}" for flag in flags if "." not in flag] + [
+            f"--no_{flag[2:]}" for flag in flags if "." not in flag
+        ]
+        parser.add_argument(
+            *dict.fromkeys(negative), dest=path, action="store_const", const="false", help=argparse.SUPPRESS
+        )
+    else:
+        parser.add_argument(*flags, dest=path, metavar=metavar, help=text)
+
+
+def _kinds(annotation: Any) -> tuple:
+    """The alternatives of an annotation: (int, NoneType) for int | None."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def from_text(value: Any, annotation: Any) -> Any:
+    """A flag's raw text for pydantic.
+
+    None for none/null where the field is optional, a list for lists, YAML for mappings, the text itself otherwise.
+    """
+    kinds = _kinds(annotation)
+    if isinstance(value, list):
+        return [item for text in value for item in ([text] if value != [text] else text.split(","))]
+    if type(None) in kinds and value.lower() in ("none", "null"):
+        return None
+    if any(typing.get_origin(kind) is list or kind is list for kind in kinds):
+        return [item for item in value.strip("[]").replace(" ", "").split(",") if item]
+    if any(typing.get_origin(kind) is dict or kind is dict for kind in kinds):
+        return yaml.load(value, StrictLoader)  # noqa: S506  (a SafeLoader)
+    return value
+
+
+def put(tree: dict, path: str, value: Any, schema: type[BaseModel]) -> None:
+    """Lay `value` at a dotted path over the tree, and drop the other names that the YAML may have used for it."""
+    *parents, name = path.split(".")
+    for parent in parents:
+        schema = section_of(schema.model_fields[parent].annotation)
+        if not isinstance(tree.get(parent), dict):
+            tree[parent] = {}
+        tree = tree[parent]
+    for other in extra_of(schema.model_fields[name]).get("flags", ()):
+        tree.pop(other, None)
+    tree[name] = value
+
+
+def full_key(key: str, leaves: list[Leaf]) -> str:
+    """The dotted name that `key` (dotted or short, any of a setting's names) stands for."""
+    parent, _, name = key.rpartition(".")
+    found = [leaf.path for leaf in leaves if key == leaf.path] or [
+        leaf.path for leaf in leaves if name in leaf.flags and parent in ("", leaf.path.rpartition(".")[0])
+    ]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UserError(f"--set {key}: names several settings: {', '.join(found)}; give the dotted name")
+    near = difflib.get_close_matches(key, [leaf.path for leaf in leaves], 1)
+    raise UserError(f"--set {key}: no such setting{f'; did you mean {near[0]}?' if near else ''}")
