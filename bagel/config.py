@@ -197,6 +197,8 @@ class TrainingConfig(TrainingSection):
     ce_loss_reweighting: bool = setting(False, "weight the tokens of an answer of n tokens by 1/sqrt(n)")
     loss_normalization: Literal["window", "micro"] = setting(
         "window", "mean over the tokens of all ranks and micro-steps of a step; micro: mean of the micro-steps' means")
+    export: bool = setting(True, "put trained_model.pt into every checkpoint and, at the end, a folder that --model-path takes into "
+                                 "the output folder")
     fp16: bool = setting(False, "the guide's name of --precision fp16")
     bf16: bool = setting(False, "the guide's name of --precision bf16")
     deepspeed: str | None = setting(None, "a DeepSpeed file, whose zero stage chooses --strategy")

@@ -1,0 +1,76 @@
+"""The joint objective: cross entropy of text and squared error of velocities, as means over all tokens of an optimizer step."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bagel.config import ModelConfig, TrainingConfig
+from bagel.layers import patchify
+from bagel.vae import Autoencoder
+from shared.dist import sum_over_ranks
+
+
+@torch.no_grad()
+def with_latents(pack: dict[str, Any], autoencoder: Autoencoder, config: ModelConfig, *, together: bool = False) -> dict[str, Any]:
+    """The pack with `packed_latents` (N, C), fp32, made of its pictures.
+
+    Pictures of one size are encoded as a batch. together: all on one canvas padded with zeros at the right and bottom, as the
+    released code does, which changes latents near the border.
+    """
+    images, patch = pack["vae_images"], config.latent_patch_size
+    groups: dict[tuple[int, int], list[int]] = {}
+    for number, image in enumerate(images):
+        groups.setdefault(tuple(image.shape[1:]), []).append(number)
+    if together and images:
+        groups = {tuple(max(sides) for sides in zip(*groups, strict=True)): list(range(len(images)))}
+    tokens: list[Tensor] = [images[0].new_zeros(0)] * len(images) if images else []
+    for (height, width), members in groups.items():
+        canvas = torch.stack([_grown(images[i], height, width) for i in members])
+        cells = (height // config.autoencoder.downsample, width // config.autoencoder.downsample)
+        noise = torch.stack([_grown(pack["posterior_noise"][i], *cells) for i in members])
+        for i, latent in zip(members, autoencoder.encode(canvas, noise).float(), strict=True):
+            rows, columns = pack["patchified_vae_latent_shapes"][i]
+            tokens[i] = patchify(latent[:, :rows * patch, :columns * patch], patch)
+    joined = torch.cat(tokens) if tokens else pack["packed_noise"].new_zeros(0, config.latent_width)
+    return {**pack, "packed_latents": joined}
+
+
+def _grown(image: Tensor, height: int, width: int) -> Tensor:
+    """Zeros at the right and bottom up to this size."""
+    return F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1]))
+
+
+def token_weights(pack: dict[str, Any], reweighting: bool) -> Tensor:
+    """Weight of every predicted text token: 1, or 1/sqrt(n) in an answer of n."""
+    weights = pack["ce_loss_weights"]
+    return weights if reweighting else torch.ones_like(weights)
+
+
+def count_targets(packs: Sequence[dict[str, Any]], reweighting: bool) -> Tensor:
+    """(sum of text weights, predicted latent tokens) over all packs and ranks, float64 on the CPU."""
+    own = [[token_weights(pack, reweighting).sum().item(), len(pack["mse_loss_indexes"])] for pack in packs]
+    return sum_over_ranks(torch.tensor(own, dtype=torch.float64).sum(dim=0))
+
+
+def joint_losses(model: Callable[[dict], dict[str, Tensor]], packs: Sequence[dict[str, Any]], training: TrainingConfig,
+                 world: int) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """One (loss, metrics) for each micro-batch; summed over them and averaged over ranks they are
+
+        text_loss_weight * mean over text tokens of CE + image_loss_weight * mean over latent tokens of MSE.
+
+    The means run over all tokens of all ranks and micro-batches (`window`), or are means of each micro-batch's means (`micro`,
+    the released rule). A term without a single token counts 0.
+    """
+    whole = count_targets(packs, training.ce_loss_reweighting) if training.loss_normalization == "window" else None
+    for pack in packs:
+        counts = count_targets([pack], training.ce_loss_reweighting) * len(packs) if whole is None else whole
+        text_tokens, image_tokens = counts.clamp(min=1e-12).tolist()
+        losses = model(pack)
+        text = (losses["ce"] * token_weights(pack, training.ce_loss_reweighting)).sum() * (world / text_tokens)
+        image = losses["mse"].mean(dim=-1).sum() * (world / image_tokens) if losses["mse"].numel() else losses["mse"].sum()
+        # The loop averages metrics over micro-batches, so each carries its share times their number.
+        metrics = {"text_loss": text.detach() * len(packs), "image_loss": image.detach() * len(packs), "tokens": float(pack["sequence_length"])}
+        yield training.text_loss_weight * text + training.image_loss_weight * image, metrics

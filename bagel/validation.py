@@ -1,0 +1,111 @@
+"""Held-out losses on fixed noise and times, and samples of a run: pictures for prompts, descriptions of pictures."""
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from bagel.generation import Guidance
+from bagel.inferencer import InterleaveInferencer
+from bagel.packing import Draws, Dropout, PackBuilder
+from shared.data import to_device
+from shared.dist import sum_over_ranks
+from shared.rng import keyed_generator
+
+if TYPE_CHECKING:
+    from bagel.dataset import UnifiedGenerationDataset
+    from bagel.train import UnifiedTrainer
+
+VALIDATION_SEED = 314_159
+TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)      # before the shift
+
+
+def fixed_pack(dataset: "UnifiedGenerationDataset", index: int | None, t: float) -> dict[str, Any]:
+    """One record as a pack, nothing left out, its pictures at time t (before the shift), its noise a function of the index.
+
+    index None: an empty pack, for ranks that have no record left.
+    """
+    builder = PackBuilder(dataset.layout)
+    if index is not None:
+        items = dataset.sample(index, 0)["items"]
+        raw = math.log(t / (1 - t))
+        draws = Draws([1.0] * len(items), iter([raw] * len(items)), keyed_generator(VALIDATION_SEED, index))
+        builder.add(items, draws, Dropout())
+    return builder.pack()
+
+
+def held_out_losses(trainer: "UnifiedTrainer", model: Any) -> dict[str, float]:
+    """loss (as trained), text_loss (nats a token) and image_loss (mean square of the velocity's error) of the validation records."""
+    dataset, info, training = trainer.val_set, trainer.info, trainer.config.training
+    count = min(len(dataset), training.validation_records)
+    totals = torch.zeros(4, dtype=torch.float64)
+    for first in range(0, count, info.world):
+        index = first + info.rank if first + info.rank < count else None
+        for number, t in enumerate(TIMES):
+            pack = trainer.encoded(to_device(fixed_pack(dataset, index, t), info.device))
+            losses = model(pack)
+            if number == 0:      # text does not depend on the time of pictures, which no later token sees
+                totals[:2] += torch.tensor([losses["ce"].double().sum().item(), len(losses["ce"])], dtype=torch.float64)
+            totals[2:] += torch.tensor([losses["mse"].mean(-1).double().sum().item() if len(losses["mse"]) else 0.0, len(losses["mse"])],
+                                       dtype=torch.float64)
+    text_sum, text_count, image_sum, image_count = sum_over_ranks(totals).tolist()
+    text, image = text_sum / max(1.0, text_count), image_sum / max(1.0, image_count)
+    return {"loss": training.text_loss_weight * text + training.image_loss_weight * image, "text_loss": text, "image_loss": image}
+
+
+def write_samples(trainer: "UnifiedTrainer", model: Any, step: int, folder: Path, *, most: int = 8) -> None:
+    """step_N.png: one picture a prompt; step_N.json: prompts, and questions with the model's and the true answers."""
+    from bagel.layout import transforms_of
+    dataset = trainer.val_set or trainer.train_set
+    transforms = transforms_of(trainer.config.data, trainer.model.config)
+    inferencer = InterleaveInferencer(model, trainer.autoencoder, trainer.tokenizer, *transforms, trainer.tokenizer.special)
+    prompts, questions = conversations(dataset, most)
+    height, width = next((size for _, size in prompts), (0, 0))
+    written: dict[str, Any] = {"step": step, "prompts": [inputs[-1] for inputs, _ in prompts], "answers": []}
+    pictures: list[Image.Image] = []
+    if prompts:
+        pictures = inferencer.generate_batch([inputs for inputs, _ in prompts], guidance=Guidance(num_timesteps=25, cfg_text_scale=3.0),
+                                             image_shapes=(height, width))
+    if questions:
+        answers = inferencer.generate_batch([inputs for inputs, _ in questions], understanding_output=True, max_length=64)
+        written["answers"] = [{"question": inputs[-1] if isinstance(inputs[-1], str) else "", "answer": answer, "true": true}
+                              for (inputs, true), answer in zip(questions, answers, strict=True)]
+    if not trainer.info.is_main:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if pictures:
+        grid(pictures, columns=4, scale=max(1, 128 // max(height, width))).save(folder / f"step_{step}.png")
+    (folder / f"step_{step}.json").write_text(json.dumps(written, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def conversations(dataset: "UnifiedGenerationDataset", most: int) -> tuple[list[tuple[list, tuple[int, int]]], list[tuple[list, str]]]:
+    """(inputs, size) of records that begin with texts and then draw a picture; (inputs, answer) of records that answer about a picture."""
+    from bagel.images import load_image
+    from bagel.records import keyed_draw, steps_of
+    prompts, questions = [], []
+    for index, record in enumerate(dataset.records):
+        steps = steps_of(record.value, record.kind, keyed_draw(keyed_generator(0)))
+        first = next(number for number, step in enumerate(steps) if step.target)
+        given = steps[:first]
+        if steps[first].image is not None and given and all(step.text is not None for step in given) and len(prompts) < most:
+            size = next(item.size for item in dataset.plan(index, 0) if item.type == "vae_image")
+            prompts.append(([step.text for step in given], size))
+        elif steps[first].text is not None and any(step.image is not None for step in given) and len(questions) < most:
+            inputs = [step.text if step.image is None else load_image(record.source.picture(step.image)) for step in given]
+            questions.append((inputs, steps[first].text))
+    return prompts, questions
+
+
+def grid(pictures: list[Image.Image], *, columns: int, scale: int = 1) -> Image.Image:
+    """Pictures in rows, each enlarged by whole pixels."""
+    width, height = max(image.width for image in pictures) * scale, max(image.height for image in pictures) * scale
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (width + 4), rows * (height + 4)), (255, 255, 255))
+    for number, image in enumerate(pictures):
+        enlarged = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+        sheet.paste(enlarged, (number % columns * (width + 4), number // columns * (height + 4)))
+    return sheet
+
