@@ -1,0 +1,167 @@
+"""Block-causal self-attention over video frames: masks, attention without a dense mask, rotary embedding, key-value cache.
+
+Shapes: B batch, F latent frames, S tokens of a frame, L = F S tokens, H heads, K head width.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def frame_blocks(frames: int, frames_per_block: int, independent_first_frame: bool = False) -> list[int]:
+    """The lengths of the causal blocks; ValueError when the frames do not fill whole blocks."""
+    first = 1 if independent_first_frame else 0
+    if frames_per_block < 1 or frames < first or (frames - first) % frames_per_block:
+        raise ValueError(
+            f"{frames} latent frames do not fill blocks of {frames_per_block}"
+            f"{' after one independent frame' if first else ''}; choose a number of frames with "
+            f"(frames - {first}) divisible by {frames_per_block}, or another num_frame_per_block"
+        )
+    return [1] * first + [frames_per_block] * ((frames - first) // frames_per_block)
+
+
+def causal_frame_mask(
+    frames: int,
+    frames_per_block: int,
+    *,
+    independent_first_frame: bool = False,
+    local_window: int = -1,
+    teacher_forcing: bool = False,
+) -> Tensor:
+    """Which frame (row) may attend to which (column), bool (F, F), or (2F, 2F) over [clean | noisy] with teacher forcing.
+
+    A frame sees its own and earlier blocks; a noisy frame sees the noisy frames of its own block and the clean frames of
+    earlier ones. local_window: frames counted back from the end of the own block, -1 for all.
+    """
+    lengths = frame_blocks(frames, frames_per_block, independent_first_frame)
+    block_F = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    end_F = torch.cumsum(torch.tensor(lengths), 0)[block_F]
+    near_FF = torch.ones(frames, frames, dtype=torch.bool)
+    if local_window >= 0:
+        near_FF = torch.arange(frames)[None] >= (end_F - local_window)[:, None]
+    own_FF = block_F[:, None] == block_F[None]
+    earlier_FF = block_F[:, None] > block_F[None]
+    clean_FF = (own_FF | earlier_FF) & (near_FF | own_FF)
+    if not teacher_forcing:
+        return clean_FF
+    clean_rows = torch.cat([clean_FF, torch.zeros_like(clean_FF)], 1)
+    noisy_rows = torch.cat([earlier_FF & near_FF, own_FF], 1)
+    return torch.cat([clean_rows, noisy_rows])
+
+
+def attention_runs(mask_FF: Tensor, tokens_per_frame: int) -> list[tuple[slice, list[slice]]]:
+    """The mask as (query tokens, runs of key tokens): neighbouring frames with equal rows share one attention call."""
+    rows = mask_FF.bool().tolist()
+    runs, start = [], 0
+    for frame in range(1, len(rows) + 1):
+        if frame == len(rows) or rows[frame] != rows[start]:
+            queries = slice(start * tokens_per_frame, frame * tokens_per_frame)
+            runs.append((queries, _true_runs(rows[start], tokens_per_frame)))
+            start = frame
+    return runs
+
+
+def _true_runs(row: list[bool], tokens_per_frame: int) -> list[slice]:
+    found, start = [], None
+    for frame, seen in enumerate([*row, False]):
+        if seen and start is None:
+            start = frame
+        elif not seen and start is not None:
+            found.append(slice(start * tokens_per_frame, frame * tokens_per_frame))
+            start = None
+    if not found:
+        raise ValueError("a frame of the mask attends to nothing; a softmax over no keys is not a number")
+    return found
+
+
+def attention_in_runs(q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, runs: list[tuple[slice, list[slice]]]) -> Tensor:
+    """Masked attention as exact dense calls, one a run: no mask in memory, and the fast kernels stay usable."""
+    parts = []
+    for queries, keys in runs:
+        k = torch.cat([k_BHLK[:, :, part] for part in keys], 2)
+        v = torch.cat([v_BHLK[:, :, part] for part in keys], 2)
+        parts.append(functional.scaled_dot_product_attention(q_BHLK[:, :, queries], k, v))
+    return torch.cat(parts, 2)
+
+
+def rotary_table(rope: nn.Module, frames: int, height: int, width: int, first_frame: int = 0) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (1, L, 1, K) of a patch grid whose time index starts at `first_frame`.
+
+    rope: diffusers' WanRotaryPosEmbed, whose tables are split over time, height and width.
+    """
+    sizes = [rope.t_dim, rope.h_dim, rope.w_dim]
+    axes = (slice(first_frame, first_frame + frames), slice(0, height), slice(0, width))
+    if max(part.stop for part in axes) > len(rope.freqs_cos):
+        raise ValueError(
+            f"the rotary table has {len(rope.freqs_cos)} positions, {max(part.stop for part in axes)} are needed"
+        )
+    tables = []
+    for table in (rope.freqs_cos, rope.freqs_sin):
+        time_, row, column = (part[axis] for part, axis in zip(table.split(sizes, 1), axes, strict=True))
+        grid = torch.cat(
+            [
+                time_[:, None, None].expand(-1, height, width, -1),
+                row[None, :, None].expand(frames, -1, width, -1),
+                column[None, None].expand(frames, height, -1, -1),
+            ],
+            -1,
+        )
+        tables.append(grid.reshape(1, frames * height * width, 1, -1))
+    return tables[0], tables[1]
+
+
+def rotate(x_BLHK: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding on adjacent channel pairs: (a, b) -> (a cos - b sin, a sin + b cos)."""
+    even, odd = x_BLHK.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rotary[0][..., 0::2], rotary[1][..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).type_as(x_BLHK)
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of the clean frames so far, per transformer block, for generation block by block.
+
+    window: frames kept, counted with the block in work; -1 keeps all. store: whether a forward pass adds its frames
+    (the pass over a finished block at timestep 0) or only reads (the denoising passes).
+    """
+
+    window: int = -1
+    store: bool = False
+    frames: int = 0
+    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def attend(self, layer: int, q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, tokens_per_frame: int) -> Tensor:
+        """Attention of the block in work over the kept frames and itself."""
+        past = self.layers.get(layer)
+        if past is not None:
+            k_BHLK, v_BHLK = torch.cat([past[0], k_BHLK], 2), torch.cat([past[1], v_BHLK], 2)
+        if self.window >= 0:
+            keep = max(self.window * tokens_per_frame, q_BHLK.shape[2])
+            k_BHLK, v_BHLK = k_BHLK[:, :, -keep:], v_BHLK[:, :, -keep:]
+        if self.store:
+            self.layers[layer] = (k_BHLK.detach(), v_BHLK.detach())
+        return functional.scaled_dot_product_attention(q_BHLK, k_BHLK, v_BHLK)
+
+
+def self_attention(
+    attention: nn.Module,
+    x_BLD: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    *,
+    runs: list[tuple[slice, list[slice]]] | None,
+    cache: KeyValueCache | None,
+    layer: int,
+    tokens_per_frame: int,
+) -> Tensor:
+    """A Wan block's self-attention, in runs of frames or over a cache."""
+    heads = attention.heads
+    q = rotate(attention.norm_q(attention.to_q(x_BLD)).unflatten(-1, (heads, -1)), rotary).transpose(1, 2)
+    k = rotate(attention.norm_k(attention.to_k(x_BLD)).unflatten(-1, (heads, -1)), rotary).transpose(1, 2)
+    v = attention.to_v(x_BLD).unflatten(-1, (heads, -1)).transpose(1, 2)
+    if cache is not None:
+        out = cache.attend(layer, q, k, v, tokens_per_frame)
+    else:
+        out = attention_in_runs(q, k, v, runs)
+    return attention.to_out[0](out.transpose(1, 2).flatten(2).type_as(q))

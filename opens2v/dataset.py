@@ -1,0 +1,395 @@
+"""Samples of the OpenS2V layout: a clip, its caption, and pictures of its subjects.
+
+Every random choice of a sample is keyed by (seed, epoch, index): the same for any number of ranks, workers and restarts.
+"""
+
+import math
+import random
+import warnings
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from opens2v.annotations import Annotations
+from opens2v.clips import Part, caption_of, frame_indices, generic_caption, usable_range
+from opens2v.cross_frames import CrossFramePairs
+from opens2v.options import SampleOptions, check_arguments, chosen_positions, sample_options
+from opens2v.subjects import (
+    CLIP_SIZE,
+    Subject,
+    SubjectFilter,
+    augment,
+    clip_pixels,
+    normalise_clip,
+    recolour,
+    reference_pixels,
+    select_subjects,
+)
+from opens2v.video import cover_resize
+from shared.errors import BadSample, UserError
+from shared.rng import keyed_seed
+
+FOREGROUND_LEVELS = 12  # grey levels by which a pixel of a subject differs from the background
+_SAMPLE = 501  # random stream
+
+
+class OpenS2VAdapterDataset(Dataset):
+    """Clips of one part. See SampleOptions for **options; `sample(index, epoch)` is the keyed form of `__getitem__`."""
+
+    def __init__(
+        self,
+        json_path: str | Path,
+        video_base_path: str | Path,
+        background_base_path: str | Path | None = None,
+        num_frames: int = 21,
+        height: int = 480,
+        width: int = 832,
+        sample_stride: int = 3,
+        max_subjects_per_sample: int = 1,
+        subject_selection: str = "first",
+        is_cross_frame: bool = False,
+        cross_frames_cluster_path: str | Path | None = None,
+        cross_frames_base_path: str | Path | None = None,
+        ref_height: int = 256,
+        ref_width: int = 256,
+        **options: Any,
+    ):
+        self.options = sample_options(options)
+        self.size, self.reference_size, self.num_frames, self.sample_stride = (
+            (height, width),
+            (ref_height, ref_width),
+            num_frames,
+            sample_stride,
+        )
+        self.max_subjects, self.selection = max_subjects_per_sample, subject_selection
+        check_arguments(num_frames, sample_stride, max_subjects_per_sample, subject_selection)
+        if not Path(video_base_path).is_dir():
+            raise UserError(f"video folder {video_base_path}: not found; check opens2v.video_base_paths")
+        background = None if background_base_path is None else Path(background_base_path)
+        self.part = Part(
+            Path(json_path).stem, Annotations(json_path), Path(video_base_path), background, self.options.use_bbox
+        )
+        self.filter = SubjectFilter(
+            **{field.name: getattr(self.options, field.name) for field in fields(SubjectFilter)}
+        )
+        self.pairs = None
+        if is_cross_frame:
+            if cross_frames_base_path is None:
+                raise UserError(
+                    "is_cross_frame needs opens2v.cross_frames_base_path; give .../cross-frames-pairs/final_output"
+                )
+            limits = dict(
+                min_similarity=self.options.cross_min_similarity, max_similarity=self.options.cross_max_similarity
+            )
+            self.pairs = CrossFramePairs(cross_frames_cluster_path, cross_frames_base_path, **limits)
+        self.parts: dict[str, Part] = {self.part.name: self.part}
+        self.positions = chosen_positions(self.part.annotations, self.options)
+        self.fingerprint = f"{self.part.annotations.digest()}-{len(self)}"
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # loader processes see set_epoch
+        self._warned: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self.part.annotations) if self.positions is None else len(self.positions)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch that __getitem__ draws for; seen by worker processes as well."""
+        self.epoch.fill_(epoch)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The sample at `index`, or in place of a broken one another, drawn at random, at most max_retries times."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} of a data set of {len(self)} samples")
+        index, epoch = index % len(self), int(self.epoch)
+        rng = random.Random(keyed_seed(self.options.seed, _SAMPLE, epoch, index, 1))
+        for _ in range(self.options.max_retries + 1):
+            try:
+                return self.sample(index, epoch)
+            except BadSample as error:
+                if str(error) not in self._warned:
+                    self._warned.add(str(error))
+                    warnings.warn(str(error), stacklevel=2)
+                reason, index = error, rng.randrange(len(self))
+        raise UserError(
+            f"{self.options.max_retries} samples in a row cannot be read; the last: {reason}; check the data folders"
+        )
+
+    def sample(self, index: int, epoch: int) -> dict[str, Any]:
+        """The sample of (index, epoch). Raises BadSample, or with strict UserError, for one that cannot be read."""
+        try:
+            return self._sample(index, random.Random(keyed_seed(self.options.seed, _SAMPLE, epoch, index)))
+        except BadSample as error:
+            if self.options.strict:
+                raise UserError(f"{error} (strict)") from None
+            raise
+
+    def _sample(self, index: int, rng: random.Random) -> dict[str, Any]:
+        options, position = self.options, index if self.positions is None else int(self.positions[index])
+        key, entry = self.part.entry(position)
+        metadata = entry["metadata"]
+        caption = caption_of(metadata, options.caption_key)
+        indices, cut = self._frame_indices(metadata, rng)
+        background = (
+            self._background(position, key, entry) if options.load_background or options.recolour_probability else None
+        )
+        frames = self._frames(position, entry, indices)
+        chosen = []
+        if options.load_subjects:
+            kept = self.filter.apply(self._subjects(position, key, entry), entry.get("word_tags") or {})
+            chosen = select_subjects(kept, self.selection, self.max_subjects, rng)
+        images = [self._image(key, subject, rng) for subject in chosen]
+        if options.recolour_probability and rng.random() < options.recolour_probability and background is not None:
+            angle = rng.uniform(0, 2 * math.pi)
+            frames = recolour(frames, angle, foreground_mask(frames, background))
+            images = [_recoloured(image, angle) for image in images]
+        if options.generic_caption_probability and rng.random() < options.generic_caption_probability:
+            for record in entry["annotation"]["mask_map"].values():
+                caption = generic_caption(caption, record["class_name"])
+        item = {
+            "key": key,
+            "prompts": caption,
+            "frames": cover_resize(frames, *self.size),
+            "frame_indices": torch.tensor(indices),
+        }
+        if options.load_subjects:
+            item |= self._references(chosen, images, rng)
+        item["meta"] = {
+            "fps": metadata.get("fps"), "num_frames": metadata.get("num_frames"), "resolution": metadata.get("resolution"),
+            "crop": metadata.get("crop"), "cut": list(cut), "tech": metadata.get("tech"), "motion": metadata.get("motion"),
+            "aesthetic": metadata.get("aesthetic"), "part": self.part.name, "annotation_idx": [one.annotation_idx for one in chosen],
+        }  # fmt: skip
+        if options.load_background and background is not None:
+            item["background_pixels"] = cover_resize(background[None], *self.size)[:, 0]
+        return item
+
+    def _frame_indices(self, metadata: dict, rng: random.Random) -> tuple[list[int], tuple[int, int]]:
+        start, end = usable_range(metadata)
+        low, high = self.options.time_range
+        if (low, high) != (0.0, 1.0):
+            start, end = start + round(low * (end - start)), start + round(high * (end - start))
+        stride = self.sample_stride
+        if self.options.target_fps is not None:
+            stride = max(1, round(float(metadata.get("fps") or self.options.target_fps) / self.options.target_fps))
+        return frame_indices(start, end, self.num_frames, stride, rng), (start, end)
+
+    # --- what keep_decoded remembers -----------------------------------------------------------------------------------
+
+    def _remembered(self, position: int, what: str, make: Callable[[], Any]) -> Any:
+        if not self.options.keep_decoded:
+            return make()
+        shelf = self.part.memory.setdefault(position, {})
+        if what not in shelf:
+            shelf[what] = make()
+        return shelf[what]
+
+    def _frames(self, position: int, entry: dict, indices: list[int]) -> np.ndarray:
+        if not self.options.keep_decoded:
+            return self.part.frames(entry, indices)
+        start, end = usable_range(entry["metadata"])
+        whole = self._remembered(position, "frames", lambda: self._small(self.part.frames(entry, range(start, end))))
+        return whole[np.array(indices) - start]
+
+    def _background(self, position: int, key: str, entry: dict) -> np.ndarray | None:
+        def make() -> np.ndarray | None:
+            picture = self.part.background(key, entry)
+            return picture if picture is None or not self.options.keep_decoded else self._small(picture[None])[0]
+
+        return self._remembered(position, "background", make)
+
+    def _small(self, frames: np.ndarray) -> np.ndarray:
+        """Frames at the training size, so that a small data set fits into memory."""
+        pixels = (cover_resize(frames, *self.size) + 1) * 127.5
+        return pixels.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0).numpy()
+
+    def _subjects(self, position: int, key: str, entry: dict) -> list[Subject]:
+        return self._remembered(position, "subjects", lambda: self.part.subjects(key, entry))
+
+    # --- subjects -------------------------------------------------------------------------------------------------------
+
+    def _image(self, key: str, subject: Subject, rng: random.Random) -> Image.Image:
+        """The subject's picture: its own cut-out, or with cross-frame data that of another clip of the same video."""
+        view = None if self.pairs is None else self.pairs.choose(self.part.name, key, subject.annotation_idx, rng)
+        if view is None:
+            return subject.image
+        part = self._other_part(view.part)
+        place = None if part is None else part.annotations.find(view.key)
+        if place is None:
+            raise BadSample(
+                f"cross-frame pair of {self.part.name}/{key}: {view.part}/{view.key} is in none of opens2v.json_paths"
+            )
+        other_key, other_entry = part.entry(place)
+        found = [
+            other for other in part.subjects(other_key, other_entry) if other.annotation_idx == view.annotation_idx
+        ]
+        return found[0].image if found else subject.image
+
+    def _other_part(self, name: str) -> Part | None:
+        """Another part by name: one of the parts given, or one that lies beside this part's files."""
+        if name not in self.parts:
+            json_path, videos = self.part.annotations.path.with_name(f"{name}.json"), self.part.videos.parent / name
+            if not json_path.exists() or not videos.is_dir():
+                return None
+            self.parts[name] = Part(name, Annotations(json_path), videos, None, self.options.use_bbox)
+        return self.parts[name]
+
+    def _references(self, chosen: list[Subject], images: list, rng: random.Random) -> dict[str, Any]:
+        count = self.max_subjects
+        pixels = torch.ones(count, 3, *self.reference_size)
+        features = normalise_clip(torch.ones(3, CLIP_SIZE, CLIP_SIZE)).repeat(count, 1, 1, 1)
+        scores = torch.full((count, 2), math.nan)
+        for slot, (subject, image) in enumerate(zip(chosen, images, strict=True)):
+            scale = 1.0
+            if self.options.ref_augment:
+                image, scale = augment(image, rng)
+            pixels[slot] = reference_pixels(image, *self.reference_size, scale=scale)
+            features[slot] = clip_pixels(image)
+            for column, score in enumerate((subject.gme_score, subject.aes_score)):
+                if score is not None:
+                    scores[slot, column] = score
+        names = [subject.class_name for subject in chosen]
+        return {
+            "ref_pixels": pixels, "ref_clip_pixels": features, "ref_mask": torch.arange(count) < len(chosen),
+            "subject_names": names + [""] * (count - len(names)), "subject_scores": scores,
+        }  # fmt: skip
+
+
+def foreground_mask(frames: np.ndarray, background: np.ndarray) -> np.ndarray:
+    """bool (..., H, W): where uint8 frames (..., H, W, 3) differ from the background by more than a few grey levels."""
+    return np.abs(frames.astype(np.int16) - background.astype(np.int16)).max(-1) > FOREGROUND_LEVELS
+
+
+def _recoloured(image: Image.Image, angle: float) -> Image.Image:
+    return Image.fromarray(recolour(np.array(image), angle))
+
+
+class MultiPartOpenS2VAdapterDataset(Dataset):
+    """Several parts in a row. Cross-frame partners are looked up in all of them."""
+
+    def __init__(
+        self, json_paths: list, video_base_paths: list, background_base_paths: list | None = None, **settings: Any
+    ):
+        backgrounds = background_base_paths or [None] * len(json_paths)
+        lengths = (len(json_paths), len(video_base_paths), len(backgrounds))
+        if len(set(lengths)) != 1 or not json_paths:
+            raise UserError(
+                f"opens2v.json_paths, video_base_paths and background_base_paths must be equally long and not empty, "
+                f"they have {lengths[0]}, {lengths[1]} and {lengths[2]} entries; give one of each per part"
+            )
+        self.datasets = [
+            OpenS2VAdapterDataset(*paths, **settings)
+            for paths in zip(json_paths, video_base_paths, backgrounds, strict=True)
+        ]
+        parts = {dataset.part.name: dataset.part for dataset in self.datasets}
+        for dataset in self.datasets:
+            dataset.parts.update(parts)
+        self.ends = list(accumulate(len(dataset) for dataset in self.datasets))
+        self.fingerprint = "+".join(dataset.fingerprint for dataset in self.datasets)
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """(part, index inside the part); negative indices count from the end; IndexError beyond it."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} of a data set of {len(self)} samples")
+        index %= len(self)
+        part = bisect_right(self.ends, index)
+        return part, index - (self.ends[part - 1] if part else 0)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        part, inside = self.locate(index)
+        return self.datasets[part][inside]
+
+    def sample(self, index: int, epoch: int) -> dict[str, Any]:
+        """The keyed sample, see OpenS2VAdapterDataset.sample."""
+        part, inside = self.locate(index)
+        return self.datasets[part].sample(inside, epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        for dataset in self.datasets:
+            dataset.set_epoch(epoch)
+
+
+def collate_opens2v_batch(items: list[dict[str, Any] | None]) -> dict[str, Any]:
+    """Stack tensors, keep texts and dicts as lists. None items are left out; all None is an error."""
+    kept = [item for item in items if item is not None]
+    if not kept:
+        raise ValueError("a batch without any sample; see the warnings about samples that cannot be read")
+    names = [name for name in kept[0] if all(name in item for item in kept)]  # a background may be there for some only
+    return {
+        name: torch.stack([item[name] for item in kept])
+        if isinstance(kept[0][name], Tensor)
+        else [item[name] for item in kept]
+        for name in names
+    }
+
+
+def create_dataset(data: Mapping[str, Any], **changes: Any) -> MultiPartOpenS2VAdapterDataset:
+    """The data set of a `data` section (DataConfig, or a mapping with its names)."""
+    names = {field.name for field in fields(SampleOptions)} - {"seed", "time_range", "load_subjects"}
+    settings = {name: data[name] for name in names if name in data}
+    settings |= {
+        "num_frames": data["num_pixel_frames"] if "num_pixel_frames" in data else data["num_training_frames"],
+        "height": data["pixel_height"], "width": data["pixel_width"],
+        "ref_height": data["ref_height"], "ref_width": data["ref_width"],
+    }  # fmt: skip
+    for name in ("sample_stride", "max_subjects_per_sample", "subject_selection", "is_cross_frame", "cross_frames_cluster_path",
+                 "cross_frames_base_path"):  # fmt: skip
+        settings[name] = data[name]
+    settings |= changes
+    return MultiPartOpenS2VAdapterDataset(
+        data["json_paths"], data["video_base_paths"], data["background_base_paths"] or None, **settings
+    )
+
+
+class EpochSampler(DistributedSampler):
+    """DistributedSampler whose set_epoch also moves the data set's random choices on."""
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        self.dataset.set_epoch(epoch)
+
+
+def create_opens2v_dataloader(
+    config: Any, rank: int = 0, world_size: int = 1, train: bool = True
+) -> tuple[DataLoader, DistributedSampler]:
+    """(loader, sampler) for a loop of one's own: shuffled, tail dropped, the same order on every run.
+
+    The training script uses shared/data.py instead, which can also resume inside an epoch.
+    """
+    training, seed = config.training, config.run.seed
+    changes = {} if train else {"ref_augment": False, "recolour_probability": 0.0, "generic_caption_probability": 0.0}
+    dataset = create_dataset(config.data, seed=seed, **changes)
+    need = world_size * training.batch_size
+    if len(dataset) < need:
+        raise UserError(
+            f"the data set has {len(dataset)} samples, one batch on {world_size} ranks takes {need}; use a smaller --batch-size or fewer ranks"
+        )
+    sampler = EpochSampler(dataset, world_size, rank, shuffle=train, seed=seed & 0x7FFFFFFF, drop_last=True)
+    workers = training.num_workers
+
+    def seed_worker(worker: int) -> None:
+        value = (seed + 1000 * rank + worker) % 2**32
+        random.seed(value)
+        np.random.seed(value)
+        torch.manual_seed(value)
+        torch.set_num_threads(1)
+
+    more = (
+        {"persistent_workers": True, "prefetch_factor": training.prefetch_factor, "worker_init_fn": seed_worker}
+        if workers
+        else {}
+    )
+    loader = DataLoader(
+        dataset, batch_size=training.batch_size, sampler=sampler, drop_last=True, num_workers=workers,
+        collate_fn=collate_opens2v_batch, pin_memory=torch.cuda.is_available(), generator=torch.Generator().manual_seed(seed), **more,
+    )  # fmt: skip
+    return loader, sampler

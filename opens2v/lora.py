@@ -1,0 +1,112 @@
+"""LoRA on the base's attention through peft, and the freezing of everything but the named modules."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from opens2v.model import is_reference_name
+from shared.errors import UserError
+
+ATTENTION_LAYERS = ("to_q", "to_k", "to_v", "to_out")
+
+
+def lora_pattern(target_modules: list[str], scope: list[str]) -> str:
+    """The regular expression of the adapted layers. diffusers' to_out is a list of (linear, dropout): its linear is to_out.0."""
+    unknown = [name for name in target_modules if name.removesuffix(".0") not in ATTENTION_LAYERS]
+    if unknown:
+        raise UserError(
+            f"adapter.target_modules: {', '.join(unknown)} not known; choose among {', '.join(ATTENTION_LAYERS)} "
+            "(the names of diffusers, also for weights that came under the original names q, k, v, o)"
+        )
+    layers = [r"to_out\.0" if name.removesuffix(".0") == "to_out" else name for name in target_modules]
+    return rf"blocks\.\d+\.({'|'.join(scope)})\.({'|'.join(layers)})"
+
+
+def add_lora(
+    model: nn.Module, *, rank: int, alpha: float, dropout: float = 0.0, target_modules: list[str], scope: list[str]
+) -> int:
+    """Put LoRA layers into the model and return their parameter count. peft freezes all else: enable_trainable comes after."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=lora_pattern(target_modules, scope),
+        init_lora_weights=True,
+    )
+    inject_adapter_in_model(config, model)
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" in name)
+
+
+def lora_state(model: nn.Module) -> dict[str, Tensor]:
+    """The LoRA tensors under the names that peft's tools read."""
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(model)
+
+
+def scale_lora(model: nn.Module, factor: float) -> None:
+    """Multiply the strength of all LoRA layers."""
+    from peft.tuners.lora import LoraLayer
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.scale_layer(factor)
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Add the LoRA products into the base weights, so that inference costs nothing more."""
+    from peft.tuners.lora import LoraLayer
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.merge()
+
+
+@dataclass(frozen=True)
+class TrainableSet:
+    """What trains: parameter counts by group of names, and what stays frozen."""
+
+    groups: dict[str, int]
+    frozen: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.groups.values())
+
+    def __str__(self) -> str:
+        listed = ", ".join(f"{name} {count:,}" for name, count in self.groups.items())
+        share = self.total / max(1, self.frozen)
+        return f"trainable {self.total:,} ({listed}); frozen {self.frozen:,} ({share:.1%} of it trains)"
+
+
+def enable_trainable(model: nn.Module, *, train_fused_path: bool = False) -> TrainableSet:
+    """Freeze everything, then enable the reference modules and LoRA by name, and check that no base tensor is among them."""
+    model.requires_grad_(False)
+    groups: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        group = trainable_group(name)
+        if group is None or (group.endswith("_fused") and not train_fused_path):
+            continue
+        parameter.requires_grad_(True)
+        parameter.data = parameter.data.to(torch.float32)
+        groups[group] = groups.get(group, 0) + parameter.numel()
+    if not groups:
+        raise UserError("nothing would train: the model has neither reference modules nor LoRA")
+    for name, parameter in model.named_parameters():
+        is_base = not is_reference_name(name) and "lora_" not in name
+        assert not (is_base and parameter.requires_grad), f"base tensor {name} is trainable"
+    frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+    return TrainableSet(groups, frozen)
+
+
+def trainable_group(name: str) -> str | None:
+    """The group of a parameter that may train, such as "clip_proj", "attn2.k_vae" or "lora"; None for the base's."""
+    if "lora_" in name:
+        return "lora"
+    if not is_reference_name(name):
+        return None
+    parts = name.split(".")
+    return parts[0] if "attn2" not in parts else f"attn2.{parts[parts.index('attn2') + 1]}"

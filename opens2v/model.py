@@ -1,0 +1,306 @@
+"""RefWanTransformer3DModel: diffusers' Wan transformer with subject pictures, causal frames and teacher forcing.
+
+Shapes: B batch, C channels, F latent frames, L tokens, S tokens of a frame, D width, N subjects, h w latent grid.
+"""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from torch import Tensor, nn
+
+from opens2v.adapter import DualPathCrossAttention, ReferenceTokens, clip_projection, sincos_2d, subject_mask
+from opens2v.causal import KeyValueCache, attention_runs, rotary_table, self_attention
+
+WAN_1_3B = dict(
+    patch_size=(1, 2, 2), num_attention_heads=12, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=4096,
+    freq_dim=256, ffn_dim=8960, num_layers=30, rope_max_seq_len=1024,
+)  # fmt: skip
+
+
+class RefWanBlock(WanTransformerBlock):
+    """One transformer block whose frames, references and cache are explicit arguments, so that recomputation sees the same."""
+
+    def __init__(
+        self,
+        dim: int,
+        ffn_dim: int,
+        num_heads: int,
+        *,
+        cross_attn_norm: bool,
+        eps: float,
+        layer: int,
+        clip_path: str,
+        fused_path: bool,
+    ):
+        super().__init__(dim, ffn_dim, num_heads, cross_attn_norm=cross_attn_norm, eps=eps)
+        self.attn2 = DualPathCrossAttention(dim, num_heads, eps=eps, clip_path=clip_path, fused_path=fused_path)
+        self.layer = layer
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        rotary_emb: tuple[Tensor, Tensor],
+        references: ReferenceTokens | None = None,
+        runs: list | None = None,
+        cache: KeyValueCache | None = None,
+        tokens_per_frame: int = 1,
+    ) -> Tensor:
+        """temb: (B, 6, D), or (B, T, 6, D) with one entry per frame or per token."""
+        parts = (self.scale_shift_table.float() + temb.float()).unbind(-2)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (per_token(part, hidden_states.shape[1]) for part in parts)
+
+        normed = (self.norm1(hidden_states.float()) * (1 + scale1) + shift1).type_as(hidden_states)
+        if runs is None and cache is None:
+            attended = self.attn1(normed, None, None, rotary_emb)
+        else:
+            attended = self_attention(
+                self.attn1,
+                normed,
+                rotary_emb,
+                runs=runs,
+                cache=cache,
+                layer=self.layer,
+                tokens_per_frame=tokens_per_frame,
+            )
+        hidden_states = (hidden_states.float() + attended * gate1).type_as(hidden_states)
+
+        normed = self.norm2(hidden_states.float()).type_as(hidden_states)
+        hidden_states = hidden_states + self.attn2(normed, encoder_hidden_states, references, self.layer)
+
+        normed = (self.norm3(hidden_states.float()) * (1 + scale2) + shift2).type_as(hidden_states)
+        return (hidden_states.float() + self.ffn(normed).float() * gate2).type_as(hidden_states)
+
+
+def per_token(value: Tensor, tokens: int) -> Tensor:
+    """(B, D) -> (B, 1, D); (B, T, D) -> (B, L, D), each entry repeated for the tokens of its frame."""
+    if value.ndim == 2:
+        return value[:, None]
+    return value.repeat_interleave(tokens // value.shape[1], 1)
+
+
+class RefWanTransformer3DModel(WanTransformer3DModel):
+    """The base's constructor and key names, plus the reference modules clip_proj, vae_proj and blocks.*.attn2.*."""
+
+    _no_split_modules = ["RefWanBlock"]
+    _repeated_blocks = ["RefWanBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: tuple[int, ...] = (1, 2, 2),
+        num_attention_heads: int = 12,
+        attention_head_dim: int = 128,
+        in_channels: int = 16,
+        out_channels: int = 16,
+        text_dim: int = 4096,
+        freq_dim: int = 256,
+        ffn_dim: int = 8960,
+        num_layers: int = 30,
+        cross_attn_norm: bool = True,
+        qk_norm: str | None = "rms_norm_across_heads",
+        eps: float = 1e-6,
+        rope_max_seq_len: int = 1024,
+        ref_clip_dim: int = 1280,
+        clip_path: str = "shared",
+        clip_proj_type: str = "linear",
+        vae_pos_embed: str = "sincos2d",
+        fused_path: bool = False,
+    ) -> None:
+        super().__init__(
+            patch_size=patch_size, num_attention_heads=num_attention_heads, attention_head_dim=attention_head_dim,
+            in_channels=in_channels, out_channels=out_channels, text_dim=text_dim, freq_dim=freq_dim, ffn_dim=ffn_dim,
+            num_layers=0, cross_attn_norm=cross_attn_norm, qk_norm=qk_norm, eps=eps, rope_max_seq_len=rope_max_seq_len,
+        )  # fmt: skip
+        self.register_to_config(num_layers=num_layers)  # the base was built without blocks: ours follow
+        if vae_pos_embed not in ("sincos2d", "none"):
+            raise ValueError(f"vae_pos_embed {vae_pos_embed!r} is not one of sincos2d, none")
+        dim = num_attention_heads * attention_head_dim
+        self.blocks = nn.ModuleList(
+            RefWanBlock(
+                dim, ffn_dim, num_attention_heads, cross_attn_norm=cross_attn_norm, eps=eps, layer=layer, clip_path=clip_path,
+                fused_path=fused_path,
+            )
+            for layer in range(num_layers)
+        )  # fmt: skip
+        self.clip_proj = (
+            None if clip_path == "off" and not fused_path else clip_projection(clip_proj_type, ref_clip_dim, dim)
+        )
+        self.vae_proj = nn.Linear(in_channels, dim)
+        self.reset_reference_parameters()
+
+    def reset_reference_parameters(self) -> None:
+        """Put the reference modules back to the values that leave the base's output unchanged."""
+        for block in self.blocks:
+            block.attn2.reset_reference_parameters()
+
+    @classmethod
+    def from_base(cls, base: str | Path | dict[str, Any] | nn.Module, **reference: Any) -> "RefWanTransformer3DModel":
+        """Build around a base: a config dict (random weights), a diffusers folder, or a WanTransformer3DModel."""
+        if isinstance(base, str | Path):
+            base = WanTransformer3DModel.from_pretrained(str(base))
+        settings = dict(base) if isinstance(base, dict) else dict(base.config)
+        known = inspect.signature(cls.__init__).parameters
+        model = cls(**{key: value for key, value in settings.items() if key in known}, **reference)
+        if not isinstance(base, dict):
+            model.load_base_state(base.state_dict())
+        return model
+
+    def load_base_state(self, state: dict[str, Tensor]) -> None:
+        """Load the base's weights (diffusers names), all of them and nothing else; the reference modules start anew."""
+        missing, unexpected = self.load_state_dict(state, strict=False)
+        missing = [name for name in missing if not is_reference_name(name)]
+        if missing or unexpected:
+            raise ValueError(
+                f"base weights do not fit: {len(missing)} missing {missing[:3]}, {len(unexpected)} unexpected {list(unexpected)[:3]}"
+            )
+        self.reset_reference_parameters()
+
+    def project_references(
+        self,
+        ref_clip: Tensor | None,
+        ref_latents: Tensor | None,
+        ref_mask: Tensor | None = None,
+        *,
+        scale: float = 1.0,
+        remember: bool = False,
+    ) -> ReferenceTokens:
+        """Tokens of the subject pictures, shared by all blocks.
+
+        ref_clip (B, N, 257, C_clip), ref_latents (B, N, 16, h, w) normalised, ref_mask (B, N) bool (None: all there).
+        scale multiplies what the references add; remember keeps the blocks' keys and values for further calls.
+        """
+        given = ref_clip if ref_clip is not None else ref_latents
+        present_BN = (
+            torch.ones(given.shape[:2], dtype=torch.bool, device=given.device) if ref_mask is None else ref_mask.bool()
+        )
+        clip = mask_clip = vae = mask_vae = None
+        if ref_clip is not None and self.clip_proj is not None:
+            clip = self.clip_proj(ref_clip).flatten(1, 2)
+            mask_clip = subject_mask(present_BN, ref_clip.shape[2])
+        if ref_latents is not None:
+            height, width = ref_latents.shape[-2:]
+            vae = self.vae_proj(ref_latents.flatten(3).transpose(2, 3))
+            if self.config.vae_pos_embed == "sincos2d":
+                vae = vae + sincos_2d(height, width, vae.shape[-1]).to(vae)
+            vae, mask_vae = vae.flatten(1, 2), subject_mask(present_BN, height * width)
+        weight = present_BN.any(1)[:, None, None].float() * scale
+        return ReferenceTokens(clip, vae, mask_clip, mask_vae, weight, {} if remember else None)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        ref_clip: Tensor | None = None,
+        ref_latents: Tensor | None = None,
+        ref_mask: Tensor | None = None,
+        frame_mask: Tensor | None = None,
+        clean_hidden_states: Tensor | None = None,
+        clean_timestep: Tensor | None = None,
+        references: ReferenceTokens | None = None,
+        cache: KeyValueCache | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Velocity (B, C, F, h, w), or what the base was trained to give.
+
+        timestep: 1000 sigma, (B,), (B, F) or (B, L). encoder_hidden_states: (B, 512, text_dim), padding rows zero.
+        frame_mask: bool (F, F); with clean_hidden_states (teacher forcing) (2F, 2F) over [clean | noisy], clean_timestep (B, F)
+        or None for 0. references: from project_references, in place of the three ref arguments. cache: generation by blocks.
+        """
+        batch, _, frames, height, width = hidden_states.shape
+        _, patch_h, patch_w = self.config.patch_size
+        grid = (height // patch_h, width // patch_w)
+        tokens_per_frame = grid[0] * grid[1]
+        rotary = self._rotary(hidden_states, frames, grid, cache, clean_hidden_states is not None)
+        if clean_hidden_states is not None:
+            if clean_timestep is None:
+                clean_timestep = torch.zeros(batch, frames, device=timestep.device)
+            timestep = torch.cat([clean_timestep.float(), _by_frame(timestep, frames).float()], 1)
+            hidden_states = torch.cat([clean_hidden_states, hidden_states], 2)
+        x_BLD = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
+        temb, modulation, text_BSD = self._conditions(timestep, encoder_hidden_states)
+        if references is None and (ref_clip is not None or ref_latents is not None):
+            references = self.project_references(ref_clip, ref_latents, ref_mask)
+        runs = None if frame_mask is None else attention_runs(frame_mask, tokens_per_frame)
+        run_block = self._block_runner()
+        for block in self.blocks:
+            x_BLD = run_block(block, x_BLD, text_BSD, modulation, rotary, references, runs, cache, tokens_per_frame)
+        if cache is not None and cache.store:
+            cache.frames += frames
+        if clean_hidden_states is not None:
+            x_BLD = x_BLD[:, x_BLD.shape[1] // 2 :]
+            temb = temb[:, frames:]
+        output = self._unpatchify(self._head(x_BLD, temb), frames, grid)
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def _rotary(
+        self, hidden_states: Tensor, frames: int, grid: tuple[int, int], cache: KeyValueCache | None, twice: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Rotary table of the frames; the clean and the noisy half have the same positions, cached blocks go on counting."""
+        if not twice and cache is None:
+            return self.rope(hidden_states)
+        cos, sin = rotary_table(self.rope, frames, *grid, first_frame=0 if cache is None else cache.frames)
+        return (torch.cat([cos, cos], 1), torch.cat([sin, sin], 1)) if twice else (cos, sin)
+
+    def _conditions(self, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Time embedding (B, [T,] D), its six modulations (B, [T,] 6, D), and projected text. Times never pass through bf16."""
+        embedder = self.condition_embedder
+        with torch.autocast(timestep.device.type, enabled=False):
+            sinusoid = embedder.timesteps_proj(timestep.float().flatten())
+            temb = embedder.time_embedder(sinusoid.to(embedder.time_embedder.linear_1.weight.dtype))
+            modulation = embedder.time_proj(embedder.act_fn(temb.to(embedder.time_proj.weight.dtype)))
+        temb, modulation = (
+            temb.unflatten(0, timestep.shape),
+            modulation.unflatten(0, timestep.shape).unflatten(-1, (6, -1)),
+        )
+        return temb, modulation, embedder.text_embedder(text.to(embedder.text_embedder.linear_1.weight.dtype))
+
+    def _block_runner(self) -> Callable[..., Tensor]:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func
+        return lambda block, *arguments: block(*arguments)
+
+    def _head(self, x_BLD: Tensor, temb: Tensor) -> Tensor:
+        shift, scale = (self.scale_shift_table.float() + temb.float().unsqueeze(-2)).unbind(-2)
+        shift, scale = per_token(shift, x_BLD.shape[1]), per_token(scale, x_BLD.shape[1])
+        return self.proj_out((self.norm_out(x_BLD.float()) * (1 + scale) + shift).type_as(x_BLD))
+
+    def _unpatchify(self, x_BLP: Tensor, frames: int, grid: tuple[int, int]) -> Tensor:
+        patch_f, patch_h, patch_w = self.config.patch_size
+        x = x_BLP.reshape(len(x_BLP), frames, *grid, patch_f, patch_h, patch_w, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def _by_frame(timestep: Tensor, frames: int) -> Tensor:
+    return timestep[:, None].expand(-1, frames) if timestep.ndim == 1 else timestep
+
+
+NEW_IN_ATTENTION = (
+    "k_vae",
+    "v_vae",
+    "norm_k_vae",
+    "gate_clip",
+    "k_fused",
+    "v_fused",
+    "norm_k_fused",
+    "add_k_proj",
+    "add_v_proj",
+    "norm_added_k",
+)
+
+
+def is_reference_name(name: str) -> bool:
+    """Whether a parameter (diffusers naming) belongs to the reference modules and not to the base."""
+    parts = name.split(".")
+    return parts[0] in ("clip_proj", "vae_proj") or (
+        "attn2" in parts and any(part in NEW_IN_ATTENTION for part in parts)
+    )
