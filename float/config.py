@@ -1,0 +1,217 @@
+"""Settings of FLOAT: phase 1 (AutoencoderConfig, configs/autoencoder/) and phase 2 (Config, configs/). No torch here."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationInfo, field_validator, model_validator
+
+from shared.config import RunSection, Section, TrainingSection, load_saved, save_config, setting, validate
+
+PRESETS = Path(__file__).parent / "configs"
+AUTOENCODER_PRESETS = PRESETS / "autoencoder"
+SAMPLE_DATA = Path(__file__).parent / "sample_data"
+CHANNELS = {4: 512, 8: 512, 16: 512, 32: 512, 64: 256, 128: 128, 256: 64, 512: 32, 1024: 16}
+Box = list[float]  # left, top, right, bottom as shares of the picture side
+
+
+class ModelConfig(Section):
+    """The networks, the conditions' dropout and the sampler."""
+
+    input_size: int = setting(512, "side of the pictures, pixels, a power of two", "image_size", fixed=True, ge=16)
+    dim_w: int = setting(512, "width of identity and motion latents", fixed=True, ge=1)
+    dim_h: int = setting(1024, "width of the transformer", fixed=True, ge=8)
+    dim_m: int = setting(20, "orthonormal directions of motion", fixed=True, ge=1)
+    dim_a: int = setting(512, "width of projected audio features", fixed=True, ge=1)
+    dim_e: Literal[7] = setting(7, "emotions: angry, disgust, fear, happy, neutral, sad, surprise", fixed=True)
+    fmt_depth: int = setting(12, "blocks of the transformer", fixed=True, ge=1)
+    num_heads: int = setting(16, "attention heads, a divisor of dim_h", fixed=True, ge=1)
+    mlp_ratio: float = setting(4.0, "hidden width of a block's feed-forward part over dim_h", fixed=True, gt=0)
+    attention_window: int = setting(2, "frames to either side that a frame attends to", fixed=True, ge=0)
+    autoencoder: Literal["lia", "compact"] = setting("lia", "lia: the released network; compact: learns in CPU minutes", fixed=True)
+    channels: dict[int, int] = setting(CHANNELS, "channels of the auto-encoder by picture side", fixed=True)
+    audio_features: Literal["wav2vec2", "logmel"] = setting("wav2vec2", "logmel needs no download", fixed=True)
+    only_last_features: bool = setting(True, "wav2vec2: last layer only; false: all layers side by side", fixed=True)
+    whiten_motion: bool = setting(False, "run the flow on whitened motion latents (needed when the auto-encoder is new)", fixed=True)
+    audio_dropout_prob: float = setting(0.1, "training: share of samples without sound", ge=0, le=1)
+    ref_dropout_prob: float = setting(0.1, "training: share of samples without reference motion", ge=0, le=1)
+    emotion_dropout_prob: float = setting(0.1, "training: share of samples without emotion", ge=0, le=1)
+    prev_frame_dropout_prob: float = setting(0.5, "training: share without previous motion, and, drawn apart, previous sound", ge=0, le=1)
+    ode_method: str = setting("euler", "euler, midpoint, heun, rk4, or a torchdiffeq method", "torchdiffeq_ode_method")
+    nfe: int = setting(10, "time points of the sampler; one more than its steps", ge=2)
+    ode_atol: float = setting(1e-5, "absolute tolerance of adaptive methods", "atol", gt=0)
+    ode_rtol: float = setting(1e-5, "relative tolerance of adaptive methods", "rtol", gt=0)
+    a_cfg_scale: float = setting(2.0, "guidance by sound")
+    r_cfg_scale: float = setting(1.0, "guidance by reference motion; acts with reference_guidance only")
+    e_cfg_scale: float = setting(1.0, "guidance by emotion")
+    reference_guidance: bool = setting(False, "a further pass without reference motion")
+    autoencoder_path: str | None = setting(None, "trained auto-encoder: a phase-1 run, a .safetensors file or float.pth; null: train one first")
+    fmt_path: str | None = setting(None, "start the transformer from float.pth or a file of weights; null: from scratch", "ckpt_path")
+    wav2vec_model_path: str = setting("checkpoints/wav2vec2-base-960h", "folder of wav2vec2-base-960h")
+    audio2emotion_path: str = setting("checkpoints/wav2vec-english-speech-emotion-recognition", "folder of the speech emotion recogniser")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "ModelConfig":
+        if self.dim_h % self.num_heads:
+            raise ValueError(f"dim_h {self.dim_h} is not divisible by num_heads {self.num_heads}")
+        if self.input_size & (self.input_size - 1):
+            raise ValueError(f"input_size {self.input_size} is not a power of two")
+        if self.dim_m > self.dim_w:
+            raise ValueError(f"dim_m {self.dim_m} directions do not fit into dim_w {self.dim_w}")
+        sides = [2**exponent for exponent in range(2, self.input_size.bit_length())]
+        missing = [side for side in sides if side not in self.channels]
+        if missing:
+            raise ValueError(f"channels lacks the sides {missing} of input_size {self.input_size}")
+        return self
+
+
+class DataConfig(Section):
+    """Clips, windows, and what is cached of them."""
+
+    data_root: str | None = setting("datasets", "folder of clips; null: the sample data of this repository")
+    features_dir: str | None = setting(None, "cache of encoded clips; null: features/ in the output folder")
+    video_fps: float = setting(25.0, "frames per second that clips are read at", "fps", gt=0)
+    audio_sample_rate: Literal[16000] = setting(16000, "samples per second of the sound")
+    sequence_length: int = setting(16, "frames of a window, L", fixed=True, ge=1)
+    prev_frames: int = setting(4, "frames of context before it, P", "num_prev_frames", fixed=True, ge=1)
+    wav2vec_sec: float = setting(0.64, "seconds of a window; seconds x frames per second = sequence_length", gt=0)
+    train_split: str = setting("train", "split to train on")
+    val_split: str = setting("test", "split to validate on")
+    emotion_source: Literal["ser", "label", "mixed", "none"] = setting("ser", "ser: recogniser on the clip's sound; label: the data set's; mixed: label where there is one")
+    drop_last: bool = setting(True, "leave out the last incomplete batch of an epoch")
+    pin_memory: Literal[True] = setting(True, "batches for a GPU lie in pinned memory", hidden=True)
+    use_augmentation: bool = setting(True, "flip and colour frames in phase 1, cache flipped motion, add noise to previous motion in phase 2")
+    horizontal_flip_prob: float = setting(0.5, "share of mirrored clips or frames", ge=0, le=1)
+    color_jitter_prob: float = setting(0.3, "phase 1: share of frame pairs with other brightness and contrast", ge=0, le=1)
+    gaussian_noise_prob: float = setting(0.2, "phase 2: share of windows whose previous motion is made noisy", ge=0, le=1)
+    gaussian_noise_std: float = setting(0.05, "its standard deviation, as a share of the motion's", ge=0)
+    face_crop: bool = setting(False, "crop to the face before encoding (boxes.json or the centre square); false: clips are cropped already")
+    mouth_box: Box = setting([0.28, 0.47, 0.72, 0.82], "mouth in a cropped picture: left, top, right, bottom as shares of the side")
+    eye_box: Box = setting([0.2, 0.3, 0.8, 0.52], "eyes and brows in a cropped picture")
+    feature_dtype: Literal["float32", "float16"] = setting("float32", "number type of cached raw audio features")
+
+    @model_validator(mode="after")
+    def _window_length(self) -> "DataConfig":
+        frames = int(self.wav2vec_sec * self.video_fps + 1e-6)
+        if frames != self.sequence_length:
+            raise ValueError(
+                f"wav2vec_sec {self.wav2vec_sec} x video_fps {self.video_fps:g} = {frames} frames, sequence_length is {self.sequence_length}; "
+                f"set wav2vec_sec {self.sequence_length / self.video_fps:g}"
+            )
+        for name in ("mouth_box", "eye_box"):
+            box = getattr(self, name)
+            if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+                raise ValueError(f"{name} {box} is not left, top, right, bottom within 0 and 1")
+        return self
+
+
+class _GuideNames(TrainingSection):
+    """The loop's settings under the guide's names."""
+
+    optimizer: Literal["adamw", "adam"] = setting("adamw", "adam is adamw without weight decay", fixed=True)
+    max_grad_norm: float | None = setting(1.0, "clip the gradient norm to this; null: no clipping", "grad_clip", "gradient_clip_val", ge=0)
+    logging_steps: int = setting(100, "optimizer steps between log lines", "log_every", "log_interval", ge=1)
+    save_steps: int | None = setting(5000, "optimizer steps between checkpoints; null: only at the end", "save_every", "save_checkpoint_interval", ge=1)
+    eval_steps: int | None = setting(1000, "optimizer steps between validations; null: only at the end", "eval_every", "val_check_interval", ge=1)
+    keep_last: int = setting(5, "newest checkpoints kept; the best one is kept beside them", "save_total_limit", "max_checkpoints_to_keep", ge=2)
+    lr_warmup_epochs: float | None = setting(None, "epochs of warm-up; sets warmup_steps at start", ge=0)
+    lr_min: float | None = setting(None, "last learning rate; sets min_lr_ratio at start", ge=0)
+    use_amp: bool = setting(False, "mixed precision on a GPU where --precision is not given")
+    amp_dtype: Literal["float16", "bfloat16"] = setting("float16", "its number type")
+
+    @field_validator("lr_scheduler_type", mode="before")
+    @classmethod
+    def _none_is_constant(cls, value: Any, info: ValidationInfo) -> Any:
+        return "constant" if value in (None, "none") else value
+
+    @model_validator(mode="after")
+    def _adam_has_no_decay(self) -> "_GuideNames":
+        if self.optimizer == "adam" and self.weight_decay != 0:
+            raise ValueError(f"optimizer adam takes no decoupled weight decay (got {self.weight_decay}); set weight_decay 0, or use adamw")
+        return self
+
+
+class TrainingConfig(_GuideNames):
+    """Phase 2: rectified flow on motion latents."""
+
+    batch_size: int = setting(8, "windows per rank and micro-step", ge=1)
+    weight_decay: float = setting(1e-5, "decoupled weight decay of matrices", ge=0)
+    early_stopping_patience: int | None = setting(10, "stop after so many validations without a better best_metric; null: never", ge=1)
+    loss_type: Literal["mse", "l1", "huber"] = setting("mse", "distance between predicted and true velocity", fixed=True)
+    lambda_ot: float = setting(1.0, "weight of the flow term", fixed=True, ge=0)
+    lambda_vel: float = setting(1.0, "weight of the term on differences of neighbouring frames", fixed=True, ge=0)
+    prev_loss_weight: float = setting(0.0, "weight of the term on the previous frames", fixed=True, ge=0)
+    sigma_min: float = setting(0.0, "share of noise left at t = 1", fixed=True, ge=0)
+    sigma_max: float = setting(1.0, "scale of the noise at t = 0", fixed=True, gt=0)
+    time_sampling: Literal["uniform", "logit_normal"] = setting("uniform", "distribution of training times", fixed=True)
+
+
+class AutoencoderTrainingConfig(_GuideNames):
+    """Phase 1: the motion auto-encoder. A term with weight 0 is off."""
+
+    batch_size: int = setting(8, "frame pairs per rank and micro-step", ge=1)
+    learning_rate: float = setting(2e-4, "peak learning rate", "lr", ge=0)
+    lambda_l1: float = setting(1.0, "weight of the mean absolute difference", fixed=True, ge=0)
+    lambda_box: float = setting(0.0, "weight of the mean absolute difference in the mouth box (a third of it in the eye box)", fixed=True, ge=0)
+    lambda_perceptual: float = setting(10.0, "weight of the perceptual distance", fixed=True, ge=0)
+    lambda_component: float = setting(100.0, "weight of the perceptual distance within eye and mouth boxes", fixed=True, ge=0)
+    lambda_adversarial: float = setting(1.0, "weight of the full-picture, eye and lip adversarial terms", fixed=True, ge=0)
+    lambda_style: float = setting(100.0, "weight of feature style matching in eye and lip discriminators", fixed=True, ge=0)
+    adversarial_start: int = setting(0, "first step of the adversarial and style terms", fixed=True, ge=0)
+    r1_gamma: float = setting(10.0, "weight of the discriminators' gradient penalty", fixed=True, ge=0)
+    r1_every: int = setting(16, "steps between gradient penalties", fixed=True, ge=1)
+    vgg_path: str | None = setting(None, "weights of VGG-19 (torchvision's file); null: a frozen random stack in its place")
+    clip_seconds_per_epoch: float = setting(1.0, "frame pairs drawn per second of video and epoch", gt=0)
+
+
+class Config(Section):
+    """Everything a phase-2 run needs; save and load keep it equal."""
+
+    run: RunSection = setting({}, "where and how the run executes", hidden=True)
+    model: ModelConfig = setting({}, "the networks", hidden=True)
+    data: DataConfig = setting({}, "clips and windows", hidden=True)
+    training: TrainingConfig = setting({}, "the loop", hidden=True)
+    autoencoder_config: str = setting("small", "phase-1 preset or file used when autoencoder_path is null")
+    synthetic: bool = setting(False, "train on generated motion instead of clips (a check of the installation)")
+
+    def save(self, path: str | Path) -> None:
+        """Write as YAML."""
+        save_config(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Config":
+        """Read what save wrote, YAML or JSON."""
+        return load_saved(cls, Path(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Config":
+        """Validated settings; a UserError names every fault."""
+        return validate(cls, values, "from_dict")
+
+
+class AutoencoderConfig(Section):
+    """Everything a phase-1 run needs."""
+
+    run: RunSection = setting({}, "where and how the run executes", hidden=True)
+    model: ModelConfig = setting({}, "the networks", hidden=True)
+    data: DataConfig = setting({}, "clips", hidden=True)
+    training: AutoencoderTrainingConfig = setting({}, "the loop", hidden=True)
+
+
+def data_root(data: DataConfig) -> Path:
+    """The folder of clips."""
+    return SAMPLE_DATA if data.data_root is None else Path(data.data_root)
+
+
+def settle(config: Config | AutoencoderConfig, *, steps_per_epoch: int, device_type: str) -> None:
+    """Turn epochs, least learning rate and mixed precision of the guide into the loop's settings, once, at start."""
+    training = config.training
+    if training.lr_warmup_epochs is not None:
+        training.warmup_steps = round(training.lr_warmup_epochs * steps_per_epoch)
+    if training.lr_min is not None and training.learning_rate > 0:
+        training.min_lr_ratio = min(1.0, training.lr_min / training.learning_rate)
+    if config.run.precision is None and device_type == "cuda":
+        config.run.precision = {"float16": "fp16", "bfloat16": "bf16"}[training.amp_dtype] if training.use_amp else "fp32"
