@@ -5,12 +5,14 @@ trainer.json, config.yaml, and manifest.json (sizes and SHA-256 of all files), w
 place and renamed into it, so what is visible is complete; what was damaged later is told apart by its hashes.
 """
 
+import functools
 import hashlib
 import json
 import os
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from shared.dist import DistInfo, barrier, from_main, raise_together
+from shared.dist import DistInfo, from_main, raise_together
 from shared.errors import UserError
 
 FORMAT = 1
@@ -46,6 +48,8 @@ class CheckpointStore:
 
     def __init__(self, root: Path, info: DistInfo, *, keep_last: int = 2, keep_every: int | None = None):
         self.root, self.info, self.keep_last, self.keep_every = Path(root), info, keep_last, keep_every
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future | None = None
 
     def save(
         self,
@@ -57,54 +61,71 @@ class CheckpointStore:
         meta: dict,
         extra: Callable[[Path], None] | None = None,
         best: str | None = None,
+        background: bool = False,
     ) -> Path:
         """Write one checkpoint; all ranks call it. Any rank's error is raised on all, and nothing half-written stays.
 
         tensors: file name -> (specs [(name, shape, dtype)], values in that order); drawing a value may be a collective.
         extra(folder): rank 0 writes further files. best: the best checkpoint so far, which is kept.
+        background: copy the values now (rank 0 holds all of them at once) and write in a thread; an error comes up in
+        the next save() or wait().
         """
+        self.wait()
         final = self.root / name
         if from_main(final.exists() and _is_valid(final)):
             return final
-        temporary = self.root / f".tmp-{name}-{os.getpid()}"
-        temporary = Path(from_main(str(temporary)))
+        drawn = {file: (specs, iter(values)) for file, (specs, values) in tensors.items()}
         error: Exception | None = None
-        files: dict[str, dict] = {}
+        if background:
+            drawn = {file: (specs, iter(self._copies(values))) for file, (specs, values) in drawn.items()}
         if self.info.is_main:
-            error = _attempt(lambda: self._make_room(temporary))
-        for file, (specs, values) in tensors.items():
-            failed = self._write_tensors(temporary / file, specs, values, files, skip=error is not None)
-            error = error or failed
-        if self.info.is_main and error is None:
-            error = _attempt(lambda: self._write_rest(temporary, trainer, meta, step, extra, files))
-        if self.info.is_main and error is None:
-            error = _attempt(lambda: self._commit(temporary, final))
-        if error is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise_together(error)
-        if self.info.is_main:
-            self._point(name, best)
-            self._prune(best)
-        barrier()
+            job = functools.partial(self._write, final, step, trainer, drawn, meta, extra, best)
+            if background:
+                self._pending = self._writer.submit(_attempt, job)
+                return final
+            error = _attempt(job)
+        for _, values in drawn.values():  # gathering is a collective: every rank draws all, written or not
+            for _ in values:
+                pass
+        if not background:
+            raise_together(error)
         return final
+
+    def wait(self) -> None:
+        """Let a save in the background end; a collective. Raises its error on all ranks."""
+        error = None if self._pending is None else self._pending.result()
+        self._pending = None
+        raise_together(error)
+
+    def _copies(self, values: Iterator[Tensor]) -> list[Tensor]:
+        """Rank 0's own copies of the values, safe from the next optimizer step."""
+        if self.info.is_main:
+            return [value.detach().to("cpu", copy=True) for value in values]
+        for _ in values:
+            pass
+        return []
+
+    def _write(
+        self, final: Path, step: int, trainer: dict, drawn: dict, meta: dict, extra: Callable | None, best: str | None
+    ) -> None:
+        """Rank 0: everything from the temporary folder to the removal of older checkpoints."""
+        temporary = self.root / f".tmp-{final.name}-{os.getpid()}"
+        try:
+            self._make_room(temporary)
+            files = {file: write_safetensors(temporary / file, *specs_and_values) for file, specs_and_values in drawn.items()}
+            self._write_rest(temporary, trainer, meta, step, extra, files)
+            self._commit(temporary, final)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        self._point(final.name, best)
+        self._prune(best)
 
     def _make_room(self, temporary: Path) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
         for left in self.root.glob(".tmp-*"):
             shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir()
-
-    def _write_tensors(self, path: Path, specs: list, values: Iterable, files: dict, skip: bool) -> Exception | None:
-        """Every rank draws every value, since gathering is a collective; rank 0 writes, unless something failed."""
-        if not self.info.is_main or skip:
-            for _ in values:
-                pass
-            return None
-        values = iter(values)
-        error = _attempt(lambda: files.__setitem__(path.name, write_safetensors(path, specs, values)))
-        for _ in values:
-            pass
-        return error
 
     def _write_rest(
         self, folder: Path, trainer: dict, meta: dict, step: int, extra: Callable | None, files: dict

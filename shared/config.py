@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import typing
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,7 +18,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from shared.errors import UserError
 from shared.flags import Leaf as Leaf
-from shared.flags import StrictLoader, extra_of, from_text, full_key, leaves_of, make_parser, put, section_of
+from shared.flags import (
+    StrictLoader,
+    accepts_bool,
+    extra_of,
+    from_text,
+    full_key,
+    leaves_of,
+    make_parser,
+    put,
+    section_of,
+    unknown_flag,
+)
 
 T = TypeVar("T", bound=BaseModel)
 STRATEGIES = ("none", "ddp", "fsdp", "zero1", "zero2", "zero3")
@@ -52,6 +64,10 @@ class Section(BaseModel):
             return values
         values = dict(values)
         for name, field in cls.model_fields.items():
+            if isinstance(values.get(name), bool) and not accepts_bool(field.annotation):
+                raise ValueError(
+                    f"{name} is {values[name]}, which YAML also reads from yes, no, on and off; give a value"
+                )
             for other in extra_of(field).get("flags", ()):
                 if other in values and other not in cls.model_fields:
                     if name in values:
@@ -101,7 +117,9 @@ class RunSection(Section):
     wandb: bool = setting(False, "log to Weights & Biases (pip install wandb)", "use_wandb")
     wandb_project: str = setting("trainings", "Weights & Biases project")
     run_name: str | None = setting(None, "name of the run in Weights & Biases", "wandb_run_name")
-    cpu_offload: bool = setting(False, "fsdp and zero: keep weights and optimizer state in host memory", "fsdp_cpu_offload")
+    cpu_offload: bool = setting(
+        False, "fsdp and zero: keep weights and optimizer state in host memory", "fsdp_cpu_offload"
+    )
     check_gradients_every: int = setting(
         1000,
         "compare over ranks which parameters have gradients: at the first step and every so many steps; 0: never",
@@ -154,6 +172,9 @@ class TrainingSection(Section):
         None, "optimizer steps between sample pictures; null: only at the end", "sample_every", ge=1
     )
     save: bool = setting(True, "write checkpoints; without them a run cannot resume")
+    save_in_background: bool = setting(
+        True, "copy the state to host memory (16 bytes a trainable parameter) and write while training goes on"
+    )
     keep_last: int = setting(2, "newest checkpoints kept; the best one is kept beside them", "save_total_limit", ge=2)
     keep_every: int | None = setting(None, "also keep the checkpoints at multiples of this step", ge=1)
     best_metric: str = setting("val/loss", "metric that decides which checkpoint is best")
@@ -179,7 +200,7 @@ def accumulation_steps(training: TrainingSection, world: int) -> int:
     if training.global_batch_size % micro:
         per_rank = training.global_batch_size // world
         fits = [size for size in range(1, per_rank + 1) if training.global_batch_size % (size * world) == 0]
-        advice = f"use --batch-size {', '.join(map(str, fits[-4:]))}" if fits else f"use a multiple of {world} ranks"
+        advice = f"use --batch-size {', '.join(map(str, fits[-4:]))}" if fits else f"no batch size fits {world} ranks"
         raise UserError(
             f"training.global_batch_size {training.global_batch_size} is not divisible by batch_size "
             f"{training.batch_size} x {world} ranks = {micro}; {advice}, or --global-batch-size "
@@ -196,7 +217,9 @@ def read_yaml(path: Path) -> dict:
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)  # noqa: S506  (a SafeLoader)
     except FileNotFoundError:
-        raise UserError(f"--config {path}: no such file") from None
+        raise UserError(f"{path}: no such file; check the path") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder; a YAML file is expected") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if tree is None:
@@ -222,12 +245,15 @@ def load_config(
     argv = list(sys.argv[1:] if argv is None else argv)
     leaves = list(leaves_of(schema))
     parser = make_parser(leaves, description, presets, default, aliases or {})
-    given = vars(parser.parse_args(argv))
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise unknown_flag(unknown[0], leaves)
+    given = vars(known)
     tree, where = {}, "command line"
     chosen = given.pop("--config", default)
     if chosen is not None and presets is not None:
         path = _preset_path(chosen, presets)
-        tree, where = read_yaml(path), f"command line or {path}"
+        tree, where = read_yaml(path), str(path)
     for assignment in given.pop("--set", None) or ():
         key, separator, value = assignment.partition("=")
         if not separator:
@@ -236,16 +262,19 @@ def load_config(
     kinds = {leaf.path: leaf.annotation for leaf in leaves}
     for path, value in given.items():
         put(tree, path, from_text(value, kinds[path]), schema)
-    return validate(schema, tree, where)
+    return validate(schema, tree, where, flags=given)
 
 
-def validate(schema: type[T], tree: dict, where: str) -> T:
-    """Validate once; every fault in one UserError, one per line, with the nearest valid key for an unknown one."""
+def validate(schema: type[T], tree: dict, where: str, *, flags: Collection[str] = ()) -> T:
+    """Validate once; every fault in one UserError, one per line, with the nearest valid key for an unknown one.
+
+    where: the file of the tree. flags: dotted names that the command line gave.
+    """
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
-        faults = [_fault(item, schema) for item in error.errors()]
-        raise UserError("\n       ".join(f"{where}: {fault}" for fault in faults)) from None
+        lines = [f"{_source(item['loc'], where, flags)}: {_fault(item, schema)}" for item in error.errors()]
+        raise UserError("\n       ".join(lines)) from None
 
 
 def save_config(config: BaseModel, path: Path) -> None:
@@ -304,6 +333,15 @@ def _preset_path(chosen: str, presets: Path) -> Path:
     return path
 
 
+def _source(location: tuple, where: str, flags: Collection[str]) -> str:
+    """Where a faulty value stands: among the flags, in the file, or in either for a fault of a whole section."""
+    path = ".".join(map(str, location))
+    if any(f"{path}.".startswith(f"{flag}.") for flag in flags):
+        return "command line"
+    mixed = where != "command line" and any(not path or flag.startswith(f"{path}.") for flag in flags)
+    return f"command line or {where}" if mixed else where
+
+
 def _fault(item: dict, schema: type[BaseModel]) -> str:
     path = ".".join(str(part) for part in item["loc"])
     message = item["msg"].removeprefix("Value error, ")
@@ -314,6 +352,12 @@ def _fault(item: dict, schema: type[BaseModel]) -> str:
             node = section_of(node.model_fields[parent].annotation) if node and parent in node.model_fields else None
         near = difflib.get_close_matches(key, list(node.model_fields) if node else [], 1)
         return f"{path}: unknown setting{f'; did you mean {near[0]}?' if near else ''}"
+    if item["type"] == "invalid_key":
+        return (
+            f"{item['input']!r} is no text, as a key must be; YAML reads bare on, off, yes, no and numbers so: quote it"
+        )
+    if item["type"] == "model_type":
+        return f"{path}: expected a section with keys (got {item['input']!r})"
     if item["type"] == "value_error":
         return f"{path}: {message}" if path else message
     return f"{path}: {message} (got {item['input']!r})"

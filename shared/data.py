@@ -56,6 +56,7 @@ class BatchPlan:
 
     @property
     def global_batch(self) -> int:
+        """Samples of one optimizer step over all ranks."""
         return self.batch_size * self.world * self.accumulation
 
     @property
@@ -112,7 +113,13 @@ class _KeyedDataset(Dataset):
     def __init__(self, dataset: Any, seed: int):
         self.dataset, self.seed = dataset, seed
 
-    def __getitem__(self, key: SampleKey) -> tuple[dict, int, list]:
+    def __getitem__(self, key: SampleKey) -> tuple[dict | Exception, int, list]:
+        try:
+            return self._fetch(key)
+        except (UserError, OSError) as error:  # handed over as it is: a loader process would wrap it in its traceback
+            return error, key.slot, []
+
+    def _fetch(self, key: SampleKey) -> tuple[dict, int, list]:
         bad, index = [], key.index
         for attempt in range(SUBSTITUTES):
             try:
@@ -130,7 +137,10 @@ class _Collate:
     def __init__(self, collate: Callable[[list[dict]], dict]):
         self.collate = collate
 
-    def __call__(self, fetched: list[tuple[dict, int, list]]) -> tuple[dict, list]:
+    def __call__(self, fetched: list[tuple[dict | Exception, int, list]]) -> tuple[dict | Exception, list]:
+        failed = next((item for item, _, _ in fetched if isinstance(item, Exception)), None)
+        if failed is not None:
+            return failed, []
         batch = self.collate([item for item, _, _ in fetched])
         batch["slot"] = torch.tensor([slot for _, slot, _ in fetched])
         return batch, [entry for _, _, bad in fetched for entry in bad]
@@ -195,11 +205,14 @@ class MapStream:
         batches = []
         for _ in range(self.plan.accumulation):
             batch, bad = next(self._batches)
+            if isinstance(batch, Exception):
+                raise batch
             self._note(bad)
             batches.append(batch)
         return batches
 
     def state(self) -> dict:
+        """Nothing: the step tells the position."""
         return {}
 
     def close(self) -> None:

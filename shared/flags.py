@@ -22,6 +22,8 @@ def _mapping_without_repeats(loader: StrictLoader, node: yaml.MappingNode) -> di
     seen: dict = {}
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
+        if isinstance(key, (list, dict)):
+            raise yaml.constructor.ConstructorError(None, None, "a key is not a plain value", key_node.start_mark)
         if key in seen:
             raise yaml.constructor.ConstructorError(
                 None, None, f"duplicate key '{key}', first in line {seen[key]}", key_node.start_mark
@@ -34,6 +36,7 @@ StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _ma
 
 
 def extra_of(field: Any) -> dict:
+    """What setting() noted beside the limits: flags, hidden, fixed."""
     return field.json_schema_extra or {}
 
 
@@ -58,6 +61,7 @@ class Leaf(typing.NamedTuple):
 
     @property
     def hidden(self) -> bool:
+        """Whether it has no flag."""
         return extra_of(self.field).get("hidden", False)
 
 
@@ -75,10 +79,33 @@ def _spellings(names: list[str]) -> list[str]:
     return list(dict.fromkeys("--" + form for name in names for form in (name.replace("_", "-"), name)))
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports what it cannot read as a UserError, without the long list of flags."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def unknown_flag(text: str, leaves: list[Leaf]) -> UserError:
+    """What to say of an argument that is no flag: the dotted flags it may stand for, or the nearest flag."""
+    name = text.partition("=")[0]
+    if not name.startswith("--"):
+        return UserError(f"{text}: not expected here; a value follows its flag, and --help lists the flags")
+    wanted = name[2:].replace("-", "_")
+    several = [f"--{leaf.path}" for leaf in leaves if wanted in leaf.flags and not leaf.hidden]
+    if several:
+        return UserError(f"{name}: names several settings; use {' or '.join(several)}")
+    known = [flag for leaf in leaves if not leaf.hidden for flag in (*leaf.flags, leaf.path)]
+    near = difflib.get_close_matches(wanted, known, 1)
+    advice = f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
+    return UserError(f"{name}: no such flag{advice} (--help lists the flags)")
+
+
 def make_parser(
     leaves: list[Leaf], description: str | None, presets: Path | None, default: str | None, aliases: dict[str, str]
 ) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    """The parser of every flag, in both spellings; a short name that several settings share has no flag."""
+    parser = _Parser(
         description=description,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -119,7 +146,7 @@ def _add_flag(parser: argparse.ArgumentParser, leaf: Leaf, flags: list[str]) -> 
     text = f"{leaf.field.description or ''} (default: {preset})".replace("%", "%%").strip()
     choices = [str(choice) for kind in kinds if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)]
     metavar = "|".join(choices) if choices else path.rsplit(".", 1)[-1].upper()
-    if any(typing.get_origin(kind) is list or kind is list for kind in kinds):
+    if _is_list(kinds):
         parser.add_argument(*flags, dest=path, nargs="*", metavar=metavar, help=text)
     elif bool in kinds:
         parser.add_argument(*flags, dest=path, nargs="?", const="true", metavar="true|false", help=text)
@@ -140,21 +167,41 @@ def _kinds(annotation: Any) -> tuple:
     return (annotation,)
 
 
+def accepts_bool(annotation: Any) -> bool:
+    """Whether true and false are values of the annotation; pydantic would take them for the numbers 1 and 0."""
+    return any(kind in (bool, Any) or True in typing.get_args(kind) for kind in _kinds(annotation))
+
+
 def from_text(value: Any, annotation: Any) -> Any:
     """A flag's raw text for pydantic.
 
     None for none/null where the field is optional, a list for lists, YAML for mappings, the text itself otherwise.
     """
     kinds = _kinds(annotation)
-    if isinstance(value, list):
-        return [item for text in value for item in ([text] if value != [text] else text.split(","))]
-    if type(None) in kinds and value.lower() in ("none", "null"):
+    if isinstance(value, list) and len(value) != 1:
+        return value
+    text = value[0] if isinstance(value, list) else value
+    if type(None) in kinds and text.lower() in ("none", "null"):
         return None
-    if any(typing.get_origin(kind) is list or kind is list for kind in kinds):
-        return [item for item in value.strip("[]").replace(" ", "").split(",") if item]
+    if _is_list(kinds):
+        if ", " in text and not text.startswith("[") and any(typing.get_args(kind) == (str,) for kind in kinds):
+            return [text]  # a sentence, not a list of words
+        return [item.strip() for item in text.strip("[] ").split(",") if item.strip()]
     if any(typing.get_origin(kind) is dict or kind is dict for kind in kinds):
-        return yaml.load(value, StrictLoader)  # noqa: S506  (a SafeLoader)
-    return value
+        return _from_yaml(text)
+    choices = [choice for kind in kinds if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)]
+    return next((choice for choice in choices if str(choice) == text), text)
+
+
+def _is_list(kinds: tuple) -> bool:
+    return any(typing.get_origin(kind) is list or kind is list for kind in kinds)
+
+
+def _from_yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, StrictLoader)  # noqa: S506  (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{text}: not readable as YAML: {' '.join(str(error).split())}") from None
 
 
 def put(tree: dict, path: str, value: Any, schema: type[BaseModel]) -> None:
@@ -180,5 +227,6 @@ def full_key(key: str, leaves: list[Leaf]) -> str:
         return found[0]
     if found:
         raise UserError(f"--set {key}: names several settings: {', '.join(found)}; give the dotted name")
-    near = difflib.get_close_matches(key, [leaf.path for leaf in leaves], 1)
+    known = [f"{leaf.path.rpartition('.')[0]}.{name}".lstrip(".") for leaf in leaves for name in leaf.flags]
+    near = difflib.get_close_matches(key, known, 1)
     raise UserError(f"--set {key}: no such setting{f'; did you mean {near[0]}?' if near else ''}")

@@ -34,6 +34,8 @@ def sample_times(
     """
     if distribution == "uniform":
         return uniform_B
+    if distribution != "logit_normal":
+        raise ValueError(f"distribution {distribution!r} is not one of uniform, logit_normal")
     inside_B = uniform_B.double().clamp(1e-7, 1 - 1e-7)
     return torch.sigmoid(mean + std * torch.special.ndtri(inside_B)).to(uniform_B.dtype)
 

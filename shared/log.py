@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -31,12 +32,28 @@ class RunLog:
             self.metrics = open(output_dir / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
             self.board = _tensorboard(output_dir, resume_step) if run.tensorboard else None
             self.wandb = _wandb(output_dir, run, settings or {}) if run.wandb else None
+        self.bar = None
         self._start_window()
+
+    def start_bar(self, step: int, last_step: int) -> None:
+        """A progress bar below the lines, where a person watches a terminal."""
+        if self.info.is_main and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=last_step, initial=step, unit="step", dynamic_ncols=True, leave=False)
+
+    def step_done(self) -> None:
+        """One optimizer step is done."""
+        if self.bar is not None:
+            self.bar.update()
 
     def say(self, text: str) -> None:
         """One line to the console and train.log."""
         if self.file is not None:
-            print(text, flush=True)
+            if self.bar is not None:
+                self.bar.write(text)
+            else:
+                print(text, flush=True)
             self.file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     # --- the window between two log lines -----------------------------------------------------------------------------
@@ -90,7 +107,7 @@ class RunLog:
 
     def close(self) -> None:
         """Close every file."""
-        for item in (self.file, self.metrics, self.board):
+        for item in (self.bar, self.file, self.metrics, self.board):
             if item is not None:
                 item.close()
         if self.wandb is not None:

@@ -103,6 +103,7 @@ def fit(
     log = RunLog(output_dir, run, info, resume_step=state.step, settings=config.model_dump(mode="json"))
     _announce(log, notes, strategy, config, state, stop_at, last_step, stream, output_dir, title)
     stream.start(state.data_step, state.stream)
+    log.start_bar(state.step, stop_at)
     metrics: dict[str, float] = {}
     checkpoint, reason, error, checked = None, None, None, False
     began, began_step = time.perf_counter(), state.step
@@ -119,7 +120,7 @@ def fit(
             waiting = time.perf_counter()
             try:
                 batches = [to_device(batch, info.device) for batch in stream.next_step()]
-            except UserError as problem:
+            except (UserError, OSError) as problem:
                 error, batches = problem, []
             log.waited += time.perf_counter() - waiting
             turn = max_over_ranks(2.0 if error else 1.0 if stop.reason else 0.0)  # all ranks turn together
@@ -151,6 +152,7 @@ def fit(
             state.step, state.data_step = state.step + 1, state.data_step + 1
             state.samples_seen += samples_per_step
             log.add({"train/grad_norm": done.grad_norm} if done.applied else {"train/skipped": 1.0})
+            log.step_done()
             at_end, is_best = state.step == stop_at, False
             if state.step % training.logging_steps == 0 or at_end:
                 metrics |= _log_line(log, state, stream, training, last_step, len(batches), info, began, began_step)
@@ -175,6 +177,7 @@ def fit(
                 checkpoint = save()
     if state.step > 0 and (state.step > began_step or reason):
         checkpoint = save()
+    store.wait()
     finished = state.step >= stop_at or (reason or "").startswith("no better")
     _leave(log, output_dir, info, state, finished, reason, stream)
     return FitResult(state.step, finished, reason, metrics, state.best, checkpoint)

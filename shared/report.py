@@ -7,6 +7,7 @@ import base64
 import html
 import io
 import json
+import math
 import mimetypes
 import os
 import sys
@@ -35,7 +36,7 @@ class Bar:
         """Whether the target is reached; None without a target or a value."""
         if self.value is None or self.target is None:
             return None
-        return self.value >= self.target if self.direction == "at least" else self.value <= self.target
+        return bool(self.value >= self.target if self.direction == "at least" else self.value <= self.target)
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def write_report(
         "curves": _read_curves(output_dir, curves),
     }
     path = output_dir / "report.json"
-    _write(path, json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False, default=str))
+    report = _plain(report)
+    _write(path, json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False))
     _write(output_dir / "report.md", _markdown(report))
     _write(output_dir / "report.html", _page(title, [_section(report, output_dir)]))
     return path
@@ -93,13 +95,27 @@ def write_index(
             sections.append(_section(json.loads(Path(path).read_text(encoding="utf-8")), Path(path).parent))
         except FileNotFoundError:
             raise UserError(f"{path}: no such report; run the system's metrics first") from None
-        except ValueError as error:
-            raise UserError(f"{path}: not a report ({error})") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{path}: not a report ({reason}); run the system's metrics again") from None
     remarks = "".join(f"<p class=note>{html.escape(note)}</p>" for note in notes or ())
     _write(Path(output), _page(title, [remarks, *sections]))
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def _plain(value: object) -> object:
+    """The same in what JSON knows: numbers of numpy and torch as float, those that are not finite as null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if hasattr(value, "__float__"):
+        return float(value) if math.isfinite(float(value)) else None
+    return str(value)
 
 
 def _read_curves(output_dir: Path, names: list[str] | None) -> dict[str, list[tuple[int, float]]]:

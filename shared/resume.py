@@ -128,8 +128,8 @@ def save_run(
     trainer = {**trainer_state(strategy, ema), "run_state": vars(state) | {}, "fixed_settings": fixed_settings(config)}
     whole = None
     if export is not None:  # a guide's own files want all weights at once
-        weights = {key: strategy.full("weight", key) for key in strategy.parameters}
-        averaged = None if ema is None else {key: ema.full(key) for key in strategy.parameters}
+        weights = {key: strategy.full("weight", key).clone() for key in strategy.parameters}
+        averaged = None if ema is None else {key: ema.full(key).clone() for key in strategy.parameters}
         whole = (weights, averaged)
 
     def extra(folder: Path) -> None:
@@ -153,4 +153,5 @@ def save_run(
         meta=meta,
         extra=extra,
         best=state.best_name,
+        background=config.training.save_in_background,
     )

@@ -11,8 +11,10 @@ from torch import Tensor
 
 
 def keyed_seed(*key: int) -> int:
-    """A 63-bit seed mixed from non-negative integers; neighbouring keys give unrelated seeds (numpy SeedSequence)."""
-    word = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+    """A 63-bit seed mixed from integers in [0, 2**64); different keys give unrelated seeds (numpy SeedSequence)."""
+    # SeedSequence fills up with zeros and cuts large numbers in two: length and width are made part of the key.
+    words = [len(key), *(word for number in key for word in divmod(number, 2**32))]
+    word = int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
     return word & (2**63 - 1)
 
 

@@ -94,6 +94,8 @@ def _open_index(path: Path, cache_dir: Path | None) -> tuple[np.ndarray, np.ndar
 
 def _read_headers(path: Path) -> tuple[np.ndarray, np.ndarray]:
     members, starts, last = [], [], None
+    if path.stat().st_size % tarfile.BLOCKSIZE:  # tarfile takes a header cut short for the end
+        raise UserError(f"{path}: cut short, its size is no multiple of 512 bytes; copy or make the shard again")
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:

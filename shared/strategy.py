@@ -52,9 +52,7 @@ class LossScale:
 class Strategy:
     """No wrapper at all: one rank. Also the base of the others, which override what differs."""
 
-    def __init__(
-        self, name: str, info: DistInfo, precision: str, training: TrainingSection, cpu_offload: bool = False
-    ):
+    def __init__(self, name: str, info: DistInfo, precision: str, training: TrainingSection, cpu_offload: bool = False):
         self.name, self.info, self.precision, self.training = name, info, precision, training
         self.cpu_offload = cpu_offload
         self.scale = LossScale(precision == "fp16")
