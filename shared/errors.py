@@ -15,6 +15,10 @@ class BadSample(UserError):
     """One sample of many cannot be read. The stream skips it, counts it and lists it in bad_samples.jsonl."""
 
 
+class CheckpointError(UserError):
+    """A checkpoint that is incomplete or damaged, or does not fit."""
+
+
 def command(main: Callable) -> Callable:
     """Decorate a ``main(argv)`` so that what the user can mend ends with exit code 2 and one sentence on stderr."""
 

@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shared.checkpoint import CheckpointError, TensorFile, load_weights, persistent_buffers
+from shared.checkpoint import load_weights, persistent_buffers
 from shared.ema import EMA
+from shared.errors import CheckpointError
 from shared.strategy import MOMENTS, Strategy
+from shared.tensorfile import TensorFile
 
 
 def tensors_to_save(strategy: Strategy, ema: EMA | None) -> dict[str, tuple[list, Iterable[Tensor | None]]]:

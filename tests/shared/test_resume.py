@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from shared.checkpoint import CheckpointError, CheckpointStore, find_checkpoint, load_weights, newest_checkpoint
+from shared.checkpoint import CheckpointStore, find_checkpoint, load_weights, newest_checkpoint
 from shared.dist import DistInfo
+from shared.errors import CheckpointError, UserError
 from tests.launching import ENVIRONMENT, ROOT, command, final_tensors, losses, newest, run, run_and_kill, same_bits
 from tests.shared import toy
 
@@ -192,7 +193,6 @@ def test_nothing_half_written_stays_when_the_disk_is_full(finished, tmp_path, mo
 
 
 def test_other_settings_and_other_data_are_refused(finished, tmp_path, monkeypatch):
-    from shared.errors import UserError
 
     shutil.copytree(finished, tmp_path / "run")
     with pytest.raises(UserError, match="run.seed was 42, is 7"):
@@ -204,7 +204,6 @@ def test_other_settings_and_other_data_are_refused(finished, tmp_path, monkeypat
 
 
 def test_another_frozen_base_is_refused(finished, tmp_path, monkeypatch):
-    from shared.errors import UserError
 
     shutil.copytree(finished, tmp_path / "run")
     original = toy.Toy.__init__
