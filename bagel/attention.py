@@ -49,49 +49,49 @@ class PackLayout:
         self.length = sum(sample_lens)
         self.padded_length = -(-max(self.length, static_length or 1) // 128) * 128
         self.block_mask = None
-        self._segments: list[Segment] | None = None
+        self._segments: list[list[Segment]] | None = None
         self._masks: list[Tensor] | None = None
 
-    def samples(self) -> list[tuple[int, list[int], list[str]]]:
-        """(first token, split lengths, modes) of every sample."""
-        found, split, start = [], 0, 0
+    def samples(self) -> list[tuple[list[int], list[str]]]:
+        """(split lengths, modes) of every sample."""
+        found, split = [], 0
         for length in self.sample_lens:
             first, covered = split, 0
             while covered < length:
                 covered += self.split_lens[split]
                 split += 1
             if covered != length:
-                raise ValueError(f"a split crosses the end of the sample that starts at token {start}")
-            found.append((start, self.split_lens[first:split], self.attn_modes[first:split]))
-            start += length
+                raise ValueError(f"a split crosses the end of sample {len(found)}")
+            found.append((self.split_lens[first:split], self.attn_modes[first:split]))
         return found
 
     def masks(self, device: torch.device) -> list[Tensor]:
         """One boolean (L, L) a sample."""
         if self._masks is None:
-            self._masks = [sample_mask(lens, modes).to(device) for _, lens, modes in self.samples()]
+            self._masks = [sample_mask(lens, modes).to(device) for lens, modes in self.samples()]
         return self._masks
 
-    def segments(self) -> list[Segment]:
-        """The calls of the sliced form; neighbouring causal splits become one call."""
+    def segments(self) -> list[list[Segment]]:
+        """The calls of the sliced form for every sample, counted from its start; neighbouring causal splits become one call."""
         if self._segments is None:
-            self._segments = [segment for sample in self.samples() for segment in _segments_of_sample(*sample)]
+            self._segments = [_segments_of_sample(*sample) for sample in self.samples()]
         return self._segments
 
     def attended_pairs(self) -> list[int]:
         """Allowed (query, key) pairs of every sample, for honest FLOP counts."""
         pairs = []
-        for sample in self.samples():
+        for segments in self.segments():
             count = 0
-            for segment in _segments_of_sample(*sample):
+            for segment in segments:
                 queries = segment.stop - segment.start
                 count += queries * segment.num_keys - (queries * (queries - 1) // 2 if segment.causal else 0)
             pairs.append(count)
         return pairs
 
 
-def _segments_of_sample(start: int, split_lens: list[int], attn_modes: list[str]) -> list[Segment]:
+def _segments_of_sample(split_lens: list[int], attn_modes: list[str]) -> list[Segment]:
     segments: list[Segment] = []
+    start = 0
     visible: list[tuple[int, int]] = []      # keys of earlier splits that are not noise
     for length, mode in zip(split_lens, attn_modes, strict=True):
         stop = start + length
@@ -120,37 +120,46 @@ def attend(query_LHK: Tensor, key_LHK: Tensor, value_LHK: Tensor, layout: PackLa
         return _sliced(query_LHK, key_LHK, value_LHK, layout)
     if backend != "dense":
         raise ValueError(f"attention backend {backend!r}: expected dense, sliced or flex")
-    outputs, start = [], 0
-    for length, mask in zip(layout.sample_lens, layout.masks(query_LHK.device), strict=True):
-        part = slice(start, start + length)
-        outputs.append(scaled_dot_product(query_LHK[part], key_LHK[part], value_LHK[part], mask=mask))
-        start += length
+    parts = zip(layout.masks(query_LHK.device), *(x.split(layout.sample_lens) for x in (query_LHK, key_LHK, value_LHK)), strict=True)
+    outputs = [scaled_dot_product(query, key, value, mask=mask) for mask, query, key, value in parts]
     return torch.cat(outputs) if outputs else torch.zeros_like(query_LHK)
 
 
 def scaled_dot_product(query_QHK: Tensor, key_SHK: Tensor, value_SHK: Tensor, *, mask: Tensor | None = None,
                        causal: bool = False) -> Tensor:
     """One unbatched call of the fused kernel; every group of query heads shares a head of keys and values."""
-    repeats = query_QHK.shape[1] // key_SHK.shape[1]
-    if repeats > 1:
-        key_SHK, value_SHK = key_SHK.repeat_interleave(repeats, 1), value_SHK.repeat_interleave(repeats, 1)
-    out = F.scaled_dot_product_attention(query_QHK.transpose(0, 1)[None], key_SHK.transpose(0, 1)[None],
-                                         value_SHK.transpose(0, 1)[None], attn_mask=mask, is_causal=causal)
+    out = F.scaled_dot_product_attention(query_QHK.transpose(0, 1)[None], key_SHK.transpose(0, 1)[None], value_SHK.transpose(0, 1)[None],
+                                         attn_mask=mask, is_causal=causal, enable_gqa=query_QHK.shape[1] != key_SHK.shape[1])
     return out[0].transpose(0, 1)
 
 
 def _sliced(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout) -> Tensor:
-    outputs = []
-    for segment in layout.segments():
-        keys = [key[begin:end] for begin, end in segment.key_spans]
-        values = [value[begin:end] for begin, end in segment.key_spans]
-        keys, values = (keys[0], values[0]) if len(keys) == 1 else (torch.cat(keys), torch.cat(values))
-        queries = query[segment.start:segment.stop]
-        mask, square = None, len(queries) == len(keys)
-        if segment.causal and not square:      # torch aligns is_causal to the upper left; the last query must see every key
-            mask = torch.ones(len(queries), len(keys), dtype=torch.bool, device=query.device).tril(len(keys) - len(queries))
-        outputs.append(scaled_dot_product(queries, keys, values, mask=mask, causal=segment.causal and square))
+    # Splitting by sample first keeps the backward pass short: a split's gradient is one concatenation, while the gradient of
+    # every plain slice would be a zero tensor as long as the pack.
+    parts = zip(layout.segments(), *(x.split(layout.sample_lens) for x in (query, key, value)), strict=True)
+    outputs = [_segment(segment, *split) for segments, queries, keys, values in parts
+               for segment, split in zip(segments, _queries(segments, queries, keys, values), strict=True)]
     return torch.cat(outputs) if outputs else torch.zeros_like(query)
+
+
+def _queries(segments: list[Segment], query: Tensor, key: Tensor, value: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Each segment's queries with all keys and values of the sample."""
+    pieces = query.split([segment.stop - segment.start for segment in segments])
+    return [(piece, key, value) for piece in pieces]
+
+
+def _segment(segment: Segment, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    if segment.num_keys < len(key):
+        key, value = (_take(x, segment.key_spans) for x in (key, value))
+    mask, square = None, len(query) == len(key)
+    if segment.causal and not square:      # torch aligns is_causal to the upper left; the last query must see every key
+        mask = torch.ones(len(query), len(key), dtype=torch.bool, device=query.device).tril(len(key) - len(query))
+    return scaled_dot_product(query, key, value, mask=mask, causal=segment.causal and square)
+
+
+def _take(x: Tensor, spans: list[tuple[int, int]]) -> Tensor:
+    pieces = [x[begin:end] for begin, end in spans]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def flex_ids(layout: PackLayout, padded: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -70,7 +70,7 @@ def joint_losses(model: Callable[[dict], dict[str, Tensor]], packs: Sequence[dic
         text_tokens, image_tokens = counts.clamp(min=1e-12).tolist()
         losses = model(pack)
         text = (losses["ce"] * token_weights(pack, training.ce_loss_reweighting)).sum() * (world / text_tokens)
-        image = losses["mse"].mean(dim=-1).sum() * (world / image_tokens) if losses["mse"].numel() else losses["mse"].sum()
+        image = losses["mse"].mean(dim=-1).sum() * (world / image_tokens)
         # The loop averages metrics over micro-batches, so each carries its share times their number.
         metrics = {"text_loss": text.detach() * len(packs), "image_loss": image.detach() * len(packs), "tokens": float(pack["sequence_length"])}
         yield training.text_loss_weight * text + training.image_loss_weight * image, metrics

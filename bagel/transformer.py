@@ -18,6 +18,11 @@ from bagel.layers import RMSNorm, rotary_angles, rotate
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
+def experts(x_LD: Tensor, num_und: int) -> tuple[Tensor, Tensor]:
+    """The tokens of the understanding and of the generation expert. A split has a cheaper backward pass than two slices."""
+    return x_LD.split([num_und, len(x_LD) - num_und])
+
+
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) * up(x)), no biases."""
 
@@ -55,14 +60,12 @@ class MoTAttention(nn.Module):
 
     def forward(self, x_LD: Tensor, num_und: int, angles: tuple[Tensor, Tensor], attend: Attend, layer: int,
                 freeze_und: bool) -> Tensor:
-        und = self._project(x_LD[:num_und], "", freeze_und)
-        gen = self._project(x_LD[num_und:], "_moe_gen", False)
+        und, gen = experts(x_LD, num_und)
+        und, gen = self._project(und, "", freeze_und), self._project(gen, "_moe_gen", False)
         query, key, value = (torch.cat([a.to(b.dtype), b]) for a, b in zip(und, gen, strict=True))
-        out_LD = attend(layer, rotate(query, *angles), rotate(key, *angles), value).flatten(1)
-        und_out = self.o_proj(out_LD[:num_und])
-        if freeze_und:
-            und_out = und_out.detach()
-        return torch.cat([und_out, self.o_proj_moe_gen(out_LD[num_und:])])
+        und, gen = experts(attend(layer, rotate(query, *angles), rotate(key, *angles), value).flatten(1), num_und)
+        und = self.o_proj(und)
+        return torch.cat([und.detach() if freeze_und else und, self.o_proj_moe_gen(gen)])
 
 
 class MoTDecoderLayer(nn.Module):
@@ -81,10 +84,12 @@ class MoTDecoderLayer(nn.Module):
 
     def forward(self, x_LD: Tensor, num_und: int, angles: tuple[Tensor, Tensor], attend: Attend, layer: int,
                 freeze_und: bool = False) -> Tensor:
-        normed = torch.cat([self.input_layernorm(x_LD[:num_und]), self.input_layernorm_moe_gen(x_LD[num_und:])])
+        und, gen = experts(x_LD, num_und)
+        normed = torch.cat([self.input_layernorm(und), self.input_layernorm_moe_gen(gen)])
         x_LD = x_LD + self.self_attn(normed, num_und, angles, attend, layer, freeze_und)
-        und = self.mlp(self.post_attention_layernorm(x_LD[:num_und]))
-        gen = self.mlp_moe_gen(self.post_attention_layernorm_moe_gen(x_LD[num_und:]))
+        und, gen = experts(x_LD, num_und)
+        und = self.mlp(self.post_attention_layernorm(und))
+        gen = self.mlp_moe_gen(self.post_attention_layernorm_moe_gen(gen))
         return x_LD + torch.cat([und.detach() if freeze_und else und, gen])
 
 
@@ -104,14 +109,16 @@ class MoTDecoder(nn.Module):
         """Hidden states after the final norms, in the order of the input. position_L: rotary positions in that order."""
         angles = rotary_angles(position_L, self.head_width, self.theta)
         if freeze_und:      # the layers detach what each of them adds to these rows
-            x_LD = torch.cat([x_LD[:num_und].detach(), x_LD[num_und:]])
+            und, gen = experts(x_LD, num_und)
+            x_LD = torch.cat([und.detach(), gen])
         for number, layer in enumerate(self.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x_LD = checkpoint(layer, x_LD, num_und, angles, attend, number, freeze_und, use_reentrant=False)
             else:
                 x_LD = layer(x_LD, num_und, angles, attend, number, freeze_und)
-        und = self.norm(x_LD[:num_und])
-        return torch.cat([und.detach() if freeze_und else und, self.norm_moe_gen(x_LD[num_und:])])
+        und, gen = experts(x_LD, num_und)
+        und = self.norm(und)
+        return torch.cat([und.detach() if freeze_und else und, self.norm_moe_gen(gen)])
 
 
 class LanguageModel(nn.Module):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,17 +22,17 @@ if TYPE_CHECKING:
 
 VALIDATION_SEED = 314_159
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)      # before the shift
+RECORDS_A_PACK = 8
 
 
-def fixed_pack(dataset: "UnifiedGenerationDataset", index: int | None, t: float) -> dict[str, Any]:
-    """One record as a pack, nothing left out, its pictures at time t (before the shift), its noise a function of the index.
+def fixed_pack(dataset: "UnifiedGenerationDataset", indices: Sequence[int], t: float) -> dict[str, Any]:
+    """Records as a pack, nothing left out, their pictures at time t (before the shift), their noise a function of the index.
 
-    index None: an empty pack, for ranks that have no record left.
+    No index: an empty pack, for ranks that have no record left.
     """
-    builder = PackBuilder(dataset.layout)
-    if index is not None:
+    builder, raw = PackBuilder(dataset.layout), math.log(t / (1 - t))
+    for index in indices:
         items = dataset.sample(index, 0)["items"]
-        raw = math.log(t / (1 - t))
         draws = Draws([1.0] * len(items), iter([raw] * len(items)), keyed_generator(VALIDATION_SEED, index))
         builder.add(items, draws, Dropout())
     return builder.pack()
@@ -42,15 +43,15 @@ def held_out_losses(trainer: "UnifiedTrainer", model: Any) -> dict[str, float]:
     dataset, info, training = trainer.val_set, trainer.info, trainer.config.training
     count = min(len(dataset), training.validation_records)
     totals = torch.zeros(4, dtype=torch.float64)
-    for first in range(0, count, info.world):
-        index = first + info.rank if first + info.rank < count else None
+    for first in range(0, count, RECORDS_A_PACK * info.world):
+        start = first + info.rank * RECORDS_A_PACK
+        indices = range(start, min(start + RECORDS_A_PACK, count))
         for number, t in enumerate(TIMES):
-            pack = trainer.encoded(to_device(fixed_pack(dataset, index, t), info.device))
+            pack = trainer.encoded(to_device(fixed_pack(dataset, indices, t), info.device))
             losses = model(pack)
             if number == 0:      # text does not depend on the time of pictures, which no later token sees
                 totals[:2] += torch.tensor([losses["ce"].double().sum().item(), len(losses["ce"])], dtype=torch.float64)
-            totals[2:] += torch.tensor([losses["mse"].mean(-1).double().sum().item() if len(losses["mse"]) else 0.0, len(losses["mse"])],
-                                       dtype=torch.float64)
+            totals[2:] += torch.tensor([losses["mse"].double().mean(-1).sum().item(), len(losses["mse"])], dtype=torch.float64)
     text_sum, text_count, image_sum, image_count = sum_over_ranks(totals).tolist()
     text, image = text_sum / max(1.0, text_count), image_sum / max(1.0, image_count)
     return {"loss": training.text_loss_weight * text + training.image_loss_weight * image, "text_loss": text, "image_loss": image}

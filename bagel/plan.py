@@ -1,0 +1,112 @@
+"""The dry run: the configured model at full size on fake tensors, one representative pack, and what the step will cost."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from bagel.config import Config, ModelConfig
+from bagel.generation import SpecialTokens
+from bagel.layout import transforms_of
+from bagel.lora import add_adapters
+from bagel.model import Bagel
+from bagel.packing import Draws, Dropout, PackBuilder, PackFormat, PlanItem
+from bagel.pretrained import read_config
+from bagel.quantization import QuantizedLinear, quantize_projections
+from bagel.transformer import MoTDecoderLayer
+from bagel.vae import FluxAutoencoder
+from bagel.vit import EncoderLayer
+from shared.plan import FrozenPart, describe, make_plan, measure
+
+
+def representative_pack(config: Config, model: ModelConfig) -> tuple[dict[str, Any], list[tuple[int, int]]]:
+    """A pack filled with pictures to draw, pictures to describe and edits in turn, all at the largest size of the settings, and
+    the sizes of the pictures to encode. With packing=samples: batch_size samples.
+    """
+    vae, vit = transforms_of(config.data, model)
+    drawn, seen = vae.sides(vae.max_size, vae.max_size)[::-1], vit.sides(vit.max_size, vit.max_size)[::-1]
+    layout = PackFormat(SpecialTokens(0, 1, 2, 3), model.latent_stride, model.max_latent_size, model.vision.patch_size,
+                        model.vision.patches_per_side, model.interpolate_pos, model.latent_patch_size, model.autoencoder.z_channels)
+    words = PlanItem("text", ids=[4] * 62)
+    target, source = PlanItem("vae_image", size=drawn, loss=1), PlanItem("vae_image", size=drawn)
+    look = PlanItem("vit_image", size=seen)
+    kinds = [[words, target], [look, words, PlanItem("text", ids=[4] * 254, loss=1)], [source, look, words, target]]
+    by_samples = config.data.packing == "samples"
+    budget = config.training.batch_size if by_samples else config.data.tokens_per_batch * config.training.batch_size
+    builder, number, sizes = PackBuilder(layout), 0, []
+    while number < budget if by_samples else builder.length < budget:
+        items = kinds[number % 3]
+        room = budget - builder.length
+        if not by_samples and layout.length(items) > room:
+            items = [PlanItem("text", ids=[4] * max(0, room - 2), loss=1)]
+        builder.add(items, Draws([1.0] * len(items), iter([0.0] * len(items))), Dropout())
+        sizes += [item.size for item in items if item.type == "vae_image"]
+        number += 1
+    pack = builder.pack()
+    latents = len(pack["packed_vae_token_indexes"])
+    pack["packed_vit_tokens"] = torch.zeros(len(pack["packed_vit_token_indexes"]), 3 * model.vision.patch_size**2)
+    pack["packed_latents"] = pack["packed_noise"] = torch.zeros(latents, model.latent_width)
+    return pack, sizes
+
+
+def _build(config: Config, model: ModelConfig) -> nn.Module:
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if model.use_lora else default)      # a frozen base is kept in bf16
+    try:
+        net = Bagel(model)
+    finally:
+        torch.set_default_dtype(default)
+    if model.quantization != "none":
+        quantize_projections(net, model.quantization)
+    net.freeze()
+    if model.use_lora:
+        add_adapters(net, model)
+    net.checkpoint_layers(config.training.gradient_checkpointing)
+    return net
+
+
+def _encoder_part(model: ModelConfig, sizes: list[tuple[int, int]]) -> FrozenPart | None:
+    """The frozen autoencoder and the FLOPs of encoding these pictures."""
+    if model.autoencoder.kind != "flux":
+        return None
+    flops: dict[tuple[int, int], float] = {}
+    with FakeTensorMode():
+        autoencoder = FluxAutoencoder(model.autoencoder)
+        for size in set(sizes):
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                autoencoder.encode(torch.zeros(1, 3, *size))
+            flops[size] = float(counter.get_total_flops())
+    count = sum(parameter.numel() for parameter in autoencoder.parameters())
+    return FrozenPart("FLUX autoencoder", count, 4 * count, sum(flops[size] for size in sizes))
+
+
+def _packed_part(model: ModelConfig) -> FrozenPart | None:
+    """The quantized projections, which are buffers and so not among the measured parameters."""
+    if model.quantization == "none":
+        return None
+    with torch.device("meta"):
+        net = Bagel(model)
+        quantize_projections(net, model.quantization)
+    stored = [module for module in net.modules() if isinstance(module, QuantizedLinear)]
+    values = sum(module.in_features * module.out_features for module in stored)
+    return FrozenPart(f"{model.quantization} projections", values, sum(module.bytes_stored for module in stored))
+
+
+def print_plan(config: Config) -> None:
+    """Measure the step on fake tensors and print the plan."""
+    config = config.model_copy(deep=True)
+    model = read_config(config.model)
+    pack, sizes = representative_pack(config, model)
+
+    def step(net: nn.Module) -> Tensor:
+        losses = net(pack)
+        return losses["ce"].sum() + losses["mse"].sum()
+
+    precision = config.run.precision or "bf16"
+    measured = measure(lambda: _build(config, model), step, precision, (MoTDecoderLayer, EncoderLayer))
+    parts = [part for part in (_encoder_part(model, sizes), _packed_part(model)) if part]
+    plan = make_plan(f"BAGEL, packs of {pack['sequence_length']} tokens ({len(pack['sample_lens'])} samples, {len(sizes)} pictures to encode)",
+                     measured, run=config.run, training=config.training, frozen_parts=parts)
+    print(describe(plan))
