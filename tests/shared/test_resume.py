@@ -1,4 +1,4 @@
-"""A run that is killed, stopped or moved ends with the weights of the undisturbed one, and a damaged checkpoint is never used."""
+"""A run that is killed or stopped ends with the weights of the undisturbed one; a damaged checkpoint is never used."""
 
 import json
 import os
@@ -274,7 +274,8 @@ store, step = CheckpointStore(Path(sys.argv[1]), DistInfo()), 0
 while True:
     step = (store.listed() or [(0, None)])[0][0] + 1
     value = torch.full((500_000,), float(step))
-    store.save(f"step_{{step:08d}}", step=step, trainer={{}}, meta={{}}, tensors={{"model.safetensors": ([("w", (500_000,), torch.float32)], [value])}})
+    tensors = {{"model.safetensors": ([("w", (500_000,), torch.float32)], [value])}}
+    store.save(f"step_{{step:08d}}", step=step, trainer={{}}, meta={{}}, tensors=tensors)
 """
 
 
@@ -299,9 +300,9 @@ info = init_distributed("cpu", 60)
 def full(*_):
     raise OSError(28, "No space left on device")
 checkpoint.write_safetensors = full
+tensors = {{"model.safetensors": ([("w", (2,), torch.float32)], [torch.zeros(2)])}}
 try:
-    checkpoint.CheckpointStore(Path(sys.argv[1]), info).save(
-        "step_1", step=1, trainer={{}}, meta={{}}, tensors={{"model.safetensors": ([("w", (2,), torch.float32)], [torch.zeros(2)])}})
+    checkpoint.CheckpointStore(Path(sys.argv[1]), info).save("step_1", step=1, trainer={{}}, meta={{}}, tensors=tensors)
 except Exception as error:
     print(f"raised on rank {{info.rank}}: {{error}}", flush=True)
     raise SystemExit(2)
