@@ -1,0 +1,118 @@
+"""Pre-norm transformer blocks that all four towers share.
+
+Legend: B batch, N tokens, D width, H heads, K head width (64).
+"""
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+HEAD_WIDTH = 64
+CHUNKED_FROM = 1024  # tokens from which `auto` avoids attention that would build the whole matrix
+
+
+def chunked_attention(query_BHNK: Tensor, key_BHNK: Tensor, value_BHNK: Tensor, mask: Tensor | None, chunk: int) -> Tensor:
+    """Exact attention over `chunk` queries at a time, softmax in fp32; holds B x H x chunk x N scores, never N x N.
+
+    mask: bool, broadcastable to (B, H, N, N) over a query axis of 1, True where a key is seen. The scores of a chunk are
+    computed again in the backward pass.
+    """
+    assert mask is None or mask.shape[-2] == 1, "only key masks are supported"
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        scores = torch.matmul(query.float(), key.float().transpose(-1, -2)) * query.shape[-1] ** -0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        return torch.matmul(scores.softmax(-1).to(value.dtype), value)
+
+    parts = [checkpoint(attend, query, key_BHNK, value_BHNK, use_reentrant=False) for query in query_BHNK.split(chunk, 2)]
+    return torch.cat(parts, 2)
+
+
+def has_fused_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether scaled_dot_product_attention runs these tensors without building the attention matrix."""
+    if query.device.type != "cuda":
+        return mask is None
+    parameters = torch.backends.cuda.SDPAParams(query, key, value, mask, 0.0, False, False)
+    return (torch.backends.cuda.can_use_flash_attention(parameters)
+            or torch.backends.cuda.can_use_efficient_attention(parameters))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused QKV linear.
+
+    kind: sdpa, chunked, or auto (chunked for long sequences without a fused kernel).
+    """
+
+    def __init__(self, width: int, heads: int, *, kind: str = "auto", chunk: int = 128):
+        super().__init__()
+        self.heads, self.kind, self.chunk = heads, kind, chunk
+        self.qkv = nn.Linear(width, 3 * width)
+        self.output = nn.Linear(width, width)
+
+    def forward(self, x_BND: Tensor, mask_BN: Tensor | None = None) -> Tensor:
+        """mask_BN: bool, True where a token may be attended to; every row has at least one."""
+        batch, tokens, _ = x_BND.shape
+        query, key, value = self.qkv(x_BND).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        mask = None if mask_BN is None else rearrange(mask_BN, "B N -> B 1 1 N")
+        chunked = self.kind == "chunked" or (
+            self.kind == "auto" and tokens > CHUNKED_FROM and not has_fused_kernel(query, key, value, mask))
+        if chunked:
+            mixed = chunked_attention(query, key, value, mask, self.chunk)
+        else:
+            mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.output(mixed.transpose(1, 2).reshape(batch, tokens, -1))
+
+
+class Block(nn.Module):
+    """x = x + Attention(LN(x)); x = x + MLP(LN(x)), exact GELU, MLP ratio 4: 12 D^2 + 13 D parameters."""
+
+    def __init__(self, width: int, heads: int, *, dropout: float = 0.0, kind: str = "auto", chunk: int = 128):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attention = Attention(width, heads, kind=kind, chunk=chunk)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.expand = nn.Linear(width, 4 * width)
+        self.contract = nn.Linear(4 * width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_BND: Tensor, mask_BN: Tensor | None = None) -> Tensor:
+        x_BND = x_BND + self.dropout(self.attention(self.norm1(x_BND), mask_BN))
+        return x_BND + self.dropout(self.contract(functional.gelu(self.expand(self.norm2(x_BND)))))
+
+
+class Tower(nn.Module):
+    """Blocks and a last LayerNorm. grad_checkpointing recomputes each block in the backward pass while training."""
+
+    def __init__(self, width: int, depth: int, *, dropout: float = 0.0, kind: str = "auto", chunk: int = 128):
+        super().__init__()
+        assert width % HEAD_WIDTH == 0, f"width {width} is not a multiple of {HEAD_WIDTH}"
+        self.width, self.depth, self.grad_checkpointing = width, depth, False
+        self.blocks = nn.ModuleList(
+            Block(width, width // HEAD_WIDTH, dropout=dropout, kind=kind, chunk=chunk) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, x_BND: Tensor, mask_BN: Tensor | None = None) -> Tensor:
+        for block in self.blocks:
+            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+                x_BND = checkpoint(block, x_BND, mask_BN, use_reentrant=False)
+            else:
+                x_BND = block(x_BND, mask_BN)
+        return self.norm(x_BND)
+
+    def initialise(self) -> None:
+        """Linears truncated normal 0.02; the outputs of attention and MLP 0.02 / sqrt(2 depth)."""
+        for block in self.blocks:
+            for linear in (block.attention.qkv, block.attention.output, block.expand, block.contract):
+                is_output = linear is block.attention.output or linear is block.contract
+                small_normal_(linear, 0.02 / (2 * self.depth) ** 0.5 if is_output else 0.02)
+
+
+@torch.no_grad()
+def small_normal_(layer: nn.Linear | nn.Conv2d, std: float = 0.02) -> None:
+    """Weight: normal with this standard deviation, cut at two of them. Bias: zero."""
+    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)

@@ -1,0 +1,175 @@
+"""Settings of the image, text and audio model. One documented line a field. No torch import, so --help is quick."""
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import model_validator
+
+from shared.config import RunSection, Section, TrainingSection, setting
+
+PRESETS = Path(__file__).parent / "configs"
+SAMPLE_DATA = Path(__file__).parent / "sample_data"
+DATASETS = ("coco", "clotho", "audiocaps", "voxceleb", "jsonl", "shards", "synthetic")
+
+
+class ModelConfig(Section):
+    """The network. Fixed on resume."""
+
+    fixed_on_resume: ClassVar[bool] = True
+
+    size: Literal["mini", "tiny", "small", "base", "large"] = setting(
+        "base", "tiny 15 M, small 35 M, base 80 M, large 200 M parameters; mini 6 M for runs on a CPU", "model_size"
+    )
+    embed_dim: int = setting(512, "width of embeddings and fused features", ge=8)
+    num_classes: int = setting(80, "outputs of the classifier", ge=1)
+    image_size: int = setting(224, "side of the square pictures, pixels; a multiple of image_patch", ge=16)
+    image_patch: int = setting(16, "side of an image patch, pixels", ge=1)
+    max_text_length: int = setting(64, "text tokens, [CLS] and [SEP] included", ge=3, le=77)
+    dropout: float = setting(0.0, "dropout of the residual branches while training", ge=0, lt=1)
+    attention: Literal["auto", "sdpa", "chunked"] = setting(
+        "auto", "sdpa: fused kernels; chunked: query chunks, exact; auto: chunked where no fused kernel fits"
+    )
+    attention_chunk: int = setting(128, "queries of one chunk", ge=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ModelConfig":
+        if self.image_size % self.image_patch:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of image_patch {self.image_patch}")
+        return self
+
+
+class DataConfig(Section):
+    """What is read, and how it is turned into tensors."""
+
+    data_root: str | None = setting(None, "folder that holds coco/, clotho/, audiocaps/, ...; null: the sample data")
+    datasets: list[Literal[DATASETS]] = setting(["coco", "clotho", "audiocaps"], "which of them to train on", fixed=True)
+    paths: dict[str, str] = setting({}, "folder of a data set that does not lie below data_root, by name")
+    karpathy: bool = setting(False, "coco: use the Karpathy split (dataset_coco.json) instead of train2017/val2017")
+    audio_frames: int = setting(1024, "10 ms frames of a training clip; a multiple of 16", fixed=True, ge=16)
+    audio_fill: Literal["repeat_pad", "pad"] = setting("repeat_pad", "short clips: repeat whole, then zeros; or zeros")
+    spec_augment: bool = setting(True, "mask one span of frames and one of bands, stages 1 and 2")
+    align_crop_scale: float = setting(0.6, "stages 2 and 3: least share of a picture that a crop keeps", gt=0, le=1)
+    align_flip: float = setting(0.0, "stages 2 and 3: probability of mirroring (captions say left and right)", ge=0, le=1)
+    caption_dropout: float = setting(0.0, "probability of leaving out each word of a training caption", ge=0, lt=1)
+    mel_cache: str | None = setting(None, "folder for log-mel spectrograms as fp16 .npy, written at first use")
+    keep_in_memory: bool = setting(False, "keep decoded pictures and spectrograms in memory (small sets)")
+    synthetic_items: int = setting(256, "synthetic: pairs of each kind", ge=8)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "DataConfig":
+        if self.audio_frames % 16:
+            raise ValueError(f"audio_frames {self.audio_frames} is not a multiple of 16")
+        if not self.datasets:
+            raise ValueError(f"datasets is empty; name some of {', '.join(DATASETS)}")
+        unknown = sorted(set(self.paths) - set(DATASETS))
+        if unknown:
+            raise ValueError(f"paths names no data set called {unknown[0]}; known are {', '.join(DATASETS)}")
+        return self
+
+
+class TrainingConfig(TrainingSection):
+    """The loop and the three stages."""
+
+    batch_size: int = setting(8, "pairs of each kind per rank and micro-step", ge=1)
+    num_epochs: int | None = setting(100, "passes over the image data, all stages together", "epochs", ge=1)
+    gradient_accumulation_steps: int = setting(4, "micro-steps of one optimizer step", "grad_accum", ge=1)
+    learning_rate: float = setting(1e-4, "peak learning rate of each stage", "lr", ge=0)
+    weight_decay: float | None = setting(None, "null: 0.05, 0.1, 0.05 in stages 1, 2, 3", ge=0)
+    lr_scheduler_type: Literal["cosine", "constant", "linear", "wsd"] = setting("cosine", "shape after the warm-up")
+    warmup_ratio: float = setting(0.05, "warm-up as a share of a stage, at most 2000 steps", ge=0, le=1)
+    warmup_steps: int = setting(0, "warm-up steps of each stage; 0: warmup_ratio decides", ge=0)
+    stages: list[int] | None = setting(None, "which stages to run; null: 1 2 3, or 3 alone with one epoch")
+    stage_fractions: list[float] = setting([0.2, 0.4, 0.4], "share of the epochs for each of the three stages")
+    stage_epochs: list[int] | None = setting(None, "epochs of each of the three stages; null: stage_fractions")
+    contrastive_loss: Literal["infonce", "siglip"] = setting("infonce", "softmax or sigmoid loss", fixed=True)
+    gradient_cache: bool = setting(True, "accumulation enlarges the contrastive batch, at one more forward pass")
+    mask_duplicates: bool = setting(True, "equal captions in a batch count as positives of one another")
+    patch_keep: float = setting(1.0, "stage 2: share of the image patches that the encoder sees", gt=0, le=1)
+    audio_keep: float = setting(1.0, "stage 2: share of the audio patches that the encoder sees", gt=0, le=1)
+    label_set: Literal["coco80", "images", "voxceleb1", "none"] = setting(
+        "coco80", "what the classifier learns: COCO's 80 classes, the labels of own pictures, speakers, or nothing"
+    )
+    text_pretraining: Literal["embeddings", "mlm"] = setting(
+        "embeddings", "stage 1, text: pre-trained word vectors, or masked language modelling", "unimodal_text", fixed=True
+    )
+    word_embeddings: str = setting("auto", "GloVe text file; auto: data_root/glove when present; none: random")
+    tower_lr_scale: float = setting(0.3, "stage 3: learning rate of the towers relative to fusion and heads", ge=0)
+    init_from: str | None = setting(None, "start the first stage from these weights")
+    reset_head: bool = setting(False, "with init_from: leave out the classifier when its size differs")
+    use_amp: bool = setting(True, "mixed precision where the device has it; false: fp32")
+    gradient_checkpointing: bool = setting(True, "recompute blocks in the backward pass", "checkpointing", "use_checkpoint")
+    logging_steps: int = setting(20, "optimizer steps between log lines", "log_every", ge=1)
+    save_steps: int | None = setting(None, "optimizer steps between checkpoints", ge=1)
+    save_every_n_epochs: int | None = setting(10, "epochs between checkpoints", "save_every", ge=1)
+    eval_steps: int | None = setting(None, "optimizer steps between validations; null: eval_every_n_epochs", ge=1)
+    eval_every_n_epochs: int = setting(1, "epochs between validations", "eval_every", ge=1)
+    keep_last: int = setting(3, "newest checkpoints kept; the best one is kept beside them", ge=2)
+    num_workers: int = setting(4, "loader processes per rank and kind of data", "workers", ge=0)
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> "TrainingConfig":
+        if self.stages is not None and (not self.stages or set(self.stages) - {1, 2, 3}):
+            raise ValueError(f"stages {self.stages}: name some of 1, 2, 3")
+        if len(self.stage_fractions) != 3 or min(self.stage_fractions) < 0 or sum(self.stage_fractions) <= 0:
+            raise ValueError(f"stage_fractions {self.stage_fractions}: three numbers of at least 0 are wanted")
+        if self.stage_epochs is not None and (len(self.stage_epochs) != 3 or min(self.stage_epochs) < 0):
+            raise ValueError(f"stage_epochs {self.stage_epochs}: three whole numbers of at least 0 are wanted")
+        return self
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunSection = RunSection(output_dir="outputs", tensorboard=True)
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    tokenizer: str | None = setting(None, "tokenizers JSON file; null: the byte-level BPE of 16,384 tokens that ships here")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _guide_sections(cls, values: Any) -> Any:
+        """Accept the guide's config.yaml: a `paths` section and model.use_checkpoint."""
+        if not isinstance(values, dict):
+            return values
+        values = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+        paths = values.pop("paths", None) or {}
+        for key, value in paths.items():
+            section = {"data_root": "data", "output_dir": "run"}.get(key)
+            if section is None:
+                raise ValueError(f"paths.{key}: unknown setting; known are data_root and output_dir")
+            values.setdefault(section, {}).setdefault(key, value)
+        model = values.get("model")
+        if isinstance(model, dict) and "use_checkpoint" in model:
+            values.setdefault("training", {}).setdefault("use_checkpoint", model.pop("use_checkpoint"))
+        return values
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Config":
+        if not self.training.use_amp and self.run.precision not in (None, "fp32"):
+            raise ValueError(f"training.use_amp false and run.precision {self.run.precision} contradict; give one of them")
+        if self.training.label_set == "voxceleb1" and "voxceleb" not in self.data.datasets:
+            raise ValueError("training.label_set voxceleb1 needs voxceleb among data.datasets")
+        if self.training.label_set == "coco80" and self.model.num_classes != 80:
+            raise ValueError(f"training.label_set coco80 needs model.num_classes 80, not {self.model.num_classes}")
+        return self
+
+
+def stage_epochs(training: TrainingConfig) -> dict[int, int]:
+    """Epochs of each stage that runs, in order; every stage has at least one when there are three epochs or more."""
+    total = training.num_epochs or 1
+    wanted = training.stages or ([1, 2, 3] if total > 1 else [3])
+    if training.stage_epochs is not None:
+        return {stage: training.stage_epochs[stage - 1] for stage in sorted(set(wanted)) if training.stage_epochs[stage - 1]}
+    wanted = sorted(set(wanted))
+    share = sum(training.stage_fractions[stage - 1] for stage in wanted)
+    if not share:
+        raise ValueError(f"stages {wanted} have no share of the epochs in stage_fractions {training.stage_fractions}")
+    exact = [total * training.stage_fractions[stage - 1] / share for stage in wanted]
+    epochs = [max(1, int(value)) if total >= len(wanted) else int(value) for value in exact]
+    while sum(epochs) > total:  # a minimum of one was given away
+        epochs[epochs.index(max(epochs))] -= 1
+    by_rest = sorted(range(len(wanted)), key=lambda i: (epochs[i] - exact[i], -i))
+    for position in range(total - sum(epochs)):
+        epochs[by_rest[position % len(by_rest)]] += 1
+    return {stage: number for stage, number in zip(wanted, epochs, strict=True) if number}

@@ -1,0 +1,218 @@
+"""Records to tensors: keyed crops and masks, captions to ids, and the collating of batches."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from multimodal.audio import SAMPLE_RATE, compress, fit_frames, log_power, read_audio, spec_augment
+from multimodal.config import DataConfig
+from multimodal.image import center_crop, random_resized_crop, read_image, to_tensor
+from multimodal.records import Record, Source
+from multimodal.text import TextTokenizer, pad_ids
+from shared.errors import BadSample, UserError
+from shared.rng import keyed_generator
+
+VOICE_SECONDS = 3.0
+_STREAM = 611  # random stream of the augmentation
+DECODED_SIDES = 2  # pictures kept in memory have a shorter side of so many model sides
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How training samples vary; None in its place means evaluation."""
+
+    crop_scale: float = 0.2
+    flip: float = 0.5
+    spec_augment: bool = True
+    caption_dropout: float = 0.0
+
+
+class CaptionedDataset:
+    """Pictures or sounds with captions. Item: images (3, S, S) or audio (T, 80) and audio_mask, input_ids, caption, labels, id.
+
+    sample(index, epoch) augments by (seed, epoch, index); [index] is the evaluation view. Raises BadSample for a broken file.
+    """
+
+    def __init__(self, records: list[Record], data: DataConfig, tokenizer: TextTokenizer, *, image_size: int, seed: int = 0,
+                 augmentation: Augmentation | None = None, num_classes: int | None = None):
+        self.records, self.data, self.tokenizer, self.image_size, self.seed = records, data, tokenizer, image_size, seed
+        self.augmentation, self.num_classes = augmentation, num_classes
+        self._memory: dict[str, Any] = {}
+        text = "\n".join(record.id for record in records)
+        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict:
+        return self._item(self.records[index], None, 0.0, 0)
+
+    def at_position(self, index: int, position: float) -> dict:
+        """The evaluation view with the sound cut at `position` (0 start, 1 end) of what is left over."""
+        return self._item(self.records[index], None, position, 0)
+
+    def sample(self, index: int, epoch: int) -> dict:
+        """The training view of one epoch."""
+        if self.augmentation is None:
+            return self[index]
+        generator = keyed_generator(self.seed, _STREAM, epoch, index)
+        record = self.records[index]
+        choice = int(torch.randint(0, max(1, len(record.captions)), (), generator=generator))
+        return self._item(record, generator, float(torch.rand((), generator=generator)), choice)
+
+    def _item(self, record: Record, generator: torch.Generator | None, position: float, choice: int) -> dict:
+        item: dict[str, Any] = {"id": record.id, "dataset": record.dataset}
+        if record.captions:
+            caption = self._vary(record.captions[choice], generator)
+            item |= {"caption": caption, "input_ids": self.tokenizer.encode(caption),
+                     "caption_key": stable_hash(record.captions[choice].lower())}
+        item["item_key"] = stable_hash(record.id)
+        if record.kind == "image":
+            item["images"] = self._image(record.source, generator)
+        else:
+            seconds = VOICE_SECONDS if record.kind == "voice" else None
+            item["audio"], item["audio_mask"] = self._audio(record.source, generator, position, seconds)
+            if record.video is not None:
+                item["images"] = self._frame(record.video, generator)
+        if self.num_classes and record.labels is not None:
+            item["labels"] = torch.zeros(self.num_classes)
+            if max(record.labels, default=0) >= self.num_classes:
+                raise BadSample(f"{record.id}: label {max(record.labels)} with num_classes {self.num_classes}")
+            item["labels"][list(record.labels)] = 1
+        return item
+
+    def _vary(self, caption: str, generator: torch.Generator | None) -> str:
+        rate = self.augmentation.caption_dropout if self.augmentation and generator else 0.0
+        if not rate:
+            return caption
+        words = caption.split()
+        kept = [word for word, draw in zip(words, torch.rand(len(words), generator=generator).tolist(), strict=True) if draw >= rate]
+        return " ".join(kept) or caption
+
+    # --- pictures -----------------------------------------------------------------------------------------------------
+
+    def _image(self, source: Path | Source, generator: torch.Generator | None) -> Tensor:
+        side = DECODED_SIDES * self.image_size
+        picture = self._remember(f"image {source}", lambda: read_image(_bytes_or_path(source), max_side=side))
+        return self._crop(picture, generator)
+
+    def _crop(self, picture: Any, generator: torch.Generator | None) -> Tensor:
+        if generator is None:
+            return to_tensor(center_crop(picture, self.image_size))
+        return to_tensor(random_resized_crop(picture, self.image_size, generator, scale=self.augmentation.crop_scale,
+                                             flip=self.augmentation.flip))
+
+    def _frame(self, video: Path, generator: torch.Generator | None) -> Tensor:
+        return self._crop(self._remember(f"frame {video}", lambda: read_frame(video)), generator)
+
+    # --- sound --------------------------------------------------------------------------------------------------------
+
+    def _audio(self, source: Path | Source, generator: torch.Generator | None, position: float,
+               seconds: float | None) -> tuple[Tensor, Tensor | None]:
+        frames = self.data.audio_frames if seconds is None else int(seconds * 100) // 16 * 16
+        power = self._log_power(source, frames, position)
+        clip, mask = fit_frames(power, frames, position=position, fill=self.data.audio_fill)
+        mel = compress(clip)
+        if generator is not None and self.augmentation.spec_augment:
+            mel = spec_augment(mel, generator)
+        return mel, mask
+
+    def _log_power(self, source: Path | Source, frames: int, position: float) -> Tensor:
+        """Of the whole clip where it is kept or cached; else only the stretch that is wanted is decoded."""
+        if self.data.mel_cache:
+            return self._remember(f"mel {source}", lambda: self._cached_power(source))
+        if self.data.keep_in_memory:
+            return self._remember(f"mel {source}", lambda: log_power(torch.from_numpy(read_audio(_bytes_or_path(source)))))
+        seconds = frames * 160 / SAMPLE_RATE
+        return log_power(torch.from_numpy(read_audio(_bytes_or_path(source), seconds=seconds, position=position)))
+
+    def _cached_power(self, source: Path | Source) -> Tensor:
+        path = Path(self.data.mel_cache) / f"{hashlib.sha256(str(source).encode()).hexdigest()[:24]}.npy"
+        if path.exists():
+            return torch.from_numpy(np.load(path)).float()
+        power = log_power(torch.from_numpy(read_audio(_bytes_or_path(source)))).half()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_aside(path, power.numpy())
+        return power.float()
+
+    def _remember(self, key: str, make: Callable[[], Any]) -> Any:
+        if not self.data.keep_in_memory:
+            return make()
+        if key not in self._memory:
+            value = make()
+            if hasattr(value, "thumbnail"):
+                short = min(value.size) / (DECODED_SIDES * self.image_size)
+                value = value.resize((round(value.width / short), round(value.height / short))) if short > 1 else value
+            self._memory[key] = value
+        return self._memory[key]
+
+
+class PlainImages(CaptionedDataset):
+    """Pictures or sounds for stage 1, without the text."""
+
+    def _item(self, record: Record, generator: torch.Generator | None, position: float, choice: int) -> dict:
+        item = super()._item(record, generator, position, choice)
+        return {key: item[key] for key in ("images", "audio", "audio_mask", "id", "item_key") if key in item}
+
+
+def collate(items: list[dict]) -> dict[str, Any]:
+    """A batch of items with the same fields: tensors stacked, ids padded to a multiple of 8, texts in lists.
+
+    audio_mask is left out when every frame counts, which keeps attention on its fast path.
+    """
+    first = items[0]
+    batch: dict[str, Any] = {"id": [item["id"] for item in items]}
+    for name in ("images", "audio", "labels"):
+        if name in first:
+            batch[name] = torch.stack([item[name] for item in items])
+    if "input_ids" in first:
+        batch["input_ids"], batch["attention_mask"] = pad_ids([item["input_ids"] for item in items])
+        batch["caption"] = [item["caption"] for item in items]
+    if any(item.get("audio_mask") is not None for item in items):
+        frames = len(first["audio"])
+        batch["audio_mask"] = torch.stack([torch.ones(frames, dtype=torch.bool) if item["audio_mask"] is None
+                                           else item["audio_mask"] for item in items])
+    keys = [[item.get("caption_key", item["item_key"]), item["item_key"]] for item in items]
+    batch["keys"] = torch.tensor(keys, dtype=torch.int64)
+    return batch
+
+
+def stable_hash(text: str) -> int:
+    """A 63-bit number that stands for a text, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def read_frame(path: Path) -> Any:
+    """The first frame of a video as an RGB picture."""
+    import av
+    try:
+        with av.open(str(path)) as container:
+            return next(container.decode(video=0)).to_image().convert("RGB")
+    except Exception as error:  # PyAV raises many kinds for broken files
+        raise BadSample(f"{path}: no frame can be read ({error})") from None
+
+
+def save_aside(path: Path, array: np.ndarray) -> None:
+    """Write under another name, then rename: readers never see half a file."""
+    import os
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "wb") as file:
+        np.save(file, array)
+    os.replace(temporary, path)
+
+
+def _bytes_or_path(source: Path | Source) -> Path | bytes:
+    return source if isinstance(source, Path) else source.read()
+
+
+def require_some(records: list[Record], what: str) -> list[Record]:
+    """The records, or a UserError when there are none."""
+    if not records:
+        raise UserError(f"no {what}; check data.datasets and the folders")
+    return records

@@ -1,0 +1,344 @@
+"""The network: one transformer tower each for pictures, text and sound, and a fusion tower over the tokens of any of them.
+
+Legend: B batch, C channels, H W pixels, L text tokens, T frames of 10 ms, N tokens of a tower, D its width, E embedding.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+from torch.nn import functional
+
+from multimodal.blocks import Tower, small_normal_
+
+VOCABULARY = 16384
+PAD = 0
+MODALITIES = ("image", "text", "audio")
+MAX_TEXT = 77
+MEL_BANDS, AUDIO_PATCH = 80, 16
+AUDIO_BANDS = MEL_BANDS // AUDIO_PATCH
+POSITIVE_RATE = 0.036  # about 2.9 of 80 classes per COCO picture: the classifier starts at this probability
+MAX_LOG_SCALE = math.log(100)
+
+
+@dataclass(frozen=True)
+class Widths:
+    """(width, depth) of each tower, and the width of the word table. Heads are 64 wide."""
+
+    image: tuple[int, int]
+    text: tuple[int, int]
+    audio: tuple[int, int]
+    fusion: tuple[int, int]
+    word: int
+
+
+SIZES = {
+    "mini": Widths((192, 4), (192, 3), (192, 4), (192, 1), 100),
+    "tiny": Widths((192, 12), (192, 4), (192, 8), (256, 2), 100),
+    "small": Widths((320, 12), (320, 5), (320, 6), (320, 2), 200),
+    "base": Widths((512, 12), (512, 4), (512, 5), (512, 2), 300),
+    "large": Widths((768, 12), (768, 5), (768, 7), (768, 3), 300),
+}
+
+
+def create_model(size: str = "base", num_classes: int = 80, **settings: Any) -> "MultimodalModel":
+    """The model of a named size. settings: embed_dim, image_size, image_patch, dropout, attention, attention_chunk, ..."""
+    if size not in SIZES:
+        raise ValueError(f"size {size!r} is not known; use one of {', '.join(SIZES)}")
+    return MultimodalModel(SIZES[size], num_classes=num_classes, size=size, **settings)
+
+
+class MultimodalModel(nn.Module):
+    """Embeds any subset of (picture, text, sound) into one space, and fuses what is given."""
+
+    def __init__(self, widths: Widths, *, num_classes: int = 80, embed_dim: int = 512, image_size: int = 224,
+                 image_patch: int = 16, dropout: float = 0.0, attention: Literal["auto", "sdpa", "chunked"] = "auto",
+                 attention_chunk: int = 128, vocabulary: int = VOCABULARY, contrastive_loss: str = "infonce",
+                 size: str = "custom"):
+        super().__init__()
+        if image_size % image_patch:
+            raise ValueError(f"image_size {image_size} is not a multiple of image_patch {image_patch}")
+        self.config = {
+            "size": size, "num_classes": num_classes, "embed_dim": embed_dim, "image_size": image_size,
+            "image_patch": image_patch, "dropout": dropout, "attention": attention, "attention_chunk": attention_chunk,
+            "vocabulary": vocabulary, "contrastive_loss": contrastive_loss,
+        }
+        self.image_patch, self.grid = image_patch, image_size // image_patch
+        options = {"dropout": dropout, "kind": attention, "chunk": attention_chunk}
+        image, text, audio, fusion = (widths.image[0], widths.text[0], widths.audio[0], widths.fusion[0])
+
+        self.image_patches = nn.Conv2d(3, image, image_patch, image_patch)
+        self.image_class = nn.Parameter(torch.zeros(1, 1, image))
+        self.image_positions = nn.Parameter(torch.zeros(1, self.grid**2 + 1, image))
+        self.image_tower = Tower(*widths.image, **options)
+
+        self.words = nn.Embedding(vocabulary, widths.word)
+        self.word_projection = nn.Linear(widths.word, text, bias=False)
+        self.text_positions = nn.Parameter(torch.zeros(1, MAX_TEXT, text))
+        self.text_tower = Tower(*widths.text, **options)
+
+        self.audio_patches = nn.Conv2d(1, audio, AUDIO_PATCH, AUDIO_PATCH)
+        self.audio_class = nn.Parameter(torch.zeros(1, 1, audio))
+        self.audio_bands = nn.Parameter(torch.zeros(AUDIO_BANDS, audio))
+        self.audio_tower = Tower(*widths.audio, **options)
+
+        towers = dict(zip(MODALITIES, (image, text, audio), strict=True))
+        self.embed = nn.ModuleDict({name: nn.Linear(width, embed_dim, bias=False) for name, width in towers.items()})
+        self.to_fusion = nn.ModuleDict({name: nn.Linear(width, fusion) for name, width in towers.items()})
+        self.modality_vectors = nn.ParameterDict({name: nn.Parameter(torch.zeros(fusion)) for name in MODALITIES})
+        self.fuse_token = nn.Parameter(torch.zeros(1, 1, fusion))
+        self.fusion_tower = Tower(*widths.fusion, **options)
+        self.fused_output = nn.Linear(fusion, embed_dim)
+        self.classifier = nn.Sequential(nn.LayerNorm(embed_dim, eps=1e-6), nn.Linear(embed_dim, num_classes))
+        self.match_head = nn.Linear(embed_dim, 1)
+
+        # One temperature each, since image-text and audio-text differ in difficulty. Shape (1,): FSDP2 shards no scalars.
+        self.log_scale, self.audio_log_scale = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+        self.bias, self.audio_bias = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+        self._initialise()
+
+    # --- set-up -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        for tower in (self.image_tower, self.text_tower, self.audio_tower, self.fusion_tower):
+            tower.initialise()
+        small_normal_(self.word_projection)
+        for layer in (self.image_patches, self.audio_patches, self.fused_output, self.match_head, *self.to_fusion.values()):
+            small_normal_(layer)
+        for layer in self.embed.values():
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+        for vector in (self.image_class, self.image_positions, self.text_positions, self.audio_class, self.audio_bands,
+                       self.fuse_token, *self.modality_vectors.values()):
+            nn.init.normal_(vector, std=0.02)
+        nn.init.normal_(self.words.weight, std=0.02)
+        self.words.weight[PAD] = 0
+        small_normal_(self.classifier[1], 0.01)
+        nn.init.constant_(self.classifier[1].bias, math.log(POSITIVE_RATE / (1 - POSITIVE_RATE)))
+        sigmoid = self.config["contrastive_loss"] == "siglip"
+        for scale, bias in ((self.log_scale, self.bias), (self.audio_log_scale, self.audio_bias)):
+            nn.init.constant_(scale, math.log(10) if sigmoid else math.log(1 / 0.07))
+            nn.init.constant_(bias, -10.0)
+
+    def set_grad_checkpointing(self, enabled: bool = True) -> None:
+        """Recompute blocks in the backward pass, or keep their activations."""
+        for tower in (self.image_tower, self.text_tower, self.audio_tower, self.fusion_tower):
+            tower.grad_checkpointing = enabled
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay would harm: vectors, positions, tokens, scalars, the word table."""
+        tables = {"image_class", "image_positions", "text_positions", "audio_class", "audio_bands", "fuse_token", "words.weight"}
+        return tables | {name for name, parameter in self.named_parameters() if parameter.ndim < 2}
+
+    def num_parameters(self) -> int:
+        """All parameters."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @torch.no_grad()
+    def clamp_scales(self) -> None:
+        """Keep both temperatures in [1, 100]; called after an optimizer step."""
+        for scale in (self.log_scale, self.audio_log_scale):
+            local = scale.to_local() if hasattr(scale, "to_local") else scale.data
+            local.clamp_(0, MAX_LOG_SCALE)
+
+    # --- towers -------------------------------------------------------------------------------------------------------
+
+    def image_tokens(self, images_BCHW: Tensor, keep_BK: Tensor | None = None) -> Tensor:
+        """(B, 1 + patches, D): class token first. keep_BK: the patches that are seen, by index; None: all."""
+        _check_image(images_BCHW, self.image_patch)
+        patches = self.image_patches(images_BCHW)
+        tokens = rearrange(patches, "B D h w -> B (h w) D") + self._image_grid(patches.shape[2], patches.shape[3])
+        tokens = pick_tokens(tokens, keep_BK)
+        first = (self.image_class + self.image_positions[:, :1]).expand(len(tokens), -1, -1)
+        return self.image_tower(torch.cat([first.to(tokens.dtype), tokens], 1))
+
+    def _image_grid(self, rows: int, columns: int) -> Tensor:
+        """Positions of the patches; another resolution is interpolated, bicubic, in fp32."""
+        grid = self.image_positions[:, 1:]
+        if (rows, columns) == (self.grid, self.grid):
+            return grid
+        square = rearrange(grid.float(), "1 (h w) D -> 1 D h w", h=self.grid)
+        return rearrange(functional.interpolate(square, (rows, columns), mode="bicubic"), "1 D h w -> 1 (h w) D")
+
+    def text_tokens(self, input_ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        """(B, L, D); mask_BL: bool, True for tokens that are not padding."""
+        length = input_ids_BL.shape[1]
+        if length > MAX_TEXT:
+            raise ValueError(f"input_ids has {length} tokens, the position table has {MAX_TEXT}; truncate the text")
+        tokens = self.word_projection(self.words(input_ids_BL)) + self.text_positions[:, :length]
+        return self.text_tower(tokens, mask_BL)
+
+    def audio_tokens(self, audio_BTM: Tensor, audio_mask_BT: Tensor | None = None,
+                     keep_BK: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(B, 1 + 5 T/16, D), time-major (the five bands of a time column adjacent), and the key mask or None.
+
+        A patch is valid when any of its 16 frames is.
+        """
+        audio_BTM, audio_mask_BT = _pad_frames(audio_BTM, audio_mask_BT)
+        patches = self.audio_patches(audio_BTM.unsqueeze(1))
+        columns = patches.shape[2]
+        time_code = sinusoids(columns, patches.shape[1], patches.device)
+        code = rearrange(time_code, "t D -> t 1 D") + self.audio_bands
+        tokens = rearrange(patches, "B D t f -> B (t f) D") + rearrange(code, "t f D -> (t f) D")
+        mask_BN = None
+        if audio_mask_BT is not None:
+            valid = rearrange(audio_mask_BT, "B (t p) -> B t p", p=AUDIO_PATCH).any(-1)
+            mask_BN = pick_tokens(repeat(valid, "B t -> B (t f) 1", f=AUDIO_BANDS), keep_BK).squeeze(-1)
+            mask_BN = functional.pad(mask_BN, (1, 0), value=True)
+        tokens = pick_tokens(tokens, keep_BK)
+        first = self.audio_class.expand(len(tokens), -1, -1)
+        return self.audio_tower(torch.cat([first.to(tokens.dtype), tokens], 1), mask_BN), mask_BN
+
+    def embedding(self, name: str, tokens_BND: Tensor, normalize: bool = True) -> Tensor:
+        """(B, E) from the first token; L2 norm in fp32."""
+        projected = self.embed[name](tokens_BND[:, 0]).float()
+        return functional.normalize(projected, dim=-1) if normalize else projected
+
+    def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
+        """(B, E) of pictures (B, 3, H, W), normalised with the mean and std of multimodal/image.py."""
+        return self.embedding("image", self.image_tokens(images), normalize)
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None, normalize: bool = True) -> Tensor:
+        """(B, E) of token ids (B, L); without a mask every id but [PAD] counts."""
+        return self.embedding("text", self.text_tokens(input_ids, _text_mask(input_ids, attention_mask)), normalize)
+
+    def encode_audio(self, audio: Tensor, audio_mask: Tensor | None = None, normalize: bool = True) -> Tensor:
+        """(B, E) of log-mel frames (B, T, 80)."""
+        return self.embedding("audio", self.audio_tokens(audio, audio_mask)[0], normalize)
+
+    # --- fusion -------------------------------------------------------------------------------------------------------
+
+    def fuse(self, tokens: dict[str, Tensor], masks: dict[str, Tensor | None],
+             modality_mask: dict[str, Tensor] | None = None) -> Tensor:
+        """(B, E), not normalised: the fuse token over the tokens of the given modalities.
+
+        masks: per modality bool (B, N) or None. modality_mask: per modality bool (B,), False hides it in that sample.
+        """
+        parts, seen = [], []
+        batch = len(next(iter(tokens.values())))
+        needs_mask = bool(modality_mask) or any(masks.get(name) is not None for name in tokens)
+        for name in MODALITIES:
+            if name in tokens:
+                parts.append(self.to_fusion[name](tokens[name]) + self.modality_vectors[name])
+                mask = masks.get(name)
+                mask = torch.ones(tokens[name].shape[:2], dtype=torch.bool, device=tokens[name].device) if mask is None else mask
+                if modality_mask and name in modality_mask:
+                    mask = mask & modality_mask[name].unsqueeze(1)
+                seen.append(mask)
+        first = self.fuse_token.expand(batch, -1, -1).to(parts[0].dtype)
+        mask_BN = torch.cat([torch.ones_like(seen[0][:, :1]), *seen], 1) if needs_mask else None
+        return self.fused_output(self.fusion_tower(torch.cat([first, *parts], 1), mask_BN)[:, 0]).float()
+
+    def heads(self, fused_BE: Tensor) -> dict[str, Tensor]:
+        """logits (B, classes) and match_logits (B,) of fused features, fp32."""
+        return {"logits": self.classifier(fused_BE).float(), "match_logits": self.match_head(fused_BE).squeeze(-1).float()}
+
+    def scales(self) -> dict[str, Tensor]:
+        """Temperatures (exponentiated) and sigmoid biases, each of shape ()."""
+        return {"logit_scale": self.log_scale.float().exp().squeeze(0),
+                "audio_logit_scale": self.audio_log_scale.float().exp().squeeze(0),
+                "logit_bias": self.bias.float().squeeze(0), "audio_logit_bias": self.audio_bias.float().squeeze(0)}
+
+    def forward(self, images: Tensor | None = None, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+                audio: Tensor | None = None, audio_mask: Tensor | None = None,
+                modality_mask: dict[str, Tensor] | None = None, return_tokens: bool = False,
+                fuse: bool = True) -> dict[str, Any]:
+        """Embed and fuse what is given. Keys of absent modalities are absent.
+
+        images (B, 3, H, W); input_ids, attention_mask (B, L); audio (B, T, 80); audio_mask (B, T), True for frames that
+        count. Returns image_embeds, text_embeds, audio_embeds (B, E, unit length), the temperatures, and with fuse
+        fused_features (B, E), logits (B, classes), match_logits (B,); with return_tokens also `tokens`.
+        Raises ValueError naming the argument that does not fit.
+        """
+        _check_batch(images=images, input_ids=input_ids, audio=audio)
+        _check_mask("attention_mask", attention_mask, "input_ids", input_ids)
+        _check_mask("audio_mask", audio_mask, "audio", audio)
+        _check_modality_mask(modality_mask, {"image": images, "text": input_ids, "audio": audio})
+        tokens: dict[str, Tensor] = {}
+        masks: dict[str, Tensor | None] = {}
+        if images is not None:
+            tokens["image"] = self.image_tokens(images)
+        if input_ids is not None:
+            masks["text"] = _text_mask(input_ids, attention_mask)
+            tokens["text"] = self.text_tokens(input_ids, masks["text"])
+        if audio is not None:
+            tokens["audio"], masks["audio"] = self.audio_tokens(audio, audio_mask)
+        found: dict[str, Any] = {f"{name}_embeds": self.embedding(name, value) for name, value in tokens.items()}
+        found.update(self.scales())
+        if fuse:
+            found["fused_features"] = self.fuse(tokens, masks, modality_mask)
+            found.update(self.heads(found["fused_features"]))
+        if return_tokens:
+            found["tokens"] = tokens
+        return found
+
+
+# --- small parts ------------------------------------------------------------------------------------------------------
+
+def sinusoids(length: int, width: int, device: torch.device) -> Tensor:
+    """(length, width) fixed time code of Vaswani et al. 2017: sines in the first half, cosines in the second."""
+    half = width // 2
+    frequency = torch.exp(-math.log(10000.0) * torch.arange(half, device=device, dtype=torch.float32) / half)
+    angle = torch.arange(length, device=device, dtype=torch.float32).unsqueeze(1) * frequency
+    return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+def pick_tokens(tokens_BND: Tensor, keep_BK: Tensor | None) -> Tensor:
+    """The kept tokens of each sample, in the order of keep_BK; all for None."""
+    if keep_BK is None:
+        return tokens_BND
+    return tokens_BND.gather(1, keep_BK.unsqueeze(-1).expand(-1, -1, tokens_BND.shape[-1]))
+
+
+def _text_mask(input_ids_BL: Tensor, attention_mask_BL: Tensor | None) -> Tensor:
+    return input_ids_BL != PAD if attention_mask_BL is None else attention_mask_BL.bool()
+
+
+def _pad_frames(audio_BTM: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Fill up to a multiple of 16 frames with each clip's floor value, masked out."""
+    if audio_BTM.ndim != 3 or audio_BTM.shape[-1] != MEL_BANDS or not audio_BTM.shape[1]:
+        raise ValueError(f"audio: expected (batch, frames, {MEL_BANDS}), found {tuple(audio_BTM.shape)}")
+    batch, frames, _ = audio_BTM.shape
+    missing = -frames % AUDIO_PATCH
+    if missing:
+        floor = audio_BTM.amin((1, 2), keepdim=True).expand(-1, missing, MEL_BANDS)
+        mask_BT = torch.ones(batch, frames, dtype=torch.bool, device=audio_BTM.device) if mask_BT is None else mask_BT
+        audio_BTM, mask_BT = torch.cat([audio_BTM, floor], 1), functional.pad(mask_BT.bool(), (0, missing), value=False)
+    return audio_BTM, None if mask_BT is None else mask_BT.bool()
+
+
+def _check_image(images: Tensor, patch: int) -> None:
+    if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % patch or images.shape[3] % patch:
+        raise ValueError(f"images: expected (batch, 3, height, width) in multiples of {patch}, found {tuple(images.shape)}")
+
+
+def _check_batch(**inputs: Tensor | None) -> None:
+    given = {name: len(value) for name, value in inputs.items() if value is not None}
+    if not given:
+        raise ValueError(f"at least one of {', '.join(inputs)} is needed")
+    first = next(iter(given))
+    for name, size in given.items():
+        if size != given[first]:
+            raise ValueError(f"{name} has batch size {size}, {first} has {given[first]}; they must be equal")
+
+
+def _check_mask(name: str, mask: Tensor | None, of: str, value: Tensor | None) -> None:
+    if mask is None:
+        return
+    if value is None:
+        raise ValueError(f"{name} is given without {of}")
+    if mask.shape != value.shape[:2]:
+        raise ValueError(f"{name} has shape {tuple(mask.shape)}, {of} wants {tuple(value.shape[:2])}")
+
+
+def _check_modality_mask(masks: dict[str, Tensor] | None, given: dict[str, Tensor | None]) -> None:
+    for name, mask in (masks or {}).items():
+        if name not in given:
+            raise ValueError(f"modality_mask names {name!r}; known are {', '.join(given)}")
+        if given[name] is None:
+            raise ValueError(f"modality_mask names {name!r}, which is not given")
+        if mask.shape != given[name].shape[:1]:
+            raise ValueError(f"modality_mask[{name!r}] has shape {tuple(mask.shape)}, expected {tuple(given[name].shape[:1])}")

@@ -1,0 +1,342 @@
+"""What lies on disk: COCO, Clotho, AudioCaps, VoxCeleb, captions in JSON lines and webdataset shards, as lists of records."""
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from multimodal.audio import AUDIO_SUFFIXES
+from multimodal.image import IMAGE_SUFFIXES
+from shared.errors import UserError
+from shared.shards import Shards
+
+Kind = Literal["image", "audio", "voice"]
+KINDS: tuple[Kind, ...] = ("image", "audio", "voice")
+CLOTHO_SPLITS = {"train": "development", "val": "validation", "test": "evaluation"}
+VOX_SPLITS = {1: "train", 2: "val", 3: "test"}
+
+
+class Source(Protocol):
+    """Something other than a file on disk that gives the bytes of one."""
+
+    def read(self) -> bytes:
+        """The encoded picture or sound."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file inside a shard."""
+
+    shards: Shards
+    index: int
+    extension: str
+
+    def read(self) -> bytes:
+        """Its bytes."""
+        return self.shards[self.index][self.extension]
+
+    def __str__(self) -> str:
+        return f"{self.shards.paths[0].parent}: sample {self.index}.{self.extension}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One picture or sound with its captions. labels: class indices, None where the set has none."""
+
+    id: str
+    source: Path | Source
+    captions: tuple[str, ...]
+    dataset: str
+    kind: Kind
+    labels: tuple[int, ...] | None = None
+    video: Path | None = None  # voice: the video that a frame is read from
+
+
+@dataclass(frozen=True)
+class Found:
+    """The records of one split, and how many the set lists whose file is not there."""
+
+    records: list[Record]
+    missing: int = 0
+
+
+def read_records(name: str, folder: Path, split: str, *, karpathy: bool = False) -> Found:
+    """The records of one data set and split (train, val or test); Found([]) where the set has no such split.
+
+    Raises UserError naming the folder and the download command when the set is not there.
+    """
+    if not folder.is_dir():
+        raise UserError(f"data set {name}: no folder {folder}; {_remedy(name, folder)}")
+    readers: dict[str, Callable[[Path, str], Found]] = {
+        "coco": read_karpathy if karpathy else read_coco, "clotho": read_clotho, "audiocaps": read_audiocaps,
+        "voxceleb": read_voxceleb, "jsonl": read_jsonl, "shards": read_shards,
+    }
+    found = readers[name](folder, split)
+    if split == "train" and not found.records:
+        missing = f" ({found.missing} are listed, their files are not there)" if found.missing else ""
+        raise UserError(f"data set {name}: {folder} holds no training sample{missing}; {_remedy(name, folder)}")
+    return found
+
+
+def _remedy(name: str, folder: Path) -> str:
+    if name in ("jsonl", "shards"):
+        return f"give its place with --set data.paths='{{{name}: FOLDER}}'"
+    return (f"python multimodal/download_datasets.py --datasets {name} --data-root {folder.parent}, or train on the sample data "
+            "with --config small")
+
+
+# --- COCO -------------------------------------------------------------------------------------------------------------
+
+def read_coco(folder: Path, split: str) -> Found:
+    """train2017/ and val2017/ with annotations/captions_*2017.json, and instances_*2017.json where they are."""
+    year = f"{'train' if split == 'train' else 'val'}2017"
+    path = folder / "annotations" / f"captions_{year}.json"
+    if not path.exists():
+        if split == "train":
+            raise UserError(f"data set coco: no file {path}; {_remedy('coco', folder)}")
+        return Found([])
+    tree = read_json(path, ("images", "annotations"))
+    captions: dict[int, list[str]] = {}
+    for entry in tree["annotations"]:
+        captions.setdefault(entry["image_id"], []).append(clean(entry["caption"]))
+    labels = read_coco_labels(folder / "annotations" / f"instances_{year}.json")
+    listed = [(image["id"], folder / year / image["file_name"]) for image in tree["images"] if image["id"] in captions]
+    present = names_in(folder / year)
+    records = [Record(f"coco/{key:012d}", file, tuple(captions[key]), "coco", "image",
+                      None if labels is None else labels.get(key, ()))
+               for key, file in sorted(listed) if file.name in present]
+    return Found(records, len(listed) - len(records))
+
+
+def read_coco_labels(path: Path) -> dict[int, tuple[int, ...]] | None:
+    """Image id -> class indices; a class's index is the rank of its category id, since the 80 ids run 1..90 with gaps."""
+    if not path.exists():
+        return None
+    tree = read_json(path, ("annotations", "categories"))
+    index = {key: rank for rank, key in enumerate(sorted(category["id"] for category in tree["categories"]))}
+    labels: dict[int, set[int]] = {}
+    for entry in tree["annotations"]:
+        labels.setdefault(entry["image_id"], set()).add(index[entry["category_id"]])
+    return {key: tuple(sorted(found)) for key, found in labels.items()}
+
+
+def coco_class_names(folder: Path) -> list[str]:
+    """The 80 names in the order of the class indices."""
+    tree = read_json(folder / "annotations" / "instances_val2017.json", ("categories",))
+    return [category["name"] for category in sorted(tree["categories"], key=lambda category: category["id"])]
+
+
+def read_karpathy(folder: Path, split: str) -> Found:
+    """dataset_coco.json of Karpathy's splits (train includes restval), whose files lie in train2014/ and val2014/."""
+    path = folder / "dataset_coco.json"
+    if not path.exists():
+        raise UserError(f"data set coco: no file {path}; python multimodal/download_datasets.py --datasets coco --splits karpathy")
+    wanted = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}[split]
+    listed = [image for image in read_json(path, ("images",))["images"] if image["split"] in wanted]
+    records = []
+    for image in listed:
+        places = (folder / image["filepath"] / image["filename"],
+                  *(folder / year / f"{image['cocoid']:012d}.jpg" for year in ("train2017", "val2017")))
+        file = next((place for place in places if place.exists()), None)
+        if file is not None:
+            records.append(Record(f"coco/{image['cocoid']:012d}", file,
+                                  tuple(clean(sentence["raw"]) for sentence in image["sentences"]), "coco", "image"))
+    return Found(records, len(listed) - len(records))
+
+
+# --- sound ------------------------------------------------------------------------------------------------------------
+
+def read_clotho(folder: Path, split: str) -> Found:
+    """clotho_captions_{development,validation,evaluation}.csv (UTF-8) and the folders of those names."""
+    name = CLOTHO_SPLITS[split]
+    path = folder / f"clotho_captions_{name}.csv"
+    if not path.exists():
+        if split == "train":
+            raise UserError(f"data set clotho: no file {path}; {_remedy('clotho', folder)}")
+        return Found([])
+    rows = read_csv(path, ("file_name", "caption_1"))
+    present = names_in(folder / name)
+    records = [Record(f"clotho/{name}/{row['file_name']}", folder / name / row["file_name"],
+                      tuple(clean(row[key]) for key in sorted(row) if key and key.startswith("caption_") and row[key]),
+                      "clotho", "audio")
+               for row in rows if row["file_name"] in present]
+    return Found(records, len(rows) - len(records))
+
+
+def read_clotho_keywords(folder: Path, split: str) -> dict[str, list[str]]:
+    """File name -> keywords, from the metadata table, which is ISO-8859-1."""
+    path = folder / f"clotho_metadata_{CLOTHO_SPLITS[split]}.csv"
+    rows = read_csv(path, ("file_name", "keywords"), encoding="iso-8859-1")
+    return {row["file_name"]: [word.strip() for word in row["keywords"].split(";") if word.strip()] for row in rows}
+
+
+def read_audiocaps(folder: Path, split: str) -> Found:
+    """{train,val,test}.csv (one caption a row; several rows a clip) and the clips under audio/SPLIT/ or SPLIT/.
+
+    A clip is named ID_START, ID or YID, with any sound suffix.
+    """
+    path = folder / f"{split}.csv"
+    if not path.exists():
+        if split == "train":
+            raise UserError(f"data set audiocaps: no file {path}; {_remedy('audiocaps', folder)}")
+        return Found([])
+    captions: dict[tuple[str, str], list[str]] = {}
+    for row in read_csv(path, ("youtube_id", "start_time", "caption")):
+        captions.setdefault((row["youtube_id"], row["start_time"]), []).append(clean(row["caption"]))
+    files = {file.stem: file for place in (folder / split, folder / "audio" / split) if place.is_dir()
+             for file in sorted(place.iterdir()) if file.suffix.lower() in AUDIO_SUFFIXES}
+    records = []
+    for (key, start), texts in captions.items():
+        file = next((files[name] for name in (f"{key}_{start}", key, f"Y{key}") if name in files), None)
+        if file is not None:
+            records.append(Record(f"audiocaps/{split}/{key}_{start}", file, tuple(texts), "audiocaps", "audio"))
+    return Found(records, len(captions) - len(records))
+
+
+def read_voxceleb(folder: Path, split: str) -> Found:
+    """VoxCeleb1 wav/ID/VIDEO/N.wav or VoxCeleb2 dev/aac/...m4a, with dev/mp4/...mp4 for the frames.
+
+    Split by iden_split.txt where it is (VoxCeleb1), else one video of 20 is validation. Label: rank of the
+    speaker's id.
+    """
+    root = next((place for place in (folder / "wav", folder / "dev" / "aac", folder / "aac") if place.is_dir()), None)
+    if root is None:
+        raise UserError(f"data set voxceleb: neither wav/ nor dev/aac/ in {folder}; {_remedy('voxceleb', folder)}")
+    speakers = {path.name: rank for rank, path in enumerate(sorted(p for p in root.iterdir() if p.is_dir()))}
+    listed = _identification_split(folder / "iden_split.txt")
+    records = []
+    for file in sorted(path for path in root.glob("*/*/*") if path.suffix.lower() in AUDIO_SUFFIXES):
+        name = file.relative_to(root).as_posix()
+        own = listed.get(name, "train") if listed else ("val" if _is_held_out(file.parent) else "train")
+        if own == split:
+            video = next((place for place in (folder / "dev" / "mp4" / Path(name).with_suffix(".mp4"),
+                                              folder / "mp4" / Path(name).with_suffix(".mp4")) if place.exists()), None)
+            records.append(Record(f"voxceleb/{name}", file, (), "voxceleb", "voice", (speakers[Path(name).parts[0]],), video))
+    return Found(records)
+
+
+def _identification_split(path: Path) -> dict[str, str]:
+    """Lines `1|2|3 id.../video/00001.wav`."""
+    if not path.exists():
+        return {}
+    rows = (line.split() for line in path.read_text().splitlines() if line.strip())
+    return {name: VOX_SPLITS[int(number)] for number, name in rows}
+
+
+def _is_held_out(video: Path) -> bool:
+    """One video of 20, by the hash of its name: all utterances of a video fall on one side."""
+    return int.from_bytes(hashlib.blake2b("/".join(video.parts[-2:]).encode(), digest_size=4).digest(), "little") % 20 == 0
+
+
+# --- own data ---------------------------------------------------------------------------------------------------------
+
+def read_jsonl(folder: Path, split: str) -> Found:
+    """{train,val,test}.jsonl: {"file": path in the folder, "captions": [...] or "caption": text, "labels": [indices]} a line."""
+    path = folder / f"{split}.jsonl"
+    if not path.exists():
+        if split == "train":
+            raise UserError(f"data set jsonl: no file {path}; {_remedy('jsonl', folder)}")
+        return Found([])
+    records, missing = [], 0
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                source, texts = folder / row["file"], row.get("captions") or [row["caption"]]
+                if not texts or not all(isinstance(text, str) for text in texts):
+                    raise TypeError
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{path}: line {number} is not an object with file and captions; mend that line") from None
+            if source.exists():
+                records.append(Record(f"{split}/{row['file']}", source, tuple(map(clean, texts)), "jsonl",
+                                      kind_of(source.suffix, path), _labels(row)))
+            else:
+                missing += 1
+    return Found(records, missing)
+
+
+def read_shards(folder: Path, split: str) -> Found:
+    """{train,val,test}*.tar in the webdataset layout: a picture or sound, and txt (captions by line) or json (as in jsonl)."""
+    paths = sorted(folder.glob(f"{split}*.tar"))
+    if not paths:
+        if split == "train":
+            raise UserError(f"data set shards: no file {folder}/train*.tar; {_remedy('shards', folder)}")
+        return Found([])
+    shards, records = Shards(paths), []
+    for index in range(len(shards)):
+        sample = shards[index]
+        media = next((name for name in sample if f".{name}" in (*IMAGE_SUFFIXES, *AUDIO_SUFFIXES)), None)
+        where = f"{folder}: sample {sample['__key__']}"
+        if media is None:
+            raise UserError(f"{where} holds no picture or sound; its members are {', '.join(sorted(sample)[1:])}")
+        row = _shard_text(sample, where)
+        records.append(Record(f"{split}/{sample['__key__']}", Member(shards, index, media), tuple(map(clean, row["captions"])),
+                              "shards", kind_of(f".{media}", folder), _labels(row)))
+    return Found(records)
+
+
+def _shard_text(sample: dict, where: str) -> dict:
+    try:
+        if "json" in sample:
+            row = json.loads(sample["json"])
+            row["captions"] = row.get("captions") or [row["caption"]]
+        else:
+            row = {"captions": [line for line in sample["txt"].decode("utf-8").splitlines() if line.strip()]}
+        if not row["captions"]:
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{where} has no caption: a .txt with lines or a .json with captions is wanted") from None
+    return row
+
+
+# --- small parts ------------------------------------------------------------------------------------------------------
+
+def clean(caption: str) -> str:
+    """White space collapsed (some captions hold stray newlines)."""
+    return " ".join(caption.split())
+
+
+def kind_of(suffix: str, where: Path) -> Kind:
+    """Whether a file is a picture or a sound, by its suffix."""
+    if suffix.lower() in IMAGE_SUFFIXES:
+        return "image"
+    if suffix.lower() in AUDIO_SUFFIXES:
+        return "audio"
+    raise UserError(f"{where}: {suffix} is neither a picture nor a sound that can be read")
+
+
+def names_in(folder: Path) -> set[str]:
+    """File names in a folder; empty where there is no folder."""
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def read_json(path: Path, keys: Iterable[str]) -> dict:
+    """A JSON object with these keys."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        absent = [key for key in keys if key not in tree]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); download it again") from None
+    if absent:
+        raise UserError(f"{path}: has no key {absent[0]!r}; download it again")
+    return tree
+
+
+def read_csv(path: Path, columns: Iterable[str], encoding: str = "utf-8-sig") -> list[dict[str, str]]:
+    """The rows of a table with these columns."""
+    try:
+        with open(path, encoding=encoding, newline="") as file:
+            reader = csv.DictReader(file)
+            absent = [name for name in columns if name not in (reader.fieldnames or ())]
+            if absent:
+                raise UserError(f"{path}: has no column {absent[0]}; its columns are {', '.join(reader.fieldnames or ())}")
+            return list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not readable as {encoding} CSV ({error}); download it again") from None
+
+
+def _labels(row: dict) -> tuple[int, ...] | None:
+    return None if row.get("labels") is None else tuple(int(label) for label in row["labels"])

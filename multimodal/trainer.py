@@ -1,0 +1,311 @@
+"""The trainer of one stage: what a step's loss is, how it is validated, and which files a checkpoint gets."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from multimodal.config import Config
+from multimodal.contrastive import CachedStep, Pairing, total_loss
+from multimodal.dataset import CaptionedDataset, collate
+from multimodal.evaluation import embed_split, measure
+from multimodal.model import MultimodalModel
+from multimodal.objectives import AlignModel, FinetuneModel, PretrainModel
+from multimodal.records import Kind
+from multimodal.sources import model_inputs
+from multimodal.weights import FORMAT_VERSION, put, save_aside
+from shared.data import to_device
+from shared.dist import DistInfo, mean_over_ranks
+from shared.rng import keyed_rand
+
+STAGE_NAMES = {1: "stage1_single", 2: "stage2_align", 3: "stage3_finetune"}
+WEIGHT_DECAY = {1: 0.05, 2: 0.1, 3: 0.05}
+BETAS = {1: (0.9, 0.95, 1e-8), 2: (0.9, 0.98, 1e-6), 3: (0.9, 0.98, 1e-6)}  # beta 1, beta 2, epsilon
+PREFIX = "network."
+_DRAWS, _VALIDATION_STEP = 612, 0     # random stream; validation masks and negatives are those of one fixed step
+_VALIDATION_SEED_SHIFT = 1_000_003
+_PART_NUMBER = {"image": 0, "audio": 1, "voice": 2, "text": 3}
+VALIDATION_BATCHES = 64               # stages 1 and 3: batches that the masked and matching losses are measured on
+
+
+@dataclass
+class Progress:
+    """Where the whole run stands; goes into the guide's checkpoint files."""
+
+    stage: int
+    first_epoch: int          # epochs of the stages before
+    first_step: int
+    steps_per_epoch: int
+    step: int = 0             # of this stage
+    best: float | None = None
+    improved: bool = False
+
+
+def make_stage_module(config: Config, stage: int, network: MultimodalModel) -> nn.Module:
+    """The module of a stage."""
+    training = config.training
+    network.set_grad_checkpointing(training.gradient_checkpointing)
+    if stage == 1:
+        return PretrainModel(network, masked_words=training.text_pretraining == "mlm")
+    if stage == 2:
+        return AlignModel(network, image_keep=training.patch_keep, audio_keep=training.audio_keep)
+    return FinetuneModel(network)
+
+
+def choose_trainable(module: nn.Module, config: Config, stage: int, kinds: list[Kind], *, classify: bool,
+                     framed: bool) -> None:
+    """Freeze what a stage does not train, and what its data never reach: a parameter without gradient is an error later.
+
+    classify: the stage has class labels. framed: voices come with video frames.
+    """
+    network: MultimodalModel = module.network
+    image = ["image_patches", "image_class", "image_positions", "image_tower"]
+    audio = ["audio_patches", "audio_class", "audio_bands", "audio_tower"]
+    text = ["words", "word_projection", "text_positions", "text_tower"]
+    has_image = "image" in kinds or ("voice" in kinds and framed)
+    has_audio, has_text = "audio" in kinds or "voice" in kinds, "image" in kinds or "audio" in kinds
+    trained = (image if has_image else []) + (audio if has_audio else [])
+    if stage == 1:
+        trained = (image if "image" in kinds else []) + (audio if "audio" in kinds else [])
+        trained += text if config.training.text_pretraining == "mlm" else []
+    else:
+        modalities = [name for name, present in (("image", has_image), ("text", has_text), ("audio", has_audio)) if present]
+        trained += (text if stage == 3 else text[1:]) if has_text else []
+        trained += [f"embed.{name}" for name in modalities]
+        sigmoid = config.training.contrastive_loss == "siglip"
+        trained += ["log_scale", *["bias"] * sigmoid] if "image" in kinds else []
+        sounds = "audio" in kinds or ("voice" in kinds and framed)
+        trained += ["audio_log_scale", *["audio_bias"] * sigmoid] if sounds else []
+        if stage == 3:
+            fused = [name for name in modalities if has_text or classify]
+            trained += [f"{part}.{name}" for name in fused for part in ("to_fusion", "modality_vectors")]
+            trained += ["fuse_token", "fusion_tower", "fused_output"] if fused else []
+            trained += (["match_head"] if has_text else []) + (["classifier"] if classify else [])
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(any(name == item or name.startswith(item + ".") for item in trained))
+    if stage == 1:
+        module.image_decoder.requires_grad_("image" in kinds)
+        module.audio_decoder.requires_grad_("audio" in kinds)
+
+
+def parameter_groups(module: nn.Module, stage: int, *, weight_decay: float, tower_scale: float) -> list[dict]:
+    """Groups for the optimizer: no decay for vectors, tables and tokens; in stage 3 a lower rate for the towers."""
+    free = {PREFIX + name for name in module.network.no_weight_decay()}
+    heads = tuple(PREFIX + name for name in ("fus", "to_fusion", "modality_vectors", "classifier", "match_head"))
+    groups: dict[tuple[float, float], list[str]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            decay = 0.0 if name in free or parameter.ndim < 2 or "token" in name.split(".")[-1] else weight_decay
+            scale = tower_scale if stage == 3 and not name.startswith(heads) else 1.0
+            groups.setdefault((decay, scale), []).append(name)
+    return [{"names": names, "weight_decay": decay, "lr_scale": scale} for (decay, scale), names in groups.items()]
+
+
+class Trainer:
+    """Stage 1, 2 or 3 over one module; hands its functions to shared/loop.py."""
+
+    def __init__(self, config: Config, stage: int, module: nn.Module, datasets: dict[Kind, CaptionedDataset],
+                 val: dict[Kind, CaptionedDataset], info: DistInfo, progress: Progress, *, classify: bool, tokenizer_sha256: str):
+        self.config, self.stage, self.info, self.progress, self.classify = config, stage, info, progress, classify
+        self.val, self.tokenizer_sha256 = val, tokenizer_sha256
+        self.kinds = list(datasets)
+        network: MultimodalModel = module.network
+        self.model_config = dict(network.config)
+        self.frozen = {name: value.detach().clone() for name, value in network.state_dict().items()
+                       if not dict(network.named_parameters())[name].requires_grad}
+        self.patches = {"image": network.grid**2, "audio": config.data.audio_frames // 16 * 5}
+        self.weights = {kind: len(dataset) ** 0.5 for kind, dataset in datasets.items()}
+        total = sum(self.weights.values()) / len(self.weights)
+        self.weights = {kind: weight / total for kind, weight in self.weights.items()}
+        self.pairings = self._pairings(datasets)
+        self.output_dir = Path(config.run.output_dir)
+
+    def _pairings(self, datasets: dict[Kind, CaptionedDataset]) -> list[Pairing]:
+        found = []
+        if "image" in datasets:
+            found.append(Pairing("image_embeds", "imagetext_embeds", "logit_scale", "logit_bias", "image", 1.0))
+        if "audio" in datasets:
+            found.append(Pairing("audio_embeds", "audiotext_embeds", "audio_logit_scale", "audio_logit_bias", "audio", 1.0))
+        if "voice" in datasets and datasets["voice"].records[0].video is not None:
+            found.append(Pairing("voice_embeds", "frame_embeds", "audio_logit_scale", "audio_logit_bias", "voice", 0.5))
+        return found
+
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    def losses(self, model: Any, batches: list[dict], step: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """One pre-weighted loss a micro-batch; with the gradient cache the contrastive terms are those of the whole step."""
+        self.progress.step = step + 1
+        inputs = [self._inputs(batch) for batch in batches]
+        draws = [self._draws(batch, own, step) for batch, own in zip(batches, inputs, strict=True)]
+        if self.stage == 1:
+            for own, draw in zip(inputs, draws, strict=True):
+                yield self._masked_loss(model(own, draw), len(batches))
+            return
+        cached = None
+        if self.config.training.gradient_cache and len(batches) > 1 and self.pairings:
+            keys = [self._keys(own) for own in inputs] if self.config.training.mask_duplicates else None
+            cached = CachedStep(lambda index: model(inputs[index], draws[index]), len(batches), self.config.training.contrastive_loss,
+                                self.pairings, keys)
+        for index, (own, draw) in enumerate(zip(inputs, draws, strict=True)):
+            if cached is None:
+                outputs = model(own, draw)
+                loss, terms = self._contrast(outputs, own)
+                loss = loss / len(batches)
+            else:
+                with cached.replay(index):
+                    outputs = model(own, draw)
+                loss, terms = cached.surrogate(index, outputs), cached.terms
+            extra, more = self._supervised(outputs, own)
+            yield loss + extra / len(batches), {**terms, **more, **self._temperatures(outputs)}
+
+    def _inputs(self, batch: dict[Kind, dict]) -> dict[str, dict[str, Tensor]]:
+        inputs = model_inputs(batch)
+        if self.stage == 1 and self.config.training.text_pretraining == "mlm":
+            source = inputs["image"] if "image" in inputs else inputs["audio"]
+            inputs["text"] = {name: source[name] for name in ("input_ids", "attention_mask")}
+        return inputs
+
+    def _draws(self, batch: dict[Kind, dict], inputs: dict, step: int, shift: int = 0) -> dict[str, dict[str, Tensor]]:
+        """Uniform numbers by part, keyed by the sample's slot in the step: the same on any number of ranks."""
+        found: dict[str, dict[str, Tensor]] = {}
+        wants_patches = self.stage == 1 or (self.stage == 2 and min(self.config.training.patch_keep, self.config.training.audio_keep) < 1)
+        for part in inputs:
+            slots = batch[part]["slot"] if part in batch else batch["image" if "image" in batch else "audio"]["slot"]
+
+            def draw(number: int, *shape: int, part: str = part, slots: Tensor = slots) -> Tensor:
+                key = (self.config.run.seed + shift, _DRAWS + 10 * self.stage + number, _PART_NUMBER[part], step)
+                return keyed_rand(shape, key=key, slots=slots)
+
+            found[part] = {}
+            if wants_patches and part in self.patches:
+                found[part]["patches"] = draw(0, self.patches[part])
+            if self.stage == 3:
+                found[part]["pairs"] = draw(1, 5)
+            if part == "text":
+                found[part]["words"] = draw(2, 3, 80)
+        return found
+
+    def _masked_loss(self, outputs: dict[str, Tensor], micro_batches: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Both kinds in every step, weighted by the square root of their sets' sizes (weights average 1)."""
+        loss = sum(self.weights.get(part, 1.0) * value for part, value in outputs.items())
+        return loss / micro_batches, {f"masked_{part}": value.detach() for part, value in outputs.items()}
+
+    def _contrast(self, outputs: dict[str, Tensor], inputs: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        keys = self._keys(inputs) if self.config.training.mask_duplicates else None
+        if not self.pairings:
+            return torch.zeros((), device=self.info.device), {}
+        return total_loss(self.config.training.contrastive_loss, self.pairings, outputs, keys)
+
+    def _keys(self, inputs: dict) -> dict[str, Tensor]:
+        return {pairing.keys: inputs[pairing.keys]["keys"] for pairing in self.pairings}
+
+    def _supervised(self, outputs: dict[str, Tensor], inputs: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        """Stage 3: matching of each part, and classification; means over this micro-batch."""
+        terms: dict[str, Tensor] = {}
+        for part in ("image", "audio"):
+            if f"{part}_match" in outputs:
+                weight = outputs[f"{part}_match_weight"]
+                error = functional.binary_cross_entropy_with_logits(outputs[f"{part}_match"], outputs[f"{part}_match_target"], reduction="none")
+                terms[f"{part}_match"] = (error * weight).sum() / weight.sum().clamp_min(1)
+        if "class_logits" in outputs and self.classify:
+            if self.config.training.label_set == "voxceleb1":
+                terms["class"] = functional.cross_entropy(outputs["class_logits"], inputs["voice"]["labels"].argmax(1))
+            else:
+                terms["class"] = functional.binary_cross_entropy_with_logits(outputs["class_logits"], inputs["image"]["labels"])
+        total = sum(terms.values()) if terms else torch.zeros((), device=self.info.device)
+        return total, {name: value.detach() for name, value in terms.items()}
+
+    def _temperatures(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: outputs[name].detach() for name in {pairing.scale for pairing in self.pairings}}
+
+    def after_step(self, module: nn.Module, step: int) -> None:
+        """Keep the temperatures in range."""
+        if self.stage > 1:
+            module.network.clamp_scales()
+
+    # --- validation ---------------------------------------------------------------------------------------------------
+
+    def validate(self, model: Any, step: int) -> dict[str, float]:
+        """val/loss of the stage, its parts, and retrieval; the same numbers on every rank."""
+        found: dict[str, float] = {}
+        if self.stage != 2:
+            found |= self._validation_terms(model)
+        if self.stage > 1:
+            scales = {}
+            for kind, dataset in self.val.items():
+                split = embed_split(model, dataset, kind, self.info, batch_size=max(32, self.config.training.batch_size))
+                name = "logit_scale" if kind == "image" else "audio_logit_scale"
+                scales = scales or _scalars(model, dataset, kind, self.info)
+                measured = measure(split, loss_kind=self.config.training.contrastive_loss, scale=scales[name],
+                                   bias=scales[name.replace("scale", "bias")])
+                found |= measured
+        parts = [value for name, value in found.items() if name.endswith("_loss")]
+        loss = sum(parts)
+        best = self.progress.best
+        self.progress.improved = best is None or loss < best
+        self.progress.best = loss if self.progress.improved else best
+        return {"loss": loss, **found}
+
+    def _validation_terms(self, model: Any) -> dict[str, float]:
+        """The masked or matching losses on the first validation batches, with fixed masks and draws."""
+        size = self.config.training.batch_size
+        batches = min(VALIDATION_BATCHES, max(len(dataset) // size for dataset in self.val.values()) or 1)
+        turns, sums = -(-batches // self.info.world), {}
+        for turn in range(turns):
+            number = (turn * self.info.world + self.info.rank) % batches
+            batch = {kind: self._validation_batch(dataset, number, size) for kind, dataset in self.val.items()}
+            batch = to_device(batch, self.info.device)
+            inputs = self._inputs(batch)
+            outputs = model(inputs, self._draws(batch, inputs, _VALIDATION_STEP, _VALIDATION_SEED_SHIFT))
+            terms = outputs if self.stage == 1 else {name: value for name, value in self._supervised(outputs, inputs)[1].items()
+                                                     if name != "class"}
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + float(value) / turns
+        name = "masked_{}_loss" if self.stage == 1 else "{}_loss"
+        return mean_over_ranks({name.format(part): value for part, value in sums.items()})
+
+    def _validation_batch(self, dataset: CaptionedDataset, number: int, size: int) -> dict:
+        indices = [(number * size + place) % len(dataset) for place in range(min(size, len(dataset)))]
+        batch = collate([dataset[index] for index in indices])
+        batch["slot"] = torch.tensor(indices)
+        return batch
+
+    # --- files --------------------------------------------------------------------------------------------------------
+
+    def export(self, folder: Path, weights: dict[str, Tensor], ema: dict[str, Tensor] | None) -> None:
+        """model.pt in the checkpoint folder, and the guide's best_model.pt and checkpoint_epoch_N.pt beside all stages."""
+        progress, chosen = self.progress, ema or weights
+        state = {**self.frozen, **{name.removeprefix(PREFIX): value for name, value in chosen.items() if name.startswith(PREFIX)}}
+        epoch, rest = divmod(progress.step, progress.steps_per_epoch)
+        payload = {
+            "model_state_dict": {name: value.detach().cpu().contiguous() for name, value in state.items()},
+            "pretrain_state_dict": {name: value.cpu() for name, value in chosen.items() if not name.startswith(PREFIX)},
+            "epoch": progress.first_epoch + epoch, "global_step": progress.first_step + progress.step, "stage": self.stage,
+            "stage_step": progress.step, "best_val_loss": progress.best, "config": self.config.model_dump(mode="json"),
+            "model_config": self.model_config, "tokenizer_sha256": self.tokenizer_sha256, "format_version": FORMAT_VERSION,
+            "training_state": f"{STAGE_NAMES[self.stage]}/checkpoints/{folder.name.removeprefix('.tmp-').rpartition('-')[0]}",
+        }
+        save_aside(payload, folder / "model.pt")
+        checkpoints = self.output_dir / "checkpoints"
+        if progress.improved:
+            put(folder / "model.pt", checkpoints / "best_model.pt")
+            progress.improved = False
+        if rest == 0:
+            put(folder / "model.pt", checkpoints / f"checkpoint_epoch_{payload['epoch']}.pt")
+            self._prune(checkpoints)
+
+    def _prune(self, checkpoints: Path) -> None:
+        found = sorted(checkpoints.glob("checkpoint_epoch_*.pt"), key=lambda path: int(path.stem.rpartition("_")[2]))
+        for path in found[:-self.config.training.keep_last]:
+            path.unlink()
+
+
+def _scalars(model: Any, dataset: CaptionedDataset, kind: Kind, info: DistInfo) -> dict[str, float]:
+    """The temperatures and biases, which a sharded module only shows through its forward."""
+    ids, mask = to_device(dataset.tokenizer.batch([""]), info.device)
+    outputs = model({"audio": {"input_ids": ids, "attention_mask": mask}})
+    return {name: float(outputs[name]) for name in ("logit_scale", "audio_logit_scale", "logit_bias", "audio_logit_bias")}
