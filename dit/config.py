@@ -1,4 +1,6 @@
-"""Settings of the text-to-image DiT. Each field is one line: default, meaning, unit. No torch import, so --help is quick."""
+"""Settings of the text-to-image DiT. Each field is one line: default, meaning, unit. No torch import, so --help is
+quick.
+"""
 
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -15,19 +17,29 @@ class DataConfig(Section):
     """Pictures with captions."""
 
     dataset_name: Literal["coco", "cub", "custom"] = setting("coco", "layout of the data on disk", "datasets")
-    dataset_path: str | None = setting(None, "folder (or .tar pattern for custom); null: the sample data that ship with dit/", "data_root", "data_dir")
+    dataset_path: str | None = setting(
+        None, "folder, or .tar pattern for custom; sample: the pictures that ship with dit/", "data_root", "data_dir"
+    )
     num_samples: int | None = setting(None, "use so many pictures, drawn by subset_seed; null: all", ge=1)
     image_size: int = setting(256, "side of the square pictures, pixels", "resolution", fixed=True, ge=8)
     crop: Literal["center", "random", "random_resized", "resize"] = setting("center", "how a picture becomes a square")
     flip: float = setting(0.5, "probability of mirroring a training picture", ge=0, le=1)
-    flip_guard: bool = setting(True, "never mirror when a caption speaks of left or right")
-    caption_source: Literal["auto", "text", "attributes", "class"] = setting("auto", "where cub captions come from; auto: the first that exists")
+    flip_guard: bool | Literal["picture"] = setting(
+        True, "true: mirror nothing when any caption speaks of left or right; picture: spare only those pictures"
+    )
+    caption_source: Literal["auto", "text", "attributes", "class"] = setting(
+        "auto", "where cub captions come from; auto: the first that exists"
+    )
     use_bbox: bool = setting(False, "cub: crop to the bird's box, enlarged by a third")
     subset_seed: int = setting(0, "seed of num_samples' draw", ge=0)
-    val_fraction: float = setting(0.0, "share held out by hash of the name where the data have no split of their own", ge=0, lt=1)
+    val_fraction: float = setting(
+        0.0, "share held out by hash of the name where the data have no split of their own", ge=0, lt=1
+    )
     on_error: Literal["skip", "raise"] = setting("skip", "missing or broken pictures: skip and list them, or stop")
     keep_in_memory: bool = setting(False, "keep decoded pictures in memory (small sets)")
-    cache_dir: str | None = setting(None, "folder written by precompute.py; replaces the frozen encoders during training")
+    cache_dir: str | None = setting(
+        None, "folder written by precompute.py; replaces the frozen encoders during training"
+    )
 
 
 class ModelConfig(Section):
@@ -41,30 +53,44 @@ class ModelConfig(Section):
     patch_size: Literal[1, 2, 4, 8] = setting(2, "latent cells per token side")
     in_channels: int = setting(4, "channels of the latent; 3 for pixels", ge=1)
     mlp_ratio: float = setting(4.0, "hidden units of the GELU MLP over width", gt=0)
-    text_conditioning: Literal["cross", "joint", "pooled", "none"] = setting("cross", "how text enters; none: class labels or nothing")
+    text_conditioning: Literal["cross", "joint", "pooled", "none"] = setting(
+        "cross", "how text enters; none: class labels or nothing"
+    )
     use_pooled_text: bool = setting(True, "add the pooled text vector to the time vector")
     text_dim: int = setting(512, "width of the text states; 512 for CLIP ViT-B/32", ge=1)
     text_len: int = setting(77, "text tokens, padded", ge=2)
     text_mask: bool = setting(True, "hide padding from attention; false: all positions visible, as Stable Diffusion")
-    num_classes: int | None = setting(None, "class-conditional model with so many classes; needs text_conditioning none", ge=1)
+    num_classes: int | None = setting(
+        None, "class-conditional model with so many classes; needs text_conditioning none", ge=1
+    )
     class_dropout: float = setting(0.1, "0: the label table has no null row", ge=0, lt=1)
     learn_sigma: bool = setting(False, "also predict the variance (public DiT weights); noise objective only")
-    conditioning: Literal["adaln_zero", "adaln_single"] = setting("adaln_zero", "a modulation per block, or one shared by all (PixArt)")
+    conditioning: Literal["adaln_zero", "adaln_single"] = setting(
+        "adaln_zero", "a modulation per block, or one shared by all (PixArt)"
+    )
     norm: Literal["layernorm", "rmsnorm"] = setting("layernorm", "normalisation in the blocks, no trained parameters")
-    cross_norm: Literal["layernorm", "rmsnorm", "none"] = setting("layernorm", "normalisation before cross-attention; none: PixArt")
+    cross_norm: Literal["layernorm", "rmsnorm", "none"] = setting(
+        "layernorm", "normalisation before cross-attention; none: PixArt"
+    )
     qk_norm: bool = setting(False, "RMSNorm of queries and keys; steadier in bf16 at high learning rates")
     mlp: Literal["gelu", "swiglu"] = setting("gelu", "feed-forward form; both have the same number of parameters")
     pos: Literal["sincos", "rope2d", "sincos+rope2d"] = setting("sincos", "position encoding")
     drop_path: float = setting(0.0, "stochastic depth of the last block, growing linearly from 0", ge=0, lt=1)
     time_freq_shift: Literal[0, 1] = setting(0, "0: official DiT and SiT weights; 1: weights trained with diffusers")
-    pretrained_path: str | None = setting(None, "start from these weights: ours, DiT, SiT, diffusers DiT or PixArt", "pretrained")
+    pretrained_path: str | None = setting(
+        None, "start from these weights: ours, DiT, SiT, diffusers DiT or PixArt", "pretrained"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> "ModelConfig":
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
-            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 4 and of num_heads {self.num_heads}")
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of 4 and of num_heads {self.num_heads}"
+            )
         if "rope" in self.pos and (self.hidden_size // self.num_heads) % 4:
-            raise ValueError(f"{self.pos} needs a head width that is a multiple of 4, not {self.hidden_size}/{self.num_heads}")
+            raise ValueError(
+                f"{self.pos} needs a head width that is a multiple of 4, not {self.hidden_size}/{self.num_heads}"
+            )
         if self.num_classes and self.text_conditioning != "none":
             raise ValueError("num_classes needs text_conditioning: none")
         return self
@@ -74,21 +100,37 @@ class VaeConfig(Section):
     """Pictures to latents."""
 
     type: Literal["sd", "patches", "pixels", "pool"] = setting(
-        "sd", "sd: AutoencoderKL; patches: a small one trained here on the training pictures; pixels: none; pool: 8x averages, for tests", fixed=True)
-    pretrained_model_name: str = setting("runwayml/stable-diffusion-v1-5", "sd: local folder or hub id of a pipeline or a VAE", "vae_path")
+        "sd",
+        "sd: AutoencoderKL; patches: a small one trained here on the training pictures; pixels: none; pool: 8x "
+        "averages, for tests",
+        fixed=True,
+    )
+    pretrained_model_name: str = setting(
+        "runwayml/stable-diffusion-v1-5", "sd: local folder or hub id of a pipeline or a VAE", "vae_path"
+    )
     use_slicing: bool = setting(False, "encode and decode one picture at a time to save memory")
     use_tiling: bool = setting(False, "encode and decode in tiles to save memory")
-    posterior: Literal["sample", "mode"] = setting("sample", "latent drawn from the encoder's distribution, or its mean")
-    latent_stats: str | None = setting(None, "safetensors with mean and std per channel in place of the single factor", fixed=True)
+    posterior: Literal["sample", "mode"] = setting(
+        "sample", "latent drawn from the encoder's distribution, or its mean"
+    )
+    latent_stats: str | None = setting(
+        None, "safetensors with mean and std per channel in place of the single factor", fixed=True
+    )
     patch: int = setting(8, "patches: pixels per latent cell side", fixed=True, ge=1)
-    decoder_steps: int = setting(300, "patches: training steps of the decoder; 0: the linear decoder alone", fixed=True, ge=0)
+    decoder_steps: int = setting(
+        300, "patches: training steps of the decoder; 0: the linear decoder alone", fixed=True, ge=0
+    )
 
 
 class TextConfig(Section):
     """Captions to token states."""
 
-    type: Literal["clip", "hash"] = setting("clip", "clip: CLIPTextModel; hash: words as sums of hashed byte n-grams, needs no weights", fixed=True)
-    pretrained_model_name: str = setting("openai/clip-vit-base-patch32", "clip: local folder or hub id", "text_encoder_path")
+    type: Literal["clip", "hash"] = setting(
+        "clip", "clip: CLIPTextModel; hash: words as sums of hashed byte n-grams, needs no weights", fixed=True
+    )
+    pretrained_model_name: str = setting(
+        "openai/clip-vit-base-patch32", "clip: local folder or hub id", "text_encoder_path"
+    )
     local_files_only: bool = setting(False, "never download")
 
 
@@ -97,18 +139,29 @@ class DiffusionConfig(Section):
 
     objective: Literal["ddpm", "flow"] = setting("ddpm", "noise prediction, or rectified flow", fixed=True)
     num_train_timesteps: int = setting(1000, "levels of noise", fixed=True, ge=2)
-    noise_scheduler: Literal["scaled_linear", "linear", "squaredcos_cap_v2"] = setting("scaled_linear", "betas; linear: public DiT", "beta_schedule", fixed=True)
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] = setting("epsilon", "what the model predicts", fixed=True)
+    noise_scheduler: Literal["scaled_linear", "linear", "squaredcos_cap_v2"] = setting(
+        "scaled_linear", "betas; linear: public DiT", "beta_schedule", fixed=True
+    )
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = setting(
+        "epsilon", "what the model predicts", fixed=True
+    )
     rescale_betas_zero_snr: bool = setting(False, "no signal at the last level; needs v_prediction", fixed=True)
     snr_gamma: float | None = setting(None, "min-SNR weighting with this cap; 5.0 is usual", gt=0)
     criterion: Literal["mse", "huber"] = setting("mse", "error of the prediction")
-    cfg_dropout: float = setting(0.1, "share of samples whose caption or label is replaced by the null condition", "text_dropout", ge=0, le=1)
-    null_text: Literal["empty", "learned"] = setting("empty", "the null condition: the encoded empty caption, or trained", fixed=True)
+    cfg_dropout: float = setting(
+        0.1, "share of samples whose caption or label is replaced by the null condition", "text_dropout", ge=0, le=1
+    )
+    null_text: Literal["empty", "learned"] = setting(
+        "empty", "the null condition: the encoded empty caption, or trained", fixed=True
+    )
 
     @model_validator(mode="after")
     def _zero_snr(self) -> "DiffusionConfig":
         if self.rescale_betas_zero_snr and self.prediction_type != "v_prediction":
-            raise ValueError("rescale_betas_zero_snr needs prediction_type v_prediction: where there is no signal, noise is no target")
+            raise ValueError(
+                "rescale_betas_zero_snr needs prediction_type v_prediction: where there is no signal, noise is no "
+                "target"
+            )
         return self
 
 
@@ -119,11 +172,19 @@ class FlowConfig(Section):
     logit_mean: float = setting(0.0, "logit_normal: mean; below 0 favours noise")
     logit_std: float = setting(1.0, "logit_normal: standard deviation", gt=0)
     shift: float | Literal["auto"] = setting(1.0, "move times towards the noise; auto: sqrt(latent size / 4096)")
-    time_scale: float = setting(1000.0, "what t is multiplied by before the model sees it; 1 reproduces SiT", fixed=True, gt=0)
+    time_scale: float = setting(
+        1000.0, "what t is multiplied by before the model sees it; 1 reproduces SiT", fixed=True, gt=0
+    )
     path: Literal["linear", "gvp", "vp"] = setting("linear", "linear, or SiT's other paths", fixed=True)
-    prediction: Literal["velocity", "noise", "score", "clean"] = setting("velocity", "what the model predicts", fixed=True)
-    loss_weight: Literal["none", "velocity", "likelihood"] = setting("none", "noise and score predictions: SiT's weighting")
-    contrastive: float = setting(0.0, "weight of the term that leads away from another sample's velocity; 0.05 is usual", ge=0, lt=1)
+    prediction: Literal["velocity", "noise", "score", "clean"] = setting(
+        "velocity", "what the model predicts", fixed=True
+    )
+    loss_weight: Literal["none", "velocity", "likelihood"] = setting(
+        "none", "noise and score predictions: SiT's weighting"
+    )
+    contrastive: float = setting(
+        0.0, "weight of the term that leads away from another sample's velocity; 0.05 is usual", ge=0, lt=1
+    )
 
     @field_validator("shift")
     @classmethod
@@ -137,7 +198,9 @@ class TrainingConfig(TrainingSection):
     """The loop; the guide's names are accepted beside."""
 
     learning_rate: float = setting(1e-4, "peak learning rate; 2e-4 for small models, 5e-5 for large", "lr", ge=0)
-    lr_scheduler_type: Literal["constant", "linear", "cosine", "wsd"] = setting("constant", "shape after the warm-up", "lr_scheduler")
+    lr_scheduler_type: Literal["constant", "linear", "cosine", "wsd"] = setting(
+        "constant", "shape after the warm-up", "lr_scheduler"
+    )
     max_grad_norm: float | None = setting(None, "clip the gradient norm to this; null: no clipping", "grad_clip", ge=0)
     ema_decay: float = setting(0.9999, "decay of the weights' moving average; 0: off", ge=0, lt=1)
     save_steps: int | None = setting(None, "optimizer steps between checkpoints; null: epochs only", "save_every", ge=1)
@@ -161,7 +224,10 @@ class TrainingConfig(TrainingSection):
     @classmethod
     def _always_persistent(cls, value: bool) -> bool:
         if not value:
-            raise ValueError("the data stream reads on over epochs, so its processes always persist; leave it true, or num_workers: 0")
+            raise ValueError(
+                "the data stream reads on over epochs, so its processes always persist; leave it true, or num_workers: "
+                "0"
+            )
         return value
 
 
@@ -195,11 +261,18 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "Config":
-        if self.model.learn_sigma and self.diffusion.objective == "ddpm" and self.diffusion.prediction_type == "v_prediction":
+        if (
+            self.model.learn_sigma
+            and self.diffusion.objective == "ddpm"
+            and self.diffusion.prediction_type == "v_prediction"
+        ):
             raise ValueError("model.learn_sigma works with prediction_type epsilon or sample")
         if self.data.image_size % (self.vae_factor * self.model.patch_size):
-            raise ValueError(f"data.image_size {self.data.image_size} must be a multiple of {self.vae_factor * self.model.patch_size} "
-                             f"(latent cell {self.vae_factor} px x patch_size {self.model.patch_size})")
+            raise ValueError(
+                f"data.image_size {self.data.image_size} must be a multiple of "
+                f"{self.vae_factor * self.model.patch_size} "
+                f"(latent cell {self.vae_factor} px x patch_size {self.model.patch_size})"
+            )
         if self.model.num_classes and self.diffusion.cfg_dropout and not self.model.class_dropout:
             raise ValueError("diffusion.cfg_dropout drops labels, which needs model.class_dropout above 0 (a null row)")
         return self
@@ -222,15 +295,26 @@ class Config(Section):
 
 # The guide's place of a setting -> ours. Values are kept, except where _GUIDE_VALUES says otherwise.
 _GUIDE_PLACES = {
-    "lr_scheduler.type": "training.lr_scheduler_type", "lr_scheduler.warmup_steps": "training.warmup_steps",
-    "lr_scheduler.min_lr": "training.min_lr", "lr_scheduler.total_steps": "training.total_steps",
-    "ema.enabled": "ema.enabled", "ema.decay": "training.ema_decay", "ema.warmup": "training.ema_warmup",
-    "logging.tensorboard": "run.tensorboard", "logging.wandb": "run.wandb",
-    "training.mixed_precision": "run.precision", "training.output_dir": "run.output_dir", "training.seed": "run.seed",
-    "model.use_slicing": "vae.use_slicing", "training.use_slicing": "vae.use_slicing",
+    "lr_scheduler.type": "training.lr_scheduler_type",
+    "lr_scheduler.warmup_steps": "training.warmup_steps",
+    "lr_scheduler.min_lr": "training.min_lr",
+    "lr_scheduler.total_steps": "training.total_steps",
+    "ema.enabled": "ema.enabled",
+    "ema.decay": "training.ema_decay",
+    "ema.warmup": "training.ema_warmup",
+    "logging.tensorboard": "run.tensorboard",
+    "logging.wandb": "run.wandb",
+    "training.mixed_precision": "run.precision",
+    "training.output_dir": "run.output_dir",
+    "training.seed": "run.seed",
+    "model.use_slicing": "vae.use_slicing",
+    "training.use_slicing": "vae.use_slicing",
 }
-_GUIDE_VALUES = {("training.mixed_precision", "no"): "fp32", ("training.mixed_precision", False): "fp32",
-                 ("lr_scheduler.type", "constant_with_warmup"): "constant"}
+_GUIDE_VALUES = {
+    ("training.mixed_precision", "no"): "fp32",
+    ("training.mixed_precision", False): "fp32",
+    ("lr_scheduler.type", "constant_with_warmup"): "constant",
+}
 
 
 def translate_guide(tree: dict[str, Any]) -> dict[str, Any]:

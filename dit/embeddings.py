@@ -1,6 +1,7 @@
 """What a DiT adds to or makes from its inputs: time sinusoids, position tables, rotations, patches, labels.
 
-Shapes: B batch, N image tokens (row index slow, column fast), D width, C channels, H W latent size, h w token grid, K head width.
+Shapes: B batch, N image tokens (row index slow, column fast), D width, C channels, H W latent size, h w token grid, K
+head width.
 """
 
 import math
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 def timestep_sinusoid(t_B: Tensor, dim: int, *, max_period: float = 10000.0, freq_shift: int = 0) -> Tensor:
     """Cosines, then sines, of t times frequencies from 1 down to about 1 / max_period: (B, dim) float32.
 
-    freq_shift 0 divides the exponent by half the dimension (official DiT), 1 by one less (diffusers' DiT): weights trained
+    freq_shift 0 divides the exponent by half the dimension (official DiT), 1 by one less (diffusers' DiT): weights
+    trained
     with one give several per cent of error with the other. An odd dim gets one zero column at the end.
     """
     half = dim // 2
@@ -35,7 +37,8 @@ def position_table_1d(dim: int, positions: Tensor) -> Tensor:
 def position_table_2d(dim: int, rows: int, columns: int, *, scale: float = 1.0) -> Tensor:
     """The table (rows * columns, dim) float64 that DiT adds to its tokens. `dim` is a multiple of 4.
 
-    The FIRST half encodes the COLUMN and the second the row, as in the public weights. `scale` multiplies the coordinates
+    The FIRST half encodes the COLUMN and the second the row, as in the public weights. `scale` multiplies the
+    coordinates
     (PixArt divides them when the grid is larger than the one trained on).
     """
     row, column = torch.meshgrid(torch.arange(rows) * scale, torch.arange(columns) * scale, indexing="ij")

@@ -1,6 +1,8 @@
-"""The noise-prediction diffusion of the public class-conditional DiT: tables, learned variance, its bound, ancestral and DDIM steps.
+"""The noise-prediction diffusion of the public class-conditional DiT: tables, learned variance, its bound, ancestral
+and DDIM steps.
 
-The ordinary training path uses diffusers' schedulers (objectives.py); this file is what they lack: the variational bound of
+The ordinary training path uses diffusers' schedulers (objectives.py); this file is what they lack: the variational
+bound of
 models with a learned variance, and sampling on a subset of the steps as the public weights were evaluated.
 Ho et al. 2020 (arXiv 2006.11239); Nichol and Dhariwal 2021 (arXiv 2102.09672), equations 9 to 16. x is data at t = -1.
 """
@@ -18,14 +20,17 @@ from shared.flow import expand_like
 def kept_timesteps(total: int, respacing: str) -> list[int]:
     """The steps of `total` that a sampler visits, ascending.
 
-    "50": evenly, both ends included. "10,15,20": so many in each of the equal sections. "ddim50": every (total // 50)-th.
+    "50": evenly, both ends included. "10,15,20": so many in each of the equal sections. "ddim50": every (total //
+    50)-th.
     """
     if respacing.startswith("ddim"):
         wanted = int(respacing[4:])
         for stride in range(1, total):
             if len(range(0, total, stride)) == wanted:
                 return list(range(0, total, stride))
-        raise ValueError(f"no whole stride gives {wanted} of {total} steps; use a divisor of {total}, or --sampler ddpm")
+        raise ValueError(
+            f"no whole stride gives {wanted} of {total} steps; use a divisor of {total}, or --sampler ddpm"
+        )
     counts = [int(part) for part in respacing.split(",")]
     kept, start = [], 0
     for section, count in enumerate(counts):
@@ -59,7 +64,9 @@ class GaussianDiffusion:
         self.betas = 1 - self.alphas_cumprod / previous
         self.posterior_variance = self.betas * (1 - previous) / (1 - self.alphas_cumprod)
         clipped = self.posterior_variance.clone()
-        clipped[0] = self.posterior_variance[min(1, len(clipped) - 1)]  # the first entry is 0, its logarithm is not finite
+        clipped[0] = self.posterior_variance[
+            min(1, len(clipped) - 1)
+        ]  # the first entry is 0, its logarithm is not finite
         self.posterior_log_variance_clipped = clipped.log()
         self.posterior_mean_coef1 = self.betas * previous.sqrt() / (1 - self.alphas_cumprod)
         self.posterior_mean_coef2 = (1 - previous) * (1 - self.betas).sqrt() / (1 - self.alphas_cumprod)
@@ -70,13 +77,18 @@ class GaussianDiffusion:
 
     def add_noise(self, clean: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
         """sqrt(a) clean + sqrt(1 - a) noise with a the cumulated alpha of t."""
-        return self.at(self.alphas_cumprod.sqrt(), t_B, clean) * clean + self.at((1 - self.alphas_cumprod).sqrt(), t_B, clean) * noise
+        return (
+            self.at(self.alphas_cumprod.sqrt(), t_B, clean) * clean
+            + self.at((1 - self.alphas_cumprod).sqrt(), t_B, clean) * noise
+        )
 
     def posterior_mean(self, clean: Tensor, x_t: Tensor, t_B: Tensor) -> Tensor:
         """Mean of q(x_{t-1} | x_t, clean)."""
         return self.at(self.posterior_mean_coef1, t_B, x_t) * clean + self.at(self.posterior_mean_coef2, t_B, x_t) * x_t
 
-    def moments(self, output: Tensor, x_t: Tensor, t_B: Tensor, *, target: Literal["epsilon", "sample"] = "epsilon") -> Moments:
+    def moments(
+        self, output: Tensor, x_t: Tensor, t_B: Tensor, *, target: Literal["epsilon", "sample"] = "epsilon"
+    ) -> Moments:
         """p(x_{t-1} | x_t). With twice the channels of x_t, the second half interpolates the log variance (eq. 15);
         otherwise the variance is beta, with the posterior's at the first step."""
         channels = x_t.shape[1]
@@ -104,8 +116,15 @@ class GaussianDiffusion:
         a = self.alphas_cumprod
         return (self.at(a.rsqrt(), t_B, x_t) * x_t - clean) / self.at((1 / a - 1).sqrt(), t_B, x_t)
 
-    def variational_bound(self, output: Tensor, clean: Tensor, x_t: Tensor, t_B: Tensor, *,
-                          target: Literal["epsilon", "sample"] = "epsilon") -> Tensor:
+    def variational_bound(
+        self,
+        output: Tensor,
+        clean: Tensor,
+        x_t: Tensor,
+        t_B: Tensor,
+        *,
+        target: Literal["epsilon", "sample"] = "epsilon",
+    ) -> Tensor:
         """Per-sample bound in bits a dimension (B,), gradients through the variance only: KL to the posterior, and the
         likelihood of 8-bit data at t = 0. No factor total / 1000."""
         channels = x_t.shape[1]
@@ -113,14 +132,26 @@ class GaussianDiffusion:
         model = self.moments(frozen, x_t, t_B, target=target)
         true_mean = self.posterior_mean(clean, x_t, t_B)
         true_log_variance = self.at(self.posterior_log_variance_clipped, t_B, x_t)
-        kl = 0.5 * (model.log_variance - true_log_variance - 1 + (true_log_variance - model.log_variance).exp()
-                    + (true_mean - model.mean).square() * (-model.log_variance).exp())
+        kl = 0.5 * (
+            model.log_variance
+            - true_log_variance
+            - 1
+            + (true_log_variance - model.log_variance).exp()
+            + (true_mean - model.mean).square() * (-model.log_variance).exp()
+        )
         likelihood = -discretized_log_likelihood(clean, model.mean, 0.5 * model.log_variance)
         bits = torch.where(expand_like(t_B == 0, x_t), likelihood, kl) / math.log(2.0)
         return bits.flatten(1).mean(1)
 
-    def sample(self, model: Callable[[Tensor, Tensor], Tensor], start: Tensor, *, ancestral: bool,
-               draw: Callable[[int], Tensor] | None = None, target: Literal["epsilon", "sample"] = "epsilon") -> Tensor:
+    def sample(
+        self,
+        model: Callable[[Tensor, Tensor], Tensor],
+        start: Tensor,
+        *,
+        ancestral: bool,
+        draw: Callable[[int], Tensor] | None = None,
+        target: Literal["epsilon", "sample"] = "epsilon",
+    ) -> Tensor:
         """From noise to data over the kept steps: ancestral steps with noise draw(k), or DDIM with eta 0.
 
         model(x, t_B) is given the original times. The latent is never clipped: latents do not lie in [-1, 1].
@@ -140,7 +171,9 @@ class GaussianDiffusion:
 
 
 def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Log probability, in nats, of 8-bit values spread over [-1, 1] under a normal distribution (tanh form of its CDF)."""
+    """Log probability, in nats, of 8-bit values spread over [-1, 1] under a normal distribution (tanh form of its
+    CDF).
+    """
 
     def cdf(value: Tensor) -> Tensor:
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (value + 0.044715 * value**3)))

@@ -1,9 +1,12 @@
 """The diffusion transformer: noisy latent, time and text (or class) in; noise, clean latent or velocity out.
 
-Tensor names are those of the public class-conditional DiT and SiT, so their weights load; text enters by cross-attention whose
-last projection starts at zero, so a loaded model starts as the function that it was. Peebles and Xie 2022, arXiv 2212.09748.
+Tensor names are those of the public class-conditional DiT and SiT, so their weights load; text enters by cross-
+attention whose
+last projection starts at zero, so a loaded model starts as the function that it was. Peebles and Xie 2022, arXiv
+2212.09748.
 
-Shapes: B batch, N image tokens, T text tokens, L all tokens of a block, D width, K head width, C channels, H W latent size.
+Shapes: B batch, N image tokens, T text tokens, L all tokens of a block, D width, K head width, C channels, H W latent
+size.
 """
 
 from typing import Literal
@@ -11,7 +14,6 @@ from typing import Literal
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from dit.embeddings import (
@@ -19,100 +21,33 @@ from dit.embeddings import (
     PatchEmbed,
     TimestepEmbedder,
     position_table_2d,
-    rotate,
     rotation_table_2d,
     unpatchify,
 )
-
-EPS = 1e-6
-Rotation = tuple[Tensor, Tensor] | None
-
-
-def modulate(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
-    """x (1 + scale) + shift, the same for every token of a sample."""
-    return torch.addcmul(shift_BD[:, None], x_BLD, 1 + scale_BD[:, None])
-
-
-class Norm(nn.Module):
-    """Normalisation over the width without trained parameters: layernorm, rmsnorm, or none."""
-
-    def __init__(self, hidden_size: int, kind: str = "layernorm") -> None:
-        super().__init__()
-        self.hidden_size, self.kind = hidden_size, kind
-
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        if self.kind == "layernorm":
-            return layer_norm(x_BLD, (self.hidden_size,), eps=EPS)
-        if self.kind == "rmsnorm":
-            return nn.functional.rms_norm(x_BLD, (self.hidden_size,), eps=EPS)
-        return x_BLD
-
-
-class Attention(nn.Module):
-    """Self-attention; rows of qkv are ordered q, k, v and inside each by head."""
-
-    def __init__(self, hidden_size: int, num_heads: int, *, qk_norm: bool = False) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.proj = nn.Linear(hidden_size, hidden_size)
-        head_width = hidden_size // num_heads
-        self.q_norm = nn.RMSNorm(head_width, eps=EPS) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(head_width, eps=EPS) if qk_norm else nn.Identity()
-
-    def forward(self, x_BLD: Tensor, rotation: Rotation = None, mask_BL: Tensor | None = None) -> Tensor:
-        qkv = rearrange(self.qkv(x_BLD), "b l (three heads k) -> three b heads l k", three=3, heads=self.num_heads)
-        q, k, v = qkv.unbind(0)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
-        mask = None if mask_BL is None else mask_BL[:, None, None]
-        return self.proj(rearrange(scaled_dot_product_attention(q, k, v, attn_mask=mask), "b heads l k -> b l (heads k)"))
-
-
-class CrossAttention(nn.Module):
-    """Image tokens look at text tokens; padding is masked."""
-
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.q = nn.Linear(hidden_size, hidden_size)
-        self.kv = nn.Linear(hidden_size, 2 * hidden_size)
-        self.proj = nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, x_BND: Tensor, text_BTD: Tensor, mask_BT: Tensor | None = None) -> Tensor:
-        q = rearrange(self.q(x_BND), "b n (heads k) -> b heads n k", heads=self.num_heads)
-        k, v = rearrange(self.kv(text_BTD), "b t (two heads k) -> two b heads t k", two=2, heads=self.num_heads).unbind(0)
-        mask = None if mask_BT is None else mask_BT[:, None, None]
-        return self.proj(rearrange(scaled_dot_product_attention(q, k, v, attn_mask=mask), "b heads n k -> b n (heads k)"))
-
-
-class MLP(nn.Module):
-    """GELU (tanh) or SwiGLU; the gated form has 8D/3 hidden units, rounded up to 256, for the same number of parameters."""
-
-    def __init__(self, hidden_size: int, *, kind: str = "gelu", ratio: float = 4.0) -> None:
-        super().__init__()
-        self.gated = kind == "swiglu"
-        hidden = -(-8 * hidden_size // 3 // 256) * 256 if self.gated else int(hidden_size * ratio)
-        self.fc1 = nn.Linear(hidden_size, 2 * hidden if self.gated else hidden)
-        self.fc2 = nn.Linear(hidden, hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.gated:
-            gate, value = self.fc1(x).chunk(2, dim=-1)
-            return self.fc2(nn.functional.silu(gate) * value)
-        return self.fc2(nn.functional.gelu(self.fc1(x), approximate="tanh"))
+from dit.layers import MLP, Attention, CrossAttention, Norm, Rotation, modulate
 
 
 class DiTBlock(nn.Module):
     """Self-attention, cross-attention to text, MLP; the first and last are shifted, scaled and gated by the condition.
 
-    `condition` is the vector c (B, D) with adaln_zero, and the six vectors (B, 6, D) shared by all blocks with adaln_single.
+    `condition` is the vector c (B, D) with adaln_zero, and the six vectors (B, 6, D) shared by all blocks with
+    adaln_single.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, *, mlp_ratio: float = 4.0, mlp: str = "gelu", norm: str = "layernorm",
-                 qk_norm: bool = False, cross: bool = False, cross_norm: str = "layernorm",
-                 conditioning: str = "adaln_zero", drop_path: float = 0.0) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        mlp: str = "gelu",
+        norm: str = "layernorm",
+        qk_norm: bool = False,
+        cross: bool = False,
+        cross_norm: str = "layernorm",
+        conditioning: str = "adaln_zero",
+        drop_path: float = 0.0,
+    ) -> None:
         super().__init__()
         self.drop_path = drop_path
         self.norm1 = Norm(hidden_size, norm)
@@ -128,8 +63,15 @@ class DiTBlock(nn.Module):
             self.adaLN_modulation = None
             self.scale_shift_table = nn.Parameter(torch.empty(6, hidden_size))
 
-    def forward(self, x_BLD: Tensor, condition: Tensor, text_BTD: Tensor | None = None, text_mask_BT: Tensor | None = None,
-                rotation: Rotation = None, mask_BL: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BLD: Tensor,
+        condition: Tensor,
+        text_BTD: Tensor | None = None,
+        text_mask_BT: Tensor | None = None,
+        rotation: Rotation = None,
+        mask_BL: Tensor | None = None,
+    ) -> Tensor:
         if self.scale_shift_table is None:
             shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
         else:
@@ -151,8 +93,15 @@ class DiTBlock(nn.Module):
 class FinalLayer(nn.Module):
     """Tokens to patch values, shifted and scaled by the condition c (B, D)."""
 
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, *, norm: str = "layernorm",
-                 conditioning: str = "adaln_zero") -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        patch_size: int,
+        out_channels: int,
+        *,
+        norm: str = "layernorm",
+        conditioning: str = "adaln_zero",
+    ) -> None:
         super().__init__()
         self.norm_final = Norm(hidden_size, norm)
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
@@ -172,19 +121,38 @@ class FinalLayer(nn.Module):
 
 
 class DiTModel(nn.Module):
-    """`DiTModel(noisy_latents, timesteps, text_embeddings)` -> a tensor of the latents' size with `out_channels` channels."""
+    """`DiTModel(noisy_latents, timesteps, text_embeddings)` -> a tensor of the latents' size with `out_channels`
+    channels.
+    """
 
-    def __init__(self, hidden_size: int = 768, num_layers: int = 16, num_heads: int = 12, *, input_size: int = 32,
-                 patch_size: int = 2, in_channels: int = 4, mlp_ratio: float = 4.0,
-                 text_conditioning: Literal["cross", "joint", "pooled", "none"] = "cross", use_pooled_text: bool = True,
-                 text_dim: int = 512, text_len: int = 77, text_mask: bool = True,
-                 null_text: Literal["empty", "learned"] = "empty",
-                 num_classes: int | None = None, class_dropout: float = 0.1, learn_sigma: bool = False,
-                 conditioning: Literal["adaln_zero", "adaln_single"] = "adaln_zero",
-                 norm: Literal["layernorm", "rmsnorm"] = "layernorm",
-                 cross_norm: Literal["layernorm", "rmsnorm", "none"] = "layernorm", qk_norm: bool = False,
-                 mlp: Literal["gelu", "swiglu"] = "gelu", pos: Literal["sincos", "rope2d", "sincos+rope2d"] = "sincos",
-                 drop_path: float = 0.0, time_freq_shift: Literal[0, 1] = 0) -> None:
+    def __init__(
+        self,
+        hidden_size: int = 768,
+        num_layers: int = 16,
+        num_heads: int = 12,
+        *,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        mlp_ratio: float = 4.0,
+        text_conditioning: Literal["cross", "joint", "pooled", "none"] = "cross",
+        use_pooled_text: bool = True,
+        text_dim: int = 512,
+        text_len: int = 77,
+        text_mask: bool = True,
+        null_text: Literal["empty", "learned"] = "empty",
+        num_classes: int | None = None,
+        class_dropout: float = 0.1,
+        learn_sigma: bool = False,
+        conditioning: Literal["adaln_zero", "adaln_single"] = "adaln_zero",
+        norm: Literal["layernorm", "rmsnorm"] = "layernorm",
+        cross_norm: Literal["layernorm", "rmsnorm", "none"] = "layernorm",
+        qk_norm: bool = False,
+        mlp: Literal["gelu", "swiglu"] = "gelu",
+        pos: Literal["sincos", "rope2d", "sincos+rope2d"] = "sincos",
+        drop_path: float = 0.0,
+        time_freq_shift: Literal[0, 1] = 0,
+    ) -> None:
         super().__init__()
         if hidden_size % num_heads or hidden_size % 4:
             raise ValueError(f"hidden_size {hidden_size} must be a multiple of 4 and of num_heads {num_heads}")
@@ -192,7 +160,12 @@ class DiTModel(nn.Module):
             raise ValueError(f"input_size {input_size} must be a multiple of patch_size {patch_size}")
         if "rope" in pos and (hidden_size // num_heads) % 4:
             raise ValueError(f"rope2d needs a head width that is a multiple of 4, not {hidden_size}/{num_heads}")
-        self.patch_size, self.in_channels, self.hidden_size, self.num_heads = patch_size, in_channels, hidden_size, num_heads
+        self.patch_size, self.in_channels, self.hidden_size, self.num_heads = (
+            patch_size,
+            in_channels,
+            hidden_size,
+            num_heads,
+        )
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.grid = (input_size // patch_size,) * 2
         self.text_conditioning, self.text_mask, self.pos, self.null_text = text_conditioning, text_mask, pos, null_text
@@ -217,17 +190,38 @@ class DiTModel(nn.Module):
         else:
             self.adaLN_single = None
         self.blocks = nn.ModuleList(
-            DiTBlock(hidden_size, num_heads, mlp_ratio=mlp_ratio, mlp=mlp, norm=norm, qk_norm=qk_norm,
-                     cross=text_conditioning == "cross", cross_norm=cross_norm, conditioning=conditioning,
-                     drop_path=drop_path * index / max(num_layers - 1, 1)) for index in range(num_layers))
+            DiTBlock(
+                hidden_size,
+                num_heads,
+                mlp_ratio=mlp_ratio,
+                mlp=mlp,
+                norm=norm,
+                qk_norm=qk_norm,
+                cross=text_conditioning == "cross",
+                cross_norm=cross_norm,
+                conditioning=conditioning,
+                drop_path=drop_path * index / max(num_layers - 1, 1),
+            )
+            for index in range(num_layers)
+        )
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, norm=norm, conditioning=conditioning)
         self.initialize_weights()
 
-    def forward(self, noisy_latents: Tensor, timesteps: Tensor, text_embeddings: Tensor | None = None, *,
-                text_mask: Tensor | None = None, text_pooled: Tensor | None = None, labels: Tensor | None = None,
-                drop: Tensor | None = None) -> Tensor:
-        """noisy_latents (B, C, H, W), timesteps (B,), text_embeddings (B, T, text_dim), text_mask (B, T) True at real tokens,
-        text_pooled (B, text_dim), labels (B,). Where drop (B,) is True the null condition takes the place of text or label.
+    def forward(
+        self,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        text_embeddings: Tensor | None = None,
+        *,
+        text_mask: Tensor | None = None,
+        text_pooled: Tensor | None = None,
+        labels: Tensor | None = None,
+        drop: Tensor | None = None,
+    ) -> Tensor:
+        """noisy_latents (B, C, H, W), timesteps (B,), text_embeddings (B, T, text_dim), text_mask (B, T) True at real
+        tokens,
+        text_pooled (B, text_dim), labels (B,). Where drop (B,) is True the null condition takes the place of text or
+        label.
         """
         grid = (noisy_latents.shape[2] // self.patch_size, noisy_latents.shape[3] // self.patch_size)
         states, mask, pooled = self._with_null_text(text_embeddings, text_mask, text_pooled, drop)
@@ -246,7 +240,9 @@ class DiTModel(nn.Module):
             if mask is not None:
                 mask_BL = torch.cat([mask, mask.new_ones(x_BLD.shape[:2])], dim=1)
             x_BLD, text_BTD, mask = torch.cat([text_BTD, x_BLD], dim=1), None, None
-        condition = c_BD if self.adaLN_single is None else rearrange(self.adaLN_single(c_BD), "b (six d) -> b six d", six=6)
+        condition = (
+            c_BD if self.adaLN_single is None else rearrange(self.adaLN_single(c_BD), "b (six d) -> b six d", six=6)
+        )
         rotation = self._rotation(grid, tokens_before, x_BLD.device) if "rope" in self.pos else None
         for index, block in enumerate(self.blocks):
             every = int(self.gradient_checkpointing)
@@ -267,7 +263,9 @@ class DiTModel(nn.Module):
         self.null_text_pooled.copy_(pooled_D)
 
     def initialize_weights(self) -> None:
-        """Xavier everywhere, zeros where a branch joins: every block starts as the identity and the output as exactly 0."""
+        """Xavier everywhere, zeros where a branch joins: every block starts as the identity and the output as exactly
+        0.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -300,9 +298,12 @@ class DiTModel(nn.Module):
             self.register_buffer("null_text_states", torch.zeros(text_len, text_dim))
             self.register_buffer("null_text_pooled", torch.zeros(text_dim))
 
-    def _with_null_text(self, states: Tensor | None, mask: Tensor | None, pooled: Tensor | None,
-                        drop: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """States, mask and pooled vector with the null condition in the dropped rows; no mask where padding may be seen."""
+    def _with_null_text(
+        self, states: Tensor | None, mask: Tensor | None, pooled: Tensor | None, drop: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """States, mask and pooled vector with the null condition in the dropped rows; no mask where padding may be
+        seen.
+        """
         if self.text_conditioning == "none":
             return None, None, None
         if self.text_embedder is not None:

@@ -1,7 +1,9 @@
 """The two objectives behind one small interface: noise prediction on a diffusers schedule, and rectified flow.
 
-Both answer the same questions, so that training, evaluation and sampling are written once: when (`times`), what does the model
-see (`noisy`, `model_time`), what is its error (`error`), which clean latent does it mean (`clean`), how does one sample with it.
+Both answer the same questions, so that training, evaluation and sampling are written once: when (`times`), what does
+the model
+see (`noisy`, `model_time`), what is its error (`error`), which clean latent does it mean (`clean`), how does one
+sample with it.
 Shapes: B batch, then C H W of a latent.
 """
 
@@ -24,7 +26,7 @@ LEAST_GAP = 0.05  # smallest distance from an end of the path that a clean or no
 
 
 class NoiseObjective:
-    """Predict the noise, the velocity of Salimans and Ho 2022, or the data, at integer times 0 .. 999 (999 is noise)."""
+    """Predict the noise, the velocity (Salimans and Ho 2022) or the data at integer times 0 .. 999 (999 is noise)."""
 
     samplers = NOISE_SAMPLERS
     default_sampler = "dpmpp_2m"
@@ -36,12 +38,18 @@ class NoiseObjective:
         start, end = betas[diffusion.noise_scheduler]
         self.settings, self.learn_sigma = diffusion, learn_sigma
         self.noise_scheduler = DDPMScheduler(
-            num_train_timesteps=diffusion.num_train_timesteps, beta_schedule=diffusion.noise_scheduler, beta_start=start,
-            beta_end=end, prediction_type=diffusion.prediction_type, clip_sample=False,
-            rescale_betas_zero_snr=diffusion.rescale_betas_zero_snr, timestep_spacing="trailing")
+            num_train_timesteps=diffusion.num_train_timesteps,
+            beta_schedule=diffusion.noise_scheduler,
+            beta_start=start,
+            beta_end=end,
+            prediction_type=diffusion.prediction_type,
+            clip_sample=False,
+            rescale_betas_zero_snr=diffusion.rescale_betas_zero_snr,
+            timestep_spacing="trailing",
+        )
         self.alphas_cumprod = self.noise_scheduler.alphas_cumprod
         self.bound = GaussianDiffusion(self.noise_scheduler.betas) if learn_sigma else None
-        steps = diffusion.num_train_timesteps
+        steps = self.span = diffusion.num_train_timesteps
         self.levels = [round(steps * (0.05 + 0.1 * k)) for k in range(10)]
 
     def times(self, uniform_B: Tensor) -> Tensor:
@@ -66,7 +74,9 @@ class NoiseObjective:
         return signal * noise - spread * clean
 
     def error(self, output: Tensor, noisy: Tensor, clean: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
-        """Per-sample loss (B,), float32: squared (or Huber) error over C H W, weighted by min-SNR, plus the variance's bound."""
+        """Per-sample loss (B,), float32: squared (or Huber) error over C H W, weighted by min-SNR, plus the
+        variance's bound.
+        """
         output, channels = output.float(), clean.shape[1]
         difference = output[:, :channels] - self.target(clean, noise, t_B)
         if self.settings.criterion == "huber":
@@ -82,10 +92,12 @@ class NoiseObjective:
         return error_B
 
     def min_snr_weight(self, t_B: Tensor) -> Tensor:
-        """min(SNR, gamma) over SNR, SNR + 1 or 1 for noise, velocity or data (Hang et al. 2023), from float32 tables."""
+        """min(SNR, gamma) over SNR, SNR + 1 or 1 for noise, velocity, data (Hang et al. 2023), from float32 tables."""
         a = self.alphas_cumprod.to(t_B.device)[t_B]
         snr = a / (1 - a)
-        divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[self.settings.prediction_type]
+        divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[
+            self.settings.prediction_type
+        ]
         return snr.clamp_max(self.settings.snr_gamma) / divisor.clamp_min(1e-20)
 
     def clean(self, output: Tensor, noisy: Tensor, t_B: Tensor) -> Tensor:
@@ -108,11 +120,21 @@ class NoiseObjective:
         """sqrt(1 - a): 0 is data, 1 is noise."""
         return (1 - self.alphas_cumprod.to(t_B.device)[t_B.long()]).sqrt()
 
-    def sample(self, predict: Predict, noise: Tensor, *, method: str = "auto", steps: int = 50, shift: float | None = None,
-               draw: Callable[[int], Tensor] | None = None) -> Tensor:
+    def sample(
+        self,
+        predict: Predict,
+        noise: Tensor,
+        *,
+        method: str = "auto",
+        steps: int = 50,
+        shift: float | None = None,
+        draw: Callable[[int], Tensor] | None = None,
+    ) -> Tensor:
         """Latents from noise. predict(x, t_B) is the guided model at this objective's times."""
         if shift not in (None, 1.0):
-            raise UserError(f"--shift {shift}: the time shift belongs to the flow objective; leave it out for noise prediction")
+            raise UserError(
+                f"--shift {shift}: the time shift belongs to the flow objective; leave it out for noise prediction"
+            )
         method = self.default_sampler if method == "auto" else method
         _check_sampler(method, self.samplers, "noise prediction")
         return sample_noise(predict, noise, dict(self.noise_scheduler.config), method=method, steps=steps, draw=draw)
@@ -133,13 +155,18 @@ class FlowObjective:
         self.settings = flow
         # Esser et al. 2024: the same noise hides less of a larger latent; 4 * 32 * 32 is where shift 1 was tuned.
         self.shift = math.sqrt(latent_size / 4096) if flow.shift == "auto" else float(flow.shift)
+        self.span = 1.0
         self.levels = [0.05 + 0.1 * k for k in range(10)]
 
     def times(self, uniform_B: Tensor) -> Tensor:
         """Times (B,) in (0, 1) from uniform draws, by the chosen distribution, then shifted towards the noise."""
-        t_B = sample_times(self.settings.timestep_sampling, uniform_B, mean=self.settings.logit_mean, std=self.settings.logit_std)
+        t_B = sample_times(
+            self.settings.timestep_sampling, uniform_B, mean=self.settings.logit_mean, std=self.settings.logit_std
+        )
         t_B = 1 - shift_noise_level(1 - t_B, self.shift)
-        return t_B.clamp(1e-5, 1 - 1e-5) if self.settings.path == "vp" or self.settings.prediction != "velocity" else t_B
+        return (
+            t_B.clamp(1e-5, 1 - 1e-5) if self.settings.path == "vp" or self.settings.prediction != "velocity" else t_B
+        )
 
     def model_time(self, t_B: Tensor) -> Tensor:
         """What the model is given: t times time_scale (1 as SiT, 1000 as SD3)."""
@@ -153,8 +180,17 @@ class FlowObjective:
         """Per-sample loss (B,), float32, mean over C H W."""
         flow = self.settings
         _, velocity = paths.interpolate(flow.path, noise, clean, t_B)
-        error_B = paths.squared_error(flow.path, flow.prediction, self._without_sigma(output, clean), noisy, velocity, noise, t_B,
-                                      weighting=flow.loss_weight, least=LEAST_GAP)
+        error_B = paths.squared_error(
+            flow.path,
+            flow.prediction,
+            self._without_sigma(output, clean),
+            noisy,
+            velocity,
+            noise,
+            t_B,
+            weighting=flow.loss_weight,
+            least=LEAST_GAP,
+        )
         if flow.contrastive:  # Stoica et al. 2025: away from the velocity of another sample of the batch
             predicted = self._velocity(output.float(), noisy, t_B)
             error_B = error_B - flow.contrastive * (predicted - velocity.roll(1, 0)).square().flatten(1).mean(1)
@@ -179,20 +215,40 @@ class FlowObjective:
         """sigma(t): 0 is data, 1 is noise."""
         return paths.coefficients(self.settings.path, t_B).sigma
 
-    def sample(self, predict: Predict, noise: Tensor, *, method: str = "auto", steps: int = 50, shift: float | None = None,
-               draw: Callable[[int], Tensor] | None = None) -> Tensor:
+    def sample(
+        self,
+        predict: Predict,
+        noise: Tensor,
+        *,
+        method: str = "auto",
+        steps: int = 50,
+        shift: float | None = None,
+        draw: Callable[[int], Tensor] | None = None,
+    ) -> Tensor:
         """Latents from noise. predict(x, t_B) is the guided model at this objective's times."""
         method = self.default_sampler if method == "auto" else method
         _check_sampler(method, self.samplers, "the flow objective")
         divides = self.settings.prediction in ("noise", "score")
         if divides and method != "euler":
-            raise UserError(f"--sampler {method}: a {self.settings.prediction} prediction is unstable at the ends of the path; use --sampler euler")
-        return sample_flow(lambda x, t_B: self._velocity(predict(x, t_B), x, t_B), noise, method=method, steps=steps,
-                           shift=self.shift if shift is None else shift, path=self.settings.path, draw=draw)
+            raise UserError(
+                f"--sampler {method}: a {self.settings.prediction} prediction is unstable at the ends of the path; use "
+                "--sampler euler"
+            )
+        return sample_flow(
+            lambda x, t_B: self._velocity(predict(x, t_B), x, t_B),
+            noise,
+            method=method,
+            steps=steps,
+            shift=self.shift if shift is None else shift,
+            path=self.settings.path,
+            draw=draw,
+        )
 
     def _velocity(self, output: Tensor, x_t: Tensor, t_B: Tensor) -> Tensor:
         least = LEAST_GAP if self.settings.prediction != "clean" else 1e-3
-        return paths.to_velocity(self.settings.path, self.settings.prediction, self._without_sigma(output, x_t), x_t, t_B, least=least)
+        return paths.to_velocity(
+            self.settings.path, self.settings.prediction, self._without_sigma(output, x_t), x_t, t_B, least=least
+        )
 
     @staticmethod
     def _without_sigma(output: Tensor, like: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """Probability paths between noise and data, and the conversions between what a network may predict on them.
 
-Convention of this system (as SiT, Ma et al. 2024, arXiv 2401.08740): t = 0 is noise, t = 1 is data, x_t = alpha(t) data + sigma(t) noise,
-velocity = dx_t / dt. REPA, SD3, Flux and diffusers run the other way: their sigma is 1 - t here, their velocity the negative.
+Convention of this system (as SiT, Ma et al. 2024, arXiv 2401.08740): t = 0 is noise, t = 1 is data, x_t = alpha(t)
+data + sigma(t) noise,
+velocity = dx_t / dt. REPA, SD3, Flux and diffusers run the other way: their sigma is 1 - t here, their velocity the
+negative.
 Shapes: B batch; every coefficient is shaped to broadcast over a latent.
 """
 
@@ -30,7 +32,9 @@ class Coefficients(NamedTuple):
 
 
 def coefficients(path: PathName, t: Tensor) -> Coefficients:
-    """linear: alpha = t, sigma = 1 - t. gvp: sine and cosine. vp: the variance preserving diffusion in this time direction."""
+    """linear: alpha = t, sigma = 1 - t. gvp: sine and cosine. vp: the variance preserving diffusion in this time
+    direction.
+    """
     if path == "linear":
         return Coefficients(t, 1 - t, torch.ones_like(t), -torch.ones_like(t))
     if path == "gvp":
@@ -40,7 +44,7 @@ def coefficients(path: PathName, t: Tensor) -> Coefficients:
     log_alpha = -0.25 * (1 - t) ** 2 * spread - 0.5 * (1 - t) * VP_BETA_MIN
     d_log_alpha = 0.5 * (1 - t) * spread + 0.5 * VP_BETA_MIN
     alpha, sigma = log_alpha.exp(), torch.sqrt(-torch.expm1(2 * log_alpha))
-    return Coefficients(alpha, sigma, alpha * d_log_alpha, -alpha**2 * d_log_alpha / sigma)
+    return Coefficients(alpha, sigma, alpha * d_log_alpha, -(alpha**2) * d_log_alpha / sigma)
 
 
 def interpolate(path: PathName, noise: Tensor, data: Tensor, t_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,14 +56,19 @@ def interpolate(path: PathName, noise: Tensor, data: Tensor, t_B: Tensor) -> tup
 
 
 def _volatility(c: Coefficients) -> Tensor:
-    """sigma (sigma alpha'/alpha - sigma'): the factor of the score in the velocity, half the squared diffusion of the SDE."""
+    """sigma (sigma alpha'/alpha - sigma'): the factor of the score in the velocity, half the squared diffusion of the
+    SDE.
+    """
     return c.sigma * (c.sigma * c.d_alpha / c.alpha - c.d_sigma)
 
 
-def to_velocity(path: PathName, prediction: Prediction, output: Tensor, x_t: Tensor, t_B: Tensor, *, least: float = 0.0) -> Tensor:
+def to_velocity(
+    path: PathName, prediction: Prediction, output: Tensor, x_t: Tensor, t_B: Tensor, *, least: float = 0.0
+) -> Tensor:
     """The velocity that a network's output stands for.
 
-    `least` is the smallest sigma (for "clean") or alpha (for "noise" and "score") that is divided by, where the path has ends.
+    `least` is the smallest sigma (for "clean") or alpha (for "noise" and "score") that is divided by, where the path
+    has ends.
     """
     if prediction == "velocity":
         return output
@@ -91,8 +100,18 @@ def clean_from_velocity(path: PathName, velocity: Tensor, x_t: Tensor, t_B: Tens
     return (c.sigma * velocity - c.d_sigma * x_t) / (c.sigma * c.d_alpha - c.d_sigma * c.alpha)
 
 
-def squared_error(path: PathName, prediction: Prediction, output: Tensor, x_t: Tensor, velocity: Tensor, noise: Tensor,
-                  t_B: Tensor, *, weighting: Weighting = "none", least: float = 0.05) -> Tensor:
+def squared_error(
+    path: PathName,
+    prediction: Prediction,
+    output: Tensor,
+    x_t: Tensor,
+    velocity: Tensor,
+    noise: Tensor,
+    t_B: Tensor,
+    *,
+    weighting: Weighting = "none",
+    least: float = 0.05,
+) -> Tensor:
     """Per-sample loss (B,), float32, mean over all but the batch.
 
     velocity and clean are measured as velocities; noise and score as SiT does, weighted by nothing, by velocity
@@ -103,17 +122,29 @@ def squared_error(path: PathName, prediction: Prediction, output: Tensor, x_t: T
         return (to_velocity(path, prediction, output, x_t, t_B, least=least) - velocity).square().flatten(1).mean(1)
     c = coefficients(path, expand_like(t_B, x_t))
     volatility = _volatility(c)
-    weight = {"none": torch.ones_like(c.sigma), "velocity": (volatility / c.sigma) ** 2,
-              "likelihood": volatility / c.sigma**2}[weighting]
+    weight = {
+        "none": torch.ones_like(c.sigma),
+        "velocity": (volatility / c.sigma) ** 2,
+        "likelihood": volatility / c.sigma**2,
+    }[weighting]
     error = output - noise if prediction == "noise" else output * c.sigma + noise
     return (weight * error.square()).flatten(1).mean(1)
 
 
-def euler_maruyama(velocity: Callable[[Tensor, Tensor], Tensor], start: Tensor, *, path: PathName = "linear", steps: int = 250,
-                   last_step: float = 0.04, draw: Callable[[int], Tensor]) -> Tensor:
-    """Solve the reverse SDE with diffusion w(t) = sigma(t): `steps` - 1 noisy steps up to 1 - last_step, then one of the mean.
+def euler_maruyama(
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    start: Tensor,
+    *,
+    path: PathName = "linear",
+    steps: int = 250,
+    last_step: float = 0.04,
+    draw: Callable[[int], Tensor],
+) -> Tensor:
+    """Solve the reverse SDE with diffusion w(t) = sigma(t): `steps` - 1 noisy steps up to 1 - last_step, then one of
+    the mean.
 
-    velocity(x, t_B); draw(k) gives the noise of step k, shaped like start. The "SBDM" diffusion divides by t and is not offered.
+    velocity(x, t_B); draw(k) gives the noise of step k, shaped like start. The "SBDM" diffusion divides by t and is
+    not offered.
     """
     times = torch.linspace(0, 1 - last_step, steps, dtype=torch.float64).tolist()
 

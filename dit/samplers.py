@@ -1,6 +1,7 @@
 """From noise to latents: the flow's ODE and SDE solvers, the noise objective's samplers, guidance.
 
-Every sampler takes model(x, t_B) -> prediction, already guided, and noise drawn by the caller, one generator an image, so a
+Every sampler takes model(x, t_B) -> prediction, already guided, and noise drawn by the caller, one generator an
+image, so a
 picture does not depend on the batch or the rank that it is made in.
 """
 
@@ -19,9 +20,19 @@ NOISE_SAMPLERS = ("ddim", "dpmpp_2m", "dpmpp_2m_karras", "ddpm")
 Model = Callable[[Tensor, Tensor], Tensor]
 
 
-def sample_flow(velocity: Model, noise: Tensor, *, method: str = "euler", steps: int = 50, shift: float = 1.0,
-                path: PathName = "linear", draw: Callable[[int], Tensor] | None = None) -> Tensor:
-    """Data at t = 1 from noise at t = 0. `steps` counts intervals (SiT's num_steps counts points: its 250 is 249 here)."""
+def sample_flow(
+    velocity: Model,
+    noise: Tensor,
+    *,
+    method: str = "euler",
+    steps: int = 50,
+    shift: float = 1.0,
+    path: PathName = "linear",
+    draw: Callable[[int], Tensor] | None = None,
+) -> Tensor:
+    """Data at t = 1 from noise at t = 0. `steps` counts intervals (SiT's num_steps counts points: its 250 is 249
+    here).
+    """
     if method == "sde":
         return euler_maruyama(velocity, noise, path=path, steps=steps, draw=draw)
     if method == "dopri5":
@@ -47,12 +58,21 @@ def rk4(velocity: Model, start: Tensor, times: Tensor) -> Tensor:
 
 # Dormand and Prince 1980: nodes, stages, and the difference between the fifth and the fourth order weights.
 _NODES = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
-_STAGES = ((), (1 / 5,), (3 / 40, 9 / 40), (44 / 45, -56 / 15, 32 / 9), (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
-           (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656), (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84))
+_STAGES = (
+    (),
+    (1 / 5,),
+    (3 / 40, 9 / 40),
+    (44 / 45, -56 / 15, 32 / 9),
+    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+    (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+)
 _ERROR = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
 
 
-def dopri5(velocity: Model, start: Tensor, *, absolute: float = 1e-6, relative: float = 1e-3, limit: int = 1000) -> Tensor:
+def dopri5(
+    velocity: Model, start: Tensor, *, absolute: float = 1e-6, relative: float = 1e-3, limit: int = 1000
+) -> Tensor:
     """Solve from t = 0 to 1 with steps chosen for the tolerances (root mean square over the whole batch)."""
     x, t, step = start, 0.0, 0.05
     for _ in range(limit):
@@ -72,11 +92,19 @@ def dopri5(velocity: Model, start: Tensor, *, absolute: float = 1e-6, relative: 
     raise UserError(f"dopri5 needed more than {limit} steps (at t = {t:.3f}); use --sampler heun with --steps 50")
 
 
-def sample_noise(model: Model, noise: Tensor, scheduler_config: dict, *, method: str = "ddim", steps: int = 50,
-                 draw: Callable[[int], Tensor] | None = None) -> Tensor:
+def sample_noise(
+    model: Model,
+    noise: Tensor,
+    scheduler_config: dict,
+    *,
+    method: str = "ddim",
+    steps: int = 50,
+    draw: Callable[[int], Tensor] | None = None,
+) -> Tensor:
     """Data from noise for the noise objective. scheduler_config is the training scheduler's `.config`.
 
-    ddim and dpmpp_2m use diffusers; ddpm is the ancestral sampler on evenly spaced steps, with a learned variance where the
+    ddim and dpmpp_2m use diffusers; ddpm is the ancestral sampler on evenly spaced steps, with a learned variance
+    where the
     model gives one.
     """
     if method == "ddpm":
@@ -95,17 +123,34 @@ def make_sampler(scheduler_config: dict, method: str):
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
     if scheduler_config["rescale_betas_zero_snr"] and method != "ddim":
-        raise UserError(f"--sampler {method}: rescale_betas_zero_snr needs --sampler ddim (its last level has no signal)")
-    shared = {key: scheduler_config[key] for key in
-              ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "rescale_betas_zero_snr")}
+        raise UserError(
+            f"--sampler {method}: rescale_betas_zero_snr needs --sampler ddim (its last level has no signal)"
+        )
+    shared = {
+        key: scheduler_config[key]
+        for key in (
+            "num_train_timesteps",
+            "beta_start",
+            "beta_end",
+            "beta_schedule",
+            "prediction_type",
+            "rescale_betas_zero_snr",
+        )
+    }
     shared["timestep_spacing"] = "trailing" if shared["rescale_betas_zero_snr"] else "leading"
     if method == "ddim":
         return DDIMScheduler(**shared, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-    return DPMSolverMultistepScheduler(**{**shared, "timestep_spacing": "linspace"}, algorithm_type="dpmsolver++", solver_order=2,
-                                       use_karras_sigmas=method == "dpmpp_2m_karras")
+    return DPMSolverMultistepScheduler(
+        **{**shared, "timestep_spacing": "linspace"},
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        use_karras_sigmas=method == "dpmpp_2m_karras",
+    )
 
 
-def _ancestral(model: Model, noise: Tensor, scheduler_config: dict, steps: int, draw: Callable[[int], Tensor] | None) -> Tensor:
+def _ancestral(
+    model: Model, noise: Tensor, scheduler_config: dict, steps: int, draw: Callable[[int], Tensor] | None
+) -> Tensor:
     from diffusers import DDPMScheduler
 
     if scheduler_config["prediction_type"] == "v_prediction":
@@ -115,12 +160,23 @@ def _ancestral(model: Model, noise: Tensor, scheduler_config: dict, steps: int, 
     return diffusion.sample(model, noise, ancestral=True, draw=draw, target=scheduler_config["prediction_type"])
 
 
-def guide(predict: Callable[..., Tensor], x: Tensor, t_B: Tensor, condition: dict, null: dict, scale: float, *,
-          channels: int | None = None, rescale: float = 0.0) -> Tensor:
+def guide(
+    predict: Callable[..., Tensor],
+    x: Tensor,
+    t_B: Tensor,
+    condition: dict,
+    null: dict,
+    scale: float,
+    *,
+    channels: int | None = None,
+    rescale: float = 0.0,
+) -> Tensor:
     """Classifier-free guidance with one forward of twice the batch.
 
-    condition and null are the keyword arguments of predict(x, t, **arguments), rows aligned with x. channels: guide only the first
-    so many (3 is the public DiT's habit); the others, a learned variance among them, come from the conditional half. rescale: share
+    condition and null are the keyword arguments of predict(x, t, **arguments), rows aligned with x. channels: guide
+    only the first
+    so many (3 is the public DiT's habit); the others, a learned variance among them, come from the conditional half.
+    rescale: share
     by which the guided standard deviation is brought back to the conditional one's (Lin et al. 2023).
     """
     if scale == 1.0:

@@ -75,8 +75,15 @@ def test_guided_sample_equals_the_reference(sit):
 
     def predict(x, t_B):
         with torch.no_grad():
-            return guide(lambda latent, time, labels: model(latent, time, labels=labels)[:, :4], x, t_B, {"labels": y},
-                         {"labels": null}, 4.0, channels=3)
+            return guide(
+                lambda latent, time, labels: model(latent, time, labels=labels)[:, :4],
+                x,
+                t_B,
+                {"labels": y},
+                {"labels": null},
+                4.0,
+                channels=3,
+            )
 
     close(sample_flow(predict, golden["x0_noise"], method="euler", steps=5), golden["ode.euler.cfg.out"], 1e-4)
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dit.embeddings import position_table_1d, position_table_2d, timestep_sinusoid, unpatchify
-from dit.model import DiTModel, modulate
+from dit.layers import modulate
+from dit.model import DiTModel
 from tests.dit.golden import MANIFEST, cases, close, golden_model
 
 
@@ -81,13 +82,16 @@ def test_zeros_at_initialisation_are_the_official_ones():
     assert zero == sorted(MANIFEST["zero_at_init"])
 
 
-@pytest.mark.parametrize(("options", "count"), [
-    ({}, 211_815_184),
-    ({"use_pooled_text": False}, 210_830_608),
-    ({"conditioning": "adaln_single"}, 157_555_984),
-    ({"text_conditioning": "none"}, 172_048_144),
-    ({"input_size": 64}, 211_815_184),
-])
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({}, 211_815_184),
+        ({"use_pooled_text": False}, 210_830_608),
+        ({"conditioning": "adaln_single"}, 157_555_984),
+        ({"text_conditioning": "none"}, 172_048_144),
+        ({"input_size": 64}, 211_815_184),
+    ],
+)
 def test_parameter_counts_are_those_of_the_specification(options, count):
     with torch.device("meta"):
         assert sum(p.numel() for p in DiTModel(**options).parameters()) == count
@@ -96,9 +100,16 @@ def test_parameter_counts_are_those_of_the_specification(options, count):
 @pytest.mark.parametrize("conditioning", ["cross", "joint", "pooled", "none"])
 @pytest.mark.parametrize("adaln", ["adaln_zero", "adaln_single"])
 def test_output_is_exactly_zero_at_initialisation(conditioning, adaln):
-    model = DiTModel(32, 2, 4, input_size=8, text_conditioning=conditioning, conditioning=adaln, text_dim=16, text_len=5)
-    output = model(torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0]), torch.randn(2, 5, 16),
-                   text_mask=torch.ones(2, 5, dtype=torch.bool), text_pooled=torch.randn(2, 16))
+    model = DiTModel(
+        32, 2, 4, input_size=8, text_conditioning=conditioning, conditioning=adaln, text_dim=16, text_len=5
+    )
+    output = model(
+        torch.randn(2, 4, 8, 8),
+        torch.tensor([3.0, 700.0]),
+        torch.randn(2, 5, 16),
+        text_mask=torch.ones(2, 5, dtype=torch.bool),
+        text_pooled=torch.randn(2, 16),
+    )
     assert output.shape == (2, 4, 8, 8) and not output.any()
 
 

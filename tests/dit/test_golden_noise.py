@@ -10,8 +10,12 @@ from dit.samplers import guide, make_sampler, sample_noise
 from tests.dit.golden import MANIFEST, cases, close, golden_model
 
 LINEAR = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-SETTINGS = {"linear": {"noise_scheduler": "linear"}, "scaled_linear": {}, "squaredcos_cap_v2": {"noise_scheduler": "squaredcos_cap_v2"},
-            "scaled_linear_zero_snr": {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}}
+SETTINGS = {
+    "linear": {"noise_scheduler": "linear"},
+    "scaled_linear": {},
+    "squaredcos_cap_v2": {"noise_scheduler": "squaredcos_cap_v2"},
+    "scaled_linear_zero_snr": {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+}
 
 
 def objective(name: str = "scaled_linear", **options) -> NoiseObjective:
@@ -47,7 +51,9 @@ def test_respacing_keeps_the_reference_steps():
 def test_losses_equal_the_reference(variant, target):
     golden, model = cases("gaussian_diffusion"), golden_model(learn_sigma=variant == "learn_sigma")
     kind = {"eps": "epsilon", "xstart": "sample"}[target]
-    noise_objective = NoiseObjective(DiffusionConfig(noise_scheduler="linear", prediction_type=kind), learn_sigma=variant == "learn_sigma")
+    noise_objective = NoiseObjective(
+        DiffusionConfig(noise_scheduler="linear", prediction_type=kind), learn_sigma=variant == "learn_sigma"
+    )
     x0, noise, t = golden["x0"], golden["noise"], golden["t"]
     diffusion = GaussianDiffusion(LINEAR)
     x_t = diffusion.add_noise(x0, noise, t)
@@ -68,7 +74,12 @@ def test_moments_equal_the_reference(variant):
     diffusion = GaussianDiffusion(LINEAR)
     with torch.no_grad():
         found = diffusion.moments(model(golden["x_t"], golden["t"], labels=golden["y"]), golden["x_t"], golden["t"])
-    names = {"mean": found.mean, "variance": found.variance, "log_variance": found.log_variance, "pred_xstart": found.clean}
+    names = {
+        "mean": found.mean,
+        "variance": found.variance,
+        "log_variance": found.log_variance,
+        "pred_xstart": found.clean,
+    }
     for name, value in names.items():
         close(value, golden[f"p_mean_variance.{variant}.{name}"])
 
@@ -81,11 +92,19 @@ def test_respaced_samples_equal_the_reference(variant):
         return model(x, t_B, labels=golden["y"])
 
     with torch.no_grad():
-        ddim = GaussianDiffusion(LINEAR, kept_timesteps(1000, "ddim10")).sample(predict, golden["noise"], ancestral=False)
+        ddim = GaussianDiffusion(LINEAR, kept_timesteps(1000, "ddim10")).sample(
+            predict, golden["noise"], ancestral=False
+        )
         close(ddim, golden[f"ddim.{variant}.steps10.out"], 1e-4)
         draws = golden[f"ddpm.{variant}.step_noise"]
-        ancestral = sample_noise(predict, golden["noise"], dict(objective("linear").noise_scheduler.config), method="ddpm",
-                                 steps=5, draw=lambda k: draws[k])
+        ancestral = sample_noise(
+            predict,
+            golden["noise"],
+            dict(objective("linear").noise_scheduler.config),
+            method="ddpm",
+            steps=5,
+            draw=lambda k: draws[k],
+        )
         close(ancestral, golden[f"ddpm.{variant}.out"], 1e-4)
 
 
@@ -125,8 +144,15 @@ def test_guidance_on_three_channels_is_the_public_habit():
     x, t, y = golden["full.x"], golden["full.t"], golden["full.y"]
     null = torch.full_like(y, 10)
     with torch.no_grad():
-        found = guide(lambda latent, time, labels: model(latent, time, labels=labels), x, t, {"labels": y}, {"labels": null},
-                      float(golden["cfg.scale"]), channels=3)
+        found = guide(
+            lambda latent, time, labels: model(latent, time, labels=labels),
+            x,
+            t,
+            {"labels": y},
+            {"labels": null},
+            float(golden["cfg.scale"]),
+            channels=3,
+        )
     expected = golden["cfg.out_first3channels"]
     close(found, expected[:3])
     close(found[:, :3], expected[3:, :3])
@@ -153,7 +179,8 @@ def test_training_trace_equals_the_reference():
     close(torch.stack(losses), golden["loss"], 1e-4)
     close(torch.stack(norms), golden["grad_norm_before_clip"], 1e-4)
     weights = model.state_dict()
-    # Adam divides by the gradient's size, so the last bit of the time sinusoids (see test_golden_model) shows: 1.05e-4 seen.
+    # Adam divides by the gradient's size, so the last bit of the time sinusoids (see test_golden_model) shows:
+    # 1.05e-4 seen.
     for key in (key for key in golden if key.startswith(("final.", "ema."))):
         kind, name = key.split(".", 1)
         close((weights if kind == "final" else average)[name], golden[key], 2e-4)

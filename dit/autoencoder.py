@@ -1,0 +1,122 @@
+"""A small autoencoder trained in seconds on the training pictures: principal components of patches, and a convolution
+that mends seams.
+
+The encoder is linear and orthonormal, so latents keep the variance that they have in the picture (unwhitened: few
+large channels,
+many small ones) and the held-out loss stays comparable with pixels. The decoder is the transpose followed by a small
+convolutional
+network, trained on latents with noise, so that it also smooths the small disagreements between generated patches.
+Shapes: B batch, C channels, P patch side, h w latent grid.
+"""
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from shared.errors import UserError
+from shared.rng import keyed_generator
+
+_DECODER = 21  # random stream
+NOISE = 0.3  # largest standard deviation of the noise on the decoder's training latents, which have variance 1
+BATCH = 16
+
+
+class PatchAutoencoder(nn.Module):
+    """encode(images (B, 3, H, W)) -> (B, C, H/P, W/P) of variance 1 over all channels together; decode back."""
+
+    posterior = "mode"
+
+    def __init__(self, *, channels: int, patch: int, decoder_steps: int) -> None:
+        super().__init__()
+        if channels > 3 * patch * patch:
+            raise UserError(
+                f"model.in_channels {channels} is more than the {3 * patch * patch} numbers of a {patch} x {patch} "
+                "patch (vae.patch)"
+            )
+        self.channels, self.factor, self.decoder_steps = channels, patch, decoder_steps
+        self.register_buffer("center", torch.zeros(3 * patch * patch))
+        self.register_buffer("basis", torch.zeros(channels, 3 * patch * patch))
+        self.register_buffer("scale", torch.ones(()))
+        self.mend = nn.Sequential(
+            nn.PixelUnshuffle(2),
+            nn.Conv2d(12, 48, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(48, 48, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(48, 12, 3, padding=1),
+            nn.PixelShuffle(2),
+        )
+        nn.init.zeros_(self.mend[5].weight)
+        nn.init.zeros_(self.mend[5].bias)
+        self.requires_grad_(False)
+
+    def fit(self, images: Tensor, *, seed: int) -> dict[str, float]:
+        """Learn basis and decoder from images (N, 3, H, W) and their mirror images; returns the share of variance
+        kept and the
+        decoder's PSNR in dB before and after."""
+        images = torch.cat([images, images.flip(3)])
+        patches = self._cut(images).flatten(0, 1)
+        self.center.copy_(patches.mean(0))
+        centred = (patches - self.center).double()
+        variances, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))
+        largest = vectors.flip(1)[:, : self.channels].T
+        signs = largest.gather(1, largest.abs().argmax(1, keepdim=True)).sign()  # eigenvectors come with either sign
+        self.basis.copy_(largest * signs)
+        kept = variances.flip(0)[: self.channels].sum()
+        self.scale.copy_((kept / self.channels).sqrt())
+        before = self._psnr(images)
+        self._train_decoder(images, seed)
+        return {"variance_kept": (kept / variances.sum()).item(), "psnr_linear": before, "psnr": self._psnr(images)}
+
+    def moments(self, images: Tensor) -> Tensor:
+        """Latents with no variance, in the form that a cache stores."""
+        latents = self.encode(images)
+        return torch.cat([latents, torch.full_like(latents, -30.0)], dim=1)
+
+    def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The latents of a cache's moments."""
+        return moments[:, : self.channels]
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents (B, C, h, w)."""
+        tokens = (self._cut(images) - self.center) @ self.basis.T / self.scale
+        return rearrange(tokens, "b (h w) c -> b c h w", h=images.shape[2] // self.factor)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images in [-1, 1]."""
+        return self._decode(latents).clamp(-1, 1)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        values = rearrange(latents, "b c h w -> b h w c") * self.scale @ self.basis + self.center
+        picture = rearrange(values, "b h w (c p q) -> b c (h p) (w q)", c=3, p=self.factor)
+        return picture + self.mend(picture)
+
+    def _cut(self, images: Tensor) -> Tensor:
+        return rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=self.factor, q=self.factor)
+
+    def _psnr(self, images: Tensor) -> float:
+        with torch.no_grad():
+            error = torch.stack(
+                [(self.decode(self.encode(part)) - part).square().mean() for part in images[:256].split(32)]
+            ).mean()
+        return (10 * torch.log10(4 / error)).item()
+
+    def _train_decoder(self, images: Tensor, seed: int) -> None:
+        """Squared error plus a little absolute error of edges, on latents with noise of a random size."""
+        generator = keyed_generator(seed, _DECODER)
+        self.mend.requires_grad_(True)
+        optimizer = torch.optim.AdamW(self.mend.parameters(), lr=2e-3, weight_decay=0.0)
+        latents = self.encode(images)
+        for step in range(self.decoder_steps):
+            optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / self.decoder_steps)
+            chosen = torch.randint(len(images), (BATCH,), generator=generator)
+            spread = NOISE * torch.rand(BATCH, 1, 1, 1, generator=generator)
+            noise = torch.randn(latents[chosen].shape, generator=generator)
+            found, wanted = self._decode(latents[chosen] + spread * noise), images[chosen]
+            loss = (found - wanted).square().mean() + 0.1 * sum(
+                (found.diff(dim=axis) - wanted.diff(dim=axis)).abs().mean() for axis in (2, 3)
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        self.mend.requires_grad_(False)

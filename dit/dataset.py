@@ -1,0 +1,204 @@
+"""Pictures with captions as training samples. Everything random about a sample follows from (seed, epoch, index)."""
+
+import hashlib
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dit.config import SAMPLE_DATA, Config, DataConfig
+from dit.images import crop_to_box, decode, to_square, to_tensor
+from dit.readers import Found, Item, read
+from shared.errors import BadSample, UserError
+from shared.rng import keyed_generator
+
+_AUGMENT, _SUBSET = 11, 12  # random streams
+_SIDES = ("left", "right", "leftward", "rightward", "leftwards", "rightwards")
+_WORDS = re.compile("[a-z]+")
+
+
+class TextImageDataset(Dataset):
+    """Items: image float32 (3, S, S) in [-1, 1], text, image_id, index, flip, crop (top, left, resized height,
+    resized width), label,
+    and input_ids, attention_mask (77,) where `tokenize` is given."""
+
+    def __init__(
+        self,
+        dataset_name: str = "coco",
+        dataset_path: str | Path | None = None,
+        image_size: int = 256,
+        num_samples: int | None = None,
+        is_train: bool = True,
+        *,
+        settings: DataConfig | None = None,
+        seed: int = 0,
+        num_classes: int | None = None,
+        tokenize: Callable[[list[str]], dict[str, Tensor]] | None = None,
+    ) -> None:
+        if settings is None:
+            settings = DataConfig(
+                dataset_name=dataset_name,
+                dataset_path=None if dataset_path is None else str(dataset_path),
+                image_size=image_size,
+                num_samples=num_samples,
+            )
+        self.settings, self.is_train, self.seed, self.num_classes, self.tokenize = (
+            settings,
+            is_train,
+            seed,
+            num_classes,
+            tokenize,
+        )
+        if settings.dataset_path is None:
+            raise UserError(
+                "data.dataset_path is not set; give the folder of the pictures with --data-root (or --data-root sample)"
+            )
+        self.root = SAMPLE_DATA if settings.dataset_path == "sample" else Path(settings.dataset_path)
+        found: Found = read(settings, self.root, is_train=is_train, num_classes=num_classes)
+        self.skipped, self.shards = found.skipped, found.shards
+        self.items = self._subset(found.items)
+        if is_train and not self.items:
+            raise UserError(
+                f"data.dataset_path {self.root}: no usable picture with a caption was found for dataset_name "
+                f"{settings.dataset_name}; "
+                f"{len(self.skipped)} were left out{f', the first: {self.skipped[0][1]}' if self.skipped else ''}"
+            )
+        self.may_flip = self._flip_rule()
+        self._memory: dict[int, Image.Image] = {}
+
+    @classmethod
+    def from_config(cls, config: Config, *, is_train: bool, tokenize: Callable | None = None) -> "TextImageDataset":
+        """The data set of a run."""
+        return cls(
+            settings=config.data,
+            is_train=is_train,
+            seed=config.run.seed,
+            num_classes=config.model.num_classes,
+            tokenize=tokenize,
+        )
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.sample(index, 0)
+
+    def sample(self, index: int, epoch: int, *, flip: bool | None = None) -> dict[str, Any]:
+        """Item `index` as seen in `epoch`. Evaluation takes the centre, the first caption and no mirroring."""
+        item, settings = self.items[index], self.settings
+        generator = keyed_generator(self.seed, _AUGMENT, epoch, index)
+
+        def draw() -> float:
+            return torch.rand((), generator=generator).item()
+
+        caption_draw, flip_draw = (
+            draw(),
+            draw(),
+        )  # always both, so that the crop does not depend on the settings of the others
+        caption = item.captions[int(caption_draw * len(item.captions)) if self.is_train else 0] if item.captions else ""
+        if flip is None:
+            flip = self.may_flip and flip_draw < settings.flip and not (settings.flip_guard and _names_sides(item))
+        square, where = to_square(
+            self._picture(index),
+            settings.image_size,
+            crop=settings.crop if self.is_train else _steady(settings.crop),
+            draw=draw,
+        )
+        sample = {
+            "image": to_tensor(square, flip=flip),
+            "text": caption,
+            "image_id": item.id,
+            "index": index,
+            "flip": flip,
+            "crop": where,
+        }
+        if self.num_classes:
+            sample["label"] = self._label(item)
+        if self.tokenize is not None:
+            sample |= {name: ids[0] for name, ids in self.tokenize([caption]).items()}
+        return sample
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the list of ids: two runs with the same one see the same samples."""
+        return hashlib.sha256("\n".join(item.id for item in self.items).encode()).hexdigest()
+
+    def _flip_rule(self) -> bool:
+        """Whether training pictures may be mirrored at all; with a guard, none is where any caption speaks of left or
+        right.
+        """
+        if not self.is_train or self.settings.flip == 0:
+            return False
+        if self.settings.flip_guard is True and any(_names_sides(item) for item in self.items):
+            print(
+                "warning: some captions speak of left or right, so no picture is mirrored (data.flip_guard)",
+                file=sys.stderr,
+            )
+            return False
+        return True
+
+    def _picture(self, index: int) -> Image.Image:
+        if index in self._memory:
+            return self._memory[index]
+        item = self.items[index]
+        image = decode(self._bytes(item), str(item.image if isinstance(item.image, Path) else item.id))
+        if item.box is not None:
+            image = crop_to_box(image, item.box)
+        if self.settings.keep_in_memory:
+            self._memory[index] = image
+        return image
+
+    def _bytes(self, item: Item) -> bytes:
+        if isinstance(item.image, Path):
+            try:
+                return item.image.read_bytes()
+            except OSError as error:
+                raise BadSample(f"{item.image}: cannot be read ({error.strerror})") from None
+        sample = self.shards[item.image]
+        return next(sample[suffix] for suffix in ("jpg", "jpeg", "png", "webp", "bmp") if suffix in sample)
+
+    def _label(self, item: Item) -> int:
+        if item.label is None or not 0 <= item.label < self.num_classes:
+            raise BadSample(f"{item.id}: class {item.label} is not in 0 .. {self.num_classes - 1} (model.num_classes)")
+        return item.label
+
+    def _subset(self, items: list[Item]) -> list[Item]:
+        wanted = self.settings.num_samples
+        if wanted is None or not self.is_train:
+            return items
+        if wanted > len(items):
+            print(
+                f"warning: data.num_samples {wanted} is more than the {len(items)} there are; all are used",
+                file=sys.stderr,
+            )
+            return items
+        chosen = torch.randperm(len(items), generator=keyed_generator(self.settings.subset_seed, _SUBSET))[:wanted]
+        return [items[index] for index in sorted(chosen.tolist())]
+
+
+def _names_sides(item: Item) -> bool:
+    return any(word in _SIDES for caption in item.captions for word in _WORDS.findall(caption.lower()))
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch: tensors stacked, texts and ids as lists."""
+    batch: dict[str, Any] = {}
+    for name, first in samples[0].items():
+        values = [sample[name] for sample in samples]
+        if isinstance(first, Tensor):
+            batch[name] = torch.stack(values)
+        elif isinstance(first, (bool, int)):
+            batch[name] = torch.tensor(values)
+        else:
+            batch[name] = values
+    return batch
+
+
+def _steady(crop: str) -> str:
+    return "resize" if crop == "resize" else "center"

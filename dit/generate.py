@@ -1,0 +1,228 @@
+"""Draw pictures from captions with a trained DiT.
+
+  python dit/generate.py --checkpoint outputs/dit --prompt "a red heart" "a blue car" --output hearts.png
+  python dit/generate.py --checkpoint outputs/dit --prompts captions.txt --output pictures/ --npz
+  torchrun --nproc_per_node=8 dit/generate.py --captions coco:data/coco --num 30000 ...     shared over the ranks
+An --output ending in .png is a grid of all pictures; otherwise a folder with 000000.png ... and prompts.jsonl.
+Picture i depends on
+--seed + i alone, not on batch size or number of ranks.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from dit.options import GenerateOptions
+from shared.config import load_config
+from shared.errors import UserError, command
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    load_config(GenerateOptions, description=__doc__)
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from dit.build import Trained, condition_of, load_trained
+from dit.config import DataConfig
+from dit.drawing import Drawing, draw_latents
+from dit.images import grid, to_uint8
+from dit.readers import read
+from shared.dist import DistInfo, barrier, gather_objects, init_distributed, shutdown
+from shared.rng import keyed_generator
+
+_DRAW = 41  # random stream
+
+
+class Request(NamedTuple):
+    """One picture to draw."""
+
+    index: int
+    text: str
+    label: int | None
+    seed: int
+
+
+def requests(options: GenerateOptions) -> list[Request]:
+    """Every picture that is asked for, in order."""
+    sources = [bool(options.prompt), options.prompts is not None, options.captions is not None, bool(options.labels)]
+    if sum(sources) != 1:
+        raise UserError("say what to draw with exactly one of --prompt, --prompts, --captions, --labels")
+    if options.labels:
+        wanted: list[tuple[str, int | None]] = [(f"class {label}", label) for label in options.labels]
+    else:
+        wanted = [(text, None) for text in _texts(options)]
+    if options.num is not None and options.num < len(wanted):
+        chosen = torch.randperm(len(wanted), generator=keyed_generator(options.seed, _DRAW))[: options.num]
+        wanted = [wanted[index] for index in sorted(chosen.tolist())]
+    wanted = [pair for pair in wanted for _ in range(options.images_per_prompt)]
+    return [Request(index, text, label, options.seed + index) for index, (text, label) in enumerate(wanted)]
+
+
+def _texts(options: GenerateOptions) -> list[str]:
+    if options.prompt:
+        return options.prompt
+    if options.captions is not None:
+        kind, separator, path = options.captions.partition(":")
+        if not separator or kind not in ("coco", "cub", "custom"):
+            raise UserError(f"--captions {options.captions}: expected coco:PATH, cub:PATH or custom:PATH")
+        settings = DataConfig(dataset_name=kind, dataset_path=path, image_size=64)
+        return [item.captions[0] for item in read(settings, Path(path), is_train=False).items]
+    path = Path(options.prompts)
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if path.suffix != ".jsonl":
+        return lines
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            found.append(next(record[key] for key in ("prompt", "text", "caption") if key in record))
+        except (ValueError, StopIteration, TypeError):
+            raise UserError(f"{path}:{number}: expected a JSON object with prompt, text or caption") from None
+    return found
+
+
+def draw(
+    trained: Trained, wanted: list[Request], options: GenerateOptions, device: torch.device
+) -> tuple[torch.Tensor, np.ndarray | None]:
+    """Latents, and pictures (N, H, W, 3) uint8 unless only latents are asked for."""
+    config = trained.config
+    size = options.image_size or config.data.image_size
+    unit = config.vae_factor * config.model.patch_size
+    if size % unit:
+        raise UserError(f"--image-size {size}: must be a multiple of {unit}")
+    if config.flow.prediction == "residual" and size != config.data.image_size:
+        raise UserError(
+            f"--image-size {size}: a model with flow.prediction residual draws only at {config.data.image_size}"
+        )
+    shape = (config.model.in_channels, size // config.vae_factor, size // config.vae_factor)
+    low, high = options.cfg_interval if len(options.cfg_interval) == 2 else (1.0, 0.0)
+    if low > high:
+        raise UserError(f"--cfg-interval {options.cfg_interval}: give two noise levels, low and high, between 0 and 1")
+    drawing = Drawing(
+        options.sampler if options.sampler != "auto" else config.sample.sampler,
+        options.steps or config.sample.steps,
+        config.sample.cfg_scale if options.cfg_scale is None else options.cfg_scale,
+        (low, high),
+        options.cfg_channels,
+        options.cfg_rescale,
+        options.shift,
+    )
+    latents, pictures = [], []
+    for first in range(0, len(wanted), options.batch_size):
+        part = wanted[first : first + options.batch_size]
+        labels = torch.tensor([request.label for request in part]) if part[0].label is not None else None
+        if (labels is None) != (config.model.num_classes is None):
+            raise UserError(
+                "this model is "
+                f"{'class-conditional: give --labels' if labels is None else 'not class-conditional: give --prompt'}"
+            )
+        condition = condition_of([request.text for request in part], labels, trained.text_encoder, device)
+        null = (
+            None
+            if options.negative is None
+            else condition_of([options.negative] * len(part), None, trained.text_encoder, device)
+        )
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.dtype == "bf16"):
+            found = draw_latents(
+                trained.model,
+                trained.objective,
+                condition,
+                [request.seed for request in part],
+                shape,
+                drawing=drawing,
+                device=device,
+                null=null,
+            )
+        latents.append(found.cpu())
+        if not options.latents_only:
+            with torch.no_grad():
+                pictures.append(to_uint8(trained.codec.decode(found), rule=options.uint8))
+    return torch.cat(latents), np.concatenate(pictures) if pictures else None
+
+
+def write_folder(
+    folder: Path,
+    mine: list[Request],
+    latents: torch.Tensor,
+    pictures: np.ndarray | None,
+    options: GenerateOptions,
+    info: DistInfo,
+) -> None:
+    """Pictures of this rank; lists and archives by rank 0."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if pictures is not None:
+        for request, picture in zip(mine, pictures, strict=True):
+            Image.fromarray(picture).save(folder / f"{request.index:06d}.png")
+    everything = gather_objects(
+        [
+            (request, latents[row].numpy(), None if pictures is None else pictures[row])
+            for row, request in enumerate(mine)
+        ]
+        if options.npz or options.grid or options.latents_only
+        else [(request, None, None) for request in mine]
+    )
+    if info.is_main:
+        rows = sorted((row for part in everything for row in part), key=lambda row: row[0].index)
+        settings = options.model_dump(exclude={"prompt", "prompts", "captions", "labels", "output"})
+        lines = [
+            json.dumps(
+                {
+                    "file": f"{request.index:06d}.png",
+                    "prompt": request.text,
+                    "label": request.label,
+                    "seed": request.seed,
+                    "settings": settings,
+                },
+                ensure_ascii=False,
+            )
+            for request, _, _ in rows
+        ]
+        (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        if options.latents_only:
+            save_file({"latents": torch.from_numpy(np.stack([row[1] for row in rows]))}, folder / "latents.safetensors")
+        if options.npz and not options.latents_only:
+            np.savez(folder / "samples.npz", arr_0=np.stack([row[2] for row in rows]))
+        if options.grid and not options.latents_only:
+            grid(np.stack([row[2] for row in rows]), columns=min(8, len(rows))).save(folder / "grid.png")
+    barrier()
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    options = load_config(GenerateOptions, argv=argv, description=__doc__)
+    if not options.checkpoint:
+        raise UserError("--checkpoint is not set; give the folder of a training run")
+    wanted = requests(options)
+    info = init_distributed(options.device)
+    trained = load_trained(
+        options.checkpoint, device=info.device, use_ema=options.ema, vae=options.vae, text_encoder=options.text_encoder
+    )
+    mine = wanted[info.rank :: info.world]
+    nothing: tuple[Any, Any] = (torch.zeros(0), np.zeros((0, 1, 1, 3), np.uint8))
+    latents, pictures = draw(trained, mine, options, info.device) if mine else nothing
+    output = Path(options.output)
+    if output.suffix.lower() == ".png":
+        if options.latents_only:
+            raise UserError("--latents-only writes a folder; give an --output that does not end in .png")
+        parts = gather_objects([(request.index, picture) for request, picture in zip(mine, pictures, strict=True)])
+        if info.is_main:
+            ordered = [
+                picture for _, picture in sorted((pair for part in parts for pair in part), key=lambda pair: pair[0])
+            ]
+            output.parent.mkdir(parents=True, exist_ok=True)
+            grid(np.stack(ordered), columns=min(8, len(ordered))).save(output)
+    else:
+        write_folder(output, mine, latents, pictures, options, info)
+    if info.is_main:
+        print(f"{len(wanted)} pictures in {output}")
+    shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Captions to token states: the frozen CLIP text tower, or hashed byte n-grams where no weights are at hand.
+
+Shapes: B captions, T tokens, E width of a text state.
+"""
+
+import math
+import re
+import unicodedata
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dit.config import Config, TextConfig
+from shared.errors import UserError
+
+
+class TextCondition(NamedTuple):
+    """What a caption becomes: states (B, T, E), mask (B, T) True at real tokens, pooled (B, E); float32."""
+
+    states: Tensor
+    mask: Tensor
+    pooled: Tensor
+
+
+class TextEncoder(nn.Module):
+    """CLIP's text tower, frozen. States are those after the final layer norm; pooled is the state at the first end-
+    of-text token.
+    """
+
+    def __init__(
+        self,
+        pretrained_model_name: str = "openai/clip-vit-base-patch32",
+        *,
+        length: int = 77,
+        local_files_only: bool = False,
+    ) -> None:
+        super().__init__()
+        from transformers import CLIPTextModel, CLIPTokenizer
+
+        try:
+            self.tokenizer = CLIPTokenizer.from_pretrained(pretrained_model_name, local_files_only=local_files_only)
+            self.model = CLIPTextModel.from_pretrained(pretrained_model_name, local_files_only=local_files_only)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"text.pretrained_model_name {pretrained_model_name}: cannot be loaded ({_first_line(error)}); give a "
+                "local "
+                "folder with --text-encoder-path, or use --set text.type=hash, which needs no weights"
+            ) from None
+        self.length, self.width = length, self.model.config.hidden_size
+        self.model.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "TextEncoder":
+        """Stays in eval mode: it is frozen."""
+        return super().train(False)
+
+    def tokenize(self, captions: list[str]) -> dict[str, Tensor]:
+        """input_ids and attention_mask (B, T), int64, cut or padded to the length."""
+        tokens = self.tokenizer(
+            captions, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
+        )
+        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+
+    @torch.inference_mode()
+    def encode(self, captions: list[str]) -> TextCondition:
+        """Condition of every caption, on the encoder's device."""
+        return self.encode_ids(self.tokenize(captions)["input_ids"])
+
+    @torch.inference_mode()
+    def encode_ids(self, ids_BT: Tensor) -> TextCondition:
+        """Condition of token ids. Attention is causal, so padding does not change the states of real tokens."""
+        ids_BT = ids_BT.to(self.model.device)
+        states = self.model(input_ids=ids_BT).last_hidden_state.float()
+        first_end = (ids_BT == self.tokenizer.eos_token_id).int().argmax(1)
+        mask = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None] <= first_end[:, None]
+        return TextCondition(states, mask, states[torch.arange(len(ids_BT), device=ids_BT.device), first_end])
+
+
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+|[#*+&%]")
+
+
+class HashTextEncoder(nn.Module):
+    """Words as fixed vectors: the sum of random vectors of the word and of its byte 3- and 4-grams (Bojanowski et al.
+    2017).
+
+    Nothing is trained and nothing is stored: a vector follows from the bytes alone, so the same caption gives the
+    same states on
+    any machine. Related spellings get related vectors; the model's own text projection learns what they mean.
+    """
+
+    def __init__(self, *, width: int = 128, length: int = 24) -> None:
+        super().__init__()
+        self.width, self.length = width, length
+        self._words: dict[str, np.ndarray] = {}
+
+    def encode(self, captions: list[str]) -> TextCondition:
+        """Condition of every caption, on the CPU. The pooled vector is the scaled mean of the words."""
+        states = np.zeros((len(captions), self.length, self.width), dtype=np.float32)
+        mask = np.zeros((len(captions), self.length), dtype=bool)
+        pooled = np.zeros((len(captions), self.width), dtype=np.float32)
+        for row, caption in enumerate(captions):
+            words = [*self.words(caption)[: self.length - 1], "</s>"]  # the end mark also stands for the empty caption
+            vectors = np.stack([self._vector(word) for word in words])
+            states[row, : len(words)], mask[row, : len(words)] = vectors, True
+            pooled[row] = vectors.sum(0) / math.sqrt(len(words))
+        return TextCondition(torch.from_numpy(states), torch.from_numpy(mask), torch.from_numpy(pooled))
+
+    @staticmethod
+    def words(caption: str) -> list[str]:
+        """Lower-case words; each Chinese, Japanese or Korean sign is a word."""
+        return _WORD.findall(unicodedata.normalize("NFKC", caption).lower())
+
+    def _vector(self, word: str) -> np.ndarray:
+        if word not in self._words:
+            text = b"<" + word.encode() + b">"
+            grams = [text[start : start + size] for size in (3, 4) for start in range(len(text) - size + 1)]
+            total = self._gram(text) + sum((self._gram(gram) for gram in grams), np.zeros(self.width)) / math.sqrt(
+                max(len(grams), 1)
+            )
+            self._words[word] = (total * math.sqrt(self.width) / np.linalg.norm(total)).astype(np.float32)
+        return self._words[word]
+
+    def _gram(self, gram: bytes) -> np.ndarray:
+        return np.random.Generator(np.random.PCG64(zlib.crc32(gram))).standard_normal(self.width)
+
+
+def make_text_encoder(config: Config) -> nn.Module | None:
+    """The encoder that the settings name; None for a model that reads no text. Refuses a width that the model does
+    not expect.
+    """
+    text, model = config.text, config.model
+    if model.text_conditioning == "none":
+        return None
+    if text.type == "hash":
+        return HashTextEncoder(width=model.text_dim, length=model.text_len)
+    encoder = _clip(text, model.text_len)
+    if encoder.width != model.text_dim:
+        raise UserError(
+            f"text.pretrained_model_name {text.pretrained_model_name} has states of width {encoder.width}, "
+            "model.text_dim is "
+            f"{model.text_dim}; set --set model.text_dim={encoder.width}"
+        )
+    return encoder
+
+
+def _clip(text: TextConfig, length: int) -> TextEncoder:
+    return TextEncoder(text.pretrained_model_name, length=length, local_files_only=text.local_files_only)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]
