@@ -111,6 +111,7 @@ class RunSection(Section):
     dry_run: bool = setting(False, "print the plan (parameters, FLOPs, memory, communication, time) and stop")
     world_size: int | None = setting(None, "ranks to plan for; null: the ranks of this launch", ge=1)
     gpu: str | None = setting(None, "GPU to plan for, such as a100, h100, h200, 4090; null: a100")
+    plan_table: bool = setting(False, "with dry_run: a table over strategies, micro-batches and up to world_size GPUs")
     time_limit_minutes: float | None = setting(None, "save and stop after this many minutes", gt=0)
     timeout_minutes: float = setting(10.0, "longest wait of one rank for the others, minutes", gt=0)
     tensorboard: bool = setting(False, "write TensorBoard event files beside metrics.jsonl")

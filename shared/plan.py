@@ -87,6 +87,7 @@ class Plan:
     accumulation: int
     measured: Measured
     frozen_parts: list[FrozenPart]
+    cpu_offload: bool = False
     memory: dict[str, int] = field(default_factory=dict)
     traffic_bytes: int = 0
     checkpoint_bytes: int = 0
@@ -247,6 +248,7 @@ def make_plan(
         accumulation_steps(training, world),
         measured,
         frozen_parts or [],
+        run.cpu_offload,
     )
     plan.memory = _memory(plan, has_ema=training.ema_decay > 0)
     plan.traffic_bytes = _traffic(plan)
@@ -282,6 +284,9 @@ def _memory(plan: Plan, has_ema: bool) -> dict[str, int]:
         "activations": activations,
         "frozen encoders": sum(part.bytes for part in plan.frozen_parts),
     }
+    if plan.cpu_offload:  # these stay in host memory
+        for name in ("weights", "gradients", "Adam moments", "moving average"):
+            parts[name] = 0
     return {name: math.ceil(value) for name, value in parts.items() if value}
 
 
