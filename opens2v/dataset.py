@@ -140,7 +140,7 @@ class OpenS2VAdapterDataset(Dataset):
         background = (
             self._background(position, key, entry) if options.load_background or options.recolour_probability else None
         )
-        frames = self._frames(position, entry, indices)
+        frames = self._frames(position, entry, indices) if options.load_frames else None
         chosen = []
         if options.load_subjects:
             kept = self.filter.apply(self._subjects(position, key, entry), entry.get("word_tags") or {})
@@ -153,12 +153,9 @@ class OpenS2VAdapterDataset(Dataset):
         if options.generic_caption_probability and rng.random() < options.generic_caption_probability:
             for record in entry["annotation"]["mask_map"].values():
                 caption = generic_caption(caption, record["class_name"])
-        item = {
-            "key": key,
-            "prompts": caption,
-            "frames": cover_resize(frames, *self.size),
-            "frame_indices": torch.tensor(indices),
-        }
+        item = {"key": key, "prompts": caption, "frame_indices": torch.tensor(indices)}
+        if frames is not None:
+            item["frames"] = cover_resize(frames, *self.size)
         if options.load_subjects:
             item |= self._references(chosen, images, rng)
         item["meta"] = {
@@ -334,7 +331,7 @@ def collate_opens2v_batch(items: list[dict[str, Any] | None]) -> dict[str, Any]:
 
 def create_dataset(data: Mapping[str, Any], **changes: Any) -> MultiPartOpenS2VAdapterDataset:
     """The data set of a `data` section (DataConfig, or a mapping with its names)."""
-    names = {field.name for field in fields(SampleOptions)} - {"seed", "time_range", "load_subjects"}
+    names = {field.name for field in fields(SampleOptions)} - {"seed", "time_range", "load_subjects", "load_frames"}
     settings = {name: data[name] for name in names if name in data}
     settings |= {
         "num_frames": data["num_pixel_frames"] if "num_pixel_frames" in data else data["num_training_frames"],

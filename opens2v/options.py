@@ -26,6 +26,7 @@ class SampleOptions:
     strict: bool = False
     load_background: bool = False
     load_subjects: bool = True
+    load_frames: bool = True
     cross_min_similarity: float = 0.6
     cross_max_similarity: float = 0.98
     recolour_probability: float = 0.0

@@ -1,0 +1,169 @@
+"""The objective: flow matching of clips with subject pictures, and of clips alone for the small base.
+
+Noise, timesteps and dropped conditions are keyed by (seed, step, slot): one rank and many ranks train alike.
+"""
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from opens2v.causal import causal_frame_mask, frame_blocks
+from opens2v.conditions import Conditions, Encoders
+from opens2v.config import Config
+from opens2v.scheduler import FlowMatchScheduler, velocity_of
+from shared.flow import sample_times
+from shared.rng import keyed_rand, keyed_randn
+
+_NOISE, _TIMES, _DROPS, _CONTEXT_NOISE, _CONTEXT_TIMES = 511, 512, 513, 514, 515  # random streams
+_SILENT_STEPS = 100  # steps after which reference layers that are still zero are a fault
+
+
+class RefImageFlowMatching:
+    """losses(model, batches, step) of the generator with subject pictures."""
+
+    def __init__(self, config: Config, encoders: Encoders, *, with_references: bool = True):
+        self.config, self.encoders, self.with_references = config, encoders, with_references
+        self.scheduler = FlowMatchScheduler(
+            config.training.timestep_shift, num_train_timesteps=config.training.num_train_timestep
+        )
+
+    def losses(self, model: Any, batches: list[dict], step: int) -> Iterator[tuple[Tensor, dict]]:
+        """One pre-weighted loss per micro-batch: mean over samples and frames of weight(t) * mean square of v - target."""
+        training = self.config.training
+        if training.gc_interval and step % training.gc_interval == 0:
+            gc.collect()
+        for micro, batch in enumerate(batches):
+            slots = batch["slot"]
+            conditions = self._dropped(self._conditions(batch), step, slots)
+            clean = conditions.latents_BCFhw
+            noise = keyed_randn(clean.shape[1:], key=(self.config.run.seed, _NOISE, step), slots=slots)
+            timestep = self.draw_timesteps(clean.shape[2], step, slots)
+            error_BF, weight = self.errors(model, conditions, clean, noise, timestep, step, slots)
+            weighted = error_BF * weight
+            extra: dict[str, Any] = {
+                "velocity_error": error_BF.mean(),
+                "loss_by_t": (
+                    timestep.reshape(len(clean), -1).mean(1) / self.scheduler.num_train_timesteps,
+                    error_BF.mean(1),
+                ),
+            }
+            is_last = micro == len(batches) - 1
+            if self.with_references and is_last and (step + 1) % training.logging_steps == 0:
+                extra |= reference_strength(model.module, step)
+            yield weighted.mean() / len(batches), extra
+
+    def errors(
+        self,
+        model: Any,
+        conditions: Conditions,
+        clean: Tensor,
+        noise: Tensor,
+        timestep: Tensor,
+        step: int,
+        slots: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Squared velocity error by sample and frame (B, F), and its weight (B, 1) or (B, F)."""
+        settings, sigma = self.config.model, self.scheduler.sigma_of(timestep)
+        noisy = self.scheduler.add_noise(clean, noise, timestep)
+        arguments: dict[str, Any] = conditions.reference() if self.with_references else {}
+        if settings.causal:
+            arguments["frame_mask"] = self.frame_mask(clean.shape[2])
+        if settings.teacher_forcing:
+            arguments |= self._context(clean, step, slots)
+        output = model(noisy, timestep, conditions.text_BRD, return_dict=False, **arguments)[0]
+        velocity = velocity_of(output.float(), noisy, sigma, settings.prediction)
+        error_BF = (velocity - self.scheduler.target(clean, noise)).square().mean((1, 3, 4))
+        weight = (
+            self.scheduler.weight_of(timestep)
+            if self.config.training.loss_weighting == "gaussian"
+            else torch.ones_like(sigma)
+        )
+        return error_BF, weight.reshape(len(clean), -1)
+
+    def frame_mask(self, frames: int) -> Tensor:
+        """The causal mask of this configuration."""
+        settings = self.config.model
+        return causal_frame_mask(
+            frames, settings.num_frame_per_block, independent_first_frame=settings.independent_first_frame,
+            local_window=settings.local_attn_size, teacher_forcing=settings.teacher_forcing,
+        )  # fmt: skip
+
+    def draw_timesteps(self, frames: int, step: int, slots: Tensor) -> Tensor:
+        """Timesteps of the table, float32: (B,), or (B, F) equal inside each causal block."""
+        settings, count = self.config.model, 1
+        if settings.causal:
+            lengths = frame_blocks(frames, settings.num_frame_per_block, settings.independent_first_frame)
+            count = len(lengths)
+        uniform_BK = keyed_rand((count,), key=(self.config.run.seed, _TIMES, step), slots=slots)
+        times_BK = sample_times(self.config.training.timestep_sampling, uniform_BK)
+        entries = self.scheduler.num_train_timesteps
+        index_BK = (times_BK * entries).long().clamp(max=entries - 1)
+        timestep_BK = self.scheduler.timesteps.to(slots.device)[index_BK]
+        if not settings.causal:
+            return timestep_BK[:, 0]
+        return timestep_BK.repeat_interleave(torch.tensor(lengths, device=slots.device), 1)
+
+    def _context(self, clean: Tensor, step: int, slots: Tensor) -> dict[str, Tensor]:
+        """Teacher forcing's clean frames, on wish a little noisy, and their timesteps."""
+        limit, key = self.config.model.noise_augmentation_max_timestep, self.config.run.seed
+        if limit == 0:
+            return {
+                "clean_hidden_states": clean,
+                "clean_timestep": torch.zeros(clean.shape[0], clean.shape[2], device=clean.device),
+            }
+        timestep = keyed_rand((1,), key=(key, _CONTEXT_TIMES, step), slots=slots).expand(-1, clean.shape[2]) * limit
+        noise = keyed_randn(clean.shape[1:], key=(key, _CONTEXT_NOISE, step), slots=slots)
+        return {"clean_hidden_states": self.scheduler.add_noise(clean, noise, timestep), "clean_timestep": timestep}
+
+    def _conditions(self, batch: dict) -> Conditions:
+        if self.with_references:
+            return self.encoders.conditions(batch)
+        frames = batch["frames"].to(self.encoders.device)
+        empty = torch.zeros(len(frames), 0, device=frames.device)
+        return Conditions(
+            self.encoders.codec.encode(frames), self.encoders.encode_text(batch["prompts"]), None, empty, empty
+        )
+
+    def _dropped(self, conditions: Conditions, step: int, slots: Tensor) -> Conditions:
+        """Leave out text, subject or both, per sample; the three exclude one another."""
+        training = self.config.training
+        draw_B = keyed_rand((1,), key=(self.config.run.seed, _DROPS, step), slots=slots)[:, 0]
+        text_end = training.p_drop_text
+        both_end = text_end + training.p_drop_both
+        if both_end > 0:
+            conditions = conditions.without_text(self.encoders.null_text(), draw_B < both_end)
+        if self.with_references:
+            conditions = conditions.without_subject((draw_B >= text_end) & (draw_B < both_end + training.p_drop_ref))
+        return conditions
+
+
+def reference_strength(module: nn.Module, step: int) -> dict[str, float]:
+    """Mean |gate_clip| and the norm of the v_vae weights; both zero after 100 steps means that nothing arrives."""
+    gates, squares, seen = [], 0.0, False
+    for name, parameter in module.named_parameters():
+        if not name.endswith(("gate_clip", "v_vae.weight")) or hasattr(
+            parameter, "ds_tensor"
+        ):  # zero3 holds only shards
+            continue
+        value = parameter.detach()
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        seen = True
+        if name.endswith("gate_clip"):
+            gates.append(value.abs().mean().item())
+        else:
+            squares += value.float().square().sum().item()
+    if not seen:
+        return {}
+    found = {"v_vae_norm": squares**0.5}
+    if gates:
+        found["gate_clip"] = sum(gates) / len(gates)
+    if step >= _SILENT_STEPS and not any(found.values()):
+        print(
+            f"warning: step {step + 1}: gate_clip and v_vae are still exactly 0; the reference modules do not learn",
+            flush=True,
+        )
+    return found

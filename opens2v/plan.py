@@ -1,0 +1,104 @@
+"""The dry run: the full-size preset, built and run symbolically, without memory for a single weight."""
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from opens2v.base import latent_shape, prepare_generator, transformer_settings
+from opens2v.conditions import clip_token_width
+from opens2v.config import Config, pixel_frames
+from opens2v.model import RefWanBlock, RefWanTransformer3DModel
+from opens2v.objective import RefImageFlowMatching
+from shared.plan import FrozenPart, Plan, describe, make_plan, measure
+
+CLIP_PARAMETERS, CLIP_TOKENS = 630_766_080, 257
+UMT5_PARAMETERS, UMT5_EMBEDDING = 5_680_910_336, 256_384 * 4096
+VAE_PARAMETERS = 126_892_531
+VAE_WORKSPACE = 2_000_000_000  # bytes; an estimate of the largest feature maps while a clip is encoded
+
+
+def build_plan(config: Config) -> Plan:
+    """Measure one micro-step of the generator and lay out memory, traffic and time."""
+    precision = config.run.precision or "bf16"
+
+    def build() -> nn.Module:
+        model = RefWanTransformer3DModel(**transformer_settings(config))
+        prepare_generator(config, model)
+        return model
+
+    def step(model: nn.Module) -> Tensor:
+        return symbolic_loss(config, model)
+
+    measured = measure(build, step, precision, (RefWanBlock,))
+    return make_plan(
+        f"opens2v, {pixel_frames(config)} frames of {config.data.pixel_height} x {config.data.pixel_width}, "
+        f"checkpointing {'on' if config.training.gradient_checkpointing else 'off'}",
+        measured,
+        run=config.run,
+        training=config.training,
+        frozen_parts=frozen_parts(config),
+    )
+
+
+def symbolic_loss(config: Config, model: nn.Module) -> Tensor:
+    """The training forward on inputs of the right shapes."""
+    batch, slots, data = config.training.batch_size, config.data.max_subjects_per_sample, config.data
+    channels, frames, height, width = latent_shape(config, pixel_frames(config), data.pixel_height, data.pixel_width)
+    ref_height, ref_width = latent_shape(config, 1, data.ref_height, data.ref_width)[2:]
+    latents = torch.randn(batch, channels, frames, height, width)
+    arguments: dict[str, Tensor] = {}
+    if config.model.causal:
+        arguments["frame_mask"] = RefImageFlowMatching(config, None).frame_mask(frames)
+    if config.model.teacher_forcing:
+        arguments["clean_hidden_states"] = latents
+    timestep = torch.rand(batch, frames) if config.model.causal else torch.rand(batch)
+    clip_tokens = CLIP_TOKENS if config.model.image_encoder == "clip" else 17
+    clip = None if config.model.clip_path == "off" else torch.randn(batch, slots, clip_tokens, clip_token_width(config))
+    output = model(
+        latents,
+        timestep * 1000,
+        torch.randn(batch, config.model.text_rows, config.model.text_dim),
+        ref_clip=clip,
+        ref_latents=torch.randn(batch, slots, channels, ref_height, ref_width),
+        ref_mask=torch.ones(batch, slots, dtype=torch.bool),
+        return_dict=False,
+        **arguments,
+    )[0]
+    return (output.float() - latents).square().mean()
+
+
+def frozen_parts(config: Config) -> list[FrozenPart]:
+    """The encoders that run beside the generator on the device; cached ones do not."""
+    model, data, batch = config.model, config.data, config.training.batch_size
+    parts = []
+    if model.codec == "wan":
+        flops = batch * vae_encode_flops(pixel_frames(config), data.pixel_height, data.pixel_width)
+        flops = 0.0 if data.use_cached_latents else flops
+        parts.append(
+            FrozenPart("Wan VAE, fp32, with workspace", VAE_PARAMETERS, 4 * VAE_PARAMETERS + VAE_WORKSPACE, flops)
+        )
+    if model.image_encoder == "clip" and model.clip_path != "off" and not data.use_cached_clip:
+        flops = 2.0 * CLIP_PARAMETERS * CLIP_TOKENS * batch * data.max_subjects_per_sample
+        parts.append(FrozenPart("CLIP ViT-H/14, bf16", CLIP_PARAMETERS, 2 * CLIP_PARAMETERS, flops))
+    if model.text_encoder == "umt5" and not data.use_cached_text and not model.text_encoder_cpu_offload:
+        flops = 2.0 * (UMT5_PARAMETERS - UMT5_EMBEDDING) * model.text_rows * batch
+        parts.append(FrozenPart("UMT5-XXL encoder, bf16", UMT5_PARAMETERS, 2 * UMT5_PARAMETERS, flops))
+    return parts
+
+
+def vae_encode_flops(frames: int, height: int, width: int) -> float:
+    """FLOPs of encoding one clip with Wan's VAE, counted on fake tensors."""
+    from diffusers import AutoencoderKLWan
+
+    with FakeTensorMode(), torch.no_grad():
+        vae = AutoencoderKLWan()
+        counter = FlopCounterMode(display=False)
+        with counter:
+            vae.encode(torch.empty(1, 3, frames, height, width))
+        return float(counter.get_total_flops())
+
+
+def print_plan(config: Config) -> None:
+    """Write the plan to the console."""
+    print(describe(build_plan(config)))

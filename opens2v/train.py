@@ -1,0 +1,224 @@
+"""Train the reference modules of OpenS2V on a frozen text-to-video base.
+
+    python opens2v/train.py --config small                     two CPU cores, shipped data, minutes
+    torchrun --nproc_per_node=8 opens2v/train.py --config_path opens2v/configs/80gb.yaml --logdir outputs/opens2v
+    python opens2v/train.py --config default --dry-run         the plan of a preset, without a GPU
+
+The same command again goes on from the newest checkpoint; --no-auto-resume starts anew.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from opens2v.config import PRESETS, SAMPLE_DATA, Config
+from shared.config import load_config, load_saved
+from shared.errors import UserError, command
+
+if TYPE_CHECKING:
+    from shared.dist import DistInfo
+    from shared.loop import FitResult
+
+
+def parse(argv: list[str] | None) -> Config:
+    """The configuration of a command line in this project's form or the guide's."""
+    config = load_config(
+        Config,
+        presets=PRESETS,
+        argv=guide_arguments(sys.argv[1:] if argv is None else list(argv)),
+        default="small",
+        description=__doc__,
+        aliases={"--config_path": "--config"},
+    )
+    if not config.data.json_paths:
+        config.data = config.data.model_copy(update=sample_paths())
+    if not config.run.auto_resume:
+        config.run.resume = "none"
+    if config.run.disable_wandb:
+        config.run.wandb = False
+    return config
+
+
+def guide_arguments(argv: list[str]) -> list[str]:
+    """The guide's forms `--set a=1 b=2` and `--set opens2v.key=value` as this project's: one --set each, section `data`.
+
+    --train_refimg's predecessor flag names need no change: every setting has both spellings.
+    """
+    result, in_set = [], False
+    for text in argv:
+        if text.startswith("--"):
+            in_set = text == "--set"
+        elif in_set:
+            if result[-1] != "--set":
+                result.append("--set")
+            if text.startswith("opens2v."):
+                text = f"data.{text.removeprefix('opens2v.')}"
+        result.append(text)
+    return result
+
+
+def sample_paths() -> dict[str, list[str]]:
+    """The data that ships with the repository."""
+    return {
+        "json_paths": [str(SAMPLE_DATA / "step5/merge_final_json/dataset1.json")],
+        "video_base_paths": [str(SAMPLE_DATA / "step0/videos/dataset1")],
+        "background_base_paths": [str(SAMPLE_DATA / "step5/final_output/dataset1/foreground")],
+    }
+
+
+def with_drawn_seed(config: Config, info: "DistInfo") -> Config:
+    """Seed 0 stands for a drawn one: that of the run in the output folder, or a new one from rank 0."""
+    from shared.dist import from_main
+
+    if config.run.seed != 0:
+        return config
+    saved, seed = Path(config.run.output_dir) / "config.yaml", None
+    if info.is_main:
+        import secrets
+
+        resumes = saved.exists() and config.run.resume != "none"
+        seed = load_saved(Config, saved).run.seed if resumes else 1 + secrets.randbelow(2**31 - 1)
+        print(f"seed {seed} ({'of the run that is resumed' if resumes else 'drawn'})", flush=True)
+    config.run.seed = from_main(seed)
+    return config
+
+
+def check_inputs(config: Config) -> None:
+    """UserError for paths that are not there, before anything is loaded."""
+    model = config.model
+    for name, path in (
+        ("generator_ckpt", model.generator_ckpt),
+        ("base_model_path", model.base_model_path if model.codec == "wan" or model.text_encoder == "umt5" else None),
+        *(("val_ref_images", path) for path in config.training.val_ref_images),
+    ):
+        if path is not None and not Path(path).exists():
+            raise UserError(f"{name} {path}: not found; check the path")
+    if model.generator_ckpt is None and config.training.base_steps == 0:
+        raise UserError(
+            "generator_ckpt is not set; give the folder or file of Wan2.1-T2V-1.3B (--generator-ckpt), or train a small "
+            "base first (--config small)"
+        )
+    if model.codec == "wan" and model.base_model_path is None:
+        raise UserError("base_model_path is not set; give the folder Wan2.1-T2V-1.3B-Diffusers (--base-model-path)")
+
+
+class OpenS2VTrainer:
+    """Holds the models and settings of a run; train() hands the functions to the shared loop.
+
+    config: a Config. info: the rank's place, by default that of torchrun's environment, or alone.
+    """
+
+    def __init__(self, config: Config, info: "DistInfo | None" = None):
+        from opens2v.base import ensure_base, load_generator
+        from opens2v.cache import with_cached_features
+        from opens2v.conditions import load_encoders
+        from opens2v.dataset import create_dataset
+        from opens2v.objective import RefImageFlowMatching
+        from opens2v.preview import Preview
+        from shared.dist import init_distributed
+
+        check_inputs(config)
+        self.info = info or init_distributed(config.run.device, config.run.timeout_minutes * 60)
+        self.config = config = with_drawn_seed(config, self.info)
+        dataset = create_dataset(
+            config.data,
+            seed=config.run.seed,
+            time_range=(0.0, config.data.train_share),
+            load_frames=not config.data.use_cached_latents,
+        )
+        self.dataset = with_cached_features(dataset, config)
+        self.base = ensure_base(config, self.info)
+        self.encoders = load_encoders(config, self.base.parent)
+        self.model, self.trainable = load_generator(config, self.base)
+        self.encoders.to(self.info.device)
+        self.objective = RefImageFlowMatching(config, self.encoders)
+        self.preview = Preview(config, self.encoders, self.objective.scheduler, self.info)
+
+    @property
+    def generator(self) -> Any:
+        """The transformer, under the guide's name: generator.load_state_dict(checkpoint["generator"], strict=False)."""
+        return self.model
+
+    def train(self) -> "FitResult":
+        """Run the loop to the planned step, or on from the newest checkpoint."""
+        from opens2v.dataset import collate_opens2v_batch
+        from opens2v.model import RefWanBlock
+        from shared.config import accumulation_steps
+        from shared.data import BatchPlan, MapStream
+        from shared.loop import fit
+
+        config, training, info = self.config, self.config.training, self.info
+        if info.is_main:
+            print(self.trainable, flush=True)
+        accumulation = accumulation_steps(training, info.world)
+        plan = BatchPlan(
+            len(self.dataset), training.batch_size, info.world, accumulation, config.run.seed, drop_last=False
+        )
+        stream = MapStream(
+            self.dataset,
+            plan,
+            info,
+            collate=collate_opens2v_batch,
+            num_workers=training.num_workers,
+            prefetch_factor=training.prefetch_factor,
+            bad_samples=Path(config.run.output_dir) / "bad_samples.jsonl",
+        )
+        return fit(
+            config=config,
+            info=info,
+            model=self.model,
+            stream=stream,
+            losses=self.objective.losses,
+            validate=self.preview.validate,
+            sample=self.preview.sample if config.run.visualize else None,
+            groups=self.groups(),
+            wrap_classes=(RefWanBlock,),
+            export=self.export,
+            checkpoint_name="checkpoint_opens2v_{step:06d}",
+            title="opens2v",
+        )
+
+    def groups(self) -> list[dict]:
+        """Matrices with weight decay, vectors and gates without, LoRA at its own learning rate."""
+        from shared.optim import decay_groups
+
+        training, adapter, scales = self.config.training, self.config.adapter, {}
+        if adapter is not None and adapter.adapter_lr is not None:
+            factor = adapter.adapter_lr / training.learning_rate
+            scales = {name: factor for name, _ in self.model.named_parameters() if "lora_" in name}
+        return decay_groups(self.model, training.weight_decay, scales)
+
+    def export(self, folder: Path, weights: dict, ema: dict | None) -> None:
+        """The guide's model.pt beside the canonical files: generator, generator_lora, generator_ema, step, format."""
+        import json
+
+        import torch
+
+        from opens2v.export import legacy_checkpoint
+
+        step = int(folder.name.split("checkpoint_opens2v_")[1][:6]) if "checkpoint_opens2v_" in folder.name else None
+        step = step if step is not None else json.loads((folder / "trainer.json").read_text())["run_state"]["step"]
+        state = legacy_checkpoint(self.config, self.model, weights, ema, step)
+        torch.save(state, folder / "model.pt")
+
+
+@command
+def main(argv: list[str] | None = None) -> "FitResult | None":
+    config = parse(argv)
+    if config.run.dry_run:
+        from opens2v.plan import print_plan
+
+        print_plan(config)
+        return None
+    from shared.dist import shutdown
+
+    result = OpenS2VTrainer(config).train()
+    shutdown()
+    return result
+
+
+if __name__ == "__main__":
+    main()
