@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,11 @@ import torch
 from PIL import Image
 
 from bagel.generation import Guidance
+from bagel.images import load_image
 from bagel.inferencer import InterleaveInferencer
+from bagel.layout import transforms_of
 from bagel.packing import Draws, Dropout, PackBuilder
+from bagel.records import keyed_draw, steps_of
 from shared.data import to_device
 from shared.dist import sum_over_ranks
 from shared.rng import keyed_generator
@@ -57,47 +61,65 @@ def held_out_losses(trainer: "UnifiedTrainer", model: Any) -> dict[str, float]:
     return {"loss": training.text_loss_weight * text + training.image_loss_weight * image, "text_loss": text, "image_loss": image}
 
 
+@dataclass(frozen=True)
+class Conversation:
+    """What is given to the model in one record, and what it should answer or draw."""
+
+    inputs: list[Any]           # texts and pictures
+    answer: str = ""
+    picture: Image.Image | None = None
+    size: tuple[int, int] = (0, 0)      # (height, width) of the picture to draw
+
+
+def conversations(dataset: "UnifiedGenerationDataset", most: int) -> tuple[list[Conversation], list[Conversation]]:
+    """(records that begin with texts and then draw a picture; records that answer about pictures), at most `most` of each."""
+    prompts: list[Conversation] = []
+    questions: list[Conversation] = []
+    for index, record in enumerate(dataset.records):
+        steps = steps_of(record.value, record.kind, keyed_draw(keyed_generator(0)))
+        first = next(number for number, step in enumerate(steps) if step.target)
+        given, target = steps[:first], steps[first]
+        load = [step.text if step.image is None else _load(record, step.image) for step in given] if _wanted(
+            given, target, len(prompts) < most, len(questions) < most) else None
+        if load and target.image is not None:
+            size = next(item.size for item in dataset.plan(index, 0) if item.type == "vae_image")
+            prompts.append(Conversation(load, picture=_load(record, target.image), size=size))
+        elif load:
+            questions.append(Conversation(load, answer=target.text))
+    return prompts, questions
+
+
+def _wanted(given: list[Any], target: Any, prompts: bool, questions: bool) -> bool:
+    if target.image is not None:
+        return prompts and bool(given) and all(step.image is None for step in given)
+    return questions and any(step.image is not None for step in given)
+
+
+def _load(record: Any, name: str) -> Image.Image:
+    return load_image(record.source.picture(name))
+
+
 def write_samples(trainer: "UnifiedTrainer", model: Any, step: int, folder: Path, *, most: int = 8) -> None:
     """step_N.png: one picture a prompt; step_N.json: prompts, and questions with the model's and the true answers."""
-    from bagel.layout import transforms_of
     dataset = trainer.val_set or trainer.train_set
     transforms = transforms_of(trainer.config.data, trainer.model.config)
     inferencer = InterleaveInferencer(model, trainer.autoencoder, trainer.tokenizer, *transforms, trainer.tokenizer.special)
     prompts, questions = conversations(dataset, most)
-    height, width = next((size for _, size in prompts), (0, 0))
-    written: dict[str, Any] = {"step": step, "prompts": [inputs[-1] for inputs, _ in prompts], "answers": []}
+    written: dict[str, Any] = {"step": step, "prompts": [case.inputs[-1] for case in prompts], "answers": []}
     pictures: list[Image.Image] = []
     if prompts:
-        pictures = inferencer.generate_batch([inputs for inputs, _ in prompts], guidance=Guidance(num_timesteps=25, cfg_text_scale=3.0),
-                                             image_shapes=(height, width))
+        prompts = [case for case in prompts if case.size == prompts[0].size]
+        pictures = inferencer.generate_batch([case.inputs for case in prompts], image_shapes=prompts[0].size,
+                                             guidance=Guidance(num_timesteps=25, cfg_text_scale=3.0, cfg_img_scale=1.0))
     if questions:
-        answers = inferencer.generate_batch([inputs for inputs, _ in questions], understanding_output=True, max_length=64)
-        written["answers"] = [{"question": inputs[-1] if isinstance(inputs[-1], str) else "", "answer": answer, "true": true}
-                              for (inputs, true), answer in zip(questions, answers, strict=True)]
+        answers = inferencer.generate_batch([case.inputs for case in questions], understanding_output=True, max_length=64)
+        written["answers"] = [{"answer": answer, "true": case.answer} for case, answer in zip(questions, answers, strict=True)]
     if not trainer.info.is_main:
         return
     folder.mkdir(parents=True, exist_ok=True)
     if pictures:
-        grid(pictures, columns=4, scale=max(1, 128 // max(height, width))).save(folder / f"step_{step}.png")
+        grid(pictures, columns=4, scale=max(1, 128 // max(prompts[0].size))).save(folder / f"step_{step}.png")
     (folder / f"step_{step}.json").write_text(json.dumps(written, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-
-
-def conversations(dataset: "UnifiedGenerationDataset", most: int) -> tuple[list[tuple[list, tuple[int, int]]], list[tuple[list, str]]]:
-    """(inputs, size) of records that begin with texts and then draw a picture; (inputs, answer) of records that answer about a picture."""
-    from bagel.images import load_image
-    from bagel.records import keyed_draw, steps_of
-    prompts, questions = [], []
-    for index, record in enumerate(dataset.records):
-        steps = steps_of(record.value, record.kind, keyed_draw(keyed_generator(0)))
-        first = next(number for number, step in enumerate(steps) if step.target)
-        given = steps[:first]
-        if steps[first].image is not None and given and all(step.text is not None for step in given) and len(prompts) < most:
-            size = next(item.size for item in dataset.plan(index, 0) if item.type == "vae_image")
-            prompts.append(([step.text for step in given], size))
-        elif steps[first].text is not None and any(step.image is not None for step in given) and len(questions) < most:
-            inputs = [step.text if step.image is None else load_image(record.source.picture(step.image)) for step in given]
-            questions.append((inputs, steps[first].text))
-    return prompts, questions
 
 
 def grid(pictures: list[Image.Image], *, columns: int, scale: int = 1) -> Image.Image:
