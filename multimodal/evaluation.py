@@ -123,12 +123,15 @@ def _encode_texts(encode: Encode, tokenizer: TextTokenizer, kind: Kind, texts: l
     return [{"index": index, "embedding": embedding} for index, embedding in zip(indices, embeddings, strict=True)]
 
 
-def measure(split: Split, *, loss_kind: str, scale: float, bias: float) -> dict[str, float]:
-    """Retrieval both ways, the chance level, the contrastive loss in chunks of 256 pairs, and classification where there are labels."""
+def measure(split: Split, *, loss_kind: str, scale: float, bias: float, brief: bool = False) -> dict[str, float]:
+    """Retrieval both ways, the chance level, the contrastive loss in chunks of 256 pairs, and classification where there are labels.
+
+    brief: of the retrieval only R@1 and R@10.
+    """
     found: dict[str, float] = {}
     if split.captions_CE is not None:
         for direction, values in retrieval(split.items_IE, split.captions_CE, split.owners).items():
-            found |= {f"{split.kind}_{direction}_{name}": value for name, value in values.items()}
+            found |= {f"{split.kind}_{direction}_{name}": value for name, value in values.items() if not brief or name in ("R@1", "R@10")}
         found[f"{split.kind}_chance_R@10"] = chance_recall(len(split.items_IE), 10)
         pairs = split.captions_CE[split.first_captions]
         losses, sizes = [], []

@@ -241,7 +241,7 @@ class Trainer:
                 name = "logit_scale" if kind == "image" else "audio_logit_scale"
                 scales = scales or _scalars(model, dataset, kind, self.info)
                 measured = measure(split, loss_kind=self.config.training.contrastive_loss, scale=scales[name],
-                                   bias=scales[name.replace("scale", "bias")])
+                                   bias=scales[name.replace("scale", "bias")], brief=True)
                 found |= measured
         parts = [value for name, value in found.items() if name.endswith("_loss")]
         loss = sum(parts)

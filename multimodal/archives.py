@@ -1,0 +1,162 @@
+"""Unpacking zip, tar and 7z archives that nobody has to trust: nothing lands outside the folder, nothing is overwritten."""
+
+import importlib.util
+import os
+import shutil
+import stat
+import subprocess
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import IO
+
+BLOCK = 1 << 20
+MAX_GROWTH = 3  # an archive may unpack to so many times its expected size
+
+
+class ArchiveError(Exception):
+    """An archive that is damaged, dangerous or too large."""
+
+
+def unpack(archive: Path, folder: Path, *, expected_bytes: int) -> dict[str, int]:
+    """Unpack into `folder`; returns the number of files under each top entry.
+
+    Everything is unpacked into a sibling folder first and renamed into place, so an interrupted run leaves nothing half-done.
+    Raises ArchiveError for absolute paths, `..`, drive letters, links, devices, and more than three times expected_bytes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / f".unpack-{archive.name}-{os.getpid()}"
+    for left in folder.glob(f".unpack-{archive.name}-*"):
+        shutil.rmtree(left)
+    aside.mkdir()
+    try:
+        limit = MAX_GROWTH * expected_bytes
+        if archive.suffix == ".7z":
+            _unpack_7z(archive, aside, limit)
+        else:
+            for name, size, stream in _members(archive):
+                limit = _write_member(archive, aside, name, size, stream, limit)
+        _refuse_links(archive, aside)
+        counts = {top.name: count_files(top) for top in sorted(aside.iterdir())}
+        for top in sorted(aside.iterdir()):
+            _move_into(top, folder / top.name)
+        return counts
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, NotImplementedError, RuntimeError) as error:
+        raise ArchiveError(f"{archive}: damaged ({error}); delete it and run the same command again") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def count_files(path: Path) -> int:
+    """Files at or below a path."""
+    return 1 if path.is_file() else sum(len(files) for _, _, files in os.walk(path))
+
+
+def safe_name(archive: Path, name: str) -> PurePosixPath:
+    """A member's relative path; ArchiveError when it could leave the folder."""
+    path = PurePosixPath(name)
+    windows = PureWindowsPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or windows.drive or windows.root or "\\" in name or "\0" in name:
+        raise ArchiveError(f"{archive}: member {name!r} points outside the folder; nothing was unpacked")
+    return path
+
+
+def _members(archive: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
+    """(name, size, stream) of every file; all names are checked before the first is unpacked."""
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as opened:
+            for info in opened.infolist():
+                safe_name(archive, info.filename)
+                kind = stat.S_IFMT(info.external_attr >> 16)
+                if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+                    raise ArchiveError(f"{archive}: member {info.filename!r} is a link or a device; nothing was unpacked")
+            for info in opened.infolist():
+                if not info.is_dir():
+                    with opened.open(info) as stream:
+                        yield info.filename, info.file_size, stream
+        return
+    with tarfile.open(archive) as opened:
+        for member in opened:
+            safe_name(archive, member.name)
+            if not (member.isfile() or member.isdir()):
+                raise ArchiveError(f"{archive}: member {member.name!r} is a link or a device; nothing was unpacked")
+        for member in opened:
+            if member.isfile():
+                yield member.name, member.size, opened.extractfile(member)
+
+
+def _write_member(archive: Path, aside: Path, name: str, size: int, stream: IO[bytes], limit: int) -> int:
+    """Write one file and return what is left of the limit; the bytes that really come are counted, not those promised."""
+    if size > limit:
+        raise ArchiveError(f"{archive}: unpacks to more than {MAX_GROWTH} times its expected size; nothing was unpacked")
+    target = aside / safe_name(archive, name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target, "wb") as file:
+        while block := stream.read(BLOCK):
+            limit -= len(block)
+            if limit < 0:
+                raise ArchiveError(f"{archive}: unpacks to more than {MAX_GROWTH} times its expected size; nothing was unpacked")
+            file.write(block)
+    return limit
+
+
+def _unpack_7z(archive: Path, aside: Path, limit: int) -> None:
+    program = next((found for name in ("7z", "7zz", "7za") if (found := shutil.which(name))), None)
+    if importlib.util.find_spec("py7zr"):
+        import py7zr
+        try:
+            with py7zr.SevenZipFile(archive) as opened:
+                listed = opened.list()
+                for entry in listed:
+                    safe_name(archive, entry.filename)
+                _check_total(archive, sum(entry.uncompressed or 0 for entry in listed), limit)
+                opened.extractall(aside)
+        except (py7zr.exceptions.ArchiveError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise ArchiveError(f"{archive}: damaged ({error}); delete it and run the same command again") from None
+    elif program:
+        listing = subprocess.run([program, "l", "-slt", "-ba", str(archive)], capture_output=True, text=True)
+        if listing.returncode:
+            raise ArchiveError(f"{archive}: damaged ({listing.stderr.strip()[:200]}); delete it and run the same command again")
+        fields = [line.split(" = ", 1) for line in listing.stdout.splitlines() if " = " in line]
+        for key, value in fields:
+            if key == "Path":
+                safe_name(archive, value)
+        _check_total(archive, sum(int(value) for key, value in fields if key == "Size" and value.isdigit()), limit)
+        done = subprocess.run([program, "x", "-y", f"-o{aside}", str(archive)], capture_output=True, text=True)
+        if done.returncode:
+            raise ArchiveError(f"{archive}: cannot be unpacked ({done.stderr.strip()[:200]})")
+    else:
+        raise ArchiveError(f"{archive}: 7z archives need the package py7zr (pip install py7zr) or the program 7z")
+
+
+def _check_total(archive: Path, total: int, limit: int) -> None:
+    if total > limit:
+        raise ArchiveError(f"{archive}: unpacks to {total:,} bytes, more than {MAX_GROWTH} times its expected size; nothing was unpacked")
+
+
+def _refuse_links(archive: Path, folder: Path) -> None:
+    for root, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            mode = os.lstat(os.path.join(root, name)).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise ArchiveError(f"{archive}: member {name!r} is a link or a device; nothing was unpacked")
+
+
+def _move_into(source: Path, target: Path) -> None:
+    """Rename into place. A folder that is there is filled up; a file that is there and differs is kept beside, renamed."""
+    if not target.exists():
+        os.rename(source, target)
+    elif source.is_dir() and target.is_dir() and not target.is_symlink():
+        for child in sorted(source.iterdir()):
+            _move_into(child, target / child.name)
+    elif source.is_file() and target.is_file() and source.stat().st_size == target.stat().st_size:
+        source.unlink()
+    else:
+        number = 1
+        while (kept := target.with_name(f"{target.name}.kept-{number}")).exists():
+            number += 1
+        os.rename(target, kept)
+        os.rename(source, target)

@@ -1,0 +1,298 @@
+"""Downloads survive a bad server, archives cannot reach outside their folder, and nothing of the user's is lost."""
+
+import errno
+import hashlib
+import io
+import stat
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from multimodal import download_datasets
+from multimodal import fetch as fetching
+from multimodal.archives import ArchiveError, unpack
+from multimodal.catalogue import SETS, ManualFile, RemoteFile, RemoteSet
+from multimodal.fetch import DownloadError, Policy, fetch
+from tests.multimodal.server import Site, serving
+
+QUICK = Policy(max_retries=3, timeout=5, first_wait=0.0)
+
+
+def content(size: int, seed: int = 0) -> bytes:
+    return np.random.default_rng(seed).bytes(size)
+
+
+def sha(data: bytes) -> tuple[str, str]:
+    return "sha256", hashlib.sha256(data).hexdigest()
+
+
+@pytest.fixture
+def site():
+    with serving() as running:
+        yield running
+
+
+# --- one file ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("etag", ['"strong"', 'W/"weak"', None])
+def test_a_connection_cut_every_64_kb_is_survived(site: Site, tmp_path: Path, etag: str | None):
+    site.files["a"], site.cut, site.etag = content(1_000_000), 65536, etag
+    fetch(site.url + "a", tmp_path / "a", checksum=sha(site.files["a"]), policy=QUICK)
+    assert (tmp_path / "a").read_bytes() == site.files["a"]
+    assert len(site.requests) == 16 and site.requests[1][1] == "bytes=65536-"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_part_of_an_earlier_run_is_continued(site: Site, tmp_path: Path):
+    data = site.files["a"] = content(50_000)
+    (tmp_path / "a.part").write_bytes(data[:20_000])
+    fetch(site.url + "a", tmp_path / "a", checksum=sha(data), policy=QUICK)
+    assert site.requests == [("a", "bytes=20000-")] and (tmp_path / "a").read_bytes() == data
+
+
+def test_a_file_that_changed_meanwhile_starts_over(site: Site, tmp_path: Path):
+    site.files["a"], site.cut = content(200_000), 65536
+    (tmp_path / "a.part").write_bytes(content(100_000, 1))
+    (tmp_path / "a.part.json").write_text('{"validator": "\\"other\\"", "total": 200000}')
+    fetch(site.url + "a", tmp_path / "a", checksum=sha(site.files["a"]), policy=QUICK)
+    assert (tmp_path / "a").read_bytes() == site.files["a"]
+
+
+def test_a_server_that_ignores_ranges_gets_a_restart(site: Site, tmp_path: Path):
+    data = site.files["a"] = content(50_000)
+    site.ranges = False
+    (tmp_path / "a.part").write_bytes(b"x" * 20_000)
+    fetch(site.url + "a", tmp_path / "a", checksum=sha(data), policy=QUICK)
+    assert (tmp_path / "a").read_bytes() == data
+
+
+def test_cut_connections_without_ranges_end_in_a_failure_that_keeps_nothing_wrong(site: Site, tmp_path: Path):
+    site.files["a"], site.cut, site.ranges = content(200_000), 65536, False
+    with pytest.raises(DownloadError, match="without progress"):
+        fetch(site.url + "a", tmp_path / "a", policy=QUICK)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_complete_part_is_accepted_by_416(site: Site, tmp_path: Path):
+    data = site.files["a"] = content(30_000)
+    (tmp_path / "a.part").write_bytes(data)
+    fetch(site.url + "a", tmp_path / "a", checksum=sha(data), policy=QUICK)
+    assert (tmp_path / "a").read_bytes() == data
+    (tmp_path / "b.part").write_bytes(data + b"more")
+    fetch(site.url + "a", tmp_path / "b", checksum=sha(data), policy=QUICK)
+    assert (tmp_path / "b").read_bytes() == data
+
+
+def test_a_wrong_checksum_is_tried_once_more_and_then_named(site: Site, tmp_path: Path):
+    site.files["a"] = content(1000)
+    with pytest.raises(DownloadError, match=f"{sha(site.files['a'])[1]}.*expected {'0' * 64}"):
+        fetch(site.url + "a", tmp_path / "a", checksum=("sha256", "0" * 64), policy=QUICK)
+    assert len(site.requests) == 2 and not list(tmp_path.iterdir())
+
+
+def test_a_missing_file_is_not_tried_again(site: Site, tmp_path: Path):
+    with pytest.raises(DownloadError, match="404"):
+        fetch(site.url + "nothing", tmp_path / "a", policy=QUICK)
+    assert len(site.requests) == 1
+
+
+def test_a_busy_server_is_waited_for(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    waits: list[float] = []
+    monkeypatch.setattr(fetching.time, "sleep", waits.append)
+    site.files["a"] = content(1000)
+    site.answers = [(429, {"Retry-After": "7"}), (503, {}), (500, {})]
+    fetch(site.url + "a", tmp_path / "a", policy=Policy(5, 5, 1.0))
+    assert waits == [7, 2, 4] and (tmp_path / "a").exists()
+    site.answers = [(503, {})] * 9
+    with pytest.raises(DownloadError, match="503"):
+        fetch(site.url + "a", tmp_path / "b", policy=Policy(2, 5, 1.0))
+
+
+def test_a_full_disk_keeps_what_was_received(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    data = site.files["a"] = content(400_000)
+    monkeypatch.setattr(fetching, "CHUNK", 65536)
+    real = fetching.os.fsync
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    site.cut = 100_000
+    monkeypatch.setattr(fetching.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        fetch(site.url + "a", tmp_path / "a", policy=QUICK)
+    assert (tmp_path / "a.part").read_bytes() == data[:100_000] and not (tmp_path / "a").exists()
+    monkeypatch.setattr(fetching.os, "fsync", real)
+    fetch(site.url + "a", tmp_path / "a", checksum=sha(data), policy=QUICK)
+    assert (tmp_path / "a").read_bytes() == data
+
+
+# --- archives ---------------------------------------------------------------------------------------------------------
+
+def make_zip(path: Path, members: dict[str, bytes], link: str | None = None) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+        if link:
+            info = zipfile.ZipInfo(link)
+            info.external_attr = (stat.S_IFLNK | 0o777) << 16
+            archive.writestr(info, "/etc/passwd")
+    return path
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/evil", "C:/evil", "a\\..\\evil", "c:evil"])
+def test_a_member_outside_the_folder_is_refused(tmp_path: Path, name: str):
+    archive = make_zip(tmp_path / "x.zip", {"good": b"1", name: b"2"})
+    with pytest.raises(ArchiveError, match="outside"):
+        unpack(archive, tmp_path / "data", expected_bytes=100)
+    assert not list((tmp_path / "data").iterdir()) and sorted(p.name for p in tmp_path.iterdir()) == ["data", "x.zip"]
+
+
+def test_links_and_devices_are_refused(tmp_path: Path):
+    with pytest.raises(ArchiveError, match="link"):
+        unpack(make_zip(tmp_path / "x.zip", {"good": b"1"}, link="bad"), tmp_path / "data", expected_bytes=100)
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE):
+        with tarfile.open(tmp_path / "x.tar", "w") as archive:
+            info = tarfile.TarInfo("bad")
+            info.type, info.linkname = kind, "../../outside"
+            archive.addfile(info)
+        with pytest.raises(ArchiveError, match="link or a device"):
+            unpack(tmp_path / "x.tar", tmp_path / "data", expected_bytes=100)
+    assert not list((tmp_path / "data").iterdir())
+
+
+def test_an_archive_that_grows_too_much_is_refused(tmp_path: Path):
+    archive = make_zip(tmp_path / "x.zip", {"a": bytes(1000), "b": bytes(2001)})
+    with pytest.raises(ArchiveError, match="3 times"):
+        unpack(archive, tmp_path / "data", expected_bytes=1000)
+    assert not list((tmp_path / "data").iterdir())
+
+
+def test_a_damaged_archive_leaves_nothing(tmp_path: Path):
+    archive = make_zip(tmp_path / "x.zip", {"folder/a": content(5000)})
+    data = bytearray(archive.read_bytes())
+    data[2000] ^= 1
+    archive.write_bytes(data)
+    with pytest.raises(ArchiveError, match="damaged"):
+        unpack(archive, tmp_path / "data", expected_bytes=5000)
+    assert not list((tmp_path / "data").iterdir())
+
+
+def test_unpacking_fills_up_folders_and_keeps_the_users_files(tmp_path: Path):
+    folder = tmp_path / "data" / "train"
+    folder.mkdir(parents=True)
+    (folder / "own.txt").write_text("mine")
+    (folder / "a.txt").write_text("mine too")
+    counts = unpack(make_zip(tmp_path / "x.zip", {"train/a.txt": b"theirs", "train/b/c.txt": b"1"}), tmp_path / "data", expected_bytes=100)
+    assert counts == {"train": 2}
+    assert (folder / "own.txt").read_text() == "mine" and (folder / "a.txt").read_text() == "theirs"
+    assert (folder / "a.txt.kept-1").read_text() == "mine too" and (folder / "b" / "c.txt").exists()
+
+
+def test_tar_archives(tmp_path: Path):
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:
+        info = tarfile.TarInfo("folder/a")
+        info.size = 3
+        archive.addfile(info, io.BytesIO(b"abc"))
+    assert unpack(tmp_path / "x.tar.gz", tmp_path / "data", expected_bytes=10) == {"folder": 1}
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def tiny(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RemoteSet:
+    """A small set in place of COCO: a table, and an archive of two pictures."""
+    site.files["zips/val.zip"] = make_zip(tmp_path / "val.zip", {"val/a.jpg": content(1000), "val/b.jpg": content(900)}).read_bytes()
+    (tmp_path / "val.zip").unlink()
+    site.files["table.csv"] = b"a,b\n1,2\n"
+    small = RemoteSet("coco", site.url, (
+        RemoteFile("table.csv", "always", sha(site.files["table.csv"]), len(site.files["table.csv"])),
+        RemoteFile("zips/val.zip", "val", sha(site.files["zips/val.zip"]), len(site.files["zips/val.zip"]), 2000)))
+    monkeypatch.setitem(SETS, "coco", small)
+    return small
+
+
+def run(tmp_path: Path, *flags: str) -> int:
+    try:
+        download_datasets.main(["--data-root", str(tmp_path / "data"), "--first-wait", "0", "--timeout", "5", *flags])
+    except SystemExit as leaving:
+        return leaving.code
+    return 0
+
+
+def test_the_command_fetches_unpacks_and_skips(tiny: RemoteSet, site: Site, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert run(tmp_path, "--datasets", "coco") == 0
+    folder = tmp_path / "data" / "coco"
+    assert sorted(path.name for path in folder.iterdir()) == [".complete.json", ".downloads", "table.csv", "val"]
+    assert not list((folder / ".downloads").iterdir())
+    asked = len(site.requests)
+    assert run(tmp_path, "--datasets", "coco", "--skip-existing") == 0
+    assert len(site.requests) == asked and "was complete" in capsys.readouterr().out
+    (folder / "val" / "a.jpg").unlink()
+    assert run(tmp_path, "--datasets", "coco", "--skip-existing") == 0
+    assert (folder / "val" / "a.jpg").exists() and len(site.requests) == asked + 1
+
+
+def test_no_extract_and_keep_archives(tiny: RemoteSet, tmp_path: Path):
+    assert run(tmp_path, "--datasets", "coco", "--no-extract") == 0
+    folder = tmp_path / "data" / "coco"
+    assert (folder / ".downloads" / "val.zip").exists() and not (folder / "val").exists()
+    assert run(tmp_path, "--datasets", "coco", "--keep-archives") == 0
+    assert (folder / ".downloads" / "val.zip").exists() and (folder / "val" / "a.jpg").exists()
+
+
+def test_an_archive_that_the_user_brought_is_used_and_kept(tiny: RemoteSet, site: Site, tmp_path: Path):
+    folder = tmp_path / "data" / "coco"
+    folder.mkdir(parents=True)
+    (folder / "val.zip").write_bytes(site.files["zips/val.zip"])
+    assert run(tmp_path, "--datasets", "coco") == 0
+    assert (folder / "val.zip").exists() and (folder / "val" / "b.jpg").exists()
+    assert [path for path, _ in site.requests] == ["table.csv"]
+
+
+def test_one_failure_does_not_keep_the_others_back(tiny: RemoteSet, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                   capsys: pytest.CaptureFixture):
+    monkeypatch.setitem(SETS, "glove", RemoteSet("glove", site.url, (RemoteFile("nothing.zip", "always", unpacked=10),)))
+    assert run(tmp_path, "--datasets", "glove", "coco") == 3
+    printed = capsys.readouterr()
+    assert "404" in printed.err and "complete" in printed.out and (tmp_path / "data" / "coco" / "val").exists()
+
+
+def test_a_small_disk_stops_before_the_first_byte(tiny: RemoteSet, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                  capsys: pytest.CaptureFixture):
+    monkeypatch.setattr(download_datasets.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    assert run(tmp_path, "--datasets", "coco") == 3
+    assert "are needed" in capsys.readouterr().err and not site.requests and not (tmp_path / "data").exists()
+
+
+def test_manual_sets_print_their_steps(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    parts = [content(300, seed) for seed in (1, 2)]
+    whole = make_zip(tmp_path / "w.zip", {"wav/id1/v/00001.wav": b"sound"}).read_bytes()
+    parts = [whole[:100], whole[100:]]
+    names = tuple((f"p{i}", hashlib.md5(part).hexdigest()) for i, part in enumerate(parts))
+    monkeypatch.setitem(SETS, "voxceleb", RemoteSet("voxceleb", site.url, (), manual=(
+        ManualFile("w.zip", hashlib.md5(whole).hexdigest(), names),), steps=("1. ask for it",), layout=("wav/id*/*/*.wav",)))
+    (tmp_path / "data" / "voxceleb").mkdir(parents=True)
+    assert run(tmp_path, "--datasets", "voxceleb") == 4
+    assert "1. ask for it" in capsys.readouterr().out
+    for (name, _), part in zip(names, parts, strict=True):
+        (tmp_path / "data" / "voxceleb" / name).write_bytes(part)
+    assert run(tmp_path, "--datasets", "voxceleb") == 0
+    assert (tmp_path / "data" / "voxceleb" / "wav" / "id1" / "v" / "00001.wav").exists()
+
+
+@pytest.mark.parametrize("flags,message", [
+    ((), "--datasets is needed"), (("--datasets", "cocoa"), "cocoa"),
+    (("--datasets", "coco", "--base-url", "coco"), "NAME=URL"), (("--datasets", "coco", "--base-url", "coco=file:///etc"), "http"),
+])
+def test_bad_arguments_end_with_2(flags: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert run(tmp_path, *flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_dry_run_fetches_nothing(tiny: RemoteSet, site: Site, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert run(tmp_path, "--datasets", "all", "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert "zips/val.zip" in printed and "clotho_audio_development.7z" in printed and not site.requests
