@@ -27,7 +27,8 @@ stop_and_requeue() {
 }
 trap stop_and_requeue USR1
 
-# shellcheck disable=SC2016  (each node expands its own number)
+# each node expands its own number
+# shellcheck disable=SC2016
 srun --kill-on-bad-exit=1 bash -c '
     master="$1"; shift
     exec bash scripts/launch.sh --nodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" --master "$master" --max-restarts 3 "$@"

@@ -1,7 +1,10 @@
 """Ranks: who am I, who decides, what do all agree on. Everything works with one process and no process group."""
 
+import contextlib
 import datetime
 import os
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,6 +146,41 @@ def raise_together(error: Exception | None) -> None:
     if error is not None:
         raise error
     raise UserError(f"stopped because another rank failed: {'; '.join(failed)}")
+
+
+def beat(step: int, phase: int = 0) -> None:
+    """Leave a sign of life in the ranks' common store: which step, and which part of it."""
+    if is_distributed():
+        store = torch_dist.distributed_c10d._get_default_store()
+        store.set(f"beat/{torch_dist.get_rank()}", f"{step} {phase} {time.time()}")
+
+
+@contextlib.contextmanager
+def naming_late_ranks() -> Iterator[None]:
+    """Add to an error of a collective, such as a timeout, which rank gave its last sign of life where."""
+    try:
+        yield
+    except RuntimeError as error:
+        late = _late_ranks() if is_distributed() else ""
+        if not late:
+            raise
+        raise RuntimeError(f"{error}\n{late}") from error
+
+
+def _late_ranks() -> str:
+    store, world = torch_dist.distributed_c10d._get_default_store(), torch_dist.get_world_size()
+    beats = {}
+    for rank in range(world):
+        if store.check([f"beat/{rank}"]):
+            step, phase, moment = store.get(f"beat/{rank}").decode().split()
+            beats[rank] = (int(step), int(phase), float(moment))
+    furthest = max((beat[:2] for beat in beats.values()), default=(0, 0))
+    late = [
+        f"rank {rank} is late: its last sign of life was at step {step}, {time.time() - moment:.0f} s ago"
+        for rank, (step, phase, moment) in beats.items()
+        if (step, phase) < furthest
+    ]
+    return "; ".join(late)
 
 
 def shutdown() -> None:

@@ -14,7 +14,15 @@ from torch import nn
 from shared.checkpoint import CheckpointStore, frozen_digest
 from shared.config import save_config
 from shared.data import Stream, to_device
-from shared.dist import DistInfo, barrier, max_over_ranks, mean_over_ranks, raise_together
+from shared.dist import (
+    DistInfo,
+    barrier,
+    beat,
+    max_over_ranks,
+    mean_over_ranks,
+    naming_late_ranks,
+    raise_together,
+)
 from shared.ema import EMA
 from shared.errors import UserError
 from shared.log import RunLog, memory_gb
@@ -114,15 +122,17 @@ def fit(
         name = checkpoint_folder_name(state, stream, checkpoint_name, epoch_checkpoint_name)
         return save_run(name, config, state, strategy, ema, store, stream, frozen, export)
 
-    with StopFlag(run.time_limit_minutes) as stop:
+    with StopFlag(run.time_limit_minutes) as stop, naming_late_ranks():
         while state.step < stop_at and reason is None:
             seed_everything(run.seed, _STEP_STREAM, info.rank, state.step)  # nothing random outlives a step
+            beat(state.step)
             waiting = time.perf_counter()
             try:
                 batches = [to_device(batch, info.device) for batch in stream.next_step()]
             except (UserError, OSError) as problem:
                 error, batches = problem, []
             log.waited += time.perf_counter() - waiting
+            beat(state.step, phase=1)
             turn = max_over_ranks(2.0 if error else 1.0 if stop.reason else 0.0)  # all ranks turn together
             if turn == 2:
                 raise_together(error)
@@ -135,16 +145,12 @@ def fit(
             for micro in range(len(batches)):
                 with strategy.micro_step(is_last=micro == len(batches) - 1):
                     loss, extra = next(iterator)
+                    beat(state.step, phase=2 + micro)  # the forward pass of this micro-step is done
                     strategy.backward(loss)
                 log.add({"train/micro_loss": loss, **{f"train/{name}": value for name, value in extra.items()}})
             checked = _guard(strategy, run.check_gradients_every, state.step, checked)
             done = strategy.optimizer_step()
-            state.skipped = 0 if done.applied else state.skipped + 1
-            if state.skipped >= MAX_SKIPPED:
-                raise UserError(
-                    f"the gradient was not finite in {MAX_SKIPPED} steps in a row, the last at step {state.step}; "
-                    "lower --learning-rate, use --precision fp32, or look at the data of these steps"
-                )
+            _count_skipped(state, done.applied)
             if done.applied and ema is not None:
                 ema.update()
             if after_step is not None:
@@ -165,15 +171,9 @@ def fit(
                     reason = f"no better {training.best_metric} in {training.early_stopping_patience} validations"
             if sample is not None and (at_end or _due(state.step, training.sample_steps)):
                 _run_hook(sample, trained, ema, state.step, output_dir / "samples")
-            if (
-                not at_end
-                and reason is None
-                and (
-                    is_best
-                    or _due(state.step, training.save_steps)
-                    or _epoch_due(state, stream, training.save_every_n_epochs)
-                )
-            ):
+            due = is_best or _due(state.step, training.save_steps)
+            due = due or _epoch_due(state, stream, training.save_every_n_epochs)
+            if due and not at_end and reason is None:
                 checkpoint = save()
     if state.step > 0 and (state.step > began_step or reason):
         checkpoint = save()
@@ -201,6 +201,15 @@ def _due(step: int, every: int | None) -> bool:
 
 def _epoch_due(state: RunState, stream: Stream, every: int | None) -> bool:
     return every is not None and bool(stream.steps_per_epoch) and state.step % (every * stream.steps_per_epoch) == 0
+
+
+def _count_skipped(state: RunState, applied: bool) -> None:
+    state.skipped = 0 if applied else state.skipped + 1
+    if state.skipped >= MAX_SKIPPED:
+        raise UserError(
+            f"the gradient was not finite in {MAX_SKIPPED} steps in a row, the last at step {state.step}; "
+            "lower --learning-rate, use --precision fp32, or look at the data of these steps"
+        )
 
 
 def _guard(strategy: Strategy, every: int, step: int, checked: bool) -> bool:

@@ -199,7 +199,7 @@ class DDP(Strategy):
     def _wrap(self, groups: list[dict]) -> None:
         ids = [self.info.device.index] if self.info.device.type == "cuda" else None
         self.model = DistributedDataParallel(
-            self.module, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+            self.module, device_ids=ids, gradient_as_bucket_view=True, forward_sync_buffers=False
         )
         self.optimizer = adamw(groups, self.parameters, self.training)
 

@@ -116,6 +116,14 @@ def test_a_restarted_worker_ends_with_the_same_weights(tmp_path):
     assert same_bits(final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "restarted"))
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_rank_that_hangs_is_named(tmp_path):
+    path = write(tmp_path, **case(tmp_path / "run", hang_at=4))
+    done = run(2, TOY, path, check=False, TOY_TIMEOUT="8")
+    assert done.returncode != 0 and "rank 1 is late: its last sign of life was at step 4" in done.stderr
+
+
 # --- damage -----------------------------------------------------------------------------------------------------------
 
 

@@ -4,13 +4,16 @@ As a script it runs a JSON list of cases one after another in one launch: python
 """
 
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from shared.config import RunSection, Section, TrainingSection, accumulation_steps
@@ -101,6 +104,8 @@ def losses(case):
             use_a = True if case.get("branches") is None else int(batch["slot"][0]) % 2 == 0
             logits = model(batch["tokens"], noise, use_a)
             loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch["tokens"][:, 1:].flatten())
+            if step == case.get("hang_at") and dist.get_rank() == 1:
+                time.sleep(3600)
             if step == case.get("nan_at") and int(batch["slot"].min()) == 0:
                 loss = loss * float("nan")
             yield loss / len(batches), {"first_index": batch["index"][0].float()}
@@ -161,7 +166,7 @@ def run_case(case, info):
 @command
 def main(argv=None):
     cases = json.loads(Path((argv or sys.argv[1:])[0]).read_text())
-    info = init_distributed("cpu", timeout_seconds=60)
+    info = init_distributed("cpu", timeout_seconds=float(os.environ.get("TOY_TIMEOUT", 60)))
     ensure_group()
     for case in cases:
         try:
