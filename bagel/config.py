@@ -99,6 +99,8 @@ class ModelConfig(Section):
                                            "ema.safetensors, tokenizer.json; its sizes replace the sections above")
     from_scratch: bool = setting(False, "start from random weights; model_path, if given, then only gives sizes and tokenizer")
     tokenizer: str | None = setting(None, "bytes, or a folder with a tokenizer; null: model_path's", fixed=True)
+    initializer_range: float = setting(0.02, "standard deviation of matrices that start from random; small widths want more, for the "
+                                             "fixed position codes have values up to 1", gt=0)
     copy_init_moe: bool = setting(True, "where the loaded weights hold no generation expert, copy the understanding expert")
     latent_patch_size: int = setting(2, "latent cells of a token's side", fixed=True, ge=1)
     max_latent_size: int = setting(64, "latent tokens of the largest image's side", ge=1)

@@ -204,7 +204,12 @@ class UnifiedGenerationDataset:
         if isinstance(size, ImageFault):
             raise size
         vae, vit = self.vae_transform.sides(*size), self.vit_transform.sides(*size, looked_at)
-        for used, sides, stride, most in ((step.target or step.latents, vae, self.layout.latent_stride, self.layout.max_latent_size),
+        needs_vae = step.target or step.latents
+        for sides in [vae] * needs_vae + [vit] * step.vision:
+            if max(sides) * min(size) * 2 < min(sides) * max(size):
+                raise ImageFault("E_IMAGE_SIZE", f"{step.image} of {size[0]} x {size[1]} pixels is too long and narrow: at {sides[0]} x {sides[1]}, "
+                                                 f"what the resize rule makes of it, its shape would be lost; crop it")
+        for used, sides, stride, most in ((needs_vae, vae, self.layout.latent_stride, self.layout.max_latent_size),
                                           (step.vision, vit, self.layout.vit_patch, self.layout.vit_side)):
             if used and max(sides) // stride > most:
                 raise ImageFault("E_IMAGE_SIZE", f"{step.image} of {size[0]} x {size[1]} pixels becomes {sides[0]} x {sides[1]}, which needs "

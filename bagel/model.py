@@ -20,8 +20,6 @@ from bagel.transformer import LanguageModel
 from bagel.vit import VisionModel
 from shared.flow import linear_path
 
-ROUGH_STD = 0.02      # initial standard deviation of every matrix
-
 
 class Bagel(nn.Module):
     """The trainable model; the autoencoder stays outside."""
@@ -40,10 +38,10 @@ class Bagel(nn.Module):
         self.llm2vae = nn.Linear(width, config.latent_width)
 
     def initialize(self) -> "Bagel":
-        """Random weights: matrices normal with deviation 0.02, biases 0, norms 1, and a zero output head."""
+        """Random weights: matrices normal with deviation initializer_range, biases 0, norms 1, and a zero output head."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=ROUGH_STD)
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         nn.init.zeros_(self.llm2vae.weight)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bagel.config import AutoencoderConfig, LanguageConfig, ModelConfig, VisionConfig
-from bagel.layers import PositionTable
+from bagel.layers import PositionTable, RMSNorm
 from bagel.lora import add_adapters
 from bagel.model import Bagel
 from bagel.quantization import QuantizedLinear, quantize_projections
@@ -134,10 +134,10 @@ def _random(model: Bagel) -> None:
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.reset_parameters()
-        elif type(module).__name__ == "RMSNorm":
+        elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
         elif isinstance(module, QuantizedLinear):
-            module.store(torch.randn(module.out_features, module.in_features) * 0.02)
+            module.store(torch.randn(module.out_features, module.in_features) * model.config.initializer_range)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     model.initialize()

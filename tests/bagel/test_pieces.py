@@ -26,7 +26,18 @@ from bagel.transformer import MoTDecoderLayer
 from bagel.vae import FluxAutoencoder, PixelAutoencoder
 from bagel.vit import VisionModel, linear_patch_embedding
 from shared.errors import UserError
-from tests.bagel.golden import FLOAT, LOOSE, REFERENCE, Case, grad_norms_match, language_config, names, splits, vae_config, vision_config
+from tests.bagel.golden import (
+    FLOAT,
+    LOOSE,
+    REFERENCE,
+    Case,
+    grad_norms_match,
+    language_config,
+    names,
+    splits,
+    vae_config,
+    vision_config,
+)
 
 
 @pytest.mark.parametrize("name", names("mask_"))

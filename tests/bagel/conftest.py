@@ -1,0 +1,46 @@
+"""Small data and models for the tests of BAGEL."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from bagel.dataset import UnifiedGenerationDataset
+from bagel.images import ImageTransform
+from bagel.packing import PackFormat
+from bagel.tokenizer import ByteTokenizer
+
+LAYOUT = PackFormat(ByteTokenizer.special, 4, 8, 4, 8, False, 2, 12)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder with images/: a few small pictures in several modes."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name, colour in (("apple", (200, 30, 30)), ("green", (30, 180, 40)), ("cat", (240, 160, 40))):
+        image = Image.new("RGB", (40, 32), (255, 255, 255))
+        image.paste(colour, (8, 8, 30, 28))
+        image.save(folder / f"{name}.png")
+    Image.new("RGBA", (20, 24), (10, 20, 200, 128)).save(folder / "glass.png")
+    Image.new("RGB", (24, 24), (9, 9, 9)).quantize(4).save(folder / "palette.png")
+    Image.new("RGB", (4000, 1), (1, 2, 3)).save(folder / "line.png")
+    whole = (folder / "apple.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[:len(whole) // 2])
+    (folder / "text.png").write_text("not a picture")
+    return tmp_path
+
+
+@pytest.fixture
+def open_records(pictures: Path) -> Callable[..., UnifiedGenerationDataset]:
+    """open_records(records, **settings): a dataset over a jsonl file of these records (strings are written as they are)."""
+    def make(records: list, **settings) -> UnifiedGenerationDataset:
+        path = pictures / settings.pop("name", "data.jsonl")
+        path.write_text("".join((line if isinstance(line, str) else json.dumps(line, ensure_ascii=False)) + "\n" for line in records),
+                        encoding="utf-8")
+        transform = ImageTransform(32, 16, 4)
+        return UnifiedGenerationDataset(str(path), tokenizer=ByteTokenizer(), layout=LAYOUT, vae_transform=transform, vit_transform=transform,
+                                        **{"max_sequence_length": 400, **settings})
+    return make
