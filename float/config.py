@@ -31,7 +31,7 @@ class ModelConfig(Section):
     channels: dict[int, int] = setting(CHANNELS, "channels of the auto-encoder by picture side", fixed=True)
     audio_features: Literal["wav2vec2", "logmel"] = setting("wav2vec2", "logmel needs no download", fixed=True)
     only_last_features: bool = setting(True, "wav2vec2: last layer only; false: all layers side by side", fixed=True)
-    whiten_motion: bool = setting(False, "run the flow on whitened motion latents (needed when the auto-encoder is new)", fixed=True)
+    whiten_motion: bool = setting(False, "run the flow on the dim_m whitened coordinates of the motion; for auto-encoders whose latents have no scale of their own", fixed=True)
     audio_dropout_prob: float = setting(0.1, "training: share of samples without sound", ge=0, le=1)
     ref_dropout_prob: float = setting(0.1, "training: share of samples without reference motion", ge=0, le=1)
     emotion_dropout_prob: float = setting(0.1, "training: share of samples without emotion", ge=0, le=1)
@@ -97,6 +97,8 @@ class DataConfig(Section):
                 f"wav2vec_sec {self.wav2vec_sec} x video_fps {self.video_fps:g} = {frames} frames, sequence_length is {self.sequence_length}; "
                 f"set wav2vec_sec {self.sequence_length / self.video_fps:g}"
             )
+        if self.prev_frames > self.sequence_length:
+            raise ValueError(f"prev_frames {self.prev_frames} is more than sequence_length {self.sequence_length}")
         for name in ("mouth_box", "eye_box"):
             box = getattr(self, name)
             if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
@@ -160,7 +162,7 @@ class AutoencoderTrainingConfig(_GuideNames):
     r1_gamma: float = setting(10.0, "weight of the discriminators' gradient penalty", fixed=True, ge=0)
     r1_every: int = setting(16, "steps between gradient penalties", fixed=True, ge=1)
     vgg_path: str | None = setting(None, "weights of VGG-19 (torchvision's file); null: a frozen random stack in its place")
-    clip_seconds_per_epoch: float = setting(1.0, "frame pairs drawn per second of video and epoch", gt=0)
+    pairs_per_second: float = setting(1.0, "frame pairs drawn per second of video in one epoch", gt=0)
 
 
 class Config(Section):

@@ -225,27 +225,33 @@ class AudioProjection(nn.Module):
 class MotionGenerator(nn.Module):
     """What phase 2 trains: audio projection and transformer, with the whitening of the motion space as constants.
 
-    Its motion is whitened: z = (r - mean) W, r = z W^+ + mean, all (..., d); identity unless `set_motion_statistics` was called.
+    motion_width D: width of the auto-encoder's motion latents. As a rule the flow runs on them directly (D = d, whitening is the
+    identity). With D > d it runs on d principal coordinates z = (r - mean) W, r = z W' + mean, set by `set_motion_statistics`.
     """
 
-    def __init__(self, fmt: FlowMatchingTransformer, raw_audio_dim: int):
+    def __init__(self, fmt: FlowMatchingTransformer, raw_audio_dim: int, motion_width: int | None = None):
         super().__init__()
+        width = motion_width or fmt.dim_w
         self.fmt = fmt
         self.audio_encoder = AudioProjection(raw_audio_dim, fmt.dim_a)
-        self.register_buffer("motion_mean", torch.zeros(fmt.dim_w))
-        self.register_buffer("motion_whiten", torch.eye(fmt.dim_w))
-        self.register_buffer("motion_unwhiten", torch.eye(fmt.dim_w))
+        self.register_buffer("motion_mean", torch.zeros(width))
+        self.register_buffer("motion_whiten", torch.eye(width, fmt.dim_w))
+        self.register_buffer("motion_unwhiten", torch.eye(fmt.dim_w, width))
 
-    def set_motion_statistics(self, motion_Td: Tensor, *, floor: float = 0.05) -> None:
-        """Whiten with the mean and principal axes of many frames; axes below `floor` of the largest deviation are not blown up."""
-        motion = motion_Td.double()
+    def set_motion_statistics(self, motion_TD: Tensor, *, floor: float = 0.05) -> None:
+        """Whiten with the mean and the first d principal axes of many frames.
+
+        Axes whose deviation is below `floor` of the largest are not blown up to unit size: they are noise.
+        """
+        motion = motion_TD.double()
         mean = motion.mean(0)
-        variance, axes = torch.linalg.eigh(torch.cov((motion - mean).T))
-        deviation = variance.clamp(min=0).sqrt()
+        variance, axes = torch.linalg.eigh(torch.cov((motion - mean).T))  # ascending
+        axes = axes[:, -self.fmt.dim_w :]
+        deviation = variance[-self.fmt.dim_w :].clamp(min=0).sqrt()
         deviation = deviation.clamp(min=max(floor * deviation.max().item(), 1e-8))
         self.motion_mean.copy_(mean)
-        self.motion_whiten.copy_((axes / deviation) @ axes.T)
-        self.motion_unwhiten.copy_((axes * deviation) @ axes.T)
+        self.motion_whiten.copy_(axes / deviation)
+        self.motion_unwhiten.copy_((axes * deviation).T)
 
     def whiten(self, motion: Tensor) -> Tensor:
         """Motion latents (..., d) -> the space of the flow."""
@@ -266,17 +272,20 @@ class MotionGenerator(nn.Module):
         prev_audio_BPF: Tensor,
         *,
         drop_B5: Tensor | None = None,
-        no_previous_B: Tensor | None = None,
+        has_previous_B: Tensor | None = None,
+        null_audio_B: Tensor | None = None,
     ) -> Tensor:
-        """Velocity (B, N, d). audio_*: raw features. Motion inputs are whitened already.
+        """Velocity (B, N, d). audio_*: raw features, projected here. Motion is whitened already.
 
-        drop: True replaces, per sample, wa, wr, we, prev_x, prev_wa by zeros (condition dropout); no_previous: rows whose window
-        starts the clip, where projected previous audio is zero as in sampling.
+        drop: True replaces, per sample, wa, wr, we, prev_x, prev_wa by zeros (condition dropout). has_previous: False where the window
+        starts the clip, so that projected previous sound is zero as in sampling. null_audio: rows that guidance asks without sound.
         """
         wa, prev_wa = self.audio_encoder(audio_BLF), self.audio_encoder(prev_audio_BPF)
         wr, we, prev_x = wr_Bd, we_B1E, prev_x_BPd
-        if no_previous_B is not None:
-            prev_wa = _zero_rows(prev_wa, no_previous_B)
+        if has_previous_B is not None:
+            prev_wa = _zero_rows(prev_wa, ~has_previous_B)
+        if null_audio_B is not None:
+            wa = _zero_rows(wa, null_audio_B)
         if drop_B5 is not None:
             conditions = (wa, wr, we, prev_x, prev_wa)
             wa, wr, we, prev_x, prev_wa = (

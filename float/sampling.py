@@ -43,16 +43,18 @@ def guided_velocity(
     prev_x: Tensor,
     prev_wa: Tensor,
     options: SamplingOptions,
+    null_audio: float = 0.0,
 ) -> Tensor:
     """Velocity (B, P + L, d) under incremental guidance.
 
-    v = v_u + a (v_a - v_u) + e (v_all - v_a), where v_u sees neither sound nor emotion, v_a the sound, v_all both; null is zero.
+    v = v_u + a (v_a - v_u) + e (v_all - v_a), where v_u sees neither sound nor emotion, v_a the sound, v_all both; null is zero
+    (`null_audio` fills the sound's null, for models that project the sound themselves).
     With reference_guidance v_u is replaced by v_0 + r (v_u - v_0), v_0 without the reference too. All passes go in one batch.
     """
     a, r, e = options.a_cfg_scale, options.r_cfg_scale, options.e_cfg_scale
     if a == r == e == 1:
         return model(t_B, x, wa, wr, we, prev_x, prev_wa)
-    no_wa, no_we = torch.zeros_like(wa), torch.zeros_like(we)
+    no_wa, no_we = torch.full_like(wa, null_audio), torch.zeros_like(we)
     passes = [(no_wa, wr, no_we), (wa, wr, we), (wa, wr, no_we)]
     if options.reference_guidance:
         passes.append((no_wa, torch.zeros_like(wr), no_we))
@@ -82,6 +84,7 @@ def sample_windows(
     num_prev_frames: int,
     options: SamplingOptions,
     noise: Iterator[Tensor] | None = None,
+    null_audio: float = 0.0,
 ) -> Iterator[Tensor]:
     """Motion (B, L, d) of one window after another; memory does not grow with the number of windows.
 
@@ -94,12 +97,13 @@ def sample_windows(
     for wa in wa_windows:
         wa = pad_frames(wa, num_frames)
         if previous is None:
-            previous = tuple(wa.new_zeros(len(wa), num_prev_frames, width) for width in (wr_Bd.shape[-1], wa.shape[-1]))
+            no_motion = wa.new_zeros(len(wa), num_prev_frames, wr_Bd.shape[-1])
+            previous = no_motion, wa.new_full((len(wa), num_prev_frames, wa.shape[-1]), null_audio)
         prev_x, prev_wa = previous
         we = we_B1E if isinstance(we_B1E, Tensor) else next(we_B1E)
 
         def velocity(x: Tensor, t_B: Tensor, wa=wa, we=we, prev_x=prev_x, prev_wa=prev_wa) -> Tensor:
-            out = guided_velocity(model, t_B, x, wa, wr_Bd, we, prev_x, prev_wa, options)
+            out = guided_velocity(model, t_B, x, wa, wr_Bd, we, prev_x, prev_wa, options, null_audio)
             return out[:, num_prev_frames:]
 
         sample = flow.sample_ode(

@@ -1,0 +1,181 @@
+"""Windows of encoded clips for phase 2 (float/features.py makes the cache)."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from float.config import DataConfig
+from shared.data import BatchPlan, MapStream
+from shared.dist import DistInfo
+from shared.errors import BadSample, UserError
+from shared.rng import keyed_generator
+
+_WINDOWS = 311  # random stream
+Transform = Callable[[dict[str, Any]], dict[str, Any]]
+BATCH_KEYS = (
+    "motion_latent_cur",
+    "motion_latent_prev",
+    "audio_cur",
+    "audio_prev",
+    "reference_motion",
+    "emotion_features",
+    "has_previous",
+    "clip_id",
+)
+
+
+class FLOATDataset:
+    """Windows of L frames with the P frames before them.
+
+    An item: motion_latent_cur (L, d), motion_latent_prev (P, d), audio_cur (L, F), audio_prev (P, F), reference_motion (d),
+    emotion_features (1, 7), has_previous (bool: False where the window starts the clip and previous values are zero), clip_id.
+    A clip shorter than a window is filled up with its last frame. `transforms`: callables item -> item, run at the end of every item.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        data: DataConfig,
+        *,
+        train: bool,
+        seed: int = 0,
+        transforms: Sequence[Transform] = (),
+    ):
+        self.folder, self.data, self.train, self.seed = Path(folder), data, train, seed
+        self.transforms = list(transforms)
+        self.paths = sorted(self.folder.glob("*.safetensors"))
+        if not self.paths:
+            raise UserError(f"{folder}: no encoded clips; run float/precompute.py, or give --data-root and let float/train.py do it")
+        self.windows: list[tuple[int, int]] = []  # (clip, first frame)
+        for clip, path in enumerate(self.paths):
+            frames = self._frames(path)
+            starts = range(0, max(1, frames - data.sequence_length + 1), data.sequence_length)
+            self.windows += [(clip, start) for start in starts]
+        self.fingerprint = f"{len(self.paths)} clips, {len(self.windows)} windows of {data.sequence_length}"
+
+    @staticmethod
+    def _frames(path: Path) -> int:
+        try:
+            with safe_open(str(path), "pt") as file:
+                shape = file.get_slice("motion").get_shape()
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: not a readable cache of features ({error}); delete it and run again") from None
+        if len(shape) != 2 or shape[0] < 1:
+            raise UserError(f"{path}: motion has shape {tuple(shape)}, (frames, width) expected; delete it and run again")
+        return shape[0]
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.sample(index, 0)
+
+    def sample(self, index: int, epoch: int) -> dict[str, Any]:
+        """One window. Training: start, reference frame, mirror and noise are drawn by (seed, epoch, index); else all fixed."""
+        clip, start = self.windows[index]
+        path = self.paths[clip]
+        draws = torch.rand(5, generator=keyed_generator(self.seed, _WINDOWS, epoch, index), dtype=torch.float64).tolist()
+        try:
+            with safe_open(str(path), "pt") as file:
+                item = self._read(file, start, draws)
+                item["clip_id"] = (file.metadata() or {}).get("clip_id", path.stem)
+        except (OSError, SafetensorError) as error:
+            raise BadSample(f"{path}: not a readable cache of features ({error}); delete it and run again") from None
+        for name, value in item.items():
+            if isinstance(value, Tensor) and not torch.isfinite(value).all():
+                raise BadSample(f"{path}: {name} holds numbers that are not finite; delete the file and run float/precompute.py again")
+        if self.train and self.data.use_augmentation and draws[3] < self.data.gaussian_noise_prob:
+            item = self._with_noise(item, index, epoch)
+        for transform in self.transforms:
+            item = transform(item)
+        return item
+
+    def _read(self, file: Any, start: int, draws: list[float]) -> dict[str, Any]:
+        length, before = self.data.sequence_length, self.data.prev_frames
+        mirrored = (
+            self.train
+            and self.data.use_augmentation
+            and draws[2] < self.data.horizontal_flip_prob
+            and "motion_flipped" in file.keys()  # noqa: SIM118  (a safetensors handle is no dict)
+        )
+        motion, audio = file.get_slice("motion_flipped" if mirrored else "motion"), file.get_slice("audio_raw")
+        frames = motion.get_shape()[0]
+        reference = 0
+        if self.train:
+            start = int(draws[0] * (max(0, frames - length) + 1))
+            reference = int(draws[1] * frames)
+        has_previous = start >= before
+        item = {
+            "motion_latent_cur": _rows(motion, start, length),
+            "audio_cur": _rows(audio, start, length),
+            "reference_motion": _rows(motion, reference, 1)[0],
+            "emotion_features": file.get_tensor("emotion").float()[None],
+            "has_previous": torch.tensor(has_previous),
+        }
+        for name, source in (("motion_latent_prev", motion), ("audio_prev", audio)):
+            rows = _rows(source, start - before, before) if has_previous else torch.zeros(before, source.get_shape()[1])
+            item[name] = rows
+        return item
+
+    def _with_noise(self, item: dict[str, Any], index: int, epoch: int) -> dict[str, Any]:
+        """Noise on the previous motion: in sampling it comes from the model itself and is never clean."""
+        previous = item["motion_latent_prev"]
+        generator = keyed_generator(self.seed, _WINDOWS, epoch, index, 1)
+        noise = torch.randn(previous.shape, generator=generator)
+        scale = self.data.gaussian_noise_std * item["motion_latent_cur"].std()
+        return {**item, "motion_latent_prev": previous + scale * noise * item["has_previous"]}
+
+    def all_motion(self) -> Tensor:
+        """Motion latents of all frames of all clips, (frames, d)."""
+        parts = []
+        for path in self.paths:
+            with safe_open(str(path), "pt") as file:
+                parts.append(file.get_tensor("motion").float())
+        return torch.cat(parts)
+
+
+def _rows(source: Any, start: int, count: int) -> Tensor:
+    """Rows start .. start + count of a stored tensor, float32, the last one repeated where it ends."""
+    end = min(start + count, source.get_shape()[0])
+    rows = source[start:end].float()
+    missing = count - len(rows)
+    return rows if missing <= 0 else torch.cat([rows, rows[-1:].expand(missing, -1)])
+
+
+def collate_windows(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stack a batch; clip ids stay a list."""
+    return {
+        name: [item[name] for item in items] if name == "clip_id" else torch.stack([item[name] for item in items])
+        for name in BATCH_KEYS
+    }
+
+
+def create_dataloader(
+    dataset: FLOATDataset,
+    *,
+    batch_size: int = 8,
+    info: DistInfo | None = None,
+    accumulation: int = 1,
+    seed: int = 0,
+    num_workers: int = 0,
+    prefetch_factor: int = 2,
+    shuffle: bool = True,
+    drop_last: bool = True,
+    bad_samples: Path | None = None,
+) -> MapStream:
+    """The stream of batches over a data set: cut over ranks, ordered by (seed, epoch), the same with any number of workers."""
+    info = info or DistInfo()
+    plan = BatchPlan(len(dataset), batch_size, info.world, accumulation, seed, drop_last=drop_last, shuffle=shuffle)
+    return MapStream(
+        dataset,
+        plan,
+        info,
+        collate=collate_windows,
+        num_workers=num_workers,
+        prefetch_factor=prefetch_factor,
+        bad_samples=bad_samples,
+    )

@@ -1,0 +1,89 @@
+"""Encode clips once with the frozen encoders: motion latents, raw audio features, emotion.
+
+  python float/precompute.py --config official --autoencoder-path float.pth --data-root datasets --features-dir datasets/features
+  torchrun --nproc_per_node=8 float/precompute.py ...        the clips are shared out over the ranks
+The same command again goes on where it stopped; clips of other encoders' weights are encoded anew. float/train.py does this itself.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from float.config import PRESETS, Config, data_root
+from shared.config import load_config
+from shared.errors import UserError, command
+
+if TYPE_CHECKING:
+    from float.features import ClipEncoder
+    from shared.dist import DistInfo
+
+MAX_BAD_SHARE = 0.01
+
+
+def features_dir(config: Config) -> Path:
+    """The cache folder of a run."""
+    return Path(config.data.features_dir or Path(config.run.output_dir) / "features")
+
+
+def precompute(config: Config, encoder: "ClipEncoder", info: "DistInfo") -> dict[str, int]:
+    """Fill the cache for both splits: features_dir/{train,val}/<clip>.safetensors. -> counts. UserError when over 1 % is bad."""
+    from float.clips import find_clips
+    from float.face import read_boxes
+    from float.features import encode_clips
+    from shared.dist import gather_objects
+
+    root, folder = data_root(config.data), features_dir(config)
+    boxes, counts = read_boxes(root), {}
+    for name, split in (("train", config.data.train_split), ("val", config.data.val_split)):
+        clips = find_clips(root, split)
+        mine = encode_clips(encoder, clips, boxes, folder / name, rank=info.rank, world=info.world)
+        parts = gather_objects(mine)
+        total = {key: [entry for part in parts for entry in part[key]] for key in mine}
+        if info.is_main:
+            for sentence in total["notes"]:
+                print(f"note: {sentence}")
+            _list_bad(folder, name, total["bad"])
+        if len(total["bad"]) > max(0, MAX_BAD_SHARE * len(clips)):
+            raise UserError(
+                f"{len(total['bad'])} of {len(clips)} clips of split '{split}' cannot be used, more than {MAX_BAD_SHARE:.0%}; the first: "
+                f"{total['bad'][0]} (all in {folder / f'bad_{name}.txt'}); mend or remove them"
+            )
+        counts |= {f"{name}_{key}": len(value) for key, value in total.items() if key != "notes"}
+    return counts
+
+
+def _list_bad(folder: Path, name: str, sentences: list[str]) -> None:
+    path = folder / f"bad_{name}.txt"
+    if sentences:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(sentences) + "\n", encoding="utf-8")
+    else:
+        path.unlink(missing_ok=True)
+
+
+@command
+def main(argv: list[str] | None = None) -> dict[str, int]:
+    """Read the settings, encode, print the counts."""
+    config = load_config(Config, presets=PRESETS, argv=argv, default="default", description=__doc__)
+    if config.model.autoencoder_path is None:
+        raise UserError("--autoencoder-path is not given; name a phase-1 run (float/train_autoencoder.py) or float.pth")
+    from float.build import load_autoencoder
+    from float.features import ClipEncoder
+    from shared.dist import init_distributed, shutdown
+
+    info = init_distributed(config.run.device, config.run.timeout_minutes * 60)
+    try:
+        autoencoder = load_autoencoder(config.model, config.model.autoencoder_path)
+        counts = precompute(config, ClipEncoder(config.model, config.data, autoencoder, info.device), info)
+        if info.is_main:
+            print(", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in counts.items()))
+        return counts
+    finally:
+        shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Phase 1 of FLOAT: train the motion auto-encoder on pairs of frames.
+
+  python float/train_autoencoder.py --config small --output-dir outputs/float_autoencoder      a CPU, the sample clips, minutes
+  torchrun --nproc_per_node=8 float/train_autoencoder.py --config official --data-root datasets --vgg-path vgg19.pth
+The same command again resumes. float/train.py does this phase itself when it is given no auto-encoder.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from float.config import AUTOENCODER_PRESETS, AutoencoderConfig, data_root, settle
+from shared.config import accumulation_steps, load_config
+from shared.errors import UserError, command
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from shared.dist import DistInfo
+    from shared.loop import FitResult
+
+VALIDATION_FRAMES = 48  # of each held-out clip, evenly spaced
+
+
+class AutoencoderTrainer:
+    """The objective of phase 1 as functions for the loop."""
+
+    def __init__(self, config: AutoencoderConfig, info: "DistInfo"):
+        from float.autoencoder_losses import make_feature_stack
+        from float.autoencoder_model import AutoencoderWithJudges
+        from float.clips import find_clips
+        from float.face import read_boxes
+        from float.frames import FramePairs, FrameStore
+
+        self.config, self.info = config, info
+        data, training, root = config.data, config.training, data_root(config.data)
+        boxes, size = read_boxes(root), config.model.input_size
+        train_clips, val_clips = find_clips(root, data.train_split), find_clips(root, data.val_split)
+        self.pairs = FramePairs(
+            FrameStore(train_clips, size, data, boxes),
+            pairs_per_second=training.pairs_per_second,
+            seed=config.run.seed,
+            augment=data.use_augmentation,
+        )
+        self.held_out = FrameStore(val_clips, size, data, boxes)
+        self.model = AutoencoderWithJudges(config.model, data, adversarial=self.is_adversarial)
+        self.stack = self.note = None
+        if training.lambda_perceptual or training.lambda_component:
+            self.stack, self.note = make_feature_stack(training.vgg_path)
+            self.stack.to(info.device)
+
+    @property
+    def is_adversarial(self) -> bool:
+        training = self.config.training
+        return training.lambda_adversarial > 0 or training.lambda_style > 0
+
+    def losses(self, model: Callable, batches: list[dict], step: int) -> Iterator[tuple["Tensor", dict]]:
+        """One weighted sum of all terms per micro-batch."""
+        training = self.config.training
+        penalise = training.r1_gamma > 0 and step % training.r1_every == 0
+        # before the start the discriminators run at weight 0, so that every rank runs the same modules in every step
+        started = float(step >= training.adversarial_start)
+        for batch in batches:
+            source, driving = batch["source"], batch["driving"]
+            output, judged = model(source, driving, judge=self.is_adversarial, penalise=penalise)
+            terms = self._picture_terms(output.float(), driving)
+            weights = {
+                "l1": training.lambda_l1,
+                "box": training.lambda_box,
+                "perceptual": training.lambda_perceptual,
+                "component": training.lambda_component,
+                "adversarial": started * training.lambda_adversarial,
+                "style": started * training.lambda_style,
+                "discriminator": started,
+                "r1": started * training.r1_gamma / 2 * training.r1_every,
+            }
+            terms |= judged
+            total = sum(weights[name] * value for name, value in terms.items())
+            yield total / len(batches), {f"loss_{name}": value.detach() for name, value in terms.items()}
+
+    def _picture_terms(self, output: "Tensor", target: "Tensor") -> dict[str, "Tensor"]:
+        from float.autoencoder_losses import box_difference, perceptual_terms
+
+        training, data = self.config.training, self.config.data
+        terms = {"l1": (output - target).abs().mean()}
+        if training.lambda_box:
+            terms["box"] = box_difference(output, target, data.mouth_box) + box_difference(output, target, data.eye_box) / 3
+        if self.stack is not None:
+            both = perceptual_terms(self.stack, output, target, [data.mouth_box, data.eye_box])
+            terms["perceptual"], terms["component"] = both
+        return terms
+
+    def validate(self, model: Callable, step: int) -> dict[str, float]:
+        """Held-out clips from their first frame: L1, PSNR of picture and mouth, and the same for a copy of that frame."""
+        import torch
+
+        from float.autoencoder_losses import psnr
+        from float.media import to_tensor
+
+        box, rows = self.config.data.mouth_box, []
+        for clip in range(len(self.held_out.clips)):
+            frames = self.held_out.all_frames(clip)
+            every = max(1, len(frames) // VALIDATION_FRAMES)
+            driving = to_tensor(frames[::every]).to(self.info.device)
+            source = driving[:1].expand_as(driving)
+            output = torch.cat(
+                [model(s, d, judge=False, penalise=False)[0] for s, d in zip(source.split(16), driving.split(16), strict=True)]
+            )
+            rows.append(
+                {
+                    "loss": float((output.float() - driving).abs().mean()),
+                    "psnr": psnr(output, driving),
+                    "psnr_copy": psnr(source, driving),
+                    "psnr_mouth": psnr(output, driving, box),
+                    "psnr_mouth_copy": psnr(source, driving, box),
+                }
+            )
+        return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+    def sample(self, model: Callable, step: int, folder: Path) -> None:
+        """A sheet: source, driving frames above, what was made of them below."""
+        import numpy as np
+        from PIL import Image
+
+        from float.media import to_tensor, to_uint8
+
+        sheets = []
+        for clip in range(min(3, len(self.held_out.clips))):
+            frames = self.held_out.all_frames(clip)
+            chosen = frames[np.linspace(0, len(frames) - 1, 8).astype(int)]
+            driving = to_tensor(chosen).to(self.info.device)
+            output = model(driving[:1].expand_as(driving), driving, judge=False, penalise=False)[0]
+            sheets += [np.concatenate(list(chosen), 1), np.concatenate(list(to_uint8(output)), 1)]
+        if self.info.is_main:
+            Image.fromarray(np.concatenate(sheets)).save(folder / f"step_{step:08d}.png")
+
+    def train(self, output_dir: Path | None = None) -> "FitResult":
+        """Train to the planned step, resuming what is in the output folder."""
+        from shared.data import BatchPlan, MapStream
+        from shared.loop import fit
+
+        from float.frames import collate_pairs
+
+        run, training = self.config.run, self.config.training
+        if self.is_adversarial and run.strategy == "zero3":
+            raise UserError("--strategy zero3 cannot run the adversarial terms (it hides the weights that are held fixed); use fsdp or zero2")
+        output_dir = Path(output_dir or run.output_dir)
+        accumulation = accumulation_steps(training, self.info.world)
+        plan = BatchPlan(
+            len(self.pairs), training.batch_size, self.info.world, accumulation, run.seed, drop_last=self.config.data.drop_last
+        )
+        stream = MapStream(
+            self.pairs,
+            plan,
+            self.info,
+            collate=collate_pairs,
+            num_workers=training.num_workers,
+            prefetch_factor=training.prefetch_factor,
+            bad_samples=output_dir / "bad_samples.jsonl",
+        )
+        settle(self.config, steps_per_epoch=stream.steps_per_epoch, device_type=self.info.device.type)
+        if self.note and self.info.is_main:
+            print(self.note)
+        return fit(
+            config=self.config,
+            info=self.info,
+            model=self.model,
+            stream=stream,
+            losses=self.losses,
+            validate=self.validate,
+            sample=self.sample,
+            output_dir=output_dir,
+            title="FLOAT phase 1, motion auto-encoder",
+        )
+
+
+@command
+def main(argv: list[str] | None = None) -> "FitResult | None":
+    """Read the settings, train."""
+    config = load_config(AutoencoderConfig, presets=AUTOENCODER_PRESETS, argv=argv, default="small", description=__doc__)
+    from float.plans import print_autoencoder_plan
+    from shared.dist import init_distributed, shutdown
+    from shared.rng import seed_everything
+
+    if config.run.dry_run:
+        print_autoencoder_plan(config)
+        return None
+    info = init_distributed(config.run.device, config.run.timeout_minutes * 60)
+    try:
+        seed_everything(config.run.seed, 1)
+        return AutoencoderTrainer(config, info).train()
+    finally:
+        shutdown()
+
+
+if __name__ == "__main__":
+    main()
