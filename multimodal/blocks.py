@@ -3,6 +3,8 @@
 Legend: B batch, N tokens, D width, H heads, K head width (64).
 """
 
+import math
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -112,7 +114,8 @@ class Tower(nn.Module):
 
 @torch.no_grad()
 def small_normal_(layer: nn.Linear | nn.Conv2d, std: float = 0.02) -> None:
-    """Weight: normal with this standard deviation, cut at two of them. Bias: zero."""
-    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+    """Weight: normal with this standard deviation, cut at two of them (by the inverse of its distribution). Bias: zero."""
+    edge = math.erf(2 / math.sqrt(2))
+    layer.weight.uniform_(-edge, edge).erfinv_().mul_(std * math.sqrt(2))
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)

@@ -1,0 +1,80 @@
+"""Retrieve with a trained model, into a file a person can look at.
+
+    python multimodal/generate.py --checkpoint outputs/multimodal --output sheet.png         the five nearest pictures of held-out captions
+    python multimodal/generate.py --checkpoint outputs/multimodal --dataset clotho --output sounds.json
+    python multimodal/generate.py --checkpoint outputs/multimodal --prompt "a red circle" --output circle.png
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from multimodal.config import DATASETS  # noqa: E402
+from shared.config import Section, load_config, setting  # noqa: E402
+from shared.errors import UserError, command  # noqa: E402
+
+
+class Options(Section):
+    """Flags of this command."""
+
+    checkpoint: str = setting("outputs/multimodal", "a run's folder, a checkpoint folder or a .pt file")
+    output: str = setting("retrieval.png", ".png: pictures; .json: pictures or sounds with their captions")
+    dataset: Literal[DATASETS] | None = setting(None, "what is searched; null: the first data set of the run", "datasets")
+    data_root: str | None = setting(None, "its folder; null: the run's")
+    split: Literal["train", "val", "test"] = setting("val", "part of the data that is searched")
+    prompt: list[str] = setting([], "texts to search for; none: captions of the data")
+    rows: int = setting(8, "queries shown", ge=1, le=50)
+    batch_size: int = setting(64, "items at a time", ge=1)
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Embed one split and write what lies nearest."""
+    options = load_config(Options, argv=argv, description=__doc__)
+    output = Path(options.output)
+    if output.suffix not in (".png", ".json"):
+        raise UserError(f"--output {output}: .png or .json is wanted")
+    from multimodal import metrics
+    from multimodal.inference import Embedder
+    embedder = Embedder.load(options.checkpoint, device=options.device, batch_size=options.batch_size)
+    name = options.dataset or embedder.config.data.datasets[0]
+    found = metrics.records_of(embedder, metrics.Options(checkpoint=options.checkpoint, datasets=[name], split=options.split,
+                                                         data_root=options.data_root))
+    records = found.get(name, [])
+    kind = "image" if any(record.kind == "image" for record in records) and output.suffix == ".png" else records[0].kind if records else "image"
+    records = [record for record in records if record.kind == kind and record.captions]
+    if not records:
+        raise UserError(f"data set {name} has no captioned {options.split} samples to search")
+    if output.suffix == ".png" and kind != "image":
+        raise UserError(f"--output {output}: data set {name} holds sounds; give a .json file")
+    split = with_prompts(embedder, embedder.split(records, kind), options.prompt)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    from multimodal.report import write_aside
+    from multimodal.showing import best_items, picture_sheet, table
+    if output.suffix == ".png":
+        picture_sheet(split, {record.id: record.source for record in records}, output, rows=len(options.prompt) or options.rows)
+    elif options.prompt:
+        rows: list[dict[str, Any]] = [{"query_text": text, "found_items": [split.ids[place] for place in best_items(split, index)]}
+                                      for index, text in enumerate(options.prompt)]
+        write_aside(output, json.dumps(rows, indent=1, ensure_ascii=False))
+    else:
+        write_aside(output, json.dumps(table(split, rows=options.rows), indent=1, ensure_ascii=False))
+    print(output)
+
+
+def with_prompts(embedder: Any, split: Any, prompts: list[str]) -> Any:
+    """The split with the user's texts in place of its captions; no item is the true one then."""
+    if not prompts:
+        return split
+    split.captions_CE, split.caption_texts, split.owners = embedder.texts(prompts), prompts, [-1] * len(prompts)
+    split.first_captions = list(range(len(prompts)))
+    return split
+
+
+if __name__ == "__main__":
+    main()
