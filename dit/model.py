@@ -77,10 +77,11 @@ class DiTBlock(nn.Module):
         else:
             shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + condition).unbind(1)
         attended = self.attn(modulate(self.norm1(x_BLD), shift1, scale1), rotation, mask_BL)
-        x_BLD = x_BLD + self._drop(gate1[:, None] * attended)
+        x_BLD = torch.addcmul(x_BLD, gate1[:, None], self._drop(attended))
         if self.cross_attn is not None:
             x_BLD = x_BLD + self._drop(self.cross_attn(self.cross_norm(x_BLD), text_BTD, text_mask_BT))
-        return x_BLD + self._drop(gate2[:, None] * self.mlp(modulate(self.norm2(x_BLD), shift2, scale2)))
+        expanded = self.mlp(modulate(self.norm2(x_BLD), shift2, scale2))
+        return torch.addcmul(x_BLD, gate2[:, None], self._drop(expanded))
 
     def _drop(self, branch_BLD: Tensor) -> Tensor:
         """Stochastic depth: leave the branch out for whole samples in training, and scale the rest up."""
