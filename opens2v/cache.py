@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shared.errors import BadSample, UserError
 
-KINDS = ("text", "clip", "vae")
+EMPTY_PROMPT = ("_", "empty_prompt")  # part and key of the text that dropped samples get
 
 
 def cache_settings(config: Any, kind: str) -> dict[str, Any]:
@@ -130,6 +130,15 @@ def _padded(rows: Tensor, cache: FeatureCache) -> Tensor:
     if len(rows) > count:
         raise UserError(f"cached text has {len(rows)} rows, text_rows is {count}")
     return torch.cat([rows, torch.zeros(count - len(rows), rows.shape[1])])
+
+
+def cached_null_text(config: Any) -> Tensor:
+    """Rows of the empty prompt; UserError when precompute.py has not stored them."""
+    cache = FeatureCache(config.data.cache_dir, config, "text")
+    try:
+        return _padded(cache.read(*EMPTY_PROMPT, 0), cache)
+    except BadSample as error:
+        raise UserError(str(error)) from None
 
 
 def with_cached_features(dataset: Any, config: Any) -> Any:

@@ -100,6 +100,11 @@ class OpenS2VAdapterDataset(Dataset):
     def __len__(self) -> int:
         return len(self.part.annotations) if self.positions is None else len(self.positions)
 
+    def identity(self, index: int) -> tuple[str, str]:
+        """(part, key) of a sample."""
+        position = index if self.positions is None else self.positions[index]
+        return self.part.name, self.part.annotations.key(position)
+
     def set_epoch(self, epoch: int) -> None:
         """The epoch that __getitem__ draws for; seen by worker processes as well."""
         self.epoch.fill_(epoch)
@@ -310,7 +315,13 @@ class MultiPartOpenS2VAdapterDataset(Dataset):
         part, inside = self.locate(index)
         return self.datasets[part].sample(inside, epoch)
 
+    def identity(self, index: int) -> tuple[str, str]:
+        """(part, key) of a sample."""
+        part, inside = self.locate(index)
+        return self.datasets[part].identity(inside)
+
     def set_epoch(self, epoch: int) -> None:
+        """See OpenS2VAdapterDataset.set_epoch."""
         for dataset in self.datasets:
             dataset.set_epoch(epoch)
 

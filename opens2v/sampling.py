@@ -55,10 +55,20 @@ class VideoSampler:
         self.scheduler = FlowMatchScheduler(sampler.shift)
 
     @torch.no_grad()
-    def sample(self, conditions: Conditions, negative_RD: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-        """Latents (B, C, F, h, w) float32. negative: rows (R, D) of the negative prompt. Video i starts from noise keyed by (seed, i)."""
+    def sample(
+        self,
+        conditions: Conditions,
+        negative_RD: Tensor,
+        shape: tuple[int, int, int, int],
+        places: list[int] | None = None,
+    ) -> Tensor:
+        """Latents (B, C, F, h, w) float32.
+
+        negative: rows (R, D) of the negative prompt. Video i starts from noise keyed by (seed, places[i]), by default i.
+        """
         text = conditions.text_BRD
-        rows = [torch.randn(shape, generator=keyed_generator(self.sampler.seed, _START, i)) for i in range(len(text))]
+        places = list(range(len(text))) if places is None else places
+        rows = [torch.randn(shape, generator=keyed_generator(self.sampler.seed, _START, i)) for i in places]
         noise = torch.stack(rows).to(text.device)
         passes = self._passes(conditions, negative_RD)
         if self.settings.causal:

@@ -113,7 +113,7 @@ class OpenS2VTrainer:
 
     def __init__(self, config: Config, info: "DistInfo | None" = None):
         from opens2v.base import ensure_base, load_generator
-        from opens2v.cache import with_cached_features
+        from opens2v.cache import cached_null_text, with_cached_features
         from opens2v.conditions import load_encoders
         from opens2v.dataset import create_dataset
         from opens2v.objective import RefImageFlowMatching
@@ -134,6 +134,8 @@ class OpenS2VTrainer:
         self.encoders = load_encoders(config, self.base.parent)
         self.model, self.trainable = load_generator(config, self.base)
         self.encoders.to(self.info.device)
+        if config.data.use_cached_text:
+            self.encoders.set_null_text(cached_null_text(config))
         self.objective = RefImageFlowMatching(config, self.encoders)
         self.preview = Preview(config, self.encoders, self.objective.scheduler, self.info)
 

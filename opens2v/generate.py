@@ -1,0 +1,261 @@
+"""A video of a subject: from a prompt, one or more subject pictures and a trained checkpoint.
+
+    python opens2v/generate.py --checkpoint OUT --output out.mp4                        a held-back clip of the run
+    python opens2v/generate.py --checkpoint OUT --ref-image a.png,b.png --prompt "..." --output out.mp4
+    python opens2v/generate.py --checkpoint OUT --prompt-file list.jsonl --output-dir FOLDER
+
+list.jsonl holds {"prompt": ..., "ref_image": [...], "output": "name.mp4"} a line. Beside every mp4 lie its first frame (.png)
+and its settings (.json).
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from shared.config import Section, load_config, setting
+from shared.errors import UserError, command
+
+
+class GenerateOptions(Section):
+    """What to draw, and how."""
+
+    checkpoint: str = setting("", "run folder, checkpoint folder, or model.pt")
+    config_path: str | None = setting(None, "settings of the run, when they do not lie beside the checkpoint")
+    generator_ckpt: str | None = setting(None, "base weights, when they are not where the run had them")
+    prompt: str | None = setting(None, "what the video shows")
+    ref_image: list[str] = setting([], "subject pictures, comma separated; transparency becomes white", "ref_images")
+    prompt_file: str | None = setting(None, "jsonl with prompt, ref_image and output a line")
+    output: str = setting("out.mp4", "the video")
+    output_dir: str | None = setting(None, "folder of the videos of --prompt-file")
+    num_frames: int | None = setting(None, "pixel frames, 4k + 1; null: as trained", ge=1)
+    height: int | None = setting(None, "pixels; null: as trained", ge=16)
+    width: int | None = setting(None, "pixels; null: as trained", ge=16)
+    steps: int | None = setting(None, "denoising steps; null: 50, small presets 20", ge=1)
+    sampler: Literal["unipc", "euler"] = setting("unipc", "solver")
+    shift: float | None = setting(None, "shift of the noise levels; null: as trained", gt=0)
+    guidance: Literal["text", "both", "dual"] = setting(
+        "both", "text: 2 passes; both: text and subject together; dual: 3 passes"
+    )
+    guidance_scale: float | None = setting(None, "strength of text guidance; null: 5, small presets 1.5", "cfg", ge=0)
+    img_guidance_scale: float = setting(3.0, "strength of subject guidance, mode dual", ge=0)
+    negative_prompt: str | None = setting(None, "what to steer away from; null: that of the run")
+    fps: float | None = setting(None, "frames per second of the file; null: 16, small presets 8", gt=0)
+    seed: int = setting(42, "noise", ge=0)
+    rembg: Literal["none", "white"] = setting("none", "white: take off a plain ground of the subject picture")
+    lora_scale: float = setting(1.0, "factor on the LoRA layers", ge=0)
+    ref_scale: float = setting(1.0, "factor on what the subject adds; 0 gives the base", ge=0)
+    use_ema: bool = setting(True, "averaged weights, where the checkpoint has them")
+    offload: bool = setting(False, "keep the text encoder on the CPU")
+    dtype: Literal["fp32", "bf16"] = setting("fp32", "precision of the generator's arithmetic")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    side_by_side: bool = setting(False, "put the subject picture left of every frame")
+
+
+@dataclass
+class Request:
+    """One video to draw."""
+
+    prompt: str
+    ref_images: list[str]
+    output: Path
+
+
+def requests_of(options: GenerateOptions) -> list[Request]:
+    """The videos that the options ask for; none when neither prompt nor list is given."""
+    if options.prompt_file is not None:
+        return _listed(options)
+    if options.prompt is None and not options.ref_image:
+        return []
+    if options.prompt is None:
+        raise UserError("--ref-image is given without --prompt; say what the subject does")
+    return [Request(options.prompt, options.ref_image, Path(options.output))]
+
+
+def _listed(options: GenerateOptions) -> list[Request]:
+    path, found = Path(options.prompt_file), []
+    if not path.exists():
+        raise UserError(f"--prompt-file {path}: not found")
+    folder = Path(options.output_dir or Path(options.output).parent)
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            pictures = record.get("ref_image") or record.get("img_paths") or []
+            prompt = record["prompt"]
+        except (ValueError, KeyError, AttributeError):
+            raise UserError(
+                f'--prompt-file {path}, line {number}: expected {{"prompt": ..., "ref_image": [...]}}'
+            ) from None
+        pictures = [pictures] if isinstance(pictures, str) else pictures
+        pictures = [str(path.parent / picture) for picture in pictures]
+        found.append(Request(prompt, pictures, folder / record.get("output", f"{number:04d}.mp4")))
+    if not found:
+        raise UserError(f"--prompt-file {path}: holds no prompt")
+    return found
+
+
+def without_plain_ground(image: Any) -> Any:
+    """The picture with the plain colour of its border made white: what lies within 24 grey levels of the corners' median,
+    connected to the border."""
+    import numpy as np
+    from PIL import Image
+    from scipy import ndimage
+
+    pixels = np.array(image)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    near = np.abs(pixels.astype(int) - np.median(border, 0)).max(-1) <= 24
+    labels, _ = ndimage.label(near)
+    touching = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
+    pixels[np.isin(labels, touching[touching > 0])] = 255
+    return Image.fromarray(pixels)
+
+
+class Generator:
+    """A loaded checkpoint that draws videos."""
+
+    def __init__(self, options: GenerateOptions):
+        import torch
+
+        from opens2v.encoders import check_frames
+        from opens2v.loading import load_trained_generator
+        from opens2v.lora import scale_lora
+        from shared.dist import init_distributed
+
+        self.options = options
+        if options.num_frames is not None:
+            check_frames(options.num_frames, "--num-frames")
+        for name, value in (("--height", options.height), ("--width", options.width)):
+            if value is not None and value % 16:
+                raise UserError(
+                    f"{name} {value} is not a multiple of 16; use {value // 16 * 16} or {value // 16 * 16 + 16}"
+                )
+        self.device = init_distributed(options.device).device
+        self.module, self.encoders, self.config, self.weights = load_trained_generator(
+            options.checkpoint,
+            config_path=options.config_path,
+            base=options.generator_ckpt,
+            use_ema=options.use_ema,
+            device=self.device,
+        )
+        if options.offload and self.encoders.text is not None:
+            self.encoders.text.to("cpu")
+        if options.lora_scale != 1:
+            scale_lora(self.module, options.lora_scale)
+        self.is_small = self.config.model.codec == "patch"
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=options.dtype == "bf16")
+
+    def sampler_settings(self) -> Any:
+        """The sampler of the options, with the run's values where they leave it open."""
+        from opens2v.sampling import SamplerSettings
+
+        options = self.options
+        return SamplerSettings(
+            steps=options.steps or (20 if self.is_small else 50),
+            sampler=options.sampler,
+            shift=options.shift or self.config.training.timestep_shift,
+            guidance=options.guidance,
+            guidance_scale=options.guidance_scale
+            if options.guidance_scale is not None
+            else (1.5 if self.is_small else 5.0),
+            img_guidance_scale=options.img_guidance_scale,
+            ref_scale=options.ref_scale,
+            seed=options.seed,
+        )
+
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """Shape of a video's latents; UserError for a length that causal blocks do not fill."""
+        from opens2v.base import latent_shape
+        from opens2v.causal import frame_blocks
+        from opens2v.config import pixel_frames
+
+        options, data, model = self.options, self.config.data, self.config.model
+        shape = latent_shape(
+            self.config,
+            options.num_frames or pixel_frames(self.config),
+            options.height or data.pixel_height,
+            options.width or data.pixel_width,
+        )
+        if model.causal:
+            try:
+                frame_blocks(shape[1], model.num_frame_per_block, model.independent_first_frame)
+            except ValueError as error:
+                raise UserError(f"--num-frames: {error}") from None
+        return shape
+
+    def draw(self, conditions: Any, *, places: list[int] | None = None, seed: int | None = None) -> Any:
+        """Videos (B, 3, F, H, W) in [-1, 1]. places, seed: what the noise of each video is keyed by."""
+        from opens2v.sampling import VideoSampler
+
+        negative = self.options.negative_prompt
+        rows = self.encoders.encode_text([self.config.training.negative_prompt if negative is None else negative])[0]
+        settings = self.sampler_settings()
+        settings.seed = settings.seed if seed is None else seed
+        sampler = VideoSampler(self.module, self.module, self.config.model, settings)
+        with self.autocast:
+            latents = sampler.sample(conditions, rows, self.latent_shape(), places)
+        return self.encoders.codec.decode(latents)
+
+    def run(self, request: Request) -> Path:
+        """Draw one video and write it with its first frame and settings."""
+        import numpy as np
+
+        from opens2v.preview import conditions_for, open_picture
+
+        pictures = [open_picture(path) for path in request.ref_images]
+        if self.options.rembg == "white":
+            pictures = [without_plain_ground(picture) for picture in pictures]
+        conditions = conditions_for(self.config, self.encoders, [request.prompt], [pictures])
+        shown = np.array(pictures[0]) if pictures else None
+        return self.write(request.output, self.draw(conditions)[0], shown, request.prompt, request.ref_images)
+
+    def write(self, output: Path, video: Any, reference: Any, prompt: str, ref_images: list[str]) -> Path:
+        """The mp4 with everything that made it."""
+        from opens2v.preview import side_by_side
+        from opens2v.video import to_uint8, write_video
+
+        frames = to_uint8(video)
+        if self.options.side_by_side and reference is not None:
+            frames = side_by_side(reference, frames)
+        settings = {
+            "prompt": prompt, "ref_images": ref_images, "checkpoint": str(self.weights), "frames": len(frames),
+            "sampler": asdict(self.sampler_settings()), "options": self.options.model_dump(),
+        }  # fmt: skip
+        fps = self.options.fps or (8 if self.is_small else 16)
+        return write_video(output, frames, fps, settings)
+
+    def run_held_back(self, output: Path) -> Path:
+        """Draw the first held-back clip of the run's own data; the subject picture is shown beside it."""
+        from opens2v.dataset import collate_opens2v_batch
+        from opens2v.preview import Preview, reference_picture
+        from opens2v.scheduler import FlowMatchScheduler
+        from shared.dist import DistInfo
+
+        item = Preview(self.config, self.encoders, FlowMatchScheduler(), DistInfo()).dataset.sample(0, 0)
+        conditions = self.encoders.conditions(collate_opens2v_batch([item]))
+        self.options.side_by_side = True
+        reference = reference_picture(item["ref_pixels"][0])
+        return self.write(output, self.draw(conditions)[0], reference, item["prompts"], [item["key"]])
+
+
+@command
+def main(argv: list[str] | None = None) -> list[Path]:
+    options = load_config(GenerateOptions, argv=argv, description=__doc__)
+    if not options.checkpoint:
+        raise UserError("--checkpoint is needed: a run folder, one of its checkpoints, or a model.pt")
+    requests = requests_of(options)
+    generator = Generator(options)
+    written = [generator.run(request) for request in requests] or [generator.run_held_back(Path(options.output))]
+    for path in written:
+        print(path)
+    return written
+
+
+if __name__ == "__main__":
+    main()
