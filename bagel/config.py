@@ -204,6 +204,7 @@ class TrainingConfig(TrainingSection):
     fp16: bool = setting(False, "the guide's name of --precision fp16")
     bf16: bool = setting(False, "the guide's name of --precision bf16")
     deepspeed: str | None = setting(None, "a DeepSpeed file, whose zero stage chooses --strategy")
+    sample_records: int = setting(8, "held-out prompts that are drawn, and pictures that are described, as samples; 0: none", ge=0)
     validation_records: int = setting(256, "records of the validation set that are used", ge=1)
 
     @model_validator(mode="after")

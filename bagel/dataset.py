@@ -3,6 +3,7 @@
 Text, sizes and lengths come from the records and the pictures' headers; pixels are read only when a sample is asked for.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -258,9 +259,12 @@ class UnifiedGenerationDataset:
         return {"records": len(self), "malformed": len(self.errors), "formats": dict(Counter(record.kind for record in self.records)),
                 "targets": dict(targets), "length": percentiles}
 
-    def fingerprint(self) -> list[Any]:
-        """What a resumed run must find again: the file names and the number of valid records."""
-        return [[Path(part).name for part in self.data_path.split(",")], len(self)]
+    def fingerprint(self) -> str:
+        """A digest of the valid records in their order, by which a resumed run knows its data again."""
+        digest = hashlib.sha256()
+        for record in self.records:
+            digest.update(json.dumps(record.value, sort_keys=True, default=str).encode())
+        return digest.hexdigest()[:16]
 
 
 def _pictures(value: Any) -> list[str]:

@@ -258,7 +258,7 @@ def picture_figures(opened: Opened, dataset: UnifiedGenerationDataset, options: 
                                                                     max_length=options.max_length)
     return {**figures, **guarded(lambda: colour_agreement(drawn, true), "colour_agreement"),
             **guarded(lambda: fid(drawn, true, options.fid_weights), "fid"),
-            **consistency(texts, drawn, described, texts, scorer, described)}
+            **consistency(texts, drawn, described, [], scorer, described)}
 
 
 def draw_prompts(opened: Opened, prompts: "Sequence[Conversation]", options: "Options") -> list[Image.Image]:

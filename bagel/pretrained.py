@@ -49,6 +49,10 @@ def read_config(config: ModelConfig) -> ModelConfig:
         changes.update({name: value for name, value in saved.items() if value is not None})
     else:
         changes["autoencoder"] = _autoencoder_sizes(folder / "ae.safetensors", config.autoencoder)
+    if changes["autoencoder"].kind == "flux" and not (folder / "ae.safetensors").is_file():
+        raise FileNotFoundError(2, "missing in the model folder", str(folder / "ae.safetensors"))
+    if not config.from_scratch:
+        _weights_file(folder)
     return config.model_copy(update=changes)
 
 

@@ -67,8 +67,14 @@ class PackStream:
         self.packs_each = 1 if data.packing == "samples" else batch_size
         self.packs, self.num_workers, self.prefetch_factor = _Packs(dataset, collate), num_workers, prefetch_factor
         self.bad_path, self.bad, self.bad_in_a_row = bad_samples, {}, 0
+        self.fingerprint = dataset.fingerprint()
         packs_a_step = self.packs_each * accumulation * info.world
-        self.steps_per_epoch = -(-packs_per_epoch(dataset, data, batch_size) // packs_a_step)
+        by_samples = data.packing == "samples"
+        self.samples_per_step = packs_a_step * (batch_size if by_samples else 1)      # packs, where packs are what is counted
+        if by_samples:
+            self.steps_per_epoch = -(-len(dataset.order(0)) // self.samples_per_step)
+        else:
+            self.steps_per_epoch = -(-packs_per_epoch(dataset, data, batch_size) // packs_a_step)
         self._ahead: deque[dict] = deque()
         self._position: dict | None = None
         self._loaded: Iterator | None = None

@@ -65,7 +65,7 @@ class UnifiedTrainer:
     def sample(self, model: Any, step: int, folder: Path) -> None:
         """Pictures for held-out prompts and descriptions of held-out pictures; all ranks compute, rank 0 writes."""
         from bagel.validation import write_samples
-        write_samples(self, model, step, folder)
+        write_samples(self, model, step, folder, most=self.config.training.sample_records)
 
     def export(self, folder: Path, weights: dict[str, "torch.Tensor"], ema: dict[str, "torch.Tensor"] | None) -> None:
         """Files of a checkpoint that others read: the adapter, or all trained weights as one plain file."""
@@ -92,7 +92,8 @@ class UnifiedTrainer:
             training.warmup_steps = round(training.warmup_ratio * plan_steps(training, stream))
         self.model.checkpoint_layers(training.gradient_checkpointing)
         return fit(config=config, info=self.info, model=self.model, stream=stream, losses=self.losses,
-                   validate=self.validate if self.val_set is not None else None, sample=self.sample,
+                   validate=self.validate if self.val_set is not None else None,
+                   sample=self.sample if training.sample_records else None,
                    export=self.export if training.export or config.model.use_lora else None,
                    wrap_classes=(MoTDecoderLayer, EncoderLayer), checkpoint_name="step_{step}", title="BAGEL")
 

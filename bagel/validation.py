@@ -99,7 +99,7 @@ def _load(record: Any, name: str) -> Image.Image:
     return load_image(record.source.picture(name))
 
 
-def write_samples(trainer: "UnifiedTrainer", model: Any, step: int, folder: Path, *, most: int = 8) -> None:
+def write_samples(trainer: "UnifiedTrainer", model: Any, step: int, folder: Path, *, most: int) -> None:
     """step_N.png: one picture a prompt; step_N.json: prompts, and questions with the model's and the true answers."""
     dataset = trainer.val_set or trainer.train_set
     transforms = transforms_of(trainer.config.data, trainer.model.config)

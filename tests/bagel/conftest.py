@@ -44,3 +44,9 @@ def open_records(pictures: Path) -> Callable[..., UnifiedGenerationDataset]:
         return UnifiedGenerationDataset(str(path), tokenizer=ByteTokenizer(), layout=LAYOUT, vae_transform=transform, vit_transform=transform,
                                         **{"max_sequence_length": 400, **settings})
     return make
+
+
+TINY = ["--set", "model.language.hidden_size=32", "--set", "model.language.intermediate_size=48", "--set", "model.language.num_hidden_layers=2",
+        "--set", "model.language.num_attention_heads=4", "--set", "model.vision.hidden_size=32", "--set", "model.vision.intermediate_size=32",
+        "--set", "model.vision.num_hidden_layers=1", "--device", "cpu", "--precision", "fp32", "--logging-steps", "1",
+        "--eval-steps", "1000", "--sample-records", "0", "--save-steps", "1000", "--num-epochs", "1"]
