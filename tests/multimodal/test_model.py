@@ -1,0 +1,199 @@
+"""The network: exact sizes, any subset of modalities, masks, exact attention in chunks, recomputation."""
+
+import math
+
+import pytest
+import torch
+
+from multimodal.blocks import Attention, Block
+from multimodal.config import Config
+from multimodal.model import SIZES, create_model
+
+TOTALS = {"tiny": 14_784_789, "small": 35_593_493, "base": 80_128_597, "large": 200_918_869}
+BASE_PARTS = {"image_tower": 37_829_632, "text_tower": 12_610_560, "audio_tower": 15_762_944, "fusion_tower": 6_305_792,
+              "image_patches": 393_728, "audio_patches": 131_584, "words": 4_915_200, "word_projection": 153_600,
+              "embed.image": 262_144, "to_fusion.text": 262_656, "fused_output": 262_656, "classifier": 42_064, "match_head": 513}
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return create_model("mini", 7, embed_dim=64, image_size=32, image_patch=8).eval()
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, 16000, (3, 10), generator=generator)
+    ids[1, 6:] = 0
+    return {"images": torch.randn(3, 3, 32, 32, generator=generator), "input_ids": ids,
+            "audio": torch.randn(3, 64, 80, generator=generator)}
+
+
+@pytest.mark.parametrize("size", TOTALS)
+def test_parameter_totals(size):
+    with torch.device("meta"):
+        assert create_model(size).num_parameters() == TOTALS[size]
+        assert create_model(size, 1251).num_parameters() == TOTALS[size] + (1251 - 80) * 513
+
+
+def test_parameters_of_each_part_of_base():
+    with torch.device("meta"):
+        network = create_model("base")
+    assert {name: sum(p.numel() for p in network.get_submodule(name).parameters()) for name in BASE_PARTS} == BASE_PARTS
+    assert sum(p.numel() for p in Block(512, 8).parameters()) == 12 * 512**2 + 13 * 512
+
+
+def test_the_presets_build():
+    with torch.device("meta"):
+        assert {name: len(create_model(name).image_tower.blocks) for name in SIZES} == {
+            "mini": 4, "tiny": 12, "small": 12, "base": 12, "large": 12}
+
+
+@pytest.mark.parametrize("names", [("images",), ("input_ids",), ("audio",), ("images", "audio"), ("images", "input_ids", "audio")])
+def test_every_subset_of_modalities(network, inputs, names):
+    found = network(**{name: inputs[name] for name in names})
+    modalities = {"images": "image", "input_ids": "text", "audio": "audio"}
+    assert {f"{modalities[name]}_embeds" for name in names} == {key for key in found if key.endswith("_embeds")}
+    assert found["fused_features"].shape == (3, 64) and found["logits"].shape == (3, 7) and found["match_logits"].shape == (3,)
+    for name in names:
+        assert torch.allclose(found[f"{modalities[name]}_embeds"].norm(dim=1), torch.ones(3), atol=1e-6)
+    assert found["logit_scale"].shape == () and found["logit_scale"].item() == pytest.approx(1 / 0.07, rel=1e-5)
+    assert "fused_features" not in network(images=inputs["images"], fuse=False)
+
+
+def test_a_hidden_modality_equals_an_absent_one(network, inputs):
+    absent = network(images=inputs["images"], input_ids=inputs["input_ids"])["fused_features"]
+    hidden = network(**inputs, modality_mask={"audio": torch.zeros(3, dtype=torch.bool)})["fused_features"]
+    assert torch.allclose(absent, hidden, atol=1e-5)
+    mixed = network(**inputs, modality_mask={"audio": torch.tensor([True, False, True])})["fused_features"]
+    whole = network(**inputs)["fused_features"]
+    assert torch.allclose(mixed[1], absent[1], atol=1e-5) and torch.allclose(mixed[[0, 2]], whole[[0, 2]], atol=1e-5)
+
+
+def test_more_padding_changes_nothing(network, inputs):
+    ids = torch.nn.functional.pad(inputs["input_ids"], (0, 6))
+    audio = torch.nn.functional.pad(inputs["audio"], (0, 0, 0, 32), value=9.0)
+    mask = torch.arange(96).expand(3, -1) < 64
+    plain, padded = network(**inputs), network(images=inputs["images"], input_ids=ids, audio=audio, audio_mask=mask)
+    for name in ("text_embeds", "audio_embeds", "fused_features", "logits"):
+        assert torch.allclose(plain[name], padded[name], atol=1e-5), name
+
+
+def test_frames_that_are_no_multiple_of_16_are_filled_up_and_masked(network, inputs):
+    short = inputs["audio"][:, :50]
+    filled = torch.cat([short, short.amin((1, 2), keepdim=True).expand(-1, 14, 80)], 1)
+    by_hand = network.encode_audio(filled, torch.arange(64).expand(3, -1) < 50)
+    assert torch.allclose(network.encode_audio(short), by_hand, atol=1e-6)
+
+
+def test_empty_text_and_silence_are_finite(network):
+    found = network(input_ids=torch.tensor([[1, 2, 0, 0]]), attention_mask=torch.tensor([[1, 0, 0, 0]]), audio=torch.zeros(1, 16, 80),
+                    audio_mask=torch.zeros(1, 16, dtype=torch.bool))
+    assert all(torch.isfinite(value).all() for value in found.values())
+
+
+def test_another_resolution(network, inputs):
+    assert network.encode_image(torch.randn(2, 3, 48, 64)).shape == (2, 64)
+    assert torch.equal(network.encode_image(inputs["images"]), network(images=inputs["images"])["image_embeds"])
+
+
+@pytest.mark.parametrize("arguments,message", [
+    ({}, "at least one"),
+    ({"images": torch.zeros(2, 3, 32, 32), "audio": torch.zeros(3, 16, 80)}, "audio has batch size 3, images has 2"),
+    ({"images": torch.zeros(1, 3, 30, 32)}, r"multiples of 8, found \(1, 3, 30, 32\)"),
+    ({"audio": torch.zeros(1, 16, 64)}, "audio: expected"),
+    ({"input_ids": torch.ones(1, 78, dtype=torch.long)}, "78 tokens"),
+    ({"images": torch.zeros(1, 3, 32, 32), "attention_mask": torch.ones(1, 4)}, "attention_mask is given without input_ids"),
+    ({"input_ids": torch.ones(1, 8, dtype=torch.long), "attention_mask": torch.ones(1, 4)}, "attention_mask has shape"),
+    ({"images": torch.zeros(1, 3, 32, 32), "modality_mask": {"sound": torch.ones(1)}}, "'sound'"),
+])
+def test_wrong_arguments_are_named(network, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        network(**arguments)
+    with pytest.raises(ValueError, match="huge"):
+        create_model("huge")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_chunked_attention_is_exact_with_its_gradients(masked):
+    torch.manual_seed(2)
+    mask = torch.ones(2, 50, dtype=torch.bool)
+    mask[1, 20:] = False
+    outputs = []
+    for kind in ("sdpa", "chunked"):
+        torch.manual_seed(3)
+        attention = Attention(128, 2, kind=kind, chunk=16)
+        x = torch.randn(2, 50, 128, generator=torch.Generator().manual_seed(4)).requires_grad_()
+        result = attention(x, mask if masked else None)
+        result.square().sum().backward()
+        outputs.append([result.detach(), x.grad, attention.qkv.weight.grad, attention.output.bias.grad])
+    for left, right in zip(*outputs, strict=True):
+        assert torch.allclose(left, right, atol=1e-5, rtol=1e-5)
+
+
+def test_recomputation_gives_the_same_gradients(inputs):
+    gradients = []
+    for enabled in (False, True):
+        torch.manual_seed(5)
+        network = create_model("mini", 7, embed_dim=64, image_size=32, image_patch=8, dropout=0.1).train()
+        network.set_grad_checkpointing(enabled)
+        torch.manual_seed(6)
+        network(**inputs)["logits"].square().sum().backward()
+        gradients.append({name: p.grad for name, p in network.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, value in gradients[0].items():
+        assert torch.allclose(value, gradients[1][name], rtol=1e-6, atol=1e-7), name
+
+
+def kept_bytes(enabled: bool) -> int:
+    """Bytes that `large` keeps for the backward pass of a whole forward, parameters left out: saved tensors and block inputs."""
+    with torch.device("meta"):
+        network = create_model("large").train()
+        batch = {"images": torch.empty(2, 3, 224, 224), "input_ids": torch.ones(2, 32, dtype=torch.long), "audio": torch.empty(2, 1024, 80)}
+    network.set_grad_checkpointing(enabled)
+    own = {id(p) for p in network.parameters()}
+    seen: dict[int, torch.Tensor] = {}
+
+    def note(value: torch.Tensor) -> torch.Tensor:
+        if id(value) not in own and not (value._base is not None and id(value._base) in own):
+            seen[value.untyped_storage()._cdata] = value
+        return value
+
+    def keep_input(_: torch.nn.Module, arguments: tuple) -> None:
+        note(arguments[0])
+
+    if enabled:  # these are kept by the recomputation itself
+        for module in network.modules():
+            if isinstance(module, Block):
+                module.register_forward_pre_hook(keep_input)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
+        network(**batch)
+    return sum(value.untyped_storage().nbytes() for value in seen.values())
+
+
+def test_recomputation_keeps_less_than_a_tenth():
+    share = kept_bytes(True) / kept_bytes(False)
+    assert 0.02 < share < 0.10
+
+
+def test_initial_values():
+    network = create_model("mini", 80)
+    assert network.words.weight[0].abs().max() == 0
+    assert network.classifier[1].bias[0].item() == pytest.approx(math.log(0.036 / 0.964))
+    qkv = network.image_tower.blocks[0].attention.qkv.weight
+    assert qkv.abs().max() <= 0.04 and qkv.std().item() == pytest.approx(0.02 * 0.8796, rel=0.03)
+    assert network.image_tower.blocks[0].contract.weight.abs().max() <= 0.04 / math.sqrt(8)
+    sigmoid = create_model("mini", contrastive_loss="siglip")(input_ids=torch.ones(1, 8, dtype=torch.long))
+    assert sigmoid["logit_scale"].item() == pytest.approx(10) and sigmoid["logit_bias"].item() == -10
+    assert Config().training.num_epochs == 100
+
+
+def test_temperatures_stay_in_range():
+    network = create_model("mini")
+    torch.nn.init.constant_(network.log_scale, 9.0)
+    torch.nn.init.constant_(network.audio_log_scale, -1.0)
+    network.clamp_scales()
+    assert network.log_scale.item() == pytest.approx(math.log(100)) and network.audio_log_scale.item() == 0
+    assert {"log_scale", "words.weight", "image_positions", "image_class", "image_tower.norm.weight"} <= network.no_weight_decay()
+    assert "image_tower.blocks.0.expand.weight" not in network.no_weight_decay()
