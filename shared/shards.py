@@ -55,9 +55,8 @@ class Shards:
         file.seek(offset)
         data = file.read(size)
         if len(data) != size:
-            raise BadSample(
-                f"{self.paths[shard]}: ends at byte {offset + len(data)}, {offset + size} wanted; copy the shard again"
-            )
+            length = os.fstat(file.fileno()).st_size
+            raise BadSample(f"{self.paths[shard]}: ends at byte {length}, {offset + size} wanted; copy the shard again")
         return data
 
 
