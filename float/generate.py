@@ -1,0 +1,179 @@
+"""Make a portrait speak: picture + sound -> mp4 with sound, of any length, window by window.
+
+  python float/generate.py --checkpoint outputs/float --ref-path float/sample_data/video/th006.mp4 --aud-path speech.wav --output talk.mp4
+  python float/generate.py --ckpt-path float.pth --ref-path face.png --aud-path speech.mp3 --emo happy --e-cfg-scale 5
+  ... --stream          sound is encoded in pieces, so that memory does not grow with the length
+  ... --set-direction 3=1.5   every frame gets coefficient 1.5 along direction 3;   --shift-direction 3=0.5 adds 0.5
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from shared.config import Section, load_config, setting
+from shared.errors import UserError, command
+
+if TYPE_CHECKING:
+    import torch
+
+    from float.animate import Animator
+
+
+class GenerateOptions(Section):
+    """The released tool's flags, and ours."""
+
+    checkpoint: str | None = setting(None, "run of float/train.py, one of its checkpoints, or float.pth", "ckpt_path")
+    ref_path: str | None = setting(None, "portrait: a picture, or a video whose first frame is taken", "reference")
+    aud_path: str | None = setting(None, "speech: any sound or video file", "audio")
+    output: str | None = setting(None, "mp4 to write; null: a name made of the inputs, in res_dir", "res_video_path")
+    res_dir: str = setting("./results", "folder for generated names")
+    emo: str = setting("S2E", "angry, disgust, fear, happy, neutral, sad, surprise; S2E: from the voice")
+    no_crop: bool = setting(False, "take the whole picture, squeezed to a square")
+    face_box: list[float] | None = setting(None, "face in the picture: left, top, right, bottom, pixels")
+    seed: int = setting(15, "seed of the noise", ge=0)
+    fix_noise_seed: bool = setting(False, "the same noise in every window, as the released tool")
+    nfe: int | None = setting(None, "time points of the solver, one more than steps; null: the checkpoint's", ge=2)
+    steps: int | None = setting(None, "steps of the solver, in place of nfe", ge=1)
+    torchdiffeq_ode_method: str | None = setting(None, "euler, midpoint, heun, rk4, or a torchdiffeq method", "method")
+    a_cfg_scale: float | None = setting(None, "guidance by sound")
+    r_cfg_scale: float | None = setting(None, "guidance by reference motion; acts with --reference-guidance")
+    e_cfg_scale: float | None = setting(None, "guidance by emotion; 5 to 10 exaggerates")
+    reference_guidance: bool | None = setting(None, "a further pass without reference motion")
+    dynamic_emotion: bool = setting(False, "hear the emotion anew in every window (needs the recogniser)")
+    stream: bool = setting(False, "encode the sound in pieces: bounded memory for any length")
+    set_direction: list[str] = setting([], "K=VALUE: fix the motion's coefficient along direction K")
+    shift_direction: list[str] = setting([], "K=VALUE: add to it")
+    wav2vec_model_path: str | None = setting(None, "folder of wav2vec2, in place of the checkpoint's")
+    audio2emotion_path: str | None = setting(None, "folder of the emotion recogniser, in place of the checkpoint's")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+
+
+def generate(options: GenerateOptions, animator: "Animator") -> tuple[Path, int]:
+    """Write the video; returns its path and its number of frames."""
+    import torch
+
+    from float.animate import audio_windows, sampling_options
+    from float.audio import frames_of, make_audio_encoder
+    from float.face import prepare_picture
+    from float.media import VideoWriter, is_silent, read_audio, read_image
+
+    model, data, device = animator.config.model, animator.config.data, animator.device
+    model.wav2vec_model_path = options.wav2vec_model_path or model.wav2vec_model_path
+    model.audio2emotion_path = options.audio2emotion_path or model.audio2emotion_path
+    wave = read_audio(options.aud_path)
+    if is_silent(wave):
+        print(f"note: {options.aud_path} is silent; the mouth follows no speech", file=sys.stderr)
+    crop = not options.no_crop and (options.face_box is not None or data.face_crop or model.audio_features == "wav2vec2")
+    picture = prepare_picture(
+        read_image(options.ref_path), model.input_size, crop=crop, box=_box(options.face_box), name=str(options.ref_path)
+    )
+    encoder = make_audio_encoder(model.audio_features, model.wav2vec_model_path, only_last_features=model.only_last_features)
+    sound = torch.from_numpy(wave).to(device)
+    portrait = animator.portrait(picture)
+    edit = animator.editor(_directions(options.set_direction), _directions(options.shift_direction))
+    sampling = sampling_options(
+        model,
+        nfe=options.nfe,
+        steps=options.steps,
+        method=options.torchdiffeq_ode_method,
+        a_cfg_scale=options.a_cfg_scale,
+        r_cfg_scale=options.r_cfg_scale,
+        e_cfg_scale=options.e_cfg_scale,
+        reference_guidance=options.reference_guidance,
+        fix_noise_seed=options.fix_noise_seed,
+        seed=options.seed,
+    )
+    windows = audio_windows(
+        encoder.to(device), sound, fps=data.video_fps, length=data.sequence_length, stream=options.stream
+    )
+    motions = animator.motion_windows(windows, portrait.motion, emotion_of(options, animator, sound), sampling)
+    total = frames_of(len(wave), data.video_fps)
+    path = Path(options.output) if options.output else Path(options.res_dir) / _name(options, sampling)
+    with VideoWriter(path, fps=data.video_fps, wave=wave) as video:
+        for frame in animator.frames(portrait, motions, total=total, edit=edit):
+            video.add(frame)
+    return path, video.frames
+
+
+def emotion_of(options: GenerateOptions, animator: "Animator", sound: "torch.Tensor"):
+    """(7,) for the whole clip, or an iterator of one (7,) per window. Without a recogniser S2E means no emotion, and says so."""
+    import torch
+
+    from float.audio import SAMPLE_RATE, normalise_waveform
+    from float.emotion import FROM_SPEECH, Audio2Emotion, emotion_index, one_hot
+
+    model, data = animator.config.model, animator.config.data
+    if options.emo != FROM_SPEECH:
+        if options.dynamic_emotion:
+            raise UserError(f"--dynamic-emotion hears the emotion, --emo {options.emo} fixes it; give one of them")
+        return one_hot(emotion_index(options.emo))
+    if not Path(model.audio2emotion_path).is_dir():
+        if model.audio_features == "wav2vec2" or options.dynamic_emotion:
+            raise UserError(f"--emo S2E needs the emotion recogniser in {model.audio2emotion_path}; download it, or name an emotion with --emo")
+        print("note: no emotion recogniser at hand, the emotion condition is left empty; name one with --emo", file=sys.stderr)
+        return torch.zeros(model.dim_e)
+    recogniser = Audio2Emotion.from_pretrained(model.audio2emotion_path).to(animator.device)
+    wave = normalise_waveform(sound)
+    if not options.dynamic_emotion:
+        return recogniser(wave[None])[0]
+    length = int(data.sequence_length * SAMPLE_RATE / data.video_fps)
+    return (recogniser(piece[None])[0] for piece in wave.split(length))
+
+
+def _box(values: list[float] | None) -> tuple[float, float, float, float] | None:
+    if values is None:
+        return None
+    if len(values) != 4:
+        raise UserError(f"--face-box {values}: four numbers expected: left,top,right,bottom in pixels")
+    return tuple(values)
+
+
+def _directions(assignments: list[str]) -> dict[int, float]:
+    found = {}
+    for text in assignments:
+        key, _, value = text.partition("=")
+        try:
+            found[int(key)] = float(value)
+        except ValueError:
+            raise UserError(f"direction {text!r}: K=VALUE expected, such as 3=1.5") from None
+    return found
+
+
+def _name(options: GenerateOptions, sampling) -> str:
+    parts = [
+        time.strftime("%Y%m%d-%H%M%S"),
+        Path(options.ref_path).stem,
+        Path(options.aud_path).stem,
+        f"nfe{sampling.nfe}",
+        f"seed{options.seed}",
+        f"acfg{sampling.a_cfg_scale:g}",
+        f"ecfg{sampling.e_cfg_scale:g}",
+        options.emo,
+    ]
+    return "-".join(parts) + ".mp4"
+
+
+@command
+def main(argv: list[str] | None = None) -> Path:
+    """Read the flags, generate, print the path."""
+    options = load_config(GenerateOptions, argv=argv, description=__doc__)
+    for flag, value in (("--checkpoint", options.checkpoint), ("--ref-path", options.ref_path), ("--aud-path", options.aud_path)):
+        if value is None:
+            raise UserError(f"{flag} is missing; see --help")
+        if not Path(value).exists():
+            raise UserError(f"{flag} {value}: no such file")
+    from float.animate import load_run
+    from shared.dist import init_distributed
+
+    started = time.perf_counter()
+    path, frames = generate(options, load_run(options.checkpoint, init_distributed(options.device).device))
+    print(f"{path}: {frames} frames in {time.perf_counter() - started:.1f} s")
+    return path
+
+
+if __name__ == "__main__":
+    main()

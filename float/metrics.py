@@ -1,0 +1,164 @@
+"""Score a run on held-out clips.
+
+  python float/metrics.py --checkpoint outputs/float --output outputs/float/metrics.json
+  python float/metrics.py --checkpoint outputs/float --data-root ../talking_head --split val
+  python float/metrics.py --features-real real.npy --features-made made.npy        Frechet distance of extracted features (FID, FVD, ...)
+  python float/metrics.py --video-embeddings v.npy --audio-embeddings a.npy        LSE-D and LSE-C of SyncNet-like embeddings
+  python float/metrics.py --frame-embeddings f.npy --source-embedding s.npy        CSIM
+Rendered clips carry the true mouth opening: a small meter, trained on true frames, reads it off generated frames. Other clips are
+scored by how much the mouth moves. Writes the numbers, and report.json, report.md, report.html with videos beside the checkpoint.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from shared.config import Section, load_config, setting
+from shared.errors import UserError, command
+
+TARGET_GAIN, TARGET_RECONSTRUCTION, TARGET_MOUTH, TARGET_MARGIN = 3.0, 0.75, 0.65, 0.5
+
+
+class MetricsOptions(Section):
+    """What to score."""
+
+    checkpoint: str | None = setting(None, "run of float/train.py or one of its checkpoints")
+    output: str | None = setting(None, "JSON file for the numbers; null: metrics.json in the run")
+    data_root: str | None = setting(None, "clips to score; null: those of the run")
+    split: str | None = setting(None, "split to score; null: the run's validation split")
+    seeds: list[int] = setting([15, 16], "seeds of the sampler's noise; scores are means over them")
+    max_sounds: int = setting(4, "other clips' sounds given to each portrait as a contrast", ge=1)
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    features_real: str | None = setting(None, ".npy of features (n, F) of true frames or clips")
+    features_made: str | None = setting(None, ".npy of features of generated ones")
+    video_embeddings: str | None = setting(None, ".npy of embeddings (n, F) of mouth pictures")
+    audio_embeddings: str | None = setting(None, ".npy of embeddings (n, F) of the sound")
+    frame_embeddings: str | None = setting(None, ".npy of identity embeddings (n, F) of generated frames")
+    source_embedding: str | None = setting(None, ".npy of the source's identity embedding (F,)")
+
+
+def feature_scores(options: MetricsOptions) -> dict[str, float]:
+    """The distances of given feature files."""
+    from float.evaluation import cosine_similarity, frechet_distance, lip_sync_error
+
+    scores: dict[str, float] = {}
+    try:
+        if options.features_real:
+            scores["frechet_distance"] = frechet_distance(*_load_pair(options, "features_real", "features_made"))
+        if options.video_embeddings:
+            distance, confidence, offset = lip_sync_error(*_load_pair(options, "video_embeddings", "audio_embeddings"))
+            scores |= {"lse_d": distance, "lse_c": confidence, "lse_offset_frames": offset}
+        if options.frame_embeddings:
+            scores["csim"] = cosine_similarity(*_load_pair(options, "frame_embeddings", "source_embedding"))
+    except ValueError as error:
+        raise UserError(f"feature files: {error}") from None
+    return scores
+
+
+def _load_pair(options: MetricsOptions, first: str, second: str) -> list:
+    import numpy as np
+
+    arrays = []
+    for name in (first, second):
+        path, flag = options[name], "--" + name.replace("_", "-")
+        if path is None or not Path(path).is_file():
+            raise UserError(f"{flag} {path}: no such file; give both {flag.replace(name.replace('_', '-'), first.replace('_', '-'))} and its partner")
+        try:
+            arrays.append(np.load(path, allow_pickle=False))
+        except (ValueError, OSError) as error:
+            raise UserError(f"{flag} {path}: not a readable .npy file ({error})") from None
+    return arrays
+
+
+def run_scores(options: MetricsOptions) -> dict:
+    """Everything that a trained run can be scored on, with report and videos in the run's folder."""
+    from float.animate import load_run, run_folder
+    from float.clips import find_clips
+    from float.config import data_root
+    from float.mouth_meter import meter_for
+    from float.scoring import Scorer, load_material
+    from shared.dist import init_distributed
+
+    animator = load_run(options.checkpoint, init_distributed(options.device).device)
+    folder, data = run_folder(Path(options.checkpoint)), animator.config.data
+    data.data_root = options.data_root or data.data_root
+    root, split = data_root(data), options.split or data.val_split
+    held_out = load_material(animator, find_clips(root, split), root)
+    train = load_material(animator, find_clips(root, data.train_split), root)
+    rendered = [item for item in train if item.truth is not None]
+    meter = None
+    if rendered and all(item.truth is not None for item in held_out):
+        key = f"{root.resolve()} {len(rendered)} clips {sum(len(item.frames) for item in rendered)} frames {data.mouth_box}"
+        meter = meter_for(
+            [item.clip for item in rendered], [item.frames for item in rendered], data.mouth_box, folder / "mouth_meter.safetensors", key
+        )
+    scorer = Scorer(animator, meter)
+    reconstruction, rebuilt = scorer.score_reconstruction(held_out)
+    contrast = (held_out + train)[: options.max_sounds + 1]
+    generation, made = scorer.score_generation(held_out, contrast, options.seeds)
+    values = {**reconstruction.values, **generation.values, "held_out_clips": len(held_out), "uses_meter": meter is not None}
+    _report(folder, options, values, held_out, rebuilt, made, data.video_fps)
+    return {**values, "clips": [{**a, **b} for a, b in zip(reconstruction.clips, generation.clips, strict=True)]}
+
+
+def _report(folder: Path, options: MetricsOptions, values: dict, held_out: list, rebuilt: list, made: list, fps: float) -> None:
+    from float.media import write_video
+    from float.scoring import side_by_side
+    from shared.report import Bar, Sample, write_report
+
+    samples = []
+    for item, reconstruction, generated in zip(held_out, rebuilt, made, strict=True):
+        path = folder / "samples" / f"compare_{item.clip.clip_id}.mp4"
+        enlarge = max(1, 192 // item.frames.shape[1])
+        write_video(path, side_by_side(item.frames, reconstruction, generated, enlarge=enlarge), fps=fps, wave=item.wave)
+        samples.append(Sample(path, f"{item.clip.clip_id}: true, rebuilt from its true motion, generated from the sound", "held-out clips"))
+    rule = "trained meter on generated frames" if values["uses_meter"] else "mouth activity, no true opening at hand"
+    bars = [
+        Bar("PSNR of reconstruction, dB", values["psnr"], values["psnr_copy"] + TARGET_GAIN, baseline=values["psnr_copy"], note="baseline: copy of the first frame"),
+        Bar("PSNR of the mouth, dB", values["psnr_mouth"], values["psnr_mouth_copy"] + TARGET_GAIN, baseline=values["psnr_mouth_copy"]),
+        Bar("mouth on reconstructions, r", values["mouth_r_reconstruction"], TARGET_RECONSTRUCTION, note=rule),
+        Bar("mouth on generated frames, r", values["mouth_r_own_sound"], TARGET_MOUTH, baseline=values["mouth_r_other_sound"], note="baseline: another clip's sound"),
+        Bar("own sound minus other sounds, r", values["mouth_r_margin"], TARGET_MARGIN),
+        Bar("largest lag, frames", values["worst_lag_frames"], 1.0, direction="at most"),
+    ]
+    write_report(
+        folder,
+        title="FLOAT: talking portraits",
+        command=f"python float/metrics.py --checkpoint {options.checkpoint}",
+        summary={name: value for name, value in values.items() if isinstance(value, float)},
+        bars=bars,
+        samples=samples,
+    )
+
+
+@command
+def main(argv: list[str] | None = None) -> dict:
+    """Read the flags, score, write and print."""
+    options = load_config(MetricsOptions, argv=argv, description=__doc__)
+    scores: dict = feature_scores(options)
+    if options.checkpoint is not None:
+        if not Path(options.checkpoint).exists():
+            raise UserError(f"--checkpoint {options.checkpoint}: no such file or folder")
+        scores |= run_scores(options)
+    if not scores:
+        raise UserError("nothing to score: give --checkpoint, or feature files (see --help)")
+    if options.output or options.checkpoint:
+        from float.animate import run_folder
+
+        path = Path(options.output) if options.output else run_folder(Path(options.checkpoint)) / "metrics.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(scores, indent=1))
+        os.replace(temporary, path)
+    for name, value in scores.items():
+        if isinstance(value, (int, float)):
+            print(f"{name:28s} {value:.4f}")
+    return scores
+
+
+if __name__ == "__main__":
+    main()
