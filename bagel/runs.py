@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +18,6 @@ from bagel.vae import Autoencoder
 from shared.checkpoint import find_checkpoint, load_weights
 from shared.config import load_saved
 from shared.errors import UserError
-
-if TYPE_CHECKING:
-    from bagel.train import UnifiedTrainer
-    from shared.loop import FitResult
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 
@@ -104,7 +100,7 @@ def _put(model: Bagel, weights: dict[str, Tensor], source: Path) -> None:
             own[name].copy_(value)
 
 
-def finish(config: Config, model_config: ModelConfig, trainer: "UnifiedTrainer", result: "FitResult") -> None:
+def finish(config: Config, model_config: ModelConfig) -> None:
     """At the end of a run, on rank 0: the folder that --model-path takes. Adapters stay beside their base."""
     if not config.training.export or config.model.use_lora:
         return

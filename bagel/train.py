@@ -191,10 +191,10 @@ def main(argv: list[str] | None = None) -> None:
         print(", ".join(f"{name} {count:,}" for name, count in count_parameters(model).items()) + f" (ready in {time.perf_counter() - began:.1f} s)")
     trainer = UnifiedTrainer(config, info, model, load_autoencoder(model_config), tokenizer, train_set, val_set)
     result = trainer.train()
+    shutdown()      # what follows is for rank 0 alone
     if info.is_main and result.finished:
         from bagel.runs import finish
-        finish(config, model_config, trainer, result)
-    shutdown()
+        finish(config, model_config)
 
 
 if __name__ == "__main__":
