@@ -1,6 +1,7 @@
 """Make a portrait speak: picture + sound -> mp4 with sound, of any length, window by window.
 
   python float/generate.py --checkpoint outputs/float --ref-path float/sample_data/video/th006.mp4 --aud-path speech.wav --output talk.mp4
+  python float/generate.py --checkpoint outputs/float --output talk.mp4            the run's first held-out clip speaks its own sound
   python float/generate.py --ckpt-path float.pth --ref-path face.png --aud-path speech.mp3 --emo happy --e-cfg-scale 5
   ... --stream          sound is encoded in pieces, so that memory does not grow with the length
   ... --set-direction 3=1.5   every frame gets coefficient 1.5 along direction 3;   --shift-direction 3=0.5 adds 0.5
@@ -27,8 +28,8 @@ class GenerateOptions(Section):
     """The released tool's flags, and ours."""
 
     checkpoint: str | None = setting(None, "run of float/train.py, one of its checkpoints, or float.pth", "ckpt_path")
-    ref_path: str | None = setting(None, "portrait: a picture, or a video whose first frame is taken", "reference")
-    aud_path: str | None = setting(None, "speech: any sound or video file", "audio")
+    ref_path: str | None = setting(None, "portrait: a picture, or a video whose first frame is taken; null: a held-out clip", "reference")
+    aud_path: str | None = setting(None, "speech: any sound or video file; null: that clip's", "audio")
     output: str | None = setting(None, "mp4 to write; null: a name made of the inputs, in res_dir", "res_video_path")
     res_dir: str = setting("./results", "folder for generated names")
     emo: str = setting("S2E", "angry, disgust, fear, happy, neutral, sad, surprise; S2E: from the voice")
@@ -161,18 +162,38 @@ def _name(options: GenerateOptions, sampling) -> str:
 def main(argv: list[str] | None = None) -> Path:
     """Read the flags, generate, print the path."""
     options = load_config(GenerateOptions, argv=argv, description=__doc__)
-    for flag, value in (("--checkpoint", options.checkpoint), ("--ref-path", options.ref_path), ("--aud-path", options.aud_path)):
-        if value is None:
-            raise UserError(f"{flag} is missing; see --help")
-        if not Path(value).exists():
+    if options.checkpoint is None:
+        raise UserError("--checkpoint is missing: the output folder of float/train.py, or float.pth")
+    for flag, value in (("--ref-path", options.ref_path), ("--aud-path", options.aud_path)):
+        if value is not None and not Path(value).exists():
             raise UserError(f"{flag} {value}: no such file")
     from float.animate import load_run
     from shared.dist import init_distributed
 
     started = time.perf_counter()
-    path, frames = generate(options, load_run(options.checkpoint, init_distributed(options.device).device))
+    animator = load_run(options.checkpoint, init_distributed(options.device).device)
+    _take_held_out_clip(options, animator)
+    path, frames = generate(options, animator)
     print(f"{path}: {frames} frames in {time.perf_counter() - started:.1f} s")
     return path
+
+
+def _take_held_out_clip(options: GenerateOptions, animator: "Animator") -> None:
+    """Fill in portrait, sound and emotion from the run's first held-out clip where they were not given."""
+    from float.clips import find_clips
+    from float.config import data_root
+    from float.emotion import EMOTIONS, FROM_SPEECH
+
+    if options.ref_path is not None and options.aud_path is not None:
+        return
+    data = animator.config.data
+    clip = find_clips(data_root(data), data.val_split)[0]
+    if options.ref_path is None:
+        options.ref_path = str(clip.video)
+        if options.emo == FROM_SPEECH and clip.emotion is not None:
+            options.emo = EMOTIONS[clip.emotion]
+    options.aud_path = options.aud_path or str(clip.audio)
+    print(f"portrait {options.ref_path}, sound {options.aud_path}, emotion {options.emo}")
 
 
 if __name__ == "__main__":
