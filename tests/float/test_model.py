@@ -1,0 +1,202 @@
+"""The transformer, the auto-encoders, and the released layout."""
+
+import json
+
+import pytest
+import torch
+
+from float.audio import LogMelEncoder, normalise_waveform, pad_to_samples, rename_weight_norm
+from float.autoencoder import MotionAutoencoder, edit_motion
+from float.build import load_autoencoder, make_autoencoder, make_generator
+from float.compact import CompactAutoencoder
+from float.config import PRESETS, Config, DataConfig, ModelConfig
+from float.model import FlowMatchingTransformer, MotionGenerator
+from float.released import export_released_layout, load_released_checkpoint, released_state
+from shared.config import load_saved
+from shared.errors import UserError
+from tests.float.golden import FOLDER, small_transformer
+
+KEYS = json.loads((FOLDER / "keys.json").read_text())
+TINY_CHANNELS = {4: 8, 8: 8, 16: 6, 32: 4}
+
+
+def tiny_settings(**changes):
+    model = {"input_size": 32, "dim_w": 12, "dim_m": 4, "dim_h": 16, "dim_a": 10, "fmt_depth": 1, "num_heads": 2, "channels": TINY_CHANNELS,
+             "audio_features": "logmel"}  # fmt: skip
+    return ModelConfig(**model | changes), DataConfig(sequence_length=16, prev_frames=4)
+
+
+def test_official_names_and_shapes_are_the_released_ones():
+    config = load_saved(Config, PRESETS / "official.yaml")
+    with torch.device("meta"):
+        modules = {"motion_autoencoder.": make_autoencoder(config.model)}
+        generator = make_generator(config.model, config.data)
+    modules |= {"fmt.": generator.fmt, "audio_encoder.": generator.audio_encoder}
+    own = {prefix + name: list(value.shape) for prefix, module in modules.items() for name, value in module.state_dict().items()}
+    foreign = ("audio_encoder.wav2vec2.", "emotion_encoder.")
+    recorded = {name: shape for name, (shape, _, _) in KEYS.items() if not name.startswith(foreign)}
+    assert own == recorded
+    parameters = [name for name, (_, kind, source) in KEYS.items() if kind == "param" and source == "float.pth"]
+    assert len(parameters) == 274
+    total = sum(value.numel() for module in modules.values() for value in module.parameters())
+    assert total == 206_657_800
+    assert sum(p.numel() for p in generator.fmt.parameters() if p.requires_grad) == 156_636_672
+
+
+@torch.no_grad()
+def test_foreign_encoders_have_the_recorded_names():
+    from transformers import Wav2Vec2Config
+
+    from float.audio import AudioEncoder
+    from float.emotion import Audio2Emotion
+
+    large = Wav2Vec2Config(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
+                           feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True)  # fmt: skip
+    with torch.device("meta"):
+        modules = {"audio_encoder.": AudioEncoder.from_config(Wav2Vec2Config(), only_last_features=False), "emotion_encoder.": Audio2Emotion.from_config(large)}
+    own = {prefix + name: list(value.shape) for prefix, module in modules.items() for name, value in module.named_parameters()}
+    recorded = {name: shape for name, (shape, kind, source) in KEYS.items() if kind == "param" and source != "float.pth"}
+    assert own == recorded
+
+
+@pytest.mark.parametrize("preset, expected", [("default", 232_195_584), ("large", 307_754_496), ("official", 156_636_672)])
+def test_presets_have_the_stated_size(preset, expected):
+    config = load_saved(Config, PRESETS / f"{preset}.yaml")
+    with torch.device("meta"):
+        generator = make_generator(config.model, config.data)
+    assert sum(p.numel() for p in generator.fmt.parameters() if p.requires_grad) == expected
+
+
+def test_a_fresh_transformer_gives_zero_and_learns_at_its_end_first():
+    model = FlowMatchingTransformer(dim_w=8, dim_a=6, dim_h=16, depth=2, num_heads=2, num_frames=6, num_prev_frames=2)
+    out = model(torch.rand(3), torch.randn(3, 6, 8), torch.randn(3, 6, 6), torch.randn(3, 8), torch.rand(3, 1, 7))
+    assert out.abs().max() == 0
+    (out - 1).square().mean().backward()
+    moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert moved == {"decoder.linear.weight", "decoder.linear.bias"}
+
+
+@torch.no_grad()
+def test_frames_see_only_their_neighbours():
+    model = small_transformer(depth=1, num_frames=10, num_prev_frames=3, attention_window=2)
+    arguments = [torch.rand(1), torch.randn(1, 13, 8), torch.randn(1, 13, 6), torch.randn(1, 8), torch.rand(1, 1, 7)]
+    before = model(*arguments)
+    for frame in (0, 4, 12):
+        changed = [value.clone() for value in arguments]
+        changed[1][0, frame] += 1
+        touched = (model(*changed) - before).abs().amax(-1)[0] > 1e-6
+        assert touched.nonzero().flatten().tolist() == [i for i in range(13) if abs(i - frame) <= 2]
+
+
+@torch.no_grad()
+def test_dropped_conditions_are_per_sample_and_leave_the_inputs_alone():
+    generator = MotionGenerator(small_transformer(), 5)
+    arguments = [torch.rand(3), torch.randn(3, 6, 8), torch.randn(3, 6, 5), torch.randn(3, 8), torch.rand(3, 1, 7), torch.randn(3, 2, 8), torch.randn(3, 2, 5)]  # fmt: skip
+    kept = [value.clone() for value in arguments]
+    full = generator(*arguments)
+    drop = torch.zeros(3, 5, dtype=torch.bool)
+    for column in range(5):
+        drop[:] = False
+        drop[1, column] = True
+        rows = (generator(*arguments, drop_B5=drop) - full).abs().amax((1, 2)) > 1e-6
+        assert rows.tolist() == [False, True, False]
+    assert all(torch.equal(a, b) for a, b in zip(arguments, kept, strict=True))
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    grads = []
+    for checkpointing in (False, True):
+        model = small_transformer()
+        model.gradient_checkpointing = checkpointing
+        torch.manual_seed(1)
+        model(torch.rand(2), torch.randn(2, 6, 8), torch.randn(2, 6, 6), torch.randn(2, 8), torch.rand(2, 1, 7)).square().mean().backward()
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("kind", [MotionAutoencoder, CompactAutoencoder])
+def test_directions_are_orthonormal_and_edits_touch_one(kind):
+    torch.manual_seed(0)
+    model = kind(32, 12, 4, TINY_CHANNELS)
+    with torch.no_grad():
+        basis = model.dec.direction(None)
+        assert torch.allclose(basis.T @ basis, torch.eye(4), atol=1e-5)
+        motion = model.encode_motion(torch.rand(3, 3, 32, 32))
+        edited = edit_motion(motion, basis, {2: 1.5}, {0: 0.25})
+    before, after = motion @ basis, edited @ basis
+    assert torch.allclose(after[:, 2], torch.tensor(1.5), atol=1e-5)
+    assert torch.allclose(after[:, 0], before[:, 0] + 0.25, atol=1e-5)
+    assert torch.allclose(after[:, [1, 3]], before[:, [1, 3]], atol=1e-5)
+
+
+def test_the_compact_autoencoder_starts_as_a_copy_of_the_source():
+    torch.manual_seed(0)
+    model, source = CompactAutoencoder(32, 12, 4, TINY_CHANNELS), torch.rand(2, 3, 32, 32)
+    assert torch.allclose(model(source, torch.rand(2, 3, 32, 32)), source, atol=1e-4)
+
+
+@torch.no_grad()
+def test_whitening_goes_there_and_back():
+    generator = MotionGenerator(small_transformer(), 5, motion_width=12)
+    basis = torch.linalg.qr(torch.randn(12, 8)).Q
+    motion = (torch.randn(500, 8) * torch.linspace(0.5, 3, 8)) @ basis.T + torch.randn(12)
+    generator.set_motion_statistics(motion)
+    whitened = generator.whiten(motion)
+    assert torch.allclose(torch.cov(whitened.T), torch.eye(8), atol=1e-3)
+    assert torch.allclose(generator.unwhiten(whitened), motion, atol=1e-4)
+
+
+def test_the_released_layout_goes_out_and_comes_back(tmp_path):
+    torch.manual_seed(0)
+    model, data = tiny_settings()
+    autoencoder, generator = make_autoencoder(model), make_generator(model, data)
+    path = tmp_path / "float.pth"
+    count = export_released_layout(path, autoencoder, generator)
+    others = make_autoencoder(model), make_generator(model, data)
+    report = load_released_checkpoint(path, *others)
+    assert report.loaded == count and not report.unexpected
+    restored, written = released_state(*others), released_state(autoencoder, generator)
+    assert all(torch.equal(restored[name], value) for name, value in written.items())
+    loaded = load_autoencoder(model, str(path))
+    assert torch.equal(loaded.enc.fc[0].weight, autoencoder.enc.fc[0].weight)
+
+
+def test_a_released_file_that_does_not_fit_is_refused_by_name(tmp_path):
+    model, data = tiny_settings()
+    path = tmp_path / "float.pth"
+    export_released_layout(path, make_autoencoder(model), make_generator(model, data))
+    state = torch.load(path, weights_only=True)
+    state["optimizer.step"] = torch.zeros(1)
+    torch.save(state, path)
+    report = load_released_checkpoint(path, make_autoencoder(model), make_generator(model, data))
+    assert report.unexpected == ["optimizer.step"]
+    del state["fmt.c_embedder.bias"]
+    torch.save(state, path)
+    with pytest.raises(UserError, match="1 missing: fmt.c_embedder.bias"):
+        load_released_checkpoint(path, make_autoencoder(model), make_generator(model, data))
+    wider, _ = tiny_settings(dim_h=32)
+    with pytest.raises(UserError, match="mismatched"):
+        load_released_checkpoint(path, make_autoencoder(model), make_generator(wider, data))
+
+
+def test_other_window_lengths_keep_their_own_position_table(tmp_path):
+    model, data = tiny_settings()
+    export_released_layout(tmp_path / "float.pth", make_autoencoder(model), make_generator(model, data))
+    longer = make_generator(model, DataConfig(sequence_length=25, prev_frames=5, wav2vec_sec=1.0))
+    table = longer.fmt.pos_embed.clone()
+    load_released_checkpoint(tmp_path / "float.pth", make_autoencoder(model), longer)
+    assert torch.equal(longer.fmt.pos_embed, table)
+
+
+def test_sound_features_line_up_with_the_frames():
+    encoder = LogMelEncoder()
+    wave = torch.zeros(16000 * 2)
+    wave[16000:17600] = torch.randn(1600)  # frames 25.0 to 27.5
+    features = encoder.encode_clip(wave, 25.0).mean(1)
+    assert len(features) == 50 and features.argmax().item() in (25, 26)
+    assert torch.isfinite(encoder.encode_clip(torch.zeros(700), 25.0)).all()
+    normal = normalise_waveform(torch.randn(1000) * 3 + 1)
+    assert abs(normal.mean()) < 1e-5 and abs(normal.std(unbiased=False) - 1) < 1e-4
+    assert normalise_waveform(torch.zeros(10)).abs().max() == 0
+    assert pad_to_samples(torch.tensor([[1.0, 2.0]]), 4).tolist() == [[1, 2, 2, 2]]
+    assert list(rename_weight_norm({"a.weight_g": torch.zeros(1)})) == ["a.parametrizations.weight.original0"]
