@@ -116,7 +116,7 @@ def base_config(config: Config) -> Config:
             total_steps=config.training.base_steps, batch_size=config.training.base_batch_size, warmup_steps=50,
             global_batch_size=None, gradient_accumulation_steps=1, learning_rate=config.training.base_learning_rate,
             lr_scheduler_type="cosine", min_lr_ratio=0.05, p_drop_ref=0.0, p_drop_both=0.0, p_drop_text=0.1,
-            ema_decay=0.995, eval_steps=None, gradient_checkpointing=False,
+            ema_decay=0.995, eval_steps=None, gradient_checkpointing=False, save=True,
         )
     )  # fmt: skip
     return config.model_copy(update={"training": training, "adapter": None})

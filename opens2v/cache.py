@@ -141,9 +141,12 @@ def cached_null_text(config: Any) -> Tensor:
         raise UserError(str(error)) from None
 
 
-def with_cached_features(dataset: Any, config: Any) -> Any:
-    """The data set, or around it a CachedDataset when the configuration asks for cached features."""
+def with_cached_features(dataset: Any, config: Any, *, latents: bool = True) -> Any:
+    """The data set, or around it a CachedDataset when the configuration asks for cached features.
+
+    latents=False leaves the frames to be encoded: validation looks at other windows than those that are stored.
+    """
     data = config.data
-    wanted = {"text": data.use_cached_text, "clip": data.use_cached_clip, "vae": data.use_cached_latents}
+    wanted = {"text": data.use_cached_text, "clip": data.use_cached_clip, "vae": latents and data.use_cached_latents}
     caches = {kind: FeatureCache(data.cache_dir, config, kind) for kind, use in wanted.items() if use}
     return CachedDataset(dataset, caches) if caches else dataset

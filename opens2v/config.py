@@ -160,7 +160,7 @@ class AdapterConfig(Section):
     lora_dropout: float = setting(0.0, "dropout in front of the LoRA layers", "dropout", ge=0, lt=1)
     target_modules: list[str] = setting(ATTENTION, "adapted layers of the attention")
     scope: list[Literal["attn1", "attn2"]] = setting(["attn1", "attn2"], "self-attention, cross-attention")
-    adapter_lr: float | None = setting(None, "learning rate of the LoRA layers; null: that of the rest", "lr", gt=0)
+    adapter_lr: float | None = setting(None, "learning rate of the LoRA layers; null: that of the rest", gt=0)
 
 
 class TrainingConfig(TrainingSection):
@@ -241,7 +241,7 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _from_guide(cls, values: Any) -> Any:
-        return from_guide(values) if isinstance(values, dict) else values
+        return from_guide(values, tuple(cls.model_fields)) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
@@ -249,14 +249,13 @@ class Config(Section):
         return self
 
 
-def from_guide(values: dict[str, Any]) -> dict[str, Any]:
-    """The tree of sections for a mapping that may hold the guide's flat keys; ValueError names an unknown one."""
+def from_guide(values: dict[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:
+    """The tree of sections for a mapping that may hold the guide's flat keys; ValueError names an unknown one.
+
+    fields: what the schema has at its top level.
+    """
     sections = {"run": OpenS2VRunSection, "model": ModelConfig, "data": DataConfig, "training": TrainingConfig}
-    tree = {
-        name: dict(value) if isinstance(value, dict) else value
-        for name, value in values.items()
-        if name in (*sections, "adapter")
-    }
+    tree = {name: dict(value) if isinstance(value, dict) else value for name, value in values.items() if name in fields}
     flat = {name: value for name, value in values.items() if name not in tree}
     given = tree.setdefault("data", {})
     if isinstance(flat.get("opens2v"), dict) and isinstance(given, dict):
@@ -271,6 +270,9 @@ def from_guide(values: dict[str, Any]) -> dict[str, Any]:
         place = tree.setdefault(section, {})
         if isinstance(place, dict):
             place.setdefault(field, value)
+    if isinstance(tree.get("adapter"), dict) and "lr" in tree["adapter"]:
+        tree["adapter"] = {**tree["adapter"]}
+        tree["adapter"]["adapter_lr"] = tree["adapter"].pop("lr")
     training = tree.get("training")
     if isinstance(training, dict) and training.get("max_checkpoints") == 0:
         training.pop("max_checkpoints")  # 0 keeps all, the default

@@ -7,9 +7,9 @@ import torch
 from opens2v.base import base_path, load_generator
 from opens2v.conditions import Encoders, load_encoders
 from opens2v.config import Config
-from opens2v.export import load_trained
+from opens2v.export import load_trained, read_trained
 from opens2v.model import RefWanTransformer3DModel
-from shared.checkpoint import find_checkpoint, load_weights
+from shared.checkpoint import find_checkpoint
 from shared.config import load_saved
 from shared.errors import UserError
 
@@ -58,6 +58,6 @@ def load_trained_generator(
     if not path.exists():
         raise UserError(f"base weights {path}: not found; give them with --generator-ckpt")
     model, _ = load_generator(config, path)
-    load_trained(model, load_weights(weights, prefer_ema=use_ema), str(weights))
+    load_trained(model, read_trained(weights, use_ema=use_ema), str(weights))
     encoders = load_encoders(config, path if path.is_dir() else path.parent, everything=True)
     return model.to(device).eval().requires_grad_(False), encoders.to(torch.device(device)), config, weights

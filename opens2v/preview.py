@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from opens2v.base import latent_shape
+from opens2v.cache import with_cached_features
 from opens2v.conditions import Conditions, Encoders
 from opens2v.config import Config, pixel_frames
 from opens2v.dataset import collate_opens2v_batch, create_dataset
@@ -74,18 +75,18 @@ class Preview:
     def __init__(self, config: Config, encoders: Encoders, scheduler: FlowMatchScheduler, info: DistInfo):
         self.config, self.encoders, self.scheduler, self.info = config, encoders, scheduler, info
         held_back = (config.data.train_share, 1.0) if config.data.train_share < 1 else (0.0, 1.0)
-        self.dataset = create_dataset(
+        dataset = create_dataset(
             config.data, seed=_VALIDATION_SEED, time_range=held_back, ref_augment=False, recolour_probability=0.0
         )
+        self.dataset = with_cached_features(dataset, config, latents=False)
 
     def validate(self, model: Any, step: int) -> dict[str, float]:
         """Flow loss at ten fixed noise levels with the true reference, none, and another clip's; gap = other - true."""
         count = min(len(self.dataset), self.config.training.val_batches * max(2, self.config.training.batch_size))
         found: list[dict[str, float]] = []
-        ranks, rank = self.info.world, self.info.rank
         size = max(2, min(self.config.training.batch_size, 8))
         for number, first in enumerate(range(0, count, size)):
-            # Every rank runs every batch of a sharded model; the mean over ranks is then the mean over batches.
+            # Every rank runs every batch, as a sharded model needs; the mean over ranks is then the same on each.
             items = [self.dataset.sample(index % len(self.dataset), 0) for index in range(first, first + size)]
             conditions = self.encoders.conditions(collate_opens2v_batch(items))
             errors = paired_errors(
@@ -99,7 +100,6 @@ class Preview:
                 "loss": true.mean().item(), "loss_none": errors.whole_none_B.mean().item(),
                 "loss_other": other.mean().item(), "gap": (other - true).mean().item(),
             })  # fmt: skip
-        assert 0 <= rank < ranks
         return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
 
     def sample(self, model: Any, step: int, folder: Path) -> None:
@@ -112,10 +112,8 @@ class Preview:
             conditions = conditions_for(self.config, self.encoders, training.val_prompts, pictures)
             captions = training.val_prompts
             shown = [None if not row else np.array(row[0]) for row in pictures]
-        elif training.val_num_samples and self.encoders.image is not None or self.config.model.clip_path == "off":
+        elif training.val_num_samples:
             items = [self.dataset.sample(index % len(self.dataset), 0) for index in range(training.val_num_samples)]
-            if not items:
-                return
             conditions = self.encoders.conditions(collate_opens2v_batch(items))
             captions = [item["prompts"] for item in items]
             shown = [reference_picture(item["ref_pixels"][0]) for item in items]
@@ -129,7 +127,7 @@ class Preview:
             self.config, pixel_frames(self.config), self.config.data.pixel_height, self.config.data.pixel_width
         )
         negative = self.encoders.encode_text([training.negative_prompt])[0]
-        latents = VideoSampler(model, model.module, self.config.model, settings).sample(conditions, negative, shape)
+        latents = VideoSampler(model, None, self.config.model, settings).sample(conditions, negative, shape)
         videos = self.encoders.codec.decode(latents)
         if self.info.is_main:
             self._write(folder, step, videos, captions, shown)

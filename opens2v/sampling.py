@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opens2v.adapter import ReferenceTokens
 from opens2v.causal import KeyValueCache, frame_blocks
 from opens2v.conditions import Conditions
 from opens2v.config import ModelConfig
@@ -43,14 +42,20 @@ class _Pass:
     """One evaluation of the model per step: its text, its references, its caches."""
 
     text: Tensor
-    references: ReferenceTokens | None
+    arguments: dict[str, Any]  # references of the model's forward
     caches: dict[str, KeyValueCache] = field(default_factory=dict)
 
 
 class VideoSampler:
-    """Draws latents from a generator. model: called as the transformer; module: the transformer itself."""
+    """Draws latents from a generator.
 
-    def __init__(self, model: Callable[..., Any], module: Any, settings: ModelConfig, sampler: SamplerSettings):
+    model: called as the transformer. module: the transformer itself, so that the references are worked out once per video;
+    None while its weights are sharded, when only calls of the whole model may touch them.
+    """
+
+    def __init__(self, model: Callable[..., Any], module: Any | None, settings: ModelConfig, sampler: SamplerSettings):
+        if module is None and sampler.ref_scale != 1:
+            raise ValueError(f"ref_scale {sampler.ref_scale} needs the transformer itself")
         self.model, self.module, self.settings, self.sampler = model, module, settings, sampler
         self.scheduler = FlowMatchScheduler(sampler.shift)
 
@@ -79,14 +84,19 @@ class VideoSampler:
         """The passes of a step in the order that _combined expects. Keys and values of references are worked out once."""
         text, mode = conditions.text_BRD, self.sampler.guidance
         negative = negative_RD[None].expand_as(text)
-        subject = self.module.project_references(**conditions.reference(), scale=self.sampler.ref_scale, remember=True)
+        if self.module is None:
+            subject: dict[str, Any] = conditions.reference()
+        else:
+            scale = self.sampler.ref_scale
+            tokens = self.module.project_references(**conditions.reference(), scale=scale, remember=True)
+            subject = {"references": tokens}
         if mode == "text" and self.sampler.guidance_scale == 1:
             return [_Pass(text, subject)]
         if mode == "text":
             return [_Pass(negative, subject), _Pass(text, subject)]
         if mode == "both":
-            return [_Pass(negative, None), _Pass(text, subject)]
-        return [_Pass(negative, None), _Pass(negative, subject), _Pass(text, subject)]
+            return [_Pass(negative, {}), _Pass(text, subject)]
+        return [_Pass(negative, {}), _Pass(negative, subject), _Pass(text, subject)]
 
     def _combined(self, velocities: list[Tensor]) -> Tensor:
         """text, both: v0 + g (v1 - v0). dual: v0 + g_img (v1 - v0) + g (v2 - v1) (Phantom)."""
@@ -105,7 +115,7 @@ class VideoSampler:
         velocities = []
         for one in passes:
             cache = None if cache_name is None else one.caches[cache_name]
-            output = self.model(x, timestep, one.text, references=one.references, cache=cache, return_dict=False)[0]
+            output = self.model(x, timestep, one.text, cache=cache, return_dict=False, **one.arguments)[0]
             velocities.append(velocity_of(output.float(), x, sigma_B, self.settings.prediction))
         return self._combined(velocities)
 

@@ -201,8 +201,7 @@ class OpenS2VTrainer:
 
         from opens2v.export import legacy_checkpoint
 
-        step = int(folder.name.split("checkpoint_opens2v_")[1][:6]) if "checkpoint_opens2v_" in folder.name else None
-        step = step if step is not None else json.loads((folder / "trainer.json").read_text())["run_state"]["step"]
+        step = json.loads((folder / "trainer.json").read_text())["run_state"]["step"]
         state = legacy_checkpoint(self.config, self.model, weights, ema, step)
         torch.save(state, folder / "model.pt")
 

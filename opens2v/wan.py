@@ -224,11 +224,3 @@ def cast_base(model: nn.Module, dtype: torch.dtype) -> None:
             and not any(part in name.split(".") for part in _KEEP_FLOAT32)
         ):
             parameter.data = parameter.data.to(dtype)
-
-
-def fingerprint(model: nn.Module) -> float:
-    """A number that stands for the base weights: the sum of absolute values of a few of its tensors, in float64."""
-    names = [name for name, _ in model.named_parameters() if not is_reference_name(name) and "lora_" not in name]
-    parameters = dict(model.named_parameters())
-    chosen = names[:: max(1, len(names) // 8)]
-    return float(sum(parameters[name].detach().double().abs().sum() for name in chosen))

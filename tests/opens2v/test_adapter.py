@@ -35,7 +35,9 @@ def shaken(model: RefWanTransformer3DModel) -> RefWanTransformer3DModel:
     return model
 
 
-@pytest.mark.parametrize("options", [{}, {"fused_path": True}, {"clip_path": "separate", "clip_proj_type": "mlp"}, {"clip_path": "off"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"fused_path": True}, {"clip_path": "separate", "clip_proj_type": "mlp"}, {"clip_path": "off"}]
+)
 @torch.no_grad()
 def test_output_at_step_0_equals_the_base_exactly(options):
     case, model = tensors("tiny_noncausal"), tiny_model(**options)
@@ -120,7 +122,9 @@ def test_cached_blocks_equal_the_causal_forward(window):
     cache, parts = KeyValueCache(window=window, store=True), []
     for first in (0, 3):
         block = slice(first, first + 3)
-        parts.append(model(case["x"][:, :, block], case["t"][:, block], case["context"], cache=cache, **references()).sample)
+        parts.append(
+            model(case["x"][:, :, block], case["t"][:, block], case["context"], cache=cache, **references()).sample
+        )
     torch.testing.assert_close(torch.cat(parts, 2), whole, atol=1e-5, rtol=0)
 
 
@@ -148,7 +152,9 @@ def test_ref_scale_0_draws_the_base_video_and_the_reference_changes_it(guidance,
     given = references(1, 2)
 
     def draw(clip, latents, scale):
-        sampler = SamplerSettings(steps=3, sampler="euler", guidance=guidance, guidance_scale=2.0, ref_scale=scale, seed=3)
+        sampler = SamplerSettings(
+            steps=3, sampler="euler", guidance=guidance, guidance_scale=2.0, ref_scale=scale, seed=3
+        )
         conditions = Conditions(None, text, clip, latents, given["ref_mask"])
         return VideoSampler(model, model, settings, sampler).sample(conditions, negative, (16, 3, 4, 6))
 
@@ -162,11 +168,15 @@ def test_ref_scale_0_draws_the_base_video_and_the_reference_changes_it(guidance,
 @torch.no_grad()
 def test_unipc_and_euler_agree_with_many_steps():
     model = tiny_model().eval()
-    conditions = Conditions(None, torch.randn(1, 20, 32), None, torch.zeros(1, 1, 16, 4, 4), torch.zeros(1, 1, dtype=torch.bool))
+    conditions = Conditions(
+        None, torch.randn(1, 20, 32), None, torch.zeros(1, 1, 16, 4, 4), torch.zeros(1, 1, dtype=torch.bool)
+    )
     found = {}
     for name, steps in (("euler", 200), ("unipc", 40)):
         sampler = SamplerSettings(steps=steps, sampler=name, guidance="text", guidance_scale=1.0)
-        found[name] = VideoSampler(model, model, ModelConfig(), sampler).sample(conditions, torch.zeros(20, 32), (16, 2, 4, 6))
+        found[name] = VideoSampler(model, model, ModelConfig(), sampler).sample(
+            conditions, torch.zeros(20, 32), (16, 2, 4, 6)
+        )
     error = (found["euler"] - found["unipc"]).square().mean() / found["euler"].square().mean()
     assert error < 1e-2
 
@@ -182,7 +192,13 @@ def test_base_weights_load_in_every_form(form, tmp_path):
     if form == "original":
         torch.save({"generator": {to_original_name(name): value for name, value in state.items()}}, path)
     elif form == "wrapped":
-        torch.save({"generator_ema": {f"model._fsdp_wrapped_module.{to_original_name(n)}": v for n, v in state.items()}, "critic": {}}, path)
+        torch.save(
+            {
+                "generator_ema": {f"model._fsdp_wrapped_module.{to_original_name(n)}": v for n, v in state.items()},
+                "critic": {},
+            },
+            path,
+        )
     elif form == "diffusers":
         torch.save(state, path)
     else:
@@ -257,7 +273,12 @@ def test_a_bf16_base_keeps_times_and_norms_in_float32():
     cast_base(model, torch.bfloat16)
     kinds = {name: parameter.dtype for name, parameter in model.named_parameters()}
     assert kinds["blocks.0.attn1.to_q.weight"] == torch.bfloat16
-    for name in ("condition_embedder.time_embedder.linear_1.weight", "blocks.0.scale_shift_table", "blocks.0.norm2.weight", "vae_proj.weight"):
+    for name in (
+        "condition_embedder.time_embedder.linear_1.weight",
+        "blocks.0.scale_shift_table",
+        "blocks.0.norm2.weight",
+        "vae_proj.weight",
+    ):
         assert kinds[name] == torch.float32, name
     with torch.autocast("cpu", torch.bfloat16):
         output = model(case["x"], case["t"], case["context"], **references()).sample

@@ -17,7 +17,15 @@ from opens2v.wan import to_diffusers_name, to_original_name
 from tests.opens2v.cases import REFERENCE, tensors, tiny_model
 
 CLOSE = dict(atol=2e-4, rtol=0)
-NAMES = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "k_img": "add_k_proj", "v_img": "add_v_proj", "norm_k_img": "norm_added_k"}
+NAMES = {
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "o": "to_out.0",
+    "k_img": "add_k_proj",
+    "v_img": "add_v_proj",
+    "norm_k_img": "norm_added_k",
+}
 
 
 def attention_state(case: dict, prefix: str) -> dict:
@@ -61,7 +69,11 @@ def test_block_causal_and_teacher_forced_outputs(output, options, clean, augment
 
 def test_frame_masks():
     case = tensors("tiny_causal")
-    for name, options in (("block_causal", {}), ("block_causal_local", {"local_window": 3}), ("teacher_forced", {"teacher_forcing": True})):
+    for name, options in (
+        ("block_causal", {}),
+        ("block_causal_local", {"local_window": 3}),
+        ("teacher_forced", {"teacher_forcing": True}),
+    ):
         assert torch.equal(causal_frame_mask(6, 3, **options), case[f"frame_mask_{name}"].bool()), name
 
 
@@ -99,7 +111,9 @@ def test_full_size_names_shapes_and_counts():
     assert enable_trainable(model).total == 143_689_758 + 47_185_920
 
 
-@pytest.mark.parametrize("options, more", [({"fused_path": True}, 141_696_000), ({"clip_path": "separate"}, 141_696_000 - 30)])
+@pytest.mark.parametrize(
+    "options, more", [({"fused_path": True}, 141_696_000), ({"clip_path": "separate"}, 141_696_000 - 30)]
+)
 def test_optional_paths_have_the_documented_size(options, more):
     with torch.device("meta"):
         model = RefWanTransformer3DModel(**WAN_1_3B, **options)
@@ -109,12 +123,18 @@ def test_optional_paths_have_the_documented_size(options, more):
 @pytest.mark.parametrize("shift", [1.0, 5.0, 8.0])
 def test_schedule(shift):
     recorded, scheduler = tensors("scheduler"), FlowMatchScheduler(shift)
-    case = {name.removeprefix(f"shift{shift}."): value for name, value in recorded.items() if name.startswith(f"shift{shift}.")}
+    case = {
+        name.removeprefix(f"shift{shift}."): value
+        for name, value in recorded.items()
+        if name.startswith(f"shift{shift}.")
+    }
     for name in ("sigmas", "timesteps", "weights"):
         torch.testing.assert_close(getattr(scheduler, name), case[name], atol=1e-6, rtol=1e-6)
     for name in ("", "_offgrid"):
         t = case["t" + name]
-        torch.testing.assert_close(scheduler.add_noise(case["x0"], case["noise"], t), case["noisy" + name], atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            scheduler.add_noise(case["x0"], case["noise"], t), case["noisy" + name], atol=1e-6, rtol=0
+        )
     torch.testing.assert_close(scheduler.weight_of(case["t"]), case["weight_at_t"], atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(scheduler.weight_of(case["t_offgrid"]), case["weight_offgrid"], atol=1e-6, rtol=1e-6)
     assert torch.equal(scheduler.target(case["x0"], case["noise"]), case["target"])
@@ -139,7 +159,13 @@ def test_rotary_embedding():
 
 @pytest.mark.parametrize(
     "clip, vae, fused, output",
-    [(0, 0, 0, "text_only"), (1, 0, 0, "text_clip"), (0, 1, 0, "text_vae"), (1, 1, 0, "default"), (1, 1, 1, "with_fused")],
+    [
+        (0, 0, 0, "text_only"),
+        (1, 0, 0, "text_clip"),
+        (0, 1, 0, "text_vae"),
+        (1, 1, 0, "default"),
+        (1, 1, 1, "with_fused"),
+    ],
 )
 def test_dual_path_attention(clip, vae, fused, output):
     case = tensors("dual_path_attention")
@@ -167,7 +193,9 @@ def test_separate_clip_path_equals_the_image_to_video_attention():
     missing, unexpected = attention.load_state_dict(attention_state(case, "attn."), strict=False)
     assert not unexpected and all("vae" in name for name in missing)
     projection = clip_projection("mlp", 24, 32)
-    projection.load_state_dict({name.removeprefix("img_emb.proj."): value for name, value in case.items() if name.startswith("img_emb.proj.")})
+    projection.load_state_dict(
+        {name.removeprefix("img_emb.proj."): value for name, value in case.items() if name.startswith("img_emb.proj.")}
+    )
     tokens = projection(case["img"])
     torch.testing.assert_close(tokens, case["img_emb"], atol=1e-6, rtol=0)
     mask = torch.ones(tokens.shape[:2], dtype=torch.bool)
