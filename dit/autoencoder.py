@@ -1,11 +1,9 @@
-"""A small autoencoder trained in seconds on the training pictures: principal components of patches, and a convolution
-that mends seams.
+"""A small autoencoder, trained in seconds: principal components of patches, and a convolution that mends the seams.
 
-The encoder is linear and orthonormal, so latents keep the variance that they have in the picture (unwhitened: few
-large channels,
-many small ones) and the held-out loss stays comparable with pixels. The decoder is the transpose followed by a small
-convolutional
-network, trained on latents with noise, so that it also smooths the small disagreements between generated patches.
+The encoder is linear and orthonormal, so latents keep the variance that they have in the picture (unwhitened: few large
+channels, many small ones) and the held-out loss stays comparable with pixels. The decoder is the transpose followed by a
+small convolutional network, trained on latents with noise, so that it also smooths the small disagreements between
+generated patches.
 Shapes: B batch, C channels, P patch side, h w latent grid.
 """
 
@@ -46,9 +44,9 @@ class PatchAutoencoder(nn.Module):
             nn.Conv2d(48, 12, 3, padding=1),
             nn.PixelShuffle(2),
         )
-        nn.init.zeros_(self.mend[5].weight)
-        nn.init.zeros_(self.mend[5].bias)
         self.requires_grad_(False)
+        self.mend[5].weight.zero_()  # at first the decoder is the linear one
+        self.mend[5].bias.zero_()
 
     def fit(self, images: Tensor, *, seed: int) -> dict[str, float]:
         """Learn basis and decoder from images (N, 3, H, W) and their mirror images; returns the share of variance
@@ -104,6 +102,9 @@ class PatchAutoencoder(nn.Module):
     def _train_decoder(self, images: Tensor, seed: int) -> None:
         """Squared error plus a little absolute error of edges, on latents with noise of a random size."""
         generator = keyed_generator(seed, _DECODER)
+        for layer in (self.mend[1], self.mend[3]):
+            nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu", generator=generator)
+            nn.init.zeros_(layer.bias)
         self.mend.requires_grad_(True)
         optimizer = torch.optim.AdamW(self.mend.parameters(), lr=2e-3, weight_decay=0.0)
         latents = self.encode(images)

@@ -64,6 +64,16 @@ def load_codec(codec: nn.Module, path: Path) -> None:
     load_strict(codec, load_file(path), what=str(path))
 
 
+def saved_settings(path: Path) -> tuple[Config, Path]:
+    """The settings of a run folder, one of its checkpoints or a weights file, and the folder of the weights."""
+    folder = find_checkpoint(path) if path.is_dir() else path.parent
+    places = [place / "config.yaml" for place in (folder, folder.parent, folder.parent.parent)]
+    settings = next((place for place in places if place.is_file()), None)
+    if settings is None:
+        raise UserError(f"{path}: no config.yaml beside the weights; give a run folder or a checkpoint folder")
+    return load_saved(Config, settings), folder
+
+
 class Trained(NamedTuple):
     """A trained model with all that drawing and measuring need."""
 
@@ -87,13 +97,7 @@ def load_trained(
     names.
     """
     path = Path(path)
-    folder = find_checkpoint(path) if path.is_dir() else path.parent
-    settings = next(
-        (place / "config.yaml" for place in (folder, folder.parent) if (place / "config.yaml").is_file()), None
-    )
-    if settings is None:
-        raise UserError(f"{path}: no config.yaml beside the weights; give a run folder or a checkpoint folder")
-    config = load_saved(Config, settings)
+    config, folder = saved_settings(path)
     if vae is not None:
         config.vae.pretrained_model_name = vae
     if text_encoder is not None:

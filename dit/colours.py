@@ -18,6 +18,11 @@ def named_colours(caption: str) -> set[str]:
     return {word for word in words if word in NAMES}
 
 
+def colour_caption(captions: tuple[str, ...]) -> str:
+    """The first caption that names a colour, else the first."""
+    return next((text for text in captions if named_colours(text)), captions[0])
+
+
 def colour_shares(pictures: np.ndarray) -> np.ndarray:
     """Share (N, K) of each colour among the pixels that are not near white, from pictures (N, H, W, 3) uint8."""
     rgb = pictures.astype(np.float32) / 255

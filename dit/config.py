@@ -210,6 +210,9 @@ class TrainingConfig(TrainingSection):
     sample_every_n_epochs: int | None = setting(None, "epochs between sample grids, in place of sample_steps", ge=1)
     sample_prompts: list[str] = setting([], "captions of the sample grid; none: the first held-out captions")
     eval_samples: int = setting(256, "held-out pictures of an evaluation", ge=1)
+    gradient_checkpointing: bool | int = setting(
+        False, "recompute blocks in the backward pass to save memory: all, or with a number every so-manieth"
+    )
     num_workers: int = setting(4, "loader processes per rank", "workers", ge=0)
     drop_last: bool = setting(True, "leave out the tail of an epoch that fills no batch")
     persistent_workers: bool = setting(True, "loader processes live on over epochs; false is refused, they always do")

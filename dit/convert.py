@@ -49,13 +49,15 @@ class LoadReport(NamedTuple):
     unexpected: list[str]
 
 
-def load_pretrained(model: DiTModel, path: str | Path, strict: bool = False) -> LoadReport:
+def load_pretrained(
+    model: DiTModel, path: str | Path, strict: bool = False, *, time_scale: float | None = None
+) -> LoadReport:
     """Load what fits by name and shape, print the three lists, and fail when nothing fits (or, if strict, when
     anything is left).
     """
     path = Path(path)
     state = to_official_names(read_state(path))
-    check_time_scale(path, model)
+    check_time(path, model, time_scale)
     state = fit_output_channels(state, model)
     compare_positions(state, model)
     own = model.state_dict()
@@ -167,7 +169,7 @@ def compare_positions(state: State, model: DiTModel) -> None:
         state["pos_embed"] = table
 
 
-def check_time_scale(path: Path, model: DiTModel) -> None:
+def check_time(path: Path, model: DiTModel, time_scale: float | None) -> None:
     """Refuse a run of ours whose time scale or sinusoids differ from this model's."""
     folder = path if path.is_dir() else path.parent
     settings = next(
@@ -177,15 +179,10 @@ def check_time_scale(path: Path, model: DiTModel) -> None:
         return
     tree = yaml.safe_load(settings.read_text(encoding="utf-8")) or {}
     scale, shift = tree.get("flow", {}).get("time_scale"), tree.get("model", {}).get("time_freq_shift")
-    wanted = getattr(model, "time_scale", None)
-    if (
-        wanted is not None
-        and scale is not None
-        and float(scale) != float(wanted)
-        and tree.get("diffusion", {}).get("objective") == "flow"
-    ):
+    is_flow = tree.get("diffusion", {}).get("objective") == "flow"
+    if is_flow and time_scale is not None and scale is not None and float(scale) != time_scale:
         raise UserError(
-            f"{path} was trained with flow.time_scale {scale}, this run has {wanted}; set --time-scale {scale}"
+            f"{path} was trained with flow.time_scale {scale}, this run has {time_scale}; set --time-scale {scale}"
         )
     if shift is not None and int(shift) != model.t_embedder.freq_shift:
         raise UserError(f"{path} was trained with model.time_freq_shift {shift}; set --time-freq-shift {shift}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dit.build import condition_of
-from dit.colours import named_colours
+from dit.colours import colour_caption
 from shared.dist import DistInfo, sum_over_ranks
 from shared.errors import BadSample
 from shared.rng import keyed_randn
@@ -35,17 +35,14 @@ def prepare(
     dataset: Any, training_set: Any, codec: nn.Module, encoder: nn.Module | None, *, count: int, device: torch.device
 ) -> HeldOut:
     """Encode up to `count` held-out pictures, and the mean of as many training pictures."""
-    samples = _readable(dataset, count)
+    samples = readable(dataset, count)
     images = torch.stack([sample["image"] for sample in samples])
     latents = torch.cat([_mean_latent(codec, part.to(device)) for part in images.split(16)])
     labels = torch.tensor([sample["label"] for sample in samples]) if "label" in samples[0] else None
     captions = [sample["text"] for sample in samples]
-    seen = torch.stack([sample["image"] for sample in _readable(training_set, count)])
+    seen = torch.stack([sample["image"] for sample in readable(training_set, count)])
     mean = torch.cat([_mean_latent(codec, part.to(device)) for part in seen.split(16)]).mean(0)
-    prompts = [
-        next((text for text in dataset.items[sample["index"]].captions if named_colours(text)), sample["text"])
-        for sample in samples
-    ]
+    prompts = [colour_caption(dataset.items[sample["index"]].captions or ("",)) for sample in samples]
     return HeldOut(latents, condition_of(captions, labels, encoder, device), captions, images, prompts, mean)
 
 
@@ -123,13 +120,16 @@ def _mean_latent(codec: nn.Module, images: Tensor) -> Tensor:
     return codec.latents(codec.moments(images)).float()
 
 
-def _readable(dataset: Any, count: int) -> list[dict]:
+def readable(dataset: Any, count: int, *, epoch: int = 0) -> list[dict]:
+    """The first `count` samples that can be read, not mirrored. (Broken ones are listed when the training stream
+    meets them.)
+    """
     samples: list[dict] = []
     for index in range(len(dataset)):
         if len(samples) == count:
             break
         try:
-            samples.append(dataset.sample(index, 0, flip=False))
+            samples.append(dataset.sample(index, epoch, flip=False))
         except BadSample:
-            continue  # listed when the training stream meets it; a held-out set only gets smaller
+            continue
     return samples

@@ -3,7 +3,8 @@
   python dit/generate.py --checkpoint outputs/dit --prompt "a red heart" "a blue car" --output hearts.png
   python dit/generate.py --checkpoint outputs/dit --prompts captions.txt --output pictures/ --npz
   torchrun --nproc_per_node=8 dit/generate.py --captions coco:data/coco --num 30000 ...     shared over the ranks
-An --output ending in .png is a grid of all pictures; otherwise a folder with 000000.png ... and prompts.jsonl.
+Without captions it draws held-out ones of the run's own data. An --output ending in .png is a grid of all pictures;
+otherwise a folder with 000000.png ... and prompts.jsonl.
 Picture i depends on
 --seed + i alone, not on batch size or number of ranks.
 """
@@ -28,8 +29,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from dit.build import Trained, condition_of, load_trained
-from dit.config import DataConfig
+from dit.build import Trained, condition_of, load_trained, saved_settings
+from dit.colours import colour_caption
+from dit.config import Config, DataConfig
+from dit.dataset import TextImageDataset
 from dit.drawing import Drawing, draw_latents
 from dit.images import grid, to_uint8
 from dit.readers import read
@@ -48,13 +51,15 @@ class Request(NamedTuple):
     seed: int
 
 
-def requests(options: GenerateOptions) -> list[Request]:
+def requests(options: GenerateOptions, config: Config) -> list[Request]:
     """Every picture that is asked for, in order."""
     sources = [bool(options.prompt), options.prompts is not None, options.captions is not None, bool(options.labels)]
-    if sum(sources) != 1:
-        raise UserError("say what to draw with exactly one of --prompt, --prompts, --captions, --labels")
-    if options.labels:
-        wanted: list[tuple[str, int | None]] = [(f"class {label}", label) for label in options.labels]
+    if sum(sources) > 1:
+        raise UserError("say what to draw with one of --prompt, --prompts, --captions, --labels, not with several")
+    if not any(sources) and config.model.num_classes is None:
+        wanted: list[tuple[str, int | None]] = [(text, None) for text in held_out_captions(config)]
+    elif not any(sources) or options.labels:
+        wanted = [(f"class {label}", label) for label in options.labels or range(min(16, config.model.num_classes))]
     else:
         wanted = [(text, None) for text in _texts(options)]
     if options.num is not None and options.num < len(wanted):
@@ -62,6 +67,15 @@ def requests(options: GenerateOptions) -> list[Request]:
         wanted = [wanted[index] for index in sorted(chosen.tolist())]
     wanted = [pair for pair in wanted for _ in range(options.images_per_prompt)]
     return [Request(index, text, label, options.seed + index) for index, (text, label) in enumerate(wanted)]
+
+
+def held_out_captions(config: Config) -> list[str]:
+    """Captions of held-out pictures of the run's own data, spread over the set."""
+    held_out = TextImageDataset.from_config(config, is_train=False)
+    count = min(config.sample.count, len(held_out))
+    if count == 0:
+        raise UserError("the run's data have no held-out captions; say what to draw with --prompt")
+    return [colour_caption(held_out.items[index * len(held_out) // count].captions) for index in range(count)]
 
 
 def _texts(options: GenerateOptions) -> list[str]:
@@ -96,10 +110,6 @@ def draw(
     unit = config.vae_factor * config.model.patch_size
     if size % unit:
         raise UserError(f"--image-size {size}: must be a multiple of {unit}")
-    if config.flow.prediction == "residual" and size != config.data.image_size:
-        raise UserError(
-            f"--image-size {size}: a model with flow.prediction residual draws only at {config.data.image_size}"
-        )
     shape = (config.model.in_channels, size // config.vae_factor, size // config.vae_factor)
     low, high = options.cfg_interval if len(options.cfg_interval) == 2 else (1.0, 0.0)
     if low > high:
@@ -198,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     options = load_config(GenerateOptions, argv=argv, description=__doc__)
     if not options.checkpoint:
         raise UserError("--checkpoint is not set; give the folder of a training run")
-    wanted = requests(options)
+    wanted = requests(options, saved_settings(Path(options.checkpoint))[0])
     info = init_distributed(options.device)
     trained = load_trained(
         options.checkpoint, device=info.device, use_ema=options.ema, vae=options.vae, text_encoder=options.text_encoder

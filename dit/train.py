@@ -32,7 +32,7 @@ from dit.cache import CachedDataset
 from dit.convert import load_pretrained
 from dit.dataset import TextImageDataset, collate
 from dit.drawing import Drawing, draw_pictures
-from dit.evaluation import HeldOut, errors, prepare, summary
+from dit.evaluation import HeldOut, errors, prepare, readable, summary
 from dit.images import grid, to_uint8
 from dit.model import DiTBlock, DiTModel
 from dit.objectives import make_objective
@@ -42,10 +42,15 @@ from shared.checkpoint import load_strict, load_weights
 from shared.data import BatchPlan, MapStream
 from shared.dist import DistInfo, init_distributed, shutdown
 from shared.loop import FitResult, fit
-from shared.plan import FrozenPart, describe, make_plan, measure
+from shared.plan import FrozenPart
+from shared.planner import plan_run
 from shared.rng import keyed_rand, keyed_randn, seed_everything
 
 TIMES, NOISE, DROPS, POSTERIOR = 1, 2, 3, 4  # random streams
+OUT_OF_MEMORY = (
+    "lower --batch-size and raise --gradient-accumulation-steps, or use --gradient-checkpointing, --use-slicing, or a "
+    "cache of latents (dit/precompute.py, --cache-dir)"
+)
 
 
 class Trainer:
@@ -215,42 +220,35 @@ class Trainer:
         return condition_of(batch.get("text", []), batch.get("label"), self.text_encoder, self.info.device)
 
 
-def print_plan(config: Config) -> None:
-    """--dry-run: one symbolic training step of the full-size model."""
+def plan(config: Config) -> str:
+    """--dry-run: the plan from one symbolic training step of the full-size model."""
+    model = config.model
 
-    size, channels, side, model = config.training.batch_size, config.model.in_channels, config.latent_side, config.model
+    def step(config: Config) -> Callable[[DiTModel], Tensor]:
+        size, shape = config.training.batch_size, (model.in_channels, config.latent_side, config.latent_side)
 
-    def step(network: DiTModel) -> Tensor:
-        condition = {}
-        if model.text_conditioning != "none":
-            condition = {
-                "text_embeddings": torch.randn(size, model.text_len, model.text_dim),
-                "text_pooled": torch.randn(size, model.text_dim),
-            }
-        if model.num_classes:
-            condition = {"labels": torch.zeros(size, dtype=torch.long)}
-        predicted = network(torch.randn(size, channels, side, side), torch.rand(size), **condition)
-        return predicted.float().square().mean()
+        def loss(network: DiTModel) -> Tensor:
+            condition = {}
+            if model.text_conditioning != "none":
+                condition["text_embeddings"] = torch.randn(size, model.text_len, model.text_dim)
+                condition["text_pooled"] = torch.randn(size, model.text_dim)
+            if model.num_classes:
+                condition["labels"] = torch.zeros(size, dtype=torch.long)
+            return network(torch.randn(size, *shape), torch.rand(size), **condition).float().square().mean()
 
-    frozen = []
-    if (
-        config.data.cache_dir is None and config.vae.type == "sd"
-    ):  # figures at 256 pixels: 273 GFLOP to encode a picture
-        frozen.append(FrozenPart("VAE", 83_653_863, 4 * 83_653_863, size * 273e9 * (config.data.image_size / 256) ** 2))
-    if config.data.cache_dir is None and model.text_conditioning != "none" and config.text.type == "clip":
-        frozen.append(FrozenPart("CLIP text tower", 63_165_952, 4 * 63_165_952, size * 6.0e9))
-    measured = measure(lambda: build_model(config), step, config.run.precision or "bf16", blocks=(DiTBlock,))
-    print(
-        describe(
-            make_plan(
-                f"DiT {model.hidden_size}/{model.num_layers}/{model.num_heads}",
-                measured,
-                run=config.run,
-                training=config.training,
-                frozen_parts=frozen,
-            )
-        )
-    )
+        return loss
+
+    def frozen_parts(config: Config) -> list[FrozenPart]:
+        size, parts = config.training.batch_size, []
+        if config.data.cache_dir is None and config.vae.type == "sd":  # 273 GFLOP to encode a picture of 256 pixels
+            flops = size * 273e9 * (config.data.image_size / 256) ** 2
+            parts.append(FrozenPart("VAE", 83_653_863, 4 * 83_653_863, flops))
+        if config.data.cache_dir is None and model.text_conditioning != "none" and config.text.type == "clip":
+            parts.append(FrozenPart("CLIP text tower", 63_165_952, 4 * 63_165_952, size * 6.0e9))
+        return parts
+
+    title = f"DiT {model.hidden_size}/{model.num_layers}/{model.num_heads}"
+    return plan_run(title, config, build=build_model, step=step, blocks=(DiTBlock,), frozen_parts=frozen_parts)
 
 
 def _steps_from_epochs(config: Config, steps_per_epoch: int) -> None:
@@ -260,6 +258,14 @@ def _steps_from_epochs(config: Config, steps_per_epoch: int) -> None:
         training.eval_steps = training.eval_every_n_epochs * steps_per_epoch
     if training.sample_every_n_epochs:
         training.sample_steps = training.sample_every_n_epochs * steps_per_epoch
+
+
+def _save_inputs(dataset: TextImageDataset, folder: Path) -> None:
+    """The first training pictures as the model sees them, with their captions: the quickest check of the data."""
+    folder.mkdir(parents=True, exist_ok=True)
+    samples = readable(dataset, 16, epoch=0)
+    grid(to_uint8(torch.stack([sample["image"] for sample in samples])), columns=8).save(folder / "inputs.png")
+    (folder / "inputs.txt").write_text("\n".join(sample["text"] for sample in samples) + "\n", encoding="utf-8")
 
 
 def _refuse_many_skipped(dataset: TextImageDataset, output_dir: Path) -> None:
@@ -290,7 +296,8 @@ def _refuse_many_skipped(dataset: TextImageDataset, output_dir: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     config = load_config(Config, presets=PRESETS, argv=argv, default="small", description=__doc__)
     if config.run.dry_run:
-        return print_plan(config)
+        print(plan(config))
+        return
 
     training_set = TextImageDataset.from_config(
         config, is_train=True
@@ -308,7 +315,7 @@ def main(argv: list[str] | None = None) -> None:
         training_set.tokenize = text_encoder.tokenize
     data = CachedDataset(config, training_set) if config.data.cache_dir else training_set
     training = config.training
-    plan = BatchPlan(
+    order = BatchPlan(
         len(data),
         training.batch_size,
         info.world,
@@ -318,7 +325,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     stream = MapStream(
         data,
-        plan,
+        order,
         info,
         collate=collate,
         num_workers=training.num_workers,
@@ -329,7 +336,8 @@ def main(argv: list[str] | None = None) -> None:
     seed_everything(config.run.seed)  # the same first weights on every rank
     model = build_model(config)
     if config.model.pretrained_path:
-        load_pretrained(model, config.model.pretrained_path)
+        scale = config.flow.time_scale if config.diffusion.objective == "flow" else None
+        load_pretrained(model, config.model.pretrained_path, time_scale=scale)
     held_out = None
     if len(validation_set):
         held_out = prepare(
@@ -343,7 +351,12 @@ def main(argv: list[str] | None = None) -> None:
     elif info.is_main:
         print("no held-out pictures: no evaluation (set --val-fraction, or give the data a split)", file=sys.stderr)
     trainer = Trainer(model, vae_encoder, text_encoder, stream, config, info=info, held_out=held_out)
-    trainer.train()
+    if info.is_main:
+        _save_inputs(training_set, output_dir / "samples")
+    try:
+        trainer.train()
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"the GPU's memory is full ({str(error).splitlines()[0]}); {OUT_OF_MEMORY}") from None
     shutdown()
 
 

@@ -9,17 +9,39 @@ from PIL import Image
 from dit.config import Config
 
 TINY = {
-    "data": {"dataset_name": "cub", "dataset_path": "sample", "image_size": 32, "keep_in_memory": True, "flip_guard": "picture"},
-    "model": {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "patch_size": 1, "in_channels": 4, "text_dim": 16, "text_len": 8},
+    "data": {
+        "dataset_name": "cub",
+        "dataset_path": "sample",
+        "image_size": 32,
+        "keep_in_memory": True,
+        "flip_guard": "picture",
+    },
+    "model": {
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 2,
+        "patch_size": 1,
+        "in_channels": 4,
+        "text_dim": 16,
+        "text_len": 8,
+    },
     "vae": {"type": "pool"},
     "text": {"type": "hash"},
     "diffusion": {"objective": "flow"},
     "training": {
-        "batch_size": 8, "total_steps": 4, "learning_rate": 2e-3, "num_workers": 0, "eval_samples": 8, "save_steps": 2,
-        "save_every_n_epochs": None, "logging_steps": 1, "ema_decay": 0.9, "max_grad_norm": 1.0,
+        "batch_size": 8,
+        "total_steps": 4,
+        "learning_rate": 2e-3,
+        "num_workers": 0,
+        "eval_samples": 8,
+        "save_steps": 2,
+        "save_every_n_epochs": None,
+        "logging_steps": 1,
+        "ema_decay": 0.9,
+        "max_grad_norm": 1.0,
     },
     "sample": {"steps": 2, "count": 4, "sampler": "euler"},
-}  # fmt: skip
+}
 
 
 def tiny(**sections: dict) -> Config:

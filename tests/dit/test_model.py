@@ -40,11 +40,21 @@ def inputs(count: int = 3) -> dict:
 @pytest.mark.parametrize(
     "options",
     [
-        {"qk_norm": True}, {"norm": "rmsnorm", "cross_norm": "rmsnorm"}, {"mlp": "swiglu"}, {"pos": "rope2d"}, {"pos": "sincos+rope2d"},
-        {"conditioning": "adaln_single"}, {"text_conditioning": "joint"}, {"text_conditioning": "joint", "pos": "rope2d"},
-        {"text_conditioning": "pooled"}, {"use_pooled_text": False}, {"text_mask": False}, {"patch_size": 4}, {"learn_sigma": True},
+        {"qk_norm": True},
+        {"norm": "rmsnorm", "cross_norm": "rmsnorm"},
+        {"mlp": "swiglu"},
+        {"pos": "rope2d"},
+        {"pos": "sincos+rope2d"},
+        {"conditioning": "adaln_single"},
+        {"text_conditioning": "joint"},
+        {"text_conditioning": "joint", "pos": "rope2d"},
+        {"text_conditioning": "pooled"},
+        {"use_pooled_text": False},
+        {"text_mask": False},
+        {"patch_size": 4},
+        {"learn_sigma": True},
     ],
-)  # fmt: skip
+)
 def test_every_option_runs_and_trains_every_weight(options):
     model = randomised(DiTModel(32, 2, 4, **{**SMALL, **options})).train()
     output = model(**inputs())
@@ -220,20 +230,30 @@ def test_diffusers_dit_gives_the_same_pictures(tmp_path):
 
 def test_pixart_gives_the_same_pictures(tmp_path):
     theirs = PixArtTransformer2DModel(
-        num_attention_heads=4, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=2, cross_attention_dim=48, sample_size=8,
-        caption_channels=16, interpolation_scale=1,
-    )  # fmt: skip
+        num_attention_heads=4,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        cross_attention_dim=48,
+        sample_size=8,
+        caption_channels=16,
+        interpolation_scale=1,
+    )
     randomised(theirs).save_pretrained(tmp_path)
     ours = DiTModel(
         48, 2, 4, **SMALL, use_pooled_text=False, learn_sigma=True, conditioning="adaln_single", cross_norm="none"
-    ).eval()  # fmt: skip
+    ).eval()
     report = load_pretrained(ours, tmp_path)
     assert not report.unexpected and all(name.startswith("null_text") for name in report.missing)
     given = inputs()
     with torch.no_grad():
         expected = theirs(
-            given["noisy_latents"], given["text_embeddings"], given["timesteps"].long(),
-            encoder_attention_mask=given["text_mask"].float(), added_cond_kwargs={"resolution": None, "aspect_ratio": None},
-        ).sample  # fmt: skip
+            given["noisy_latents"],
+            given["text_embeddings"],
+            given["timesteps"].long(),
+            encoder_attention_mask=given["text_mask"].float(),
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+        ).sample
         found = ours(**{name: value for name, value in given.items() if name != "text_pooled"})
     close(found, expected, 2e-5)

@@ -180,8 +180,11 @@ def test_cache_trains_as_the_encoders_do(settings, tmp_path):
 
     stored, trainer = CachedDataset(config, dataset), make_trainer(config)[0]
     item = stored.sample(60, 3)
-    caption = next(text for text in dataset.items[60].captions
-                   if torch.equal(trainer.text_encoder.encode([text]).states[0], item["text_embeddings"]))  # fmt: skip
+    caption = next(
+        text
+        for text in dataset.items[60].captions
+        if torch.equal(trainer.text_encoder.encode([text]).states[0], item["text_embeddings"])
+    )
     plain = dataset.sample(60, 3, flip=item["flip"])
     assert caption and torch.equal(PoolCodec().moments(plain["image"][None])[0], item["moments"])
     train.main([*arguments, "--cache-dir", cached])
@@ -236,9 +239,22 @@ def test_generate_reads_files_and_every_option_acts(trained, tmp_path):
     base = ["--checkpoint", str(trained), "--prompts", str(tmp_path / "p.jsonl")]
     generate.main([*base, "--output", str(tmp_path / "plain.png")])
     plain = np.asarray(Image.open(tmp_path / "plain.png"))
-    for option in (["--steps", "5"], ["--sampler", "heun"], ["--sampler", "sde"], ["--shift", "3"], ["--cfg-scale", "1"], ["--negative", "a dog"],
-                   ["--cfg-interval", "0.2", "0.5"], ["--cfg-rescale", "0.7"], ["--cfg-channels", "2"], ["--no-ema"], ["--seed", "7"],
-                   ["--images-per-prompt", "2"], ["--image-size", "48"], ["--num", "1"]):  # fmt: skip
+    for option in (
+        ["--steps", "5"],
+        ["--sampler", "heun"],
+        ["--sampler", "sde"],
+        ["--shift", "3"],
+        ["--cfg-scale", "1"],
+        ["--negative", "a dog"],
+        ["--cfg-interval", "0.2", "0.5"],
+        ["--cfg-rescale", "0.7"],
+        ["--cfg-channels", "2"],
+        ["--no-ema"],
+        ["--seed", "7"],
+        ["--images-per-prompt", "2"],
+        ["--image-size", "48"],
+        ["--num", "1"],
+    ):
         generate.main([*base, "--output", str(tmp_path / "other.png"), *option])
         other = np.asarray(Image.open(tmp_path / "other.png"))
         assert other.shape != plain.shape or not np.array_equal(plain, other) or option[0] in ("--cfg-interval",), (
@@ -260,15 +276,17 @@ def test_generate_reads_files_and_every_option_acts(trained, tmp_path):
     )
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--prompt", "x", "--labels", "1"], "exactly one"),
-    ([], "exactly one"),
-    (["--labels", "1"], "not class-conditional"),
-    (["--prompt", "x", "--sampler", "ddim"], "not a sampler of the flow"),
-    (["--prompt", "x", "--image-size", "33"], "multiple of 8"),
-    (["--prompts", "nowhere.txt"], "nowhere.txt"),
-    (["--prompt", "x", "--steps", "many"], "steps"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "x", "--labels", "1"], "not with several"),
+        (["--labels", "1"], "not class-conditional"),
+        (["--prompt", "x", "--sampler", "ddim"], "not a sampler of the flow"),
+        (["--prompt", "x", "--image-size", "33"], "multiple of 8"),
+        (["--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--prompt", "x", "--steps", "many"], "steps"),
+    ],
+)
 def test_generate_says_what_is_wrong(trained, tmp_path, capsys, arguments, message):
     with pytest.raises(SystemExit) as left:
         generate.main(["--checkpoint", str(trained), "--output", str(tmp_path / "x.png"), *arguments])
@@ -277,8 +295,20 @@ def test_generate_says_what_is_wrong(trained, tmp_path, capsys, arguments, messa
 
 
 def test_metrics_write_figures_and_a_report(trained, tmp_path):
-    found = metrics.main(["--checkpoint", str(trained), "--output", str(tmp_path / "m.json"), "--num", "12", "--metrics",
-                          "loss,caption,recon,vae,colour,memory,fid", "--features", "random"])  # fmt: skip
+    found = metrics.main(
+        [
+            "--checkpoint",
+            str(trained),
+            "--output",
+            str(tmp_path / "m.json"),
+            "--num",
+            "12",
+            "--metrics",
+            "loss,caption,recon,vae,colour,memory,fid",
+            "--features",
+            "random",
+        ]
+    )
     written = json.loads((tmp_path / "m.json").read_text())
     assert (
         written["loss"] == found["loss"] and 0.2 < found["loss"]["ratio"] < 1.5 and len(found["loss"]["by_level"]) == 10
@@ -309,8 +339,21 @@ def test_held_out_errors_repeat_and_constant_is_the_baseline():
 
 def test_guides_form_of_the_settings_is_read():
     guide = load_config(Config, presets=PRESETS, argv=["--config", "train_config"])
-    ours = load_config(Config, presets=PRESETS, argv=["--config", "default", "--data-root", "./data/cub_subset", "--precision", "bf16",
-                                                      "--output-dir", "./outputs", "--tensorboard"])  # fmt: skip
+    ours = load_config(
+        Config,
+        presets=PRESETS,
+        argv=[
+            "--config",
+            "default",
+            "--data-root",
+            "./data/cub_subset",
+            "--precision",
+            "bf16",
+            "--output-dir",
+            "./outputs",
+            "--tensorboard",
+        ],
+    )
     first, second = guide.model_dump(), ours.model_dump()
     second["sample"] = first["sample"]
     assert first == second
@@ -329,21 +372,27 @@ def test_guides_form_of_the_settings_is_read():
     assert low.training.min_lr_ratio == pytest.approx(0.05)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--data-root", "/nowhere"], "/nowhere"),
-    (["--set", "training.batchsize=4"], "batch_size"),
-    (["--batch-size", "four"], "batch_size"),
-    (["--batch-size", "500"], "smaller --batch-size"),
-    (["--image-size", "33"], "image_size 33"),
-    (["--set", "model.in_channels=5"], "in_channels"),
-    (["--set", "vae.type=sd", "--set", "vae.pretrained_model_name=/nowhere"], "vae.pretrained_model_name /nowhere"),
-    (["--set", "text.type=clip", "--set", "text.pretrained_model_name=/nowhere"], "text.pretrained_model_name /nowhere"),
-    (["--set", "diffusion.rescale_betas_zero_snr=true"], "v_prediction"),
-    (["--no-persistent-workers"], "persist"),
-    (["--config", "smal"], "small"),
-    (["--resume", "/nowhere/checkpoint-epoch-1"], "/nowhere/checkpoint-epoch-1"),
-    (["--cache-dir", "/nowhere"], "precompute"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data-root", "/nowhere"], "/nowhere"),
+        (["--set", "training.batchsize=4"], "batch_size"),
+        (["--batch-size", "four"], "batch_size"),
+        (["--batch-size", "500"], "smaller --batch-size"),
+        (["--image-size", "33"], "image_size 33"),
+        (["--set", "model.in_channels=5"], "in_channels"),
+        (["--set", "vae.type=sd", "--set", "vae.pretrained_model_name=/nowhere"], "vae.pretrained_model_name /nowhere"),
+        (
+            ["--set", "text.type=clip", "--set", "text.pretrained_model_name=/nowhere"],
+            "text.pretrained_model_name /nowhere",
+        ),
+        (["--set", "diffusion.rescale_betas_zero_snr=true"], "v_prediction"),
+        (["--no-persistent-workers"], "persist"),
+        (["--config", "smal"], "small"),
+        (["--resume", "/nowhere/checkpoint-epoch-1"], "/nowhere/checkpoint-epoch-1"),
+        (["--cache-dir", "/nowhere"], "precompute"),
+    ],
+)
 def test_train_says_what_is_wrong(settings, capsys, arguments, message):
     start = [] if arguments[0] == "--config" else settings()
     with pytest.raises(SystemExit) as left:
