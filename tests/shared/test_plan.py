@@ -1,0 +1,205 @@
+"""The plan of a small transformer, against numbers counted by hand. B batch, L tokens, D width, H heads, V words."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from shared.config import RunSection, TrainingSection
+from shared.errors import UserError
+from shared.plan import FrozenPart, describe, make_plan, measure
+
+B, L, D, H, V, LAYERS = 2, 32, 64, 4, 100, 3
+BLOCK = (D * 3 * D + 3 * D) + (D * D + D) + (D * 4 * D + 4 * D) + (4 * D * D + D) + 4 * D  # two norms
+PARAMETERS = V * D + LAYERS * BLOCK + (D * V + V)
+
+
+class Block(nn.Module):
+    def __init__(self, recompute):
+        super().__init__()
+        self.norm_1, self.qkv, self.out = nn.LayerNorm(D), nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.norm_2, self.up, self.down = nn.LayerNorm(D), nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
+        self.recompute = recompute
+
+    def run(self, x_BLD):
+        q, k, v = self.qkv(self.norm_1(x_BLD)).reshape(B, L, 3, H, D // H).permute(2, 0, 3, 1, 4)
+        mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, L, D)
+        x_BLD = x_BLD + self.out(mixed)
+        return x_BLD + self.down(functional.gelu(self.up(self.norm_2(x_BLD))))
+
+    def forward(self, x_BLD):
+        return checkpoint(self.run, x_BLD, use_reentrant=False) if self.recompute else self.run(x_BLD)
+
+
+class Net(nn.Module):
+    def __init__(self, recompute=False):
+        super().__init__()
+        self.table = nn.Embedding(V, D)
+        self.blocks = nn.ModuleList(Block(recompute) for _ in range(LAYERS))
+        self.head = nn.Linear(D, V)
+
+    def forward(self, tokens_BL):
+        x_BLD = self.table(tokens_BL)
+        for block in self.blocks:
+            x_BLD = block(x_BLD)
+        return self.head(x_BLD)
+
+
+def step(model):
+    tokens_BL = torch.randint(0, V, (B, L))
+    return functional.cross_entropy(model(tokens_BL).flatten(0, 1).float(), tokens_BL.flatten())
+
+
+def freeze_table(model):
+    model.table.requires_grad_(False)
+    return model
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return measure(Net, step, "fp32", (Block,))
+
+
+def plan_of(measured, strategy="none", world=1, gpu=None, precision="fp32", frozen_parts=None, **training):
+    settings = TrainingSection(**{"batch_size": B, **training})
+    run = RunSection(precision=precision)
+    return make_plan(
+        "toy", measured, run=run, training=settings, strategy=strategy, world=world, gpu=gpu, frozen_parts=frozen_parts
+    )
+
+
+# --- what one step shows ----------------------------------------------------------------------------------------------
+
+
+def test_parameters_are_counted_exactly(measured):
+    assert measured.trainable == PARAMETERS == sum(p.numel() for p in Net().parameters())
+    assert measured.frozen == 0 and measured.trainable_bytes == 4 * PARAMETERS
+    assert measured.block_bytes == 4 * (PARAMETERS - (LAYERS - 1) * BLOCK)  # one block, and what lies outside of all
+    frozen = measure(lambda: freeze_table(Net()), step, "fp32")
+    assert (frozen.trainable, frozen.frozen) == (PARAMETERS - V * D, V * D)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_flops_equal_the_hand_count(precision):
+    found = measure(Net, step, precision)
+    products = 2 * B * L * (LAYERS * 12 * D * D + D * V)  # two FLOPs for each weight and token
+    attention = LAYERS * 2 * 2 * B * H * L * L * (D // H)  # scores and weighted sum
+    assert found.forward_flops == products + attention
+    assert found.step_flops == 3 * (products + attention)  # towards the weights and towards the inputs
+
+
+def test_frozen_layers_save_their_weights_gradient():
+    def build():
+        model = Net()
+        model.blocks.requires_grad_(False)
+        return model
+
+    whole, found = measure(Net, step, "fp32"), measure(build, step, "fp32")
+    assert found.forward_flops == whole.forward_flops
+    # the table below still trains, so the gradients flow through the blocks
+    assert whole.step_flops - found.step_flops == 2 * B * L * LAYERS * 12 * D * D
+
+
+def test_recomputing_blocks_lowers_the_activations_and_costs_a_forward(measured):
+    saved = measure(lambda: Net(recompute=True), step, "fp32", (Block,))
+    assert saved.activation_bytes < 0.6 * measured.activation_bytes and saved.peak_bytes < measured.peak_bytes
+    blocks_forward = measured.forward_flops - 2 * B * L * D * V
+    last_products = LAYERS * 2 * B * L * 4 * D * D  # nothing in the block needs their results again
+    assert saved.step_flops == measured.step_flops + blocks_forward - last_products
+
+
+def test_activations_hold_at_least_what_the_backward_needs(measured):
+    kept = 4 * B * L * (LAYERS * (2 * D + 3 * D + D + 8 * D) + V)  # inputs of norms, products and the activation
+    assert kept < measured.activation_bytes < 3 * kept
+    assert measured.activation_bytes <= measured.peak_bytes
+
+
+def test_nothing_is_allocated_for_a_model_of_any_size():
+    class Huge(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(2**16, 2**16, bias=False) for _ in range(16))  # 256 GiB
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    found = measure(Huge, lambda model: model(torch.randn(1, 2**16)).square().mean(), "bf16")
+    assert found.trainable == 16 * 2**32 and found.forward_flops == 2 * 16 * 2**32
+
+
+# --- what follows for a strategy --------------------------------------------------------------------------------------
+
+
+def test_memory_parts_by_strategy(measured):
+    size, half_copy, world = 4 * PARAMETERS, 2 * PARAMETERS, 4
+    plans = {
+        name: plan_of(measured, name, 1 if name == "none" else world, precision="bf16", ema_decay=0.9).memory
+        for name in ("none", "ddp", "fsdp", "zero1", "zero2", "zero3")
+    }
+    parts = {name: tuple(plans[name][part] for part in PARTS) for name in plans}
+    assert parts == {
+        "none": (size, size, 2 * size, size),
+        "ddp": (size, size, 2 * size, size),
+        "fsdp": (size // 4, size // 4, 2 * size // 4, size // 4),
+        "zero1": (size // 4 + half_copy, size, 2 * size // 4, size),
+        "zero2": (size // 4 + half_copy, size // 4, 2 * size // 4, size),
+        "zero3": (size // 4 + half_copy // 4, size // 4, 2 * size // 4, size // 4),
+    }
+    gathered = {name for name in plans if "gathered units" in plans[name]}
+    assert gathered == {"fsdp", "zero3"} and plans["ddp"]["activations"] == measured.activation_bytes
+
+
+PARTS = ("weights", "gradients", "Adam moments", "moving average")
+
+
+def test_no_average_and_no_frozen_parts_take_no_memory(measured):
+    assert "moving average" not in plan_of(measured).memory and "frozen encoders" not in plan_of(measured).memory
+    part = FrozenPart("encoder", 10, 1234, 5e6)
+    plan = plan_of(measured, frozen_parts=[part], gradient_accumulation_steps=3)
+    assert plan.memory["frozen encoders"] == 1234
+    assert plan.flops_per_step == 3 * (measured.step_flops + 5e6) and plan.samples_per_step == 3 * B
+    assert plan.peak_memory == sum(plan.memory.values())
+
+
+def test_traffic_of_a_ring(measured):
+    assert plan_of(measured).traffic_bytes == 0
+    assert plan_of(measured, "ddp", 2).traffic_bytes == 4 * PARAMETERS  # half of it, scattered and gathered
+    gathers = 2 * 3 * 4 * PARAMETERS  # forward and backward of three micro-steps
+    assert plan_of(measured, "fsdp", 2, gradient_accumulation_steps=3).traffic_bytes == (4 * PARAMETERS + gathers) / 2
+    assert plan_of(measured, "ddp", 8).traffic_bytes > plan_of(measured, "ddp", 2).traffic_bytes
+
+
+def test_checkpoints_hold_weights_moments_and_average(measured):
+    assert plan_of(measured).checkpoint_bytes == 12 * PARAMETERS
+    assert plan_of(measured, ema_decay=0.9).checkpoint_bytes == 16 * PARAMETERS
+
+
+def test_a_faster_gpu_and_more_ranks_shorten_the_step(measured):
+    seconds = {gpu: plan_of(measured, gpu=gpu, precision="bf16").compute_seconds for gpu in ("a100", "h100", "H200")}
+    assert seconds["a100"] == pytest.approx(measured.step_flops / (312e12 * 0.4))
+    assert seconds["h100"] == seconds["H200"] < seconds["a100"]
+    shared = plan_of(measured, "ddp", 2, batch_size=1, global_batch_size=2)
+    assert shared.samples_per_step == 2 and shared.accumulation == 1
+
+
+def test_what_cannot_be_planned_is_refused(measured):
+    with pytest.raises(UserError, match="--gpu abacus: not in the table; use one of .*a100.*h100"):
+        plan_of(measured, gpu="abacus")
+    with pytest.raises(UserError, match="--strategy none plans for one rank, --world-size is 4"):
+        plan_of(measured, "none", 4)
+    with pytest.raises(UserError, match="not divisible"):
+        plan_of(measured, "ddp", 3, global_batch_size=16)
+
+
+def test_the_plan_as_text_says_what_fits(measured):
+    text = describe(plan_of(measured, "ddp", 8, gpu="h100", precision="bf16", frozen_parts=[FrozenPart("VAE", 7, 8)]))
+    for part in (f"{PARAMETERS:,} trainable", "VAE: 7 parameters", "under ddp on 8 ranks in bf16: fits h100 (80 GB)"):
+        assert part in text
+    large = dataclasses.replace(measured, trainable=10**10, trainable_bytes=4 * 10**10)
+    assert "DOES NOT FIT" in describe(plan_of(large))
+    assert "160.00 GB" in describe(plan_of(dataclasses.replace(large, activation_bytes=0, peak_bytes=0)))
