@@ -1,8 +1,9 @@
 """Who sees whom in a pack, and three ways to compute it that agree: dense per sample, sliced per split, flex attention.
 
-A sample is a row of splits. Causal splits are text; a full split is a clean image; a noise split is an image to be generated.
-Query q sees key k if both are in one sample and (k <= q, or both are in one full or noise split), unless k is in a noise split
-and q is not in that same split.  Letters of shapes: L tokens, H heads, K head width, Q queries, S keys.
+A sample is a row of splits. Causal splits are text; a full split is a clean image; a noise split is an image to be
+generated. Query q sees key k if both are in one sample and (k <= q, or both are in one full or noise split), unless k
+is in a noise split and q is not in that same split.  Letters of shapes: L tokens, H heads, K head width, Q queries, S
+keys.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,9 @@ def sample_mask(split_lens: Sequence[int], attn_modes: Sequence[str]) -> Tensor:
 
 
 class Segment:
-    """Queries of one call of attention: `start:stop`, and the spans of keys they see; causal among the last `stop - start` keys."""
+    """Queries of one call of attention: `start:stop`, and the spans of keys they see; causal among the last `stop -
+    start` keys.
+    """
 
     def __init__(self, start: int, stop: int, key_spans: list[tuple[int, int]], causal: bool):
         self.start, self.stop, self.key_spans, self.causal = start, stop, key_spans, causal
@@ -37,14 +40,22 @@ class Segment:
 class PackLayout:
     """Samples, splits and modes of a pack, and everything that is worked out from them once for all layers.
 
-    static_length: tokens to which flex attention pads, so that its shapes stay the same in every step; null: the next 128.
+    static_length: tokens to which flex attention pads, so that its shapes stay the same in every step; null: the next
+    128.
     """
 
-    def __init__(self, sample_lens: Sequence[int], split_lens: Sequence[int], attn_modes: Sequence[str],
-                 static_length: int | None = None):
+    def __init__(
+        self,
+        sample_lens: Sequence[int],
+        split_lens: Sequence[int],
+        attn_modes: Sequence[str],
+        static_length: int | None = None,
+    ):
         if sum(sample_lens) != sum(split_lens) or len(split_lens) != len(attn_modes):
-            raise ValueError(f"samples hold {sum(sample_lens)} tokens, {len(split_lens)} splits {sum(split_lens)}, "
-                             f"with {len(attn_modes)} modes; they must agree")
+            raise ValueError(
+                f"samples hold {sum(sample_lens)} tokens, {len(split_lens)} splits {sum(split_lens)}, "
+                f"with {len(attn_modes)} modes; they must agree"
+            )
         self.sample_lens, self.split_lens, self.attn_modes = list(sample_lens), list(split_lens), list(attn_modes)
         self.length = sum(sample_lens)
         self.padded_length = -(-max(self.length, static_length or 1) // 128) * 128
@@ -72,7 +83,9 @@ class PackLayout:
         return self._masks
 
     def segments(self) -> list[list[Segment]]:
-        """The calls of the sliced form for every sample, counted from its start; neighbouring causal splits become one call."""
+        """The calls of the sliced form for every sample, counted from its start; neighbouring causal splits become one
+        call.
+        """
         if self._segments is None:
             self._segments = [_segments_of_sample(*sample) for sample in self.samples()]
         return self._segments
@@ -92,7 +105,7 @@ class PackLayout:
 def _segments_of_sample(split_lens: list[int], attn_modes: list[str]) -> list[Segment]:
     segments: list[Segment] = []
     start = 0
-    visible: list[tuple[int, int]] = []      # keys of earlier splits that are not noise
+    visible: list[tuple[int, int]] = []  # keys of earlier splits that are not noise
     for length, mode in zip(split_lens, attn_modes, strict=True):
         stop = start + length
         last = segments[-1] if segments else None
@@ -113,32 +126,47 @@ def _joined(spans: list[tuple[int, int]], span: tuple[int, int]) -> list[tuple[i
 
 
 def attend(query_LHK: Tensor, key_LHK: Tensor, value_LHK: Tensor, layout: PackLayout, backend: str) -> Tensor:
-    """Attention over a pack in its own order, scale 1/sqrt(K), grouped keys and values. Backend: dense, sliced or flex."""
+    """Attention over a pack in its own order, scale 1/sqrt(K), grouped keys. Backend: dense, sliced or flex."""
     if backend == "flex":
         return _flex(query_LHK, key_LHK, value_LHK, layout)
     if backend == "sliced":
         return _sliced(query_LHK, key_LHK, value_LHK, layout)
     if backend != "dense":
         raise ValueError(f"attention backend {backend!r}: expected dense, sliced or flex")
-    parts = zip(layout.masks(query_LHK.device), *(x.split(layout.sample_lens) for x in (query_LHK, key_LHK, value_LHK)), strict=True)
+    parts = zip(
+        layout.masks(query_LHK.device),
+        *(x.split(layout.sample_lens) for x in (query_LHK, key_LHK, value_LHK)),
+        strict=True,
+    )
     outputs = [scaled_dot_product(query, key, value, mask=mask) for mask, query, key, value in parts]
     return torch.cat(outputs) if outputs else torch.zeros_like(query_LHK)
 
 
-def scaled_dot_product(query_QHK: Tensor, key_SHK: Tensor, value_SHK: Tensor, *, mask: Tensor | None = None,
-                       causal: bool = False) -> Tensor:
+def scaled_dot_product(
+    query_QHK: Tensor, key_SHK: Tensor, value_SHK: Tensor, *, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
     """One unbatched call of the fused kernel; every group of query heads shares a head of keys and values."""
-    out = F.scaled_dot_product_attention(query_QHK.transpose(0, 1)[None], key_SHK.transpose(0, 1)[None], value_SHK.transpose(0, 1)[None],
-                                         attn_mask=mask, is_causal=causal, enable_gqa=query_QHK.shape[1] != key_SHK.shape[1])
+    out = F.scaled_dot_product_attention(
+        query_QHK.transpose(0, 1)[None],
+        key_SHK.transpose(0, 1)[None],
+        value_SHK.transpose(0, 1)[None],
+        attn_mask=mask,
+        is_causal=causal,
+        enable_gqa=query_QHK.shape[1] != key_SHK.shape[1],
+    )
     return out[0].transpose(0, 1)
 
 
 def _sliced(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout) -> Tensor:
-    # Splitting by sample first keeps the backward pass short: a split's gradient is one concatenation, while the gradient of
+    # Splitting by sample first keeps the backward pass short: a split's gradient is one concatenation, while the
+    # gradient of
     # every plain slice would be a zero tensor as long as the pack.
     parts = zip(layout.segments(), *(x.split(layout.sample_lens) for x in (query, key, value)), strict=True)
-    outputs = [_segment(segment, *split) for segments, queries, keys, values in parts
-               for segment, split in zip(segments, _queries(segments, queries, keys, values), strict=True)]
+    outputs = [
+        _segment(segment, *split)
+        for segments, queries, keys, values in parts
+        for segment, split in zip(segments, _queries(segments, queries, keys, values), strict=True)
+    ]
     return torch.cat(outputs) if outputs else torch.zeros_like(query)
 
 
@@ -152,7 +180,7 @@ def _segment(segment: Segment, query: Tensor, key: Tensor, value: Tensor) -> Ten
     if segment.num_keys < len(key):
         key, value = (_take(x, segment.key_spans) for x in (key, value))
     mask, square = None, len(query) == len(key)
-    if segment.causal and not square:      # torch aligns is_causal to the upper left; the last query must see every key
+    if segment.causal and not square:  # torch aligns is_causal to the upper left; the last query must see every key
         mask = torch.ones(len(query), len(key), dtype=torch.bool, device=query.device).tril(len(key) - len(query))
     return scaled_dot_product(query, key, value, mask=mask, causal=segment.causal and square)
 
@@ -163,33 +191,39 @@ def _take(x: Tensor, spans: list[tuple[int, int]]) -> Tensor:
 
 
 def flex_ids(layout: PackLayout, padded: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Per token: sample, block (its image, or -1 for text) and whether it is noise. Padding is one more causal sample."""
+    """Per token: sample, block (its image; -1: text), whether it is noise. Padding is one more causal sample."""
     lengths = [*layout.sample_lens, padded - layout.length]
     sample = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     modes = [*layout.attn_modes, CAUSAL]
     splits = torch.tensor([*layout.split_lens, padded - layout.length])
-    block = torch.tensor([number if mode != CAUSAL else -1 for number, mode in enumerate(modes)]).repeat_interleave(splits)
+    block = torch.tensor([number if mode != CAUSAL else -1 for number, mode in enumerate(modes)]).repeat_interleave(
+        splits
+    )
     noise = torch.tensor([mode == NOISE for mode in modes]).repeat_interleave(splits)
     return sample.to(device), block.to(device), noise.to(device)
 
 
 def flex_rule(sample: Tensor, block: Tensor, noise: Tensor):
     """The rule as flex attention's mask function of (batch, head, query, key)."""
+
     def visible(batch, head, query, key):
         together = (block[query] == block[key]) & (block[query] >= 0)
         return (sample[query] == sample[key]) & ((key <= query) | together) & (together | ~noise[key])
+
     return visible
 
 
 @lru_cache(maxsize=1)
 def _compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
+
     return torch.compile(flex_attention, dynamic=False)
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout) -> Tensor:
     """Flex attention with a block mask of 128, compiled on CUDA; the pack is padded inside this call only."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
     padded = layout.padded_length
     if layout.block_mask is None:
         rule = flex_rule(*flex_ids(layout, padded, query.device))
@@ -197,11 +231,11 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout) -> Tens
     grow = (0, 0, 0, 0, 0, padded - layout.length)
     query, key, value = (F.pad(x, grow).transpose(0, 1)[None] for x in (query, key, value))
     kernel = _compiled_flex() if query.is_cuda else flex_attention
-    return kernel(query, key, value, block_mask=layout.block_mask, enable_gqa=True)[0].transpose(0, 1)[:layout.length]
+    return kernel(query, key, value, block_mask=layout.block_mask, enable_gqa=True)[0].transpose(0, 1)[: layout.length]
 
 
 class _Reorder(torch.autograd.Function):
-    """x[order] for a permutation: its gradient is a gather too, much cheaper than the scatter-add of general indexing."""
+    """x[order] for a permutation: its gradient is a gather too, cheaper than the scatter-add of indexing."""
 
     @staticmethod
     def forward(context, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:

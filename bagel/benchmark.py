@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python bagel/benchmark.py [--attention dense] [--repeats 9]
 
-The pack holds text to image at 256 x 256 (290 tokens) twice, a question about a picture of 112 x 112 (150) twice, and an edit at
-128 x 128 (192). A step is forward, backward, clipping to norm 1 and AdamW. The figure is process time: other work on the machine
-does not count, except that it slows caches and clocks.
+The pack holds text to image at 256 x 256 (290 tokens) twice, a question about a picture of 112 x 112 (150) twice, and
+an edit at 128 x 128 (192). A step is forward, backward, clipping to norm 1 and AdamW. The figure is process time: other
+work on the machine does not count, except that it slows caches and clocks.
 """
 
 import sys
@@ -33,9 +33,23 @@ def build(attention: str) -> Any:
     """The model of the benchmark."""
     from bagel.config import LanguageConfig, ModelConfig, VisionConfig
     from bagel.model import Bagel
-    language = LanguageConfig(vocab_size=8192, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8,
-                              num_key_value_heads=2)
-    vision = VisionConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, patch_size=14, image_size=224)
+
+    language = LanguageConfig(
+        vocab_size=8192,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+    )
+    vision = VisionConfig(
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        patch_size=14,
+        image_size=224,
+    )
     return Bagel(ModelConfig(language=language, vision=vision, max_latent_size=16, attention=attention)).initialize()
 
 
@@ -45,6 +59,7 @@ def make_pack() -> dict[str, Any]:
 
     from bagel.generation import SpecialTokens
     from bagel.packing import Draws, Dropout, PackBuilder, PackFormat, PlanItem
+
     layout = PackFormat(SpecialTokens(8188, 8189, 8190, 8191), 16, 16, 14, 16, False, 2, 16)
     generator = torch.Generator().manual_seed(0)
 
@@ -70,6 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     """Time the steps and print the median."""
     options = load_config(Options, argv=argv, description=__doc__)
     import torch
+
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model, pack = build(options.attention), make_pack()
@@ -84,8 +100,11 @@ def main(argv: list[str] | None = None) -> None:
         optimizer.zero_grad()
         seconds.append(time.process_time() - began)
     count = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{count:,} parameters, {pack['sequence_length']} tokens {pack['sample_lens']}, torch {torch.__version__}, 1 thread, fp32, "
-          f"{options.attention} attention: median {statistics.median(seconds[2:]):.3f} CPU seconds a step (least {min(seconds[2:]):.3f})")
+    print(
+        f"{count:,} parameters, {pack['sequence_length']} tokens {pack['sample_lens']}, torch {torch.__version__}, "
+        f"fp32, 1 thread, {options.attention} attention: median {statistics.median(seconds[2:]):.3f} CPU seconds a step "
+        f"(least {min(seconds[2:]):.3f})"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Check record files before training: every malformed record with its line, and counts of what is learned.
 
-    python bagel/check_data.py --data-path train.jsonl [--image-root DIR] [--config small] [--decode] [--output errors.jsonl]
+    python bagel/check_data.py --data-path train.jsonl [--config small] [--image-root DIR] [--decode] [--output FILE]
 
 Exit code 0 when every record is valid, 1 when some are not, 2 when the file cannot be read at all.
 """
@@ -24,7 +24,9 @@ class Options(Section):
     image_root: str | None = setting(None, "folder that relative picture paths start from")
     tokenizer: str = setting("bytes", "bytes, or a folder with the tokenizer of the training, for exact lengths")
     decode: bool = setting(False, "also decode every picture, which finds damaged ones")
-    escape_special_tokens: bool = setting(False, "read the four marks as plain text where they occur in a record's text")
+    escape_special_tokens: bool = setting(
+        False, "read the four marks as plain text where they occur in a record's text"
+    )
     output: str | None = setting(None, "JSON lines file for all faults")
 
 
@@ -36,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     from bagel.tokenizer import load_tokenizer
     from bagel.train import open_dataset
     from shared.errors import UserError
+
     if not options.data_path:
         raise UserError("give --data-path FILE")
     config = load_config(Config, presets=PRESETS, argv=["--config", options.preset], default="7b")
@@ -48,7 +51,11 @@ def main(argv: list[str] | None = None) -> int:
                 dataset.sample(index, 0)
             except BadSample as fault:
                 record = dataset.records[index]
-                dataset.errors.append(DataError(str(record.source.path), record.line, record.value.get("id"), "E_IMAGE_DECODE", str(fault)))
+                dataset.errors.append(
+                    DataError(
+                        str(record.source.path), record.line, record.value.get("id"), "E_IMAGE_DECODE", str(fault)
+                    )
+                )
     found = dataset.describe()
     print(f"{found['records']} valid records {found['formats']}, targets {found['targets']}, tokens {found['length']}")
     for error in dataset.errors:

@@ -1,4 +1,4 @@
-"""Settings of BAGEL. The defaults of the model sections are those of BAGEL-7B-MoT; the presets in configs/ change them."""
+"""Settings of BAGEL. The model sections default to BAGEL-7B-MoT; the presets in configs/ change them."""
 
 from pathlib import Path
 from typing import Literal
@@ -30,12 +30,20 @@ class LanguageConfig(Section):
 
     @model_validator(mode="after")
     def _divides(self) -> "LanguageConfig":
-        if self.hidden_size % self.num_attention_heads or self.hidden_size // self.num_attention_heads % 2 or self.hidden_size % 4:
-            raise ValueError(f"hidden_size {self.hidden_size} must be divisible by 4 and by num_attention_heads "
-                             f"{self.num_attention_heads}, with an even head width")
+        if (
+            self.hidden_size % self.num_attention_heads
+            or self.hidden_size // self.num_attention_heads % 2
+            or self.hidden_size % 4
+        ):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be divisible by 4 and by num_attention_heads "
+                f"{self.num_attention_heads}, with an even head width"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_attention_heads {self.num_attention_heads} must be a multiple of num_key_value_heads "
-                             f"{self.num_key_value_heads}")
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} must be a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
+            )
         return self
 
 
@@ -60,7 +68,9 @@ class VisionConfig(Section):
     @model_validator(mode="after")
     def _divides(self) -> "VisionConfig":
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}")
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
+            )
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         return self
@@ -70,7 +80,9 @@ class AutoencoderConfig(Section):
     """The frozen code of pictures."""
 
     fixed_on_resume = True
-    kind: Literal["flux", "pixel"] = setting("flux", "flux: the FLUX autoencoder; pixel: cells of pixels, no weights needed")
+    kind: Literal["flux", "pixel"] = setting(
+        "flux", "flux: the FLUX autoencoder; pixel: cells of pixels, no weights needed"
+    )
     ch: int = setting(128, "channels of the finest level (flux)", ge=32, multiple_of=32)
     ch_mult: list[int] = setting([1, 2, 4, 4], "channel factors of the levels, finest first (flux)")
     num_res_blocks: int = setting(2, "residual blocks a level (flux)", ge=1)
@@ -85,7 +97,9 @@ class AutoencoderConfig(Section):
         if self.kind == "flux" and self.downsample != side:
             raise ValueError(f"downsample {self.downsample} must be 2^(levels - 1) = {side} for ch_mult {self.ch_mult}")
         if self.kind == "pixel" and self.z_channels != 3 * self.downsample**2:
-            raise ValueError(f"z_channels {self.z_channels} must be 3 x downsample^2 = {3 * self.downsample**2} for pixel cells")
+            raise ValueError(
+                f"z_channels {self.z_channels} must be 3 x downsample^2 = {3 * self.downsample**2} for pixel cells"
+            )
         return self
 
 
@@ -95,27 +109,47 @@ class ModelConfig(Section):
     language: LanguageConfig = LanguageConfig()
     vision: VisionConfig = VisionConfig()
     autoencoder: AutoencoderConfig = AutoencoderConfig()
-    model_path: str | None = setting(None, "folder of released form: llm_config.json, vit_config.json, ae.safetensors, "
-                                           "ema.safetensors, tokenizer.json; its sizes replace the sections above")
-    from_scratch: bool = setting(False, "start from random weights; model_path, if given, then only gives sizes and tokenizer")
+    model_path: str | None = setting(
+        None,
+        "folder of released form: llm_config.json, vit_config.json, ae.safetensors, "
+        "ema.safetensors, tokenizer.json; its sizes replace the sections above",
+    )
+    from_scratch: bool = setting(
+        False, "start from random weights; model_path, if given, then only gives sizes and tokenizer"
+    )
     tokenizer: str | None = setting(None, "bytes, or a folder with a tokenizer; null: model_path's", fixed=True)
-    initializer_range: float = setting(0.02, "standard deviation of matrices that start from random; small widths want more, for the "
-                                             "fixed position codes have values up to 1", gt=0)
-    copy_init_moe: bool = setting(True, "where the loaded weights hold no generation expert, copy the understanding expert")
+    initializer_range: float = setting(0.02, "standard deviation of matrices that start from random", gt=0)
+    vision_initializer_range: float = setting(
+        0.02,
+        "the same for the vision tower and the connector; narrow ones want more, or their "
+        "features drown in the fixed position codes, whose values reach 1",
+        gt=0,
+    )
+    copy_init_moe: bool = setting(
+        True, "where the loaded weights hold no generation expert, copy the understanding expert"
+    )
     latent_patch_size: int = setting(2, "latent cells of a token's side", fixed=True, ge=1)
     max_latent_size: int = setting(64, "latent tokens of the largest image's side", ge=1)
-    interpolate_pos: bool = setting(False, "stretch the position tables over each image instead of using their corner", fixed=True)
+    interpolate_pos: bool = setting(
+        False, "stretch the position tables over each image instead of using their corner", fixed=True
+    )
     timestep_shift: float = setting(1.0, "shift of the training times towards noise", gt=0)
-    attention: Literal["auto", "dense", "sliced", "flex"] = setting("auto", "auto: flex on CUDA, else sliced; all agree")
+    attention: Literal["auto", "dense", "sliced", "flex"] = setting(
+        "auto", "auto: flex on CUDA, else sliced; all agree"
+    )
     freeze_und: bool = setting(False, "train the generation side only: no gradient through text and ViT tokens")
     freeze_llm: bool = setting(False, "freeze the language model")
     freeze_vit: bool = setting(False, "freeze the vision tower")
-    use_lora: bool = setting(False, "freeze the model and train low-rank adapters beside the projections of the experts", fixed=True)
+    use_lora: bool = setting(
+        False, "freeze the model and train low-rank adapters beside the projections of the experts", fixed=True
+    )
     lora_rank: int = setting(16, "rank of the adapters", fixed=True, ge=1)
     lora_alpha: float = setting(32.0, "adapters count alpha / rank times", fixed=True, gt=0)
     lora_dropout: float = setting(0.0, "dropout on the adapters' input", ge=0, lt=1)
     lora_target: Literal["und", "gen", "both"] = setting("both", "which expert gets adapters", fixed=True)
-    quantization: Literal["none", "nf4", "int8"] = setting("none", "storage of the frozen projections; needs use_lora", fixed=True)
+    quantization: Literal["none", "nf4", "int8"] = setting(
+        "none", "storage of the frozen projections; needs use_lora", fixed=True
+    )
 
     @property
     def latent_width(self) -> int:
@@ -130,10 +164,14 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _agrees(self) -> "ModelConfig":
         if self.quantization != "none" and not self.use_lora:
-            raise ValueError(f"quantization {self.quantization} stores frozen weights, which cannot be trained; add --use-lora, "
-                             f"or use --quantization none")
+            raise ValueError(
+                f"quantization {self.quantization} stores frozen weights, which cannot be trained; add --use-lora, "
+                f"or use --quantization none"
+            )
         if self.use_lora and (self.freeze_und or self.freeze_llm):
-            raise ValueError("use_lora already freezes the model; leave out freeze_und and freeze_llm, and choose with --lora-target")
+            raise ValueError(
+                "use_lora already freezes the model; leave out freeze_und and freeze_llm, and choose with --lora-target"
+            )
         return self
 
 
@@ -154,15 +192,24 @@ class ImageSizeConfig(Section):
 class DataConfig(Section):
     """Records, pictures, and how they fill packs."""
 
-    train_data_path: str | None = setting(None, "records: .jsonl, .json, .parquet or .tar (webdataset); several separated by commas")
+    train_data_path: str | None = setting(
+        None, "records: .jsonl, .json, .parquet or .tar (webdataset); several separated by commas"
+    )
     val_data_path: str | None = setting(None, "records for validation; null: no validation")
     image_root: str | None = setting(None, "folder that relative picture paths start from; null: the record file's own")
     max_sequence_length: int = setting(16384, "longest sample, tokens", ge=4)
-    truncate_text: bool = setting(False, "cut the last answer of a record that is too long instead of skipping the record")
+    truncate_text: bool = setting(
+        False, "cut the last answer of a record that is too long instead of skipping the record"
+    )
     strict_data: bool = setting(False, "stop at the first malformed record instead of skipping and listing it")
-    escape_special_tokens: bool = setting(False, "read the four marks as plain text where they occur in a record's text")
+    escape_special_tokens: bool = setting(
+        False, "read the four marks as plain text where they occur in a record's text"
+    )
     packing: Literal["tokens", "samples", "reference"] = setting(
-        "tokens", "tokens: packs of at most tokens_per_batch; samples: batch_size samples a pack; reference: the released loop", fixed=True)
+        "tokens",
+        "tokens: packs of at most tokens_per_batch; samples: batch_size samples a pack; reference: the released loop",
+        fixed=True,
+    )
     tokens_per_batch: int = setting(32768, "tokens of a full pack", "max_num_tokens", fixed=True, ge=8)
     buffer_size: int = setting(50, "samples that wait for a pack they fit in", "max_buffer_size", fixed=True, ge=1)
     expected_num_tokens: int = setting(32768, "a pack is emitted from this length on (reference)", fixed=True, ge=1)
@@ -170,16 +217,24 @@ class DataConfig(Section):
     vae_image: ImageSizeConfig = ImageSizeConfig()
     vit_image: ImageSizeConfig = ImageSizeConfig(max_size=980, min_size=224, max_pixels=2007040)
     text_cond_dropout_prob: float = setting(0.1, "chance that a text condition is left out", ge=0, le=1)
-    vae_cond_dropout_prob: float = setting(0.3, "chance that the latents of a condition picture are left out", ge=0, le=1)
-    vit_cond_dropout_prob: float = setting(0.3, "chance that the ViT tokens of a condition picture are left out", ge=0, le=1)
+    vae_cond_dropout_prob: float = setting(
+        0.3, "chance that the latents of a condition picture are left out", ge=0, le=1
+    )
+    vit_cond_dropout_prob: float = setting(
+        0.3, "chance that the ViT tokens of a condition picture are left out", ge=0, le=1
+    )
     flip_probability: float = setting(0.0, "chance of mirroring the pictures of a sample", ge=0, le=1)
-    pad_images_together: bool = setting(False, "encode all pictures of a pack on one zero-padded canvas, as the released code does")
+    pad_images_together: bool = setting(
+        False, "encode all pictures of a pack on one zero-padded canvas, as the released code does"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> "DataConfig":
         if self.packing != "samples" and self.max_sequence_length > self.tokens_per_batch:
-            raise ValueError(f"max_sequence_length {self.max_sequence_length} is above tokens_per_batch {self.tokens_per_batch}: such a "
-                             f"sample fits in no pack; lower the first or raise the second")
+            raise ValueError(
+                f"max_sequence_length {self.max_sequence_length} is above tokens_per_batch {self.tokens_per_batch}: "
+                f"such a sample fits in no pack; lower the first or raise the second"
+            )
         return self
 
 
@@ -198,13 +253,19 @@ class TrainingConfig(TrainingSection):
     image_loss_weight: float = setting(1.0, "weight of the squared error of velocities", "mse_weight", ge=0)
     ce_loss_reweighting: bool = setting(False, "weight the tokens of an answer of n tokens by 1/sqrt(n)")
     loss_normalization: Literal["window", "micro"] = setting(
-        "window", "mean over the tokens of all ranks and micro-steps of a step; micro: mean of the micro-steps' means")
-    export: bool = setting(True, "put trained_model.pt into every checkpoint and, at the end, a folder that --model-path takes into "
-                                 "the output folder")
+        "window", "mean over the tokens of all ranks and micro-steps of a step; micro: mean of the micro-steps' means"
+    )
+    export: bool = setting(
+        True,
+        "put trained_model.pt into every checkpoint and, at the end, a folder that --model-path takes into "
+        "the output folder",
+    )
     fp16: bool = setting(False, "the guide's name of --precision fp16")
     bf16: bool = setting(False, "the guide's name of --precision bf16")
     deepspeed: str | None = setting(None, "a DeepSpeed file, whose zero stage chooses --strategy")
-    sample_records: int = setting(8, "held-out prompts that are drawn, and pictures that are described, as samples; 0: none", ge=0)
+    sample_records: int = setting(
+        8, "held-out prompts that are drawn, and pictures that are described, as samples; 0: none", ge=0
+    )
     validation_records: int = setting(256, "records of the validation set that are used", ge=1)
 
     @model_validator(mode="after")

@@ -14,14 +14,14 @@ from bagel.attention import scaled_dot_product
 
 @dataclass
 class Context:
-    """One conversation. Keys (after norm and rotation) and values are (S, H, K) a layer; they are never changed in place, so a
-    copy shares them.
+    """One conversation. Keys (after norm and rotation) and values are (S, H, K) a layer; they are never changed in
+    place, so a copy shares them.
     """
 
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
-    kv_len: int = 0       # tokens
-    rope: int = 0         # rotary position of the next token; an image takes one
+    kv_len: int = 0  # tokens
+    rope: int = 0  # rotary position of the next token; an image takes one
 
     def copy(self) -> "Context":
         return Context(list(self.keys), list(self.values), self.kv_len, self.rope)
@@ -29,7 +29,8 @@ class Context:
     def same_as(self, other: "Context") -> bool:
         """Whether both hold the very same tensors."""
         return (self.kv_len, self.rope) == (other.kv_len, other.rope) and all(
-            mine is theirs for mine, theirs in zip(self.keys, other.keys, strict=True))
+            mine is theirs for mine, theirs in zip(self.keys, other.keys, strict=True)
+        )
 
     def advance(self, tokens: int, positions: int) -> None:
         self.kv_len += tokens
@@ -39,7 +40,9 @@ class Context:
 class CachedAttention:
     """Attention of new tokens over their own contexts; stores the new keys and values when asked."""
 
-    def __init__(self, contexts: Sequence[Context], query_lens: Sequence[int], order: Tensor, *, causal: bool, store: bool):
+    def __init__(
+        self, contexts: Sequence[Context], query_lens: Sequence[int], order: Tensor, *, causal: bool, store: bool
+    ):
         self.contexts, self.query_lens, self.order = contexts, list(query_lens), order
         self.causal, self.store = causal, store
         self.inverse = torch.empty_like(order)
@@ -51,14 +54,21 @@ class CachedAttention:
         for context, query, key, value in zip(self.contexts, *parts, strict=True):
             if layer < len(context.keys):
                 old_key, old_value = context.keys[layer], context.values[layer]
-                key, value = torch.cat([old_key, key.to(old_key.dtype)]), torch.cat([old_value, value.to(old_value.dtype)])
+                key, value = (
+                    torch.cat([old_key, key.to(old_key.dtype)]),
+                    torch.cat([old_value, value.to(old_value.dtype)]),
+                )
             if self.store:
                 _put(context.keys, layer, key)
                 _put(context.values, layer, value)
             mask, square = None, len(query) == len(key)
             if self.causal and not square:
-                mask = torch.ones(len(query), len(key), dtype=torch.bool, device=query.device).tril(len(key) - len(query))
-            outputs.append(scaled_dot_product(query.to(key.dtype), key, value, mask=mask, causal=self.causal and square))
+                mask = torch.ones(len(query), len(key), dtype=torch.bool, device=query.device).tril(
+                    len(key) - len(query)
+                )
+            outputs.append(
+                scaled_dot_product(query.to(key.dtype), key, value, mask=mask, causal=self.causal and square)
+            )
         return torch.cat(outputs).index_select(0, self.order).to(query_LHK.dtype)
 
 

@@ -1,6 +1,6 @@
 """The record formats as data: what each is recognised by, its fields, and examples that load.
 
-    python bagel/data_format.py        writes bagel/sample_data_format.json
+python bagel/data_format.py        writes bagel/sample_data_format.json
 """
 
 import sys
@@ -13,60 +13,128 @@ import json
 from typing import Any
 
 SCHEMA_VERSION = 1
-COMMON = {"id": "string; shown in error messages", "weight": "number above 0; how often the record comes in an epoch on average"}
+COMMON = {
+    "id": "string; shown in error messages",
+    "weight": "number above 0; how often the record comes in an epoch on average",
+}
 PATH = "string; absolute, or relative to --image-root, else to the record file's folder"
 
 FORMATS: dict[str, dict[str, Any]] = {
     "conversation": {
-        "description": "Turns of system, user and assistant with texts and pictures; what the assistant says and draws is learned.",
-        "required": {"conversations": "list of {role: system|user|assistant, type: text|image, content: string | image_path: path}"},
+        "description": "Turns of system, user and assistant; what the assistant says and draws is learned.",
+        "required": {"conversations": "list of {role: system|user|assistant, type: text|image, content or image_path}"},
         "optional": COMMON,
         "examples": [
-            {"conversations": [{"role": "user", "type": "text", "content": "Please draw a red apple"},
-                               {"role": "assistant", "type": "image", "image_path": "images/apple.png"}]},
-            {"conversations": [{"role": "user", "type": "image", "image_path": "images/cat.png"},
-                               {"role": "user", "type": "text", "content": "What does this picture show?"},
-                               {"role": "assistant", "type": "text", "content": "A cat."}]}]},
+            {
+                "conversations": [
+                    {"role": "user", "type": "text", "content": "Please draw a red apple"},
+                    {"role": "assistant", "type": "image", "image_path": "images/apple.png"},
+                ]
+            },
+            {
+                "conversations": [
+                    {"role": "user", "type": "image", "image_path": "images/cat.png"},
+                    {"role": "user", "type": "text", "content": "What does this picture show?"},
+                    {"role": "assistant", "type": "text", "content": "A cat."},
+                ]
+            },
+        ],
+    },
     "llava": {
-        "description": "Conversations in the form of LLaVA; <image> in a human turn marks where a picture stands, else pictures come first.",
+        "description": "The form of LLaVA; <image> in a human turn marks a picture, else pictures come first.",
         "required": {"conversations": "list of {from: human|gpt|system, value: string}"},
         "optional": {"image": "path or list of paths, as many as there are marks", **COMMON},
-        "examples": [{"id": "llava-1", "image": "images/cat.png",
-                      "conversations": [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}]},
+        "examples": [
+            {
+                "id": "llava-1",
+                "image": "images/cat.png",
+                "conversations": [
+                    {"from": "human", "value": "<image>\nWhat is this?"},
+                    {"from": "gpt", "value": "A cat."},
+                ],
+            }
+        ],
+    },
     "text_to_image": {
         "description": "A picture drawn from a text; of several captions one is drawn for each epoch.",
-        "required": {"text_prompt": "string or list of strings", "image_path": PATH}, "optional": COMMON,
-        "examples": [{"text_prompt": "A red apple on white", "image_path": "images/apple.png"},
-                     {"text_prompt": ["An apple", "A red apple"], "image_path": "images/apple.png", "weight": 2}]},
+        "required": {"text_prompt": "string or list of strings", "image_path": PATH},
+        "optional": COMMON,
+        "examples": [
+            {"text_prompt": "A red apple on white", "image_path": "images/apple.png"},
+            {"text_prompt": ["An apple", "A red apple"], "image_path": "images/apple.png", "weight": 2},
+        ],
+    },
     "understanding": {
         "description": "A text about one or more pictures.",
-        "required": {"image_path": "path or list of paths", "answer": "string or list of strings; `caption` is another name"},
+        "required": {
+            "image_path": "path or list of paths",
+            "answer": "string or list of strings; `caption` is another name",
+        },
         "optional": {"question": "string; none by default", **COMMON},
-        "examples": [{"image_path": "images/cat.png", "question": "What is it?", "answer": "A cat."},
-                     {"image_path": ["images/cat.png", "images/apple.png"], "caption": "A cat and an apple."}]},
+        "examples": [
+            {"image_path": "images/cat.png", "question": "What is it?", "answer": "A cat."},
+            {"image_path": ["images/cat.png", "images/apple.png"], "caption": "A cat and an apple."},
+        ],
+    },
     "editing": {
         "description": "A picture changed as told.",
-        "required": {"source_image_path": "path or list of paths", "instruction": "string or list of strings", "target_image_path": PATH},
+        "required": {
+            "source_image_path": "path or list of paths",
+            "instruction": "string or list of strings",
+            "target_image_path": PATH,
+        },
         "optional": COMMON,
-        "examples": [{"source_image_path": "images/apple.png", "instruction": "Make it green", "target_image_path": "images/green.png"}]},
+        "examples": [
+            {
+                "source_image_path": "images/apple.png",
+                "instruction": "Make it green",
+                "target_image_path": "images/green.png",
+            }
+        ],
+    },
     "multi_turn_editing": {
-        "description": "A row of edits; a start and one or two turns are drawn for each epoch, two turns may be joined into one.",
-        "required": {"image_list": "list of two or more paths", "instruction_list": "one entry fewer; each a string or a list of paraphrases"},
+        "description": "A row of edits; a start and one or two turns are drawn each epoch, two may be joined.",
+        "required": {
+            "image_list": "list of two or more paths",
+            "instruction_list": "one entry fewer; each a string or a list of paraphrases",
+        },
         "optional": COMMON,
-        "examples": [{"image_list": ["images/apple.png", "images/green.png", "images/cat.png"],
-                      "instruction_list": ["Make it green", ["Replace it by a cat", "Turn it into a cat"]]}]},
+        "examples": [
+            {
+                "image_list": ["images/apple.png", "images/green.png", "images/cat.png"],
+                "instruction_list": ["Make it green", ["Replace it by a cat", "Turn it into a cat"]],
+            }
+        ],
+    },
     "interleaved": {
-        "description": "Texts and pictures in any order, each learned or not; `context` says whether later items see a picture.",
-        "required": {"sequence": "list of {type: text, content, loss: 0|1} and {type: image, image_path, loss: 0|1, context: bool}"},
+        "description": "Texts and pictures in any order, each learned or not; `context`: later items see the picture.",
+        "required": {
+            "sequence": "list of {type: text, content, loss} and {type: image, image_path, loss, context}; loss 0 or 1"
+        },
         "optional": COMMON,
-        "examples": [{"sequence": [{"type": "text", "content": "First an apple:"},
-                                   {"type": "image", "image_path": "images/apple.png", "loss": 1, "context": True},
-                                   {"type": "text", "content": "It is red.", "loss": 1}]}]},
+        "examples": [
+            {
+                "sequence": [
+                    {"type": "text", "content": "First an apple:"},
+                    {"type": "image", "image_path": "images/apple.png", "loss": 1, "context": True},
+                    {"type": "text", "content": "It is red.", "loss": 1},
+                ]
+            }
+        ],
+    },
     "text_only": {
         "description": "A conversation with texts alone.",
-        "required": {"conversations": "as in conversation, or turns with `from`, without pictures"}, "optional": COMMON,
-        "examples": [{"conversations": [{"role": "user", "type": "text", "content": "Hello"},
-                                        {"role": "assistant", "type": "text", "content": "Hello, what shall I draw?"}]}]},
+        "required": {"conversations": "as in conversation, or turns with `from`, without pictures"},
+        "optional": COMMON,
+        "examples": [
+            {
+                "conversations": [
+                    {"role": "user", "type": "text", "content": "Hello"},
+                    {"role": "assistant", "type": "text", "content": "Hello, what shall I draw?"},
+                ]
+            }
+        ],
+    },
 }
 
 

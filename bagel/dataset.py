@@ -1,6 +1,7 @@
 """UnifiedGenerationDataset: records of every format as planned samples, with every fault listed by file and line.
 
-Text, sizes and lengths come from the records and the pictures' headers; pixels are read only when a sample is asked for.
+Text, sizes and lengths come from the records and the pictures' headers; pixels are read only when a sample is asked
+for.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ from bagel.tokenizer import Tokenizer
 from shared.errors import BadSample, UserError
 from shared.rng import keyed_generator
 
-_CHOICE, _FLIP, _PACK, _WEIGHT = 301, 302, 303, 304      # random streams
+_CHOICE, _FLIP, _PACK, _WEIGHT = 301, 302, 303, 304  # random streams
 SHOWN_ERRORS = 20
 
 
@@ -60,14 +61,26 @@ class _Record:
 class UnifiedGenerationDataset:
     """dataset[i] and sample(i, epoch) give {"items": plan with pixels, "key": (epoch, i)}; length(i, epoch) its tokens.
 
-    What varies between epochs (paraphrases, turns, mirroring) is a function of (seed, epoch, index). Raises a UserError when no
-    valid record is left, and a DataFormatError at the first malformed one when `strict`.
+    What varies between epochs (paraphrases, turns, mirroring) is a function of (seed, epoch, index). Raises a UserError
+    when no valid record is left, and a DataFormatError at the first malformed one when `strict`.
     """
 
-    def __init__(self, data_path: str, *, tokenizer: Tokenizer, layout: PackFormat, vae_transform: ImageTransform,
-                 vit_transform: ImageTransform, image_root: str | None = None, max_sequence_length: int = 16384,
-                 truncate_text: bool = False, strict: bool = False, escape_special_tokens: bool = False, flip_probability: float = 0.0,
-                 seed: int = 0):
+    def __init__(
+        self,
+        data_path: str,
+        *,
+        tokenizer: Tokenizer,
+        layout: PackFormat,
+        vae_transform: ImageTransform,
+        vit_transform: ImageTransform,
+        image_root: str | None = None,
+        max_sequence_length: int = 16384,
+        truncate_text: bool = False,
+        strict: bool = False,
+        escape_special_tokens: bool = False,
+        flip_probability: float = 0.0,
+        seed: int = 0,
+    ):
         self.data_path, self.tokenizer, self.layout, self.seed = data_path, tokenizer, layout, seed
         self.vae_transform, self.vit_transform = vae_transform, vit_transform
         self.max_length, self.truncate, self.escape = max_sequence_length, truncate_text, escape_special_tokens
@@ -137,8 +150,8 @@ class UnifiedGenerationDataset:
         return self.sample(index, 0)
 
     def order(self, epoch: int) -> list[int]:
-        """The indices of one epoch, shuffled by (seed, epoch). A record of weight w comes w times on average, as index + k * len
-        for its k-th repetition, so that repetitions have noise of their own.
+        """The indices of one epoch, shuffled by (seed, epoch). A record of weight w comes w times on average, as index
+        + k * len for its k-th repetition, so that repetitions have noise of their own.
         """
         count, indices = len(self), []
         draw = keyed_generator(self.seed, _WEIGHT, epoch)
@@ -154,7 +167,7 @@ class UnifiedGenerationDataset:
         record = self.records[index % len(self)]
         try:
             return self._plan(record, index, epoch)
-        except RecordFault:      # a paraphrase of this epoch is too long: the one that was checked at the start is not
+        except RecordFault:  # a paraphrase of this epoch is too long: the one that was checked at the start is not
             return self._plan(record, index, 0)
 
     def length(self, index: int, epoch: int) -> int:
@@ -185,6 +198,7 @@ class UnifiedGenerationDataset:
         """The picture at the planned size."""
         size = item.size[::-1]
         from PIL import Image
+
         return to_tensor(image if image.size == size else image.resize(size, Image.Resampling.BICUBIC))
 
     def _plan(self, record: _Record, index: int, epoch: int) -> list[PlanItem]:
@@ -194,7 +208,14 @@ class UnifiedGenerationDataset:
         items: list[PlanItem] = []
         for step in steps:
             if step.image is None:
-                items.append(PlanItem("text", ids=self.tokenizer.encode(step.text), loss=int(step.target), enable_cfg=int(step.enable_cfg)))
+                items.append(
+                    PlanItem(
+                        "text",
+                        ids=self.tokenizer.encode(step.text),
+                        loss=int(step.target),
+                        enable_cfg=int(step.enable_cfg),
+                    )
+                )
             else:
                 items += self._picture_items(record, step, looked_at)
         return self._within_budget(items)
@@ -208,15 +229,30 @@ class UnifiedGenerationDataset:
         needs_vae = step.target or step.latents
         for sides in [vae] * needs_vae + [vit] * step.vision:
             if max(sides) * min(size) * 2 < min(sides) * max(size):
-                raise ImageFault("E_IMAGE_SIZE", f"{step.image} of {size[0]} x {size[1]} pixels is too long and narrow: at {sides[0]} x {sides[1]}, "
-                                                 f"what the resize rule makes of it, its shape would be lost; crop it")
-        for used, sides, stride, most in ((needs_vae, vae, self.layout.latent_stride, self.layout.max_latent_size),
-                                          (step.vision, vit, self.layout.vit_patch, self.layout.vit_side)):
+                raise ImageFault(
+                    "E_IMAGE_SIZE",
+                    f"{step.image} of {size[0]} x {size[1]} pixels is too long and narrow: at {sides[0]} x {sides[1]}, "
+                    f"what the resize rule makes of it, its shape would be lost; crop it",
+                )
+        for used, sides, stride, most in (
+            (needs_vae, vae, self.layout.latent_stride, self.layout.max_latent_size),
+            (step.vision, vit, self.layout.vit_patch, self.layout.vit_side),
+        ):
             if used and max(sides) // stride > most:
-                raise ImageFault("E_IMAGE_SIZE", f"{step.image} of {size[0]} x {size[1]} pixels becomes {sides[0]} x {sides[1]}, which needs "
-                                                 f"{max(sides) // stride} patches on a side; at most {most} fit")
-        return image_items(step.image, vae[::-1], vit[::-1], target=step.target, latents=step.latents, vision=step.vision,
-                           enable_cfg=step.enable_cfg)
+                raise ImageFault(
+                    "E_IMAGE_SIZE",
+                    f"{step.image} of {size[0]} x {size[1]} pixels becomes {sides[0]} x {sides[1]}, which needs "
+                    f"{max(sides) // stride} patches on a side; at most {most} fit",
+                )
+        return image_items(
+            step.image,
+            vae[::-1],
+            vit[::-1],
+            target=step.target,
+            latents=step.latents,
+            vision=step.vision,
+            enable_cfg=step.enable_cfg,
+        )
 
     def _within_budget(self, items: list[PlanItem]) -> list[PlanItem]:
         length = self.layout.length(items)
@@ -224,10 +260,13 @@ class UnifiedGenerationDataset:
             return items
         last, excess = items[-1], length - self.max_length
         if self.truncate and last.type == "text" and last.loss and len(last.ids) > excess:
-            last.ids, last.cut = last.ids[:len(last.ids) - excess], True
+            last.ids, last.cut = last.ids[: len(last.ids) - excess], True
             return items
-        raise RecordFault("E_TOO_LONG", f"{length} tokens, {self.max_length} allowed; raise --max-sequence-length, use smaller pictures"
-                                        f"{'' if self.truncate else ', or cut the last answer with --truncate-text'}")
+        raise RecordFault(
+            "E_TOO_LONG",
+            f"{length} tokens, {self.max_length} allowed; raise --max-sequence-length, use smaller pictures"
+            f"{'' if self.truncate else ', or cut the last answer with --truncate-text'}",
+        )
 
     # --- reports ---
 
@@ -235,7 +274,9 @@ class UnifiedGenerationDataset:
         """Counts by code and the first faults."""
         if not self.errors:
             return "no malformed record"
-        counts = ", ".join(f"{code} {count}" for code, count in sorted(Counter(error.code for error in self.errors).items()))
+        counts = ", ".join(
+            f"{code} {count}" for code, count in sorted(Counter(error.code for error in self.errors).items())
+        )
         return "\n  ".join([f"{len(self.errors)} malformed ({counts}):", *map(str, self.errors[:SHOWN_ERRORS])])
 
     def write_errors(self, path: Path) -> None:
@@ -252,12 +293,20 @@ class UnifiedGenerationDataset:
             for item in self.plan(index, 0):
                 if item.loss:
                     targets["text tokens" if item.type == "text" else "image tokens"] += item.tokens(
-                        self.layout.latent_stride, self.layout.vit_patch)
+                        self.layout.latent_stride, self.layout.vit_patch
+                    )
                     targets["texts" if item.type == "text" else "images"] += 1
         lengths = sorted(self.length(index, 0) for index in range(len(self)))
-        percentiles = {f"p{share}": lengths[min(len(lengths) - 1, len(lengths) * share // 100)] for share in (5, 50, 95, 100)}
-        return {"records": len(self), "malformed": len(self.errors), "formats": dict(Counter(record.kind for record in self.records)),
-                "targets": dict(targets), "length": percentiles}
+        percentiles = {
+            f"p{share}": lengths[min(len(lengths) - 1, len(lengths) * share // 100)] for share in (5, 50, 95, 100)
+        }
+        return {
+            "records": len(self),
+            "malformed": len(self.errors),
+            "formats": dict(Counter(record.kind for record in self.records)),
+            "targets": dict(targets),
+            "length": percentiles,
+        }
 
     def fingerprint(self) -> str:
         """A digest of the valid records in their order, by which a resumed run knows its data again."""
@@ -282,8 +331,11 @@ def _pictures(value: Any) -> list[str]:
     return found
 
 
-def make_collate(layout: PackFormat, dropout: Dropout, seed: int, static_length: int | None = None) -> Callable[[list[dict]], dict]:
+def make_collate(
+    layout: PackFormat, dropout: Dropout, seed: int, static_length: int | None = None
+) -> Callable[[list[dict]], dict]:
     """A function that packs samples; every random number of a sample comes from (seed, epoch, index)."""
+
     def collate(samples: list[dict]) -> dict[str, Any]:
         builder = PackBuilder(layout)
         for sample in samples:
@@ -292,4 +344,5 @@ def make_collate(layout: PackFormat, dropout: Dropout, seed: int, static_length:
         pack = builder.pack(static_length)
         pack["keys"] = [list(sample["key"]) for sample in samples]
         return pack
+
     return collate

@@ -32,14 +32,17 @@ from shared.rng import keyed_generator
 if TYPE_CHECKING:
     from bagel.metrics import Options
 
-CANDIDATES = 10      # captions of which the right one must be first
-_CANDIDATES = 321      # random stream
+CANDIDATES = 10  # captions of which the right one must be first
+_CANDIDATES = 321  # random stream
 
 
 def evaluate(opened: Opened, options: "Options", folder: Path) -> tuple[dict[str, Any], list[tuple[Path, str, str]]]:
     """(figures by name, samples as (file, caption, group)). Files go into `folder`."""
     held_out, train = _datasets(opened, options)
-    figures: dict[str, Any] = {"checkpoint": str(options.checkpoint), "records": min(len(held_out), options.max_records)}
+    figures: dict[str, Any] = {
+        "checkpoint": str(options.checkpoint),
+        "records": min(len(held_out), options.max_records),
+    }
     figures |= held_out_figures(opened, held_out, train, options.max_records)
     figures |= _best_of_run(opened, figures)
     if train is not None:
@@ -50,7 +53,10 @@ def evaluate(opened: Opened, options: "Options", folder: Path) -> tuple[dict[str
     figures |= answer_figures(opened, held_out, options, folder, samples)
     sets = [("held_out", held_out)] + ([("train", train)] if train is not None else [])
     for name, dataset in sets:
-        figures |= {f"{name}_{key}": value for key, value in picture_figures(opened, dataset, options, folder, name, samples).items()}
+        figures |= {
+            f"{name}_{key}": value
+            for key, value in picture_figures(opened, dataset, options, folder, name, samples).items()
+        }
     return figures, samples
 
 
@@ -63,12 +69,15 @@ def _datasets(opened: Opened, options: "Options") -> tuple[UnifiedGenerationData
         raise UserError("no records to evaluate: give --data FILE")
     if config is None:
         from bagel.config import Config
+
         config = Config(data=opened.data)
     config = config.model_copy(deep=True)
     config.data.flip_probability = 0.0
     if options.image_root:
         config.data.image_root = options.image_root
-    return tuple(None if path is None else open_dataset(config, opened.model_config, opened.tokenizer, path) for path in paths)
+    return tuple(
+        None if path is None else open_dataset(config, opened.model_config, opened.tokenizer, path) for path in paths
+    )
 
 
 def _encoded(opened: Opened, pack: dict[str, Any]) -> dict[str, Any]:
@@ -78,8 +87,11 @@ def _encoded(opened: Opened, pack: dict[str, Any]) -> dict[str, Any]:
 
 # --- held-out losses --------------------------------------------------------------------------------------------------
 
+
 @torch.no_grad()
-def held_out_figures(opened: Opened, dataset: UnifiedGenerationDataset, train: UnifiedGenerationDataset | None, most: int) -> dict[str, Any]:
+def held_out_figures(
+    opened: Opened, dataset: UnifiedGenerationDataset, train: UnifiedGenerationDataset | None, most: int
+) -> dict[str, Any]:
     """Nats a text token and the velocity loss, with n-gram and constant predictors fitted to the training records."""
     text, images, constant = [], [], []
     means = _mean_latents(opened, train) if train is not None else {}
@@ -91,8 +103,12 @@ def held_out_figures(opened: Opened, dataset: UnifiedGenerationDataset, train: U
                 text += losses["ce"].tolist()
             images += losses["mse"].mean(-1).tolist()
             constant += _constant_errors(pack, means)
-    figures: dict[str, Any] = {"text_loss": _mean(text), "text_tokens": len(text), "image_loss": _mean(images),
-                               "image_loss_constant": _mean(constant)}
+    figures: dict[str, Any] = {
+        "text_loss": _mean(text),
+        "text_tokens": len(text),
+        "image_loss": _mean(images),
+        "image_loss_constant": _mean(constant),
+    }
     if images and constant:
         figures["image_ratio"] = figures["image_loss"] / figures["image_loss_constant"]
     if train is not None and text:
@@ -110,8 +126,12 @@ def _mean(values: Sequence[float]) -> float | None:
 
 def _answers(dataset: UnifiedGenerationDataset) -> list[list[int]]:
     """The learned texts with their closing mark."""
-    return [[*item.ids, dataset.layout.tokens.eos] for index in range(len(dataset)) for item in dataset.plan(index, 0)
-            if item.type == "text" and item.loss]
+    return [
+        [*item.ids, dataset.layout.tokens.eos]
+        for index in range(len(dataset))
+        for item in dataset.plan(index, 0)
+        if item.type == "text" and item.loss
+    ]
 
 
 def _mean_latents(opened: Opened, train: UnifiedGenerationDataset) -> dict[tuple[int, int], Tensor]:
@@ -132,8 +152,10 @@ def _by_picture(pack: dict[str, Any]) -> list[tuple[tuple[int, int], Tensor, boo
     shapes = [tuple(shape) for shape in pack["patchified_vae_latent_shapes"]]
     counts = [rows * columns for rows, columns in shapes]
     times = pack["packed_timesteps"].split(counts)
-    return [(shape, latents, bool(torch.isfinite(time[0]))) for shape, latents, time
-            in zip(shapes, pack["packed_latents"].split(counts), times, strict=True)]
+    return [
+        (shape, latents, bool(torch.isfinite(time[0])))
+        for shape, latents, time in zip(shapes, pack["packed_latents"].split(counts), times, strict=True)
+    ]
 
 
 def _constant_errors(pack: dict[str, Any], means: dict[tuple[int, int], Tensor]) -> list[float]:
@@ -141,7 +163,7 @@ def _constant_errors(pack: dict[str, Any], means: dict[tuple[int, int], Tensor])
     errors, first = [], 0
     for shape, latents, target in _by_picture(pack):
         if target:
-            velocity = pack["packed_noise"][first:first + len(latents)] - latents
+            velocity = pack["packed_noise"][first : first + len(latents)] - latents
             mean = means.get(shape, torch.zeros_like(latents))
             errors += (velocity + mean).square().mean(-1).tolist()
         first += len(latents)
@@ -151,6 +173,7 @@ def _constant_errors(pack: dict[str, Any], means: dict[tuple[int, int], Tensor])
 def _best_of_run(opened: Opened, figures: dict[str, Any]) -> dict[str, Any]:
     """The least held-out text loss that the run logged, apart from that of the weights evaluated here."""
     from shared.log import read_metrics
+
     if opened.config is None:
         return {}
     rows = read_metrics(Path(opened.config.run.output_dir) / "metrics.jsonl")
@@ -158,28 +181,38 @@ def _best_of_run(opened: Opened, figures: dict[str, Any]) -> dict[str, Any]:
     if not found or not min(found)[0]:
         return {}
     best, step = min(found)
-    extra = {"best_text_below_unigram": 1 - best / figures["text_loss_unigram"]} if "text_loss_unigram" in figures else {}
+    extra = (
+        {"best_text_below_unigram": 1 - best / figures["text_loss_unigram"]} if "text_loss_unigram" in figures else {}
+    )
     return {"best_text_loss": best, "best_text_step": step, **extra}
 
 
 # --- captions ---------------------------------------------------------------------------------------------------------
 
+
 @torch.no_grad()
-def ranking_figures(opened: Opened, dataset: UnifiedGenerationDataset, others: UnifiedGenerationDataset | None) -> dict[str, Any]:
+def ranking_figures(
+    opened: Opened, dataset: UnifiedGenerationDataset, others: UnifiedGenerationDataset | None
+) -> dict[str, Any]:
     """How often the right caption of a picture is the likeliest of ten, by mean log probability a token (chance 0.1).
 
-    The nine others are captions of other pictures of the same records, and of `others` where those are too few. On training
-    pictures this measures memory, on held-out pictures understanding.
+    The nine others are captions of other pictures of the same records, and of `others` where those are too few. On
+    training pictures this measures memory, on held-out pictures understanding.
     """
     cases = [case for case in _described(dataset)]
-    pool = [answer for _, _, answer in cases] + ([answer for _, _, answer in _described(others)] if others is not None else [])
+    pool = [answer for _, _, answer in cases] + (
+        [answer for _, _, answer in _described(others)] if others is not None else []
+    )
     if len(set(map(tuple, pool))) < CANDIDATES or not cases:
-        return {"caption_first_of_10": None, "caption_first_of_10_reason": "fewer than ten different captions of pictures"}
+        return {
+            "caption_first_of_10": None,
+            "caption_first_of_10_reason": "fewer than ten different captions of pictures",
+        }
     first = 0
     for number, (index, items, answer) in enumerate(cases):
         generator = keyed_generator(_CANDIDATES, number)
         distractors = [text for text in _shuffled(pool, generator) if text != answer]
-        unique = [list(text) for text in dict.fromkeys(map(tuple, distractors))][:CANDIDATES - 1]
+        unique = [list(text) for text in dict.fromkeys(map(tuple, distractors))][: CANDIDATES - 1]
         losses = [_mean_nats(opened, dataset, items, index, candidate) for candidate in (answer, *unique)]
         first += losses[0] < min(losses[1:])
     return {"caption_first_of_10": first / len(cases), "caption_pictures": len(cases)}
@@ -200,23 +233,32 @@ def _shuffled(values: list, generator: torch.Generator) -> list:
     return [values[i] for i in torch.randperm(len(values), generator=generator).tolist()]
 
 
-def _mean_nats(opened: Opened, dataset: UnifiedGenerationDataset, items: list[PlanItem], index: int, answer: list[int]) -> float:
+def _mean_nats(
+    opened: Opened, dataset: UnifiedGenerationDataset, items: list[PlanItem], index: int, answer: list[int]
+) -> float:
     from bagel.packing import Draws, Dropout
-    loaded = dataset.sample(index, 0)["items"][:len(items)]
+
+    loaded = dataset.sample(index, 0)["items"][: len(items)]
     plan = [*loaded, PlanItem("text", ids=answer, loss=1)]
     builder = PackBuilder(dataset.layout)
     builder.add(plan, Draws([1.0] * len(plan), iter(()), keyed_generator(_CANDIDATES)), Dropout())
     return opened.model(_encoded(opened, builder.pack()))["ce"].mean().item()
 
 
-def answer_figures(opened: Opened, dataset: UnifiedGenerationDataset, options: "Options", folder: Path,
-                   samples: list[tuple[Path, str, str]]) -> dict[str, Any]:
+def answer_figures(
+    opened: Opened,
+    dataset: UnifiedGenerationDataset,
+    options: "Options",
+    folder: Path,
+    samples: list[tuple[Path, str, str]],
+) -> dict[str, Any]:
     """Generated answers about held-out pictures against the true ones."""
     _, questions = conversations(dataset, options.max_records)
     if not questions:
         return {"bleu": None, "bleu_reason": "no record asks about a picture"}
-    answers = opened.inferencer(seed=options.seed).generate_batch([case.inputs for case in questions], understanding_output=True,
-                                                                  max_length=options.max_length)
+    answers = opened.inferencer(seed=options.seed).generate_batch(
+        [case.inputs for case in questions], understanding_output=True, max_length=options.max_length
+    )
     true = [case.answer for case in questions]
     shown = []
     for number, (case, answer) in enumerate(zip(questions[:8], answers, strict=False)):
@@ -227,38 +269,58 @@ def answer_figures(opened: Opened, dataset: UnifiedGenerationDataset, options: "
         shown.append({"answer": answer, "true": case.answer})
     (folder / "answers.json").write_text(json.dumps(shown, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return {
-        **guarded(lambda: bleu(answers, true), "bleu"), **guarded(lambda: rouge(answers, true), "rouge"),
+        **guarded(lambda: bleu(answers, true), "bleu"),
+        **guarded(lambda: rouge(answers, true), "rouge"),
         **guarded(lambda: meteor(answers, true, options.nltk_data), "meteor"),
         **guarded(lambda: bert_score(answers, true, options.bertscore_model, options.bertscore_layer), "bertscore_f1"),
-        **guarded(lambda: {f"caption_{name}": value for name, value in named_colour_agreement(answers, true).items()}, "caption_colour_named")}
+        **guarded(
+            lambda: {f"caption_{name}": value for name, value in named_colour_agreement(answers, true).items()},
+            "caption_colour_named",
+        ),
+    }
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
-def picture_figures(opened: Opened, dataset: UnifiedGenerationDataset, options: "Options", folder: Path, name: str,
-                    samples: list[tuple[Path, str, str]]) -> dict[str, Any]:
+
+def picture_figures(
+    opened: Opened,
+    dataset: UnifiedGenerationDataset,
+    options: "Options",
+    folder: Path,
+    name: str,
+    samples: list[tuple[Path, str, str]],
+) -> dict[str, Any]:
     """Pictures drawn from prompts, against the true pictures of the prompts."""
     prompts, _ = conversations(dataset, options.max_pictures)
     if not prompts:
         return {"colour_agreement": None, "colour_agreement_reason": "no record draws a picture from a text"}
     drawn = draw_prompts(opened, prompts, options)
     true = [case.picture for case in prompts]
-    pairs = [picture for pair in zip(drawn, (image.resize(drawn[0].size) for image in true), strict=True) for picture in pair]
+    pairs = [
+        picture for pair in zip(drawn, (image.resize(drawn[0].size) for image in true), strict=True) for picture in pair
+    ]
     path = folder / f"{name}_pictures.png"
     grid(pairs, columns=8, scale=max(1, 96 // drawn[0].height)).save(path)
     texts = [case.inputs[-1] for case in prompts]
-    samples.append((path, "drawn and true, in pairs: " + "; ".join(texts), f"pictures for {name.replace('_', '-')} prompts"))
+    samples.append(
+        (path, "drawn and true, in pairs: " + "; ".join(texts), f"pictures for {name.replace('_', '-')} prompts")
+    )
     scorer, figures = None, {}
     try:
         scorer = ClipScorer(options.clip_model)
         figures |= clip_score(texts, drawn, scorer)
     except Unavailable as reason:
         figures |= {"clip_score": None, "clip_score_reason": str(reason)}
-    described = opened.inferencer(seed=options.seed).generate_batch([[picture] for picture in drawn], understanding_output=True,
-                                                                    max_length=options.max_length)
-    return {**figures, **guarded(lambda: colour_agreement(drawn, true), "colour_agreement"),
-            **guarded(lambda: fid(drawn, true, options.fid_weights), "fid"),
-            **consistency(texts, drawn, described, [], scorer, described)}
+    described = opened.inferencer(seed=options.seed).generate_batch(
+        [[picture] for picture in drawn], understanding_output=True, max_length=options.max_length
+    )
+    return {
+        **figures,
+        **guarded(lambda: colour_agreement(drawn, true), "colour_agreement"),
+        **guarded(lambda: fid(drawn, true, options.fid_weights), "fid"),
+        **consistency(texts, drawn, described, [], scorer, described),
+    }
 
 
 def draw_prompts(opened: Opened, prompts: "Sequence[Conversation]", options: "Options") -> list[Image.Image]:
@@ -267,8 +329,9 @@ def draw_prompts(opened: Opened, prompts: "Sequence[Conversation]", options: "Op
     drawn: list[Image.Image | None] = [None] * len(prompts)
     for size in dict.fromkeys(case.size for case in prompts):
         members = [number for number, case in enumerate(prompts) if case.size == size]
-        pictures = opened.inferencer(seed=options.seed).generate_batch([prompts[number].inputs for number in members], guidance=guidance,
-                                                                       image_shapes=size)
+        pictures = opened.inferencer(seed=options.seed).generate_batch(
+            [prompts[number].inputs for number in members], guidance=guidance, image_shapes=size
+        )
         for number, picture in zip(members, pictures, strict=True):
             drawn[number] = picture
     return drawn

@@ -5,8 +5,19 @@ from collections.abc import Sequence
 from bagel.config import LanguageConfig, ModelConfig
 
 # Dense bf16 peak in TFLOP/s. A name is looked up longest first, so that H200 is not taken for H20.
-PEAK_TFLOPS = {"H100": 989.0, "H800": 989.0, "H200": 989.0, "A100": 312.0, "A800": 312.0, "MI300X": 1336.0, "L40": 181.05,
-               "L20": 119.5, "H20": 148.0, "910B": 354.0, "RTX 3070 Ti": 21.75}
+PEAK_TFLOPS = {
+    "H100": 989.0,
+    "H800": 989.0,
+    "H200": 989.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "MI300X": 1336.0,
+    "L40": 181.05,
+    "L20": 119.5,
+    "H20": 148.0,
+    "910B": 354.0,
+    "RTX 3070 Ti": 21.75,
+}
 
 
 def dense_flops_per_token(config: LanguageConfig) -> float:
@@ -24,12 +35,15 @@ def attention_flops_per_pair(config: LanguageConfig) -> float:
 
 def reference_flops(config: LanguageConfig, sample_lens: Sequence[int]) -> float:
     """The released formula: every token meets the head, attention is counted as full, ViT and VAE are left out."""
-    return (dense_flops_per_token(config) * sum(sample_lens)
-            + attention_flops_per_pair(config) * sum(length**2 for length in sample_lens))
+    return dense_flops_per_token(config) * sum(sample_lens) + attention_flops_per_pair(config) * sum(
+        length**2 for length in sample_lens
+    )
 
 
 def counted_flops(config: ModelConfig, *, tokens: int, pairs: int, predictions: int, vit_lens: Sequence[int]) -> float:
-    """Forward and backward: allowed pairs only, the head for predicted tokens only, the vision tower and connector included."""
+    """Forward and backward: allowed pairs only, the head for predicted tokens only, the vision tower and connector
+    included.
+    """
     language, vision = config.language, config.vision
     head = 6.0 * language.vocab_size * language.hidden_size
     dense = dense_flops_per_token(language) - 2 * head

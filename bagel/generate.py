@@ -1,11 +1,12 @@
 """Draw, edit, describe or continue with a trained or released model.
 
     python bagel/generate.py --checkpoint outputs/bagel --prompt "A red apple" --output apple.png
-    python bagel/generate.py --checkpoint BAGEL-7B-MoT --prompt "Make it blue" --image cat.jpg --task edit --output blue.png
-    python bagel/generate.py --checkpoint outputs/bagel --prompt "What does this picture show?" --image cat.jpg --output answer.json
-    python bagel/generate.py --checkpoint outputs/bagel --prompts prompts.txt --output grid.png        (one prompt a line, drawn as a batch)
+    python bagel/generate.py --checkpoint BAGEL-7B-MoT --prompt "Make it blue" --image cat.jpg --task edit
+    python bagel/generate.py --checkpoint outputs/bagel --prompt "What is this?" --image cat.jpg --output answer.json
+    python bagel/generate.py --checkpoint outputs/bagel --prompts prompts.txt --output grid.png
 
-A .png output receives the picture, a .txt the text, a .json both (the picture as a .png beside it).
+The last draws one picture for each line, as a batch. A .png output receives the picture, a .txt the text, a .json both
+(the picture as a .png beside it).
 """
 
 import sys
@@ -30,12 +31,16 @@ if TYPE_CHECKING:
 class Options(Section):
     """Command line."""
 
-    checkpoint: str = setting("outputs/bagel", "a run's output folder, one of its checkpoints, or a folder of released form", "model_path")
+    checkpoint: str = setting(
+        "outputs/bagel", "a run's output folder, one of its checkpoints, or a folder of released form", "model_path"
+    )
     base: str | None = setting(None, "folder of the base weights of a run, if they have moved")
     prompt: str | None = setting(None, "what to draw, to change or to answer")
     prompts: str | None = setting(None, "a text file with one prompt a line; pictures are drawn as one batch")
     image: list[str] = setting([], "pictures that the prompt is about")
-    task: Literal["auto", "t2i", "edit", "understand", "text"] = setting("auto", "auto: understand with pictures, else t2i")
+    task: Literal["auto", "t2i", "edit", "understand", "text"] = setting(
+        "auto", "auto: understand with pictures, else t2i"
+    )
     output: str = setting("generated.png", ".png, .txt or .json")
     height: int | None = setting(None, "pixels; null: 1024, or the largest that the model's tables hold", ge=1)
     width: int | None = setting(None, "pixels; null: as height", ge=1)
@@ -50,7 +55,9 @@ class Options(Section):
     cfg_img_scale: float | None = setting(None, "guidance by the pictures; null: 1.5, edit: 2")
     cfg_interval: list[float] = setting([], "times in which guidance counts, two numbers; empty: 0.4 1, edit: 0 1")
     cfg_renorm_min: float = setting(0.0, "least factor of the renormalisation; 1: off", ge=0, le=1)
-    cfg_renorm_type: Literal["global", "channel", "text_channel"] | None = setting(None, "null: global, edit: text_channel")
+    cfg_renorm_type: Literal["global", "channel", "text_channel"] | None = setting(
+        None, "null: global, edit: text_channel"
+    )
     ema: bool = setting(True, "use averaged weights where there are some")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     precision: Literal["fp32", "bf16"] | None = setting(None, "null: bf16 on CUDA, else fp32")
@@ -58,9 +65,16 @@ class Options(Section):
 
 def settings_of(options: Options, shape: tuple[int, int]) -> dict[str, Any]:
     """Arguments of unified_generate that were given."""
-    given = {"think": options.think, "max_think_token_n": options.max_length, "do_sample": options.do_sample,
-             "text_temperature": options.temperature, "num_timesteps": options.num_timesteps, "timestep_shift": options.timestep_shift,
-             "cfg_renorm_min": options.cfg_renorm_min, "image_shapes": shape}
+    given = {
+        "think": options.think,
+        "max_think_token_n": options.max_length,
+        "do_sample": options.do_sample,
+        "text_temperature": options.temperature,
+        "num_timesteps": options.num_timesteps,
+        "timestep_shift": options.timestep_shift,
+        "cfg_renorm_min": options.cfg_renorm_min,
+        "image_shapes": shape,
+    }
     for name in ("cfg_text_scale", "cfg_img_scale", "cfg_renorm_type"):
         if options[name] is not None:
             given[name] = options[name]
@@ -94,8 +108,17 @@ def write_result(path: Path, result: dict[str, Any], prompt: str) -> None:
         picture = path.with_suffix(".png") if image is not None else None
         if picture is not None:
             write_atomically(picture, image.save)
-        record = {"prompt": prompt, "task": result["task"], "seed": result["seed"], "text": text, "image": picture and picture.name}
-        write_atomically(path, lambda aside: aside.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"))
+        record = {
+            "prompt": prompt,
+            "task": result["task"],
+            "seed": result["seed"],
+            "text": text,
+            "image": picture and picture.name,
+        }
+        write_atomically(
+            path,
+            lambda aside: aside.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"),
+        )
 
 
 def check(options: Options) -> list[str]:
@@ -107,19 +130,32 @@ def check(options: Options) -> list[str]:
     if options.prompts is None:
         return [options.prompt]
     if options.image or options.task not in ("auto", "t2i") or options.think or Path(options.output).suffix != ".png":
-        raise UserError("--prompts draws one picture a line: use it without --image, --think and other tasks, and with a .png output")
+        raise UserError(
+            "--prompts draws one picture a line: use it without --image, --think, other tasks, and with .png"
+        )
     lines = [line.strip() for line in Path(options.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines:
         raise UserError(f"--prompts {options.prompts}: no line with a prompt")
     return lines
 
 
-def draw_all(inferencer: "InterleaveInferencer", prompts: list[str], options: Options, shape: tuple[int, int]) -> "Image.Image":
+def draw_all(
+    inferencer: "InterleaveInferencer", prompts: list[str], options: Options, shape: tuple[int, int]
+) -> "Image.Image":
     """A sheet with one picture for each prompt."""
     from bagel.generation import Guidance
     from bagel.validation import grid
+
     given = settings_of(options, shape)
-    names = ("cfg_text_scale", "cfg_img_scale", "cfg_interval", "cfg_renorm_min", "cfg_renorm_type", "num_timesteps", "timestep_shift")
+    names = (
+        "cfg_text_scale",
+        "cfg_img_scale",
+        "cfg_interval",
+        "cfg_renorm_min",
+        "cfg_renorm_type",
+        "num_timesteps",
+        "timestep_shift",
+    )
     guidance = Guidance(**{name: given[name] for name in names if name in given})
     pictures = inferencer.generate_batch([[prompt] for prompt in prompts], guidance=guidance, image_shapes=shape)
     return grid(pictures, columns=min(4, len(pictures)), scale=max(1, 128 // max(shape)))
@@ -134,15 +170,23 @@ def main(argv: list[str] | None = None) -> None:
 
     from bagel.images import ImageFault, load_image
     from bagel.runs import open_model
+
     try:
         images = [load_image(Path(name)) for name in options.image]
     except ImageFault as fault:
         raise UserError(f"--image: {fault}") from None
     on_cuda = options.device != "cpu" and torch.cuda.is_available()
     half = options.precision == "bf16" or (options.precision is None and on_cuda)
-    opened = open_model(options.checkpoint, model_path=options.base, prefer_ema=options.ema, device=options.device,
-                        dtype=torch.bfloat16 if half else None)
-    side = min(1024, opened.data.vae_image.max_size, opened.model_config.max_latent_size * opened.model_config.latent_stride)
+    opened = open_model(
+        options.checkpoint,
+        model_path=options.base,
+        prefer_ema=options.ema,
+        device=options.device,
+        dtype=torch.bfloat16 if half else None,
+    )
+    side = min(
+        1024, opened.data.vae_image.max_size, opened.model_config.max_latent_size * opened.model_config.latent_stride
+    )
     shape = (options.height or side, options.width or options.height or side)
     inferencer = opened.inferencer(seed=options.seed)
     output = Path(options.output)
@@ -150,7 +194,9 @@ def main(argv: list[str] | None = None) -> None:
         write_atomically(output, draw_all(inferencer, prompts, options, shape).save)
     else:
         wanted = "text" if output.suffix == ".txt" and not images else "auto"
-        result = inferencer.unified_generate(prompts[0], images, options.task, wanted, options.seed, **settings_of(options, shape))
+        result = inferencer.unified_generate(
+            prompts[0], images, options.task, wanted, options.seed, **settings_of(options, shape)
+        )
         write_result(output, result, prompts[0])
         print(result["text"] if result["text"] is not None else f"task {result['task']}, seed {result['seed']}")
     print(f"wrote {output}")

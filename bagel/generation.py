@@ -33,12 +33,14 @@ class SpecialTokens:
 
 @dataclass
 class Block:
-    """New tokens of one context: text ids, or a picture between its two marks; all tokens of a picture share one position."""
+    """New tokens of one context: text ids, or a picture between its two marks; all tokens of a picture share one
+    position.
+    """
 
     text_ids: list[int]
     vit_tokens: Tensor | None = None
     latents: Tensor | None = None
-    cells: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))     # rows of the position table
+    cells: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))  # rows of the position table
     t: float = 0.0
 
     @property
@@ -50,8 +52,14 @@ class Block:
         return len(self.cells) > 0
 
 
-def extend(model: nn.Module, contexts: Sequence[Context], blocks: Sequence[Block], *, store: bool,
-           want: Literal["logits", "velocity", "none"] = "none") -> Tensor | None:
+def extend(
+    model: nn.Module,
+    contexts: Sequence[Context],
+    blocks: Sequence[Block],
+    *,
+    store: bool,
+    want: Literal["logits", "velocity", "none"] = "none",
+) -> Tensor | None:
     """Run one block for each context in one call; pictures attend to themselves in both directions, text backwards.
 
     Blocks of one call are all text or all pictures. With `store` the contexts grow.
@@ -62,7 +70,9 @@ def extend(model: nn.Module, contexts: Sequence[Context], blocks: Sequence[Block
         image = range(start + 1, start + 1 + len(block.cells))
         text += [start, start + block.length - 1] if block.is_image else range(start, start + block.length)
         (vit if block.vit_tokens is not None else vae).extend(image)
-        positions += [context.rope] * block.length if block.is_image else range(context.rope, context.rope + block.length)
+        positions += (
+            [context.rope] * block.length if block.is_image else range(context.rope, context.rope + block.length)
+        )
         start += block.length
     index = {"text": text, "vit": vit, "vae": vae, "position": positions}
     index = {name: torch.tensor(values, dtype=torch.long, device=device) for name, values in index.items()}
@@ -70,10 +80,16 @@ def extend(model: nn.Module, contexts: Sequence[Context], blocks: Sequence[Block
     drawn = [block for block in blocks if block.latents is not None]
     vit_width = config.vision.num_channels * config.vision.patch_size**2
     query = {
-        "contexts": contexts, "query_lens": [block.length for block in blocks], "causal": not blocks[0].is_image, "store": store,
-        "want": want, "packed_position_ids": index["position"],
+        "contexts": contexts,
+        "query_lens": [block.length for block in blocks],
+        "causal": not blocks[0].is_image,
+        "store": store,
+        "want": want,
+        "packed_position_ids": index["position"],
         "packed_text_ids": torch.tensor([token for block in blocks for token in block.text_ids], device=device),
-        "packed_text_indexes": index["text"], "packed_vit_token_indexes": index["vit"], "packed_vae_token_indexes": index["vae"],
+        "packed_text_indexes": index["text"],
+        "packed_vit_token_indexes": index["vit"],
+        "packed_vae_token_indexes": index["vae"],
         "packed_vit_tokens": _joined([block.vit_tokens for block in seen], (0, vit_width), device),
         "packed_vit_position_ids": _joined([block.cells for block in seen], (0,), device).long(),
         "vit_token_seqlens": [len(block.cells) for block in seen],
@@ -106,12 +122,18 @@ def vit_block(model: nn.Module, image: Tensor, tokens: SpecialTokens) -> Block:
     """A picture (3, H, W) in [-1, 1] as the vision tower sees it."""
     config = _plain(model).config
     patch = config.vision.patch_size
-    cells = position_ids(image.shape[1] // patch, image.shape[2] // patch, config.vision.patches_per_side,
-                         interpolate=config.interpolate_pos)
+    cells = position_ids(
+        image.shape[1] // patch,
+        image.shape[2] // patch,
+        config.vision.patches_per_side,
+        interpolate=config.interpolate_pos,
+    )
     return Block([tokens.start_of_image, tokens.end_of_image], vit_tokens=patchify(image, patch), cells=cells)
 
 
-def latent_block(model: nn.Module, latents_NC: Tensor, rows: int, columns: int, t: float, tokens: SpecialTokens) -> Block:
+def latent_block(
+    model: nn.Module, latents_NC: Tensor, rows: int, columns: int, t: float, tokens: SpecialTokens
+) -> Block:
     """A picture as latent tokens at time t; t = 0 is clean."""
     config = _plain(model).config
     cells = position_ids(rows, columns, config.max_latent_size, interpolate=config.interpolate_pos)
@@ -127,14 +149,24 @@ def clean_latents(autoencoder: nn.Module, image: Tensor, latent_patch: int, *, n
 
 # --- text -------------------------------------------------------------------------------------------------------------
 
+
 @torch.no_grad()
-def continue_text(model: nn.Module, contexts: Sequence[Context], tokens: SpecialTokens, *, max_length: int = 500,
-                  do_sample: bool = False, temperature: float = 1.0, generator: torch.Generator | None = None,
-                  end: int | None = -1, logits_out: list[Tensor] | None = None) -> list[list[int]]:
+def continue_text(
+    model: nn.Module,
+    contexts: Sequence[Context],
+    tokens: SpecialTokens,
+    *,
+    max_length: int = 500,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+    end: int | None = -1,
+    logits_out: list[Tensor] | None = None,
+) -> list[list[int]]:
     """Continue every context by at most max_length tokens; each stops at its own end.
 
-    The lists start with the start mark and hold no end mark. The contexts given are not changed. end: the id that stops a text;
-    -1: the end mark, None: nothing. logits_out receives the logits of every step, (active contexts, V).
+    The lists start with the start mark and hold no end mark. The contexts given are not changed. end: the id that stops
+    a text; -1: the end mark, None: nothing. logits_out receives the logits of every step, (active contexts, V).
     """
     end = tokens.eos if end == -1 else end
     growing = [context.copy() for context in contexts]
@@ -144,8 +176,13 @@ def continue_text(model: nn.Module, contexts: Sequence[Context], tokens: Special
     for _ in range(max_length):
         for number in active:
             texts[number].append(newest[number])
-        logits = extend(model, [growing[number] for number in active], [Block([newest[number]]) for number in active],
-                        store=True, want="logits")
+        logits = extend(
+            model,
+            [growing[number] for number in active],
+            [Block([newest[number]]) for number in active],
+            store=True,
+            want="logits",
+        )
         if logits_out is not None:
             logits_out.append(logits)
         if do_sample:
@@ -162,9 +199,12 @@ def continue_text(model: nn.Module, contexts: Sequence[Context], tokens: Special
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
+
 @dataclass(frozen=True)
 class Guidance:
-    """How a picture is drawn. Both scales count only for times in (interval[0], interval[1]]; a scale of at most 1 is off."""
+    """How a picture is drawn. Both scales count only for times in (interval[0], interval[1]]; a scale of at most 1 is
+    off.
+    """
 
     cfg_text_scale: float = 4.0
     cfg_img_scale: float = 1.5
@@ -189,17 +229,23 @@ class Drawing:
     main: Context
     without_text: Context
     without_images: Context
-    noise: Tensor           # (N, C)
-    rows: int               # latent tokens
+    noise: Tensor  # (N, C)
+    rows: int  # latent tokens
     columns: int
 
 
 @torch.no_grad()
-def draw(model: nn.Module, drawings: Sequence[Drawing], guidance: Guidance, tokens: SpecialTokens,
-         velocities_out: list[list[Tensor]] | None = None) -> list[Tensor]:
+def draw(
+    model: nn.Module,
+    drawings: Sequence[Drawing],
+    guidance: Guidance,
+    tokens: SpecialTokens,
+    velocities_out: list[list[Tensor]] | None = None,
+) -> list[Tensor]:
     """Latent tokens (N, C) of every drawing, by num_timesteps - 1 Euler steps from noise at t = 1 to data at t = 0.
 
-    All branches of all drawings go through the model in one call a step. A branch that equals the main one is not computed
+    All branches of all drawings go through the model in one call a step. A branch that equals the main one is not
+    computed
     again: without a condition picture the image branch is the main branch.
     """
     times = sampling_times(guidance.num_timesteps, guidance.timestep_shift).tolist()
@@ -207,8 +253,11 @@ def draw(model: nn.Module, drawings: Sequence[Drawing], guidance: Guidance, toke
     for now, then in zip(times[:-1], times[1:], strict=True):
         branches = [_branches(drawing, guidance, now) for drawing in drawings]
         contexts = [context for branch in branches for context in branch.values()]
-        blocks = [latent_block(model, latent, drawing.rows, drawing.columns, now, tokens)
-                  for latent, drawing, branch in zip(latents, drawings, branches, strict=True) for _ in branch]
+        blocks = [
+            latent_block(model, latent, drawing.rows, drawing.columns, now, tokens)
+            for latent, drawing, branch in zip(latents, drawings, branches, strict=True)
+            for _ in branch
+        ]
         velocity = extend(model, contexts, blocks, store=False, want="velocity")
         parts = iter(velocity.to(latents[0].device).split([len(block.cells) for block in blocks]))
         guided = []
@@ -233,8 +282,8 @@ def _branches(drawing: Drawing, guidance: Guidance, t: float) -> dict[str, Conte
 def guide(velocity: Tensor, without_text: Tensor | None, without_images: Tensor, guidance: Guidance) -> Tensor:
     """Both guidances and the renormalisation of one picture, (N, C); without_text None: guidance is off at this time.
 
-    The factor of the renormalisation is |velocity| / |guided|, between cfg_renorm_min and 1; its norm is over a token (channel,
-    text_channel) or over the whole picture (global).
+    The factor of the renormalisation is |velocity| / |guided|, between cfg_renorm_min and 1; its norm is over a token
+    (channel, text_channel) or over the whole picture (global).
     """
     if without_text is None:
         return velocity

@@ -13,36 +13,55 @@ from torch import Tensor
 
 from bagel.text_metrics import Unavailable, rouge
 
-Features = Callable[[Sequence[Image.Image]], Tensor]      # pictures -> (N, D)
+Features = Callable[[Sequence[Image.Image]], Tensor]  # pictures -> (N, D)
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two sets of features (N, D), in float64 (Heusel et al. 2017, eq. 6)."""
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two sets of features (N, D), in float64 (Heusel et al. 2017, eq.
+    6).
+    """
     if min(len(first), len(second)) < 2:
-        raise Unavailable(f"a Frechet distance needs two or more pictures on each side, found {len(first)} and {len(second)}")
+        raise Unavailable(
+            f"a Frechet distance needs two or more pictures on each side, found {len(first)} and {len(second)}"
+        )
     first, second = first.double(), second.double()
-    return gaussian_distance(first.mean(0), torch.cov(first.T).reshape(first.shape[1], -1),
-                             second.mean(0), torch.cov(second.T).reshape(first.shape[1], -1))
+    return gaussian_distance(
+        first.mean(0),
+        torch.cov(first.T).reshape(first.shape[1], -1),
+        second.mean(0),
+        torch.cov(second.T).reshape(first.shape[1], -1),
+    )
 
 
 def gaussian_distance(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tensor) -> float:
-    """The Frechet distance of two Gaussians. The trace of the root of S1 S2 is that of the symmetric S1^(1/2) S2 S1^(1/2)."""
+    """The Frechet distance of two Gaussians. The trace of the root of S1 S2 is that of the symmetric S1^(1/2) S2
+    S1^(1/2).
+    """
     values, vectors = torch.linalg.eigh(cov_1)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     inner = torch.linalg.eigvalsh(root @ cov_2 @ root).clamp(min=0).sqrt().sum()
     return float((mean_1 - mean_2).square().sum() + cov_1.trace() + cov_2.trace() - 2 * inner)
 
 
-def fid(generated: Sequence[Image.Image], real: Sequence[Image.Image], weights: str | None = None,
-        features: Features | None = None) -> dict[str, float | int | str]:
+def fid(
+    generated: Sequence[Image.Image],
+    real: Sequence[Image.Image],
+    weights: str | None = None,
+    features: Features | None = None,
+) -> dict[str, float | int | str]:
     """FID with the features of a TorchScript Inception file (`weights`), or of any `features`."""
     if features is None:
         if weights is None:
-            raise Unavailable("FID needs local weights: --fid-weights FILE, a TorchScript module from uint8 (N, 3, 299, 299) to features")
+            raise Unavailable(
+                "FID needs local weights: --fid-weights FILE, TorchScript, uint8 (N, 3, 299, 299) to features"
+            )
         features = torchscript_features(weights)
     if min(len(generated), len(real)) < 2:
         raise Unavailable(f"FID needs two or more pictures on each side, found {len(generated)} and {len(real)}")
-    result: dict[str, float | int | str] = {"fid": frechet_distance(features(generated), features(real)), "fid_pictures": len(generated)}
+    result: dict[str, float | int | str] = {
+        "fid": frechet_distance(features(generated), features(real)),
+        "fid_pictures": len(generated),
+    }
     if min(len(generated), len(real)) < 2048:
         result["fid_warning"] = "fewer than 2048 pictures: the figure is biased upwards and noisy"
     return result
@@ -60,6 +79,7 @@ def torchscript_features(path: str) -> Features:
     def features(pictures: Sequence[Image.Image]) -> Tensor:
         with torch.no_grad():
             return torch.cat([module(_pixels(picture, 299)[None]).flatten(1) for picture in pictures])
+
     return features
 
 
@@ -77,13 +97,16 @@ class ClipScorer:
         if not Path(folder).is_dir():
             raise Unavailable(f"CLIP score: {folder} is not a folder")
         from transformers import AutoProcessor, CLIPModel
+
         self.model = CLIPModel.from_pretrained(folder, local_files_only=True).eval()
         self.processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
 
     @torch.no_grad()
     def cosines(self, texts: Sequence[str], pictures: Sequence[Image.Image]) -> list[float]:
         """One cosine for each pair."""
-        inputs = self.processor(text=list(texts), images=list(pictures), return_tensors="pt", padding=True, truncation=True)
+        inputs = self.processor(
+            text=list(texts), images=list(pictures), return_tensors="pt", padding=True, truncation=True
+        )
         found = self.model(**inputs)
         return torch.nn.functional.cosine_similarity(found.text_embeds, found.image_embeds).tolist()
 
@@ -94,14 +117,26 @@ def clip_score(texts: Sequence[str], pictures: Sequence[Image.Image], scorer: Cl
     return {"clip_score": 100 * sum(max(value, 0.0) for value in cosines) / len(cosines)}
 
 
-def consistency(prompts: Sequence[str], pictures: Sequence[Image.Image], texts: Sequence[str], references: Sequence[str],
-                scorer: ClipScorer | None, described: Sequence[str] | None = None) -> dict[str, float | int | None]:
-    """How well what was generated together fits together, each part 0..1, and the mean of the parts that could be computed:
+def consistency(
+    prompts: Sequence[str],
+    pictures: Sequence[Image.Image],
+    texts: Sequence[str],
+    references: Sequence[str],
+    scorer: ClipScorer | None,
+    described: Sequence[str] | None = None,
+) -> dict[str, float | int | None]:
+    """How well what was generated together fits together, each part 0..1, and the mean of the parts that could be
+    computed:
 
-    prompt and picture (CLIP), generated text and picture (CLIP), generated and reference text (ROUGE-L), and the model's own
-    description of its picture against the prompt (ROUGE-L).
+    prompt and picture (CLIP), generated text and picture (CLIP), generated and reference text (ROUGE-L), and the
+    model's own description of its picture against the prompt (ROUGE-L).
     """
-    parts: dict[str, float | None] = {"prompt_picture": None, "text_picture": None, "text_reference": None, "described_prompt": None}
+    parts: dict[str, float | None] = {
+        "prompt_picture": None,
+        "text_picture": None,
+        "text_reference": None,
+        "described_prompt": None,
+    }
     if scorer is not None:
         parts["prompt_picture"] = clip_score(prompts, pictures, scorer)["clip_score"] / 100
         parts["text_picture"] = clip_score(texts, pictures, scorer)["clip_score"] / 100
@@ -110,14 +145,20 @@ def consistency(prompts: Sequence[str], pictures: Sequence[Image.Image], texts: 
     if described is not None:
         parts["described_prompt"] = rouge(described, prompts)["rougeL"]
     present = [value for value in parts.values() if value is not None]
-    return {**{f"consistency_{name}": value for name, value in parts.items()},
-            "consistency": sum(present) / len(present) if present else None, "consistency_samples": len(prompts)}
+    return {
+        **{f"consistency_{name}": value for name, value in parts.items()},
+        "consistency": sum(present) / len(present) if present else None,
+        "consistency_samples": len(prompts),
+    }
 
 
 # --- colour -----------------------------------------------------------------------------------------------------------
 
+
 def foreground_colour(picture: Image.Image) -> Tensor:
-    """Mean colour (3,) in 0..1 of what stands on the white ground, pixels weighted by their distance from white; white if nothing."""
+    """Mean colour (3,) in 0..1 of what stands on the white ground, pixels weighted by their distance from white; white
+    if nothing.
+    """
     pixels = _pixels(picture, 32).double().flatten(1) / 255
     weight = (1 - pixels).norm(dim=0)
     weight = torch.where(weight > 0.15, weight, 0.0)
@@ -125,8 +166,9 @@ def foreground_colour(picture: Image.Image) -> Tensor:
 
 
 def colour_agreement(drawn: Sequence[Image.Image], real: Sequence[Image.Image]) -> dict[str, float]:
-    """Share of (own, other) pairs in which a drawn picture's colour is nearer to that of the true picture of its prompt than to the
-    true picture of another prompt (chance 0.5), and the chance of a share as high when the pictures are shuffled.
+    """Share of (own, other) pairs in which a drawn picture's colour is nearer to that of the true picture of its prompt
+    than to the true picture of another prompt (chance 0.5), and the chance of a share as high when the pictures are
+    shuffled.
     """
     if len(drawn) < 2:
         raise Unavailable(f"colour agreement needs two or more pictures, found {len(drawn)}")
@@ -140,12 +182,27 @@ def colour_agreement(drawn: Sequence[Image.Image], real: Sequence[Image.Image]) 
 
     generator, own = torch.Generator().manual_seed(0), share(torch.arange(len(drawn)))
     shuffled = [share(torch.randperm(len(drawn), generator=generator)) for _ in range(999)]
-    return {"colour_agreement": own, "colour_agreement_shuffled": sum(shuffled) / len(shuffled),
-            "colour_agreement_p": (1 + sum(value >= own for value in shuffled)) / 1000}
+    return {
+        "colour_agreement": own,
+        "colour_agreement_shuffled": sum(shuffled) / len(shuffled),
+        "colour_agreement_p": (1 + sum(value >= own for value in shuffled)) / 1000,
+    }
 
 
-COLOURS = {"red": "\u7ea2", "orange": "\u6a59", "yellow": "\u9ec4", "green": "\u7eff", "blue": "\u84dd", "purple": "\u7d2b",
-           "pink": "\u7c89", "brown": "\u68d5", "grey": "\u7070", "white": "\u767d", "black": "\u9ed1", "teal": "\u9752"}
+COLOURS = {
+    "red": "\u7ea2",
+    "orange": "\u6a59",
+    "yellow": "\u9ec4",
+    "green": "\u7eff",
+    "blue": "\u84dd",
+    "purple": "\u7d2b",
+    "pink": "\u7c89",
+    "brown": "\u68d5",
+    "grey": "\u7070",
+    "white": "\u767d",
+    "black": "\u9ed1",
+    "teal": "\u9752",
+}
 
 
 def colours_named(text: str) -> set[str]:
@@ -163,4 +220,3 @@ def named_colour_agreement(texts: Sequence[str], references: Sequence[str]) -> d
     own = sum(bool(text & reference) for text, reference in pairs) / len(pairs)
     other = [bool(text & pairs[j][1]) for i, (text, _) in enumerate(pairs) for j in range(len(pairs)) if j != i]
     return {"colour_named": own, "colour_named_shuffled": sum(other) / len(other)}
-

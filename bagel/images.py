@@ -1,4 +1,6 @@
-"""Pictures from files to tensors: safe opening, the resize rule, normalisation.  Tensors are float32 (3, H, W) in [-1, 1]."""
+"""Pictures from files to tensors: safe opening, the resize rule, normalisation.  Tensors are float32 (3, H, W) in [-1,
+1].
+"""
 
 from pathlib import Path
 from typing import BinaryIO
@@ -8,7 +10,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-MAX_AREA = 200_000_000      # pixels; larger files are refused before they are decoded
+MAX_AREA = 200_000_000  # pixels; larger files are refused before they are decoded
 DEFAULT_MAX_PIXELS = 14 * 14 * 9 * 1024
 
 
@@ -27,7 +29,9 @@ def image_size(source: Path | BinaryIO) -> tuple[int, int]:
 
 
 def load_image(source: Path | BinaryIO) -> Image.Image:
-    """The whole picture as RGB, transparency laid on white; raises an ImageFault for what is missing, damaged or too large."""
+    """The whole picture as RGB, transparency laid on white; raises an ImageFault for what is missing, damaged or too
+    large.
+    """
     with _opened(source) as image:
         try:
             image.load()
@@ -64,8 +68,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def resized_sides(width: int, height: int, *, max_size: int, min_size: int, stride: int,
-                  max_pixels: int = DEFAULT_MAX_PIXELS, images: int = 1) -> tuple[int, int]:
+def resized_sides(
+    width: int,
+    height: int,
+    *,
+    max_size: int,
+    min_size: int,
+    stride: int,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    images: int = 1,
+) -> tuple[int, int]:
     """(width, height) after the released resize rule; both are multiples of `stride`.
 
     The long side goes down to max_size, the short side up to min_size, sides are rounded to the stride. An area above
@@ -88,13 +100,27 @@ def _scaled(width: int, height: int, scale: float, stride: int) -> tuple[int, in
 class ImageTransform:
     """Resizes by the rule and normalises. Sides in pixels; `image_stride` is the side of one token."""
 
-    def __init__(self, max_image_size: int, min_image_size: int, image_stride: int, max_pixels: int = DEFAULT_MAX_PIXELS):
-        self.max_size, self.min_size, self.stride, self.max_pixels = max_image_size, min_image_size, image_stride, max_pixels
+    def __init__(
+        self, max_image_size: int, min_image_size: int, image_stride: int, max_pixels: int = DEFAULT_MAX_PIXELS
+    ):
+        self.max_size, self.min_size, self.stride, self.max_pixels = (
+            max_image_size,
+            min_image_size,
+            image_stride,
+            max_pixels,
+        )
 
     def sides(self, width: int, height: int, images: int = 1) -> tuple[int, int]:
         """(width, height) that a picture of this size will have; `images`: pictures that share max_pixels."""
-        return resized_sides(width, height, max_size=self.max_size, min_size=self.min_size, stride=self.stride,
-                             max_pixels=self.max_pixels, images=images)
+        return resized_sides(
+            width,
+            height,
+            max_size=self.max_size,
+            min_size=self.min_size,
+            stride=self.stride,
+            max_pixels=self.max_pixels,
+            images=images,
+        )
 
     def resize_transform(self, image: Image.Image, images: int = 1) -> Image.Image:
         """The resized picture, bicubic with antialiasing."""

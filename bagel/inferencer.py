@@ -34,12 +34,16 @@ from shared.rng import keyed_generator
 # The two prompts that the released weights were tuned with.
 THINK_TO_ANSWER = (
     "You should first think about the reasoning process in the mind and then provide the user with the answer. \n"
-    "The reasoning process is enclosed within <think> </think> tags, i.e. <think> reasoning process here </think> answer here")
+    "The reasoning process is enclosed within <think> </think> tags, "
+    "i.e. <think> reasoning process here </think> answer here"
+)
 THINK_TO_DRAW = (
     "You should first think about the planning process in the mind and then generate the image. \n"
-    "The planning process is enclosed within <think> </think> tags, i.e. <think> planning process here </think> image here")
+    "The planning process is enclosed within <think> </think> tags, "
+    "i.e. <think> planning process here </think> image here"
+)
 
-_NOISE, _TEXT, _POSTERIOR = 311, 312, 313      # random streams
+_NOISE, _TEXT, _POSTERIOR = 311, 312, 313  # random streams
 Input = str | Image.Image
 Task = Literal["auto", "t2i", "edit", "understand", "text"]
 
@@ -51,22 +55,34 @@ class Contexts:
     main: Context
     cfg_text: Context
     cfg_img: Context
-    image_shape: tuple[int, int]      # (height, width), pixels
+    image_shape: tuple[int, int]  # (height, width), pixels
 
 
 class InterleaveInferencer:
-    """model: a Bagel (or its wrapper in training); transforms: of VAE and ViT pictures; new_token_ids: the four marks by name.
+    """model: a Bagel (or its wrapper in training); transforms: of VAE and ViT pictures; new_token_ids: the four marks
+    by name.
 
-    seed keys every draw, so that one call gives the same result twice. sample_posterior: draw the latents of a condition picture
-    from the posterior, as the released code does, rather than take its mean.
+    seed keys every draw, so that one call gives the same result twice. sample_posterior: draw the latents of a
+    condition picture from the posterior, as the released code does, rather than take its mean.
     """
 
-    def __init__(self, model: nn.Module, vae_model: Autoencoder, tokenizer: Any, vae_transform: ImageTransform,
-                 vit_transform: ImageTransform, new_token_ids: dict[str, int] | SpecialTokens, *, seed: int = 0,
-                 sample_posterior: bool = True):
+    def __init__(
+        self,
+        model: nn.Module,
+        vae_model: Autoencoder,
+        tokenizer: Any,
+        vae_transform: ImageTransform,
+        vit_transform: ImageTransform,
+        new_token_ids: dict[str, int] | SpecialTokens,
+        *,
+        seed: int = 0,
+        sample_posterior: bool = True,
+    ):
         self.model, self.vae_model, self.tokenizer = model, vae_model, tokenizer
         self.vae_transform, self.vit_transform = vae_transform, vit_transform
-        self.tokens = new_token_ids if isinstance(new_token_ids, SpecialTokens) else SpecialTokens.from_names(new_token_ids)
+        self.tokens = (
+            new_token_ids if isinstance(new_token_ids, SpecialTokens) else SpecialTokens.from_names(new_token_ids)
+        )
         self.config = getattr(model, "module", model).config
         self.seed, self.sample_posterior = seed, sample_posterior
 
@@ -98,30 +114,65 @@ class InterleaveInferencer:
                 shape = (1, self.config.autoencoder.z_channels, rows * patch, columns * patch)
                 noise = torch.randn(shape, generator=keyed_generator(self.seed, _POSTERIOR, context.kv_len))
             latents = clean_latents(self.vae_model, pixels, patch, noise=noise)
-            extend(self.model, [context], [latent_block(self.model, latents, rows, columns, 0.0, self.tokens)], store=True)
+            extend(
+                self.model, [context], [latent_block(self.model, latents, rows, columns, 0.0, self.tokens)], store=True
+            )
         if vit:
             extend(self.model, [context], [vit_block(self.model, self.vit_transform(image), self.tokens)], store=True)
         return context
 
     # --- one context out ---
 
-    def gen_text(self, context: Context, max_length: int = 500, do_sample: bool = True, temperature: float = 1.0) -> str:
+    def gen_text(
+        self, context: Context, max_length: int = 500, do_sample: bool = True, temperature: float = 1.0
+    ) -> str:
         """The text that follows; the context stays as it is."""
         return self.gen_texts([context], max_length, do_sample, temperature)[0]
 
-    def gen_texts(self, contexts: Sequence[Context], max_length: int = 500, do_sample: bool = True, temperature: float = 1.0) -> list[str]:
+    def gen_texts(
+        self, contexts: Sequence[Context], max_length: int = 500, do_sample: bool = True, temperature: float = 1.0
+    ) -> list[str]:
         """The texts that follow several contexts, in one batch; each stops at its own end."""
-        found = continue_text(self.model, contexts, self.tokens, max_length=max_length, do_sample=do_sample, temperature=temperature,
-                              generator=keyed_generator(self.seed, _TEXT))
+        found = continue_text(
+            self.model,
+            contexts,
+            self.tokens,
+            max_length=max_length,
+            do_sample=do_sample,
+            temperature=temperature,
+            generator=keyed_generator(self.seed, _TEXT),
+        )
         return [self.tokenizer.decode(ids[1:]) for ids in found]
 
-    def gen_image(self, image_shape: tuple[int, int], context: Context, cfg_text_scale: float = 4.0, cfg_img_scale: float = 1.5,
-                  cfg_text_precontext: Context | None = None, cfg_img_precontext: Context | None = None,
-                  cfg_interval: Sequence[float] = (0.4, 1.0), cfg_renorm_min: float = 0.0, cfg_renorm_type: str = "global",
-                  num_timesteps: int = 50, timestep_shift: float = 3.0) -> Image.Image:
-        """One picture of (height, width) pixels. Contexts of guidance that are not given are empty (text) and `context` (pictures)."""
-        contexts = Contexts(context, cfg_text_precontext or Context(), cfg_img_precontext or context, tuple(image_shape))
-        guidance = Guidance(cfg_text_scale, cfg_img_scale, tuple(cfg_interval), cfg_renorm_min, cfg_renorm_type, num_timesteps, timestep_shift)
+    def gen_image(
+        self,
+        image_shape: tuple[int, int],
+        context: Context,
+        cfg_text_scale: float = 4.0,
+        cfg_img_scale: float = 1.5,
+        cfg_text_precontext: Context | None = None,
+        cfg_img_precontext: Context | None = None,
+        cfg_interval: Sequence[float] = (0.4, 1.0),
+        cfg_renorm_min: float = 0.0,
+        cfg_renorm_type: str = "global",
+        num_timesteps: int = 50,
+        timestep_shift: float = 3.0,
+    ) -> Image.Image:
+        """One picture of (height, width) pixels. Contexts of guidance that are not given are empty (text) and `context`
+        (pictures).
+        """
+        contexts = Contexts(
+            context, cfg_text_precontext or Context(), cfg_img_precontext or context, tuple(image_shape)
+        )
+        guidance = Guidance(
+            cfg_text_scale,
+            cfg_img_scale,
+            tuple(cfg_interval),
+            cfg_renorm_min,
+            cfg_renorm_type,
+            num_timesteps,
+            timestep_shift,
+        )
         return self.gen_images([contexts], guidance)[0]
 
     def gen_images(self, batch: Sequence[Contexts], guidance: Guidance) -> list[Image.Image]:
@@ -129,16 +180,22 @@ class InterleaveInferencer:
         drawings = []
         for number, contexts in enumerate(batch):
             rows, columns = self._grid(contexts.image_shape)
-            noise = torch.randn(rows * columns, self.config.latent_width, generator=keyed_generator(self.seed, _NOISE, number))
+            noise = torch.randn(
+                rows * columns, self.config.latent_width, generator=keyed_generator(self.seed, _NOISE, number)
+            )
             drawings.append(Drawing(contexts.main, contexts.cfg_text, contexts.cfg_img, noise, rows, columns))
         latents = draw(self.model, drawings, guidance, self.tokens)
-        return [self.decode_image(latent, contexts.image_shape) for latent, contexts in zip(latents, batch, strict=True)]
+        return [
+            self.decode_image(latent, contexts.image_shape) for latent, contexts in zip(latents, batch, strict=True)
+        ]
 
     def _grid(self, shape: tuple[int, int]) -> tuple[int, int]:
         stride, most = self.config.latent_stride, self.config.max_latent_size
         if any(side < stride or side % stride or side // stride > most for side in shape):
-            raise UserError(f"a picture of {shape[0]} x {shape[1]} pixels (height x width) cannot be drawn: both sides must be multiples of "
-                            f"{stride} and at most {stride * most}")
+            raise UserError(
+                f"a picture of {shape[0]} x {shape[1]} pixels (height x width) cannot be drawn: both sides must be "
+                f"multiples of {stride} and at most {stride * most}"
+            )
         return shape[0] // stride, shape[1] // stride
 
     @torch.no_grad()
@@ -151,8 +208,14 @@ class InterleaveInferencer:
 
     # --- whole conversations ---
 
-    def read(self, inputs: Sequence[Input], *, think: bool = False, understanding_output: bool = False,
-             image_shapes: tuple[int, int] = (1024, 1024)) -> Contexts:
+    def read(
+        self,
+        inputs: Sequence[Input],
+        *,
+        think: bool = False,
+        understanding_output: bool = False,
+        image_shapes: tuple[int, int] = (1024, 1024),
+    ) -> Contexts:
         """The three contexts after all inputs. A picture sets the size of the picture to draw."""
         found = Contexts(self.init_gen_context(), self.init_gen_context(), self.init_gen_context(), tuple(image_shapes))
         if think:
@@ -165,31 +228,62 @@ class InterleaveInferencer:
                 found.main = self.update_context_text(item, found.main)
                 found.cfg_img = self.update_context_text(item, found.cfg_img)
             elif isinstance(item, Image.Image):
-                image = self.vae_transform.resize_transform(to_rgb(item))      # the ViT sees the resized picture too
+                image = self.vae_transform.resize_transform(to_rgb(item))  # the ViT sees the resized picture too
                 found.main = self.update_context_image(image, found.main, vae=not understanding_output)
                 found.image_shape = (image.height, image.width)
                 found.cfg_text = found.main.copy()
             else:
                 raise UserError(f"an input must be a text or a picture, found {type(item).__name__}")
         if all(isinstance(item, str) for item in inputs):
-            found.cfg_img = found.main      # the same texts: one branch of guidance less to compute
+            found.cfg_img = found.main  # the same texts: one branch of guidance less to compute
         return found
 
-    def interleave_inference(self, input_lists: Sequence[Input], think: bool = False, understanding_output: bool = False,
-                             max_think_token_n: int = 1000, do_sample: bool = False, text_temperature: float = 0.3,
-                             cfg_text_scale: float = 3.0, cfg_img_scale: float = 1.5, cfg_interval: Sequence[float] = (0.4, 1.0),
-                             timestep_shift: float = 3.0, num_timesteps: int = 50, cfg_renorm_min: float = 0.0,
-                             cfg_renorm_type: str = "global", image_shapes: tuple[int, int] = (1024, 1024)) -> list[Input]:
+    def interleave_inference(
+        self,
+        input_lists: Sequence[Input],
+        think: bool = False,
+        understanding_output: bool = False,
+        max_think_token_n: int = 1000,
+        do_sample: bool = False,
+        text_temperature: float = 0.3,
+        cfg_text_scale: float = 3.0,
+        cfg_img_scale: float = 1.5,
+        cfg_interval: Sequence[float] = (0.4, 1.0),
+        timestep_shift: float = 3.0,
+        num_timesteps: int = 50,
+        cfg_renorm_min: float = 0.0,
+        cfg_renorm_type: str = "global",
+        image_shapes: tuple[int, int] = (1024, 1024),
+    ) -> list[Input]:
         """[text] when only understanding, else [picture], with the thought before it when thinking."""
-        found = self.read(input_lists, think=think, understanding_output=understanding_output, image_shapes=image_shapes)
+        found = self.read(
+            input_lists, think=think, understanding_output=understanding_output, image_shapes=image_shapes
+        )
         outputs: list[Input] = []
         if understanding_output or think:
-            outputs.append(self.gen_text(found.main, max_length=max_think_token_n, do_sample=do_sample, temperature=text_temperature))
+            outputs.append(
+                self.gen_text(
+                    found.main, max_length=max_think_token_n, do_sample=do_sample, temperature=text_temperature
+                )
+            )
         if not understanding_output:
             if think:
                 found.main = self.update_context_text(outputs[0], found.main)
-            outputs.append(self.gen_image(found.image_shape, found.main, cfg_text_scale, cfg_img_scale, found.cfg_text, found.cfg_img,
-                                          cfg_interval, cfg_renorm_min, cfg_renorm_type, num_timesteps, timestep_shift))
+            outputs.append(
+                self.gen_image(
+                    found.image_shape,
+                    found.main,
+                    cfg_text_scale,
+                    cfg_img_scale,
+                    found.cfg_text,
+                    found.cfg_img,
+                    cfg_interval,
+                    cfg_renorm_min,
+                    cfg_renorm_type,
+                    num_timesteps,
+                    timestep_shift,
+                )
+            )
         return outputs
 
     def __call__(self, image: Image.Image | None = None, text: str | None = None, **settings: Any) -> dict[str, Any]:
@@ -203,17 +297,29 @@ class InterleaveInferencer:
             result["text" if isinstance(output, str) else "image"] = output
         return result
 
-    def unified_generate(self, prompt: str, images: Sequence[Image.Image] | Image.Image | None = None, task: Task = "auto",
-                         output: Literal["auto", "image", "text"] = "auto", seed: int | None = None, **settings: Any) -> dict[str, Any]:
+    def unified_generate(
+        self,
+        prompt: str,
+        images: Sequence[Image.Image] | Image.Image | None = None,
+        task: Task = "auto",
+        output: Literal["auto", "image", "text"] = "auto",
+        seed: int | None = None,
+        **settings: Any,
+    ) -> dict[str, Any]:
         """{"text", "image", "task", "seed"} for one prompt.
 
-        task auto: without pictures t2i (text when output is "text"); with pictures understand, and edit only when output is "image".
+        task auto: without pictures t2i (text when output is "text"); with pictures understand, and edit only when
+        output is "image".
         """
         images = [images] if isinstance(images, Image.Image) else list(images or ())
         task = _task(task, bool(images), output)
         former, self.seed = self.seed, self.seed if seed is None else seed
-        defaults = {"edit": dict(cfg_text_scale=4.0, cfg_img_scale=2.0, cfg_interval=(0.0, 1.0), cfg_renorm_type="text_channel"),
-                    "t2i": dict(cfg_text_scale=4.0, cfg_img_scale=1.5)}.get(task, dict(understanding_output=True, max_think_token_n=512))
+        defaults = {
+            "edit": dict(
+                cfg_text_scale=4.0, cfg_img_scale=2.0, cfg_interval=(0.0, 1.0), cfg_renorm_type="text_channel"
+            ),
+            "t2i": dict(cfg_text_scale=4.0, cfg_img_scale=1.5),
+        }.get(task, dict(understanding_output=True, max_think_token_n=512))
         try:
             outputs = self.interleave_inference([*images, prompt], **{**defaults, **settings})
             result = {"text": None, "image": None, "task": task, "seed": self.seed}
@@ -223,11 +329,22 @@ class InterleaveInferencer:
             result["text" if isinstance(item, str) else "image"] = item
         return result
 
-    def generate_batch(self, prompts: Sequence[Sequence[Input]], *, understanding_output: bool = False, max_length: int = 512,
-                       do_sample: bool = False, temperature: float = 0.3, guidance: Guidance | None = None,
-                       image_shapes: tuple[int, int] = (1024, 1024)) -> list[Input]:
+    def generate_batch(
+        self,
+        prompts: Sequence[Sequence[Input]],
+        *,
+        understanding_output: bool = False,
+        max_length: int = 512,
+        do_sample: bool = False,
+        temperature: float = 0.3,
+        guidance: Guidance | None = None,
+        image_shapes: tuple[int, int] = (1024, 1024),
+    ) -> list[Input]:
         """One output for each conversation; texts are continued and pictures drawn together."""
-        found = [self.read(inputs, understanding_output=understanding_output, image_shapes=image_shapes) for inputs in prompts]
+        found = [
+            self.read(inputs, understanding_output=understanding_output, image_shapes=image_shapes)
+            for inputs in prompts
+        ]
         if understanding_output:
             return self.gen_texts([contexts.main for contexts in found], max_length, do_sample, temperature)
         return self.gen_images(found, guidance or Guidance())

@@ -145,12 +145,14 @@ class Connector(nn.Module):
 def position_ids(rows: int, columns: int, side: int, *, interpolate: bool = False) -> Tensor:
     """Cells of a side x side table for an image of rows x columns patches, in reading order.
 
-    Extrapolate: row * side + column. Interpolate: [0, 1) is cut into `side` buckets, and each patch takes the bucket of row/rows.
-    Raises a UserError for an image with more patches on a side than the table has.
+    Extrapolate: row * side + column. Interpolate: [0, 1) is cut into `side` buckets, and each patch takes the bucket of
+    row/rows. Raises a UserError for an image with more patches on a side than the table has.
     """
     if rows > side or columns > side:
-        raise UserError(f"an image of {rows} x {columns} patches does not fit a position table of {side} per side; "
-                        f"raise max_latent_size (latents) or the ViT's image_size, or make the image smaller")
+        raise UserError(
+            f"an image of {rows} x {columns} patches does not fit a position table of {side} per side; "
+            f"raise max_latent_size (latents) or the ViT's image_size, or make the image smaller"
+        )
     row, column = torch.arange(rows), torch.arange(columns)
     if interpolate:
         bounds = torch.arange(1 / side, 1.0, 1 / side)
@@ -160,7 +162,9 @@ def position_ids(rows: int, columns: int, side: int, *, interpolate: bool = Fals
 
 
 def patchify(image_CHW: Tensor, patch: int) -> Tensor:
-    """(C, h*P, w*P) -> (h*w, P*P*C): value index (row * P + column) * C + channel, for ViT patches and latent tokens alike."""
+    """(C, h*P, w*P) -> (h*w, P*P*C): value index (row * P + column) * C + channel, for ViT patches and latent tokens
+    alike.
+    """
     return rearrange(image_CHW, "c (h p) (w q) -> (h w) (p q c)", p=patch, q=patch)
 
 
@@ -175,7 +179,7 @@ def shift_times(t: Tensor, shift: float) -> Tensor:
 
 
 def training_times(raw: Tensor, shift: float) -> Tensor:
-    """Raw normals to times in [0, 1]: sigmoid, then shift. Minus infinity, the mark of a clean image, gives exactly 0."""
+    """Raw normals to times in [0, 1]: sigmoid, then shift. Minus infinity, a clean image, gives exactly 0."""
     return shift_times(torch.sigmoid(raw.float()), shift)
 
 

@@ -84,5 +84,8 @@ def save_adapter(folder: Path, weights: dict[str, Tensor], config: ModelConfig) 
     """adapter.safetensors and adapter_config.json."""
     chosen = {name: value.contiguous() for name, value in weights.items() if "lora_" in name}
     save_file(chosen, folder / "adapter.safetensors")
-    settings = {name: config[name] for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "quantization", "model_path")}
+    settings = {
+        name: config[name]
+        for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "quantization", "model_path")
+    }
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1) + "\n")

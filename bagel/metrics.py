@@ -2,8 +2,8 @@
 
     python bagel/metrics.py --checkpoint outputs/bagel --output outputs/bagel/metrics.json
 
-Writes the figures as JSON and report.json, report.md and report.html into the output's folder. A metric that needs weights which
-were not given, or that cannot be computed on these data, is null with its reason.
+Writes the figures as JSON and report.json, report.md and report.html into the output's folder. A metric that needs
+weights which were not given, or that cannot be computed on these data, is null with its reason.
 """
 
 import sys
@@ -22,7 +22,9 @@ from shared.errors import UserError, command
 class Options(Section):
     """Command line."""
 
-    checkpoint: str = setting("outputs/bagel", "a run's output folder, one of its checkpoints, or a folder of released form", "model_path")
+    checkpoint: str = setting(
+        "outputs/bagel", "a run's output folder, one of its checkpoints, or a folder of released form", "model_path"
+    )
     base: str | None = setting(None, "folder of the base weights of a run, if they have moved")
     data: str | None = setting(None, "records to evaluate; null: the run's validation records", "val_data_path")
     train_data: str | None = setting(None, "records for baselines; null: the run's training records", "train_data_path")
@@ -53,13 +55,14 @@ def main(argv: list[str] | None = None) -> None:
     from bagel.evaluation import evaluate
     from bagel.runs import open_model
     from bagel.summary import write_bagel_report
+
     opened = open_model(options.checkpoint, model_path=options.base, prefer_ema=options.ema, device=options.device)
     output.parent.mkdir(parents=True, exist_ok=True)
     figures, samples = evaluate(opened, options, output.parent / "report_samples")
     aside = output.with_name(f".{output.name}.{os.getpid()}")
     aside.write_text(json.dumps(figures, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     os.replace(aside, output)
-    write_bagel_report(output.parent, opened, figures, samples, " ".join(["python bagel/metrics.py", *(argv or sys.argv[1:])]))
+    write_bagel_report(output.parent, figures, samples, " ".join(["python bagel/metrics.py", *(argv or sys.argv[1:])]))
     for name, value in figures.items():
         print(f"{name}: {value if not isinstance(value, float) else round(value, 4)}")
     print(f"wrote {output} and {output.parent / 'report.html'}")

@@ -38,10 +38,13 @@ class Bagel(nn.Module):
         self.llm2vae = nn.Linear(width, config.latent_width)
 
     def initialize(self) -> "Bagel":
-        """Random weights: matrices normal with deviation initializer_range, biases 0, norms 1, and a zero output head."""
-        for module in self.modules():
+        """Random weights: matrices normal, biases 0, norms 1, and a zero output head."""
+        for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=self.config.initializer_range)
+                seeing = name.startswith(("vit_model.", "connector."))
+                nn.init.normal_(
+                    module.weight, std=self.config.vision_initializer_range if seeing else self.config.initializer_range
+                )
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         nn.init.zeros_(self.llm2vae.weight)
@@ -54,7 +57,10 @@ class Bagel(nn.Module):
             if self.config[setting]:
                 part.requires_grad_(False).eval()
         if self.config.freeze_und:
-            trained = (*(name for name, _ in self.named_parameters() if "_moe_gen" in name), "language_model.lm_head.weight")
+            trained = (
+                *(name for name, _ in self.named_parameters() if "_moe_gen" in name),
+                "language_model.lm_head.weight",
+            )
             heads = ("time_embedder.", "vae2llm.", "llm2vae.")
             for name, parameter in self.named_parameters():
                 keep = name in trained or name.startswith(heads)
@@ -73,30 +79,41 @@ class Bagel(nn.Module):
     # --- training ---
 
     def losses_of(self, pack: dict[str, Any]) -> dict[str, Tensor]:
-        """ce: (predictions,) cross entropy; mse: (target latents, C) squared error of the velocity; t: (target latents,); fp32.
+        """ce: (predictions,) cross entropy; mse: (target latents, C) squared error of the velocity; t: (target
+        latents,); fp32.
 
-        Path: x_t = (1 - t) latent + t noise, so t = 1 is noise and the velocity points from data to noise. A pack without
-        images, or without text to predict, runs the same modules on nothing and gives empty losses that still have gradients.
+        Path: x_t = (1 - t) latent + t noise, so t = 1 is noise and the velocity points from data to noise. A pack
+        without images, or without text to predict, runs the same modules on nothing and gives empty losses that still
+        have gradients.
         """
         t = training_times(pack["packed_timesteps"], self.config.timestep_shift)
         noisy, velocity = linear_path(pack["packed_latents"], pack["packed_noise"], t)
         x, order, num_und = self.embed(pack, noisy, t)
         attention = PackedAttention(self._layout(pack), order, self.backend(x.device))
-        hidden = self.language_model.model(x, num_und, pack["packed_position_ids"][order], attention, self.config.freeze_und)
+        hidden = self.language_model.model(
+            x, num_und, pack["packed_position_ids"][order], attention, self.config.freeze_und
+        )
         logits = self.language_model.lm_head(hidden[attention.inverse[pack["ce_loss_indexes"]]]).float()
         target = _rows_of(pack["packed_vae_token_indexes"], pack["mse_loss_indexes"])
         predicted = self.llm2vae(hidden[num_und + target]).float()
-        return {"ce": F.cross_entropy(logits, pack["packed_label_ids"], reduction="none"),
-                "mse": (predicted - velocity[target]) ** 2, "t": t[target]}
+        return {
+            "ce": F.cross_entropy(logits, pack["packed_label_ids"], reduction="none"),
+            "mse": (predicted - velocity[target]) ** 2,
+            "t": t[target],
+        }
 
     def embed(self, pack: dict[str, Any], latents_NC: Tensor, t_N: Tensor) -> tuple[Tensor, Tensor, int]:
         """(tokens in expert order (L, D), their pack positions, number of understanding tokens)."""
         text = self.language_model.model.embed_tokens(pack["packed_text_ids"])
-        features = self.connector(self.vit_model(pack["packed_vit_tokens"], pack["packed_vit_position_ids"], pack["vit_token_seqlens"]))
+        features = self.connector(
+            self.vit_model(pack["packed_vit_tokens"], pack["packed_vit_position_ids"], pack["vit_token_seqlens"])
+        )
         vit = features + self.vit_pos_embed(pack["packed_vit_position_ids"]).to(features.dtype)
         vae = self.vae2llm(latents_NC.to(self.vae2llm.weight.dtype))
         vae = vae + self.time_embedder(t_N) + self.latent_pos_embed(pack["packed_latent_position_ids"]).to(vae.dtype)
-        order = torch.cat([pack["packed_text_indexes"], pack["packed_vit_token_indexes"], pack["packed_vae_token_indexes"]])
+        order = torch.cat(
+            [pack["packed_text_indexes"], pack["packed_vit_token_indexes"], pack["packed_vae_token_indexes"]]
+        )
         wide = torch.promote_types(text.dtype, vae.dtype)
         return torch.cat([text.to(wide), vit.to(wide), vae.to(wide)]), order, len(text) + len(vit)
 
@@ -114,15 +131,15 @@ class Bagel(nn.Module):
     def answer(self, query: dict[str, Any]) -> dict[str, Tensor]:
         """Run new tokens of several contexts, each seeing its own past.
 
-        query: the token fields of a pack, `query_lens`, `causal`, `store` (append to the contexts), `t` (N,) of the latents, and
-        `want`: logits (of all text tokens), velocity (of all latents) or none.
+        query: the token fields of a pack, `query_lens`, `causal`, `store` (append to the contexts), `t` (N,) of the
+        latents, and `want`: logits (of all text tokens), velocity (of all latents) or none.
         """
         contexts: Sequence[Context] = query["contexts"]
         x, order, num_und = self.embed(query, query["latents"], query["t"])
         attention = CachedAttention(contexts, query["query_lens"], order, causal=query["causal"], store=query["store"])
         hidden = self.language_model.model(x, num_und, query["packed_position_ids"][order], attention)
         if query["want"] == "logits":
-            return {"logits": self.language_model.lm_head(hidden[:len(query["packed_text_ids"])]).float()}
+            return {"logits": self.language_model.lm_head(hidden[: len(query["packed_text_ids"])]).float()}
         if query["want"] == "velocity":
             return {"velocity": self.llm2vae(hidden[num_und:]).float()}
         return {}
@@ -135,7 +152,14 @@ def _rows_of(indexes: Tensor, subset: Tensor) -> Tensor:
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Values in all, in each expert, and in each small part, as the released model's table gives them."""
-    counts = {"total": 0, "trainable": 0, "understanding expert": 0, "generation expert": 0, "embedding and head": 0, "vision tower": 0}
+    counts = {
+        "total": 0,
+        "trainable": 0,
+        "understanding expert": 0,
+        "generation expert": 0,
+        "embedding and head": 0,
+        "vision tower": 0,
+    }
     for name, parameter in model.named_parameters():
         if "moe_gen" in name:
             part = "generation expert"

@@ -1,4 +1,6 @@
-"""The joint objective: cross entropy of text and squared error of velocities, as means over all tokens of an optimizer step."""
+"""The joint objective: cross entropy of text and squared error of velocities, as means over all tokens of an optimizer
+step.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,11 +16,13 @@ from shared.dist import sum_over_ranks
 
 
 @torch.no_grad()
-def with_latents(pack: dict[str, Any], autoencoder: Autoencoder, config: ModelConfig, *, together: bool = False) -> dict[str, Any]:
+def with_latents(
+    pack: dict[str, Any], autoencoder: Autoencoder, config: ModelConfig, *, together: bool = False
+) -> dict[str, Any]:
     """The pack with `packed_latents` (N, C), fp32, made of its pictures.
 
-    Pictures of one size are encoded as a batch. together: all on one canvas padded with zeros at the right and bottom, as the
-    released code does, which changes latents near the border.
+    Pictures of one size are encoded as a batch. together: all on one canvas padded with zeros at the right and bottom,
+    as the released code does, which changes latents near the border.
     """
     images, patch = pack["vae_images"], config.latent_patch_size
     groups: dict[tuple[int, int], list[int]] = {}
@@ -33,7 +37,7 @@ def with_latents(pack: dict[str, Any], autoencoder: Autoencoder, config: ModelCo
         noise = torch.stack([_grown(pack["posterior_noise"][i], *cells) for i in members])
         for i, latent in zip(members, autoencoder.encode(canvas, noise).float(), strict=True):
             rows, columns = pack["patchified_vae_latent_shapes"][i]
-            tokens[i] = patchify(latent[:, :rows * patch, :columns * patch], patch)
+            tokens[i] = patchify(latent[:, : rows * patch, : columns * patch], patch)
     joined = torch.cat(tokens) if tokens else pack["packed_noise"].new_zeros(0, config.latent_width)
     return {**pack, "packed_latents": joined}
 
@@ -55,14 +59,15 @@ def count_targets(packs: Sequence[dict[str, Any]], reweighting: bool) -> Tensor:
     return sum_over_ranks(torch.tensor(own, dtype=torch.float64).sum(dim=0))
 
 
-def joint_losses(model: Callable[[dict], dict[str, Tensor]], packs: Sequence[dict[str, Any]], training: TrainingConfig,
-                 world: int) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+def joint_losses(
+    model: Callable[[dict], dict[str, Tensor]], packs: Sequence[dict[str, Any]], training: TrainingConfig, world: int
+) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """One (loss, metrics) for each micro-batch; summed over them and averaged over ranks they are
 
         text_loss_weight * mean over text tokens of CE + image_loss_weight * mean over latent tokens of MSE.
 
-    The means run over all tokens of all ranks and micro-batches (`window`), or are means of each micro-batch's means (`micro`,
-    the released rule). A term without a single token counts 0.
+    The means run over all tokens of all ranks and micro-batches (`window`), or are means of each micro-batch's means
+    (`micro`, the released rule). A term without a single token counts 0.
     """
     whole = count_targets(packs, training.ce_loss_reweighting) if training.loss_normalization == "window" else None
     for pack in packs:
@@ -72,5 +77,9 @@ def joint_losses(model: Callable[[dict], dict[str, Tensor]], packs: Sequence[dic
         text = (losses["ce"] * token_weights(pack, training.ce_loss_reweighting)).sum() * (world / text_tokens)
         image = losses["mse"].mean(dim=-1).sum() * (world / image_tokens)
         # The loop averages metrics over micro-batches, so each carries its share times their number.
-        metrics = {"text_loss": text.detach() * len(packs), "image_loss": image.detach() * len(packs), "tokens": float(pack["sequence_length"])}
+        metrics = {
+            "text_loss": text.detach() * len(packs),
+            "image_loss": image.detach() * len(packs),
+            "tokens": float(pack["sequence_length"]),
+        }
         yield training.text_loss_weight * text + training.image_loss_weight * image, metrics

@@ -1,10 +1,11 @@
-"""From planned samples to packs: token layout, positions, losses and splits of a pack, and which samples share one.
+"""From planned samples to packs: token layout, positions, losses and splits.
 
-A plan is a list of PlanItem. Letters of shapes: N latent tokens, C numbers of a latent token, Z latent channels, h w latent cells.
+A plan is a list of PlanItem. Letters of shapes: N latent tokens, C numbers of a latent token, Z latent channels, h w
+latent cells.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from bagel.attention import CAUSAL, FULL, NOISE
 from bagel.generation import SpecialTokens
 from bagel.layers import patchify, position_ids
 
-CLEAN = -math.inf     # raw time of a clean picture
+CLEAN = -math.inf  # raw time of a clean picture
 
 
 @dataclass
@@ -24,17 +25,17 @@ class PlanItem:
 
     type: Literal["text", "vit_image", "vae_image"]
     ids: list[int] = field(default_factory=list)
-    size: tuple[int, int] = (0, 0)          # (height, width) after resizing
-    image: Tensor | None = None             # float32 (3, H, W) in [-1, 1]
-    source: str = ""                        # where the picture comes from
-    enable_cfg: int = 0                     # may be left out as a condition
+    size: tuple[int, int] = (0, 0)  # (height, width) after resizing
+    image: Tensor | None = None  # float32 (3, H, W) in [-1, 1]
+    source: str = ""  # where the picture comes from
+    enable_cfg: int = 0  # may be left out as a condition
     loss: int = 0
-    special_token_loss: int = 0             # predict special_token_label at the closing mark
+    special_token_loss: int = 0  # predict special_token_label at the closing mark
     special_token_label: int | None = None
-    cut: bool = False                       # the text was cut short, so its closing mark is not learned
-    split_start: bool = True                # first frame of its block
-    split_end: bool = True                  # last frame of its block
-    frame_delta: int | None = None          # positions from this frame to the next
+    cut: bool = False  # the text was cut short, so its closing mark is not learned
+    split_start: bool = True  # first frame of its block
+    split_end: bool = True  # last frame of its block
+    frame_delta: int | None = None  # positions from this frame to the next
 
     def tokens(self, latent_stride: int, vit_patch: int) -> int:
         """Tokens without the two marks."""
@@ -49,10 +50,10 @@ class PackFormat:
     """Sizes and marks that turn items into tokens."""
 
     tokens: SpecialTokens
-    latent_stride: int          # pixels of a latent token's side
+    latent_stride: int  # pixels of a latent token's side
     max_latent_size: int
     vit_patch: int
-    vit_side: int               # patches of the position table's side
+    vit_side: int  # patches of the position table's side
     interpolate_pos: bool
     latent_patch: int
     latent_channels: int
@@ -68,7 +69,9 @@ class PackFormat:
 
 @dataclass
 class Draws:
-    """The random numbers of one sample: what is left out, raw times of pictures to generate, and where noise comes from."""
+    """The random numbers of one sample: what is left out, raw times of pictures to generate, and where noise comes
+    from.
+    """
 
     uniforms: Sequence[float]
     raw_times: Iterator[float]
@@ -100,10 +103,26 @@ class PackBuilder:
 
     def __init__(self, layout: PackFormat):
         self.layout = layout
-        self.lists: dict[str, list] = {name: [] for name in (
-            "packed_text_ids", "packed_text_indexes", "packed_position_ids", "packed_label_ids", "ce_loss_indexes", "ce_loss_weights",
-            "packed_vit_token_indexes", "packed_vae_token_indexes", "packed_timesteps", "mse_loss_indexes", "sample_lens",
-            "split_lens", "attn_modes", "vit_token_seqlens", "patchified_vae_latent_shapes")}
+        self.lists: dict[str, list] = {
+            name: []
+            for name in (
+                "packed_text_ids",
+                "packed_text_indexes",
+                "packed_position_ids",
+                "packed_label_ids",
+                "ce_loss_indexes",
+                "ce_loss_weights",
+                "packed_vit_token_indexes",
+                "packed_vae_token_indexes",
+                "packed_timesteps",
+                "mse_loss_indexes",
+                "sample_lens",
+                "split_lens",
+                "attn_modes",
+                "vit_token_seqlens",
+                "patchified_vae_latent_shapes",
+            )
+        }
         self.vit_tokens: list[Tensor] = []
         self.vit_cells: list[Tensor] = []
         self.latent_cells: list[Tensor] = []
@@ -177,7 +196,9 @@ class PackBuilder:
         rows, columns = (side // self.layout.vit_patch for side in item.size)
         self._mark(self.layout.tokens.start_of_image, rope)
         self._image_tokens("packed_vit_token_indexes", rows * columns, rope)
-        self.vit_cells.append(position_ids(rows, columns, self.layout.vit_side, interpolate=self.layout.interpolate_pos))
+        self.vit_cells.append(
+            position_ids(rows, columns, self.layout.vit_side, interpolate=self.layout.interpolate_pos)
+        )
         self.lists["vit_token_seqlens"].append(rows * columns)
         if item.image is not None:
             self.vit_tokens.append(patchify(item.image, self.layout.vit_patch))
@@ -196,7 +217,9 @@ class PackBuilder:
         if item.loss:
             self.lists["mse_loss_indexes"].extend(range(self.length, self.length + rows * columns))
         self._image_tokens("packed_vae_token_indexes", rows * columns, rope)
-        self.latent_cells.append(position_ids(rows, columns, layout.max_latent_size, interpolate=layout.interpolate_pos))
+        self.latent_cells.append(
+            position_ids(rows, columns, layout.max_latent_size, interpolate=layout.interpolate_pos)
+        )
         self.lists["patchified_vae_latent_shapes"].append([rows, columns])
         self.lists["packed_timesteps"].extend([raw] * (rows * columns))
         self.images.append(item.image)
@@ -217,9 +240,12 @@ class PackBuilder:
             self.add([PlanItem("text")], Draws([1.0], iter(())), Dropout())
         plain = {"sample_lens", "split_lens", "attn_modes", "vit_token_seqlens", "patchified_vae_latent_shapes"}
         fractional = {"ce_loss_weights", "packed_timesteps"}
-        pack: dict[str, Any] = {name: values if name in plain else
-                                torch.tensor(values, dtype=torch.float32 if name in fractional else torch.int64)
-                                for name, values in self.lists.items()}
+        pack: dict[str, Any] = {
+            name: values
+            if name in plain
+            else torch.tensor(values, dtype=torch.float32 if name in fractional else torch.int64)
+            for name, values in self.lists.items()
+        }
         layout, none = self.layout, torch.zeros(0, dtype=torch.int64)
         pack["packed_vit_tokens"] = torch.cat([torch.zeros(0, 3 * layout.vit_patch**2), *self.vit_tokens])
         pack["packed_vit_position_ids"] = torch.cat([none, *self.vit_cells])
@@ -233,141 +259,9 @@ class PackBuilder:
 
 
 def _mode(item: PlanItem) -> str:
-    """How the split of this item attends. As in the released code, a clip whose first frame has a frame_delta counts as clean."""
+    """How the split of this item attends. As in the released code, a clip whose first frame has a frame_delta counts as
+    clean.
+    """
     if item.type == "text":
         return CAUSAL
     return NOISE if item.loss and item.frame_delta is None else FULL
-
-
-# --- which samples share a pack ---------------------------------------------------------------------------------------
-
-Key = tuple[int, int]      # (epoch, index)
-
-
-class Packer:
-    """Fills packs of at most `capacity` tokens and loses no sample.
-
-    A pack starts with the sample that waits longest and goes on in order; what does not fit waits. When nothing in order fits,
-    the largest waiting sample that fits is taken, until none does. `order(epoch)` gives the indices of an epoch; the last pack of
-    an epoch may be short. The state is the position and the waiting samples, the same on every rank.
-    """
-
-    def __init__(self, order: Callable[[int], Sequence[int]], length: Callable[[int, int], int], *, capacity: int, buffer_size: int):
-        self.order, self.length = order, length
-        self.capacity, self.buffer_size = capacity, buffer_size
-        self.epoch, self.cursor = 0, 0
-        self.waiting: list[Key] = []
-        self._sizes: dict[Key, int] = {}
-        self._order: tuple[int, Sequence[int]] | None = None
-
-    def next_pack(self) -> list[Key]:
-        """The (epoch, index) of the samples of the next pack."""
-        self._refill()
-        while not self.waiting:
-            self.epoch, self.cursor = self.epoch + 1, 0
-            self._refill()
-        pack: list[Key] = []
-        room = self.capacity
-        for key in list(self.waiting):
-            if pack and self._size(key) > room:
-                break
-            room -= self._take(key, pack)
-        while fitting := [key for key in self.waiting if self._size(key) <= room]:
-            room -= self._take(max(fitting, key=self._size), pack)
-        return pack
-
-    def _size(self, key: Key) -> int:
-        if key not in self._sizes:
-            self._sizes[key] = self.length(key[1], key[0])
-        return self._sizes[key]
-
-    def _take(self, key: Key, pack: list[Key]) -> int:
-        size = self._size(key)
-        self.waiting.remove(key)
-        del self._sizes[key]
-        pack.append(key)
-        self._refill()
-        return size
-
-    def _refill(self) -> None:
-        order = self._indices(self.epoch)
-        while len(self.waiting) < self.buffer_size and self.cursor < len(order):
-            self.waiting.append((self.epoch, int(order[self.cursor])))
-            self.cursor += 1
-
-    def _indices(self, epoch: int) -> Sequence[int]:
-        """The order of an epoch, worked out once."""
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, self.order(epoch))
-        return self._order[1]
-
-    def state(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "cursor": self.cursor, "waiting": [list(key) for key in self.waiting]}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.epoch, self.cursor = state["epoch"], state["cursor"]
-        self.waiting = [(epoch, index) for epoch, index in state["waiting"]]
-
-
-class SamplePacker(Packer):
-    """Packs of a fixed number of samples, whatever their length; a pack runs on into the next epoch."""
-
-    def __init__(self, order: Callable[[int], Sequence[int]], length: Callable[[int, int], int], *, samples: int):
-        super().__init__(order, length, capacity=0, buffer_size=samples)
-
-    def next_pack(self) -> list[Key]:
-        """The next `samples` samples in order."""
-        pack: list[Key] = []
-        while len(pack) < self.buffer_size:
-            self._refill()
-            wanted = self.buffer_size - len(pack)
-            pack, self.waiting = pack + self.waiting[:wanted], self.waiting[wanted:]
-            if len(pack) < self.buffer_size:
-                self.epoch, self.cursor = self.epoch + 1, 0
-        return pack
-
-
-class ReferencePacker(Packer):
-    """The released loop, which can lose samples: kept for comparison, `--packing reference`.
-
-    Samples longer than `max_sample` are skipped; below `prefer_buffer_before` tokens the buffer comes first; a sample that
-    does not fit goes to the buffer if it came from the stream and there is room, else it closes the pack and is lost.
-    written: tokens that a sample really takes, where that differs from the length that decides whether it fits.
-    """
-
-    def __init__(self, order: Callable[[int], Sequence[int]], length: Callable[[int, int], int], *, expected: int, capacity: int,
-                 max_sample: int, prefer_buffer_before: int, buffer_size: int, written: Callable[[int, int], int] | None = None):
-        super().__init__(order, length, capacity=capacity, buffer_size=buffer_size)
-        self.written = written or length
-        self.expected, self.max_sample, self.prefer_buffer_before = expected, max_sample, prefer_buffer_before
-
-    def next_pack(self) -> list[Key]:
-        """The samples of the next pack; the stream of epochs does not end."""
-        pack: list[Key] = []
-        filled = 0
-        while filled < self.expected:
-            buffered = filled < self.prefer_buffer_before and bool(self.waiting)
-            key = self.waiting.pop(0) if buffered else self._draw()
-            size = self._size(key)
-            if size > self.max_sample:
-                continue
-            if filled + size > self.capacity:
-                if not buffered and len(self.waiting) < self.buffer_size:
-                    self.waiting.append(key)
-                    continue
-                break
-            pack.append(key)
-            filled += self.written(key[1], key[0])
-        return pack
-
-    def _draw(self) -> Key:
-        if self.cursor >= len(self._indices(self.epoch)):
-            self.epoch, self.cursor = self.epoch + 1, 0
-        self.cursor += 1
-        return (self.epoch, int(self._indices(self.epoch)[self.cursor - 1]))
-
-
-def padding_share(lengths: Iterable[int], capacity: int) -> float:
-    """Share of padding when packs of these lengths are padded to `capacity`."""
-    lengths = list(lengths)
-    return 1 - sum(lengths) / (capacity * len(lengths)) if lengths else 0.0

@@ -1,4 +1,4 @@
-"""The dry run: the configured model at full size on fake tensors, one representative pack, and what the step will cost."""
+"""The dry run: the model at full size on fake tensors, a representative pack, and what a step will cost."""
 
 from typing import Any
 
@@ -22,13 +22,21 @@ from shared.plan import FrozenPart, describe, make_plan, measure
 
 
 def representative_pack(config: Config, model: ModelConfig) -> tuple[dict[str, Any], list[tuple[int, int]]]:
-    """A pack filled with pictures to draw, pictures to describe and edits in turn, all at the largest size of the settings, and
-    the sizes of the pictures to encode. With packing=samples: batch_size samples.
+    """A pack filled with pictures to draw, pictures to describe and edits in turn, all at the largest size of the
+    settings, and the sizes of the pictures to encode. With packing=samples: batch_size samples.
     """
     vae, vit = transforms_of(config.data, model)
     drawn, seen = vae.sides(vae.max_size, vae.max_size)[::-1], vit.sides(vit.max_size, vit.max_size)[::-1]
-    layout = PackFormat(SpecialTokens(0, 1, 2, 3), model.latent_stride, model.max_latent_size, model.vision.patch_size,
-                        model.vision.patches_per_side, model.interpolate_pos, model.latent_patch_size, model.autoencoder.z_channels)
+    layout = PackFormat(
+        SpecialTokens(0, 1, 2, 3),
+        model.latent_stride,
+        model.max_latent_size,
+        model.vision.patch_size,
+        model.vision.patches_per_side,
+        model.interpolate_pos,
+        model.latent_patch_size,
+        model.autoencoder.z_channels,
+    )
     words = PlanItem("text", ids=[4] * 62)
     target, source = PlanItem("vae_image", size=drawn, loss=1), PlanItem("vae_image", size=drawn)
     look = PlanItem("vit_image", size=seen)
@@ -53,7 +61,7 @@ def representative_pack(config: Config, model: ModelConfig) -> tuple[dict[str, A
 
 def _build(config: Config, model: ModelConfig) -> nn.Module:
     default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16 if model.use_lora else default)      # a frozen base is kept in bf16
+    torch.set_default_dtype(torch.bfloat16 if model.use_lora else default)  # a frozen base is kept in bf16
     try:
         net = Bagel(model)
     finally:
@@ -107,6 +115,12 @@ def print_plan(config: Config) -> None:
     precision = config.run.precision or "bf16"
     measured = measure(lambda: _build(config, model), step, precision, (MoTDecoderLayer, EncoderLayer))
     parts = [part for part in (_encoder_part(model, sizes), _packed_part(model)) if part]
-    plan = make_plan(f"BAGEL, packs of {pack['sequence_length']} tokens ({len(pack['sample_lens'])} samples, {len(sizes)} pictures to encode)",
-                     measured, run=config.run, training=config.training, frozen_parts=parts)
+    plan = make_plan(
+        f"BAGEL, packs of {pack['sequence_length']} tokens ({len(pack['sample_lens'])} samples, "
+        f"{len(sizes)} pictures to encode)",
+        measured,
+        run=config.run,
+        training=config.training,
+        frozen_parts=parts,
+    )
     print(describe(plan))

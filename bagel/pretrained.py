@@ -1,4 +1,6 @@
-"""Folders of released form (llm_config.json, vit_config.json, ae.safetensors, ema.safetensors, tokenizer): reading and writing."""
+"""Folders of released form (llm_config.json, vit_config.json, ae.safetensors, ema.safetensors, tokenizer): reading and
+writing.
+"""
 
 import json
 import os
@@ -36,13 +38,20 @@ def read_config(config: ModelConfig) -> ModelConfig:
         return config
     folder = Path(config.model_path)
     if not folder.is_dir():
-        raise UserError(f"--model-path {folder}: no such folder; give a folder with llm_config.json, vit_config.json, ae.safetensors "
-                        f"and ema.safetensors")
+        raise UserError(
+            f"--model-path {folder}: no such folder; give one with llm_config.json, vit_config.json, ae.safetensors "
+            f"and ema.safetensors"
+        )
     language, vision = _read_json(folder / "llm_config.json"), _read_json(folder / "vit_config.json")
-    vision = {**vision, "num_hidden_layers": vision.get("num_hidden_layers", 27) - 1}      # features of the second-last layer
-    changes: dict[str, Any] = {"language": _section(LanguageConfig, language, folder / "llm_config.json"),
-                               "vision": _section(VisionConfig, vision, folder / "vit_config.json")}
-    extra = folder / "bagel_config.json"       # written by export_folder; the released folder has none
+    vision = {
+        **vision,
+        "num_hidden_layers": vision.get("num_hidden_layers", 27) - 1,
+    }  # features of the second-last layer
+    changes: dict[str, Any] = {
+        "language": _section(LanguageConfig, language, folder / "llm_config.json"),
+        "vision": _section(VisionConfig, vision, folder / "vit_config.json"),
+    }
+    extra = folder / "bagel_config.json"  # written by export_folder; the released folder has none
     if extra.is_file():
         saved = _read_json(extra)
         changes["autoencoder"] = AutoencoderConfig(**saved.pop("autoencoder"))
@@ -82,13 +91,23 @@ def _autoencoder_sizes(path: Path, default: AutoencoderConfig) -> AutoencoderCon
     try:
         ch = shapes["encoder.conv_in.weight"][0]
         levels = 1 + max(int(found[1]) for name in shapes if (found := re.match(r"encoder\.down\.(\d+)\.", name)))
-        blocks = 1 + max(int(found[1]) for name in shapes if (found := re.match(r"encoder\.down\.0\.block\.(\d+)\.", name)))
+        blocks = 1 + max(
+            int(found[1]) for name in shapes if (found := re.match(r"encoder\.down\.0\.block\.(\d+)\.", name))
+        )
         factors = [shapes[f"encoder.down.{level}.block.0.conv1.weight"][0] // ch for level in range(levels)]
         channels = shapes["encoder.conv_out.weight"][0] // 2
     except (KeyError, ValueError) as error:
         raise UserError(f"{path}: not a FLUX autoencoder, {error} is missing") from None
-    return AutoencoderConfig(kind="flux", ch=ch, ch_mult=factors, num_res_blocks=blocks, z_channels=channels, downsample=2 ** (levels - 1),
-                             scale_factor=default.scale_factor, shift_factor=default.shift_factor)
+    return AutoencoderConfig(
+        kind="flux",
+        ch=ch,
+        ch_mult=factors,
+        num_res_blocks=blocks,
+        z_channels=channels,
+        downsample=2 ** (levels - 1),
+        scale_factor=default.scale_factor,
+        shift_factor=default.shift_factor,
+    )
 
 
 def _shapes(path: Path) -> dict[str, list[int]]:
@@ -101,15 +120,15 @@ def _open(path: Path) -> Any:
         raise FileNotFoundError(2, "missing in the model folder", str(path))
     try:
         return safe_open(path, framework="pt")
-    except Exception as error:      # safetensors raises its own error type; all mean a damaged file
+    except Exception as error:  # safetensors raises its own error type; all mean a damaged file
         raise UserError(f"{path}: not a complete safetensors file ({error}); copy it again") from None
 
 
 def build_model(config: ModelConfig, *, rows: int = 0, dtype: torch.dtype | None = None) -> Bagel:
     """The model on the CPU, with released or random weights, frozen and adapted as the settings say.
 
-    config: as read_config returns it. rows: least rows of the embedding (the tokenizer's ids). dtype: of frozen weights when
-    adapters are trained; all that trains is fp32.
+    config: as read_config returns it. rows: least rows of the embedding (the tokenizer's ids). dtype: of frozen weights
+    when adapters are trained; all that trains is fp32.
     """
     if config.model_path is None and not config.from_scratch:
         raise UserError("no weights: give --model-path FOLDER, or --from-scratch to start from random weights")
@@ -157,11 +176,14 @@ def _weights_file(folder: Path) -> Path:
 def load_released(model: Bagel, path: Path) -> None:
     """Copy weights one by one, so that no second copy of the model is held; names and shapes must fit.
 
-    The two position tables are left out. Where no generation expert is in the file it starts as a copy of the other, when the
-    settings allow. A convolution for patches becomes its linear form. Quantized layers are filled as they are read.
+    The two position tables are left out. Where no generation expert is in the file it starts as a copy of the other,
+    when the settings allow. A convolution for patches becomes its linear form. Quantized layers are filled as they are
+    read.
     """
     targets = dict(model.named_parameters())
-    quantized = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    quantized = {
+        f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)
+    }
     loaded, faults = set(), []
     with _open(path) as file, torch.no_grad():
         for name in file.keys():
@@ -180,11 +202,19 @@ def load_released(model: Bagel, path: Path) -> None:
                 loaded.add(name)
     missing = {*targets, *quantized} - loaded - set(TABLES)
     experts = {name for name in missing if "_moe_gen" in name}
-    copied = bool(experts) and model.config.copy_init_moe and not quantized and not any("_moe_gen" in name for name in loaded)
+    copied = (
+        bool(experts)
+        and model.config.copy_init_moe
+        and not quantized
+        and not any("_moe_gen" in name for name in loaded)
+    )
     if missing - (experts if copied else set()):
         faults += [f"{name} is missing in the file" for name in sorted(missing - (experts if copied else set()))]
     if faults:
-        raise UserError(f"{path} does not fit the model, {len(faults)} faults: {'; '.join(faults[:6])}{'; ...' if len(faults) > 6 else ''}")
+        raise UserError(
+            f"{path} does not fit the model, {len(faults)} faults: {'; '.join(faults[:6])}"
+            f"{'; ...' if len(faults) > 6 else ''}"
+        )
     if copied:
         model.language_model.copy_experts()
 
@@ -200,16 +230,25 @@ def load_autoencoder(config: ModelConfig) -> Autoencoder:
     autoencoder = build_autoencoder(config.autoencoder)
     if isinstance(autoencoder, FluxAutoencoder):
         if config.model_path is None:
-            raise UserError("the FLUX autoencoder needs weights: give --model-path with ae.safetensors, or use "
-                            "--set model.autoencoder.kind=pixel")
+            raise UserError(
+                "the FLUX autoencoder needs weights: give --model-path with ae.safetensors, or use "
+                "--set model.autoencoder.kind=pixel"
+            )
         path = Path(config.model_path) / "ae.safetensors"
         with _open(path) as file:
             load_strict(autoencoder, {name: file.get_tensor(name) for name in file.keys()}, what=str(path))
     return autoencoder
 
 
-def export_folder(folder: Path, config: ModelConfig, weights: dict[str, Tensor], autoencoder: Autoencoder,
-                  tokenizer_files: Iterable[Path] = (), *, dtype: torch.dtype = torch.float32) -> None:
+def export_folder(
+    folder: Path,
+    config: ModelConfig,
+    weights: dict[str, Tensor],
+    autoencoder: Autoencoder,
+    tokenizer_files: Iterable[Path] = (),
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Write a folder of released form that --model-path takes, aside and renamed.
 
     bagel_config.json beside it holds what the released form has no place for.
@@ -217,7 +256,12 @@ def export_folder(folder: Path, config: ModelConfig, weights: dict[str, Tensor],
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    language = {**config.language.model_dump(), "qk_norm": True, "layer_module": "Qwen2MoTDecoderLayer", "tie_word_embeddings": False}
+    language = {
+        **config.language.model_dump(),
+        "qk_norm": True,
+        "layer_module": "Qwen2MoTDecoderLayer",
+        "tie_word_embeddings": False,
+    }
     language["vocab_size"] = weights["language_model.lm_head.weight"].shape[0]
     vision = {**config.vision.model_dump(), "num_hidden_layers": config.vision.num_hidden_layers + 1}
     own = {name: config[name] for name in ("latent_patch_size", "max_latent_size", "interpolate_pos", "timestep_shift")}

@@ -1,4 +1,5 @@
-"""Frozen projections in 4 or 8 bits, in plain torch: NF4 (blocks of 64, Dettmers et al. 2023) and INT8 (per row, absolute maximum).
+"""Frozen projections in 4 or 8 bits, in plain torch: NF4 (blocks of 64, Dettmers et al. 2023) and INT8 (per row,
+absolute maximum).
 
 The weight is unpacked to the input's type for each product; only the input receives a gradient.
 """
@@ -11,9 +12,24 @@ from shared.errors import UserError
 
 BLOCK = 64
 # The 16 NormalFloat levels: quantiles of the normal distribution, scaled to [-1, 1], with an exact zero.
-NF4_LEVELS = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-              -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-              0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
+NF4_LEVELS = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
 
 
 def quantize_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,7 +47,7 @@ def dequantize_nf4(codes: Tensor, scale: Tensor, shape: tuple[int, int], dtype: 
     """The weight of `shape` again, as close as 16 levels allow."""
     index = torch.stack([codes >> 4, codes & 15], dim=1).flatten().int()
     values = torch.tensor(NF4_LEVELS, device=codes.device)[index].view(-1, BLOCK) * scale[:, None]
-    return values.flatten()[:shape[0] * shape[1]].view(shape).to(dtype)
+    return values.flatten()[: shape[0] * shape[1]].view(shape).to(dtype)
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,7 +89,9 @@ class QuantizedLinear(nn.Module):
     def of(cls, linear: nn.Linear, kind: str) -> "QuantizedLinear":
         """The quantized form of a linear layer."""
         with torch.device(linear.weight.device):
-            layer = cls(linear.in_features, linear.out_features, kind, bias=linear.bias is not None, dtype=linear.weight.dtype)
+            layer = cls(
+                linear.in_features, linear.out_features, kind, bias=linear.bias is not None, dtype=linear.weight.dtype
+            )
         if not linear.weight.is_meta:
             layer.store(linear.weight)
             if linear.bias is not None:
@@ -84,7 +102,9 @@ class QuantizedLinear(nn.Module):
     def store(self, weight: Tensor) -> None:
         """Quantize `weight` (out, in) into this layer."""
         if tuple(weight.shape) != (self.out_features, self.in_features):
-            raise ValueError(f"weight of shape {tuple(weight.shape)} for a layer of {(self.out_features, self.in_features)}")
+            raise ValueError(
+                f"weight of shape {tuple(weight.shape)} for a layer of {(self.out_features, self.in_features)}"
+            )
         codes, scale = quantize_nf4(weight) if self.kind == "nf4" else quantize_int8(weight)
         self.codes.copy_(codes)
         self.scale.copy_(scale)
@@ -121,11 +141,15 @@ def quantize_projections(model: nn.Module, kind: str) -> None:
         raise UserError(f"quantization {kind!r}: expected none, nf4 or int8")
     for name, module in list(model.named_modules()):
         if is_projection(name) and isinstance(module, nn.Linear):
-            model.get_submodule(name.rsplit(".", 1)[0]).register_module(name.rsplit(".", 1)[1], QuantizedLinear.of(module, kind))
+            model.get_submodule(name.rsplit(".", 1)[0]).register_module(
+                name.rsplit(".", 1)[1], QuantizedLinear.of(module, kind)
+            )
 
 
 def error_table(model: nn.Module, kind: str) -> list[dict[str, float | str]]:
-    """Per projection: largest and mean absolute error of the stored weight, relative error, and bytes before (bf16) and after."""
+    """Per projection: largest and mean absolute error of the stored weight, relative error, and bytes before (bf16) and
+    after.
+    """
     rows = []
     for name, module in model.named_modules():
         if not (is_projection(name) and isinstance(module, nn.Linear)):
@@ -133,7 +157,14 @@ def error_table(model: nn.Module, kind: str) -> list[dict[str, float | str]]:
         stored = QuantizedLinear.of(module, kind)
         weight = module.weight.detach().float()
         error = (stored.weight_as(torch.float32) - weight).abs()
-        rows.append({"layer": name, "max_error": error.max().item(), "mean_error": error.mean().item(),
-                     "relative_error": (error.norm() / weight.norm()).item(), "bytes_bf16": 2 * weight.numel(),
-                     "bytes_stored": stored.bytes_stored})
+        rows.append(
+            {
+                "layer": name,
+                "max_error": error.max().item(),
+                "mean_error": error.mean().item(),
+                "relative_error": (error.norm() / weight.norm()).item(),
+                "bytes_bf16": 2 * weight.numel(),
+                "bytes_stored": stored.bytes_stored,
+            }
+        )
     return rows

@@ -1,7 +1,7 @@
 """The record formats: how each is recognised and checked, and what it means as a sequence of texts and pictures.
 
-A record becomes a list of Steps. The rules follow section "Data format" of the README: text of the assistant and pictures of
-the assistant are learned; text and pictures of the user are conditions.
+A record becomes a list of Steps. The rules follow section "Data format" of the README: text of the assistant and
+pictures of the assistant are learned; text and pictures of the user are conditions.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,8 +27,8 @@ class RecordFault(Exception):
 class Step:
     """One text or one picture of a record, in order.
 
-    target: it is learned. latents, vision: a picture (or, for a target, its clean copy) is given to what follows as latents, as
-    ViT tokens. enable_cfg: may be left out as a condition.
+    target: it is learned. latents, vision: a picture (or, for a target, its clean copy) is given to what follows as
+    latents, as ViT tokens. enable_cfg: may be left out as a condition.
     """
 
     text: str | None = None
@@ -39,11 +39,19 @@ class Step:
     enable_cfg: bool = False
 
 
-Draw = Callable[[int], int]      # draw(n) -> a number below n, keyed by seed, epoch and index
+Draw = Callable[[int], int]  # draw(n) -> a number below n, keyed by seed, epoch and index
 
 
-def image_items(source: str, vae_size: tuple[int, int], vit_size: tuple[int, int], *, target: bool, latents: bool, vision: bool,
-                enable_cfg: bool) -> list[PlanItem]:
+def image_items(
+    source: str,
+    vae_size: tuple[int, int],
+    vit_size: tuple[int, int],
+    *,
+    target: bool,
+    latents: bool,
+    vision: bool,
+    enable_cfg: bool,
+) -> list[PlanItem]:
     """A picture's copies in their order: to be generated, clean latents, ViT tokens. Sizes: (height, width), pixels."""
     items = []
     if target:
@@ -57,20 +65,29 @@ def image_items(source: str, vae_size: tuple[int, int], vit_size: tuple[int, int
 
 # --- recognising ------------------------------------------------------------------------------------------------------
 
+
 def format_of(record: Any) -> str:
     """The name of the record's format; raises a RecordFault when none or several fit."""
     if not isinstance(record, dict):
         raise RecordFault("E_TYPE", f"a record is an object, found {type(record).__name__}")
     if "record_id" in record and not isinstance(record["record_id"], str):
         raise RecordFault("E_TYPE", "record_id must be a string")
-    marks = {"conversations": "conversations" in record, "text_to_image": "text_prompt" in record,
-             "understanding": "answer" in record or "caption" in record,
-             "editing": "source_image_path" in record or "target_image_path" in record,
-             "multi_turn_editing": "image_list" in record or "instruction_list" in record, "interleaved": "sequence" in record}
+    marks = {
+        "conversations": "conversations" in record,
+        "text_to_image": "text_prompt" in record,
+        "understanding": "answer" in record or "caption" in record,
+        "editing": "source_image_path" in record or "target_image_path" in record,
+        "multi_turn_editing": "image_list" in record or "instruction_list" in record,
+        "interleaved": "sequence" in record,
+    }
     found = [name for name, present in marks.items() if present]
     if len(found) != 1:
-        raise RecordFault("E_FORMAT", f"the record fits {' and '.join(found)}; split it" if found else
-                          f"no known format has the keys {sorted(map(str, record))[:8]}")
+        raise RecordFault(
+            "E_FORMAT",
+            f"the record fits {' and '.join(found)}; split it"
+            if found
+            else f"no known format has the keys {sorted(map(str, record))[:8]}",
+        )
     return _conversation_kind(record) if found == ["conversations"] else found[0]
 
 
@@ -124,6 +141,7 @@ def _paths(value: Any, name: str) -> list[str]:
 
 # --- each format ------------------------------------------------------------------------------------------------------
 
+
 def steps_of(record: dict, kind: str, draw: Draw) -> list[Step]:
     """The record as steps; `draw` chooses among paraphrases and turns. Raises a RecordFault."""
     if not isinstance(record.get("id", ""), (str, int)) or isinstance(record.get("id"), bool):
@@ -157,7 +175,7 @@ def _conversation(record: dict, draw: Draw) -> list[Step]:
 def _check_order(speakers: Sequence[str]) -> None:
     if "system" in speakers[1:]:
         started = [number for number, role in enumerate(speakers) if role != "system"]
-        if started and "system" in speakers[started[0]:]:
+        if started and "system" in speakers[started[0] :]:
             raise RecordFault("E_ROLE", "roles out of order: a system item comes after the conversation has begun")
     spoken = [role for role in speakers if role != "system"]
     if spoken and spoken[0] == "assistant" and "user" in spoken:
@@ -167,12 +185,12 @@ def _check_order(speakers: Sequence[str]) -> None:
 def _with_conditions(steps: list[Step], context: Sequence[bool | None] | None = None) -> list[Step]:
     """What of each step is given to the others, from what follows it.
 
-    A condition text may be dropped when the next target is a picture. A condition picture gives latents and ViT tokens when any
-    later target is a picture, else ViT tokens alone; a target picture gives both when anything follows. context: per step, an
-    explicit choice for pictures, None to decide so.
+    A condition text may be dropped when the next target is a picture. A condition picture gives latents and ViT tokens
+    when any later target is a picture, else ViT tokens alone; a target picture gives both when anything follows.
+    context: per step, an explicit choice for pictures, None to decide so.
     """
     for number, step in enumerate(steps):
-        later = [other for other in steps[number + 1:] if other.target]
+        later = [other for other in steps[number + 1 :] if other.target]
         chosen = context[number] if context else None
         if step.image is None:
             step.enable_cfg = not step.target and bool(later) and later[0].image is not None
@@ -224,22 +242,35 @@ def _understanding(record: dict, draw: Draw) -> list[Step]:
     question = record.get("question", "")
     if not isinstance(question, str):
         raise RecordFault("E_TYPE", f"'question' must be a string, found {type(question).__name__}")
-    return _with_conditions([*(Step(image=path) for path in images), Step(text=question), Step(text=answer[draw(len(answer))], target=True)])
+    return _with_conditions(
+        [*(Step(image=path) for path in images), Step(text=question), Step(text=answer[draw(len(answer))], target=True)]
+    )
 
 
 def _editing(record: dict, draw: Draw) -> list[Step]:
     sources = _paths(_field(record, "source_image_path", (str, list)), "source_image_path")
     instructions, target = _texts(record, "instruction"), _field(record, "target_image_path", str)
-    return _with_conditions([*(Step(image=path) for path in sources), Step(text=instructions[draw(len(instructions))]),
-                             Step(image=target, target=True)])
+    return _with_conditions(
+        [
+            *(Step(image=path) for path in sources),
+            Step(text=instructions[draw(len(instructions))]),
+            Step(image=target, target=True),
+        ]
+    )
 
 
 def _multi_turn_editing(record: dict, draw: Draw) -> list[Step]:
-    """From a drawn start, one turn or two; two turns are joined into one edit half of the time, as in the released data loader."""
+    """From a drawn start, one turn or two; two turns are joined into one edit half of the time, as in the released data
+    loader.
+    """
     images = _paths(_field(record, "image_list", list), "image_list")
     turns = _field(record, "instruction_list", list)
     if len(images) < 2 or len(turns) != len(images) - 1:
-        raise RecordFault("E_IMAGE_COUNT", f"{len(images)} images need {max(1, len(images) - 1)} instructions, found {len(turns)}, and at least 2 images")
+        raise RecordFault(
+            "E_IMAGE_COUNT",
+            f"{len(images)} images need {max(1, len(images) - 1)} instructions, found "
+            f"{len(turns)}; at least 2 images are needed",
+        )
     texts = [_texts({"instruction_list": turn}, "instruction_list") for turn in turns]
     start = draw(len(images) - 1)
     end = min(start + 1 + draw(2), len(images) - 1)
@@ -279,9 +310,16 @@ def _interleaved(record: dict, draw: Draw) -> list[Step]:
     return _with_conditions(steps, context)
 
 
-_READERS = {"conversation": _conversation, "text_only": _conversation, "llava": _llava, "text_to_image": _text_to_image,
-            "understanding": _understanding, "editing": _editing, "multi_turn_editing": _multi_turn_editing,
-            "interleaved": _interleaved}
+_READERS = {
+    "conversation": _conversation,
+    "text_only": _conversation,
+    "llava": _llava,
+    "text_to_image": _text_to_image,
+    "understanding": _understanding,
+    "editing": _editing,
+    "multi_turn_editing": _multi_turn_editing,
+    "interleaved": _interleaved,
+}
 FORMATS = tuple(_READERS)
 
 
@@ -291,8 +329,10 @@ def check_texts(steps: Sequence[Step], escape: bool) -> None:
         if step.text is not None and not escape:
             found = [mark for mark in SPECIAL_STRINGS if mark in step.text]
             if found:
-                raise RecordFault("E_SPECIAL_TOKEN", f"a text contains {found[0]}; remove it, or read it as plain text with "
-                                                     f"--escape-special-tokens")
+                raise RecordFault(
+                    "E_SPECIAL_TOKEN",
+                    f"a text contains {found[0]}; remove it, or read it as plain text with --escape-special-tokens",
+                )
 
 
 def keyed_draw(generator: torch.Generator) -> Draw:

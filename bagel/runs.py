@@ -19,14 +19,21 @@ from shared.checkpoint import find_checkpoint, load_weights
 from shared.config import load_saved
 from shared.errors import UserError
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
 
 @dataclass
 class Opened:
     """A model ready for inference."""
 
-    config: Config | None       # of the run; None for a folder of released form
+    config: Config | None  # of the run; None for a folder of released form
     model_config: ModelConfig
     model: Bagel
     autoencoder: Autoencoder
@@ -35,19 +42,33 @@ class Opened:
     source: Path
 
     def inferencer(self, **settings: Any) -> InterleaveInferencer:
-        return InterleaveInferencer(self.model, self.autoencoder, self.tokenizer, *transforms_of(self.data, self.model_config),
-                                    self.tokenizer.special, **settings)
+        return InterleaveInferencer(
+            self.model,
+            self.autoencoder,
+            self.tokenizer,
+            *transforms_of(self.data, self.model_config),
+            self.tokenizer.special,
+            **settings,
+        )
 
 
-def open_model(path: str, *, model_path: str | None = None, prefer_ema: bool = True, device: str = "auto",
-               dtype: torch.dtype | None = None) -> Opened:
+def open_model(
+    path: str,
+    *,
+    model_path: str | None = None,
+    prefer_ema: bool = True,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+) -> Opened:
     """A run's folder, one of its checkpoints, or a folder of released form.
 
     model_path: where the base of a run lies now, if it has moved. Adapters are merged unless the base is quantized.
     """
     source = Path(path)
     if not source.exists():
-        raise UserError(f"--checkpoint {source}: no such folder; give a run's output folder, a checkpoint or a model folder")
+        raise UserError(
+            f"--checkpoint {source}: no such folder; give a run's output folder, a checkpoint or a model folder"
+        )
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if (source / "llm_config.json").is_file():
         model_config = read_config(ModelConfig(model_path=str(source)))
@@ -60,7 +81,9 @@ def open_model(path: str, *, model_path: str | None = None, prefer_ema: bool = T
             config.model.model_path = model_path
         model_config, data = read_config(config.model), config.data
         tokenizer = load_tokenizer(model_config)
-        model = build_model(model_config, rows=tokenizer.vocab_size, dtype=torch.bfloat16 if config.run.precision == "bf16" else None)
+        model = build_model(
+            model_config, rows=tokenizer.vocab_size, dtype=torch.bfloat16 if config.run.precision == "bf16" else None
+        )
         _put(model, load_weights(checkpoint, prefer_ema=prefer_ema), checkpoint)
         if adapters(model) and model_config.quantization == "none":
             merge_adapters(model)
@@ -79,7 +102,10 @@ def _config_of(checkpoint: Path) -> Config:
 def _data_of(config: ModelConfig) -> DataConfig:
     """Picture sizes that a folder of released form was made for; small models take what their tables hold."""
     data = DataConfig()
-    for sizes, most in ((data.vae_image, config.max_latent_size * config.latent_stride), (data.vit_image, config.vision.image_size)):
+    for sizes, most in (
+        (data.vae_image, config.max_latent_size * config.latent_stride),
+        (data.vit_image, config.vision.image_size),
+    ):
         sizes.min_size = min(sizes.min_size, most)
         sizes.max_size = min(sizes.max_size, most)
     return data
@@ -91,10 +117,16 @@ def _put(model: Bagel, weights: dict[str, Tensor], source: Path) -> None:
     trained = {name for name, parameter in own.items() if parameter.requires_grad}
     faults = [f"{name} is missing" for name in sorted(trained - set(weights))]
     faults += [f"{name} is not in this model" for name in sorted(set(weights) - set(own))]
-    faults += [f"{name} has shape {tuple(value.shape)}, expected {tuple(own[name].shape)}" for name, value in weights.items()
-               if name in own and own[name].shape != value.shape]
+    faults += [
+        f"{name} has shape {tuple(value.shape)}, expected {tuple(own[name].shape)}"
+        for name, value in weights.items()
+        if name in own and own[name].shape != value.shape
+    ]
     if faults:
-        raise UserError(f"{source} does not fit the model of its settings: {'; '.join(faults[:5])}{'; ...' if len(faults) > 5 else ''}")
+        raise UserError(
+            f"{source} does not fit the model of its settings: {'; '.join(faults[:5])}"
+            f"{'; ...' if len(faults) > 5 else ''}"
+        )
     with torch.no_grad():
         for name, value in weights.items():
             own[name].copy_(value)

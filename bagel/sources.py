@@ -15,7 +15,9 @@ from shared.errors import UserError
 
 @dataclass(frozen=True)
 class RawRecord:
-    """One record before it is checked: its line (from 1; list index or row otherwise), and the object or why there is none."""
+    """One record before it is checked: its line (from 1; list index or row otherwise), and the object or why there is
+    none.
+    """
 
     line: int
     value: Any
@@ -47,7 +49,10 @@ class RecordFile:
         if isinstance(value, dict):
             value = value.get("data")
         if fault or not isinstance(value, list):
-            raise UserError(f"{self.path}: expected a JSON list of records, or an object whose key 'data' holds one{f' ({fault})' if fault else ''}")
+            raise UserError(
+                f"{self.path}: expected a JSON list of records, or an object whose key 'data' holds "
+                f"one{f' ({fault})' if fault else ''}"
+            )
         for number, record in enumerate(value):
             yield RawRecord(number, record)
 
@@ -58,14 +63,15 @@ class RecordFile:
 
 
 class ParquetFile(RecordFile):
-    """Rows with the fields of the record formats. A binary column `X` (or {"bytes", "path"}) stands for the picture `image_path`
-    when it is called `image`, else for the field of its own name.
+    """Rows with the fields of the record formats. A binary column `X` (or {"bytes", "path"}) stands for the picture
+    `image_path` when it is called `image`, else for the field of its own name.
     """
 
     def __init__(self, path: Path, image_root: Path | None):
         super().__init__(path, image_root)
         import pyarrow
         import pyarrow.parquet
+
         try:
             schema = pyarrow.parquet.ParquetFile(path).schema_arrow
         except pyarrow.ArrowInvalid as error:
@@ -76,6 +82,7 @@ class ParquetFile(RecordFile):
 
     def records(self) -> Iterator[RawRecord]:
         import pyarrow.parquet
+
         table = pyarrow.parquet.read_table(self.path, columns=self.plain or None)
         rows = table.to_pylist() if self.plain else [{} for _ in range(table.num_rows)]
         for number, row in enumerate(rows):
@@ -96,6 +103,7 @@ class ParquetFile(RecordFile):
     def _cell(self, row: int, column: str) -> Any:
         """The cell, with its row group kept for the next call."""
         import pyarrow.parquet
+
         file = pyarrow.parquet.ParquetFile(self.path)
         first = 0
         for group in range(file.num_row_groups):
@@ -112,8 +120,9 @@ class ParquetFile(RecordFile):
 
 
 class TarFile(RecordFile):
-    """webdataset: each sample has a `json` member with a record (or a `txt` member with a caption); a picture path of the record
-    may name a member by its extension or full name; a record without a picture path takes the sample's own picture.
+    """webdataset: each sample has a `json` member with a record (or a `txt` member with a caption); a picture path of
+    the record may name a member by its extension or full name; a record without a picture path takes the sample's own
+    picture.
     """
 
     PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif")
@@ -121,6 +130,7 @@ class TarFile(RecordFile):
     def __init__(self, path: Path, image_root: Path | None):
         super().__init__(path, image_root)
         from shared.shards import Shards
+
         self.shards = Shards([path])
 
     def records(self) -> Iterator[RawRecord]:
@@ -162,10 +172,14 @@ def open_records(paths: str, image_root: str | None) -> list[RecordFile]:
     for text in paths.split(","):
         path = Path(text.strip())
         if not path.is_file():
-            raise UserError(f"{path}: {'a folder, not a record file' if path.is_dir() else 'no such record file'}; "
-                            f"give .jsonl, .json, .parquet or .tar")
+            raise UserError(
+                f"{path}: {'a folder, not a record file' if path.is_dir() else 'no such record file'}; "
+                f"give .jsonl, .json, .parquet or .tar"
+            )
         if path.suffix not in kinds:
-            raise UserError(f"{path}: unknown kind of record file {path.suffix!r}; give .jsonl, .json, .parquet or .tar")
+            raise UserError(
+                f"{path}: unknown kind of record file {path.suffix!r}; give .jsonl, .json, .parquet or .tar"
+            )
         found.append(kinds[path.suffix](path, root))
     return found
 
@@ -191,6 +205,7 @@ def _maybe_json(value: Any) -> Any:
 
 def _holds_bytes(kind: Any) -> bool:
     import pyarrow
+
     if pyarrow.types.is_struct(kind):
         return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
     return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
@@ -199,8 +214,10 @@ def _holds_bytes(kind: Any) -> bool:
 def _renamed(value: Any, names: dict[str, str]) -> Any:
     """Every string that names a member replaced by the member's own name, at any depth of picture fields."""
     if isinstance(value, dict):
-        return {key: _renamed(item, names) if key in PICTURE_FIELDS or isinstance(item, (dict, list)) else item
-                for key, item in value.items()}
+        return {
+            key: _renamed(item, names) if key in PICTURE_FIELDS or isinstance(item, (dict, list)) else item
+            for key, item in value.items()
+        }
     if isinstance(value, list):
         return [_renamed(item, names) for item in value]
     return names.get(value, value) if isinstance(value, str) else value

@@ -32,12 +32,22 @@ class SpeedMeter:
                 found["mfu_ref"], found["mfu"] = (utilisation(flops, seconds, self.peak) for flops in self._flops)
         lengths = [pack.get("static_length") or pack["sequence_length"] for pack in packs]
         self._tokens = sum(pack["sequence_length"] for pack in packs)
-        found["padding"] = 1 - self._tokens / sum(max(length, pack["sequence_length"]) for length, pack in zip(lengths, packs, strict=True))
-        self._flops = (sum(reference_flops(self.config.language, pack["sample_lens"]) for pack in packs), sum(map(self._counted, packs)))
+        found["padding"] = 1 - self._tokens / sum(
+            max(length, pack["sequence_length"]) for length, pack in zip(lengths, packs, strict=True)
+        )
+        self._flops = (
+            sum(reference_flops(self.config.language, pack["sample_lens"]) for pack in packs),
+            sum(map(self._counted, packs)),
+        )
         self._began = now
         return found
 
     def _counted(self, pack: dict[str, Any]) -> float:
         pairs = sum(PackLayout(pack["sample_lens"], pack["split_lens"], pack["attn_modes"]).attended_pairs())
-        return counted_flops(self.config, tokens=pack["sequence_length"], pairs=pairs, predictions=len(pack["ce_loss_indexes"]),
-                             vit_lens=pack["vit_token_seqlens"])
+        return counted_flops(
+            self.config,
+            tokens=pack["sequence_length"],
+            pairs=pairs,
+            predictions=len(pack["ce_loss_indexes"]),
+            vit_lens=pack["vit_token_seqlens"],
+        )

@@ -1,4 +1,6 @@
-"""The training stream of packs: every rank fills the same packs and loads its own; resumes with samples waiting in the buffer."""
+"""The training stream of packs: every rank fills the same packs and loads its own; resumes with samples waiting in the
+buffer.
+"""
 
 import json
 from collections import deque
@@ -10,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bagel.config import DataConfig
 from bagel.dataset import UnifiedGenerationDataset
-from bagel.packing import Key, Packer, ReferencePacker, SamplePacker
+from bagel.packer import Key, Packer, ReferencePacker, SamplePacker
 from shared.data import MAX_BAD_SHARE
 from shared.dist import DistInfo
 from shared.errors import BadSample, UserError
@@ -24,9 +26,15 @@ def make_packer(dataset: UnifiedGenerationDataset, data: DataConfig, batch_size:
         return SamplePacker(dataset.order, dataset.length, samples=batch_size)
     if data.packing == "tokens":
         return Packer(dataset.order, dataset.length, capacity=data.tokens_per_batch, buffer_size=data.buffer_size)
-    return ReferencePacker(dataset.order, dataset.length, expected=data.expected_num_tokens, capacity=data.tokens_per_batch,
-                           max_sample=data.max_sequence_length, prefer_buffer_before=data.prefer_buffer_before,
-                           buffer_size=data.buffer_size)
+    return ReferencePacker(
+        dataset.order,
+        dataset.length,
+        expected=data.expected_num_tokens,
+        capacity=data.tokens_per_batch,
+        max_sample=data.max_sequence_length,
+        prefer_buffer_before=data.prefer_buffer_before,
+        buffer_size=data.buffer_size,
+    )
 
 
 def packs_per_epoch(dataset: UnifiedGenerationDataset, data: DataConfig, batch_size: int) -> int:
@@ -56,12 +64,23 @@ class _Packs(Dataset):
 
 
 class PackStream:
-    """Micro-batches of this rank. Pack number ((step * accumulation + micro) * world + rank) * packs_each + k of the run is the
-    k-th pack of that micro-batch, so one rank and N ranks train on the same packs in the same step.
+    """Micro-batches of this rank. Pack number ((step * accumulation + micro) * world + rank) * packs_each + k of the
+    run is the k-th pack of that micro-batch, so one rank and N ranks train on the same packs in the same step.
     """
 
-    def __init__(self, dataset: UnifiedGenerationDataset, data: DataConfig, info: DistInfo, *, batch_size: int, accumulation: int,
-                 collate: Callable[[list[dict]], dict], num_workers: int = 0, prefetch_factor: int = 2, bad_samples: Path | None = None):
+    def __init__(
+        self,
+        dataset: UnifiedGenerationDataset,
+        data: DataConfig,
+        info: DistInfo,
+        *,
+        batch_size: int,
+        accumulation: int,
+        collate: Callable[[list[dict]], dict],
+        num_workers: int = 0,
+        prefetch_factor: int = 2,
+        bad_samples: Path | None = None,
+    ):
         self.dataset, self.data, self.info = dataset, data, info
         self.batch_size, self.accumulation = batch_size, accumulation
         self.packs_each = 1 if data.packing == "samples" else batch_size
@@ -70,7 +89,9 @@ class PackStream:
         self.fingerprint = dataset.fingerprint()
         packs_a_step = self.packs_each * accumulation * info.world
         by_samples = data.packing == "samples"
-        self.samples_per_step = packs_a_step * (batch_size if by_samples else 1)      # packs, where packs are what is counted
+        self.samples_per_step = packs_a_step * (
+            batch_size if by_samples else 1
+        )  # packs, where packs are what is counted
         if by_samples:
             self.steps_per_epoch = -(-len(dataset.order(0)) // self.samples_per_step)
         else:
@@ -90,15 +111,24 @@ class PackStream:
         self._ahead.clear()
         self._position = packer.state()
         workers = dict(prefetch_factor=self.prefetch_factor, worker_init_fn=_one_thread) if self.num_workers else {}
-        self._loaded = iter(DataLoader(self.packs, sampler=_Keys(self, packer), batch_size=None, num_workers=self.num_workers,
-                                       pin_memory=self.info.device.type == "cuda", generator=torch.Generator(), **workers))
+        self._loaded = iter(
+            DataLoader(
+                self.packs,
+                sampler=_Keys(self, packer),
+                batch_size=None,
+                num_workers=self.num_workers,
+                pin_memory=self.info.device.type == "cuda",
+                generator=torch.Generator(),
+                **workers,
+            )
+        )
 
     def keys_of_steps(self, packer: Packer) -> Iterator[list[Key]]:
         """The keys of this rank's micro-batches, one after another; notes the packer's state after every step."""
         while True:
             for _ in range(self.accumulation):
                 packs = [packer.next_pack() for _ in range(self.packs_each * self.info.world)]
-                own = packs[self.info.rank * self.packs_each:(self.info.rank + 1) * self.packs_each]
+                own = packs[self.info.rank * self.packs_each : (self.info.rank + 1) * self.packs_each]
                 keys = [key for pack in own for key in pack]
                 if _ == self.accumulation - 1:
                     self._ahead.append(packer.state())
@@ -128,11 +158,16 @@ class PackStream:
         self.bad.update(new)
         if new and self.bad_path is not None:
             with open(self.bad_path, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"index": index, "reason": reason}, ensure_ascii=False) + "\n" for index, reason in new.items())
+                file.writelines(
+                    json.dumps({"index": index, "reason": reason}, ensure_ascii=False) + "\n"
+                    for index, reason in new.items()
+                )
         too_many = len(self.bad) > max(1, MAX_BAD_SHARE * len(self.dataset))
         if too_many or self.bad_in_a_row >= MAX_BAD_IN_A_ROW:
-            raise UserError(f"{len(self.bad)} of {len(self.dataset)} records have pictures that cannot be read; the last: "
-                            f"{list(self.bad.values())[-1]}; all are listed in {self.bad_path}; mend or remove them")
+            raise UserError(
+                f"{len(self.bad)} of {len(self.dataset)} records have pictures that cannot be read; the last: "
+                f"{list(self.bad.values())[-1]}; all are listed in {self.bad_path}; mend or remove them"
+            )
 
 
 class _Keys:

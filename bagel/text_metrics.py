@@ -1,7 +1,8 @@
-"""BLEU, ROUGE, METEOR and BERTScore of texts, with Chinese scored by characters; and n-gram baselines for the language loss.
+"""BLEU, ROUGE, METEOR and BERTScore of texts, with Chinese scored by characters; and n-gram baselines for the language
+loss.
 
-Every metric is a function (hypotheses, references) -> dict of figures; one that cannot be computed raises Unavailable with the
-reason, which the report shows beside a null.
+Every metric is a function (hypotheses, references) -> dict of figures; one that cannot be computed raises Unavailable
+with the reason, which the report shows beside a null.
 """
 
 import math
@@ -47,10 +48,14 @@ def checked(hypotheses: Sequence[str], references: Sequence[str]) -> None:
 def bleu(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
     """Corpus BLEU 0..100 (sacrebleu), tokenizer zh when most references are Chinese, else 13a; and its signature."""
     import sacrebleu
+
     checked(hypotheses, references)
     chinese = sum(any(map(is_cjk, text)) for text in references) * 2 > len(references)
     scorer = sacrebleu.BLEU(tokenize="zh" if chinese else "13a")
-    return {"bleu": scorer.corpus_score(list(hypotheses), [list(references)]).score, "bleu_signature": str(scorer.get_signature())}
+    return {
+        "bleu": scorer.corpus_score(list(hypotheses), [list(references)]).score,
+        "bleu_signature": str(scorer.get_signature()),
+    }
 
 
 class _CharacterAwareTokenizer:
@@ -63,6 +68,7 @@ class _CharacterAwareTokenizer:
 def rouge(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """Mean F1 0..1 of ROUGE-1, -2, -L and -Lsum."""
     from rouge_score.rouge_scorer import RougeScorer
+
     checked(hypotheses, references)
     kinds = ("rouge1", "rouge2", "rougeL", "rougeLsum")
     scorer = RougeScorer(list(kinds), tokenizer=_CharacterAwareTokenizer())
@@ -71,7 +77,7 @@ def rouge(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, flo
 
 
 def meteor(hypotheses: Sequence[str], references: Sequence[str], nltk_data: str | None = None) -> dict[str, float]:
-    """Mean METEOR 0..1 (nltk). Without the WordNet corpus only equal words and equal stems match: `meteor_no_wordnet`."""
+    """Mean METEOR 0..1 (nltk). Without WordNet only equal words and stems match: `meteor_no_wordnet`."""
     try:
         import nltk
         from nltk.translate.meteor_score import single_meteor_score
@@ -82,12 +88,15 @@ def meteor(hypotheses: Sequence[str], references: Sequence[str], nltk_data: str 
         nltk.data.path.insert(0, nltk_data)
     try:
         from nltk.corpus import wordnet
+
         wordnet.synsets("picture")
         name, extra = "meteor", {}
     except LookupError:
         name, extra = "meteor_no_wordnet", {"wordnet": _NoWordNet()}
-    scores = [single_meteor_score(words(reference), words(hypothesis), **extra) if words(hypothesis) else 0.0
-              for hypothesis, reference in zip(hypotheses, references, strict=True)]
+    scores = [
+        single_meteor_score(words(reference), words(hypothesis), **extra) if words(hypothesis) else 0.0
+        for hypothesis, reference in zip(hypotheses, references, strict=True)
+    ]
     return {name: sum(scores) / len(scores)}
 
 
@@ -98,7 +107,9 @@ class _NoWordNet:
         return []
 
 
-def bert_score(hypotheses: Sequence[str], references: Sequence[str], model: str | None, layer: int | None = None) -> dict[str, float]:
+def bert_score(
+    hypotheses: Sequence[str], references: Sequence[str], model: str | None, layer: int | None = None
+) -> dict[str, float]:
     """Mean F1 of greedy cosine matching of contextual embeddings (Zhang et al. 2020), from a local model folder.
 
     layer: hidden layer whose states are compared; null: the last. Needs no download and never makes one.
@@ -109,13 +120,16 @@ def bert_score(hypotheses: Sequence[str], references: Sequence[str], model: str 
         raise Unavailable(f"BERTScore: {model} is not a folder")
     import torch
     from transformers import AutoModel, AutoTokenizer
+
     checked(hypotheses, references)
     tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
     encoder = AutoModel.from_pretrained(model, local_files_only=True).eval()
 
     def embed(text: str) -> torch.Tensor:
         with torch.no_grad():
-            states = encoder(**tokenizer(text, return_tensors="pt", truncation=True), output_hidden_states=True).hidden_states
+            states = encoder(
+                **tokenizer(text, return_tensors="pt", truncation=True), output_hidden_states=True
+            ).hidden_states
         return torch.nn.functional.normalize(states[-1 if layer is None else layer][0], dim=-1)
 
     scores = []
@@ -131,8 +145,9 @@ def bert_score(hypotheses: Sequence[str], references: Sequence[str], model: str 
 
 # --- baselines --------------------------------------------------------------------------------------------------------
 
+
 class NGram:
-    """An interpolated Witten-Bell model of token sequences, down to a uniform distribution: what counting alone can do."""
+    """An interpolated Witten-Bell model of token sequences, down to uniform: what counting alone can do."""
 
     def __init__(self, sequences: Sequence[Sequence[int]], order: int, vocabulary: int):
         self.order, self.vocabulary = order, vocabulary
@@ -140,14 +155,14 @@ class NGram:
         for sequence in sequences:
             for position, token in enumerate(sequence):
                 for length in range(min(order - 1, position) + 1):
-                    self.counts[tuple(sequence[position - length:position])][token] += 1
+                    self.counts[tuple(sequence[position - length : position])][token] += 1
 
     def probability(self, context: Sequence[int], token: int) -> float:
         """P(token | the last order - 1 tokens of context)."""
         probability = 1 / self.vocabulary
-        context = list(context[len(context) - self.order + 1:]) if self.order > 1 else []
+        context = list(context[len(context) - self.order + 1 :]) if self.order > 1 else []
         for length in range(len(context) + 1):
-            seen = self.counts.get(tuple(context[len(context) - length:]))
+            seen = self.counts.get(tuple(context[len(context) - length :]))
             if seen:
                 total, kinds = seen.total(), len(seen)
                 probability = (seen[token] + kinds * probability) / (total + kinds)
@@ -155,12 +170,17 @@ class NGram:
 
     def nats(self, sequences: Sequence[Sequence[int]]) -> float:
         """Mean negative log probability of a token."""
-        total = [-math.log(self.probability(sequence[:position], token))
-                 for sequence in sequences for position, token in enumerate(sequence)]
+        total = [
+            -math.log(self.probability(sequence[:position], token))
+            for sequence in sequences
+            for position, token in enumerate(sequence)
+        ]
         return sum(total) / len(total)
 
 
-def ngram_baselines(train: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]], vocabulary: int) -> dict[str, float]:
+def ngram_baselines(
+    train: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]], vocabulary: int
+) -> dict[str, float]:
     """Nats a token of 1- to 4-grams fitted to the training answers."""
     names = ("unigram", "bigram", "3-gram", "4-gram")
     return {name: NGram(train, order, vocabulary).nats(held_out) for order, name in enumerate(names, start=1)}

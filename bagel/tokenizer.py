@@ -13,7 +13,7 @@ class Tokenizer(Protocol):
     """What the rest of the system asks of a tokenizer."""
 
     special: SpecialTokens
-    vocab_size: int         # rows that an embedding needs
+    vocab_size: int  # rows that an embedding needs
 
     def encode(self, text: str) -> list[int]:
         """Ids without any mark; marks inside the text are read as plain text."""
@@ -36,10 +36,11 @@ class ByteTokenizer:
 
 
 class FolderTokenizer:
-    """A tokenizer.json (or vocab.json and merges.txt) read by transformers without a network; missing marks are added."""
+    """A tokenizer.json (or vocab.json, merges.txt) read by transformers offline; missing marks are added."""
 
     def __init__(self, folder: Path):
         from transformers import AutoTokenizer
+
         if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
             raise FileNotFoundError(2, "no tokenizer", str(folder / "tokenizer.json"))
         self.inner = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
@@ -58,12 +59,16 @@ class FolderTokenizer:
 
 
 def load_tokenizer(config: ModelConfig) -> Tokenizer:
-    """The configured tokenizer; raises a UserError when it is too large for the embedding of a model trained from nothing."""
+    """The configured tokenizer; raises a UserError when it is too large for the embedding of a model trained from
+    nothing.
+    """
     name = config.tokenizer or config.model_path
     if name is None:
         raise UserError("no tokenizer: give --model-path, or --tokenizer bytes or a folder with tokenizer.json")
     tokenizer = ByteTokenizer() if name == "bytes" else FolderTokenizer(Path(name))
     if config.from_scratch and tokenizer.vocab_size > config.language.vocab_size:
-        raise UserError(f"model.language.vocab_size {config.language.vocab_size} is below the {tokenizer.vocab_size} ids of tokenizer {name}; "
-                        f"raise it")
+        raise UserError(
+            f"model.language.vocab_size {config.language.vocab_size} is below the {tokenizer.vocab_size} ids of "
+            f"tokenizer {name}; raise it"
+        )
     return tokenizer

@@ -1,8 +1,8 @@
 """The language model of BAGEL: Qwen2 with two sets of weights a layer, one for text and ViT tokens, one for VAE tokens.
 
-Every token belongs to one expert; all tokens of a sample share the attention. Tokens come in expert order: first the `num_und`
-understanding tokens (text, then ViT), then the generation tokens, so that each expert works on one slice without gathers.
-Letters of shapes: L tokens, D width, H heads, K head width.
+Every token belongs to one expert; all tokens of a sample share the attention. Tokens come in expert order: first the
+`num_und` understanding tokens (text, then ViT), then the generation tokens, so that each expert works on one slice
+without gathers. Letters of shapes: L tokens, D width, H heads, K head width.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,9 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 def experts(x_LD: Tensor, num_und: int) -> tuple[Tensor, Tensor]:
-    """The tokens of the understanding and of the generation expert. A split has a cheaper backward pass than two slices."""
+    """The tokens of the understanding and of the generation expert. A split has a cheaper backward pass than two
+    slices.
+    """
     return x_LD.split([num_und, len(x_LD) - num_und])
 
 
@@ -37,7 +39,9 @@ class GatedMLP(nn.Module):
 
 
 class MoTAttention(nn.Module):
-    """Projections of both experts around one joint attention; query and key are normed per head before the rotary embedding."""
+    """Projections of both experts around one joint attention; query and key are normed per head before the rotary
+    embedding.
+    """
 
     def __init__(self, config: LanguageConfig):
         super().__init__()
@@ -58,8 +62,9 @@ class MoTAttention(nn.Module):
         query, key = module[f"q_norm{expert}"](query), module[f"k_norm{expert}"](key)
         return (query.detach(), key.detach(), value.detach()) if frozen else (query, key, value)
 
-    def forward(self, x_LD: Tensor, num_und: int, angles: tuple[Tensor, Tensor], attend: Attend, layer: int,
-                freeze_und: bool) -> Tensor:
+    def forward(
+        self, x_LD: Tensor, num_und: int, angles: tuple[Tensor, Tensor], attend: Attend, layer: int, freeze_und: bool
+    ) -> Tensor:
         und, gen = experts(x_LD, num_und)
         und, gen = self._project(und, "", freeze_und), self._project(gen, "_moe_gen", False)
         query, key, value = (torch.cat([a.to(b.dtype), b]) for a, b in zip(und, gen, strict=True))
@@ -82,8 +87,15 @@ class MoTDecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(width, eps)
         self.post_attention_layernorm_moe_gen = RMSNorm(width, eps)
 
-    def forward(self, x_LD: Tensor, num_und: int, angles: tuple[Tensor, Tensor], attend: Attend, layer: int,
-                freeze_und: bool = False) -> Tensor:
+    def forward(
+        self,
+        x_LD: Tensor,
+        num_und: int,
+        angles: tuple[Tensor, Tensor],
+        attend: Attend,
+        layer: int,
+        freeze_und: bool = False,
+    ) -> Tensor:
         und, gen = experts(x_LD, num_und)
         normed = torch.cat([self.input_layernorm(und), self.input_layernorm_moe_gen(gen)])
         x_LD = x_LD + self.self_attn(normed, num_und, angles, attend, layer, freeze_und)
@@ -105,10 +117,12 @@ class MoTDecoder(nn.Module):
         self.head_width, self.theta = config.head_dim, config.rope_theta
         self.gradient_checkpointing = False
 
-    def forward(self, x_LD: Tensor, num_und: int, position_L: Tensor, attend: Attend, freeze_und: bool = False) -> Tensor:
-        """Hidden states after the final norms, in the order of the input. position_L: rotary positions in that order."""
+    def forward(
+        self, x_LD: Tensor, num_und: int, position_L: Tensor, attend: Attend, freeze_und: bool = False
+    ) -> Tensor:
+        """Hidden states after the final norms, in the order of the input, which position_L has too."""
         angles = rotary_angles(position_L, self.head_width, self.theta)
-        if freeze_und:      # the layers detach what each of them adds to these rows
+        if freeze_und:  # the layers detach what each of them adds to these rows
             und, gen = experts(x_LD, num_und)
             x_LD = torch.cat([und.detach(), gen])
         for number, layer in enumerate(self.layers):

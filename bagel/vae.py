@@ -1,4 +1,5 @@
-"""The FLUX autoencoder (frozen): images in [-1, 1] to latents of 1/8 of the side and back; and a pixel code for small runs.
+"""The FLUX autoencoder (frozen): images in [-1, 1] to latents of 1/8 of the side and back; and a pixel code for small
+runs.
 
 Letters of shapes: B images, C channels, H W pixels, h w latent cells.
 """
@@ -67,7 +68,11 @@ class Upsample(nn.Module):
 
 def _middle(channels: int) -> nn.Module:
     middle = nn.Module()
-    middle.block_1, middle.attn_1, middle.block_2 = ResnetBlock(channels, channels), AttentionBlock(channels), ResnetBlock(channels, channels)
+    middle.block_1, middle.attn_1, middle.block_2 = (
+        ResnetBlock(channels, channels),
+        AttentionBlock(channels),
+        ResnetBlock(channels, channels),
+    )
     return middle
 
 
@@ -139,7 +144,7 @@ class Decoder(nn.Module):
 
 
 class FluxAutoencoder(nn.Module):
-    """encode: pixels (B, 3, H, W) in [-1, 1] -> latents (B, C, H/8, W/8), scaled to about unit variance; decode: back."""
+    """encode: pixels (B, 3, H, W) in [-1, 1] -> latents (B, C, H/8, W/8) of about unit variance; decode: back."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -157,7 +162,9 @@ class FluxAutoencoder(nn.Module):
 
 
 class PixelAutoencoder(nn.Module):
-    """For training from nothing: a latent cell holds its s x s pixels as 3 s s channels, moved and scaled. Exact, no weights."""
+    """For training from nothing: a latent cell holds its s x s pixels as 3 s s channels, moved and scaled. Exact, no
+    weights.
+    """
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()

@@ -25,12 +25,13 @@ if TYPE_CHECKING:
     from bagel.train import UnifiedTrainer
 
 VALIDATION_SEED = 314_159
-TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)      # before the shift
+TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # before the shift
 RECORDS_A_PACK = 8
 
 
 def fixed_pack(dataset: "UnifiedGenerationDataset", indices: Sequence[int], t: float) -> dict[str, Any]:
-    """Records as a pack, nothing left out, their pictures at time t (before the shift), their noise a function of the index.
+    """Records as a pack, nothing left out, their pictures at time t (before the shift), their noise a function of the
+    index.
 
     No index: an empty pack, for ranks that have no record left.
     """
@@ -43,7 +44,9 @@ def fixed_pack(dataset: "UnifiedGenerationDataset", indices: Sequence[int], t: f
 
 
 def held_out_losses(trainer: "UnifiedTrainer", model: Any) -> dict[str, float]:
-    """loss (as trained), text_loss (nats a token) and image_loss (mean square of the velocity's error) of the validation records."""
+    """loss (as trained), text_loss (nats a token) and image_loss (mean square of the velocity's error) of the
+    validation records.
+    """
     dataset, info, training = trainer.val_set, trainer.info, trainer.config.training
     count = min(len(dataset), training.validation_records)
     totals = torch.zeros(4, dtype=torch.float64)
@@ -53,34 +56,45 @@ def held_out_losses(trainer: "UnifiedTrainer", model: Any) -> dict[str, float]:
         for number, t in enumerate(TIMES):
             pack = trainer.encoded(to_device(fixed_pack(dataset, indices, t), info.device))
             losses = model(pack)
-            if number == 0:      # text does not depend on the time of pictures, which no later token sees
+            if number == 0:  # text does not depend on the time of pictures, which no later token sees
                 totals[:2] += torch.tensor([losses["ce"].double().sum().item(), len(losses["ce"])], dtype=torch.float64)
-            totals[2:] += torch.tensor([losses["mse"].double().mean(-1).sum().item(), len(losses["mse"])], dtype=torch.float64)
+            totals[2:] += torch.tensor(
+                [losses["mse"].double().mean(-1).sum().item(), len(losses["mse"])], dtype=torch.float64
+            )
     text_sum, text_count, image_sum, image_count = sum_over_ranks(totals).tolist()
     text, image = text_sum / max(1.0, text_count), image_sum / max(1.0, image_count)
-    return {"loss": training.text_loss_weight * text + training.image_loss_weight * image, "text_loss": text, "image_loss": image}
+    return {
+        "loss": training.text_loss_weight * text + training.image_loss_weight * image,
+        "text_loss": text,
+        "image_loss": image,
+    }
 
 
 @dataclass(frozen=True)
 class Conversation:
     """What is given to the model in one record, and what it should answer or draw."""
 
-    inputs: list[Any]           # texts and pictures
+    inputs: list[Any]  # texts and pictures
     answer: str = ""
     picture: Image.Image | None = None
-    size: tuple[int, int] = (0, 0)      # (height, width) of the picture to draw
+    size: tuple[int, int] = (0, 0)  # (height, width) of the picture to draw
 
 
 def conversations(dataset: "UnifiedGenerationDataset", most: int) -> tuple[list[Conversation], list[Conversation]]:
-    """(records that begin with texts and then draw a picture; records that answer about pictures), at most `most` of each."""
+    """(records that begin with texts and then draw a picture; records that answer about pictures), at most `most` of
+    each.
+    """
     prompts: list[Conversation] = []
     questions: list[Conversation] = []
     for index, record in enumerate(dataset.records):
         steps = steps_of(record.value, record.kind, keyed_draw(keyed_generator(0)))
         first = next(number for number, step in enumerate(steps) if step.target)
         given, target = steps[:first], steps[first]
-        load = [step.text if step.image is None else _load(record, step.image) for step in given] if _wanted(
-            given, target, len(prompts) < most, len(questions) < most) else None
+        load = (
+            [step.text if step.image is None else _load(record, step.image) for step in given]
+            if _wanted(given, target, len(prompts) < most, len(questions) < most)
+            else None
+        )
         if load and target.image is not None:
             size = next(item.size for item in dataset.plan(index, 0) if item.type == "vae_image")
             prompts.append(Conversation(load, picture=_load(record, target.image), size=size))
@@ -103,23 +117,34 @@ def write_samples(trainer: "UnifiedTrainer", model: Any, step: int, folder: Path
     """step_N.png: one picture a prompt; step_N.json: prompts, and questions with the model's and the true answers."""
     dataset = trainer.val_set or trainer.train_set
     transforms = transforms_of(trainer.config.data, trainer.model.config)
-    inferencer = InterleaveInferencer(model, trainer.autoencoder, trainer.tokenizer, *transforms, trainer.tokenizer.special)
+    inferencer = InterleaveInferencer(
+        model, trainer.autoencoder, trainer.tokenizer, *transforms, trainer.tokenizer.special
+    )
     prompts, questions = conversations(dataset, most)
     written: dict[str, Any] = {"step": step, "prompts": [case.inputs[-1] for case in prompts], "answers": []}
     pictures: list[Image.Image] = []
     if prompts:
         prompts = [case for case in prompts if case.size == prompts[0].size]
-        pictures = inferencer.generate_batch([case.inputs for case in prompts], image_shapes=prompts[0].size,
-                                             guidance=Guidance(num_timesteps=25, cfg_text_scale=3.0, cfg_img_scale=1.0))
+        pictures = inferencer.generate_batch(
+            [case.inputs for case in prompts],
+            image_shapes=prompts[0].size,
+            guidance=Guidance(num_timesteps=25, cfg_text_scale=3.0, cfg_img_scale=1.0),
+        )
     if questions:
-        answers = inferencer.generate_batch([case.inputs for case in questions], understanding_output=True, max_length=64)
-        written["answers"] = [{"answer": answer, "true": case.answer} for case, answer in zip(questions, answers, strict=True)]
+        answers = inferencer.generate_batch(
+            [case.inputs for case in questions], understanding_output=True, max_length=64
+        )
+        written["answers"] = [
+            {"answer": answer, "true": case.answer} for case, answer in zip(questions, answers, strict=True)
+        ]
     if not trainer.info.is_main:
         return
     folder.mkdir(parents=True, exist_ok=True)
     if pictures:
         grid(pictures, columns=4, scale=max(1, 128 // max(prompts[0].size))).save(folder / f"step_{step}.png")
-    (folder / f"step_{step}.json").write_text(json.dumps(written, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    (folder / f"step_{step}.json").write_text(
+        json.dumps(written, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def grid(pictures: list[Image.Image], *, columns: int, scale: int = 1) -> Image.Image:
@@ -131,4 +156,3 @@ def grid(pictures: list[Image.Image], *, columns: int, scale: int = 1) -> Image.
         enlarged = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
         sheet.paste(enlarged, (number % columns * (width + 4), number // columns * (height + 4)))
     return sheet
-

@@ -37,7 +37,9 @@ class SelfAttention(nn.Module):
         self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, x: Tensor, lengths: Sequence[int], angles: tuple[Tensor, Tensor] | None) -> Tensor:
-        query, key, value = (layer(x).unflatten(-1, (self.heads, -1)) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        query, key, value = (
+            layer(x).unflatten(-1, (self.heads, -1)) for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
         if angles is not None:
             query, key = rotate_grid(query, *angles), rotate_grid(key, *angles)
         outputs, start = [], 0
@@ -46,7 +48,9 @@ class SelfAttention(nn.Module):
             parts = (part[start:stop].unflatten(0, (images, length)).transpose(1, 2) for part in (query, key, value))
             outputs.append(F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(0, 1))
             start = stop
-        joined = torch.cat(outputs) if outputs else query + key + value      # no image: empty, yet every weight gets a gradient
+        joined = (
+            torch.cat(outputs) if outputs else query + key + value
+        )  # no image: empty, yet every weight gets a gradient
         return self.out_proj(joined.flatten(1))
 
 
@@ -140,7 +144,9 @@ def grid_angles(position_N: Tensor, side: int, head_width: int) -> tuple[Tensor,
 
 def rotate_grid(x_NHK: Tensor, cos_NK: Tensor, sin_NK: Tensor) -> Tensor:
     """Half-rotation form within each half of a head."""
-    turned = torch.cat([part for half in x_NHK.chunk(2, dim=-1) for part in (-half.chunk(2, -1)[1], half.chunk(2, -1)[0])], dim=-1)
+    turned = torch.cat(
+        [part for half in x_NHK.chunk(2, dim=-1) for part in (-half.chunk(2, -1)[1], half.chunk(2, -1)[0])], dim=-1
+    )
     return x_NHK * cos_NK[:, None].to(x_NHK.dtype) + turned * sin_NK[:, None].to(x_NHK.dtype)
 
 

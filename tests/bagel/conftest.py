@@ -12,6 +12,7 @@ from bagel.images import ImageTransform
 from bagel.packing import PackFormat
 from bagel.tokenizer import ByteTokenizer
 
+SAMPLE = Path(__file__).resolve().parents[2] / "bagel" / "sample_data" / "train.jsonl"
 LAYOUT = PackFormat(ByteTokenizer.special, 4, 8, 4, 8, False, 2, 12)
 
 
@@ -28,25 +29,73 @@ def pictures(tmp_path: Path) -> Path:
     Image.new("RGB", (24, 24), (9, 9, 9)).quantize(4).save(folder / "palette.png")
     Image.new("RGB", (4000, 1), (1, 2, 3)).save(folder / "line.png")
     whole = (folder / "apple.png").read_bytes()
-    (folder / "cut.png").write_bytes(whole[:len(whole) // 2])
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
     (folder / "text.png").write_text("not a picture")
     return tmp_path
 
 
 @pytest.fixture
 def open_records(pictures: Path) -> Callable[..., UnifiedGenerationDataset]:
-    """open_records(records, **settings): a dataset over a jsonl file of these records (strings are written as they are)."""
+    """open_records(records, **settings): a dataset over a jsonl file of these records (strings are written as they
+    are).
+    """
+
     def make(records: list, **settings) -> UnifiedGenerationDataset:
         path = pictures / settings.pop("name", "data.jsonl")
-        path.write_text("".join((line if isinstance(line, str) else json.dumps(line, ensure_ascii=False)) + "\n" for line in records),
-                        encoding="utf-8")
+        path.write_text(
+            "".join(
+                (line if isinstance(line, str) else json.dumps(line, ensure_ascii=False)) + "\n" for line in records
+            ),
+            encoding="utf-8",
+        )
         transform = ImageTransform(32, 16, 4)
-        return UnifiedGenerationDataset(str(path), tokenizer=ByteTokenizer(), layout=LAYOUT, vae_transform=transform, vit_transform=transform,
-                                        **{"max_sequence_length": 400, **settings})
+        return UnifiedGenerationDataset(
+            str(path),
+            tokenizer=ByteTokenizer(),
+            layout=LAYOUT,
+            vae_transform=transform,
+            vit_transform=transform,
+            **{"max_sequence_length": 400, **settings},
+        )
+
     return make
 
 
-TINY = ["--set", "model.language.hidden_size=32", "--set", "model.language.intermediate_size=48", "--set", "model.language.num_hidden_layers=2",
-        "--set", "model.language.num_attention_heads=4", "--set", "model.vision.hidden_size=32", "--set", "model.vision.intermediate_size=32",
-        "--set", "model.vision.num_hidden_layers=1", "--device", "cpu", "--precision", "fp32", "--logging-steps", "1",
-        "--eval-steps", "1000", "--sample-records", "0", "--save-steps", "1000", "--num-epochs", "1"]
+TINY = [
+    "--set",
+    "model.language.hidden_size=32",
+    "--set",
+    "model.language.intermediate_size=48",
+    "--set",
+    "model.language.num_hidden_layers=2",
+    "--set",
+    "model.language.num_attention_heads=4",
+    "--set",
+    "model.vision.hidden_size=32",
+    "--set",
+    "model.vision.intermediate_size=32",
+    "--set",
+    "model.vision.num_hidden_layers=1",
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+    "--logging-steps",
+    "1",
+    "--eval-steps",
+    "1000",
+    "--sample-records",
+    "0",
+    "--save-steps",
+    "1000",
+    "--num-epochs",
+    "1",
+]
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """(settings, model) of a tiny small preset; tests that change the model copy it."""
+    from tests.bagel.tiny import make_tiny
+
+    return make_tiny()

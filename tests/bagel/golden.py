@@ -12,7 +12,7 @@ from bagel.config import AutoencoderConfig, LanguageConfig, ModelConfig, VisionC
 from bagel.model import Bagel
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "bagel"
-FLOAT = dict(atol=5e-5, rtol=1e-4)          # tolerances of the recordings
+FLOAT = dict(atol=5e-5, rtol=1e-4)  # tolerances of the recordings
 LOOSE = dict(atol=2e-4, rtol=1e-3)
 TINY_TOKENS = dict(bos_token_id=60, eos_token_id=61, start_of_image=62, end_of_image=63)
 
@@ -34,7 +34,9 @@ class Case:
         return self.tensors[key]
 
     def weights(self, prefix: str = "weights.") -> dict[str, Tensor]:
-        return {key.removeprefix(prefix): value.float() for key, value in self.tensors.items() if key.startswith(prefix)}
+        return {
+            key.removeprefix(prefix): value.float() for key, value in self.tensors.items() if key.startswith(prefix)
+        }
 
     def under(self, prefix: str) -> dict[str, Tensor]:
         return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
@@ -54,9 +56,16 @@ def vae_config(info: dict[str, Any]) -> AutoencoderConfig:
 
 
 def model_config(info: dict[str, Any], **changes: Any) -> ModelConfig:
-    fields = {name: info[name] for name in ("latent_patch_size", "max_latent_size", "interpolate_pos", "timestep_shift", "freeze_und")}
-    return ModelConfig(language=language_config(info), vision=vision_config(info["vit"]), autoencoder=vae_config(info["vae"]),
-                       **{**fields, **changes})
+    fields = {
+        name: info[name]
+        for name in ("latent_patch_size", "max_latent_size", "interpolate_pos", "timestep_shift", "freeze_und")
+    }
+    return ModelConfig(
+        language=language_config(info),
+        vision=vision_config(info["vit"]),
+        autoencoder=vae_config(info["vae"]),
+        **{**fields, **changes},
+    )
 
 
 def build(case: Case, **changes: Any) -> Bagel:
@@ -69,8 +78,10 @@ def build(case: Case, **changes: Any) -> Bagel:
 
 def splits(samples: list[dict]) -> dict[str, list]:
     """The pack's split lists from the recorded samples."""
-    return {"split_lens": [length for sample in samples for length in sample["split_lens"]],
-            "attn_modes": [mode for sample in samples for mode in sample["attn_modes"]]}
+    return {
+        "split_lens": [length for sample in samples for length in sample["split_lens"]],
+        "attn_modes": [mode for sample in samples for mode in sample["attn_modes"]],
+    }
 
 
 def grad_norms_match(module: torch.nn.Module, expected: dict[str, float | None]) -> None:
@@ -79,4 +90,6 @@ def grad_norms_match(module: torch.nn.Module, expected: dict[str, float | None])
     for name, norm in expected.items():
         grad = parameters[name].grad
         found = 0.0 if grad is None else grad.norm().item()
-        torch.testing.assert_close(found, norm or 0.0, **LOOSE, msg=lambda text, name=name: f"gradient of {name}: {text}")
+        torch.testing.assert_close(
+            found, norm or 0.0, **LOOSE, msg=lambda text, name=name: f"gradient of {name}: {text}"
+        )

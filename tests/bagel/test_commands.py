@@ -20,20 +20,49 @@ def trained(tmp_path_factory) -> str:
 
 def test_a_run_leaves_what_is_documented(trained, tmp_path):
     from pathlib import Path
+
     run = Path(trained)
-    for name in ("config.yaml", "train.log", "metrics.jsonl", "DONE", "samples/step_2.png", "samples/step_2.json",
-                 "checkpoints/step_2/manifest.json", "checkpoints/step_2/trained_model.pt", "model/llm_config.json", "model/ema.safetensors"):
+    for name in (
+        "config.yaml",
+        "train.log",
+        "metrics.jsonl",
+        "DONE",
+        "samples/step_2.png",
+        "samples/step_2.json",
+        "checkpoints/step_2/manifest.json",
+        "checkpoints/step_2/trained_model.pt",
+        "model/llm_config.json",
+        "model/ema.safetensors",
+    ):
         assert (run / name).is_file(), name
     import torch
+
     weights = torch.load(run / "checkpoints" / "step_2" / "trained_model.pt", weights_only=True)
     assert "language_model.lm_head.weight" in weights
 
 
 def test_a_run_and_its_exported_folder_draw_the_same(trained, tmp_path):
     pictures = []
-    for name, checkpoint in (("run", trained), ("folder", f"{trained}/model"), ("checkpoint", f"{trained}/checkpoints/step_2")):
+    for name, checkpoint in (
+        ("run", trained),
+        ("folder", f"{trained}/model"),
+        ("checkpoint", f"{trained}/checkpoints/step_2"),
+    ):
         path = tmp_path / f"{name}.png"
-        generate.main(["--checkpoint", checkpoint, "--prompt", "A red apple", "--output", str(path), "--num-timesteps", "4", "--device", "cpu"])
+        generate.main(
+            [
+                "--checkpoint",
+                checkpoint,
+                "--prompt",
+                "A red apple",
+                "--output",
+                str(path),
+                "--num-timesteps",
+                "4",
+                "--device",
+                "cpu",
+            ]
+        )
         pictures.append(Image.open(path).tobytes())
     assert pictures[0] == pictures[1] == pictures[2]
 
@@ -41,9 +70,23 @@ def test_a_run_and_its_exported_folder_draw_the_same(trained, tmp_path):
 def test_text_batches_and_edits(trained, tmp_path):
     Image.new("RGB", (60, 60), (200, 20, 20)).save(tmp_path / "in.png")
     common = ["--checkpoint", trained, "--device", "cpu", "--num-timesteps", "3", "--max-length", "8"]
-    generate.main([*common, "--prompt", "What?", "--image", str(tmp_path / "in.png"), "--output", str(tmp_path / "a.json")])
+    generate.main(
+        [*common, "--prompt", "What?", "--image", str(tmp_path / "in.png"), "--output", str(tmp_path / "a.json")]
+    )
     assert json.loads((tmp_path / "a.json").read_text())["task"] == "understand"
-    generate.main([*common, "--prompt", "blue", "--image", str(tmp_path / "in.png"), "--task", "edit", "--output", str(tmp_path / "e.png")])
+    generate.main(
+        [
+            *common,
+            "--prompt",
+            "blue",
+            "--image",
+            str(tmp_path / "in.png"),
+            "--task",
+            "edit",
+            "--output",
+            str(tmp_path / "e.png"),
+        ]
+    )
     assert Image.open(tmp_path / "e.png").size == (32, 32)
     (tmp_path / "prompts.txt").write_text("one\n\ntwo\n")
     generate.main([*common, "--prompts", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "grid.png")])
@@ -51,10 +94,18 @@ def test_text_batches_and_edits(trained, tmp_path):
     assert (tmp_path / "t.txt").exists() and not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--prompt", "a", "--checkpoint", "nowhere"], "no such folder"), ([], "--prompt"), (["--prompt", "a", "--output", "x.bmp"], "unknown kind"),
-    (["--prompt", "a", "--image", "none.png"], "not there"), (["--prompt", "a", "--height", "30"], "multiples of 4"),
-    (["--prompt", "a", "--task", "edit"], "needs a picture"), (["--prompt", "a", "--cfg-interval", "1"], "two rising numbers")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--prompt", "a", "--checkpoint", "nowhere"], "no such folder"),
+        ([], "--prompt"),
+        (["--prompt", "a", "--output", "x.bmp"], "unknown kind"),
+        (["--prompt", "a", "--image", "none.png"], "not there"),
+        (["--prompt", "a", "--height", "30"], "multiples of 4"),
+        (["--prompt", "a", "--task", "edit"], "needs a picture"),
+        (["--prompt", "a", "--cfg-interval", "1"], "two rising numbers"),
+    ],
+)
 def test_mistakes_of_generate(flags, message, trained, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         generate.main(["--checkpoint", trained, "--output", str(tmp_path / "x.png"), "--device", "cpu", *flags])
@@ -63,11 +114,33 @@ def test_mistakes_of_generate(flags, message, trained, tmp_path, capsys):
 
 def test_metrics_write_figures_and_a_report(trained, tmp_path):
     output = tmp_path / "metrics.json"
-    metrics.main(["--checkpoint", trained, "--output", str(output), "--max-pictures", "2", "--num-timesteps", "3", "--max-length", "4",
-                  "--device", "cpu"])
+    metrics.main(
+        [
+            "--checkpoint",
+            trained,
+            "--output",
+            str(output),
+            "--max-pictures",
+            "2",
+            "--num-timesteps",
+            "3",
+            "--max-length",
+            "4",
+            "--device",
+            "cpu",
+        ]
+    )
     figures = json.loads(output.read_text())
-    for name in ("text_loss", "text_loss_unigram", "text_loss_3-gram", "image_ratio", "caption_first_of_10", "bleu", "rougeL",
-                 "train_colour_agreement"):
+    for name in (
+        "text_loss",
+        "text_loss_unigram",
+        "text_loss_3-gram",
+        "image_ratio",
+        "caption_first_of_10",
+        "bleu",
+        "rougeL",
+        "train_colour_agreement",
+    ):
         assert isinstance(figures[name], float), name
     for name in ("train_fid", "train_clip_score", "bertscore_f1"):
         assert figures[name] is None and figures[f"{name}_reason"]
@@ -77,9 +150,16 @@ def test_metrics_write_figures_and_a_report(trained, tmp_path):
 
 def test_check_data_names_lines(pictures, capsys):
     path = pictures / "data.jsonl"
-    path.write_text('{"text_prompt": "a", "image_path": "images/apple.png"}\n{"text_prompt": "a"}\n'
-                    '{"text_prompt": "a", "image_path": "images/cut.png"}\n')
-    assert check_data.main(["--data-path", str(path), "--config", "small", "--decode", "--output", str(pictures / "faults.jsonl")]) == 1
+    path.write_text(
+        '{"text_prompt": "a", "image_path": "images/apple.png"}\n{"text_prompt": "a"}\n'
+        '{"text_prompt": "a", "image_path": "images/cut.png"}\n'
+    )
+    assert (
+        check_data.main(
+            ["--data-path", str(path), "--config", "small", "--decode", "--output", str(pictures / "faults.jsonl")]
+        )
+        == 1
+    )
     text = capsys.readouterr().out
     assert "data.jsonl:2: E_FIELD" in text and "data.jsonl:3: E_IMAGE_DECODE" in text and "2 faults" in text
     assert len((pictures / "faults.jsonl").read_text().splitlines()) == 2

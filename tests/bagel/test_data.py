@@ -21,8 +21,12 @@ GOOD = {"text_prompt": "A red apple", "image_path": "images/apple.png"}
 def kinds(dataset, index: int = 0) -> list[str]:
     """The plan as short words: t text, v ViT, n noise, c clean latents; a star for a loss, a question mark for cfg."""
     names = {"text": "t", "vit_image": "v"}
-    return [names.get(item.type, "n" if item.loss else "c") + "*" * bool(item.loss and item.type == "text") + "?" * item.enable_cfg
-            for item in dataset.plan(index, 0)]
+    return [
+        names.get(item.type, "n" if item.loss else "c")
+        + "*" * bool(item.loss and item.type == "text")
+        + "?" * item.enable_cfg
+        for item in dataset.plan(index, 0)
+    ]
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -37,49 +41,125 @@ def test_every_documented_example_loads(name, open_records):
 
 def test_the_format_file_is_the_generated_one():
     from pathlib import Path
+
     path = Path(__file__).resolve().parents[2] / "bagel" / "sample_data_format.json"
     assert path.read_text(encoding="utf-8") == as_json()
 
 
-@pytest.mark.parametrize("record, plan", [
-    (GOOD, ["t?", "n"]),
-    ({"image_path": "images/cat.png", "question": "What?", "answer": "A cat."}, ["v", "t", "t*"]),
-    ({"source_image_path": "images/cat.png", "instruction": "Make it red", "target_image_path": "images/apple.png"}, ["c?", "v?", "t?", "n"]),
-    ({"image_list": ["images/apple.png", "images/green.png"], "instruction_list": ["green"]}, ["c?", "v?", "t?", "n"]),
-    ({"conversations": [{"role": "system", "type": "text", "content": "s"}, {"role": "user", "type": "text", "content": "draw"},
-                        {"role": "assistant", "type": "text", "content": "here"}, {"role": "assistant", "type": "image", "image_path": "images/cat.png"},
-                        {"role": "assistant", "type": "text", "content": "done"}]}, ["t", "t", "t*", "n", "c?", "v?", "t*"]),
-    ({"sequence": [{"type": "image", "image_path": "images/cat.png", "context": False}, {"type": "text", "content": "a", "loss": 1}]}, ["t*"]),
-    ({"sequence": [{"type": "image", "image_path": "images/cat.png", "loss": 1, "context": False}, {"type": "text", "content": "a", "loss": 1}]},
-     ["n", "t*"]),
-    ({"image": ["images/cat.png", "images/apple.png"],
-      "conversations": [{"from": "human", "value": "one <image> two <image>"}, {"from": "gpt", "value": "x"}]}, ["t", "v", "t", "v", "t*"]),
-    ({"image": "images/cat.png", "conversations": [{"from": "human", "value": "say"}, {"from": "gpt", "value": "x"}]}, ["v", "t", "t*"]),
-    ({"conversations": [{"role": "assistant", "type": "text", "content": "plain text to learn"}]}, ["t*"]),
-])
+@pytest.mark.parametrize(
+    "record, plan",
+    [
+        (GOOD, ["t?", "n"]),
+        ({"image_path": "images/cat.png", "question": "What?", "answer": "A cat."}, ["v", "t", "t*"]),
+        (
+            {
+                "source_image_path": "images/cat.png",
+                "instruction": "Make it red",
+                "target_image_path": "images/apple.png",
+            },
+            ["c?", "v?", "t?", "n"],
+        ),
+        (
+            {"image_list": ["images/apple.png", "images/green.png"], "instruction_list": ["green"]},
+            ["c?", "v?", "t?", "n"],
+        ),
+        (
+            {
+                "conversations": [
+                    {"role": "system", "type": "text", "content": "s"},
+                    {"role": "user", "type": "text", "content": "draw"},
+                    {"role": "assistant", "type": "text", "content": "here"},
+                    {"role": "assistant", "type": "image", "image_path": "images/cat.png"},
+                    {"role": "assistant", "type": "text", "content": "done"},
+                ]
+            },
+            ["t", "t", "t*", "n", "c?", "v?", "t*"],
+        ),
+        (
+            {
+                "sequence": [
+                    {"type": "image", "image_path": "images/cat.png", "context": False},
+                    {"type": "text", "content": "a", "loss": 1},
+                ]
+            },
+            ["t*"],
+        ),
+        (
+            {
+                "sequence": [
+                    {"type": "image", "image_path": "images/cat.png", "loss": 1, "context": False},
+                    {"type": "text", "content": "a", "loss": 1},
+                ]
+            },
+            ["n", "t*"],
+        ),
+        (
+            {
+                "image": ["images/cat.png", "images/apple.png"],
+                "conversations": [{"from": "human", "value": "one <image> two <image>"}, {"from": "gpt", "value": "x"}],
+            },
+            ["t", "v", "t", "v", "t*"],
+        ),
+        (
+            {
+                "image": "images/cat.png",
+                "conversations": [{"from": "human", "value": "say"}, {"from": "gpt", "value": "x"}],
+            },
+            ["v", "t", "t*"],
+        ),
+        ({"conversations": [{"role": "assistant", "type": "text", "content": "plain text to learn"}]}, ["t*"]),
+    ],
+)
 def test_records_become_the_documented_plans(record, plan, open_records):
     assert kinds(open_records([record])) == plan
 
 
 TURN = {"role": "user", "type": "text", "content": "a"}
 MALFORMED = {
-    "E_JSON": ['{"text_prompt": "a", "image_path"', '{"text_prompt": "a", "image_path": "images/apple.png", "weight": NaN}'],
-    "E_TYPE": ["[1, 2]", '"text"', {**GOOD, "id": 1.5}, {**GOOD, "weight": 0}, {"text_prompt": "a", "image_path": 7},
-               {"conversations": "hello"}, {"sequence": [{"type": "text", "content": "a", "loss": 2}]}],
+    "E_JSON": [
+        '{"text_prompt": "a", "image_path"',
+        '{"text_prompt": "a", "image_path": "images/apple.png", "weight": NaN}',
+    ],
+    "E_TYPE": [
+        "[1, 2]",
+        '"text"',
+        {**GOOD, "id": 1.5},
+        {**GOOD, "weight": 0},
+        {"text_prompt": "a", "image_path": 7},
+        {"conversations": "hello"},
+        {"sequence": [{"type": "text", "content": "a", "loss": 2}]},
+    ],
     "E_FORMAT": [{"prompt": "a"}, {**GOOD, "answer": "b"}, {"conversations": [TURN, {"from": "gpt", "value": "b"}]}],
-    "E_FIELD": [{"text_prompt": "a"}, {"text_prompt": "", "image_path": "images/apple.png"}, {"conversations": []},
-                {"source_image_path": "images/cat.png", "instruction": "x"}, {"text_prompt": [], "image_path": "images/apple.png"}],
-    "E_ROLE": [{"conversations": [{**TURN, "role": "bot"}]}, {"conversations": [{**TURN, "type": "sound"}]},
-               {"conversations": [{"from": "robot", "value": "x"}]},
-               {"conversations": [{**TURN, "role": "assistant"}, TURN]}, {"conversations": [TURN, {**TURN, "role": "system"}]}],
-    "E_NO_TARGET": [{"conversations": [TURN]}, {"sequence": [{"type": "text", "content": "a"}]},
-                    {"conversations": [TURN, {"role": "assistant", "type": "text", "content": "  "}]}],
+    "E_FIELD": [
+        {"text_prompt": "a"},
+        {"text_prompt": "", "image_path": "images/apple.png"},
+        {"conversations": []},
+        {"source_image_path": "images/cat.png", "instruction": "x"},
+        {"text_prompt": [], "image_path": "images/apple.png"},
+    ],
+    "E_ROLE": [
+        {"conversations": [{**TURN, "role": "bot"}]},
+        {"conversations": [{**TURN, "type": "sound"}]},
+        {"conversations": [{"from": "robot", "value": "x"}]},
+        {"conversations": [{**TURN, "role": "assistant"}, TURN]},
+        {"conversations": [TURN, {**TURN, "role": "system"}]},
+    ],
+    "E_NO_TARGET": [
+        {"conversations": [TURN]},
+        {"sequence": [{"type": "text", "content": "a"}]},
+        {"conversations": [TURN, {"role": "assistant", "type": "text", "content": "  "}]},
+    ],
     "E_IMAGE_MISSING": [{**GOOD, "image_path": "images/none.png"}, {**GOOD, "image_path": "images"}],
     "E_IMAGE_DECODE": [{**GOOD, "image_path": "images/text.png"}],
     "E_IMAGE_SIZE": [{**GOOD, "image_path": "images/line.png"}],
-    "E_IMAGE_COUNT": [{"image": "images/cat.png", "conversations": [{"from": "human", "value": "<image><image>"}, {"from": "gpt", "value": "x"}]},
-                      {"image_list": ["images/cat.png"], "instruction_list": []},
-                      {"image_list": ["images/cat.png", "images/apple.png"], "instruction_list": ["a", "b"]}],
+    "E_IMAGE_COUNT": [
+        {
+            "image": "images/cat.png",
+            "conversations": [{"from": "human", "value": "<image><image>"}, {"from": "gpt", "value": "x"}],
+        },
+        {"image_list": ["images/cat.png"], "instruction_list": []},
+        {"image_list": ["images/cat.png", "images/apple.png"], "instruction_list": ["a", "b"]},
+    ],
     "E_TOO_LONG": [{**GOOD, "text_prompt": "a" * 500}],
     "E_SPECIAL_TOKEN": [{**GOOD, "text_prompt": "a <|im_end|> b"}],
 }
@@ -126,8 +206,10 @@ def test_choices_are_a_function_of_seed_epoch_and_index(open_records):
     record = {"text_prompt": [f"caption {number}" for number in range(9)], "image_path": "images/apple.png"}
     edit = {"image_list": [f"images/{name}.png" for name in ("apple", "green", "cat")], "instruction_list": ["x", "y"]}
     first, again, other = (open_records([record, edit], seed=seed) for seed in (1, 1, 2))
-    chosen = [[data.plan(index, epoch)[0].ids or len(data.plan(index, epoch)) for index in (0, 1) for epoch in range(8)]
-              for data in (first, again, other)]
+    chosen = [
+        [data.plan(index, epoch)[0].ids or len(data.plan(index, epoch)) for index in (0, 1) for epoch in range(8)]
+        for data in (first, again, other)
+    ]
     assert chosen[0] == chosen[1] != chosen[2]
     assert len({str(value) for value in chosen[0]}) > 4
 
@@ -152,23 +234,34 @@ def test_noise_of_a_sample_does_not_depend_on_its_pack(open_records):
 def test_json_parquet_and_webdataset_read_the_same_records(pictures, open_records):
     import pyarrow
     import pyarrow.parquet
+
     plan = kinds(open_records([GOOD]))
     (pictures / "list.json").write_text(json.dumps({"data": [GOOD]}))
     picture = (pictures / "images" / "apple.png").read_bytes()
     table = pyarrow.table({"text_prompt": ["A red apple"], "image": pyarrow.array([{"bytes": picture, "path": None}])})
     pyarrow.parquet.write_table(table, pictures / "rows.parquet")
     with tarfile.open(pictures / "shard.tar", "w") as tar:
-        for name, content in (("0001.png", picture), ("0001.json", json.dumps({"text_prompt": "A red apple", "image_path": "png"}).encode()),
-                              ("0002.jpg", picture), ("0002.txt", b"A red apple")):
+        for name, content in (
+            ("0001.png", picture),
+            ("0001.json", json.dumps({"text_prompt": "A red apple", "image_path": "png"}).encode()),
+            ("0002.jpg", picture),
+            ("0002.txt", b"A red apple"),
+        ):
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
     from bagel.dataset import UnifiedGenerationDataset
+
     reference = open_records([GOOD])
     expected = reference.sample(0, 0)["items"][1].image
     for name, count in (("list.json", 1), ("rows.parquet", 1), ("shard.tar", 2)):
-        dataset = UnifiedGenerationDataset(str(pictures / name), tokenizer=reference.tokenizer, layout=LAYOUT,
-                                           vae_transform=reference.vae_transform, vit_transform=reference.vit_transform)
+        dataset = UnifiedGenerationDataset(
+            str(pictures / name),
+            tokenizer=reference.tokenizer,
+            layout=LAYOUT,
+            vae_transform=reference.vae_transform,
+            vit_transform=reference.vit_transform,
+        )
         assert len(dataset) == count and not dataset.errors
         for index in range(count):
             assert kinds(dataset, index) == plan

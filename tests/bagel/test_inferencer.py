@@ -27,15 +27,32 @@ class WordTokenizer:
 def make_inferencer(**changes) -> InterleaveInferencer:
     torch.manual_seed(0)
     config = ModelConfig(
-        language=LanguageConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-                                num_key_value_heads=1),
-        vision=VisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=4, image_size=32),
-        autoencoder=AutoencoderConfig(kind="pixel", downsample=4, z_channels=48), max_latent_size=8)
+        language=LanguageConfig(
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        ),
+        vision=VisionConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            patch_size=4,
+            image_size=32,
+        ),
+        autoencoder=AutoencoderConfig(kind="pixel", downsample=4, z_channels=48),
+        max_latent_size=8,
+    )
     model = Bagel(config).initialize()
     torch.nn.init.normal_(model.llm2vae.weight, std=0.3)
     case = Case("inferencer_contexts_1").info
     transforms = [ImageTransform(**case[name]) for name in ("vae_transform", "vit_transform")]
-    return InterleaveInferencer(model, build_autoencoder(config.autoencoder), WordTokenizer(), *transforms, TINY_TOKENS, **changes)
+    return InterleaveInferencer(
+        model, build_autoencoder(config.autoencoder), WordTokenizer(), *transforms, TINY_TOKENS, **changes
+    )
 
 
 def test_contexts_of_interleaved_inputs(monkeypatch):
@@ -57,9 +74,15 @@ def test_contexts_of_interleaved_inputs(monkeypatch):
 
         monkeypatch.setattr(inferencer, "gen_text", gen_text)
         monkeypatch.setattr(inferencer, "gen_image", gen_image)
-        inputs = [item if isinstance(item, str) else Image.new("RGB", tuple(item["image_wh"])) for item in row["inputs"]]
-        outputs = inferencer.interleave_inference(inputs, think=row["think"], understanding_output=row["understanding_output"],
-                                                  image_shapes=tuple(row["image_shapes"]))
+        inputs = [
+            item if isinstance(item, str) else Image.new("RGB", tuple(item["image_wh"])) for item in row["inputs"]
+        ]
+        outputs = inferencer.interleave_inference(
+            inputs,
+            think=row["think"],
+            understanding_output=row["understanding_output"],
+            image_shapes=tuple(row["image_shapes"]),
+        )
         seen["output_types"] = ["text" if isinstance(item, str) else "image" for item in outputs]
         assert seen == row["out"]
 

@@ -24,7 +24,13 @@ def test_words_and_chinese_characters():
     assert words("A red-hot Apple, \u7ea2\u8272 2!") == ["a", "red", "hot", "apple", "\u7ea2", "\u8272", "2"]
 
 
-@pytest.mark.parametrize("text", ["A small red apple on a white table", "\u4ee5\u6a59\u8272\u4e3a\u4e3b\u7684\u5927\u7b11\u7684\u732b\u56fe\u7247\u3002"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A small red apple on a white table",
+        "\u4ee5\u6a59\u8272\u4e3a\u4e3b\u7684\u5927\u7b11\u7684\u732b\u56fe\u7247\u3002",
+    ],
+)
 def test_equal_texts_score_full_and_unrelated_ones_nothing(text):
     other = "zebra" if text[0] == "A" else "\u98de\u673a\u6c7d\u8f66\u706b\u8f66\u8f6e\u8239"
     assert bleu([text], [text])["bleu"] == pytest.approx(100)
@@ -50,11 +56,14 @@ def test_missing_references_raise_and_missing_models_say_why():
 def test_bertscore_with_a_tiny_local_model(tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
     inner = Tokenizer(models.WordLevel({"[UNK]": 0, "[PAD]": 1, "a": 2, "cat": 3, "dog": 4}, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(tmp_path)
     torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=5, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)).save_pretrained(tmp_path)
+    BertModel(
+        BertConfig(vocab_size=5, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    ).save_pretrained(tmp_path)
     assert bert_score(["a cat"], ["a cat"], str(tmp_path))["bertscore_f1"] == pytest.approx(1, abs=1e-5)
     assert bert_score(["a cat", ""], ["a dog", "a"], str(tmp_path), 0)["bertscore_f1"] < 0.5
 
@@ -88,15 +97,21 @@ RED, BLUE, GREEN, YELLOW = (solid(c) for c in ((220, 20, 20), (20, 20, 220), (20
 def test_fid_with_given_features_and_a_torchscript_file(tmp_path):
     def features(pictures):
         return torch.stack([foreground_colour(picture) for picture in pictures])
+
     assert fid([RED, BLUE], [RED, BLUE], features=features)["fid"] == pytest.approx(0, abs=1e-9)
     assert "2048" in fid([RED, BLUE], [GREEN, RED], features=features)["fid_warning"]
-    for given, message in ((dict(weights=None), "--fid-weights"), (dict(weights="none.pt"), "not a file"), (dict(features=features), "two or more")):
+    for given, message in (
+        (dict(weights=None), "--fid-weights"),
+        (dict(weights="none.pt"), "not a file"),
+        (dict(features=features), "two or more"),
+    ):
         with pytest.raises(Unavailable, match=message):
             fid([RED], [RED], **given)
 
     class Mean(torch.nn.Module):
         def forward(self, x):
             return x.float().mean((2, 3))
+
     torch.jit.script(Mean()).save(str(tmp_path / "mean.pt"))
     assert fid([RED, BLUE], [RED, BLUE], str(tmp_path / "mean.pt"))["fid"] == pytest.approx(0, abs=1e-6)
 
@@ -122,4 +137,7 @@ def test_colour_agreement():
     assert found["colour_agreement_p"] < 0.1
     assert colour_agreement(pictures, pictures[1:] + pictures[:1])["colour_agreement"] <= 0.5
     assert colours_named("mostly Red, \u4ee5\u84dd\u8272\u4e3a\u4e3b") == {"red", "blue"}
-    assert named_colour_agreement(["red", "blue"], ["a red one", "blue"]) == {"colour_named": 1.0, "colour_named_shuffled": 0.0}
+    assert named_colour_agreement(["red", "blue"], ["a red one", "blue"]) == {
+        "colour_named": 1.0,
+        "colour_named_shuffled": 0.0,
+    }

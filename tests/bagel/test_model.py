@@ -1,4 +1,4 @@
-"""The whole model against the recorded cases: losses, gradients, text, pictures, editing; and batches that lack a kind."""
+"""The whole model against the recorded cases: losses, gradients, text, pictures, edits; and packs that lack a kind."""
 
 import pytest
 import torch
@@ -30,14 +30,25 @@ def pack_of(case: Case) -> dict:
     """The recorded pack in our form: latents without padding, splits rebuilt from the recorded masks."""
     pack = case.under("in.")
     patch = case.info["config"]["latent_patch_size"]
-    latents = [patchify(latent[:, :rows * patch, :columns * patch], patch) for latent, (rows, columns)
-               in zip(pack["padded_latent"], case.info["patchified_vae_latent_shapes"], strict=True)]
+    latents = [
+        patchify(latent[:, : rows * patch, : columns * patch], patch)
+        for latent, (rows, columns) in zip(
+            pack["padded_latent"], case.info["patchified_vae_latent_shapes"], strict=True
+        )
+    ]
     split_lens, attn_modes = [], []
     for number in range(len(case.info["sample_lens"])):
         lens, modes = splits_of_mask(pack[f"mask_{number}"].bool())
         split_lens, attn_modes = split_lens + lens, attn_modes + modes
-    return {**pack, "packed_latents": torch.cat(latents), "packed_noise": pack["noise"], "sample_lens": case.info["sample_lens"],
-            "split_lens": split_lens, "attn_modes": attn_modes, "vit_token_seqlens": pack["vit_token_seqlens"].tolist()}
+    return {
+        **pack,
+        "packed_latents": torch.cat(latents),
+        "packed_noise": pack["noise"],
+        "sample_lens": case.info["sample_lens"],
+        "split_lens": split_lens,
+        "attn_modes": attn_modes,
+        "vit_token_seqlens": pack["vit_token_seqlens"].tolist(),
+    }
 
 
 def splits_of_mask(mask: torch.Tensor) -> tuple[list[int], list[str]]:
@@ -73,7 +84,11 @@ def test_training_losses_and_gradients(name, backend):
     grad_norms_match(model, case.info["out_param_grad_norms"])
     parameters = dict(model.named_parameters())
     for parameter, expected in case.under("out.grad.").items():
-        assert_close(torch.zeros_like(expected) if parameters[parameter].grad is None else parameters[parameter].grad, expected, **LOOSE)
+        assert_close(
+            torch.zeros_like(expected) if parameters[parameter].grad is None else parameters[parameter].grad,
+            expected,
+            **LOOSE,
+        )
 
 
 def noisy(case: Case, pack: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,13 +112,31 @@ def test_gradient_checkpointing_changes_nothing():
 def test_a_pack_without_pictures_or_text_keeps_every_gradient():
     case = Case(names("bagel_loss_")[0])
     model = build(case)
-    none, width, vit = torch.zeros(0, dtype=torch.long), model.config.latent_width, 3 * model.config.vision.patch_size**2
-    pack = {"sample_lens": [2], "split_lens": [2], "attn_modes": ["causal"], "packed_text_ids": torch.tensor([60, 61]),
-            "packed_text_indexes": torch.tensor([0, 1]), "packed_position_ids": torch.tensor([0, 1]), "ce_loss_indexes": none,
-            "packed_label_ids": none, "packed_vit_tokens": torch.zeros(0, vit), "packed_vit_position_ids": none,
-            "packed_vit_token_indexes": none, "vit_token_seqlens": [], "packed_latents": torch.zeros(0, width),
-            "packed_noise": torch.zeros(0, width), "packed_timesteps": torch.zeros(0), "packed_latent_position_ids": none,
-            "packed_vae_token_indexes": none, "mse_loss_indexes": none}
+    none, width, vit = (
+        torch.zeros(0, dtype=torch.long),
+        model.config.latent_width,
+        3 * model.config.vision.patch_size**2,
+    )
+    pack = {
+        "sample_lens": [2],
+        "split_lens": [2],
+        "attn_modes": ["causal"],
+        "packed_text_ids": torch.tensor([60, 61]),
+        "packed_text_indexes": torch.tensor([0, 1]),
+        "packed_position_ids": torch.tensor([0, 1]),
+        "ce_loss_indexes": none,
+        "packed_label_ids": none,
+        "packed_vit_tokens": torch.zeros(0, vit),
+        "packed_vit_position_ids": none,
+        "packed_vit_token_indexes": none,
+        "vit_token_seqlens": [],
+        "packed_latents": torch.zeros(0, width),
+        "packed_noise": torch.zeros(0, width),
+        "packed_timesteps": torch.zeros(0),
+        "packed_latent_position_ids": none,
+        "packed_vae_token_indexes": none,
+        "mse_loss_indexes": none,
+    }
     losses = model(pack)
     (losses["ce"].sum() + losses["mse"].sum()).backward()
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -180,7 +213,9 @@ def test_editing(name):
         extend(model, [main, contexts["without_images"]], [text, text], store=True)
     assert (main.kv_len, main.rope) == (case.info["prefill"][-1]["kv_len"], case.info["prefill"][-1]["rope"])
     rows, columns = (side // stride for side in case.info["image_hw"])
-    check_variants(case, model, Drawing(main, without_text, contexts["without_images"], case["in.init_noise"], rows, columns))
+    check_variants(
+        case, model, Drawing(main, without_text, contexts["without_images"], case["in.init_noise"], rows, columns)
+    )
     with torch.no_grad():
         image = autoencoder.decode(unpatchify(case["out.variant_0.latent"], rows, columns, patch)[None])
     assert_close(image, case["out.variant_0.decoded"], **LOOSE)

@@ -8,24 +8,29 @@ import torch
 
 from bagel.attention import PackLayout
 from bagel.generation import SpecialTokens
+from bagel.packer import Packer, ReferencePacker, SamplePacker, padding_share
 from bagel.packing import (
     Draws,
     Dropout,
     PackBuilder,
-    Packer,
     PackFormat,
     PlanItem,
-    ReferencePacker,
-    SamplePacker,
-    padding_share,
 )
 from bagel.records import image_items
 from tests.bagel.golden import TINY_TOKENS, Case, names
 
 
 def format_of(info: dict) -> PackFormat:
-    return PackFormat(SpecialTokens.from_names(TINY_TOKENS), info["vae_image_downsample"], info["max_latent_size"],
-                      info["vit_patch_size"], info["max_num_patch_per_side"], info["interpolate_pos"], 2, 4)
+    return PackFormat(
+        SpecialTokens.from_names(TINY_TOKENS),
+        info["vae_image_downsample"],
+        info["max_latent_size"],
+        info["vit_patch_size"],
+        info["max_num_patch_per_side"],
+        info["interpolate_pos"],
+        2,
+        4,
+    )
 
 
 def plan_of(sample: dict, sizes: list[dict]) -> list[PlanItem]:
@@ -36,14 +41,29 @@ def plan_of(sample: dict, sizes: list[dict]) -> list[PlanItem]:
             plan.append(PlanItem("text", ids=item["ids"], loss=item["loss"], enable_cfg=item["enable_cfg"]))
         elif item["type"] == "image":
             size = sizes[item["image"]]
-            plan += image_items("", tuple(size["vae_hw"]), tuple(size["vit_hw"]), target=item["need_loss"], latents=item["need_vae"],
-                                vision=item["need_vit"], enable_cfg=item["enable_cfg"])
+            plan += image_items(
+                "",
+                tuple(size["vae_hw"]),
+                tuple(size["vit_hw"]),
+                target=item["need_loss"],
+                latents=item["need_vae"],
+                vision=item["need_vit"],
+                enable_cfg=item["enable_cfg"],
+            )
         else:
             frames = item["frame_indexes"]
             for number, image in enumerate(item["images"]):
                 last = number == len(frames) - 1
-                plan.append(PlanItem("vae_image", size=tuple(sizes[image]["vae_hw"]), loss=1, split_start=number == 0, split_end=last,
-                                     frame_delta=None if last else frames[number + 1] - frames[number]))
+                plan.append(
+                    PlanItem(
+                        "vae_image",
+                        size=tuple(sizes[image]["vae_hw"]),
+                        loss=1,
+                        split_start=number == 0,
+                        split_end=last,
+                        frame_delta=None if last else frames[number + 1] - frames[number],
+                    )
+                )
     return plan
 
 
@@ -56,14 +76,27 @@ def test_packs_equal_the_recorded_ones(name):
         plan = plan_of(sample, info["image_sizes"])
         assert layout.length(plan) == sample["length_estimate"]
         assert [(item.type, item.enable_cfg, item.loss, item.special_token_loss) for item in plan] == [
-            (item["type"], item["enable_cfg"], item["loss"], item["special_token_loss"]) for item in sample["sequence_plan"]]
+            (item["type"], item["enable_cfg"], item["loss"], item["special_token_loss"])
+            for item in sample["sequence_plan"]
+        ]
         builder.add(plan, Draws([0.5] * len(plan), raw), dropout)
     pack, expected = builder.pack(), info["out"]
     for field in set(expected) - {"padded_images_shape", "packed_vit_tokens_shape", "flex", "attend_pairs_per_sample"}:
         found = pack[field].tolist() if isinstance(pack[field], torch.Tensor) else pack[field]
-        values = [float(value) for value in expected[field]] if field in ("packed_timesteps", "ce_loss_weights") else expected[field]
-        assert found == pytest.approx(values, abs=1e-6) if field in ("packed_timesteps", "ce_loss_weights") else found == values, field
-    assert PackLayout(pack["sample_lens"], pack["split_lens"], pack["attn_modes"]).attended_pairs() == expected["attend_pairs_per_sample"]
+        values = (
+            [float(value) for value in expected[field]]
+            if field in ("packed_timesteps", "ce_loss_weights")
+            else expected[field]
+        )
+        assert (
+            found == pytest.approx(values, abs=1e-6)
+            if field in ("packed_timesteps", "ce_loss_weights")
+            else found == values
+        ), field
+    assert (
+        PackLayout(pack["sample_lens"], pack["split_lens"], pack["attn_modes"]).attended_pairs()
+        == expected["attend_pairs_per_sample"]
+    )
     flex = PackLayout(pack["sample_lens"], pack["split_lens"], pack["attn_modes"], expected["flex"]["max_num_tokens"])
     assert flex.padded_length % 128 == 0 and flex.padded_length >= expected["flex"]["max_num_tokens"]
 
@@ -81,10 +114,16 @@ def test_the_reference_loop_fills_packs_as_recorded(name):
             raise EndOfStream
         return range(len(samples))
 
-    packer = ReferencePacker(order, lambda index, epoch: samples[index]["num_tokens"] + 2 * samples[index]["n_plan_items"],
-                             expected=info["expected_num_tokens"], capacity=info["max_num_tokens"],
-                             max_sample=info["max_num_tokens_per_sample"], prefer_buffer_before=info["prefer_buffer_before"],
-                             buffer_size=info["max_buffer_size"], written=lambda index, epoch: samples[index]["actual_length"])
+    packer = ReferencePacker(
+        order,
+        lambda index, epoch: samples[index]["num_tokens"] + 2 * samples[index]["n_plan_items"],
+        expected=info["expected_num_tokens"],
+        capacity=info["max_num_tokens"],
+        max_sample=info["max_num_tokens_per_sample"],
+        prefer_buffer_before=info["prefer_buffer_before"],
+        buffer_size=info["max_buffer_size"],
+        written=lambda index, epoch: samples[index]["actual_length"],
+    )
     packs = []
     with pytest.raises(EndOfStream):
         while True:
@@ -95,9 +134,13 @@ def test_the_reference_loop_fills_packs_as_recorded(name):
 def mixed_lengths(count: int, seed: int = 0) -> list[int]:
     """The stated mix: 40 % text to image at 512, 20 % at 1024, 20 % understanding, 10 % editing at 512, 10 % text."""
     draw = random.Random(seed)
-    kinds = [lambda: 1024 + draw.randint(20, 80) + 4, lambda: 4096 + draw.randint(20, 80) + 4,
-             lambda: draw.randint(27, 37) * draw.randint(27, 37) + draw.randint(40, 300), lambda: 2 * 1024 + 1369 + draw.randint(20, 60) + 8,
-             lambda: draw.randint(50, 1500)]
+    kinds = [
+        lambda: 1024 + draw.randint(20, 80) + 4,
+        lambda: 4096 + draw.randint(20, 80) + 4,
+        lambda: draw.randint(27, 37) * draw.randint(27, 37) + draw.randint(40, 300),
+        lambda: 2 * 1024 + 1369 + draw.randint(20, 60) + 8,
+        lambda: draw.randint(50, 1500),
+    ]
     return [draw.choices(kinds, [40, 20, 20, 10, 10])[0]() for _ in range(count)]
 
 
@@ -113,6 +156,7 @@ def one_epoch(packer: Packer) -> list[list[int]]:
 def shuffled(count: int):
     def order(epoch: int) -> list[int]:
         return random.Random(epoch).sample(range(count), count)
+
     return order
 
 
@@ -128,8 +172,10 @@ def test_no_sample_is_lost_or_repeated_and_little_is_wasted(capacity, most):
 
 def test_the_packer_resumes_with_samples_waiting():
     lengths = mixed_lengths(300)
+
     def make():
         return Packer(shuffled(300), lambda index, epoch: lengths[index], capacity=11520, buffer_size=20)
+
     straight, first = make(), make()
     expected = [straight.next_pack() for _ in range(140)]
     for number in range(60):
@@ -149,7 +195,10 @@ def test_packs_of_a_number_of_samples():
 def test_labels_at_closing_marks_and_clean_times():
     layout = format_of(Case("pack_1_t2i").info)
     builder = PackBuilder(layout)
-    items = [PlanItem("text", ids=[1], special_token_loss=1, special_token_label=62), PlanItem("vae_image", size=(16, 16))]
+    items = [
+        PlanItem("text", ids=[1], special_token_loss=1, special_token_label=62),
+        PlanItem("vae_image", size=(16, 16)),
+    ]
     builder.add(items, Draws([0.5, 0.5], iter(())), Dropout())
     pack = builder.pack()
     assert pack["ce_loss_indexes"].tolist() == [2] and pack["packed_label_ids"].tolist() == [62]

@@ -69,7 +69,7 @@ def test_patch_orders_and_their_inverse():
     case = Case("patch_1")
     rows, columns = case.info["latent_hw"]
     assert torch.equal(patchify(case["in.image"], case.info["vit_patch"]), case["out.vit_patches"])
-    latent = case["in.padded_latent"][:, :2 * rows, :2 * columns]
+    latent = case["in.padded_latent"][:, : 2 * rows, : 2 * columns]
     assert torch.equal(patchify(latent, 2), case["out.latent_tokens"])
     assert torch.equal(unpatchify(case["out.latent_tokens"], rows, columns, 2), case["out.unpatchified"][0])
 
@@ -85,7 +85,7 @@ def test_embeddings(name):
     connector = Connector(case.info["connector"]["in_dim"], width)
     weights = case.weights()
     for module, part in ((embedder, "mlp."), (connector, "fc")):
-        found = {name[name.index(part):]: value for name, value in weights.items() if part in name}
+        found = {name[name.index(part) :]: value for name, value in weights.items() if part in name}
         module.load_state_dict(found)
     assert_close(embedder.code(case["in.t"]), case["out.timestep_freq"], **FLOAT)
     assert_close(embedder(case["in.t"]), case["out.timestep_embed"], **FLOAT)
@@ -113,8 +113,12 @@ def test_vision_tower(name):
     tower.load_state_dict(weights)
     side = info["image_size"] // info["patch_size"]
     patches = [patchify(case[f"in.image_{number}"], info["patch_size"]) for number in range(len(info["image_hw"]))]
-    cells = [position_ids(height // info["patch_size"], width // info["patch_size"], side, interpolate=info["interpolate_pos"])
-             for height, width in info["image_hw"]]
+    cells = [
+        position_ids(
+            height // info["patch_size"], width // info["patch_size"], side, interpolate=info["interpolate_pos"]
+        )
+        for height, width in info["image_hw"]
+    ]
     assert torch.equal(torch.cat(patches), case["in.patches"])
     assert torch.equal(torch.cat(cells), case["in.position_ids"])
     assert_close(tower(torch.cat(patches), torch.cat(cells), [len(part) for part in patches]), case["out.y"], **FLOAT)
@@ -136,12 +140,16 @@ def test_autoencoder(name):
     with torch.no_grad():
         assert_close(autoencoder.encoder(case["in.image"]), case["out.moments"], **LOOSE)
         assert_close(autoencoder.encode(case["in.image"]), case["out.latent_mean"], **LOOSE)
-        assert_close(autoencoder.encode(case["in.image"], case["in.posterior_noise"]), case["out.latent_sample"], **LOOSE)
+        assert_close(
+            autoencoder.encode(case["in.image"], case["in.posterior_noise"]), case["out.latent_sample"], **LOOSE
+        )
         assert_close(autoencoder.decode(case["out.latent_sample"]), case["out.decoded"], **LOOSE)
 
 
 def test_pixel_cells_are_exact():
-    code = PixelAutoencoder(ModelConfig().autoencoder.model_copy(update=dict(kind="pixel", downsample=2, z_channels=12)))
+    code = PixelAutoencoder(
+        ModelConfig().autoencoder.model_copy(update=dict(kind="pixel", downsample=2, z_channels=12))
+    )
     image = torch.rand(2, 3, 8, 6) * 2 - 1
     assert code.encode(image).shape == (2, 12, 4, 3)
     assert_close(code.decode(code.encode(image)), image)
@@ -220,7 +228,16 @@ def test_full_size_names_and_shapes_equal_the_released_ones():
     counts = count_parameters(model)
     assert counts["total"] == 14_607_260_128
     assert sum(value.numel() for value in autoencoder.parameters()) == 83_819_683
-    expected = {"understanding expert": 6_525_628_928, "generation expert": 6_525_628_928, "embedding and head": 1_089_994_752,
-                "vision tower": 402_552_736, "connector": 16_980_992, "time_embedder": 13_769_728, "vae2llm": 232_960,
-                "llm2vae": 229_440, "latent_pos_embed": 14_680_064, "vit_pos_embed": 17_561_600}
+    expected = {
+        "understanding expert": 6_525_628_928,
+        "generation expert": 6_525_628_928,
+        "embedding and head": 1_089_994_752,
+        "vision tower": 402_552_736,
+        "connector": 16_980_992,
+        "time_embedder": 13_769_728,
+        "vae2llm": 232_960,
+        "llm2vae": 229_440,
+        "latent_pos_embed": 14_680_064,
+        "vit_pos_embed": 17_561_600,
+    }
     assert {name: counts[name] for name in expected} == expected
