@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     count = sum(parameter.numel() for parameter in model.parameters())
     print(
         f"{count:,} parameters, {pack['sequence_length']} tokens {pack['sample_lens']}, torch {torch.__version__}, "
-        f"fp32, 1 thread, {options.attention} attention: median {statistics.median(seconds[2:]):.3f} CPU seconds a step "
+        f"fp32, 1 thread, {options.attention} attention: median {statistics.median(seconds[2:]):.3f} CPU s a step "
         f"(least {min(seconds[2:]):.3f})"
     )
 
