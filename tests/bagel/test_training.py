@@ -99,12 +99,13 @@ def test_mistakes_end_with_one_sentence(flags, message, tmp_path, capsys):
 
 
 GUIDE_FLAGS = """
---model_path m --train_data_path t --val_data_path v --output_dir o --batch_size 2 --num_epochs 3 --max_steps 9
---gradient_accumulation_steps 8 --learning_rate 2e-5 --lr_scheduler_type linear --warmup_ratio 0.1 --text_loss_weight 0.5 --image_loss_weight 1
---bf16 --wandb_project p --wandb_run_name r --resume_from_checkpoint c --save_steps 5 --save_total_limit 3 --eval_steps 5
---logging_steps 5 --max_sequence_length 512 --num_workers 1 --gradient_checkpointing --torch_compile --ema_decay 0.99
---timestep_shift 4 --text_cond_dropout_prob 0.1 --vit_cond_dropout_prob 0.2 --vae_cond_dropout_prob 0.3 --freeze_vit
---max_latent_size 32 --seed 7 --metric_for_best val/text_loss --deepspeed d.json
+--model_path m --train_data_path t --val_data_path v --output_dir o --batch_size 2 --num_epochs 3 --max_steps
+9 --gradient_accumulation_steps 8 --learning_rate 2e-5 --lr_scheduler_type linear --warmup_ratio 0.1
+--text_loss_weight 0.5 --image_loss_weight 1 --bf16 --wandb_project p --wandb_run_name r
+--resume_from_checkpoint c --save_steps 5 --save_total_limit 3 --eval_steps 5 --logging_steps 5
+--max_sequence_length 512 --num_workers 1 --gradient_checkpointing --torch_compile --ema_decay 0.99
+--timestep_shift 4 --text_cond_dropout_prob 0.1 --vit_cond_dropout_prob 0.2 --vae_cond_dropout_prob 0.3
+--freeze_vit --max_latent_size 32 --seed 7 --metric_for_best val/text_loss --deepspeed d.json
 """
 
 
