@@ -1,7 +1,8 @@
-"""The reference-image adapter: projections of a subject picture, and the cross-attention that looks at it beside the text.
+"""The reference-image adapter: projections of a subject picture, and the cross-attention that looks at it.
 
 Shapes: B batch, N subjects, S reference tokens, L video tokens, D width, C feature channels, H heads, h w latent grid.
-Three separate softmaxes (text, CLIP features, VAE latents) share one query, so that the frozen text path stays untouched.
+Three separate softmaxes (text, CLIP features, VAE latents) share one query, so that the frozen text path stays
+untouched.
 """
 
 from dataclasses import dataclass, field
@@ -29,7 +30,9 @@ class ReferenceTokens:
 
 
 def sincos_2d(height: int, width: int, dim: int) -> Tensor:
-    """Fixed positions (h w, D), float32: [sin, cos] of the row, then of the column, frequencies 10000^(-i / (D / 4))."""
+    """Fixed positions (h w, D), float32: [sin, cos] of the row, then of the column, frequencies 10000^(-i / (D /
+    4)).
+    """
     if dim % 4:
         raise ValueError(f"2-D sine positions need a width divisible by 4, got {dim}")
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
@@ -59,7 +62,9 @@ def clip_projection(kind: str, clip_dim: int, dim: int) -> nn.Module:
 
 
 def subject_mask(ref_mask_BN: Tensor, tokens_per_subject: int) -> Tensor:
-    """bool (B, N) -> (B, N tokens); rows without any subject become all True, since a softmax over no keys is not a number."""
+    """bool (B, N) -> (B, N tokens); rows without any subject become all True, since a softmax over no keys is not a
+    number.
+    """
     usable_BN = ref_mask_BN | ~ref_mask_BN.any(1, keepdim=True)
     return usable_BN.repeat_interleave(tokens_per_subject, 1)
 
@@ -110,9 +115,10 @@ class DualPathCrossAttention(WanAttention):
 
     @torch.no_grad()
     def reset_reference_parameters(self) -> None:
-        """The initial values under which the output equals the base model's, to be called when norm_k holds the base weights.
+        """The initial values under which the output equals the base's; called when norm_k holds the base weights.
 
-        Value layers are zero, so their path adds exactly 0 while they receive a full gradient; keys are Xavier with the base's
+        Value layers are zero, so their path adds exactly 0 while they receive a full gradient; keys are Xavier with the
+        base's
         key norm, which keeps q.k at the scale that the base's queries expect. Never zero both factors of a product.
         """
         for key, value, norm in self.new_paths():

@@ -156,8 +156,10 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, ...]]:
 
 
 class _Window:
-    """A part of a file as text whose positions are bytes: latin-1 maps each byte to one character, and UTF-8 never looks
-    like JSON's own characters."""
+    """A part of a file as text whose positions are bytes: latin-1 maps each byte to one character.
+
+    The bytes of UTF-8 beyond ASCII never look like JSON's own characters.
+    """
 
     def __init__(self, path: Path):
         self.path, self.file, self.text, self.start, self.at_end = path, open(path, "rb"), "", 0, False  # noqa: SIM115
@@ -166,7 +168,8 @@ class _Window:
         """Drop what lies before `keep_from`, read more, and return how far positions moved."""
         if len(self.text) - keep_from > _LARGEST_ENTRY:
             raise UserError(
-                f"{self.path}, byte {self.start + keep_from}: no complete entry within 256 MiB; the file is damaged there"
+                f"{self.path}, byte {self.start + keep_from}: no complete entry within 256 MiB; the file is damaged "
+                "there"
             )
         more = self.file.read(_CHUNK)
         self.at_end = not more
@@ -176,7 +179,9 @@ class _Window:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, ...]]:
-    """Rows of {key: entry, ...}: the C scanner of the json module runs over one entry after another in a moving window."""
+    """Rows of {key: entry, ...}: the C scanner of the json module runs over one entry after another in a moving
+    window.
+    """
     scan, window = json.JSONDecoder(strict=False).raw_decode, _Window(path)
     with window.file:
         window.grow(0)
@@ -196,7 +201,8 @@ def _json_rows(path: Path) -> Iterator[tuple[int, ...]]:
                 except (ValueError, IndexError, RecursionError) as error:
                     if window.at_end:
                         raise UserError(
-                            f"{path}, byte {window.start + place}: the entry is no valid JSON ({error}); the file is cut or damaged there"
+                            f"{path}, byte {window.start + place}: the entry is no valid JSON ({error}); the file is "
+                            "cut or damaged there"
                         ) from None
                     place -= window.grow(place)
             if not isinstance(value, dict):
@@ -217,7 +223,8 @@ def _skip(window: _Window, place: int, wanted: str, first: bool = False) -> int:
             if window.text[place] in wanted:
                 return place + (1 if first else 0)
             raise UserError(
-                f"{window.path}, byte {window.start + place}: expected {' or '.join(wanted)}, found {window.text[place]!r}; "
+                f"{window.path}, byte {window.start + place}: expected {' or '.join(wanted)}, found "
+                f"{window.text[place]!r}; "
                 "an annotation file is one JSON object {key: entry}"
             )
         if window.at_end:

@@ -84,7 +84,8 @@ def ensure_base(config: Config, info: DistInfo) -> Path:
         return path
     if config.training.base_steps == 0:
         raise UserError(
-            "generator_ckpt is not set; give the folder or file of Wan2.1-T2V-1.3B, or base_steps to train a small base first"
+            "generator_ckpt is not set; give the folder or file of Wan2.1-T2V-1.3B, or base_steps to train a small "
+            "base first"
         )
     if config.model.codec != "patch" or config.model.text_encoder != "hash":
         raise UserError(

@@ -1,4 +1,6 @@
-"""Features that precompute.py stored: one safetensors file per clip and kind, with the settings they were made under."""
+"""Features that precompute.py stored: one safetensors file per clip and kind, with the settings they were made
+under.
+"""
 
 import hashlib
 import json
@@ -22,21 +24,42 @@ def cache_settings(config: Any, kind: str) -> dict[str, Any]:
     subject = {
         name: data[name]
         for name in (
-            "max_subjects_per_sample", "subject_selection", "use_bbox", "min_gme_score", "min_aes_score", "min_crop_ratio",
-            "max_crop_ratio", "subject_tag_groups", "dedup_iou", "is_cross_frame", "ref_augment",
+            "max_subjects_per_sample",
+            "subject_selection",
+            "use_bbox",
+            "min_gme_score",
+            "min_aes_score",
+            "min_crop_ratio",
+            "max_crop_ratio",
+            "subject_tag_groups",
+            "dedup_iou",
+            "is_cross_frame",
+            "ref_augment",
         )
-    }  # fmt: skip
+    }
     clip = {
         name: data[name]
-        for name in ("num_training_frames", "num_training_frames_unit", "pixel_height", "pixel_width", "sample_stride",
-                     "target_fps", "train_share")
-    }  # fmt: skip
+        for name in (
+            "num_training_frames",
+            "num_training_frames_unit",
+            "pixel_height",
+            "pixel_width",
+            "sample_stride",
+            "target_fps",
+            "train_share",
+        )
+    }
     return {
-        "text": {"encoder": model.text_encoder, "base": model.base_model_path, "rows": model.text_rows, "caption": data.caption_key,
-                 "generic": data.generic_caption_probability},
+        "text": {
+            "encoder": model.text_encoder,
+            "base": model.base_model_path,
+            "rows": model.text_rows,
+            "caption": data.caption_key,
+            "generic": data.generic_caption_probability,
+        },
         "clip": {"encoder": model.image_encoder, "path": model.image_encoder_path, **subject},
         "vae": {"codec": model.codec, "base": model.base_model_path, **clip},
-    }[kind]  # fmt: skip
+    }[kind]
 
 
 class FeatureCache:
@@ -91,10 +114,14 @@ class FeatureCache:
             with safe_open(str(others[0]), "pt") as file:
                 made_with = (file.metadata() or {}).get("settings", "unknown settings")
             return (
-                f"cached {self.kind} features of {part}/{key} were made with other settings ({made_with}; now {self.settings}); "
+                f"cached {self.kind} features of {part}/{key} were made with other settings ({made_with}; now "
+                f"{self.settings}); "
                 "run opens2v/precompute.py again with this configuration"
             )
-        return f"cached {self.kind} features of {part}/{key}: not in {self.folder}; run opens2v/precompute.py --what {self.kind}"
+        return (
+            f"cached {self.kind} features of {part}/{key}: not in {self.folder}; run opens2v/precompute.py "
+            f"--what {self.kind}"
+        )
 
 
 class CachedDataset:

@@ -1,4 +1,4 @@
-"""Block-causal self-attention over video frames: masks, attention without a dense mask, rotary embedding, key-value cache.
+"""Block-causal self-attention over video frames: masks, attention without a dense mask, rotary embedding, cache.
 
 Shapes: B batch, F latent frames, S tokens of a frame, L = F S tokens, H heads, K head width.
 """
@@ -30,9 +30,10 @@ def causal_frame_mask(
     local_window: int = -1,
     teacher_forcing: bool = False,
 ) -> Tensor:
-    """Which frame (row) may attend to which (column), bool (F, F), or (2F, 2F) over [clean | noisy] with teacher forcing.
+    """Which frame (row) may attend to which (column), bool (F, F); (2F, 2F) over [clean | noisy] with teacher forcing.
 
-    A frame sees its own and earlier blocks; a noisy frame sees the noisy frames of its own block and the clean frames of
+    A frame sees its own and earlier blocks; a noisy frame sees the noisy frames of its own block and the clean frames
+    of
     earlier ones. local_window: frames counted back from the end of the own block, -1 for all.
     """
     lengths = frame_blocks(frames, frames_per_block, independent_first_frame)

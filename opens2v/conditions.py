@@ -156,7 +156,8 @@ def load_patch_codec(folder: Path | None) -> PatchCodec:
     path = None if folder is None else folder / "codec.safetensors"
     if path is None or not path.exists():
         raise UserError(
-            f"codec patch needs codec.safetensors beside the base weights, {path or 'no folder'} has none; give the generator.safetensors "
+            f"codec patch needs codec.safetensors beside the base weights, {path or 'no folder'} has none; give the "
+            "generator.safetensors "
             "of a small run as --generator-ckpt, or leave it out and set base_steps"
         )
     codec = PatchCodec()

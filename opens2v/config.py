@@ -213,13 +213,14 @@ class TrainingConfig(TrainingSection):
             raise ValueError("p_drop_text + p_drop_ref + p_drop_both exceeds 1; they exclude one another")
         if self.val_ref_images and len(self.val_ref_images) != len(self.val_prompts):
             raise ValueError(
-                f"val_ref_images has {len(self.val_ref_images)} entries, val_prompts {len(self.val_prompts)}; give one picture per prompt"
+                f"val_ref_images has {len(self.val_ref_images)} entries, val_prompts {len(self.val_prompts)}; give "
+                "one picture per prompt"
             )
         return self
 
 
 REFUSED = {
-    "sharding_strategy": "FSDP2 shards each block over all ranks; leave the key out and choose --strategy ddp, fsdp, zero1, zero2 or zero3",
+    "sharding_strategy": "FSDP2 shards each block over all ranks; leave the key out and choose a --strategy",
     "generator_fsdp_wrap_strategy": "the generator is always wrapped block by block; leave the key out",
     "text_encoder_fsdp_wrap_strategy": "the text encoder is not sharded; use text_encoder_cpu_offload or cached text",
     "ref_in_self_attention": "references enter through cross-attention only; leave the key out",
@@ -335,7 +336,8 @@ def check_sizes(config: Config) -> None:
     if (frames - 1) % 4:
         low = (frames - 1) // 4 * 4 + 1
         raise ValueError(
-            f"num_training_frames {frames}: Wan's VAE codes 4k + 1 frames and drops the last {(frames - 1) % 4} silently; use {low} or {low + 4}"
+            f"num_training_frames {frames}: Wan's VAE codes 4k + 1 frames and drops the last {(frames - 1) % 4} "
+            f"silently; use {low} or {low + 4}"
         )
     for name, size, unit in (
         ("pixel_height", data.pixel_height, 16),
@@ -345,21 +347,25 @@ def check_sizes(config: Config) -> None:
     ):
         if size % unit:
             raise ValueError(
-                f"{name} {size} is not a multiple of {unit}; use {size // unit * unit or unit} or {size // unit * unit + unit}"
+                f"{name} {size} is not a multiple of {unit}; use {size // unit * unit or unit} or "
+                f"{size // unit * unit + unit}"
             )
     first = 1 if model.independent_first_frame else 0
     if model.causal and (latent_frames(config) - first) % model.num_frame_per_block:
         count, block = latent_frames(config), model.num_frame_per_block
         raise ValueError(
             f"num_training_frames {frames} gives {count} latent frames, which causal blocks of {block} do not fill"
-            f"{' after one independent frame' if first else ''}; use another number of frames (21 gives 6), num_frame_per_block "
-            f"{', '.join(str(d) for d in range(1, count - first + 1) if (count - first) % d == 0)}, independent_first_frame "
+            f"{' after one independent frame' if first else ''}; use another number of frames (21 gives 6), "
+            "num_frame_per_block "
+            f"{', '.join(str(d) for d in range(1, count - first + 1) if (count - first) % d == 0)}, "
+            "independent_first_frame "
             f"{'false' if first else 'true'}, or causal: false"
         )
     lengths = [len(data.json_paths), len(data.video_base_paths), len(data.background_base_paths)]
     if data.json_paths and (lengths[1] != lengths[0] or lengths[2] not in (0, lengths[0])):
         raise ValueError(
-            f"opens2v.json_paths, video_base_paths and background_base_paths must be equally long, they have {lengths[0]}, "
+            f"opens2v.json_paths, video_base_paths and background_base_paths must be equally long, they have "
+            f"{lengths[0]}, "
             f"{lengths[1]} and {lengths[2]} entries; give one of each per part"
         )
     cached = {

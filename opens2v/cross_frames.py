@@ -1,4 +1,6 @@
-"""Matched subjects of clips that come from one long video: the picture of a subject from another clip than the target."""
+"""Matched subjects of clips that come from one long video: the picture of a subject from another clip than the
+target.
+"""
 
 import json
 import random
@@ -29,7 +31,8 @@ class CrossFramePairs:
     """The pair records, read by cluster when asked for.
 
     cluster_path: cluster_videos.json (clips by cluster) or None. base_path: folder with CLUSTER.json files, or one json
-    {cluster: [pair, ...]}. Pairs outside the similarity range are left out: below are mismatches, above near duplicates.
+    {cluster: [pair, ...]}. Pairs outside the similarity range are left out: below are mismatches, above near
+    duplicates.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
 """Samples of the OpenS2V layout: a clip, its caption, and pictures of its subjects.
 
-Every random choice of a sample is keyed by (seed, epoch, index): the same for any number of ranks, workers and restarts.
+Every random choice of a sample is keyed by (seed, epoch, index): the same for any number of ranks, workers and
+restarts.
 """
 
 import math
@@ -23,22 +24,11 @@ from opens2v.annotations import Annotations
 from opens2v.clips import Part, caption_of, frame_indices, generic_caption, usable_range
 from opens2v.cross_frames import CrossFramePairs
 from opens2v.options import SampleOptions, check_arguments, chosen_positions, sample_options
-from opens2v.subjects import (
-    CLIP_SIZE,
-    Subject,
-    SubjectFilter,
-    augment,
-    clip_pixels,
-    normalise_clip,
-    recolour,
-    reference_pixels,
-    select_subjects,
-)
+from opens2v.subjects import Subject, SubjectFilter, foreground_mask, recolour, reference_tensors, select_subjects
 from opens2v.video import cover_resize
 from shared.errors import BadSample, UserError
 from shared.rng import keyed_seed
 
-FOREGROUND_LEVELS = 12  # grey levels by which a pixel of a subject differs from the background
 _SAMPLE = 501  # random stream
 
 
@@ -154,7 +144,7 @@ class OpenS2VAdapterDataset(Dataset):
         if options.recolour_probability and rng.random() < options.recolour_probability and background is not None:
             angle = rng.uniform(0, 2 * math.pi)
             frames = recolour(frames, angle, foreground_mask(frames, background))
-            images = [_recoloured(image, angle) for image in images]
+            images = [Image.fromarray(recolour(np.array(image), angle)) for image in images]
         if options.generic_caption_probability and rng.random() < options.generic_caption_probability:
             for record in entry["annotation"]["mask_map"].values():
                 caption = generic_caption(caption, record["class_name"])
@@ -162,12 +152,21 @@ class OpenS2VAdapterDataset(Dataset):
         if frames is not None:
             item["frames"] = cover_resize(frames, *self.size)
         if options.load_subjects:
-            item |= self._references(chosen, images, rng)
+            item |= reference_tensors(
+                chosen, images, rng if options.ref_augment else None, count=self.max_subjects, size=self.reference_size
+            )
         item["meta"] = {
-            "fps": metadata.get("fps"), "num_frames": metadata.get("num_frames"), "resolution": metadata.get("resolution"),
-            "crop": metadata.get("crop"), "cut": list(cut), "tech": metadata.get("tech"), "motion": metadata.get("motion"),
-            "aesthetic": metadata.get("aesthetic"), "part": self.part.name, "annotation_idx": [one.annotation_idx for one in chosen],
-        }  # fmt: skip
+            "fps": metadata.get("fps"),
+            "num_frames": metadata.get("num_frames"),
+            "resolution": metadata.get("resolution"),
+            "crop": metadata.get("crop"),
+            "cut": list(cut),
+            "tech": metadata.get("tech"),
+            "motion": metadata.get("motion"),
+            "aesthetic": metadata.get("aesthetic"),
+            "part": self.part.name,
+            "annotation_idx": [one.annotation_idx for one in chosen],
+        }
         if options.load_background and background is not None:
             item["background_pixels"] = cover_resize(background[None], *self.size)[:, 0]
         return item
@@ -182,7 +181,8 @@ class OpenS2VAdapterDataset(Dataset):
             stride = max(1, round(float(metadata.get("fps") or self.options.target_fps) / self.options.target_fps))
         return frame_indices(start, end, self.num_frames, stride, rng), (start, end)
 
-    # --- what keep_decoded remembers -----------------------------------------------------------------------------------
+    # --- what keep_decoded remembers
+    # -----------------------------------------------------------------------------------
 
     def _remembered(self, position: int, what: str, make: Callable[[], Any]) -> Any:
         if not self.options.keep_decoded:
@@ -214,7 +214,8 @@ class OpenS2VAdapterDataset(Dataset):
     def _subjects(self, position: int, key: str, entry: dict) -> list[Subject]:
         return self._remembered(position, "subjects", lambda: self.part.subjects(key, entry))
 
-    # --- subjects -------------------------------------------------------------------------------------------------------
+    # --- subjects
+    # -------------------------------------------------------------------------------------------------------
 
     def _image(self, key: str, subject: Subject, rng: random.Random) -> Image.Image:
         """The subject's picture: its own cut-out, or with cross-frame data that of another clip of the same video."""
@@ -241,35 +242,6 @@ class OpenS2VAdapterDataset(Dataset):
                 return None
             self.parts[name] = Part(name, Annotations(json_path), videos, None, self.options.use_bbox)
         return self.parts[name]
-
-    def _references(self, chosen: list[Subject], images: list, rng: random.Random) -> dict[str, Any]:
-        count = self.max_subjects
-        pixels = torch.ones(count, 3, *self.reference_size)
-        features = normalise_clip(torch.ones(3, CLIP_SIZE, CLIP_SIZE)).repeat(count, 1, 1, 1)
-        scores = torch.full((count, 2), math.nan)
-        for slot, (subject, image) in enumerate(zip(chosen, images, strict=True)):
-            scale = 1.0
-            if self.options.ref_augment:
-                image, scale = augment(image, rng)
-            pixels[slot] = reference_pixels(image, *self.reference_size, scale=scale)
-            features[slot] = clip_pixels(image)
-            for column, score in enumerate((subject.gme_score, subject.aes_score)):
-                if score is not None:
-                    scores[slot, column] = score
-        names = [subject.class_name for subject in chosen]
-        return {
-            "ref_pixels": pixels, "ref_clip_pixels": features, "ref_mask": torch.arange(count) < len(chosen),
-            "subject_names": names + [""] * (count - len(names)), "subject_scores": scores,
-        }  # fmt: skip
-
-
-def foreground_mask(frames: np.ndarray, background: np.ndarray) -> np.ndarray:
-    """bool (..., H, W): where uint8 frames (..., H, W, 3) differ from the background by more than a few grey levels."""
-    return np.abs(frames.astype(np.int16) - background.astype(np.int16)).max(-1) > FOREGROUND_LEVELS
-
-
-def _recoloured(image: Image.Image, angle: float) -> Image.Image:
-    return Image.fromarray(recolour(np.array(image), angle))
 
 
 class MultiPartOpenS2VAdapterDataset(Dataset):
@@ -346,11 +318,19 @@ def create_dataset(data: Mapping[str, Any], **changes: Any) -> MultiPartOpenS2VA
     settings = {name: data[name] for name in names if name in data}
     settings |= {
         "num_frames": data["num_pixel_frames"] if "num_pixel_frames" in data else data["num_training_frames"],
-        "height": data["pixel_height"], "width": data["pixel_width"],
-        "ref_height": data["ref_height"], "ref_width": data["ref_width"],
-    }  # fmt: skip
-    for name in ("sample_stride", "max_subjects_per_sample", "subject_selection", "is_cross_frame", "cross_frames_cluster_path",
-                 "cross_frames_base_path"):  # fmt: skip
+        "height": data["pixel_height"],
+        "width": data["pixel_width"],
+        "ref_height": data["ref_height"],
+        "ref_width": data["ref_width"],
+    }
+    for name in (
+        "sample_stride",
+        "max_subjects_per_sample",
+        "subject_selection",
+        "is_cross_frame",
+        "cross_frames_cluster_path",
+        "cross_frames_base_path",
+    ):
         settings[name] = data[name]
     settings |= changes
     return MultiPartOpenS2VAdapterDataset(
@@ -379,7 +359,8 @@ def create_opens2v_dataloader(
     need = world_size * training.batch_size
     if len(dataset) < need:
         raise UserError(
-            f"the data set has {len(dataset)} samples, one batch on {world_size} ranks takes {need}; use a smaller --batch-size or fewer ranks"
+            f"the data set has {len(dataset)} samples, one batch on {world_size} ranks takes {need}; use a smaller "
+            "--batch-size or fewer ranks"
         )
     sampler = EpochSampler(dataset, world_size, rank, shuffle=train, seed=seed & 0x7FFFFFFF, drop_last=True)
     workers = training.num_workers
@@ -397,7 +378,14 @@ def create_opens2v_dataloader(
         else {}
     )
     loader = DataLoader(
-        dataset, batch_size=training.batch_size, sampler=sampler, drop_last=True, num_workers=workers,
-        collate_fn=collate_opens2v_batch, pin_memory=torch.cuda.is_available(), generator=torch.Generator().manual_seed(seed), **more,
-    )  # fmt: skip
+        dataset,
+        batch_size=training.batch_size,
+        sampler=sampler,
+        drop_last=True,
+        num_workers=workers,
+        collate_fn=collate_opens2v_batch,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(seed),
+        **more,
+    )
     return loader, sampler

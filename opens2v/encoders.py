@@ -75,7 +75,7 @@ class WanVAE:
 
 
 class PatchCodec(nn.Module):
-    """A codec without pretrained weights: the leading principal components of 4 x 4 pixel patches, every frame by itself.
+    """A codec without pretrained weights: the leading principal components of 4 x 4 pixel patches, frame by frame.
 
     16 of 48 components keep most of a smooth picture; one common scale brings them to unit variance over all channels.
     """
@@ -170,7 +170,9 @@ class UMT5Text:
 
 
 class HashText:
-    """A text encoder without weights: one fixed random row per word, by the word's hash; the rest of the rows is zero."""
+    """A text encoder without weights: one fixed random row per word, by the word's hash; the rest of the rows is
+    zero.
+    """
 
     def __init__(self, dim: int, rows: int):
         self.dim, self.rows, self.words = dim, rows, {}
@@ -272,7 +274,8 @@ def load_clip(image_encoder_path: str | None, dtype: torch.dtype = torch.bfloat1
     """CLIP ViT-H/14 from a folder such as Wan2.1-I2V-14B-480P-Diffusers/image_encoder (the 1.3B folder has none)."""
     if image_encoder_path is None or not Path(image_encoder_path).is_dir():
         raise UserError(
-            f"image_encoder_path {image_encoder_path}: not a folder; give image_encoder of Wan2.1-I2V-14B-480P-Diffusers "
+            f"image_encoder_path {image_encoder_path}: not a folder; give image_encoder of "
+            "Wan2.1-I2V-14B-480P-Diffusers "
             "(the text-to-video folder holds none), or --clip-path off"
         )
     from transformers import CLIPVisionModel

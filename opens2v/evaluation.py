@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from opens2v.conditions import Conditions
-from opens2v.dataset import FOREGROUND_LEVELS
 from opens2v.scheduler import FlowMatchScheduler, velocity_of
+from opens2v.subjects import FOREGROUND_LEVELS
 from shared.rng import keyed_generator
 
 SIGMAS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
@@ -54,9 +54,12 @@ class PairedErrors:
 
 
 def subject_region(frames: Tensor, background: Tensor, latent_size: tuple[int, int, int]) -> Tensor:
-    """bool (B, F, h, w): latent cells that hold subject pixels. frames (B, 3, F, H, W), background (B, 3, H, W), in [-1, 1].
+    """bool (B, F, h, w): latent cells that hold subject pixels.
 
-    A pixel is the subject's when it differs from the background by more than 12 grey levels; the region is grown by one.
+    frames (B, 3, F, H, W), background (B, 3, H, W), in [-1, 1].
+
+    A pixel is the subject's when it differs from the background by more than 12 grey levels; the region is grown by
+    one.
     """
     differs = ((frames - background.unsqueeze(2)).abs().amax(1) * 127.5 > FOREGROUND_LEVELS).float()
     grown = functional.max_pool2d(differs, 3, stride=1, padding=1)
@@ -128,7 +131,9 @@ def paired_errors(
 
 
 def spatial_autocorrelation(frames: np.ndarray) -> float:
-    """Correlation of neighbouring pixels, mean over rows and columns; natural video above 0.8, noise about 0. uint8 (F, H, W, 3)."""
+    """Correlation of neighbouring pixels, mean over rows and columns; natural video above 0.8, noise about 0. uint8 (F,
+    H, W, 3).
+    """
     x = frames.astype(np.float64)
     x = x - x.mean((1, 2), keepdims=True)
     power = (x * x).mean() + 1e-9
@@ -160,7 +165,9 @@ def foreground_area(frames: np.ndarray, background: np.ndarray) -> float:
 
 
 def colour_histogram(pixels: np.ndarray) -> np.ndarray:
-    """Share of pixels (M, 3) uint8 in each of 6 x 6 x 6 colour cells; each pixel is spread over its neighbouring cells."""
+    """Share of pixels (M, 3) uint8 in each of 6 x 6 x 6 colour cells; each pixel is spread over its neighbouring
+    cells.
+    """
     place = pixels.astype(np.float64) / 255 * (_COLOUR_BINS - 1)
     low = np.clip(np.floor(place).astype(int), 0, _COLOUR_BINS - 2)
     part = place - low

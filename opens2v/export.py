@@ -16,8 +16,11 @@ FORMAT = "opens2v-1"
 def legacy_checkpoint(
     config: Config, model: nn.Module, weights: dict[str, Tensor], ema: dict[str, Tensor] | None, step: int
 ) -> dict[str, Any]:
-    """model.pt's content. `generator` holds the trained tensors under diffusers names, float32; with save_full_generator the
-    frozen ones as well. LoRA tensors are under `generator_lora`, named as peft's tools read them."""
+    """model.pt's content.
+
+    `generator` holds the trained tensors under diffusers names, float32; with save_full_generator the frozen ones as
+    well. LoRA tensors are under `generator_lora`, named as peft's tools read them; averages under the names with _ema.
+    """
     generator = {name: value for name, value in weights.items() if "lora_" not in name}
     if config.training.save_full_generator:
         frozen = {name: p for name, p in model.named_parameters() if name not in weights and p.numel()}
@@ -40,7 +43,9 @@ def legacy_checkpoint(
 
 
 def read_trained(path: Path, *, use_ema: bool = True) -> dict[str, Tensor]:
-    """Trained tensors, LoRA included, from a run, a checkpoint folder or a model.pt; averaged ones where there are some."""
+    """Trained tensors, LoRA included, from a run, a checkpoint folder or a model.pt; averaged ones where there are
+    some.
+    """
     if path.is_dir() or path.suffix == ".safetensors":
         return load_weights(path, prefer_ema=use_ema)
     try:
@@ -65,7 +70,8 @@ def load_trained(model: nn.Module, weights: dict[str, Tensor], source: str) -> N
     shapes = [name for name, value in renamed.items() if name in own and value.shape != own[name].shape]
     if unexpected or shapes:
         raise UserError(
-            f"{source} does not fit the generator: {len(unexpected)} unexpected {unexpected[:3]}, {len(shapes)} of another "
+            f"{source} does not fit the generator: {len(unexpected)} unexpected {unexpected[:3]}, {len(shapes)} of "
+            "another "
             f"shape {shapes[:3]}; use the config.yaml that lies beside it"
         )
     model.load_state_dict(renamed, strict=False)

@@ -4,8 +4,8 @@
     python opens2v/generate.py --checkpoint OUT --ref-image a.png,b.png --prompt "..." --output out.mp4
     python opens2v/generate.py --checkpoint OUT --prompt-file list.jsonl --output-dir FOLDER
 
-list.jsonl holds {"prompt": ..., "ref_image": [...], "output": "name.mp4"} a line. Beside every mp4 lie its first frame (.png)
-and its settings (.json).
+list.jsonl holds {"prompt": ..., "ref_image": [...], "output": "name.mp4"} a line.
+Beside every mp4 lie its first frame (.png) and its settings (.json).
 """
 
 import sys
@@ -102,8 +102,10 @@ def _listed(options: GenerateOptions) -> list[Request]:
 
 
 def without_plain_ground(image: Any) -> Any:
-    """The picture with the plain colour of its border made white: what lies within 24 grey levels of the corners' median,
-    connected to the border."""
+    """The picture with the plain colour of its border made white.
+
+    White becomes what lies within 24 grey levels of the border's median and is connected to the border.
+    """
     import numpy as np
     from PIL import Image
     from scipy import ndimage

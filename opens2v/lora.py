@@ -12,7 +12,9 @@ ATTENTION_LAYERS = ("to_q", "to_k", "to_v", "to_out")
 
 
 def lora_pattern(target_modules: list[str], scope: list[str]) -> str:
-    """The regular expression of the adapted layers. diffusers' to_out is a list of (linear, dropout): its linear is to_out.0."""
+    """The regular expression of the adapted layers. diffusers' to_out is a list of (linear, dropout): its linear is
+    to_out.0.
+    """
     unknown = [name for name in target_modules if name.removesuffix(".0") not in ATTENTION_LAYERS]
     if unknown:
         raise UserError(
@@ -26,7 +28,9 @@ def lora_pattern(target_modules: list[str], scope: list[str]) -> str:
 def add_lora(
     model: nn.Module, *, rank: int, alpha: float, dropout: float = 0.0, target_modules: list[str], scope: list[str]
 ) -> int:
-    """Put LoRA layers into the model and return their parameter count. peft freezes all else: enable_trainable comes after."""
+    """Put LoRA layers into the model and return their parameter count. peft freezes all else: enable_trainable comes
+    after.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(
@@ -83,7 +87,9 @@ class TrainableSet:
 
 
 def enable_trainable(model: nn.Module, *, train_fused_path: bool = False) -> TrainableSet:
-    """Freeze everything, then enable the reference modules and LoRA by name, and check that no base tensor is among them."""
+    """Freeze everything, then enable the reference modules and LoRA by name, and check that no base tensor is among
+    them.
+    """
     model.requires_grad_(False)
     groups: dict[str, int] = {}
     for name, parameter in model.named_parameters():

@@ -1,11 +1,13 @@
 """Does the generator use the subject picture, and are its videos more than noise? Everything here runs offline.
 
     python opens2v/metrics.py --checkpoint OUT --output OUT/metrics.json            figures, and OUT/report.html
-    python opens2v/metrics.py --checkpoint OUT --eval-json Open-Domain_Eval.json --eval-images FOLDER --output-dir VIDEOS
+    python opens2v/metrics.py --checkpoint OUT --eval-json Open-Domain_Eval.json --eval-images FOLDER --output-dir
+    VIDEOS
                                                                                      videos <id>.mp4 for OpenS2V-Eval
 
 The clips are the held-back part of every clip of the run (all of it where nothing is held back); the captions call the
-subject `subject`, so that only the picture says what it is. "Unseen" are the entries that training left out by without_keys.
+subject `subject`, so that only the picture says what it is. "Unseen" are the
+entries that training left out by without_keys.
 """
 
 import sys
@@ -50,9 +52,14 @@ def clips_for(config: Any, options: MetricsOptions) -> tuple[Any, list[list[dict
     data = config.data.model_copy(update={"without_keys": [], "is_cross_frame": False})
     share = config.data.train_share
     dataset = create_dataset(
-        data, seed=7, time_range=(share, 1.0) if share < 1 else (0.0, 1.0), ref_augment=False, recolour_probability=0.0,
-        generic_caption_probability=1.0, load_background=True,
-    )  # fmt: skip
+        data,
+        seed=7,
+        time_range=(share, 1.0) if share < 1 else (0.0, 1.0),
+        ref_augment=False,
+        recolour_probability=0.0,
+        generic_caption_probability=1.0,
+        load_background=True,
+    )
     count = min(len(dataset), options.max_clips)
     if count < 2:
         raise UserError("the measures compare subjects with one another; the data set has one clip only")
@@ -60,7 +67,9 @@ def clips_for(config: Any, options: MetricsOptions) -> tuple[Any, list[list[dict
 
 
 def loss_figures(generator: Any, samples: list[list[dict]], unseen: list[int]) -> dict[str, float]:
-    """Losses with the own, another's and no subject picture, for seen and unseen subjects, and the x0 error by noise level."""
+    """Losses with the own, another's and no subject picture, for seen and unseen subjects, and the x0 error by noise
+    level.
+    """
     import torch
 
     from opens2v.dataset import collate_opens2v_batch
@@ -241,8 +250,16 @@ def write_samples(drawn: Drawn, folder: Path, unseen: list[int], fps: float) -> 
     zoom = max(1, 192 // drawn.truth[0].shape[1])
     for i, item in enumerate(drawn.items):
         joined = side_by_side(drawn.references[i], drawn.videos[i, i, 0])
-        rows.append(np.concatenate([np.concatenate(list(drawn.truth[i][[0, -1]]), 1), side_by_side(drawn.references[i], drawn.videos[i, i, 0][:1])[0],
-                                    *drawn.videos[i, i, 0][1:]], 1))  # fmt: skip
+        rows.append(
+            np.concatenate(
+                [
+                    np.concatenate(list(drawn.truth[i][[0, -1]]), 1),
+                    side_by_side(drawn.references[i], drawn.videos[i, i, 0][:1])[0],
+                    *drawn.videos[i, i, 0][1:],
+                ],
+                1,
+            )
+        )
         name = item["key"].split("_step")[0]
         path = write_video(folder / f"{name}.mp4", joined.repeat(zoom, 1).repeat(zoom, 2), fps)
         group = (
@@ -315,9 +332,13 @@ def main(argv: list[str] | None = None) -> dict[str, float] | list[Path]:
     run_folder = output.parent
     shown = write_samples(drawn, run_folder / "samples" / "metrics", unseen, 8 if generator.is_small else 16)
     write_report(
-        run_folder, title="OpenS2V: a subject picture becomes a video", command=f"python opens2v/train.py --config {run_folder / 'config.yaml'}",
-        summary=dict(figures), bars=bars_of(figures, bool(unseen)), samples=shown,
-    )  # fmt: skip
+        run_folder,
+        title="OpenS2V: a subject picture becomes a video",
+        command=f"python opens2v/train.py --config {run_folder / 'config.yaml'}",
+        summary=dict(figures),
+        bars=bars_of(figures, bool(unseen)),
+        samples=shown,
+    )
     for name, value in figures.items():
         print(f"{name}: {value:.4g}")
     return figures

@@ -19,13 +19,23 @@ from opens2v.adapter import DualPathCrossAttention, ReferenceTokens, clip_projec
 from opens2v.causal import KeyValueCache, attention_runs, rotary_table, self_attention
 
 WAN_1_3B = dict(
-    patch_size=(1, 2, 2), num_attention_heads=12, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=4096,
-    freq_dim=256, ffn_dim=8960, num_layers=30, rope_max_seq_len=1024,
-)  # fmt: skip
+    patch_size=(1, 2, 2),
+    num_attention_heads=12,
+    attention_head_dim=128,
+    in_channels=16,
+    out_channels=16,
+    text_dim=4096,
+    freq_dim=256,
+    ffn_dim=8960,
+    num_layers=30,
+    rope_max_seq_len=1024,
+)
 
 
 class RefWanBlock(WanTransformerBlock):
-    """One transformer block whose frames, references and cache are explicit arguments, so that recomputation sees the same."""
+    """One transformer block whose frames, references and cache are explicit arguments, so that recomputation sees the
+    same.
+    """
 
     def __init__(
         self,
@@ -116,21 +126,37 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
         fused_path: bool = False,
     ) -> None:
         super().__init__(
-            patch_size=patch_size, num_attention_heads=num_attention_heads, attention_head_dim=attention_head_dim,
-            in_channels=in_channels, out_channels=out_channels, text_dim=text_dim, freq_dim=freq_dim, ffn_dim=ffn_dim,
-            num_layers=0, cross_attn_norm=cross_attn_norm, qk_norm=qk_norm, eps=eps, rope_max_seq_len=rope_max_seq_len,
-        )  # fmt: skip
+            patch_size=patch_size,
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=attention_head_dim,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            text_dim=text_dim,
+            freq_dim=freq_dim,
+            ffn_dim=ffn_dim,
+            num_layers=0,
+            cross_attn_norm=cross_attn_norm,
+            qk_norm=qk_norm,
+            eps=eps,
+            rope_max_seq_len=rope_max_seq_len,
+        )
         self.register_to_config(num_layers=num_layers)  # the base was built without blocks: ours follow
         if vae_pos_embed not in ("sincos2d", "none"):
             raise ValueError(f"vae_pos_embed {vae_pos_embed!r} is not one of sincos2d, none")
         dim = num_attention_heads * attention_head_dim
         self.blocks = nn.ModuleList(
             RefWanBlock(
-                dim, ffn_dim, num_attention_heads, cross_attn_norm=cross_attn_norm, eps=eps, layer=layer, clip_path=clip_path,
+                dim,
+                ffn_dim,
+                num_attention_heads,
+                cross_attn_norm=cross_attn_norm,
+                eps=eps,
+                layer=layer,
+                clip_path=clip_path,
                 fused_path=fused_path,
             )
             for layer in range(num_layers)
-        )  # fmt: skip
+        )
         self.clip_proj = (
             None if clip_path == "off" and not fused_path else clip_projection(clip_proj_type, ref_clip_dim, dim)
         )
@@ -160,7 +186,8 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
         missing = [name for name in missing if not is_reference_name(name)]
         if missing or unexpected:
             raise ValueError(
-                f"base weights do not fit: {len(missing)} missing {missing[:3]}, {len(unexpected)} unexpected {list(unexpected)[:3]}"
+                f"base weights do not fit: {len(missing)} missing {missing[:3]}, {len(unexpected)} unexpected "
+                f"{list(unexpected)[:3]}"
             )
         self.reset_reference_parameters()
 
@@ -213,8 +240,10 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
         """Velocity (B, C, F, h, w), or what the base was trained to give.
 
         timestep: 1000 sigma, (B,), (B, F) or (B, L). encoder_hidden_states: (B, 512, text_dim), padding rows zero.
-        frame_mask: bool (F, F); with clean_hidden_states (teacher forcing) (2F, 2F) over [clean | noisy], clean_timestep (B, F)
-        or None for 0. references: from project_references, in place of the three ref arguments. cache: generation by blocks.
+        frame_mask: bool (F, F); with clean_hidden_states (teacher forcing) (2F, 2F) over [clean | noisy],
+        clean_timestep (B, F)
+        or None for 0. references: from project_references, in place of the three ref arguments. cache: generation by
+        blocks.
         """
         batch, _, frames, height, width = hidden_states.shape
         _, patch_h, patch_w = self.config.patch_size
@@ -245,14 +274,18 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
     def _rotary(
         self, hidden_states: Tensor, frames: int, grid: tuple[int, int], cache: KeyValueCache | None, twice: bool
     ) -> tuple[Tensor, Tensor]:
-        """Rotary table of the frames; the clean and the noisy half have the same positions, cached blocks go on counting."""
+        """Rotary table of the frames; the clean and the noisy half have the same positions, cached blocks go on
+        counting.
+        """
         if not twice and cache is None:
             return self.rope(hidden_states)
         cos, sin = rotary_table(self.rope, frames, *grid, first_frame=0 if cache is None else cache.frames)
         return (torch.cat([cos, cos], 1), torch.cat([sin, sin], 1)) if twice else (cos, sin)
 
     def _conditions(self, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Time embedding (B, [T,] D), its six modulations (B, [T,] 6, D), and projected text. Times never pass through bf16."""
+        """Time embedding (B, [T,] D), its six modulations (B, [T,] 6, D), and projected text. Times never pass through
+        bf16.
+        """
         embedder = self.condition_embedder
         with torch.autocast(timestep.device.type, enabled=False):
             sinusoid = embedder.timesteps_proj(timestep.float().flatten())

@@ -32,7 +32,9 @@ class RefImageFlowMatching:
         )
 
     def losses(self, model: Any, batches: list[dict], step: int) -> Iterator[tuple[Tensor, dict]]:
-        """One pre-weighted loss per micro-batch: mean over samples and frames of weight(t) * mean square of v - target."""
+        """One pre-weighted loss per micro-batch: mean over samples and frames of weight(t) * mean square of v -
+        target.
+        """
         training = self.config.training
         if training.gc_interval and step % training.gc_interval == 0:
             gc.collect()

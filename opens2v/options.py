@@ -10,7 +10,9 @@ from shared.errors import UserError
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """Everything about a sample beyond paths and sizes; the names are those of the `data` section of the configuration."""
+    """Everything about a sample beyond paths and sizes; the names are those of the `data` section of the
+    configuration.
+    """
 
     target_fps: float | None = None
     min_gme_score: float | None = None
@@ -58,7 +60,8 @@ def check_arguments(num_frames: int, sample_stride: int, max_subjects: int, sele
         raise ValueError(f"subject_selection {selection!r} is not one of {', '.join(SELECTIONS)}")
     if num_frames < 1 or sample_stride < 1 or max_subjects < 1:
         raise ValueError(
-            f"num_frames {num_frames}, sample_stride {sample_stride} and max_subjects_per_sample {max_subjects} must be at least 1"
+            f"num_frames {num_frames}, sample_stride {sample_stride} and max_subjects_per_sample {max_subjects} must "
+            "be at least 1"
         )
 
 
@@ -69,10 +72,12 @@ def chosen_positions(annotations: Annotations, options: SampleOptions) -> list[i
     keys = [annotations.key(position) for position in range(len(annotations))]
     chosen = [
         position for position, key in enumerate(keys)
-        if (not options.only_keys or any(text in key for text in options.only_keys)) and not any(text in key for text in options.without_keys)
+        if (not options.only_keys or any(text in key for text in options.only_keys)) and not any(text in key for text in
+        options.without_keys)
     ]  # fmt: skip
     if not chosen:
         raise UserError(
-            f"{annotations.path}: no entry is left by only_keys {list(options.only_keys)} and without_keys {list(options.without_keys)}"
+            f"{annotations.path}: no entry is left by only_keys {list(options.only_keys)} and without_keys "
+            f"{list(options.without_keys)}"
         )
     return chosen

@@ -3,7 +3,8 @@
     torchrun --nproc_per_node=8 opens2v/precompute.py --config default --cache-dir CACHE ... --what text,clip,vae
     python opens2v/precompute.py --config my.yaml --shard 0/4
 
-Resumes: clips whose features are complete are passed over. Settings are stored with the features; other settings make other files.
+Resumes: clips whose features are complete are passed over. Settings are stored with the features; other settings make
+other files.
 """
 
 import sys
@@ -39,9 +40,13 @@ def shard_of(text: str | None, rank: int, world: int) -> tuple[int, int]:
 def parse(argv: list[str] | None) -> PrecomputeConfig:
     """The settings; UserError when the folder or the kinds of features are missing."""
     config = load_config(
-        PrecomputeConfig, presets=PRESETS, argv=guide_arguments(sys.argv[1:] if argv is None else list(argv)),
-        default="small", description=__doc__, aliases={"--config_path": "--config"},
-    )  # fmt: skip
+        PrecomputeConfig,
+        presets=PRESETS,
+        argv=guide_arguments(sys.argv[1:] if argv is None else list(argv)),
+        default="small",
+        description=__doc__,
+        aliases={"--config_path": "--config"},
+    )
     unknown = sorted(set(config.what) - {"text", "clip", "vae"})
     if unknown or not config.what:
         raise UserError(f"--what {','.join(config.what)}: choose among text, clip, vae")
@@ -70,9 +75,12 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     base = base_path(config)
     encoders = load_encoders(config, base if base.is_dir() else base.parent).to(info.device)
     dataset = create_dataset(
-        config.data, seed=config.run.seed, time_range=(0.0, config.data.train_share),
-        load_frames="vae" in config.what, load_subjects="clip" in config.what,
-    )  # fmt: skip
+        config.data,
+        seed=config.run.seed,
+        time_range=(0.0, config.data.train_share),
+        load_frames="vae" in config.what,
+        load_subjects="clip" in config.what,
+    )
     caches = {kind: FeatureCache(config.data.cache_dir, config, kind) for kind in config.what}
     if "text" in caches and info.is_main:
         caches["text"].write(*EMPTY_PROMPT, [text_rows(encoders, "")])
@@ -82,7 +90,8 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     total = sum_over_ranks(torch.tensor(list(counts.values()))).tolist()
     if info.is_main:
         print(
-            f"stored {total[0]}, there already {total[1]}, unreadable {total[2]} of {len(dataset)} clips in {config.data.cache_dir}"
+            f"stored {total[0]}, there already {total[1]}, unreadable {total[2]} of {len(dataset)} clips in "
+            f"{config.data.cache_dir}"
         )
     shutdown()
     return dict(zip(counts, total, strict=True))

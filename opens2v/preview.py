@@ -1,4 +1,6 @@
-"""What a run shows of itself while it trains: losses with the right, a wrong and no subject picture, and sample videos."""
+"""What a run shows of itself while it trains: losses with the right, a wrong and no subject picture, and sample
+videos.
+"""
 
 import json
 from pathlib import Path
@@ -90,16 +92,26 @@ class Preview:
             items = [self.dataset.sample(index % len(self.dataset), 0) for index in range(first, first + size)]
             conditions = self.encoders.conditions(collate_opens2v_batch(items))
             errors = paired_errors(
-                model, conditions, None, self.scheduler, self.config.model.prediction,
-                sigmas=VALIDATION_SIGMAS, seed=_VALIDATION_SEED + number, references="next",
-            )  # fmt: skip
+                model,
+                conditions,
+                None,
+                self.scheduler,
+                self.config.model.prediction,
+                sigmas=VALIDATION_SIGMAS,
+                seed=_VALIDATION_SEED + number,
+                references="next",
+            )
             matrix = errors.whole_BB
             other = torch.tensor([matrix[i, (i + 1) % size] for i in range(size)])
             true = matrix.diagonal()
-            found.append({
-                "loss": true.mean().item(), "loss_none": errors.whole_none_B.mean().item(),
-                "loss_other": other.mean().item(), "gap": (other - true).mean().item(),
-            })  # fmt: skip
+            found.append(
+                {
+                    "loss": true.mean().item(),
+                    "loss_none": errors.whole_none_B.mean().item(),
+                    "loss_other": other.mean().item(),
+                    "gap": (other - true).mean().item(),
+                }
+            )
         return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
 
     def sample(self, model: Any, step: int, folder: Path) -> None:
@@ -120,9 +132,13 @@ class Preview:
         else:
             return
         settings = SamplerSettings(
-            steps=training.val_steps, shift=training.timestep_shift, guidance="both", guidance_scale=2.0, sampler="euler",
+            steps=training.val_steps,
+            shift=training.timestep_shift,
+            guidance="both",
+            guidance_scale=2.0,
+            sampler="euler",
             seed=self.config.run.seed,
-        )  # fmt: skip
+        )
         shape = latent_shape(
             self.config, pixel_frames(self.config), self.config.data.pixel_height, self.config.data.pixel_width
         )

@@ -1,22 +1,29 @@
-"""COCO compressed run-length masks in plain Python: column-major runs of 0 and 1, differences in base 32 as ASCII text."""
+"""COCO compressed run-length masks in plain Python: column-major runs of 0 and 1, differences in base 32 as ASCII
+text.
+"""
 
 import numpy as np
 
 
 def decode(counts: str | bytes, size: tuple[int, int] | list[int], where: str = "mask") -> np.ndarray:
-    """uint8 mask (height, width) of 0 and 1. `where` names the mask in the ValueError on text that does not fit `size`."""
+    """uint8 mask (height, width) of 0 and 1. `where` names the mask in the ValueError on text that does not fit
+    `size`.
+    """
     height, width = size
     runs = _numbers(counts, where)
     if any(run < 0 for run in runs) or sum(runs) != height * width:
         raise ValueError(
-            f"{where}: the runs sum to {sum(runs)}, a mask of {height} x {width} has {height * width} pixels; the text is damaged"
+            f"{where}: the runs sum to {sum(runs)}, a mask of {height} x {width} has {height * width} pixels; the "
+            "text is damaged"
         )
     values = np.arange(len(runs), dtype=np.uint8) & 1
     return np.repeat(values, runs).reshape(width, height).T.copy()
 
 
 def _numbers(counts: str | bytes, where: str) -> list[int]:
-    """The run lengths: 5 bits a character, lowest first; from the fourth on each is a difference to two places before."""
+    """The run lengths: 5 bits a character, lowest first; from the fourth on each is a difference to two places
+    before.
+    """
     text = counts.encode("ascii", "replace") if isinstance(counts, str) else counts
     runs, value, shift = [], 0, 0
     for code in text:

@@ -1,4 +1,6 @@
-"""From noise to latents: Euler or UniPC, three forms of guidance, whole clips or block by block with a key-value cache."""
+"""From noise to latents: Euler or UniPC, three forms of guidance, whole clips or block by block with a key-value
+cache.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -49,7 +51,8 @@ class _Pass:
 class VideoSampler:
     """Draws latents from a generator.
 
-    model: called as the transformer. module: the transformer itself, so that the references are worked out once per video;
+    model: called as the transformer. module: the transformer itself, so that the references are worked out once per
+    video;
     None while its weights are sharded, when only calls of the whole model may touch them.
     """
 
@@ -69,7 +72,8 @@ class VideoSampler:
     ) -> Tensor:
         """Latents (B, C, F, h, w) float32.
 
-        negative: rows (R, D) of the negative prompt. Video i starts from noise keyed by (seed, places[i]), by default i.
+        negative: rows (R, D) of the negative prompt. Video i starts from noise keyed by (seed, places[i]), by default
+        i.
         """
         text = conditions.text_BRD
         places = list(range(len(text))) if places is None else places
@@ -81,7 +85,9 @@ class VideoSampler:
         return self._denoise(noise, lambda x, sigma: self._guided(passes, x, sigma, None))
 
     def _passes(self, conditions: Conditions, negative_RD: Tensor) -> list[_Pass]:
-        """The passes of a step in the order that _combined expects. Keys and values of references are worked out once."""
+        """The passes of a step in the order that _combined expects. Keys and values of references are worked out
+        once.
+        """
         text, mode = conditions.text_BRD, self.sampler.guidance
         negative = negative_RD[None].expand_as(text)
         if self.module is None:

@@ -1,4 +1,6 @@
-"""Flow matching on Wan's shifted table of 1000 noise levels. sigma = 1 is noise; the velocity points from data to noise."""
+"""Flow matching on Wan's shifted table of 1000 noise levels. sigma = 1 is noise; the velocity points from data to
+noise.
+"""
 
 import torch
 from torch import Tensor
@@ -11,8 +13,9 @@ SHARPEST_SIGMA = 0.15  # below it a predicted clean sample is turned into a velo
 class FlowMatchScheduler:
     """sigmas, timesteps (1000 sigma) and loss weights of training, and the grid of sampling.
 
-    sigma = s u / (1 + (s - 1) u) with u = 1, 0.999, ..., 0.001. weight = exp(-2 ((t - 500) / 1000)^2), less its minimum,
-    scaled to mean 1. A timestep that is not in the table takes the values of its nearest neighbour.
+    sigma = s u / (1 + (s - 1) u) with u = 1, 0.999, ..., 0.001.
+    weight = exp(-2 ((t - 500) / 1000)^2), less its minimum, scaled to mean 1.
+    A timestep that is not in the table takes the values of its nearest neighbour.
     """
 
     def __init__(

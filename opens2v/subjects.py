@@ -1,4 +1,6 @@
-"""Subject pictures: cut out of the annotated frame by their masks, filtered, chosen, and brought to the two input forms."""
+"""Subject pictures: cut out of the annotated frame by their masks, filtered, chosen, and brought to the two input
+forms.
+"""
 
 import random
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ SELECTIONS = ("first", "random", "best_score")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CLIP_SIZE = 224
+FOREGROUND_LEVELS = 12  # grey levels by which a pixel of a subject differs from the background
 WHITE = (255, 255, 255)
 
 
@@ -99,9 +102,17 @@ def find_subjects(entry: dict[str, Any], frame: np.ndarray, *, use_bbox: bool = 
         detail = details[place] if 0 <= place < len(details) else {}
         ratio = cut.shape[0] * cut.shape[1] / (frame.shape[0] * frame.shape[1])
         found.append(
-            Subject(annotation_idx, record["class_name"], Image.fromarray(cut), detail.get("gme_score"), detail.get("aes_score"),
-                    ratio, int(mask.sum()), mask)
-        )  # fmt: skip
+            Subject(
+                annotation_idx,
+                record["class_name"],
+                Image.fromarray(cut),
+                detail.get("gme_score"),
+                detail.get("aes_score"),
+                ratio,
+                int(mask.sum()),
+                mask,
+            )
+        )
     return found
 
 
@@ -112,7 +123,9 @@ def _tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def select_subjects(subjects: list[Subject], strategy: str, count: int, rng: random.Random) -> list[Subject]:
-    """Up to `count` subjects: first (file order), random (without replacement) or best_score (aes_score, missing last)."""
+    """Up to `count` subjects: first (file order), random (without replacement) or best_score (aes_score, missing
+    last).
+    """
     if strategy == "first":
         return subjects[:count]
     if strategy == "random":
@@ -146,7 +159,9 @@ def reference_pixels(image: Image.Image, height: int, width: int, scale: float =
 
 
 def clip_pixels(image: Image.Image) -> Tensor:
-    """float32 (3, 224, 224), CLIP-normalised: padded to a white square first, so that slim subjects keep their shape."""
+    """float32 (3, 224, 224), CLIP-normalised: padded to a white square first, so that slim subjects keep their
+    shape.
+    """
     side = max(image.size)
     square = Image.new("RGB", (side, side), WHITE)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
@@ -160,7 +175,7 @@ def normalise_clip(pixels: Tensor) -> Tensor:
 
 
 def augment(image: Image.Image, rng: random.Random) -> tuple[Image.Image, float]:
-    """Flip, rotation within 10 degrees on white and mild colour jitter; also the share of the canvas to fill (0.8 to 1).
+    """Flip, rotation within 10 degrees on white, mild colour jitter; also the share of the canvas to fill (0.8 to 1).
 
     Reference and target come from one clip; without this the model learns to copy and paste.
     """
@@ -180,11 +195,13 @@ def hue_rotation(angle: float) -> np.ndarray:
     """3 x 3 rotation of RGB about the grey axis by `angle` radians: colours change, white and greys stay."""
     cosine, sine = np.cos(angle), np.sin(angle)
     third, root = (1 - cosine) / 3, sine / np.sqrt(3)
-    return np.array([
-        [cosine + third, third - root, third + root],
-        [third + root, cosine + third, third - root],
-        [third - root, third + root, cosine + third],
-    ])  # fmt: skip
+    return np.array(
+        [
+            [cosine + third, third - root, third + root],
+            [third + root, cosine + third, third - root],
+            [third - root, third + root, cosine + third],
+        ]
+    )
 
 
 def recolour(pixels: np.ndarray, angle: float, where: np.ndarray | None = None) -> np.ndarray:
@@ -193,3 +210,42 @@ def recolour(pixels: np.ndarray, angle: float, where: np.ndarray | None = None) 
         np.clip(pixels.astype(np.float32) @ hue_rotation(angle).T.astype(np.float32), 0, 255).round().astype(np.uint8)
     )
     return turned if where is None else np.where(where[..., None], turned, pixels)
+
+
+def foreground_mask(frames: np.ndarray, background: np.ndarray) -> np.ndarray:
+    """bool (..., H, W): where uint8 frames (..., H, W, 3) differ from the background by more than a few grey levels."""
+    return np.abs(frames.astype(np.int16) - background.astype(np.int16)).max(-1) > FOREGROUND_LEVELS
+
+
+def reference_tensors(
+    subjects: list[Subject],
+    images: list[Image.Image],
+    rng: random.Random | None,
+    *,
+    count: int,
+    size: tuple[int, int],
+) -> dict[str, Any]:
+    """What a sample holds of its subjects, in `count` slots; empty slots are white, without name, with NaN scores.
+
+    images: the pictures of `subjects`. rng: augments them; None leaves them as they are. size: of ref_pixels.
+    """
+    pixels = torch.ones(count, 3, *size)
+    features = normalise_clip(torch.ones(3, CLIP_SIZE, CLIP_SIZE)).repeat(count, 1, 1, 1)
+    scores = torch.full((count, 2), torch.nan)
+    for slot, (subject, image) in enumerate(zip(subjects, images, strict=True)):
+        scale = 1.0
+        if rng is not None:
+            image, scale = augment(image, rng)
+        pixels[slot] = reference_pixels(image, *size, scale=scale)
+        features[slot] = clip_pixels(image)
+        for column, score in enumerate((subject.gme_score, subject.aes_score)):
+            if score is not None:
+                scores[slot, column] = score
+    names = [subject.class_name for subject in subjects]
+    return {
+        "ref_pixels": pixels,
+        "ref_clip_pixels": features,
+        "ref_mask": torch.arange(count) < len(subjects),
+        "subject_names": names + [""] * (count - len(names)),
+        "subject_scores": scores,
+    }

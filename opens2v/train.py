@@ -43,10 +43,7 @@ def parse(argv: list[str] | None) -> Config:
 
 
 def guide_arguments(argv: list[str]) -> list[str]:
-    """The guide's forms `--set a=1 b=2` and `--set opens2v.key=value` as this project's: one --set each, section `data`.
-
-    --train_refimg's predecessor flag names need no change: every setting has both spellings.
-    """
+    """The guide's `--set a=1 b=2` and `--set opens2v.key=value` as this project's: one --set each, section `data`."""
     result, in_set = [], False
     for text in argv:
         if text.startswith("--"):
@@ -98,7 +95,8 @@ def check_inputs(config: Config) -> None:
             raise UserError(f"{name} {path}: not found; check the path")
     if model.generator_ckpt is None and config.training.base_steps == 0:
         raise UserError(
-            "generator_ckpt is not set; give the folder or file of Wan2.1-T2V-1.3B (--generator-ckpt), or train a small "
+            "generator_ckpt is not set; give the folder or file of Wan2.1-T2V-1.3B (--generator-ckpt), or train a "
+            "small "
             "base first (--config small)"
         )
     if model.codec == "wan" and model.base_model_path is None:

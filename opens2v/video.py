@@ -19,7 +19,8 @@ from shared.errors import BadSample
 def read_frames(path: str | Path, indices: Sequence[int]) -> np.ndarray:
     """The frames at non-decreasing positions, uint8 RGB (F, H, W, 3). A position beyond the last frame gives the last.
 
-    Seeks to the key frame before the first position and decodes forward. Raises BadSample for a file that cannot be read.
+    Seeks to the key frame before the first position and decodes forward. Raises BadSample for a file that cannot be
+    read.
     """
     path = Path(path)
     if not path.exists():
@@ -71,7 +72,9 @@ def _decode(path: Path, wanted: list[int], seek: bool) -> dict[int, np.ndarray] 
 
 
 def crop_window(frames: np.ndarray, crop: Sequence[int] | None) -> np.ndarray:
-    """frames[..., s_y:e_y, s_x:e_x, :] of crop = [s_x, e_x, s_y, e_y] (x first), clamped; an empty window means no crop."""
+    """frames[..., s_y:e_y, s_x:e_x, :] of crop = [s_x, e_x, s_y, e_y] (x first), clamped; an empty window means no
+    crop.
+    """
     height, width = frames.shape[-3:-1]
     if crop is None or len(crop) != 4:
         return frames
@@ -83,7 +86,9 @@ def crop_window(frames: np.ndarray, crop: Sequence[int] | None) -> np.ndarray:
 
 
 def cover_resize(frames: np.ndarray, height: int, width: int) -> Tensor:
-    """uint8 (F, H, W, 3) -> float32 (3, F, height, width) in [-1, 1]: scaled until the target is covered, cut at the centre."""
+    """uint8 (F, H, W, 3) -> float32 (3, F, height, width) in [-1, 1]: scaled until the target is covered, cut at the
+    centre.
+    """
     own_height, own_width = frames.shape[1:3]
     images = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()
     scale = max(width / own_width, height / own_height)

@@ -1,4 +1,6 @@
-"""Base weights of Wan2.1 in every public form: original and diffusers names, wrapped, prefixed, sharded or in a folder."""
+"""Base weights of Wan2.1 in every public form: original and diffusers names, wrapped, prefixed, sharded or in a
+folder.
+"""
 
 import json
 import re
@@ -141,7 +143,8 @@ def read_generator_state(path: str | Path, *, use_ema: bool = False) -> dict[str
         raise UserError(f"generator_ckpt {path}: holds {type(loaded).__name__}, a dict of tensors is needed")
     if "critic" in loaded or "generator_lora" in loaded:
         warnings.warn(
-            f"{path} comes from distillation (it holds critic or generator_lora): a few-step generator is no velocity model over the "
+            f"{path} comes from distillation (it holds critic or generator_lora): a few-step generator is no velocity "
+            "model over the "
             "whole schedule, and flow matching with it frozen will not converge; use the undistilled Wan2.1-T2V-1.3B",
             stacklevel=2,
         )
@@ -216,7 +219,9 @@ def load_generator_checkpoint(
 
 
 def cast_base(model: nn.Module, dtype: torch.dtype) -> None:
-    """Put the frozen base into `dtype`; time embedder, modulation tables and block norms stay float32, as in the library."""
+    """Put the frozen base into `dtype`; time embedder, modulation tables and block norms stay float32, as in the
+    library.
+    """
     for name, parameter in model.named_parameters():
         if (
             not is_reference_name(name)

@@ -14,17 +14,55 @@ REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "opens2v"
 MINI = REFERENCE / "mini_dataset"
 EXPECTED: dict[str, Any] = json.loads((REFERENCE / "mini_dataset_expected.json").read_text())
 TINY = dict(
-    patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=16, text_dim=32, freq_dim=32, ffn_dim=160, num_layers=2,
+    patch_size=(1, 2, 2),
+    num_attention_heads=4,
+    attention_head_dim=16,
+    text_dim=32,
+    freq_dim=32,
+    ffn_dim=160,
+    num_layers=2,
     rope_max_seq_len=1024,
-)  # fmt: skip
+)
 PARTS = ("dataset1", "dataset1_cluster")
 # A run of a few seconds: the small preset with one narrow block on 16 x 32 pixels.
 QUICK = [
-    "--config", "small", "--device", "cpu", "--precision", "fp32", "--num-layers", "1", "--num-attention-heads", "2",
-    "--attention-head-dim", "16", "--ffn-dim", "32", "--text-dim", "16", "--text-rows", "24", "--pixel-height", "16",
-    "--pixel-width", "32", "--ref-height", "16", "--ref-width", "16", "--batch-size", "2", "--base-batch-size", "2",
-    "--logging-steps", "1", "--val-steps", "2", "--val-batches", "1",
-]  # fmt: skip
+    "--config",
+    "small",
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+    "--num-layers",
+    "1",
+    "--num-attention-heads",
+    "2",
+    "--attention-head-dim",
+    "16",
+    "--ffn-dim",
+    "32",
+    "--text-dim",
+    "16",
+    "--text-rows",
+    "24",
+    "--pixel-height",
+    "16",
+    "--pixel-width",
+    "32",
+    "--ref-height",
+    "16",
+    "--ref-width",
+    "16",
+    "--batch-size",
+    "2",
+    "--base-batch-size",
+    "2",
+    "--logging-steps",
+    "1",
+    "--val-steps",
+    "2",
+    "--val-batches",
+    "1",
+]
 
 
 def tensors(name: str) -> dict:

@@ -1,4 +1,6 @@
-"""What the reference modules promise: nothing at step 0, the base untouched, everything moving, absent subjects silent."""
+"""What the reference modules promise: nothing at step 0, the base untouched, everything moving, absent subjects
+silent.
+"""
 
 import warnings
 

@@ -14,14 +14,41 @@ from shared.errors import UserError
 from tests.launching import ROOT
 
 GUIDE = {
-    "opens2v": {"json_paths": ["a.json"], "video_base_paths": ["v"], "background_base_paths": ["b"], "sample_stride": 3,
-                "max_subjects_per_sample": 1, "subject_selection": "best_score", "cross_frames_cluster_path": None},
-    "is_cross_frame": False, "generator_ckpt": "wan.pt", "num_training_frames": 21, "pixel_height": 480, "pixel_width": 832,
-    "lr": 1.0e-4, "gradient_accumulation_steps": 2, "max_grad_norm": 1.0, "max_iters": 10000, "log_iters": 500, "batch_size": 1,
-    "train_fused_path": False, "mixed_precision": True, "distributed": "fsdp", "fsdp_cpu_offload": True, "ema_weight": 0.99,
-    "adapter": {"type": "lora", "rank": 32, "alpha": 16, "dropout": 0.1, "lr": 5.0e-5}, "max_checkpoints": 0, "val_interval": 0,
-    "wandb_project": None, "beta1": 0.9, "beta2": 0.95, "adam_eps": 1.0e-8, "lr_scheduler": "constant", "print_iters": 7,
-}  # fmt: skip
+    "opens2v": {
+        "json_paths": ["a.json"],
+        "video_base_paths": ["v"],
+        "background_base_paths": ["b"],
+        "sample_stride": 3,
+        "max_subjects_per_sample": 1,
+        "subject_selection": "best_score",
+        "cross_frames_cluster_path": None,
+    },
+    "is_cross_frame": False,
+    "generator_ckpt": "wan.pt",
+    "num_training_frames": 21,
+    "pixel_height": 480,
+    "pixel_width": 832,
+    "lr": 1.0e-4,
+    "gradient_accumulation_steps": 2,
+    "max_grad_norm": 1.0,
+    "max_iters": 10000,
+    "log_iters": 500,
+    "batch_size": 1,
+    "train_fused_path": False,
+    "mixed_precision": True,
+    "distributed": "fsdp",
+    "fsdp_cpu_offload": True,
+    "ema_weight": 0.99,
+    "adapter": {"type": "lora", "rank": 32, "alpha": 16, "dropout": 0.1, "lr": 5.0e-5},
+    "max_checkpoints": 0,
+    "val_interval": 0,
+    "wandb_project": None,
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "adam_eps": 1.0e-8,
+    "lr_scheduler": "constant",
+    "print_iters": 7,
+}
 
 
 def guide_file(tmp_path, **changes):
@@ -52,8 +79,21 @@ def test_guide_keys_reach_their_sections(tmp_path):
 
 
 def test_guide_flags(tmp_path):
-    flags = ["--no-auto-resume", "--no_save", "--no_visualize", "--disable-wandb", "--max_iters", "9", "--device", "cpu",
-             "--set", "lr=5e-5", "opens2v.sample_stride=2", "--set", "training.beta2=0.9"]  # fmt: skip
+    flags = [
+        "--no-auto-resume",
+        "--no_save",
+        "--no_visualize",
+        "--disable-wandb",
+        "--max_iters",
+        "9",
+        "--device",
+        "cpu",
+        "--set",
+        "lr=5e-5",
+        "opens2v.sample_stride=2",
+        "--set",
+        "training.beta2=0.9",
+    ]
     config = parse(["--config_path", str(guide_file(tmp_path)), *flags])
     assert (
         config.run.resume == "none" and not config.training.save and not config.run.visualize and not config.run.wandb

@@ -1,4 +1,6 @@
-"""The data set over the public layout: the mini set's expected values, the rules of sampling, and every kind of damage."""
+"""The data set over the public layout: the mini set's expected values, the rules of sampling, and every kind of
+damage.
+"""
 
 import hashlib
 import json

@@ -180,9 +180,12 @@ def test_dual_path_attention(clip, vae, fused, output):
     vae_tokens = functional.linear(latents, project["vae_proj.weight"], project["vae_proj.bias"]) + case["pos"]
     mask = case["ref_mask"].bool()
     references = ReferenceTokens(
-        clip_tokens.flatten(1, 2) if clip else None, vae_tokens.flatten(1, 2) if vae else None,
-        subject_mask(mask, clip_tokens.shape[2]), subject_mask(mask, vae_tokens.shape[2]), mask.any(1)[:, None, None].float(),
-    )  # fmt: skip
+        clip_tokens.flatten(1, 2) if clip else None,
+        vae_tokens.flatten(1, 2) if vae else None,
+        subject_mask(mask, clip_tokens.shape[2]),
+        subject_mask(mask, vae_tokens.shape[2]),
+        mask.any(1)[:, None, None].float(),
+    )
     found = attention(case["x"], case["text"], references)
     torch.testing.assert_close(found, case[f"out_{output}"], atol=1e-5, rtol=0)
 

@@ -137,8 +137,18 @@ def test_generate_writes_a_video_its_first_frame_and_settings(run_folder, tmp_pa
     if options[1] == "dual":
         lines = [{"prompt": "x", "ref_image": str(crops[1]), "output": "b.mp4"}, {"prompt": "y"}]
         (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
-        made = generate.main(["--checkpoint", str(run_folder), "--prompt-file", str(tmp_path / "list.jsonl"), "--output-dir",
-                              str(tmp_path / "many"), "--steps", "1"])  # fmt: skip
+        made = generate.main(
+            [
+                "--checkpoint",
+                str(run_folder),
+                "--prompt-file",
+                str(tmp_path / "list.jsonl"),
+                "--output-dir",
+                str(tmp_path / "many"),
+                "--steps",
+                "1",
+            ]
+        )
         assert [path.name for path in made] == ["b.mp4", "0002.mp4"] and all(path.exists() for path in made)
 
 
@@ -163,8 +173,24 @@ def test_generate_refuses_what_it_cannot_do(run_folder, options, message):
 def test_metrics_and_report(run_folder, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(run_folder, moved)
-    figures = metrics.main(["--checkpoint", str(moved), "--output", str(moved / "metrics.json"), "--windows", "1", "--seeds", "1",
-                            "--max-clips", "4", "--others", "1", "--steps", "1"])  # fmt: skip
+    figures = metrics.main(
+        [
+            "--checkpoint",
+            str(moved),
+            "--output",
+            str(moved / "metrics.json"),
+            "--windows",
+            "1",
+            "--seeds",
+            "1",
+            "--max-clips",
+            "4",
+            "--others",
+            "1",
+            "--steps",
+            "1",
+        ]
+    )
     for name in (
         "seen_subject_below_other_percent",
         "seen_autocorrelation",
@@ -182,15 +208,33 @@ def test_benchmark_videos_carry_their_ids(run_folder, tmp_path):
     crop = sorted((train.SAMPLE_DATA / "subject_crops/dataset1").glob("*.png"))[0]
     entries = {"singleobj_1": {"prompt": "a", "img_paths": [str(crop)], "class_label": ["x"]}}
     (tmp_path / "eval.json").write_text(json.dumps(entries))
-    made = metrics.main(["--checkpoint", str(run_folder), "--eval-json", str(tmp_path / "eval.json"), "--output-dir",
-                         str(tmp_path / "videos"), "--steps", "1"])  # fmt: skip
+    made = metrics.main(
+        [
+            "--checkpoint",
+            str(run_folder),
+            "--eval-json",
+            str(tmp_path / "eval.json"),
+            "--output-dir",
+            str(tmp_path / "videos"),
+            "--steps",
+            "1",
+        ]
+    )
     assert [path.name for path in made] == ["singleobj_1.mp4"] and made[0].exists()
 
 
 def test_cached_features_train_and_other_settings_are_refused(run_folder, tmp_path):
     base = str(run_folder / "base/generator.safetensors")
-    cache = ["--cache-dir", str(tmp_path / "cache"), "--generator-ckpt", base, "--recolour-probability", "0",
-             "--generic-caption-probability", "0"]  # fmt: skip
+    cache = [
+        "--cache-dir",
+        str(tmp_path / "cache"),
+        "--generator-ckpt",
+        base,
+        "--recolour-probability",
+        "0",
+        "--generic-caption-probability",
+        "0",
+    ]
     command = arguments(tmp_path / "out", *cache)
     assert precompute.main([*command, "--what", "text,clip,vae", "--cache-variants", "2"]) == {
         "stored": 8,
@@ -207,8 +251,19 @@ def test_cached_features_train_and_other_settings_are_refused(run_folder, tmp_pa
 
 def test_causal_teacher_forced_run(tmp_path, run_folder):
     base = ["--generator-ckpt", str(run_folder / "base/generator.safetensors")]
-    causal = ["--causal", "--num-frame-per-block", "2", "--independent-first-frame", "--teacher-forcing",
-              "--noise-augmentation-max-timestep", "50", "--max-steps", "1", "--train-fused-path", "--gradient-checkpointing"]  # fmt: skip
+    causal = [
+        "--causal",
+        "--num-frame-per-block",
+        "2",
+        "--independent-first-frame",
+        "--teacher-forcing",
+        "--noise-augmentation-max-timestep",
+        "50",
+        "--max-steps",
+        "1",
+        "--train-fused-path",
+        "--gradient-checkpointing",
+    ]
     train.main(arguments(tmp_path / "out", *base, *causal))
     assert np.isfinite(losses(tmp_path / "out")[1])
 
