@@ -1,7 +1,7 @@
 """A small autoencoder, trained in seconds: principal components of patches, and a convolution that mends the seams.
 
 The encoder is linear and orthonormal, so latents keep the variance that they have in the picture (unwhitened: few large
-channels, many small ones) and the held-out loss stays comparable with pixels. The decoder is the transpose followed by a
+channels, many small ones) and the held-out loss stays comparable with pixels. The decoder is the transpose and then a
 small convolutional network, trained on latents with noise, so that it also smooths the small disagreements between
 generated patches.
 Shapes: B batch, C channels, P patch side, h w latent grid.

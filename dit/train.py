@@ -85,9 +85,7 @@ class Trainer:
             model.set_null_text(*(part[0].cpu() for part in self.text_encoder.encode([""])))
 
     def losses(self, model: Callable, batches: list[dict], step: int) -> Iterator[tuple[Tensor, dict]]:
-        """One (loss, metrics) a micro-batch; draws are keyed by (seed, step, sample), so ranks and resumes do not
-        change them.
-        """
+        """One (loss, metrics) a micro-batch. Draws are keyed by (seed, step, sample): ranks and resumes change none."""
         seed = self.config.run.seed
         for batch in batches:
             slots = batch["slot"]
@@ -97,21 +95,17 @@ class Trainer:
             noise_BCHW = keyed_randn(latents_BCHW.shape[1:], key=(seed, NOISE, step), slots=slots)
             drop_B = keyed_rand((), key=(seed, DROPS, step), slots=slots) < self.config.diffusion.cfg_dropout
             noisy_BCHW = self.objective.noisy(latents_BCHW, noise_BCHW, t_B)
-            predicted = model(
-                noisy_BCHW, self.objective.model_time(t_B), **condition, **({"drop": drop_B} if condition else {})
-            )
+            if condition and self.config.diffusion.cfg_dropout:
+                condition["drop"] = drop_B
+            predicted = model(noisy_BCHW, self.objective.model_time(t_B), **condition)
             error_B = self.criterion(predicted, noisy_BCHW, latents_BCHW, noise_BCHW, t_B)  # fp32
             yield error_B.mean() / len(batches), {"loss_by_t": (t_B / self.objective.span, error_B)}
 
     def validate(self, model: Callable, step: int) -> dict[str, float]:
         """Held-out loss at fixed levels with fixed noise: comparable between steps, runs and numbers of ranks."""
-        right = errors(model, self.objective, self.held_out, self.info)
-        shuffled = (
-            errors(model, self.objective, self.held_out, self.info, kind="shuffled")
-            if self.held_out.condition
-            else None
-        )
-        return summary(right, shuffled, errors(model, self.objective, self.held_out, self.info, kind="constant"))
+        kinds = ("right", "shuffled", "constant") if self.held_out.condition else ("right", "constant")
+        found = {kind: errors(model, self.objective, self.held_out, self.info, kind=kind) for kind in kinds}
+        return summary(found["right"], found.get("shuffled"), found["constant"])
 
     def sample(self, model: Callable, step: int, folder: Path) -> None:
         """A grid of pictures for sample_prompts, or for the first held-out captions, each with its own fixed seed."""
@@ -158,13 +152,12 @@ class Trainer:
 
     def training_step(self, batch: dict) -> Tensor:
         """The loss of one batch as a scalar tensor, outside the loop."""
-        batch = {"slot": torch.arange(len(batch.get("image", batch.get("text_embeddings")))), **batch}
+        count = len(batch["image"] if "image" in batch else batch["moments"])
+        batch = {"slot": torch.arange(count), **batch}
         return next(self.losses(self.model, [batch], 0))[0]
 
     def save_checkpoint(self, path: str | Path) -> None:
-        """Write the model's weights and the settings into a folder. (The loop writes its own, with all that resuming
-        needs.)
-        """
+        """Write the weights and the settings into a folder. (The loop's own checkpoints hold all that resuming needs.)"""
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(
@@ -191,16 +184,11 @@ class Trainer:
         )
 
     def latents(self, batch: dict, step: int) -> Tensor:
-        """Scaled latents (B, C, H, W), from the cache's moments or from pictures; a fresh draw of the posterior on
-        every visit.
-        """
+        """Scaled latents (B, C, H, W), from the cache or from pictures; the posterior is drawn anew on every visit."""
         with torch.no_grad():
-            moments = (
-                batch["moments"]
-                if "moments" in batch
-                else self.vae_encoder.moments(batch["image"].to(self.info.device))
-            )
-            noise = None
+            moments, noise = batch.get("moments"), None
+            if moments is None:
+                moments = self.vae_encoder.moments(batch["image"].to(self.info.device))
             if self.vae_encoder.posterior == "sample":
                 shape = (moments.shape[1] // 2, *moments.shape[2:])
                 noise = keyed_randn(shape, key=(self.config.run.seed, POSTERIOR, step), slots=batch["slot"]).to(
@@ -209,9 +197,7 @@ class Trainer:
             return self.vae_encoder.latents(moments, noise).clone()
 
     def condition(self, batch: dict) -> dict[str, Tensor]:
-        """The model's keyword arguments for text or labels, from the cache, from token ids, or from the captions
-        themselves.
-        """
+        """The model's keyword arguments for text or labels: from the cache, from token ids, or from the captions."""
         if "text_embeddings" in batch:
             return {name: batch[name] for name in ("text_embeddings", "text_mask", "text_pooled") if name in batch}
         if self.text_encoder is not None and "input_ids" in batch:
