@@ -1,0 +1,79 @@
+"""Evaluation formulas against closed forms, and the meter."""
+
+import numpy as np
+import pytest
+
+from float.clips import find_clips
+from float.config import SAMPLE_DATA
+from float.evaluation import best_lag, correlation, cosine_similarity, frechet_distance, frechet_gaussians, lip_sync_error, log_energy, mouth_activity
+from float.media import resize
+from float.mouth_meter import MouthMeter, read_truth
+
+RANDOM = np.random.default_rng(0)
+
+
+def test_frechet_distance_of_known_gaussians():
+    mean, shift = np.zeros(3), np.array([1.0, 2.0, 2.0])
+    spread = np.diag([1.0, 4.0, 9.0])
+    assert frechet_gaussians(mean, spread, mean, spread) == pytest.approx(0, abs=1e-9)
+    assert frechet_gaussians(mean, spread, shift, spread) == pytest.approx(9)
+    assert frechet_gaussians(mean, spread, mean, 4 * spread) == pytest.approx(1 + 4 + 9)  # (2 s - s)^2 summed
+    rotation = np.linalg.qr(RANDOM.standard_normal((3, 3)))[0]
+    turned = [rotation @ matrix @ rotation.T for matrix in (spread, 4 * spread)]
+    assert frechet_gaussians(mean, turned[0], mean, turned[1]) == pytest.approx(14)
+
+
+def test_frechet_distance_of_samples():
+    a = RANDOM.standard_normal((20000, 4))
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-8)
+    assert frechet_distance(a, a + 3) == pytest.approx(36, rel=1e-6)
+    few = RANDOM.standard_normal((3, 50))  # singular covariances
+    assert np.isfinite(frechet_distance(few, few + 1))
+    for wrong in (np.zeros(4), np.zeros((1, 4)), np.full((5, 4), np.nan), np.zeros((5, 3))):
+        with pytest.raises(ValueError):
+            frechet_distance(a, wrong)
+
+
+def test_identity_similarity():
+    rows = RANDOM.standard_normal((5, 8))
+    assert cosine_similarity(rows, 3 * rows) == pytest.approx(1)
+    assert cosine_similarity(np.eye(2), np.array([1.0, 0.0])) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("shift", [-4, 0, 3])
+def test_lip_sync_error_finds_the_offset(shift):
+    audio = RANDOM.standard_normal((200, 16))
+    video = np.roll(audio, -shift, axis=0)  # the sound comes `shift` frames later
+    distance, confidence, offset = lip_sync_error(video, audio)
+    assert offset == shift and confidence > 3 and distance < 1
+
+
+def test_correlation_and_lag():
+    wave = np.sin(np.arange(100) / 3)
+    assert correlation(wave, 2 * wave + 1) == pytest.approx(1) and correlation(wave, np.ones(100)) == 0
+    assert best_lag(wave[5:65], wave[7:67])[0] == 2 and best_lag(wave, wave)[0] == 0
+    assert len(log_energy(np.ones(1000, np.float32), fps=25, frames=4)) == 4
+
+
+def test_mouth_activity_follows_the_mouth_only():
+    frames = np.full((10, 64, 64, 3), 100, np.uint8)
+    frames[4, 40:44, 28:36] = 0
+    frames[7, :10] = 0  # outside the box
+    activity = mouth_activity(frames, [0.28, 0.47, 0.72, 0.82])
+    assert activity.argmax() == 4 and activity[7] == 0
+
+
+@pytest.mark.slow
+def test_the_meter_reads_mouths_that_it_has_not_seen():
+    from float.media import iterate_frames
+    from float.mouth_meter import train_meter
+
+    box, loaded = [0.28, 0.47, 0.72, 0.82], {}
+    for split in ("train", "val"):
+        clips = find_clips(SAMPLE_DATA, split)
+        frames = [np.stack([resize(frame, 64) for frame in iterate_frames(clip.video, 25)]) for clip in clips]
+        loaded[split] = frames, [read_truth(clip) for clip in clips]
+    meter = train_meter(*loaded["train"], box)
+    assert isinstance(meter, MouthMeter)
+    for frames, truth in zip(*loaded["val"], strict=True):
+        assert correlation(meter.measure(frames), truth) > 0.9

@@ -1,0 +1,236 @@
+"""Both phases through the loop: learning, exact resume, ranks, what moves, settings, and what users see."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from float.config import AUTOENCODER_PRESETS, PRESETS, AutoencoderConfig, Config
+from float.dataset import FLOATDataset, collate_windows
+from float.generate import main as generate
+from float.media import iterate_frames, read_audio
+from float.metrics import main as metrics
+from float.precompute import main as precompute
+from float.synthetic import write_synthetic_features
+from float.train import main as train
+from float.train_autoencoder import main as train_autoencoder
+from shared.config import load_config, load_saved
+from shared.dist import DistInfo
+from tests.float.material import write_clip
+from tests.launching import ROOT, final_tensors, losses, run, same_bits
+
+TINY = [
+    "--config", "small", "--dim-h", "32", "--fmt-depth", "1", "--num-heads", "2", "--batch-size", "4", "--device", "cpu", "--eval-steps", "3",
+    "--save-steps", "3", "--logging-steps", "1", "--precision", "fp32",
+]  # fmt: skip
+TINY_PICTURES = ["--input-size", "32", "--dim-w", "12", "--dim-m", "4", "--set", "model.channels={4: 8, 8: 8, 16: 8, 32: 8}"]
+
+
+@pytest.fixture
+def clips(tmp_path):
+    for split, count in (("train", 3), ("val", 2)):
+        for index in range(count):
+            write_clip(tmp_path / "data" / split / f"id{index}", "clip", frames=30, seed=index)
+    return tmp_path / "data"
+
+
+def test_synthetic_run_resumes_bit_for_bit(tmp_path):
+    whole, halves = str(tmp_path / "whole"), str(tmp_path / "halves")
+    train([*TINY, "--synthetic", "--output-dir", whole, "--max-steps", "6"])
+    train([*TINY, "--synthetic", "--output-dir", halves, "--max-steps", "3"])
+    train([*TINY, "--synthetic", "--output-dir", halves, "--max-steps", "6"])
+    assert losses(whole) == losses(halves)
+    assert same_bits(final_tensors(whole), final_tensors(halves))
+    rows = [json.loads(line) for line in (Path(whole) / "metrics.jsonl").read_text().splitlines()]
+    found = {name for row in rows for name in row}
+    assert {"train/loss", "val/loss", "train/grad_norm", "train/lr", "train/loss_flow", "train/loss_vel", "train/loss_prev"} <= found
+
+
+@pytest.mark.parametrize("changes", [[], ["--lambda-adversarial", "1", "--lambda-style", "1", "--lambda-perceptual", "1", "--lambda-component", "1"]])
+def test_phase_one_resumes_bit_for_bit(tmp_path, clips, changes):
+    flags = ["--config", "small", *TINY_PICTURES, "--data-root", str(clips), "--batch-size", "2", "--logging-steps", "1", "--save-steps", "2", "--eval-steps", "2",
+             "--device", "cpu", "--precision", "fp32", *changes]  # fmt: skip
+    whole, halves = str(tmp_path / "whole"), str(tmp_path / "halves")
+    train_autoencoder([*flags, "--output-dir", whole, "--max-steps", "4"])
+    train_autoencoder([*flags, "--output-dir", halves, "--max-steps", "2"])
+    train_autoencoder([*flags, "--output-dir", halves, "--max-steps", "4"])
+    assert losses(whole) == losses(halves)
+    assert same_bits(final_tensors(whole), final_tensors(halves))
+    assert list((Path(whole) / "samples").glob("*.png"))
+
+
+def test_the_released_network_trains_in_phase_one(tmp_path, clips):
+    output = tmp_path / "run"
+    result = train_autoencoder(["--config", "small", *TINY_PICTURES, "--autoencoder", "lia", "--data-root", str(clips), "--batch-size", "2", "--max-steps", "2",
+                                "--device", "cpu", "--output-dir", str(output)])  # fmt: skip
+    assert result.finished and np.isfinite(result.metrics["val/psnr"])
+
+
+@pytest.mark.slow
+def test_from_clips_to_a_talking_video(tmp_path, clips):
+    output = tmp_path / "run"
+    flags = [*TINY, *TINY_PICTURES, "--data-root", str(clips), "--output-dir", str(output), "--max-steps", "3"]
+    assert train(flags).finished
+    assert sorted(path.name for path in (output / "samples").iterdir())[0].startswith("step_00000003")
+    steps = len(losses(output))
+    assert train(flags).step == 3 and len(losses(output)) == steps  # the same command again finds everything done
+    soundfile.write(tmp_path / "speech.wav", np.sin(np.arange(16000 * 3) / 9) * 0.3, 16000)
+    made = tmp_path / "talk.mp4"
+    portrait = str(clips / "val" / "id0" / "clip.mp4")
+    generate(["--checkpoint", str(output), "--ref-path", portrait, "--aud-path", str(tmp_path / "speech.wav"), "--output", str(made), "--emo", "happy",
+              "--set-direction", "1=0.5", "--device", "cpu"])  # fmt: skip
+    assert len(list(iterate_frames(made, 25))) == 75 and len(read_audio(made)) >= 48000
+    scores = metrics(["--checkpoint", str(output), "--seeds", "1", "--device", "cpu"])
+    assert scores["held_out_clips"] == 2 and not scores["uses_meter"]
+    assert json.loads((output / "metrics.json").read_text())["psnr"] == scores["psnr"] and (output / "report.html").exists()
+    again = precompute([*flags[: flags.index("--max-steps")], "--autoencoder-path", str(output / "autoencoder")])
+    assert again == {"train_encoded": 0, "train_kept": 3, "train_bad": 0, "val_encoded": 0, "val_kept": 2, "val_bad": 0}
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2"])
+def test_two_ranks_train_as_one(tmp_path, strategy):
+    flags = [*TINY, "--synthetic", "--max-steps", "4", "--global-batch-size", "4", "--batch-size"]
+    run(1, "float/train.py", *flags, "4", "--output-dir", tmp_path / "one")
+    run(2, "float/train.py", *flags, "2", "--output-dir", tmp_path / "two", "--strategy", strategy)
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert one.keys() == two.keys() and max(abs(one[step] - two[step]) for step in one) < 1e-5
+
+
+@pytest.mark.slow
+def test_overfits_eight_clips(tmp_path):
+    """The reference network of the spec: below a quarter of the starting flow loss after 400 steps."""
+    from float.build import make_generator
+    from float.trainer import FlowMatchingTrainer
+
+    config = Config()
+    config.run.output_dir, config.training.learning_rate = str(tmp_path), 1e-3
+    for name, value in {"dim_w": 64, "dim_h": 128, "dim_a": 64, "num_heads": 4, "fmt_depth": 2, "dim_m": 8, "audio_features": "logmel", "audio_dropout_prob": 0.0,
+                        "ref_dropout_prob": 0.0, "emotion_dropout_prob": 0.0, "prev_frame_dropout_prob": 0.0}.items():  # fmt: skip
+        setattr(config.model, name, value)
+    config.data.use_augmentation = False
+    write_synthetic_features(config, DistInfo())
+    dataset = FLOATDataset(tmp_path / "features" / "train", config.data, train=True)
+    torch.manual_seed(0)
+    trainer = FlowMatchingTrainer(config, make_generator(config.model, config.data), dataset)
+    history = []
+    for step in range(400):
+        batch = collate_windows([dataset.sample((step + k * 6) % len(dataset), step) for k in range(8)])
+        history.append(trainer.train_step(batch, step)["loss_flow"])
+    assert np.mean(history[-20:]) < 0.25 * history[0]
+
+
+def test_trainer_steps_callbacks_and_what_moves(tmp_path):
+    from float.build import make_generator
+    from float.trainer import FlowMatchingTrainer
+
+    config = load_config(Config, presets=PRESETS, argv=[*TINY, "--output-dir", str(tmp_path), "--num-epochs", "2", "--total-steps", "none"], default="small")
+    write_synthetic_features(config, DistInfo())
+    dataset = FLOATDataset(tmp_path / "features" / "train", config.data, train=True)
+    generator = make_generator(config.model, config.data)
+    before = {name: value.clone() for name, value in generator.state_dict().items()}
+    seen = []
+    trainer = FlowMatchingTrainer(config, generator, dataset, dataset, callbacks=[lambda trainer, epoch, metrics: seen.append((epoch, sorted(metrics)))])
+    batch = collate_windows([dataset[index] for index in range(4)])
+    first = trainer.validate_step(batch)
+    assert first["val_loss"] == trainer.validate_step(batch)["val_loss"]
+    assert {"loss", "loss_flow", "loss_vel", "loss_prev", "grad_norm"} == set(trainer.train_step(batch))
+    for step in range(1, 4):
+        trainer.train_step(batch, step)
+    moved = {name for name, value in generator.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {name for name, value in generator.named_parameters() if value.requires_grad}
+    trainer.train(tmp_path / "run")
+    assert [epoch for epoch, _ in seen] == [1, 2] and "train/loss" in seen[0][1]
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.yaml")))
+def test_presets_load_and_survive_saving(preset, tmp_path):
+    config = load_config(Config, presets=PRESETS, argv=["--config", preset], default="default")
+    config.save(tmp_path / "a.yaml")
+    assert Config.load(tmp_path / "a.yaml") == config == Config.from_dict(config.to_dict())
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in AUTOENCODER_PRESETS.glob("*.yaml")))
+def test_phase_one_presets_load(preset):
+    assert load_config(AutoencoderConfig, presets=AUTOENCODER_PRESETS, argv=["--config", preset], default="small").training.total_steps
+
+
+def test_the_guides_names_and_values():
+    config = load_config(Config, presets=PRESETS, argv=[], default="default")
+    training, model, data = config.training, config.model, config.data
+    assert (training.batch_size, training.num_epochs, training.learning_rate, training.weight_decay) == (8, 100, 1e-4, 1e-5)
+    assert (model.dim_w, model.dim_h, model.fmt_depth, model.num_heads, model.nfe, model.dim_m) == (512, 1024, 12, 16, 10, 20)
+    assert (data.sequence_length, data.prev_frames, data.wav2vec_sec, data.data_root) == (16, 4, 0.64, "datasets")
+    flags = ["--gradient_clip_val", "0.5", "--val-check-interval", "7", "--max_checkpoints_to_keep", "3", "--save-checkpoint-interval", "9"]
+    training = load_config(Config, presets=PRESETS, argv=flags, default="default").training
+    assert (training.max_grad_norm, training.eval_steps, training.keep_last, training.save_steps) == (0.5, 7, 3, 9)
+
+
+def test_file_over_preset_and_flag_over_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.json").write_text(json.dumps({"training": {"batch_size": 3, "learning_rate": 0.5}, "model": {"dim_m": 512, "ode_method": "dopri5"}}))
+    from float.train import _guide_arguments
+
+    argv = _guide_arguments(["--config-file", "mine.json", "--batch-size", "5"])
+    config = load_config(Config, presets=PRESETS, argv=argv, default="default", aliases={"--config-file": "--config"})
+    assert (config.training.batch_size, config.training.learning_rate, config.model.dim_m) == (5, 0.5, 512)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--fmt-dept", "3"], "fmt"),
+    (["--num-heads", "7"], "dim_h 1024 is not divisible by num_heads 7"),
+    (["--sequence-length", "20"], "set wav2vec_sec 0.8"),
+    (["--optimizer", "adam"], "adam takes no decoupled weight decay"),
+    (["--set", "training.loss_type=cosine"], "loss_type"),
+    (["--dim-m", "600"], "do not fit into dim_w"),
+    (["--config", "smal"], "small"),
+])  # fmt: skip
+def test_wrong_settings_end_with_one_sentence(flags, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train(flags)
+    assert stopped.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_missing_things_end_with_one_sentence(tmp_path, capsys):
+    out = ["--output-dir", str(tmp_path / "out"), "--device", "cpu"]
+    for command, flags, words in [
+        (train, ["--config", "small", "--data-root", str(tmp_path / "none"), *out], "no such folder"),
+        (train, ["--config", "small", "--autoencoder-path", str(tmp_path / "none"), *out], "no such checkpoint"),
+        (train, ["--config", "small", "--audio-features", "wav2vec2", "--synthetic", "--vgg", "x"], "--vgg"),
+        (generate, ["--ref-path", "a.png", "--aud-path", "b.wav"], "--checkpoint is missing"),
+        (generate, ["--checkpoint", str(tmp_path / "none")], "no such file or folder"),
+        (metrics, [], "nothing to score"),
+        (metrics, ["--features-real", str(tmp_path / "a.npy")], "no such file"),
+        (precompute, ["--config", "default"], "--autoencoder-path is not given"),
+    ]:
+        with pytest.raises(SystemExit) as stopped:
+            command(flags)
+        assert stopped.value.code == 2 and words in capsys.readouterr().err, words
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_the_plan_needs_no_memory(capsys):
+    train(["--config", "official", "--dry-run", "--strategy", "fsdp", "--world-size", "8", "--gpu", "h100"])
+    text = capsys.readouterr().out
+    assert "161,356,800 trainable" in text and "fits h100" in text
+
+
+def test_help_answers_from_any_folder(tmp_path):
+    for script in ("train", "train_autoencoder", "precompute", "generate", "metrics"):
+        done = subprocess.run([sys.executable, ROOT / "float" / f"{script}.py", "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and f"float/{script}.py" in done.stdout, done.stderr
+
+
+def test_a_finished_run_keeps_its_settings(tmp_path):
+    train([*TINY, "--synthetic", "--output-dir", str(tmp_path), "--max-steps", "1"])
+    saved = load_saved(Config, tmp_path / "config.yaml")
+    assert saved.model.dim_h == 32 and saved.training.batch_size == 4
