@@ -259,6 +259,7 @@ class PackedAttention:
         self.inverse = torch.empty_like(order)
         self.inverse[order] = torch.arange(len(order), device=order.device)
 
+    @torch.compiler.disable  # lengths of samples change with every pack: compiled layers call this as it is
     def __call__(self, layer: int, query_LHK: Tensor, key_LHK: Tensor, value_LHK: Tensor) -> Tensor:
         query, key, value = (_Reorder.apply(x, self.inverse, self.order) for x in (query_LHK, key_LHK, value_LHK))
         return _Reorder.apply(attend(query, key, value, self.layout, self.backend), self.order, self.inverse)

@@ -48,6 +48,7 @@ class CachedAttention:
         self.inverse = torch.empty_like(order)
         self.inverse[order] = torch.arange(len(order), device=order.device)
 
+    @torch.compiler.disable  # lengths change with every call
     def __call__(self, layer: int, query_LHK: Tensor, key_LHK: Tensor, value_LHK: Tensor) -> Tensor:
         parts = [x.index_select(0, self.inverse).split(self.query_lens) for x in (query_LHK, key_LHK, value_LHK)]
         outputs = []

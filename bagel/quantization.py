@@ -6,6 +6,7 @@ The weight is unpacked to the input's type for each product; only the input rece
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from shared.errors import UserError
@@ -76,6 +77,7 @@ class QuantizedLinear(nn.Module):
     def __init__(self, features_in: int, features_out: int, kind: str, *, bias: bool, dtype: torch.dtype | None = None):
         super().__init__()
         self.kind, self.in_features, self.out_features = kind, features_in, features_out
+        self.max_error: float | None = None  # largest difference from the weight that was stored last
         if kind == "nf4":
             blocks = -(-features_in * features_out // BLOCK)
             self.register_buffer("codes", torch.empty(blocks * BLOCK // 2, dtype=torch.uint8), persistent=False)
@@ -108,6 +110,8 @@ class QuantizedLinear(nn.Module):
         codes, scale = quantize_nf4(weight) if self.kind == "nf4" else quantize_int8(weight)
         self.codes.copy_(codes)
         self.scale.copy_(scale)
+        if not isinstance(weight, FakeTensor):
+            self.max_error = (self.weight_as(torch.float32) - weight.float()).abs().max().item()
 
     def weight_as(self, dtype: torch.dtype) -> Tensor:
         """The full weight (out, in) in `dtype`."""
@@ -144,6 +148,20 @@ def quantize_projections(model: nn.Module, kind: str) -> None:
             model.get_submodule(name.rsplit(".", 1)[0]).register_module(
                 name.rsplit(".", 1)[1], QuantizedLinear.of(module, kind)
             )
+
+
+def stored_layers(model: nn.Module) -> list[dict[str, float | str | None]]:
+    """Per quantized layer: the largest error of its weight, bytes as bf16 and as stored."""
+    return [
+        {
+            "layer": name,
+            "max_error": module.max_error,
+            "bytes_bf16": 2 * module.in_features * module.out_features,
+            "bytes_stored": module.bytes_stored,
+        }
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLinear)
+    ]
 
 
 def error_table(model: nn.Module, kind: str) -> list[dict[str, float | str]]:

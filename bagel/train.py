@@ -162,6 +162,22 @@ def open_dataset(config: Config, model_config: Any, tokenizer: "Tokenizer", path
     )
 
 
+def report_quantization(model: "Bagel", output_dir: Path) -> None:
+    """Print what the quantized projections save, and write the error of each to quantization.json."""
+    from bagel.quantization import stored_layers
+
+    layers = stored_layers(model)
+    if not layers:
+        return
+    before, after = (sum(layer[name] for layer in layers) / 1e9 for name in ("bytes_bf16", "bytes_stored"))
+    worst = max(layers, key=lambda layer: layer["max_error"])
+    print(
+        f"{len(layers)} quantized projections: {after:.3f} GB in place of {before:.3f} GB in bf16; largest error "
+        f"{worst['max_error']:.3g} in {worst['layer']}; all in {output_dir / 'quantization.json'}"
+    )
+    (output_dir / "quantization.json").write_text(json.dumps(layers, indent=1) + "\n")
+
+
 def complete(config: Config) -> Config:
     """The settings with what follows from the files: the sample data for the small preset, the strategy of a DeepSpeed
     file.
@@ -237,6 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     model = build_model(model_config, rows=tokenizer.vocab_size, dtype=dtype)
     if info.is_main:
+        report_quantization(model, output_dir)
         for name, dataset in (("train", train_set), ("val", val_set)):
             if dataset is not None:
                 report_data(dataset, name, output_dir)

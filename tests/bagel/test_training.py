@@ -75,6 +75,8 @@ def test_adapters_train_alone_and_resume(tmp_path):
     assert saved and all("lora_" in name for name in saved)
     assert set(load_file(folder / "adapter.safetensors")) == set(saved)
     assert json.loads((folder / "adapter_config.json").read_text())["lora_rank"] == 2
+    layers = json.loads((tmp_path / "quantization.json").read_text())
+    assert len(layers) == 28 and all(0 < layer["max_error"] < 0.05 for layer in layers)
 
 
 @pytest.mark.parametrize(
