@@ -28,6 +28,7 @@ class DistInfo:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0, which writes and prints."""
         return self.rank == 0
 
 

@@ -44,6 +44,7 @@ class TrainedModel:
 
     @property
     def module(self) -> nn.Module:
+        """The model without its wrapper."""
         return self.strategy.module
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:

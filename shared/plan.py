@@ -96,6 +96,7 @@ class Plan:
 
     @property
     def peak_memory(self) -> int:
+        """Bytes of one rank, all parts together."""
         return sum(self.memory.values())
 
     @property
@@ -107,6 +108,7 @@ class Plan:
 
     @property
     def samples_per_step(self) -> int:
+        """Samples of one optimizer step over all ranks."""
         return self.world * self.accumulation * self.micro_batch
 
     @property

@@ -40,6 +40,7 @@ class LossScale:
         self.value, self.good_steps, self.enabled = (2.0**16 if enabled else 1.0), 0, enabled
 
     def update(self, finite: bool) -> None:
+        """Take in whether the gradient of one step was finite."""
         if not self.enabled:
             return
         self.good_steps = self.good_steps + 1 if finite else 0
@@ -141,7 +142,8 @@ class Strategy:
             with torch.no_grad():
                 parameter.copy_(part)
         else:
-            self.optimizer.state[parameter][kind] = part.clone()
+            # laid out in memory as the parameter is: the fused optimizer walks both side by side
+            self.optimizer.state[parameter][kind] = torch.empty_like(parameter).detach().copy_(part)
 
     def steps_taken(self) -> dict[str, int]:
         """The optimizer's own step count of each parameter."""

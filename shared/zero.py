@@ -37,6 +37,7 @@ class Zero(Strategy):
 
     @property
     def stage(self) -> int:
+        """ZeRO's stage, 1 to 3."""
         return int(self.name[-1])
 
     def _wrap(self, groups: list[dict]) -> None:

@@ -10,10 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from shared.checkpoint import CheckpointStore, find_checkpoint, load_weights, newest_checkpoint
+from shared.config import TrainingSection
 from shared.dist import DistInfo
 from shared.errors import CheckpointError, UserError
+from shared.optim import decay_groups
+from shared.strategy import KINDS, Strategy
 from tests.launching import ENVIRONMENT, ROOT, command, final_tensors, losses, newest, run, run_and_kill, same_bits
 from tests.shared import toy
 
@@ -50,6 +54,30 @@ def test_a_finished_run_ends_at_once(tmp_path):
     before = final_tensors(tmp_path / "run")
     assert run_here(case(tmp_path / "run", training={"total_steps": 4})).step == 4
     assert same_bits(before, final_tensors(tmp_path / "run"))
+
+
+def test_moments_come_back_in_the_memory_layout_of_the_weight():
+    def strategy() -> Strategy:
+        torch.manual_seed(0)
+        model = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        made = Strategy("none", DistInfo(), "fp32", TrainingSection(learning_rate=0.1))
+        made.prepare(model, decay_groups(model, 0.0))
+        return made
+
+    def step(made: Strategy, seed: int) -> None:
+        picture = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+        made.backward(made.model(picture).square().mean())
+        made.optimizer_step()
+
+    straight, resumed = strategy(), strategy()
+    step(straight, 1)
+    resumed.load_steps_taken(straight.steps_taken())
+    for kind in KINDS:
+        for name in straight.parameters:
+            resumed.load_full(kind, name, straight.full(kind, name).contiguous().clone())
+    step(straight, 2)
+    step(resumed, 2)
+    assert all(torch.equal(straight.full("weight", name), resumed.full("weight", name)) for name in straight.parameters)
 
 
 @pytest.mark.slow
