@@ -24,6 +24,8 @@ from shared.errors import CheckpointError, UserError
 from shared.tensorfile import write_safetensors
 
 FORMAT = 1
+
+
 class CheckpointStore:
     """The checkpoints of one run, in `root`."""
 
