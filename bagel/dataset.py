@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from bagel.images import ImageFault, ImageTransform, image_size, load_image, to_tensor
 from bagel.packing import Draws, Dropout, PackBuilder, PackFormat, PlanItem
 from bagel.records import RecordFault, Step, check_texts, format_of, image_items, keyed_draw, steps_of
-from bagel.sources import RecordFile, open_records
+from bagel.sources import PICTURE_FIELDS, RecordFile, open_records
 from bagel.tokenizer import Tokenizer
 from shared.errors import BadSample, UserError
 from shared.rng import keyed_generator
@@ -197,8 +197,6 @@ class UnifiedGenerationDataset:
     def _pixels(self, image: Any, item: PlanItem) -> Tensor:
         """The picture at the planned size."""
         size = item.size[::-1]
-        from PIL import Image
-
         return to_tensor(image if image.size == size else image.resize(size, Image.Resampling.BICUBIC))
 
     def _plan(self, record: _Record, index: int, epoch: int) -> list[PlanItem]:
@@ -324,7 +322,7 @@ def _pictures(value: Any) -> list[str]:
         return []
     found = []
     for key, item in value.items():
-        if key in ("image_path", "image", "source_image_path", "target_image_path", "image_list"):
+        if key in PICTURE_FIELDS:
             found += [name for name in (item if isinstance(item, list) else [item]) if isinstance(name, str)]
         elif isinstance(item, (dict, list)):
             found += _pictures(item)

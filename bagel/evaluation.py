@@ -97,7 +97,7 @@ def held_out_figures(
     means = _mean_latents(opened, train) if train is not None else {}
     for index in range(min(len(dataset), most)):
         for number, t in enumerate(TIMES):
-            pack = _encoded(opened, fixed_pack(dataset, [index], t))
+            pack = _encoded(opened, fixed_pack(dataset, [index], t, opened.model_config.timestep_shift))
             losses = opened.model(pack)
             if number == 0:
                 text += losses["ce"].tolist()
@@ -138,7 +138,7 @@ def _mean_latents(opened: Opened, train: UnifiedGenerationDataset) -> dict[tuple
     """The mean training picture of every latent size: what a predictor that ignores its input knows of a picture."""
     sums: dict[tuple[int, int], list] = {}
     for index in range(len(train)):
-        pack = _encoded(opened, fixed_pack(train, [index], 0.5))
+        pack = _encoded(opened, fixed_pack(train, [index], 0.5, 1.0))
         for shape, latents, target in _by_picture(pack):
             if target:
                 total = sums.setdefault(shape, [torch.zeros_like(latents), 0])

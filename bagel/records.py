@@ -70,8 +70,6 @@ def format_of(record: Any) -> str:
     """The name of the record's format; raises a RecordFault when none or several fit."""
     if not isinstance(record, dict):
         raise RecordFault("E_TYPE", f"a record is an object, found {type(record).__name__}")
-    if "record_id" in record and not isinstance(record["record_id"], str):
-        raise RecordFault("E_TYPE", "record_id must be a string")
     marks = {
         "conversations": "conversations" in record,
         "text_to_image": "text_prompt" in record,

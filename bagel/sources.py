@@ -12,6 +12,8 @@ from typing import Any
 
 from shared.errors import UserError
 
+PICTURE_FIELDS = ("image_path", "image", "source_image_path", "target_image_path", "image_list")
+
 
 @dataclass(frozen=True)
 class RawRecord:
@@ -221,6 +223,3 @@ def _renamed(value: Any, names: dict[str, str]) -> Any:
     if isinstance(value, list):
         return [_renamed(item, names) for item in value]
     return names.get(value, value) if isinstance(value, str) else value
-
-
-PICTURE_FIELDS = {"image_path", "image", "source_image_path", "target_image_path", "image_list"}

@@ -126,11 +126,11 @@ class PackStream:
     def keys_of_steps(self, packer: Packer) -> Iterator[list[Key]]:
         """The keys of this rank's micro-batches, one after another; notes the packer's state after every step."""
         while True:
-            for _ in range(self.accumulation):
+            for micro in range(self.accumulation):
                 packs = [packer.next_pack() for _ in range(self.packs_each * self.info.world)]
                 own = packs[self.info.rank * self.packs_each : (self.info.rank + 1) * self.packs_each]
                 keys = [key for pack in own for key in pack]
-                if _ == self.accumulation - 1:
+                if micro == self.accumulation - 1:
                     self._ahead.append(packer.state())
                 yield keys
 

@@ -25,17 +25,18 @@ if TYPE_CHECKING:
     from bagel.train import UnifiedTrainer
 
 VALIDATION_SEED = 314_159
-TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # before the shift
+TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # whatever the shift of training, so that runs compare
 RECORDS_A_PACK = 8
 
 
-def fixed_pack(dataset: "UnifiedGenerationDataset", indices: Sequence[int], t: float) -> dict[str, Any]:
-    """Records as a pack, nothing left out, their pictures at time t (before the shift), their noise a function of the
-    index.
+def fixed_pack(dataset: "UnifiedGenerationDataset", indices: Sequence[int], t: float, shift: float) -> dict[str, Any]:
+    """Records as a pack, nothing left out, their pictures at time t of a model trained with `shift`, their noise a
+    function of the index.
 
     No index: an empty pack, for ranks that have no record left.
     """
-    builder, raw = PackBuilder(dataset.layout), math.log(t / (1 - t))
+    raw = math.log(t / (1 - t)) - math.log(shift)  # the shift adds its logarithm to the logit of the time
+    builder = PackBuilder(dataset.layout)
     for index in indices:
         items = dataset.sample(index, 0)["items"]
         draws = Draws([1.0] * len(items), iter([raw] * len(items)), keyed_generator(VALIDATION_SEED, index))
@@ -54,7 +55,9 @@ def held_out_losses(trainer: "UnifiedTrainer", model: Any) -> dict[str, float]:
         start = first + info.rank * RECORDS_A_PACK
         indices = range(start, min(start + RECORDS_A_PACK, count))
         for number, t in enumerate(TIMES):
-            pack = trainer.encoded(to_device(fixed_pack(dataset, indices, t), info.device))
+            pack = trainer.encoded(
+                to_device(fixed_pack(dataset, indices, t, trainer.model.config.timestep_shift), info.device)
+            )
             losses = model(pack)
             if number == 0:  # text does not depend on the time of pictures, which no later token sees
                 totals[:2] += torch.tensor([losses["ce"].double().sum().item(), len(losses["ce"])], dtype=torch.float64)
