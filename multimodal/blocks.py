@@ -42,6 +42,21 @@ def has_fused_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
             or torch.backends.cuda.can_use_efficient_attention(parameters))
 
 
+class QueryKeyValue(nn.Linear):
+    """One linear for queries, keys and values; queries of the first token alone on request."""
+
+    def __init__(self, width: int):
+        super().__init__(width, 3 * width)
+
+    def forward(self, x_BND: Tensor, first_only: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, N or 1, D), keys and values (B, N, D)."""
+        if not first_only:
+            return functional.linear(x_BND, self.weight, self.bias).chunk(3, -1)
+        width = self.in_features
+        query = functional.linear(x_BND[:, :1], self.weight[:width], self.bias[:width])
+        return query, *functional.linear(x_BND, self.weight[width:], self.bias[width:]).chunk(2, -1)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one fused QKV linear.
 
@@ -51,13 +66,13 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, *, kind: str = "auto", chunk: int = 128):
         super().__init__()
         self.heads, self.kind, self.chunk = heads, kind, chunk
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = QueryKeyValue(width)
         self.output = nn.Linear(width, width)
 
-    def forward(self, x_BND: Tensor, mask_BN: Tensor | None = None) -> Tensor:
-        """mask_BN: bool, True where a token may be attended to; every row has at least one."""
-        batch, tokens, _ = x_BND.shape
-        query, key, value = self.qkv(x_BND).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    def forward(self, x_BND: Tensor, mask_BN: Tensor | None = None, first_only: bool = False) -> Tensor:
+        """mask_BN: bool, True where a token may be attended to; every row has at least one. first_only: (B, 1, D)."""
+        tokens = x_BND.shape[1]
+        query, key, value = (rearrange(part, "B N (H K) -> B H N K", H=self.heads) for part in self.qkv(x_BND, first_only))
         mask = None if mask_BN is None else rearrange(mask_BN, "B N -> B 1 1 N")
         chunked = self.kind == "chunked" or (
             self.kind == "auto" and tokens > CHUNKED_FROM and not has_fused_kernel(query, key, value, mask))
@@ -65,7 +80,7 @@ class Attention(nn.Module):
             mixed = chunked_attention(query, key, value, mask, self.chunk)
         else:
             mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self.output(mixed.transpose(1, 2).reshape(batch, tokens, -1))
+        return self.output(rearrange(mixed, "B H N K -> B N (H K)"))
 
 
 class Block(nn.Module):
@@ -80,8 +95,10 @@ class Block(nn.Module):
         self.contract = nn.Linear(4 * width, width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BND: Tensor, mask_BN: Tensor | None = None) -> Tensor:
-        x_BND = x_BND + self.dropout(self.attention(self.norm1(x_BND), mask_BN))
+    def forward(self, x_BND: Tensor, mask_BN: Tensor | None = None, first_only: bool = False) -> Tensor:
+        """first_only: the first token's output (B, 1, D), for a last block of which nothing else is read."""
+        mixed = self.attention(self.norm1(x_BND), mask_BN, first_only)
+        x_BND = (x_BND[:, :1] if first_only else x_BND) + self.dropout(mixed)
         return x_BND + self.dropout(self.contract(functional.gelu(self.expand(self.norm2(x_BND)))))
 
 
@@ -96,20 +113,22 @@ class Tower(nn.Module):
             Block(width, width // HEAD_WIDTH, dropout=dropout, kind=kind, chunk=chunk) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
-    def forward(self, x_BND: Tensor, mask_BN: Tensor | None = None) -> Tensor:
-        for block in self.blocks:
+    def forward(self, x_BND: Tensor, mask_BN: Tensor | None = None, first_only: bool = False) -> Tensor:
+        """(B, N, D), or with first_only the first token alone (B, 1, D), which spares most of the last block."""
+        for number, block in enumerate(self.blocks, 1):
+            first = first_only and number == self.depth
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                x_BND = checkpoint(block, x_BND, mask_BN, use_reentrant=False)
+                x_BND = checkpoint(block, x_BND, mask_BN, first, use_reentrant=False)
             else:
-                x_BND = block(x_BND, mask_BN)
+                x_BND = block(x_BND, mask_BN, first)
         return self.norm(x_BND)
 
-    def initialise(self) -> None:
-        """Linears truncated normal 0.02; the outputs of attention and MLP 0.02 / sqrt(2 depth)."""
+    def initialise(self, std: float = 0.02) -> None:
+        """Linears truncated normal; the outputs of attention and MLP std / sqrt(2 depth)."""
         for block in self.blocks:
             for linear in (block.attention.qkv, block.attention.output, block.expand, block.contract):
                 is_output = linear is block.attention.output or linear is block.contract
-                small_normal_(linear, 0.02 / (2 * self.depth) ** 0.5 if is_output else 0.02)
+                small_normal_(linear, std / (2 * self.depth) ** 0.5 if is_output else std)
 
 
 @torch.no_grad()

@@ -57,14 +57,14 @@ class MultimodalModel(nn.Module):
     def __init__(self, widths: Widths, *, num_classes: int = 80, embed_dim: int = 512, image_size: int = 224,
                  image_patch: int = 16, dropout: float = 0.0, attention: Literal["auto", "sdpa", "chunked"] = "auto",
                  attention_chunk: int = 128, vocabulary: int = VOCABULARY, contrastive_loss: str = "infonce",
-                 size: str = "custom"):
+                 init_std: float = 0.02, size: str = "custom"):
         super().__init__()
         if image_size % image_patch:
             raise ValueError(f"image_size {image_size} is not a multiple of image_patch {image_patch}")
         self.config = {
             "size": size, "num_classes": num_classes, "embed_dim": embed_dim, "image_size": image_size,
             "image_patch": image_patch, "dropout": dropout, "attention": attention, "attention_chunk": attention_chunk,
-            "vocabulary": vocabulary, "contrastive_loss": contrastive_loss,
+            "vocabulary": vocabulary, "contrastive_loss": contrastive_loss, "init_std": init_std,
         }
         self.image_patch, self.grid = image_patch, image_size // image_patch
         options = {"dropout": dropout, "kind": attention, "chunk": attention_chunk}
@@ -104,9 +104,10 @@ class MultimodalModel(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
+        std = self.config["init_std"]
         for tower in (self.image_tower, self.text_tower, self.audio_tower, self.fusion_tower):
-            tower.initialise()
-        small_normal_(self.word_projection)
+            tower.initialise(std)
+        small_normal_(self.word_projection, std)
         for layer in (self.image_patches, self.audio_patches, self.fused_output, self.match_head, *self.to_fusion.values()):
             small_normal_(layer)
         for layer in self.embed.values():
@@ -114,7 +115,7 @@ class MultimodalModel(nn.Module):
         for vector in (self.image_class, self.image_positions, self.text_positions, self.audio_class, self.audio_bands,
                        self.fuse_token, *self.modality_vectors.values()):
             nn.init.normal_(vector, std=0.02)
-        nn.init.normal_(self.words.weight, std=0.02)
+        nn.init.normal_(self.words.weight, std=std)
         self.words.weight[PAD] = 0
         small_normal_(self.classifier[1], 0.01)
         nn.init.constant_(self.classifier[1].bias, math.log(POSITIVE_RATE / (1 - POSITIVE_RATE)))
@@ -146,14 +147,17 @@ class MultimodalModel(nn.Module):
 
     # --- towers -------------------------------------------------------------------------------------------------------
 
-    def image_tokens(self, images_BCHW: Tensor, keep_BK: Tensor | None = None) -> Tensor:
-        """(B, 1 + patches, D): class token first. keep_BK: the patches that are seen, by index; None: all."""
+    def image_tokens(self, images_BCHW: Tensor, keep_BK: Tensor | None = None, *, first_only: bool = False) -> Tensor:
+        """(B, 1 + patches, D): class token first. keep_BK: the patches that are seen, by index; None: all.
+
+        first_only, here and below: the first token alone (B, 1, D), all that an embedding needs.
+        """
         _check_image(images_BCHW, self.image_patch)
         patches = self.image_patches(images_BCHW)
         tokens = rearrange(patches, "B D h w -> B (h w) D") + self._image_grid(patches.shape[2], patches.shape[3])
         tokens = pick_tokens(tokens, keep_BK)
         first = (self.image_class + self.image_positions[:, :1]).expand(len(tokens), -1, -1)
-        return self.image_tower(torch.cat([first.to(tokens.dtype), tokens], 1))
+        return self.image_tower(torch.cat([first.to(tokens.dtype), tokens], 1), first_only=first_only)
 
     def _image_grid(self, rows: int, columns: int) -> Tensor:
         """Positions of the patches; another resolution is interpolated, bicubic, in fp32."""
@@ -163,16 +167,16 @@ class MultimodalModel(nn.Module):
         square = rearrange(grid.float(), "1 (h w) D -> 1 D h w", h=self.grid)
         return rearrange(functional.interpolate(square, (rows, columns), mode="bicubic"), "1 D h w -> 1 (h w) D")
 
-    def text_tokens(self, input_ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+    def text_tokens(self, input_ids_BL: Tensor, mask_BL: Tensor, *, first_only: bool = False) -> Tensor:
         """(B, L, D); mask_BL: bool, True for tokens that are not padding."""
         length = input_ids_BL.shape[1]
         if length > MAX_TEXT:
             raise ValueError(f"input_ids has {length} tokens, the position table has {MAX_TEXT}; truncate the text")
         tokens = self.word_projection(self.words(input_ids_BL)) + self.text_positions[:, :length]
-        return self.text_tower(tokens, mask_BL)
+        return self.text_tower(tokens, mask_BL, first_only)
 
-    def audio_tokens(self, audio_BTM: Tensor, audio_mask_BT: Tensor | None = None,
-                     keep_BK: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def audio_tokens(self, audio_BTM: Tensor, audio_mask_BT: Tensor | None = None, keep_BK: Tensor | None = None, *,
+                     first_only: bool = False) -> tuple[Tensor, Tensor | None]:
         """(B, 1 + 5 T/16, D), time-major (the five bands of a time column adjacent), and the key mask or None.
 
         A patch is valid when any of its 16 frames is.
@@ -190,7 +194,7 @@ class MultimodalModel(nn.Module):
             mask_BN = functional.pad(mask_BN, (1, 0), value=True)
         tokens = pick_tokens(tokens, keep_BK)
         first = self.audio_class.expand(len(tokens), -1, -1)
-        return self.audio_tower(torch.cat([first.to(tokens.dtype), tokens], 1), mask_BN), mask_BN
+        return self.audio_tower(torch.cat([first.to(tokens.dtype), tokens], 1), mask_BN, first_only), mask_BN
 
     def embedding(self, name: str, tokens_BND: Tensor, normalize: bool = True) -> Tensor:
         """(B, E) from the first token; L2 norm in fp32."""
@@ -199,15 +203,16 @@ class MultimodalModel(nn.Module):
 
     def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
         """(B, E) of pictures (B, 3, H, W), normalised with the mean and std of multimodal/image.py."""
-        return self.embedding("image", self.image_tokens(images), normalize)
+        return self.embedding("image", self.image_tokens(images, first_only=True), normalize)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None, normalize: bool = True) -> Tensor:
         """(B, E) of token ids (B, L); without a mask every id but [PAD] counts."""
-        return self.embedding("text", self.text_tokens(input_ids, _text_mask(input_ids, attention_mask)), normalize)
+        mask = _text_mask(input_ids, attention_mask)
+        return self.embedding("text", self.text_tokens(input_ids, mask, first_only=True), normalize)
 
     def encode_audio(self, audio: Tensor, audio_mask: Tensor | None = None, normalize: bool = True) -> Tensor:
         """(B, E) of log-mel frames (B, T, 80)."""
-        return self.embedding("audio", self.audio_tokens(audio, audio_mask)[0], normalize)
+        return self.embedding("audio", self.audio_tokens(audio, audio_mask, first_only=True)[0], normalize)
 
     # --- fusion -------------------------------------------------------------------------------------------------------
 
@@ -259,13 +264,14 @@ class MultimodalModel(nn.Module):
         _check_modality_mask(modality_mask, {"image": images, "text": input_ids, "audio": audio})
         tokens: dict[str, Tensor] = {}
         masks: dict[str, Tensor | None] = {}
+        first_only = not (fuse or return_tokens)
         if images is not None:
-            tokens["image"] = self.image_tokens(images)
+            tokens["image"] = self.image_tokens(images, first_only=first_only)
         if input_ids is not None:
             masks["text"] = _text_mask(input_ids, attention_mask)
-            tokens["text"] = self.text_tokens(input_ids, masks["text"])
+            tokens["text"] = self.text_tokens(input_ids, masks["text"], first_only=first_only)
         if audio is not None:
-            tokens["audio"], masks["audio"] = self.audio_tokens(audio, audio_mask)
+            tokens["audio"], masks["audio"] = self.audio_tokens(audio, audio_mask, first_only=first_only)
         found: dict[str, Any] = {f"{name}_embeds": self.embedding(name, value) for name, value in tokens.items()}
         found.update(self.scales())
         if fuse:

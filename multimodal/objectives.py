@@ -157,6 +157,8 @@ class AlignModel(nn.Module):
     image_keep, audio_keep: share of the patches that the encoders see while training (Li et al. 2023, FLIP).
     """
 
+    embeddings_only = True  # nothing but the first token of each tower is read
+
     def __init__(self, network: MultimodalModel, *, image_keep: float = 1.0, audio_keep: float = 1.0):
         super().__init__()
         self.network, self.image_keep, self.audio_keep = network, image_keep, audio_keep
@@ -178,10 +180,12 @@ class AlignModel(nn.Module):
         for part, inputs in batch.items():
             keep = {} if draws is None or part not in draws else draws[part]
             if "images" in inputs:
-                tokens[part]["image"] = network.image_tokens(inputs["images"], self._keep(keep.get("patches"), self.image_keep, part == "image"))
+                tokens[part]["image"] = network.image_tokens(
+                    inputs["images"], self._keep(keep.get("patches"), self.image_keep, part == "image"), first_only=self.embeddings_only)
             if "audio" in inputs:
                 tokens[part]["audio"], masks[part]["audio"] = network.audio_tokens(
-                    inputs["audio"], inputs.get("audio_mask"), self._keep(keep.get("patches"), self.audio_keep, part == "audio"))
+                    inputs["audio"], inputs.get("audio_mask"), self._keep(keep.get("patches"), self.audio_keep, part == "audio"),
+                    first_only=self.embeddings_only)
         self._encode_texts(batch, tokens, masks)
         names = {("image", "image"): "image_embeds", ("image", "text"): "imagetext_embeds", ("audio", "audio"): "audio_embeds",
                  ("audio", "text"): "audiotext_embeds", ("voice", "audio"): "voice_embeds", ("voice", "image"): "frame_embeds"}
@@ -204,13 +208,15 @@ class AlignModel(nn.Module):
 
         mask = padded("attention_mask")
         sizes = [len(batch[part]["input_ids"]) for part in parts]
-        encoded = self.network.text_tokens(padded("input_ids"), mask).split(sizes)
+        encoded = self.network.text_tokens(padded("input_ids"), mask, first_only=self.embeddings_only).split(sizes)
         for part, value, own in zip(parts, encoded, mask.split(sizes), strict=True):
             tokens[part]["text"], masks[part]["text"] = value, own
 
 
 class FinetuneModel(AlignModel):
     """Stage 3: the embeddings, and beside them matching of true and hard wrong pairs, and classification."""
+
+    embeddings_only = False
 
     def forward(self, batch: dict[str, Part], draws: dict[str, Part] | None = None) -> Part:
         """Adds image_match, audio_match (3B,) with *_match_target and *_match_weight, and class_logits (B, classes)."""

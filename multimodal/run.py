@@ -132,7 +132,7 @@ class Run:
         return create_model(model.size, model.num_classes, embed_dim=model.embed_dim, image_size=model.image_size,
                             image_patch=model.image_patch, dropout=model.dropout, attention=model.attention,
                             attention_chunk=model.attention_chunk, vocabulary=self.tokenizer.vocabulary,
-                            contrastive_loss=self.config.training.contrastive_loss)
+                            contrastive_loss=self.config.training.contrastive_loss, init_std=model.init_std)
 
     def _initial_weights(self) -> dict:
         torch.manual_seed(keyed_seed(self.config.run.seed, _INITIAL_WEIGHTS))

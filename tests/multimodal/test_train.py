@@ -1,0 +1,248 @@
+"""Training end to end on synthetic data: files, resume inside and across stages, reports, measures, search, messages."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from multimodal import embed, generate, metrics, train
+from multimodal.image import center_crop, from_tensor
+from multimodal.model import create_model
+from multimodal.records import read_records
+from multimodal.sources import SAMPLE_DATA
+from multimodal.synthetic import synthetic_records
+from multimodal.weights import load_model
+from shared.checkpoint import load_strict
+from shared.errors import UserError
+from tests.launching import final_tensors, losses, same_bits
+from tests.multimodal import small
+
+STAGES = ("stage1_single", "stage2_align", "stage3_finetune")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_network():
+    patch = pytest.MonkeyPatch()
+    patch.setitem(small.model.SIZES, "mini", small.WIDTHS)
+    patch.setitem(small.objectives.DECODERS, "mini", (64, 1))
+    yield
+    patch.undo()
+
+
+def run(folder: Path, *flags: str) -> Path:
+    train.main([*small.QUICK, "--output-dir", str(folder), *flags])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """Three stages of one epoch (4 steps of 2 micro-batches of 8) without a break."""
+    return run(tmp_path_factory.mktemp("whole") / "out", "--grad-accum", "2", "--dropout", "0.1", "--epochs", "3")
+
+
+def test_all_files_of_the_guide_are_there(whole):
+    assert {path.name for path in (whole / "checkpoints").glob("*.pt")} == {
+        "best_model.pt", "final_model.pt", "checkpoint_epoch_1.pt", "checkpoint_epoch_2.pt", "checkpoint_epoch_3.pt"}
+    for stage in STAGES:
+        assert (whole / stage / "DONE").exists() and len(losses(whole / stage)) == 4
+    final = torch.load(whole / "checkpoints" / "final_model.pt")  # weights_only is the default
+    assert (final["stage"], final["epoch"], final["stage_step"], final["format_version"]) == (3, 3, 4, 1)
+    network = create_model("mini", 12, embed_dim=32, image_size=32, image_patch=8)
+    network.load_state_dict(torch.load(whole / "checkpoints" / "best_model.pt")["model_state_dict"])
+    assert not [name for name in final["model_state_dict"] if "decoder" in name]
+    first = torch.load(whole / "checkpoints" / "checkpoint_epoch_1.pt")
+    assert any(name.startswith("image_decoder") for name in first["pretrain_state_dict"])
+
+
+def test_each_stage_moves_its_own_part(whole):
+    one, two, three = (torch.load(whole / "checkpoints" / f"checkpoint_epoch_{i}.pt")["model_state_dict"] for i in (1, 2, 3))
+    changed = {name for name in two if not torch.equal(one[name], two[name])}
+    assert {"image_tower.norm.weight", "text_tower.norm.weight", "audio_tower.norm.weight", "word_projection.weight", "log_scale"} <= changed
+    assert not [name for name in changed if name.startswith(("words", "fus", "to_fusion", "classifier", "match_head"))]
+    assert {"words.weight", "fusion_tower.norm.weight", "classifier.1.weight", "match_head.weight"} <= {
+        name for name in three if not torch.equal(two[name], three[name])}
+
+
+def test_losses_are_finite_and_named(whole):
+    rows = [json.loads(line) for line in (whole / STAGES[2] / "metrics.jsonl").read_text().splitlines()]
+    names = {name for row in rows for name in row}
+    assert {"train/loss", "train/grad_norm", "train/lr", "train/image_imagetext", "train/audio_audiotext", "train/image_match", "train/audio_match",
+            "train/class", "train/logit_scale", "val/loss", "val/image_text_to_item_R@10", "val/mAP", "val/micro_F1"} <= names
+    assert all(value is not None for row in rows for value in row.values())
+
+
+@pytest.mark.parametrize("stop", [("--stages", "1"), ("--stage-epochs", "1", "1", "0")])
+def test_a_run_continued_across_stages_is_the_same(whole, tmp_path, stop):
+    folder = tmp_path / "out"
+    run(folder, "--grad-accum", "2", "--dropout", "0.1", "--epochs", "3", *stop)
+    run(folder, "--grad-accum", "2", "--dropout", "0.1", "--epochs", "3")
+    assert same_bits(final_tensors(folder / STAGES[2]), final_tensors(whole / STAGES[2]))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_run_continued_inside_a_stage_is_the_same(whole, tmp_path, stage):
+    folder = tmp_path / "out"
+    for earlier in STAGES[:stage - 1]:
+        shutil.copytree(whole / earlier, folder / earlier)
+    flags = ("--grad-accum", "2", "--dropout", "0.1", "--epochs", "3")
+    shutil.rmtree(folder / STAGES[stage - 1], ignore_errors=True)
+    run(folder, *flags, "--max-steps", "2", "--stages", *map(str, range(1, stage + 1)))
+    for earlier in STAGES[:stage - 1]:  # --max-steps bounds every stage, also those that are there already
+        shutil.rmtree(folder / earlier)
+        shutil.copytree(whole / earlier, folder / earlier)
+    run(folder, *flags, "--stages", *map(str, range(1, stage + 1)))
+    assert losses(folder / STAGES[stage - 1]) == losses(whole / STAGES[stage - 1])
+    assert same_bits(final_tensors(folder / STAGES[stage - 1]), final_tensors(whole / STAGES[stage - 1]))
+
+
+def test_resuming_from_the_guides_checkpoint_file(whole, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(whole, folder)
+    run(folder, "--grad-accum", "2", "--dropout", "0.1", "--epochs", "3", "--resume", str(folder / "checkpoints" / "checkpoint_epoch_2.pt"))
+    assert same_bits(final_tensors(folder / STAGES[2]), final_tensors(whole / STAGES[2]))
+    shutil.rmtree(folder / STAGES[1])
+    with pytest.raises(SystemExit) as leaving:
+        run(folder, "--resume", str(folder / "checkpoints" / "checkpoint_epoch_2.pt"))
+    assert leaving.value.code == 2
+
+
+def test_the_gradient_cache_trains_like_one_large_batch(tmp_path):
+    """Stage 2: two micro-batches of eight with the cache, and one batch of sixteen."""
+    cached = run(tmp_path / "cached", "--stages", "2", "--batch-size", "8", "--grad-accum", "2")
+    direct = run(tmp_path / "direct", "--stages", "2", "--batch-size", "16")
+    plain = run(tmp_path / "plain", "--stages", "2", "--batch-size", "8", "--grad-accum", "2", "--no-gradient-cache")
+    one, two, three = (losses(folder / STAGES[1]) for folder in (cached, direct, plain))
+    assert one == pytest.approx(two, rel=2e-4) and one[1] == pytest.approx(two[1], rel=1e-6)
+    assert abs(three[1] - one[1]) > 0.1  # halves of the batch are an easier problem
+
+
+def test_reports(whole):
+    report = json.loads(next((whole / "reports").glob("report_*.json")).read_text())
+    assert set(report) == {"run", "environment", "model", "data", "notes", "epochs", "retrieval", "classification", "best", "files", "plots"}
+    assert report["run"]["exit_reason"] == "finished" and [row["stage"] for row in report["epochs"]] == [1, 2, 3]
+    assert report["retrieval"]["image_text_to_item"]["R@10"] >= 0 and "mAP" in report["classification"]
+    assert {Path(entry["path"]).name for entry in report["files"]} >= {"best_model.pt", "final_model.pt"}
+    text = next((whole / "reports").glob("report_*.md")).read_text()
+    assert "## Retrieval" in text and all((whole / "reports" / name).exists() for name in report["plots"])
+
+
+def test_a_crash_leaves_a_report(tmp_path, monkeypatch):
+    from multimodal.trainer import Trainer
+
+    def broken(*_):
+        raise ZeroDivisionError("planned")
+
+    monkeypatch.setattr(Trainer, "losses", broken)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "out", "--stages", "2")
+    report = json.loads(next((tmp_path / "out" / "reports").glob("*.json")).read_text())
+    assert "planned" in report["run"]["exit_reason"]
+
+
+def test_sigmoid_loss_masked_words_and_patch_dropping(tmp_path):
+    folder = run(tmp_path / "out", "--contrastive-loss", "siglip", "--unimodal-text", "mlm", "--patch-keep", "0.5", "--audio-keep", "0.5",
+                 "--max-steps", "2", "--grad-accum", "2", "--ema-decay", "0.9")
+    names = set(json.loads((folder / STAGES[0] / "metrics.jsonl").read_text().splitlines()[0]))
+    assert "train/masked_text" in names
+    state = torch.load(folder / "checkpoints" / "final_model.pt")["model_state_dict"]
+    assert state["bias"].item() != -10 and state["audio_bias"].item() != -10
+
+
+def test_one_kind_of_data_alone(tmp_path):
+    records = [record for record in synthetic_records("train", 32).records if record.kind == "audio"]
+    place = tmp_path / "data" / "jsonl"
+    place.mkdir(parents=True)
+    for number, record in enumerate(records):
+        (place / f"{number}.wav").write_bytes(record.source.read())
+    (place / "train.jsonl").write_text("\n".join(json.dumps({"file": f"{i}.wav", "captions": record.captions}) for i, record in enumerate(records)))
+    folder = run(tmp_path / "out", "--datasets", "jsonl", "--data-root", str(tmp_path / "data"), "--label-set", "none", "--max-steps", "1")
+    network, _, _ = load_model(folder)
+    assert network.config["num_classes"] == 12
+    start = json.loads(next((folder / "reports").glob("*.json")).read_text())
+    assert any("held out by the hash" in note for note in start["notes"]) and "audio_text_to_item" in start["retrieval"]
+
+
+# --- after training ---------------------------------------------------------------------------------------------------
+
+def test_measures_and_report_page(whole, tmp_path):
+    metrics.main(["--checkpoint", str(whole), "--output", str(tmp_path / "m.json")])
+    found = json.loads((tmp_path / "m.json").read_text())
+    image = found["retrieval"]["synthetic_image"]
+    assert image["items"] == 64 and image["captions"] == 128 and image["text_to_item"]["chance_R@10"] == pytest.approx(10 / 64)
+    assert image["text_to_item"]["R@10_low"] <= image["text_to_item"]["R@10"] <= image["text_to_item"]["R@10_high"]
+    assert "mAP" in found["classification"]["synthetic_image"] and (whole / "report.html").exists()
+
+
+def test_zero_shot_on_a_folder_for_each_class(whole, tmp_path):
+    for record in synthetic_records("val", 64).records[:16]:
+        place = tmp_path / "classes" / record.captions[0].split()[1]
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{record.id.rpartition('/')[2]}.png").write_bytes(record.source.read())
+    metrics.main(["--checkpoint", str(whole), "--output", str(tmp_path / "m.json"), "--zeroshot", str(tmp_path / "classes")])
+    found = json.loads((tmp_path / "m.json").read_text())["zeroshot"]
+    assert found["items"] == 16 and found["classes"] == found["chance"] ** -1
+
+
+def test_retrieval_sheets(whole, tmp_path):
+    generate.main(["--checkpoint", str(whole), "--output", str(tmp_path / "s.png"), "--prompt", "a red circle"])
+    assert center_crop is not from_tensor and (tmp_path / "s.png").stat().st_size > 1000
+    generate.main(["--checkpoint", str(whole), "--output", str(tmp_path / "s.json"), "--rows", "3"])
+    rows = json.loads((tmp_path / "s.json").read_text())
+    assert len(rows) == 3 and len(rows[0]["found_items"]) == 5
+
+
+def test_encode_and_search(whole, tmp_path, capsys):
+    folder = SAMPLE_DATA / "coco" / "val2017"
+    embed.main(["encode", "--checkpoint", str(whole), "--images", str(folder), "--output", str(tmp_path / "e.safetensors"), "--dtype", "fp16"])
+    picture = read_records("coco", SAMPLE_DATA / "coco", "val").records[3].source
+    capsys.readouterr()
+    embed.main(["search", "--checkpoint", str(whole), "--index", str(tmp_path / "e.safetensors"), "--query-image", str(picture), "--top-k", "3"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and lines[0].endswith(picture.name) and float(lines[0].split()[0]) == pytest.approx(1, abs=1e-2)
+    other = str(whole / "checkpoints" / "checkpoint_epoch_1.pt")
+    with pytest.raises(SystemExit):
+        embed.main(["search", "--checkpoint", other, "--index", str(tmp_path / "e.safetensors"), "--query-text", "x"])
+    assert "other weights" in capsys.readouterr().err
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags,message", [
+    (("--model-size", "huge"), "model.size"), (("--data-root", "/nowhere", "--datasets", "coco"), "download_datasets.py"),
+    (("--stages", "4"), "1, 2, 3"), (("--init-from", "nowhere.pt"), "no such file"), (("--word-embeddings", "gone.txt"), "no such file"),
+    (("--resume", "nowhere"), "--resume nowhere"), (("--global-batch-size", "13"), "not divisible"), (("--tokenizer", "gone.json"), "no such file"),
+    (("--batch-size", "x"), "batch_size")])
+def test_bad_input_ends_with_2_and_one_sentence(tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as leaving:
+        run(tmp_path / "out", *flags)
+    error = capsys.readouterr().err
+    assert leaving.value.code == 2 and message in error and "Traceback" not in error
+    assert not list((tmp_path / "out").glob("stage*"))
+
+
+def test_another_number_of_classes_needs_reset_head(whole, tmp_path, capsys):
+    flags = ("--stages", "3", "--max-steps", "1", "--init-from", str(whole), "--num-classes", "20")
+    with pytest.raises(SystemExit):
+        run(tmp_path / "out", *flags)
+    assert "--reset-head" in capsys.readouterr().err
+    run(tmp_path / "out", *flags, "--reset-head")
+
+
+def test_damaged_or_foreign_checkpoints_are_refused(whole, tmp_path):
+    (tmp_path / "bad.pt").write_bytes((whole / "checkpoints" / "best_model.pt").read_bytes()[:5000])
+    torch.save({"x": torch.zeros(1)}, tmp_path / "other.pt")
+    payload = torch.load(whole / "checkpoints" / "best_model.pt")
+    torch.save({**payload, "tokenizer_sha256": "0" * 64}, tmp_path / "tokenizer.pt")
+    for name, message in (("bad.pt", "cannot be read"), ("other.pt", "no model_state_dict"), ("tokenizer.pt", "another tokenizer"), ("gone", "no such")):
+        with pytest.raises(UserError, match=message):
+            load_model(tmp_path / name)
+    with pytest.raises(UserError, match="missing"):
+        load_strict(create_model("mini"), {}, what="nothing")
+
+
+def test_the_plan_of_large_stays_below_20_gb(capsys):
+    train.main(["--config", "large", "--dry-run", "--gpu", "4090"])
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("memory a rank"))
+    assert float(line.split()[3]) < 20 and "fits" in line
