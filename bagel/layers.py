@@ -71,10 +71,9 @@ class _Rotation(torch.autograd.Function):
 def _turned(x_LHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x_LHK.shape[-1] // 2
     cos, sin = (angle[:, None, :half].to(x_LHK.dtype) for angle in (cos, sin))
-    first, second, out = x_LHK[..., :half], x_LHK[..., half:], torch.empty_like(x_LHK)
-    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin)
-    return out
+    first, second = x_LHK[..., :half], x_LHK[..., half:]
+    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return torch.cat(turned, dim=-1)
 
 
 def rotate(x_LHK: Tensor, cos_LK: Tensor, sin_LK: Tensor) -> Tensor:
