@@ -67,7 +67,9 @@ class Animator:
         identity, motion, features = self.autoencoder.encode_source(to_tensor(picture)[None].to(self.device))
         return Portrait(identity, motion, features)
 
-    def _velocity(self, t_B: Tensor, x: Tensor, wa: Tensor, wr: Tensor, we: Tensor, prev_x: Tensor, prev_wa: Tensor) -> Tensor:
+    def _velocity(
+        self, t_B: Tensor, x: Tensor, wa: Tensor, wr: Tensor, we: Tensor, prev_x: Tensor, prev_wa: Tensor
+    ) -> Tensor:
         """The generator in the sampler's form: raw sound goes in, rows of NaN stand for no sound (see _windows)."""
         no_sound, no_previous = wa[:, 0, 0].isnan(), prev_wa[:, 0, 0].isnan()
         return self.generator(
@@ -84,15 +86,24 @@ class Animator:
 
     @torch.no_grad()
     def motion_windows(
-        self, audio_windows: Iterator[Tensor], motion_1d: Tensor, emotion: Tensor | Iterator[Tensor], options: SamplingOptions
+        self,
+        audio_windows: Iterator[Tensor],
+        motion_1d: Tensor,
+        emotion: Tensor | Iterator[Tensor],
+        options: SamplingOptions,
     ) -> Iterator[Tensor]:
         """Motion latents (1, L, d), window after window.
 
-        audio_windows: raw features (1, n, F). motion: the portrait's own, (1, d). emotion: (7,), or one (7,) per window.
+        audio_windows: raw features (1, n, F). motion: the portrait's own, (1, d). emotion: (7,), or one (7,) per
+        window.
         """
         data = self.config.data
         wr = self.module.whiten(motion_1d)
-        we = emotion.to(self.device)[None, None] if isinstance(emotion, Tensor) else (e.to(self.device)[None, None] for e in emotion)
+        we = (
+            emotion.to(self.device)[None, None]
+            if isinstance(emotion, Tensor)
+            else (e.to(self.device)[None, None] for e in emotion)
+        )
         windows = sample_windows(
             self._velocity,
             (window.to(self.device).float() for window in audio_windows),
@@ -146,8 +157,9 @@ def audio_windows(
 ) -> Iterator[Tensor]:
     """Raw features (1, n, F) of windows of `length` frames.
 
-    stream=False, and log-mel always: features of the whole clip at once. stream=True: wav2vec2 sees the window and CONTEXT_SECONDS to
-    either side, so that memory does not grow with the clip; the features then differ slightly from those of the whole clip.
+    stream=False, and log-mel always: features of the whole clip at once. stream=True: wav2vec2 sees the window and
+    CONTEXT_SECONDS to either side, so that memory does not grow with the clip; the features then differ slightly from
+    those of the whole clip.
     """
     total = frames_of(len(wave_n), fps)
     if not stream or isinstance(encoder, LogMelEncoder):
@@ -179,7 +191,9 @@ def load_run(path: str | Path, device: torch.device) -> Animator:
     """Everything of a trained run, or of the released float.pth, ready to animate."""
     path = Path(path)
     if not path.exists():
-        raise UserError(f"--checkpoint {path}: no such file or folder; give the output folder of float/train.py, or float.pth")
+        raise UserError(
+            f"--checkpoint {path}: no such file or folder; give the output folder of float/train.py, or float.pth"
+        )
     if path.is_file() and path.suffix in (".pth", ".pt"):
         config = load_saved(Config, PRESETS / "official.yaml")
         source = str(path)

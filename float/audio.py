@@ -1,6 +1,7 @@
 """Sound -> one raw feature vector per video frame: wav2vec2 as released, or log-mel that needs no download.
 
-Raw features are cached on disk; only the projection behind them is trained (float/model.py). Sound: float32, mono, 16 kHz.
+Raw features are cached on disk; only the projection behind them is trained (float/model.py). Sound: float32, mono, 16
+kHz.
 Shapes: B batch, n samples, T video frames, F raw feature width.
 """
 
@@ -89,11 +90,14 @@ class AudioEncoder(nn.Module):
 
     @torch.no_grad()
     def raw_features(self, wave_Bn: Tensor, frames: int) -> Tensor:
-        """Normalised sound (B, n) -> (B, frames, F): the last hidden state, or those of all layers side by side, first layer first."""
+        """Normalised sound (B, n) -> (B, frames, F): the last hidden state, or those of all layers side by side, first
+        layer first.
+        """
         features = self.wav2vec2.feature_extractor(wave_Bn).transpose(1, 2)
         hidden, _ = self.wav2vec2.feature_projection(resample_features(features, frames))
         layers: list[Tensor] = []
-        # the encoder of transformers 5 does not hand out hidden states when it is called on its own: collect them on the way
+        # the encoder of transformers 5 does not hand out hidden states when it is called on its own: collect them on
+        # the way
         hooks = [
             layer.register_forward_hook(lambda _, __, out: layers.append(out[0] if isinstance(out, tuple) else out))
             for layer in self.wav2vec2.encoder.layers
@@ -142,7 +146,9 @@ class LogMelEncoder(nn.Module):
 
     @torch.no_grad()
     def encode_clip(self, wave_n: Tensor, fps: float) -> Tensor:
-        """A whole clip (n,) -> (T, 160), T = ceil(n fps / 16000); per band zero mean, all bands together unit variance."""
+        """A whole clip (n,) -> (T, 160), T = ceil(n fps / 16000); per band zero mean, all bands together unit
+        variance.
+        """
         frames = frames_of(len(wave_n), fps)
         width = int(WINDOW_SECONDS * SAMPLE_RATE)
         centre = (torch.arange(frames * SUB_FRAMES, dtype=torch.float64) + 0.5) / SUB_FRAMES / fps * SAMPLE_RATE

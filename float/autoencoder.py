@@ -185,7 +185,9 @@ class MotionAutoencoder(nn.Module):
         return self.dec(w_Bd + motion_Bd, features)[0]
 
     def relative_motion(self, target_BM: Tensor, start_BM: Tensor, source_BM: Tensor) -> Tensor:
-        """Motion of the source moved by as much as the target differs from its start: three coefficient vectors -> (B, d)."""
+        """Motion of the source moved by as much as the target differs from its start: three coefficient vectors -> (B,
+        d).
+        """
         direction = self.dec.direction
         return direction(target_BM) - direction(start_BM) + direction(source_BM)
 

@@ -1,4 +1,5 @@
-"""Losses of phase 1 on pictures: L1, boxes, multi-scale and component-wise perceptual distance (FLOAT section 3.1, appendix).
+"""Losses of phase 1 on pictures: L1, boxes, multi-scale and component-wise perceptual distance (FLOAT section 3.1,
+appendix).
 
 Pictures: (B, 3, S, S) float32 in [-1, 1]. Boxes: left, top, right, bottom as shares of the side.
 """
@@ -63,15 +64,21 @@ class FeatureStack(nn.Module):
 def make_feature_stack(vgg_path: str | None) -> tuple[FeatureStack, str]:
     """VGG-19 from torchvision's file of weights, or a small frozen random stack; and a sentence that says which."""
     if vgg_path is None:
-        return FeatureStack(RANDOM_STACK, seed=19), "perceptual distance: frozen random convolutions, no VGG-19 given (vgg_path)"
+        return FeatureStack(
+            RANDOM_STACK, seed=19
+        ), "perceptual distance: frozen random convolutions, no VGG-19 given (vgg_path)"
     if not Path(vgg_path).is_file():
-        raise UserError(f"--vgg-path {vgg_path}: no such file; give torchvision's vgg19 weights, or leave it out for a random stack")
+        raise UserError(
+            f"--vgg-path {vgg_path}: no such file; give torchvision's vgg19 weights, or leave it out for a random stack"
+        )
     stack = FeatureStack(VGG19)
     state = load_weights(vgg_path)
     own = stack.state_dict()
     missing = [name for name in own if name not in state or state[name].shape != own[name].shape]
     if missing:
-        raise UserError(f"--vgg-path {vgg_path}: is not VGG-19, {len(missing)} tensors do not fit, such as {missing[0]}")
+        raise UserError(
+            f"--vgg-path {vgg_path}: is not VGG-19, {len(missing)} tensors do not fit, such as {missing[0]}"
+        )
     stack.load_state_dict({name: state[name] for name in own})
     return stack, f"perceptual distance: VGG-19 of {vgg_path}"
 
@@ -96,8 +103,8 @@ def perceptual_terms(
 ) -> tuple[Tensor, Tensor]:
     """(multi-scale perceptual L1, component-wise perceptual L1), both means.
 
-    Component-wise: for the first 4 levels of the full-size pyramid, |M phi(output) - M phi(target)| summed and divided by the area of
-    the mask M times the channels.
+    Component-wise: for the first 4 levels of the full-size pyramid, |M phi(output) - M phi(target)| summed and divided
+    by the area of the mask M times the channels.
     """
     whole, component = output.new_zeros(()), output.new_zeros(())
     for scale in PYRAMID_SCALES:

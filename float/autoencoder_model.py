@@ -21,7 +21,9 @@ class AutoencoderWithJudges(nn.Module):
     def forward(
         self, source: Tensor, driving: Tensor, *, judge: bool, penalise: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """-> (source picture with the motion of the driving one (B, 3, S, S), terms of the discriminators; empty without them)."""
+        """-> (source picture with the motion of the driving one (B, 3, S, S), terms of the discriminators; empty
+        without them).
+        """
         output = self.motion_autoencoder(source, driving)
         terms = self.discriminators(output, driving, penalise=penalise) if judge else {}
         return output, terms

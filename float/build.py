@@ -23,7 +23,9 @@ def make_autoencoder(model: ModelConfig) -> Autoencoder:
     return kind(model.input_size, model.dim_w, model.dim_m, model.channels)
 
 
-def make_transformer(model: ModelConfig, data: DataConfig, *, gradient_checkpointing: bool = False) -> FlowMatchingTransformer:
+def make_transformer(
+    model: ModelConfig, data: DataConfig, *, gradient_checkpointing: bool = False
+) -> FlowMatchingTransformer:
     """The flow matching transformer with fresh weights."""
     return FlowMatchingTransformer(
         dim_w=model.dim_m if model.whiten_motion else model.dim_w,
@@ -43,11 +45,15 @@ def make_transformer(model: ModelConfig, data: DataConfig, *, gradient_checkpoin
 def make_generator(model: ModelConfig, data: DataConfig, *, gradient_checkpointing: bool = False) -> MotionGenerator:
     """Transformer and audio projection with fresh weights."""
     width = raw_audio_width(model.audio_features, model.wav2vec_model_path, only_last_features=model.only_last_features)
-    return MotionGenerator(make_transformer(model, data, gradient_checkpointing=gradient_checkpointing), width, model.dim_w)
+    return MotionGenerator(
+        make_transformer(model, data, gradient_checkpointing=gradient_checkpointing), width, model.dim_w
+    )
 
 
 def load_autoencoder(model: ModelConfig, path: str) -> Autoencoder:
-    """A trained auto-encoder, frozen and in eval mode; path: a phase-1 run or checkpoint, a file of weights, or float.pth."""
+    """A trained auto-encoder, frozen and in eval mode; path: a phase-1 run or checkpoint, a file of weights, or
+    float.pth.
+    """
     autoencoder = make_autoencoder(model)
     state = {
         name.removeprefix(AUTOENCODER_PREFIX): value
@@ -62,7 +68,11 @@ def load_autoencoder(model: ModelConfig, path: str) -> Autoencoder:
 
 def load_generator(generator: MotionGenerator, path: str | Path) -> None:
     """Weights of a phase-2 run or checkpoint, or the transformer and projection of float.pth."""
-    state = {name: value for name, value in load_weights(path).items() if name.startswith(("fmt.", "audio_encoder.audio_", "motion_"))}
+    state = {
+        name: value
+        for name, value in load_weights(path).items()
+        if name.startswith(("fmt.", "audio_encoder.audio_", "motion_"))
+    }
     state = {name: value for name, value in state.items() if not name.startswith(AUTOENCODER_PREFIX)}
     own = generator.fmt.pos_embed.shape
     if "fmt.pos_embed" in state and state["fmt.pos_embed"].shape != own:

@@ -28,12 +28,15 @@ class Clip:
 def find_clips(root: Path, split: str) -> list[Clip]:
     """The clips of one split, ordered by id. UserError when the folder holds none."""
     if not root.is_dir():
-        raise UserError(f"--data-root {root}: no such folder; give a folder with metadata.csv, or with {split}/<identity>/<clip>.mp4")
+        raise UserError(
+            f"--data-root {root}: no such folder; give one with metadata.csv, or with {split}/<identity>/<clip>.mp4"
+        )
     names = SPLIT_NAMES.get(split, (split,))
     clips = _from_table(root, names) if (root / "metadata.csv").exists() else _from_folders(root, names)
     if not clips:
         raise UserError(
-            f"{root}: no clips of split '{split}'; rows with that split in metadata.csv, or {split}/<identity>/<clip>.mp4 expected"
+            f"{root}: no clips of split '{split}'; rows with that split in metadata.csv, "
+            f"or {split}/<identity>/<clip>.mp4 expected"
         )
     repeated = {clip.clip_id for clip in clips if sum(other.clip_id == clip.clip_id for other in clips) > 1}
     if repeated:
@@ -103,4 +106,6 @@ def _label(inside: Path) -> int | None:
     ravdess = ravdess_emotion(inside.stem)
     if ravdess is not None:
         return ravdess
-    return next((MEAD_CLASSES[part.lower()] for part in reversed(inside.parts[:-1]) if part.lower() in MEAD_CLASSES), None)
+    return next(
+        (MEAD_CLASSES[part.lower()] for part in reversed(inside.parts[:-1]) if part.lower() in MEAD_CLASSES), None
+    )

@@ -1,8 +1,8 @@
 """A motion auto-encoder that learns from a minute of video in CPU minutes: same interface and algebra, other network.
 
-The released decoder starts from random flows and needs days of training. This one warps the source picture itself and adds a
-residual, and starts at the identity (both heads are zero), so that it begins at the quality of a copy of the source. It is not
-compatible with the released weights. Shapes as in float/autoencoder.py; C channels of a level.
+The released decoder starts from random flows and needs days of training. This one warps the source picture itself and
+adds a residual, and starts at the identity (both heads are zero), so that it begins at the quality of a copy of the
+source. It is not compatible with the released weights. Shapes as in float/autoencoder.py; C channels of a level.
 """
 
 import torch
@@ -82,7 +82,9 @@ class WarpDecoder(nn.Module):
             nn.init.zeros_(head.bias)
 
     def forward(self, latent_Bd: Tensor, features: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """features: encoder features, smallest first, then the source picture. -> picture, sampling grid (B, S, S, 2)."""
+        """features: encoder features, smallest first, then the source picture. -> picture, sampling grid (B, S, S,
+        2).
+        """
         *features, full, source = features
         x = None
         for block, feature in zip(self.blocks, features, strict=True):
@@ -108,8 +110,9 @@ def _identity_grid(image: Tensor) -> Tensor:
 class CompactAutoencoder(nn.Module):
     """Same methods as MotionAutoencoder.
 
-    The identity latent is built so that the decoder sees motion relative to the source: w_S = (I - Q Q^T) e(S) - r_S, hence
-    w_S + r_D holds r_D - r_S within the span of Q, zero for the source itself, and the looks of the source outside it.
+    The identity latent is built so that the decoder sees motion relative to the source: w_S = (I - Q Q^T) e(S) - r_S,
+    hence w_S + r_D holds r_D - r_S within the span of Q, zero for the source itself, and the looks of the source
+    outside it.
     """
 
     def __init__(self, size: int = 64, dim_w: int = 64, dim_m: int = 20, channels: dict[int, int] | None = None):
@@ -120,7 +123,9 @@ class CompactAutoencoder(nn.Module):
         self.dec = WarpDecoder(size, dim_w, dim_m, channels)
 
     def encode_source(self, image: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Source picture -> (identity latent w_S (B, d), its own motion r_S (B, d), features and the picture itself)."""
+        """Source picture -> (identity latent w_S (B, d), its own motion r_S (B, d), features and the picture
+        itself).
+        """
         # a quarter faster on a CPU; the weights stay as they are, and the activations follow the picture
         code, features = self.enc(image.contiguous(memory_format=torch.channels_last))
         basis = self.dec.direction.basis().to(code.dtype)

@@ -1,4 +1,6 @@
-"""Settings of FLOAT: phase 1 (AutoencoderConfig, configs/autoencoder/) and phase 2 (Config, configs/). No torch here."""
+"""Settings of FLOAT: phase 1 (AutoencoderConfig, configs/autoencoder/) and phase 2 (Config, configs/). No torch
+here.
+"""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -27,15 +29,23 @@ class ModelConfig(Section):
     num_heads: int = setting(16, "attention heads, a divisor of dim_h", fixed=True, ge=1)
     mlp_ratio: float = setting(4.0, "hidden width of a block's feed-forward part over dim_h", fixed=True, gt=0)
     attention_window: int = setting(2, "frames to either side that a frame attends to", fixed=True, ge=0)
-    autoencoder: Literal["lia", "compact"] = setting("lia", "lia: the released network; compact: learns in CPU minutes", fixed=True)
+    autoencoder: Literal["lia", "compact"] = setting(
+        "lia", "lia: the released network; compact: learns in CPU minutes", fixed=True
+    )
     channels: dict[int, int] = setting(CHANNELS, "channels of the auto-encoder by picture side", fixed=True)
     audio_features: Literal["wav2vec2", "logmel"] = setting("wav2vec2", "logmel needs no download", fixed=True)
     only_last_features: bool = setting(True, "wav2vec2: last layer only; false: all layers side by side", fixed=True)
-    whiten_motion: bool = setting(False, "run the flow on the dim_m whitened coordinates of the motion; for auto-encoders whose latents have no scale of their own", fixed=True)
+    whiten_motion: bool = setting(
+        False,
+        "run the flow on the dim_m whitened coordinates of the motion; for newly trained auto-encoders",
+        fixed=True,
+    )
     audio_dropout_prob: float = setting(0.1, "training: share of samples without sound", ge=0, le=1)
     ref_dropout_prob: float = setting(0.1, "training: share of samples without reference motion", ge=0, le=1)
     emotion_dropout_prob: float = setting(0.1, "training: share of samples without emotion", ge=0, le=1)
-    prev_frame_dropout_prob: float = setting(0.5, "training: share without previous motion, and, drawn apart, previous sound", ge=0, le=1)
+    prev_frame_dropout_prob: float = setting(
+        0.5, "training: share without previous motion, and, drawn apart, previous sound", ge=0, le=1
+    )
     ode_method: str = setting("euler", "euler, midpoint, heun, rk4, or a torchdiffeq method", "torchdiffeq_ode_method")
     nfe: int = setting(10, "time points of the sampler; one more than its steps", ge=2)
     ode_atol: float = setting(1e-5, "absolute tolerance of adaptive methods", "atol", gt=0)
@@ -44,10 +54,16 @@ class ModelConfig(Section):
     r_cfg_scale: float = setting(1.0, "guidance by reference motion; acts with reference_guidance only")
     e_cfg_scale: float = setting(1.0, "guidance by emotion")
     reference_guidance: bool = setting(False, "a further pass without reference motion")
-    autoencoder_path: str | None = setting(None, "trained auto-encoder: a phase-1 run, a .safetensors file or float.pth; null: train one first")
-    fmt_path: str | None = setting(None, "start the transformer from float.pth or a file of weights; null: from scratch", "ckpt_path")
+    autoencoder_path: str | None = setting(
+        None, "trained auto-encoder: a phase-1 run, a .safetensors file or float.pth; null: train one first"
+    )
+    fmt_path: str | None = setting(
+        None, "start the transformer from float.pth or a file of weights; null: from scratch", "ckpt_path"
+    )
     wav2vec_model_path: str = setting("checkpoints/wav2vec2-base-960h", "folder of wav2vec2-base-960h")
-    audio2emotion_path: str = setting("checkpoints/wav2vec-english-speech-emotion-recognition", "folder of the speech emotion recogniser")
+    audio2emotion_path: str = setting(
+        "checkpoints/wav2vec-english-speech-emotion-recognition", "folder of the speech emotion recogniser"
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> "ModelConfig":
@@ -76,16 +92,28 @@ class DataConfig(Section):
     wav2vec_sec: float = setting(0.64, "seconds of a window; seconds x frames per second = sequence_length", gt=0)
     train_split: str = setting("train", "split to train on")
     val_split: str = setting("test", "split to validate on")
-    emotion_source: Literal["ser", "label", "mixed", "none"] = setting("ser", "ser: recogniser on the clip's sound; label: the data set's; mixed: label where there is one")
+    emotion_source: Literal["ser", "label", "mixed", "none"] = setting(
+        "ser", "ser: recogniser on the clip's sound; label: the data set's; mixed: label where there is one"
+    )
     drop_last: bool = setting(True, "leave out the last incomplete batch of an epoch")
     pin_memory: Literal[True] = setting(True, "batches for a GPU lie in pinned memory", hidden=True)
-    use_augmentation: bool = setting(True, "flip and colour frames in phase 1, cache flipped motion, add noise to previous motion in phase 2")
+    use_augmentation: bool = setting(
+        True, "flip and colour frames in phase 1, cache flipped motion, add noise to previous motion in phase 2"
+    )
     horizontal_flip_prob: float = setting(0.5, "share of mirrored clips or frames", ge=0, le=1)
-    color_jitter_prob: float = setting(0.3, "phase 1: share of frame pairs with other brightness and contrast", ge=0, le=1)
-    gaussian_noise_prob: float = setting(0.2, "phase 2: share of windows whose previous motion is made noisy", ge=0, le=1)
+    color_jitter_prob: float = setting(
+        0.3, "phase 1: share of frame pairs with other brightness and contrast", ge=0, le=1
+    )
+    gaussian_noise_prob: float = setting(
+        0.2, "phase 2: share of windows whose previous motion is made noisy", ge=0, le=1
+    )
     gaussian_noise_std: float = setting(0.05, "its standard deviation, as a share of the motion's", ge=0)
-    face_crop: bool = setting(False, "crop to the face before encoding (boxes.json or the centre square); false: clips are cropped already")
-    mouth_box: Box = setting([0.28, 0.47, 0.72, 0.82], "mouth in a cropped picture: left, top, right, bottom as shares of the side")
+    face_crop: bool = setting(
+        False, "crop to the face before encoding (boxes.json or the centre square); false: clips are cropped already"
+    )
+    mouth_box: Box = setting(
+        [0.28, 0.47, 0.72, 0.82], "mouth in a cropped picture: left, top, right, bottom as shares of the side"
+    )
     eye_box: Box = setting([0.2, 0.3, 0.8, 0.52], "eyes and brows in a cropped picture")
     feature_dtype: Literal["float32", "float16"] = setting("float32", "number type of cached raw audio features")
 
@@ -94,7 +122,8 @@ class DataConfig(Section):
         frames = int(self.wav2vec_sec * self.video_fps + 1e-6)
         if frames != self.sequence_length:
             raise ValueError(
-                f"wav2vec_sec {self.wav2vec_sec} x video_fps {self.video_fps:g} = {frames} frames, sequence_length is {self.sequence_length}; "
+                f"wav2vec_sec {self.wav2vec_sec} x video_fps {self.video_fps:g} = {frames} frames, "
+                f"sequence_length is {self.sequence_length}; "
                 f"set wav2vec_sec {self.sequence_length / self.video_fps:g}"
             )
         if self.prev_frames > self.sequence_length:
@@ -110,11 +139,27 @@ class _GuideNames(TrainingSection):
     """The loop's settings under the guide's names."""
 
     optimizer: Literal["adamw", "adam"] = setting("adamw", "adam is adamw without weight decay", fixed=True)
-    max_grad_norm: float | None = setting(1.0, "clip the gradient norm to this; null: no clipping", "grad_clip", "gradient_clip_val", ge=0)
+    max_grad_norm: float | None = setting(
+        1.0, "clip the gradient norm to this; null: no clipping", "grad_clip", "gradient_clip_val", ge=0
+    )
     logging_steps: int = setting(100, "optimizer steps between log lines", "log_every", "log_interval", ge=1)
-    save_steps: int | None = setting(5000, "optimizer steps between checkpoints; null: only at the end", "save_every", "save_checkpoint_interval", ge=1)
-    eval_steps: int | None = setting(1000, "optimizer steps between validations; null: only at the end", "eval_every", "val_check_interval", ge=1)
-    keep_last: int = setting(5, "newest checkpoints kept; the best one is kept beside them", "save_total_limit", "max_checkpoints_to_keep", ge=2)
+    save_steps: int | None = setting(
+        5000,
+        "optimizer steps between checkpoints; null: only at the end",
+        "save_every",
+        "save_checkpoint_interval",
+        ge=1,
+    )
+    eval_steps: int | None = setting(
+        1000, "optimizer steps between validations; null: only at the end", "eval_every", "val_check_interval", ge=1
+    )
+    keep_last: int = setting(
+        5,
+        "newest checkpoints kept; the best one is kept beside them",
+        "save_total_limit",
+        "max_checkpoints_to_keep",
+        ge=2,
+    )
     lr_warmup_epochs: float | None = setting(None, "epochs of warm-up; sets warmup_steps at start", ge=0)
     lr_min: float | None = setting(None, "last learning rate; sets min_lr_ratio at start", ge=0)
     use_amp: bool = setting(False, "mixed precision on a GPU where --precision is not given")
@@ -128,7 +173,9 @@ class _GuideNames(TrainingSection):
     @model_validator(mode="after")
     def _adam_has_no_decay(self) -> "_GuideNames":
         if self.optimizer == "adam" and self.weight_decay != 0:
-            raise ValueError(f"optimizer adam takes no decoupled weight decay (got {self.weight_decay}); set weight_decay 0, or use adamw")
+            raise ValueError(
+                f"optimizer adam takes no decoupled weight decay (got {self.weight_decay}); set it to 0, or use adamw"
+            )
         return self
 
 
@@ -137,8 +184,12 @@ class TrainingConfig(_GuideNames):
 
     batch_size: int = setting(8, "windows per rank and micro-step", ge=1)
     weight_decay: float = setting(1e-5, "decoupled weight decay of matrices", ge=0)
-    early_stopping_patience: int | None = setting(10, "stop after so many validations without a better best_metric; null: never", ge=1)
-    loss_type: Literal["mse", "l1", "huber"] = setting("mse", "distance between predicted and true velocity", fixed=True)
+    early_stopping_patience: int | None = setting(
+        10, "stop after so many validations without a better best_metric; null: never", ge=1
+    )
+    loss_type: Literal["mse", "l1", "huber"] = setting(
+        "mse", "distance between predicted and true velocity", fixed=True
+    )
     lambda_ot: float = setting(1.0, "weight of the flow term", fixed=True, ge=0)
     lambda_vel: float = setting(1.0, "weight of the term on differences of neighbouring frames", fixed=True, ge=0)
     prev_loss_weight: float = setting(0.0, "weight of the term on the previous frames", fixed=True, ge=0)
@@ -153,15 +204,25 @@ class AutoencoderTrainingConfig(_GuideNames):
     batch_size: int = setting(8, "frame pairs per rank and micro-step", ge=1)
     learning_rate: float = setting(2e-4, "peak learning rate", "lr", ge=0)
     lambda_l1: float = setting(1.0, "weight of the mean absolute difference", fixed=True, ge=0)
-    lambda_box: float = setting(0.0, "weight of the mean absolute difference in the mouth box (a third of it in the eye box)", fixed=True, ge=0)
+    lambda_box: float = setting(
+        0.0, "weight of the mean absolute difference in the mouth box (a third of it in the eye box)", fixed=True, ge=0
+    )
     lambda_perceptual: float = setting(10.0, "weight of the perceptual distance", fixed=True, ge=0)
-    lambda_component: float = setting(100.0, "weight of the perceptual distance within eye and mouth boxes", fixed=True, ge=0)
-    lambda_adversarial: float = setting(1.0, "weight of the full-picture, eye and lip adversarial terms", fixed=True, ge=0)
-    lambda_style: float = setting(100.0, "weight of feature style matching in eye and lip discriminators", fixed=True, ge=0)
+    lambda_component: float = setting(
+        100.0, "weight of the perceptual distance within eye and mouth boxes", fixed=True, ge=0
+    )
+    lambda_adversarial: float = setting(
+        1.0, "weight of the full-picture, eye and lip adversarial terms", fixed=True, ge=0
+    )
+    lambda_style: float = setting(
+        100.0, "weight of feature style matching in eye and lip discriminators", fixed=True, ge=0
+    )
     adversarial_start: int = setting(0, "first step of the adversarial and style terms", fixed=True, ge=0)
     r1_gamma: float = setting(10.0, "weight of the discriminators' gradient penalty", fixed=True, ge=0)
     r1_every: int = setting(16, "steps between gradient penalties", fixed=True, ge=1)
-    vgg_path: str | None = setting(None, "weights of VGG-19 (torchvision's file); null: a frozen random stack in its place")
+    vgg_path: str | None = setting(
+        None, "weights of VGG-19 (torchvision's file); null: a frozen random stack in its place"
+    )
     pairs_per_second: float = setting(1.0, "frame pairs drawn per second of video in one epoch", gt=0)
 
 
@@ -216,4 +277,6 @@ def settle(config: Config | AutoencoderConfig, *, steps_per_epoch: int, device_t
     if training.lr_min is not None and training.learning_rate > 0:
         training.min_lr_ratio = min(1.0, training.lr_min / training.learning_rate)
     if config.run.precision is None and device_type == "cuda":
-        config.run.precision = {"float16": "fp16", "bfloat16": "bf16"}[training.amp_dtype] if training.use_amp else "fp32"
+        config.run.precision = (
+            {"float16": "fp16", "bfloat16": "bf16"}[training.amp_dtype] if training.use_amp else "fp32"
+        )

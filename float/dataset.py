@@ -31,9 +31,10 @@ BATCH_KEYS = (
 class FLOATDataset:
     """Windows of L frames with the P frames before them.
 
-    An item: motion_latent_cur (L, d), motion_latent_prev (P, d), audio_cur (L, F), audio_prev (P, F), reference_motion (d),
-    emotion_features (1, 7), has_previous (bool: False where the window starts the clip and previous values are zero), clip_id.
-    A clip shorter than a window is filled up with its last frame. `transforms`: callables item -> item, run at the end of every item.
+    An item: motion_latent_cur (L, d), motion_latent_prev (P, d), audio_cur (L, F), audio_prev (P, F), reference_motion
+    (d), emotion_features (1, 7), has_previous (bool: False where the window starts the clip and previous values are
+    zero), clip_id. A clip shorter than a window is filled up with its last frame. `transforms`: callables item ->
+    item, run at the end of every item.
     """
 
     def __init__(
@@ -49,7 +50,9 @@ class FLOATDataset:
         self.transforms = list(transforms)
         self.paths = sorted(self.folder.glob("*.safetensors"))
         if not self.paths:
-            raise UserError(f"{folder}: no encoded clips; run float/precompute.py, or give --data-root and let float/train.py do it")
+            raise UserError(
+                f"{folder}: no encoded clips; run float/precompute.py, or give --data-root and let float/train.py do it"
+            )
         self.windows: list[tuple[int, int]] = []  # (clip, first frame)
         for clip, path in enumerate(self.paths):
             frames = self._frames(path)
@@ -65,7 +68,9 @@ class FLOATDataset:
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: not a readable cache of features ({error}); delete it and run again") from None
         if len(shape) != 2 or shape[0] < 1:
-            raise UserError(f"{path}: motion has shape {tuple(shape)}, (frames, width) expected; delete it and run again")
+            raise UserError(
+                f"{path}: motion has shape {tuple(shape)}, (frames, width) expected; delete it and run again"
+            )
         return shape[0]
 
     def __len__(self) -> int:
@@ -75,10 +80,14 @@ class FLOATDataset:
         return self.sample(index, 0)
 
     def sample(self, index: int, epoch: int) -> dict[str, Any]:
-        """One window. Training: start, reference frame, mirror and noise are drawn by (seed, epoch, index); else all fixed."""
+        """One window. Training: start, reference frame, mirror and noise are drawn by (seed, epoch, index); else all
+        fixed.
+        """
         clip, start = self.windows[index]
         path = self.paths[clip]
-        draws = torch.rand(5, generator=keyed_generator(self.seed, _WINDOWS, epoch, index), dtype=torch.float64).tolist()
+        draws = torch.rand(
+            5, generator=keyed_generator(self.seed, _WINDOWS, epoch, index), dtype=torch.float64
+        ).tolist()
         try:
             with safe_open(str(path), "pt") as file:
                 item = self._read(file, start, draws)
@@ -87,7 +96,10 @@ class FLOATDataset:
             raise BadSample(f"{path}: not a readable cache of features ({error}); delete it and run again") from None
         for name, value in item.items():
             if isinstance(value, Tensor) and not torch.isfinite(value).all():
-                raise BadSample(f"{path}: {name} holds numbers that are not finite; delete the file and run float/precompute.py again")
+                raise BadSample(
+                    f"{path}: {name} holds numbers that are not finite; "
+                    "delete the file and run float/precompute.py again"
+                )
         if self.train and self.data.use_augmentation and draws[3] < self.data.gaussian_noise_prob:
             item = self._with_noise(item, index, epoch)
         for transform in self.transforms:
@@ -167,7 +179,9 @@ def create_dataloader(
     drop_last: bool = True,
     bad_samples: Path | None = None,
 ) -> MapStream:
-    """The stream of batches over a data set: cut over ranks, ordered by (seed, epoch), the same with any number of workers."""
+    """The stream of batches over a data set: cut over ranks, ordered by (seed, epoch), the same with any number of
+    workers.
+    """
     info = info or DistInfo()
     plan = BatchPlan(len(dataset), batch_size, info.world, accumulation, seed, drop_last=drop_last, shuffle=shuffle)
     return MapStream(

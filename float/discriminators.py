@@ -1,7 +1,7 @@
 """Adversarial terms of phase 1: StyleGAN2 discriminators for the picture at two scales, for eyes and for lips.
 
-Non-saturating loss (Goodfellow et al. 2014), R1 penalty (Mescheder et al. 2018), feature style matching on Gram matrices (GFPGAN,
-Wang et al. 2021). Pictures: (B, 3, S, S) in [-1, 1].
+Non-saturating loss (Goodfellow et al. 2014), R1 penalty (Mescheder et al. 2018), feature style matching on Gram
+matrices (GFPGAN, Wang et al. 2021). Pictures: (B, 3, S, S) in [-1, 1].
 """
 
 import math
@@ -41,7 +41,9 @@ class _Body(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """A discriminator that can be asked with its weights held fixed, so that generator and discriminator share one backward pass."""
+    """A discriminator that can be asked with its weights held fixed, so that generator and discriminator share one
+    backward pass.
+    """
 
     def __init__(self, side: int, channels: dict[int, int], box: list[float] | None = None):
         super().__init__()

@@ -33,22 +33,22 @@ class Identity:
 
 # fmt: off
 IDENTITIES = {
-    "id01": Identity((236, 188, 160), (60, 40, 28), "short", (70, 110, 150), (196, 96, 92), (52, 84, 140), (186, 204, 214),
-                     .205, .265, .086, .011, .050, .074),
-    "id02": Identity((141, 85, 60), (26, 20, 18), "bun", (60, 40, 30), (142, 62, 66), (196, 150, 40), (214, 196, 178),
-                     .190, .260, .080, .009, .046, .080),
-    "id03": Identity((246, 208, 184), (196, 148, 80), "long", (88, 134, 96), (212, 104, 110), (150, 60, 96), (196, 214, 196),
-                     .188, .252, .082, .008, .044, .070),
-    "id04": Identity((198, 142, 106), (30, 26, 26), "side", (70, 48, 30), (164, 84, 78), (60, 110, 88), (204, 198, 220),
-                     .200, .270, .084, .013, .054, .078, False, True),
-    "id05": Identity((224, 172, 140), (170, 170, 168), "short", (90, 100, 112), (176, 96, 92), (88, 88, 96), (168, 188, 206),
-                     .208, .262, .088, .012, .056, .072, True),
-    "id06": Identity((104, 62, 44), (20, 16, 16), "bald", (48, 32, 24), (118, 56, 58), (180, 60, 52), (220, 210, 190),
-                     .202, .258, .085, .012, .058, .084, False, True),
-    "id07": Identity((232, 190, 150), (22, 20, 24), "long", (50, 36, 28), (196, 88, 96), (70, 130, 160), (222, 204, 204),
-                     .194, .246, .080, .009, .042, .068, True),
-    "id08": Identity((250, 214, 192), (164, 74, 36), "side", (72, 128, 140), (208, 110, 104), (44, 60, 72), (206, 216, 176),
-                     .196, .256, .083, .010, .048, .074),
+    "id01": Identity((236, 188, 160), (60, 40, 28), "short", (70, 110, 150), (196, 96, 92),
+                     (52, 84, 140), (186, 204, 214), .205, .265, .086, .011, .050, .074),
+    "id02": Identity((141, 85, 60), (26, 20, 18), "bun", (60, 40, 30), (142, 62, 66),
+                     (196, 150, 40), (214, 196, 178), .190, .260, .080, .009, .046, .080),
+    "id03": Identity((246, 208, 184), (196, 148, 80), "long", (88, 134, 96), (212, 104, 110),
+                     (150, 60, 96), (196, 214, 196), .188, .252, .082, .008, .044, .070),
+    "id04": Identity((198, 142, 106), (30, 26, 26), "side", (70, 48, 30), (164, 84, 78),
+                     (60, 110, 88), (204, 198, 220), .200, .270, .084, .013, .054, .078, False, True),
+    "id05": Identity((224, 172, 140), (170, 170, 168), "short", (90, 100, 112), (176, 96, 92),
+                     (88, 88, 96), (168, 188, 206), .208, .262, .088, .012, .056, .072, True),
+    "id06": Identity((104, 62, 44), (20, 16, 16), "bald", (48, 32, 24), (118, 56, 58),
+                     (180, 60, 52), (220, 210, 190), .202, .258, .085, .012, .058, .084, False, True),
+    "id07": Identity((232, 190, 150), (22, 20, 24), "long", (50, 36, 28), (196, 88, 96),
+                     (70, 130, 160), (222, 204, 204), .194, .246, .080, .009, .042, .068, True),
+    "id08": Identity((250, 214, 192), (164, 74, 36), "side", (72, 128, 140), (208, 110, 104),
+                     (44, 60, 72), (206, 216, 176), .196, .256, .083, .010, .048, .074),
 }
 # fmt: on
 
@@ -58,7 +58,9 @@ def shade(colour: Colour, factor: float) -> Colour:
     return tuple(int(max(0, min(255, part * factor))) for part in colour)
 
 
-def ellipse(cx: float, cy: float, rx: float, ry: float, count: int = 48, start: float = 0.0, end: float = 2 * math.pi) -> np.ndarray:
+def ellipse(
+    cx: float, cy: float, rx: float, ry: float, count: int = 48, start: float = 0.0, end: float = 2 * math.pi
+) -> np.ndarray:
     """Points (count, 2) on an arc."""
     angle = np.linspace(start, end, count)
     return np.stack([cx + rx * np.cos(angle), cy + ry * np.sin(angle)], 1)
@@ -90,7 +92,9 @@ class Face:
         return np.stack([0.5 + motion["shift_x"] + cos * x - sin * y, 0.47 + motion["shift_y"] + sin * x + cos * y], 1)
 
     def mouth(self, motion: Motion) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float, float]:
-        """Outer top, outer low, inner top, inner low outline in face points; the gap between the inner lips; half the width."""
+        """Outer top, outer low, inner top, inner low outline in face points; the gap between the inner lips; half the
+        width.
+        """
         opening = motion["mouth_open"]
         half = self.look.mouth_w * (0.80 + 0.36 * motion["mouth_wide"]) * (1 - 0.10 * opening)
         gap, lift, centre, lip_top, lip_low = 0.072 * opening, -0.020 * motion["smile"], 0.132, 0.013, 0.017
@@ -109,7 +113,12 @@ class Face:
         draw.polygon([tuple(point) for point in points * self.side], fill=fill)
 
     def _line(self, draw: ImageDraw.ImageDraw, points: np.ndarray, fill: Colour, width: float) -> None:
-        draw.line([tuple(point) for point in points * self.side], fill=fill, width=max(1, int(width * self.side)), joint="curve")
+        draw.line(
+            [tuple(point) for point in points * self.side],
+            fill=fill,
+            width=max(1, int(width * self.side)),
+            joint="curve",
+        )
 
     def _inside(self, image: Image.Image, outline: np.ndarray, paint) -> None:
         """Let `paint(draw)` draw, and keep what lies within the outline."""
@@ -139,7 +148,11 @@ class Face:
         if look.hair_style in ("long", "bun"):
             self._polygon(draw, self.points(motion, ellipse(0, -0.03, w * 1.22, h * 1.08), -0.05), dark)
         if look.hair_style == "long":
-            self._polygon(draw, self.points(motion, [(-w * 1.2, -0.02), (w * 1.2, -0.02), (w * 1.25, 0.34), (-w * 1.25, 0.34)], -0.05), dark)
+            self._polygon(
+                draw,
+                self.points(motion, [(-w * 1.2, -0.02), (w * 1.2, -0.02), (w * 1.25, 0.34), (-w * 1.25, 0.34)], -0.05),
+                dark,
+            )
         if look.hair_style == "bun":
             self._polygon(draw, self.points(motion, ellipse(0, -h * 1.12, 0.085, 0.075), -0.08), look.hair)
         x = 0.5 + 0.5 * motion["shift_x"]
@@ -147,7 +160,9 @@ class Face:
         neck = [(x - 0.085, 0.66), (x + 0.085, 0.66), (x + 0.10, 0.86), (x, 0.90), (x - 0.10, 0.86)]
         self._polygon(draw, np.array(neck), shade(look.skin, 0.80))
         for side in (-1, 1):
-            self._polygon(draw, self.points(motion, ellipse(side * w, 0.02, 0.028, 0.052), -0.03), shade(look.skin, 0.88))
+            self._polygon(
+                draw, self.points(motion, ellipse(side * w, 0.02, 0.028, 0.052), -0.03), shade(look.skin, 0.88)
+            )
 
     def _head(self, draw: ImageDraw.ImageDraw, motion: Motion) -> None:
         """Skull and jaw, which drops with the mouth; beard, cheeks, front hair."""
@@ -200,7 +215,9 @@ class Face:
         self._line(draw, self.points(motion, lid, 0.06), shade(look.hair, 0.5), 0.006)
         t = np.linspace(0, 1, 12)  # from the inner to the outer end of the brow
         brow_x = side * (look.eye_gap - 0.034 + 0.074 * t)
-        brow_y = -0.074 - 0.020 * motion["brow"] + 0.018 * motion["brow_tilt"] * (1 - 1.6 * t) - 0.010 * np.sin(math.pi * t)
+        brow_y = (
+            -0.074 - 0.020 * motion["brow"] + 0.018 * motion["brow_tilt"] * (1 - 1.6 * t) - 0.010 * np.sin(math.pi * t)
+        )
         colour = (30, 24, 22) if look.hair_style == "bald" else shade(look.hair, 0.75)
         self._line(draw, self.points(motion, np.stack([brow_x, brow_y], 1), 0.06), colour, look.brow)
         if look.glasses:
@@ -214,7 +231,12 @@ class Face:
             self._line(draw, self.points(motion, bridge, 0.08), (40, 40, 46), 0.006)
         ridge = [(-0.006, -0.02), (0.006, -0.02), (0.45 * n, 0.062), (-0.45 * n, 0.062)]
         self._polygon(draw, self.points(motion, ridge, 0.09), shade(look.skin, 0.95))
-        self._line(draw, self.points(motion, ellipse(0, 0.060, 0.42 * n, 0.014, 16, 0, math.pi), 0.10), shade(look.skin, 0.72), 0.005)
+        self._line(
+            draw,
+            self.points(motion, ellipse(0, 0.060, 0.42 * n, 0.014, 16, 0, math.pi), 0.10),
+            shade(look.skin, 0.72),
+            0.005,
+        )
 
     def _mouth(self, image: Image.Image, motion: Motion) -> None:
         """Lips, and behind them the dark of the mouth with teeth and tongue."""

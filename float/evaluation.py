@@ -1,4 +1,5 @@
-"""Evaluation formulas (FLOAT section 4.1): Frechet distance, identity similarity, lip-sync error, and proxies that need no weights.
+"""Evaluation formulas (FLOAT section 4.1): Frechet distance, identity similarity, lip-sync error, and proxies that
+need no weights.
 
 Features come from any extractor, as matrices (n, F). All sums in float64.
 """
@@ -27,7 +28,9 @@ def frechet_gaussians(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray,
 
 
 def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
-    """Frechet distance of two sets of features (n, F): FID on frames, FVD on clips, E-FID on expressions, P-FID on head poses."""
+    """Frechet distance of two sets of features (n, F): FID on frames, FVD on clips, E-FID on expressions, P-FID on
+    head poses.
+    """
     sets = [np.asarray(features, np.float64) for features in (features_a, features_b)]
     for features in sets:
         if features.ndim != 2 or len(features) < 2:
@@ -51,8 +54,9 @@ def cosine_similarity(embeddings: np.ndarray, reference: np.ndarray) -> float:
 def lip_sync_error(video: np.ndarray, audio: np.ndarray, *, offsets: int = LSE_OFFSETS) -> tuple[float, float, int]:
     """(LSE-D, LSE-C, offset) from SyncNet-like embeddings (n, F) of video and sound (Chung and Zisserman 2016).
 
-    The distance of every video frame to the sound at offsets -15 .. 15 (the ends repeated) is averaged over frames; LSE-D is the least
-    of these means, LSE-C their median minus it, offset where it lies (positive: the sound comes later).
+    The distance of every video frame to the sound at offsets -15 .. 15 (the ends repeated) is averaged over frames;
+    LSE-D is the least of these means, LSE-C their median minus it, offset where it lies (positive: the sound comes
+    later).
     """
     video, audio = np.asarray(video, np.float64), np.asarray(audio, np.float64)
     count = min(len(video), len(audio))

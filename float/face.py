@@ -1,7 +1,7 @@
 """Cropping a picture to the face, as the released inference does.
 
-There is no face detector in this repository. A box comes from `--face-box`, from boxes.json beside the clips, or from a detector
-function that the caller hands in; without any of them the centre square is taken, and a warning says so.
+There is no face detector in this repository. A box comes from `--face-box`, from boxes.json beside the clips, or from
+a detector function that the caller hands in; without any of them the centre square is taken, and a warning says so.
 """
 
 import json
@@ -40,15 +40,21 @@ def _image(picture: np.ndarray):
 
 
 def crop_to_box(picture: np.ndarray, box: FaceBox, size: int) -> np.ndarray:
-    """A square of 1.6 times the box's longer half side around its centre, zeros outside the picture, resized to size x size."""
+    """A square of 1.6 times the box's longer half side around its centre, zeros outside the picture, resized to size x
+    size.
+    """
     left, top, right, bottom = box
     if not (right > left and bottom > top):
-        raise UserError(f"face box {box}: left, top, right, bottom in pixels expected, with right > left and bottom > top")
+        raise UserError(
+            f"face box {box}: left, top, right, bottom in pixels expected, with right > left and bottom > top"
+        )
     half_w, half_h = int((right - left) / 2), int((bottom - top) / 2)
     centre_x, centre_y = int((left + right) / 2), int((top + bottom) / 2)
     half = int(max(half_w, half_h) * MARGIN)
     if half < 1 or not (0 <= centre_x < picture.shape[1] and 0 <= centre_y < picture.shape[0]):
-        raise UserError(f"face box {box}: lies outside the picture of {picture.shape[1]} x {picture.shape[0]} pixels, or is empty")
+        raise UserError(
+            f"face box {box}: lies outside the picture of {picture.shape[1]} x {picture.shape[0]} pixels, or is empty"
+        )
     padded = np.pad(picture, ((half, half), (half, half), (0, 0)))
     # (centre - half) + half: the border moves the origin by as much as the crop reaches back
     square = padded[centre_y : centre_y + 2 * half, centre_x : centre_x + 2 * half]
@@ -72,19 +78,25 @@ def prepare_picture(
     detector: Detector | None = None,
     name: str = "picture",
 ) -> np.ndarray:
-    """The picture as the encoders want it, uint8 (size, size, 3). crop=False: the whole picture, squeezed to a square."""
+    """The picture as the encoders want it, uint8 (size, size, 3). crop=False: the whole picture, squeezed to a
+    square.
+    """
     if not crop:
         return resize(picture, size)
     if box is None and detector is not None:
         box = detect_face(picture, detector, name)
     if box is not None:
         return crop_to_box(picture, box, size)
-    warnings.warn(f"{name}: no face box and no detector, the centre square is used; give --face-box or --no-crop", stacklevel=2)
+    warnings.warn(
+        f"{name}: no face box and no detector, the centre square is used; give --face-box or --no-crop", stacklevel=2
+    )
     return crop_centre(picture, size)
 
 
 def read_boxes(root: Path) -> dict[str, FaceBox]:
-    """boxes.json of a data folder: clip id -> [left, top, right, bottom] in pixels of its frames; empty without the file."""
+    """boxes.json of a data folder: clip id -> [left, top, right, bottom] in pixels of its frames; empty without the
+    file.
+    """
     path = root / "boxes.json"
     if not path.exists():
         return {}

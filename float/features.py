@@ -1,7 +1,8 @@
 """Encoding clips with the frozen encoders, and the cache of what comes out.
 
 One safetensors file per clip: motion (T, d), motion_flipped (T, d) when mirrored versions are cached, audio_raw (T, F),
-emotion (7), has_emotion (1). The header's metadata names the clip and the hash of the encoders; another hash means: encode again.
+emotion (7), has_emotion (1). The header's metadata names the clip and the hash of the encoders; another hash means:
+encode again.
 """
 
 import hashlib
@@ -47,7 +48,14 @@ class ClipEncoder:
 
     def _hash(self) -> str:
         """Changes with the encoders' weights and with every setting that changes what is cached."""
-        settings = [FORMAT, self.data.video_fps, self.data.face_crop, self.data.emotion_source, self.flipped, self.data.feature_dtype]
+        settings = [
+            FORMAT,
+            self.data.video_fps,
+            self.data.face_crop,
+            self.data.emotion_source,
+            self.flipped,
+            self.data.feature_dtype,
+        ]
         settings += [self.model.input_size, self.model.audio_features, self.model.only_last_features]
         parts = [json.dumps(settings), weights_hash(self.autoencoder), weights_hash(self.audio)]
         parts += [weights_hash(self.recogniser)] if self.recogniser is not None else []
@@ -71,10 +79,14 @@ class ClipEncoder:
         tensors["emotion"] = torch.zeros(len(EMOTIONS)) if emotion is None else emotion
         for name, value in tensors.items():
             if not torch.isfinite(value.float()).all():
-                raise BadSample(f"{clip.video}: encoding gave numbers that are not finite ({name}); the encoder's weights are broken")
+                raise BadSample(
+                    f"{clip.video}: encoding gave numbers that are not finite ({name}); check the encoder's weights"
+                )
         return tensors, notes
 
-    def _same_length(self, frames: np.ndarray, wave: np.ndarray, clip: Clip, notes: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    def _same_length(
+        self, frames: np.ndarray, wave: np.ndarray, clip: Clip, notes: list[str]
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Cut the longer of picture and sound."""
         picture, sound = len(frames) / self.data.video_fps, len(wave) / SAMPLE_RATE
         if abs(picture - sound) >= MAX_SHIFT_SECONDS:
@@ -86,14 +98,18 @@ class ClipEncoder:
     def motion(self, frames: np.ndarray) -> Tensor:
         """Motion latents (T, d), float32 on the CPU, of frames (T, S, S, 3)."""
         parts = [
-            self.autoencoder.encode_motion(to_tensor(frames[start : start + ENCODE_BATCH]).to(self.device)).float().cpu()
+            self.autoencoder.encode_motion(to_tensor(frames[start : start + ENCODE_BATCH]).to(self.device))
+            .float()
+            .cpu()
             for start in range(0, len(frames), ENCODE_BATCH)
         ]
         return torch.cat(parts)
 
     def audio_features(self, wave: np.ndarray) -> Tensor:
         """Raw features (T, F) of a whole clip, on the CPU."""
-        features = self.audio.encode_clip(torch.from_numpy(np.ascontiguousarray(wave)).to(self.device), self.data.video_fps)
+        features = self.audio.encode_clip(
+            torch.from_numpy(np.ascontiguousarray(wave)).to(self.device), self.data.video_fps
+        )
         return features.to("cpu", getattr(torch, self.data.feature_dtype))
 
     def _emotion(self, clip: Clip, wave: np.ndarray) -> Tensor | None:
@@ -138,7 +154,8 @@ def write_features(path: Path, tensors: dict[str, Tensor], clip: Clip, encoder_h
 def encode_clips(
     encoder: ClipEncoder, clips: list[Clip], boxes: dict[str, FaceBox], folder: Path, *, rank: int = 0, world: int = 1
 ) -> dict[str, list[str]]:
-    """Encode what is missing; every rank takes its share. -> {"encoded": ids, "kept": ids, "bad": sentences, "notes": sentences}.
+    """Encode what is missing; every rank takes its share. -> {"encoded": ids, "kept": ids, "bad": sentences, "notes":
+    sentences}.
 
     A clip that cannot be used is left out and listed; files of other encoders are replaced.
     """

@@ -1,10 +1,12 @@
 """Make a portrait speak: picture + sound -> mp4 with sound, of any length, window by window.
 
-  python float/generate.py --checkpoint outputs/float --ref-path float/sample_data/video/th006.mp4 --aud-path speech.wav --output talk.mp4
-  python float/generate.py --checkpoint outputs/float --output talk.mp4            the run's first held-out clip speaks its own sound
-  python float/generate.py --ckpt-path float.pth --ref-path face.png --aud-path speech.mp3 --emo happy --e-cfg-scale 5
-  ... --stream          sound is encoded in pieces, so that memory does not grow with the length
-  ... --set-direction 3=1.5   every frame gets coefficient 1.5 along direction 3;   --shift-direction 3=0.5 adds 0.5
+python float/generate.py --checkpoint outputs/float --ref-path float/sample_data/video/th006.mp4 --aud-path speech.wav
+--output talk.mp4
+python float/generate.py --checkpoint outputs/float --output talk.mp4            the run's first held-out clip speaks
+its own sound
+python float/generate.py --ckpt-path float.pth --ref-path face.png --aud-path speech.mp3 --emo happy --e-cfg-scale 5
+... --stream          sound is encoded in pieces, so that memory does not grow with the length
+... --set-direction 3=1.5   every frame gets coefficient 1.5 along direction 3;   --shift-direction 3=0.5 adds 0.5
 """
 
 import sys
@@ -28,7 +30,9 @@ class GenerateOptions(Section):
     """The released tool's flags, and ours."""
 
     checkpoint: str | None = setting(None, "run of float/train.py, one of its checkpoints, or float.pth", "ckpt_path")
-    ref_path: str | None = setting(None, "portrait: a picture, or a video whose first frame is taken; null: a held-out clip", "reference")
+    ref_path: str | None = setting(
+        None, "portrait: a picture, or a video whose first frame is taken; null: a held-out clip", "reference"
+    )
     aud_path: str | None = setting(None, "speech: any sound or video file; null: that clip's", "audio")
     output: str | None = setting(None, "mp4 to write; null: a name made of the inputs, in res_dir", "res_video_path")
     res_dir: str = setting("./results", "folder for generated names")
@@ -68,11 +72,19 @@ def generate(options: GenerateOptions, animator: "Animator") -> tuple[Path, int]
     wave = read_audio(options.aud_path)
     if is_silent(wave):
         print(f"note: {options.aud_path} is silent; the mouth follows no speech", file=sys.stderr)
-    crop = not options.no_crop and (options.face_box is not None or data.face_crop or model.audio_features == "wav2vec2")
-    picture = prepare_picture(
-        read_image(options.ref_path), model.input_size, crop=crop, box=_box(options.face_box), name=str(options.ref_path)
+    crop = not options.no_crop and (
+        options.face_box is not None or data.face_crop or model.audio_features == "wav2vec2"
     )
-    encoder = make_audio_encoder(model.audio_features, model.wav2vec_model_path, only_last_features=model.only_last_features)
+    picture = prepare_picture(
+        read_image(options.ref_path),
+        model.input_size,
+        crop=crop,
+        box=_box(options.face_box),
+        name=str(options.ref_path),
+    )
+    encoder = make_audio_encoder(
+        model.audio_features, model.wav2vec_model_path, only_last_features=model.only_last_features
+    )
     sound = torch.from_numpy(wave).to(device)
     portrait = animator.portrait(picture)
     edit = animator.editor(_directions(options.set_direction), _directions(options.shift_direction))
@@ -101,7 +113,9 @@ def generate(options: GenerateOptions, animator: "Animator") -> tuple[Path, int]
 
 
 def emotion_of(options: GenerateOptions, animator: "Animator", sound: "torch.Tensor"):
-    """(7,) for the whole clip, or an iterator of one (7,) per window. Without a recogniser S2E means no emotion, and says so."""
+    """(7,) for the whole clip, or an iterator of one (7,) per window. Without a recogniser S2E means no emotion, and
+    says so.
+    """
     import torch
 
     from float.audio import SAMPLE_RATE, normalise_waveform
@@ -114,8 +128,14 @@ def emotion_of(options: GenerateOptions, animator: "Animator", sound: "torch.Ten
         return one_hot(emotion_index(options.emo))
     if not Path(model.audio2emotion_path).is_dir():
         if model.audio_features == "wav2vec2" or options.dynamic_emotion:
-            raise UserError(f"--emo S2E needs the emotion recogniser in {model.audio2emotion_path}; download it, or name an emotion with --emo")
-        print("note: no emotion recogniser at hand, the emotion condition is left empty; name one with --emo", file=sys.stderr)
+            raise UserError(
+                f"--emo S2E needs the emotion recogniser in {model.audio2emotion_path}; "
+                "download it, or name an emotion with --emo"
+            )
+        print(
+            "note: no emotion recogniser at hand, the emotion condition is left empty; name one with --emo",
+            file=sys.stderr,
+        )
         return torch.zeros(model.dim_e)
     recogniser = Audio2Emotion.from_pretrained(model.audio2emotion_path).to(animator.device)
     wave = normalise_waveform(sound)

@@ -1,6 +1,7 @@
 """StyleGAN2 image operators of the motion auto-encoder (Karras et al. 2020), in plain PyTorch for any device and type.
 
-Module and parameter names follow the released FLOAT checkpoint. Shapes: B batch, C channels, H W picture, D style width.
+Module and parameter names follow the released FLOAT checkpoint. Shapes: B batch, C channels, H W picture, D style
+width.
 """
 
 import math

@@ -2,10 +2,11 @@
 
   python float/make_talking_head.py --list speech.csv --out CLIPS [--size 256] [--fps 25]
 
-A drawn face speaks a real recording. The shape of the mouth is a fixed function of the sound around each frame, so a model that hears
-the sound can learn it, and a test can compare a generated mouth with the true one. Head, lids and brows move by smoothed noise that
-does not follow the sound. speech.csv: clip_id, audio (relative to the list), identity (id01 to id08), emotion, and if wanted seed, split
-and more, which are copied to metadata.csv. Output: video/ID.mp4 (H.264, AAC), audio/ID.wav (16 kHz mono), motion/ID.csv, metadata.csv.
+A drawn face speaks a real recording. The shape of the mouth is a fixed function of the sound around each frame, so a
+model that hears the sound can learn it, and a test can compare a generated mouth with the true one. Head, lids and
+brows move by smoothed noise that does not follow the sound. speech.csv: clip_id, audio (relative to the list),
+identity (id01 to id08), emotion, and if wanted seed, split and more, which are copied to metadata.csv. Output:
+video/ID.mp4 (H.264, AAC), audio/ID.wav (16 kHz mono), motion/ID.csv, metadata.csv.
 """
 
 import csv
@@ -53,7 +54,8 @@ def mouth_from_audio(wave: np.ndarray, fps: int, frames: int) -> tuple[np.ndarra
       first  = power-weighted mean frequency of 250..1000 Hz, 330 -> 0, 700 -> 1
       second = power-weighted mean frequency of 900..2800 Hz, 1200 -> 0, 2000 -> 1
       hiss   = E(3500, 7600) / (E(3500, 7600) + E(80, 3500))
-      open   = loud^1.3 (0.35 + 0.65 first) (1 - 0.7 hiss);  wide = 0.5 + (second - 0.5) min(1, 2 loud);  teeth = max(hiss, 0.6 open)
+      open   = loud^1.3 (0.35 + 0.65 first) (1 - 0.7 hiss);  wide = 0.5 + (second - 0.5) min(1, 2 loud);  teeth =
+      max(hiss, 0.6 open)
     Each curve is then smoothed over three frames with weights 1/4, 1/2, 1/4.
     """
     padded = np.concatenate([np.zeros(WINDOW), wave, np.zeros(WINDOW + SAMPLE_RATE // fps)])
@@ -149,7 +151,9 @@ def render_clip(wave: np.ndarray, row: dict[str, str], out: Path, *, size: int, 
         motion = {name: float(curve[index]) for name, curve in track.items()}
         picture, truth = face.draw(motion)
         pictures.append(np.asarray(picture))
-        values = {name: round(value, 5) for name, value in motion.items()} | {name: round(float(value), 3) for name, value in truth.items()}
+        values = {name: round(value, 5) for name, value in motion.items()} | {
+            name: round(float(value), 3) for name, value in truth.items()
+        }
         rows.append({"frame": index, "time": round(index / fps, 4), **values})
     for folder in ("video", "audio", "motion"):
         (out / folder).mkdir(parents=True, exist_ok=True)
@@ -201,11 +205,22 @@ def main(argv: list[str] | None = None) -> int:
         frames = render_clip(wave, row, out, size=options.size, fps=options.fps)
         name = row["clip_id"]
         files = {"video": f"video/{name}.mp4", "audio": f"audio/{name}.wav", "motion": f"motion/{name}.csv"}
-        more = {key: value for key, value in row.items() if key not in ("clip_id", "audio", "identity", "emotion", "seed")}
+        more = {
+            key: value for key, value in row.items() if key not in ("clip_id", "audio", "identity", "emotion", "seed")
+        }
         table.append(
-            {"clip_id": name, **files, "identity": row["identity"], "emotion": row["emotion"], "emotion_index": EMOTIONS.index(row["emotion"]),
-             "n_frames": frames, "fps": options.fps, "split": "train", **more}
-        )  # fmt: skip
+            {
+                "clip_id": name,
+                **files,
+                "identity": row["identity"],
+                "emotion": row["emotion"],
+                "emotion_index": EMOTIONS.index(row["emotion"]),
+                "n_frames": frames,
+                "fps": options.fps,
+                "split": "train",
+                **more,
+            }
+        )
         print(f"{name}: {frames} frames", flush=True)
     _write_table(out / "metadata.csv", table)
     return len(table)

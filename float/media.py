@@ -23,7 +23,9 @@ VIDEO_CRF = "18"
 
 
 def read_audio(path: Path | str) -> np.ndarray:
-    """The first sound track of any file, mixed to mono and resampled to 16 kHz. BadSample when there is none or it is broken."""
+    """The first sound track of any file, mixed to mono and resampled to 16 kHz. BadSample when there is none or it is
+    broken.
+    """
     try:
         with av.open(str(path)) as container:
             if not container.streams.audio:

@@ -2,11 +2,14 @@
 
   python float/metrics.py --checkpoint outputs/float --output outputs/float/metrics.json
   python float/metrics.py --checkpoint outputs/float --data-root ../talking_head --split val
-  python float/metrics.py --features-real real.npy --features-made made.npy        Frechet distance of extracted features (FID, FVD, ...)
-  python float/metrics.py --video-embeddings v.npy --audio-embeddings a.npy        LSE-D and LSE-C of SyncNet-like embeddings
+  python float/metrics.py --features-real real.npy --features-made made.npy        Frechet distance of extracted
+  features (FID, FVD, ...)
+  python float/metrics.py --video-embeddings v.npy --audio-embeddings a.npy        LSE-D and LSE-C of SyncNet-like
+  embeddings
   python float/metrics.py --frame-embeddings f.npy --source-embedding s.npy        CSIM
-Rendered clips carry the true mouth opening: a small meter, trained on true frames, reads it off generated frames. Other clips are
-scored by how much the mouth moves. Writes the numbers, and report.json, report.md, report.html with videos beside the checkpoint.
+Rendered clips carry the true mouth opening: a small meter, trained on true frames, reads it off generated frames.
+Other clips are scored by how much the mouth moves. Writes the numbers, and report.json, report.md, report.html with
+videos beside the checkpoint.
 """
 
 import json
@@ -63,10 +66,11 @@ def _load_pair(options: MetricsOptions, first: str, second: str) -> list:
     import numpy as np
 
     arrays = []
-    for name in (first, second):
-        path, flag = options[name], "--" + name.replace("_", "-")
+    flags = ["--" + name.replace("_", "-") for name in (first, second)]
+    for name, flag in zip((first, second), flags, strict=True):
+        path = options[name]
         if path is None or not Path(path).is_file():
-            raise UserError(f"{flag} {path}: no such file; give both {flag.replace(name.replace('_', '-'), first.replace('_', '-'))} and its partner")
+            raise UserError(f"{flag} {path}: no such file; give both {flags[0]} and {flags[1]}")
         try:
             arrays.append(np.load(path, allow_pickle=False))
         except (ValueError, OSError) as error:
@@ -92,20 +96,31 @@ def run_scores(options: MetricsOptions) -> dict:
     rendered = [item for item in train if item.truth is not None]
     meter = None
     if rendered and all(item.truth is not None for item in held_out):
-        key = f"{root.resolve()} {len(rendered)} clips {sum(len(item.frames) for item in rendered)} frames {data.mouth_box}"
+        key = f"{root.resolve()} {[(item.clip.clip_id, len(item.frames)) for item in rendered]} {data.mouth_box}"
         meter = meter_for(
-            [item.clip for item in rendered], [item.frames for item in rendered], data.mouth_box, folder / "mouth_meter.safetensors", key
+            [item.clip for item in rendered],
+            [item.frames for item in rendered],
+            data.mouth_box,
+            folder / "mouth_meter.safetensors",
+            key,
         )
     scorer = Scorer(animator, meter)
     reconstruction, rebuilt = scorer.score_reconstruction(held_out)
     contrast = (held_out + train)[: options.max_sounds + 1]
     generation, made = scorer.score_generation(held_out, contrast, options.seeds)
-    values = {**reconstruction.values, **generation.values, "held_out_clips": len(held_out), "uses_meter": meter is not None}
+    values = {
+        **reconstruction.values,
+        **generation.values,
+        "held_out_clips": len(held_out),
+        "uses_meter": meter is not None,
+    }
     _report(folder, options, values, held_out, rebuilt, made, data.video_fps)
     return {**values, "clips": [{**a, **b} for a, b in zip(reconstruction.clips, generation.clips, strict=True)]}
 
 
-def _report(folder: Path, options: MetricsOptions, values: dict, held_out: list, rebuilt: list, made: list, fps: float) -> None:
+def _report(
+    folder: Path, options: MetricsOptions, values: dict, held_out: list, rebuilt: list, made: list, fps: float
+) -> None:
     from float.media import write_video
     from float.scoring import side_by_side
     from shared.report import Bar, Sample, write_report
@@ -114,14 +129,39 @@ def _report(folder: Path, options: MetricsOptions, values: dict, held_out: list,
     for item, reconstruction, generated in zip(held_out, rebuilt, made, strict=True):
         path = folder / "samples" / f"compare_{item.clip.clip_id}.mp4"
         enlarge = max(1, 192 // item.frames.shape[1])
-        write_video(path, side_by_side(item.frames, reconstruction, generated, enlarge=enlarge), fps=fps, wave=item.wave)
-        samples.append(Sample(path, f"{item.clip.clip_id}: true, rebuilt from its true motion, generated from the sound", "held-out clips"))
+        write_video(
+            path, side_by_side(item.frames, reconstruction, generated, enlarge=enlarge), fps=fps, wave=item.wave
+        )
+        samples.append(
+            Sample(
+                path,
+                f"{item.clip.clip_id}: true, rebuilt from its true motion, generated from the sound",
+                "held-out clips",
+            )
+        )
     rule = "trained meter on generated frames" if values["uses_meter"] else "mouth activity, no true opening at hand"
     bars = [
-        Bar("PSNR of reconstruction, dB", values["psnr"], values["psnr_copy"] + TARGET_GAIN, baseline=values["psnr_copy"], note="baseline: copy of the first frame"),
-        Bar("PSNR of the mouth, dB", values["psnr_mouth"], values["psnr_mouth_copy"] + TARGET_GAIN, baseline=values["psnr_mouth_copy"]),
+        Bar(
+            "PSNR of reconstruction, dB",
+            values["psnr"],
+            values["psnr_copy"] + TARGET_GAIN,
+            baseline=values["psnr_copy"],
+            note="baseline: copy of the first frame",
+        ),
+        Bar(
+            "PSNR of the mouth, dB",
+            values["psnr_mouth"],
+            values["psnr_mouth_copy"] + TARGET_GAIN,
+            baseline=values["psnr_mouth_copy"],
+        ),
         Bar("mouth on reconstructions, r", values["mouth_r_reconstruction"], TARGET_RECONSTRUCTION, note=rule),
-        Bar("mouth on generated frames, r", values["mouth_r_own_sound"], TARGET_MOUTH, baseline=values["mouth_r_other_sound"], note="baseline: another clip's sound"),
+        Bar(
+            "mouth on generated frames, r",
+            values["mouth_r_own_sound"],
+            TARGET_MOUTH,
+            baseline=values["mouth_r_other_sound"],
+            note="baseline: another clip's sound",
+        ),
         Bar("own sound minus other sounds, r", values["mouth_r_margin"], TARGET_MARGIN),
         Bar("largest lag, frames", values["worst_lag_frames"], 1.0, direction="at most"),
     ]

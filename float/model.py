@@ -1,7 +1,7 @@
 """The flow matching transformer (FLOAT section 3.2): noisy motion and frame-wise conditions -> velocity.
 
-Shapes: B batch, L frames of the window, P frames before it, N = P + L tokens, d motion width, a audio width, E emotions, h hidden.
-Module and parameter names follow the released checkpoint.
+Shapes: B batch, L frames of the window, P frames before it, N = P + L tokens, d motion width, a audio width, E
+emotions, h hidden. Module and parameter names follow the released checkpoint.
 """
 
 import math
@@ -185,8 +185,10 @@ class FlowMatchingTransformer(nn.Module):
     ) -> Tensor:
         """-> velocity (B, N, d); callers use the last L frames.
 
-        t: (B,) in [0, 1], 0 is noise; x: noisy motion; wa: projected audio features; wr: motion latent of the reference picture;
-        we: emotion probabilities. prev_*: the P frames before the window; None means zeros, unless x and wa hold all N frames already.
+        t: (B,) in [0, 1], 0 is noise; x: noisy motion; wa: projected audio features; wr: motion latent of the
+        reference picture;
+        we: emotion probabilities. prev_*: the P frames before the window; None means zeros, unless x and wa hold all N
+        frames already.
         """
         x, wa = self._with_previous(x_BLd, prev_x_BPd), self._with_previous(wa_BLa, prev_wa_BPa)
         tokens = x.shape[1]
@@ -225,8 +227,9 @@ class AudioProjection(nn.Module):
 class MotionGenerator(nn.Module):
     """What phase 2 trains: audio projection and transformer, with the whitening of the motion space as constants.
 
-    motion_width D: width of the auto-encoder's motion latents. As a rule the flow runs on them directly (D = d, whitening is the
-    identity). With D > d it runs on d principal coordinates z = (r - mean) W, r = z W' + mean, set by `set_motion_statistics`.
+    motion_width D: width of the auto-encoder's motion latents. As a rule the flow runs on them directly (D = d,
+    whitening is the identity). With D > d it runs on d principal coordinates z = (r - mean) W, r = z W' + mean, set by
+    `set_motion_statistics`.
     """
 
     def __init__(self, fmt: FlowMatchingTransformer, raw_audio_dim: int, motion_width: int | None = None):
@@ -277,8 +280,9 @@ class MotionGenerator(nn.Module):
     ) -> Tensor:
         """Velocity (B, N, d). audio_*: raw features, projected here. Motion is whitened already.
 
-        drop: True replaces, per sample, wa, wr, we, prev_x, prev_wa by zeros (condition dropout). has_previous: False where the window
-        starts the clip, so that projected previous sound is zero as in sampling. null_audio: rows that guidance asks without sound.
+        drop: True replaces, per sample, wa, wr, we, prev_x, prev_wa by zeros (condition dropout). has_previous: False
+        where the window starts the clip, so that projected previous sound is zero as in sampling. null_audio: rows
+        that guidance asks without sound.
         """
         wa, prev_wa = self.audio_encoder(audio_BLF), self.audio_encoder(prev_audio_BPF)
         wr, we, prev_x = wr_Bd, we_B1E, prev_x_BPd

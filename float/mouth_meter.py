@@ -1,7 +1,7 @@
 """A small network that reads the opening of the mouth off a frame, trained on true frames of rendered clips.
 
-It scores generated frames: what counts is what can be seen. Truth: mouth_open_px of the clips' motion tables, in pixels of the
-rendered picture. Pictures: float32 (B, 3, S, S) in [-1, 1].
+It scores generated frames: what counts is what can be seen. Truth: mouth_open_px of the clips' motion tables, in
+pixels of the rendered picture. Pictures: float32 (B, 3, S, S) in [-1, 1].
 """
 
 import csv
@@ -31,11 +31,19 @@ class MouthMeter(nn.Module):
         super().__init__()
         self.box = box
         self.layers = nn.Sequential(
-            nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Flatten(),
-            nn.Linear(32 * (HEIGHT // 4) * (WIDTH // 4), 48), nn.ReLU(), nn.Linear(48, 1),
-        )  # fmt: skip
+            nn.Conv2d(3, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(16, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(32 * (HEIGHT // 4) * (WIDTH // 4), 48),
+            nn.ReLU(),
+            nn.Linear(48, 1),
+        )
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("deviation", torch.ones(()))
 
@@ -76,7 +84,9 @@ def train_meter(frames: list[np.ndarray], truths: list[np.ndarray], box: list[fl
     torch.manual_seed(seed)
     meter = MouthMeter(box)
     images = torch.cat([to_tensor(clip) for clip in frames])
-    target = torch.cat([torch.from_numpy(truth[: len(clip)]).float() for clip, truth in zip(frames, truths, strict=True)])
+    target = torch.cat(
+        [torch.from_numpy(truth[: len(clip)]).float() for clip, truth in zip(frames, truths, strict=True)]
+    )
     meter.mean.copy_(target.mean())
     meter.deviation.copy_(target.std())
     target = (target - meter.mean) / meter.deviation
@@ -105,7 +115,9 @@ def _augmented(meter: MouthMeter, image: Tensor, generator: torch.Generator) -> 
 
 
 def meter_for(clips: list[Clip], frames: list[np.ndarray], box: list[float], cache: Path, key: str) -> MouthMeter:
-    """A meter trained on these clips; kept in `cache` and used again while `key` (what it was trained on) is the same."""
+    """A meter trained on these clips; kept in `cache` and used again while `key` (what it was trained on) is the
+    same.
+    """
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 

@@ -7,7 +7,6 @@ RECOGNISER_PARAMETERS = 315_700_000  # wav2vec2-large with its head
 WAV2VEC_PARAMETERS = 94_400_000
 
 
-
 def print_plan(config: Config) -> None:
     """Phase 2: transformer and audio projection train; the encoders ran before (precompute.py) and take no memory."""
     import torch

@@ -1,8 +1,10 @@
 """Encode clips once with the frozen encoders: motion latents, raw audio features, emotion.
 
-  python float/precompute.py --config official --autoencoder-path float.pth --data-root datasets --features-dir datasets/features
+  python float/precompute.py --config official --autoencoder-path float.pth --data-root datasets --features-dir
+  datasets/features
   torchrun --nproc_per_node=8 float/precompute.py ...        the clips are shared out over the ranks
-The same command again goes on where it stopped; clips of other encoders' weights are encoded anew. float/train.py does this itself.
+The same command again goes on where it stopped; clips of other encoders' weights are encoded anew. float/train.py does
+this itself.
 """
 
 import sys
@@ -29,7 +31,9 @@ def features_dir(config: Config) -> Path:
 
 
 def precompute(config: Config, encoder: "ClipEncoder", info: "DistInfo") -> dict[str, int]:
-    """Fill the cache for both splits: features_dir/{train,val}/<clip>.safetensors. -> counts. UserError when over 1 % is bad."""
+    """Fill the cache for both splits: features_dir/{train,val}/<clip>.safetensors. -> counts. UserError when over 1 %
+    is bad.
+    """
     from float.clips import find_clips
     from float.face import read_boxes
     from float.features import encode_clips
@@ -48,8 +52,8 @@ def precompute(config: Config, encoder: "ClipEncoder", info: "DistInfo") -> dict
             _list_bad(folder, name, total["bad"])
         if len(total["bad"]) > max(0, MAX_BAD_SHARE * len(clips)):
             raise UserError(
-                f"{len(total['bad'])} of {len(clips)} clips of split '{split}' cannot be used, more than {MAX_BAD_SHARE:.0%}; the first: "
-                f"{total['bad'][0]} (all in {folder / f'bad_{name}.txt'}); mend or remove them"
+                f"{len(total['bad'])} of {len(clips)} clips of split '{split}' cannot be used, over {MAX_BAD_SHARE:.0%}; "
+                f"the first: {total['bad'][0]} (all in {folder / f'bad_{name}.txt'}); mend or remove them"
             )
         counts |= {f"{name}_{key}": len(value) for key, value in total.items() if key != "notes"}
     return counts

@@ -1,4 +1,5 @@
-"""Rectified flow on motion latents (Liu et al. 2022; Lipman et al. 2022): path, losses, sampling. t = 0 is noise, t = 1 is data.
+"""Rectified flow on motion latents (Liu et al. 2022; Lipman et al. 2022): path, losses, sampling. t = 0 is noise, t =
+1 is data.
 
 Shapes: B batch, L frames of the window, P frames before it, d motion width.
 """
@@ -65,7 +66,8 @@ class RectifiedFlow:
     ) -> Tensor:
         """Solve dx/dt = velocity(x, t) from noise at t = 0 to data at t = 1.
 
-        nfe counts time points as the released sampler does: nfe 10 is 9 steps of 1/9. `steps` counts steps and overrides nfe.
+        nfe counts time points as the released sampler does: nfe 10 is 9 steps of 1/9. `steps` counts steps and
+        overrides nfe.
         method: euler, midpoint, heun, rk4 on that grid; any other name goes to torchdiffeq with atol and rtol.
         """
         intervals = nfe - 1 if steps is None else steps
@@ -107,7 +109,8 @@ def _solve_adaptive(velocity: Velocity, x: Tensor, times: Tensor, method: str, a
         from torchdiffeq import odeint
     except ImportError:
         raise UserError(
-            f"ODE method {method!r} needs torchdiffeq; run: pip install torchdiffeq, or use one of {', '.join(FIXED_GRID)}"
+            f"ODE method {method!r} needs torchdiffeq; run: pip install torchdiffeq, "
+            f"or use one of {', '.join(FIXED_GRID)}"
         ) from None
 
     def slope(t: Tensor, x: Tensor) -> Tensor:
@@ -132,7 +135,8 @@ class RectifiedFlowLoss(nn.Module):
     """lambda_ot |v^ - v| + lambda_vel |Dv^ - Dv| + prev_loss_weight |previous^ - previous|, each a mean per sample.
 
     D is the difference of neighbouring frames (FLOAT equation 9). loss_type: mse, l1, huber, or a module with
-    forward(model_output, target) -> tensor; a tensor whose first axis is the batch is averaged per sample, a scalar is used as it is.
+    forward(model_output, target) -> tensor; a tensor whose first axis is the batch is averaged per sample, a scalar is
+    used as it is.
     """
 
     def __init__(
@@ -163,7 +167,8 @@ class RectifiedFlowLoss(nn.Module):
     ) -> dict[str, Tensor]:
         """-> loss, loss_flow, loss_vel, loss_prev (scalars) and loss_B, the total per sample.
 
-        model_output: (B, P + L, d) or (B, L, d); target: velocity (B, L, d). prev_target: clean previous motion (B, P, d);
+        model_output: (B, P + L, d) or (B, L, d); target: velocity (B, L, d). prev_target: clean previous motion (B, P,
+        d);
         prev_valid_B: rows whose previous motion was given to the model (not dropped, and not before the clip's start).
         """
         frames = target.shape[1]

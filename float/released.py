@@ -1,8 +1,8 @@
 """The released float.pth: load it into our modules, or write a run in its layout.
 
   python float/released.py --checkpoint outputs/float_official --output float.pth
-The file is one flat dict of tensors: motion_autoencoder.*, audio_encoder.audio_projection.*, fmt.*. The weights are not part of this
-repository; their licence forbids commercial use.
+The file is one flat dict of tensors: motion_autoencoder.*, audio_encoder.audio_projection.*, fmt.*. The weights are
+not part of this repository; their licence forbids commercial use.
 """
 
 import sys
@@ -54,9 +54,11 @@ def _parts(autoencoder: "Autoencoder", generator: "MotionGenerator") -> dict[str
 
 
 def load_released_checkpoint(path: str | Path, autoencoder: "Autoencoder", generator: "MotionGenerator") -> NameReport:
-    """Copy the parameters of a released file into both modules. UserError when a parameter is missing or of another shape.
+    """Copy the parameters of a released file into both modules. UserError when a parameter is missing or of another
+    shape.
 
-    Buffers are computed here and need not be in the file; unknown names are reported, not refused. A pos_embed of another window
+    Buffers are computed here and need not be in the file; unknown names are reported, not refused. A pos_embed of
+    another window
     length is not copied: it is a fixed table.
     """
     from shared.checkpoint import load_weights
@@ -74,8 +76,12 @@ def load_released_checkpoint(path: str | Path, autoencoder: "Autoencoder", gener
         else:
             target.copy_(state[name])
             report.loaded += 1
-    computed = {prefix + name for prefix, module in _parts(autoencoder, generator).items() for name, _ in module.named_buffers()}
-    report.unexpected = [name for name in state if name not in own and name not in computed and not name.startswith(FOREIGN)]
+    computed = {
+        prefix + name for prefix, module in _parts(autoencoder, generator).items() for name, _ in module.named_buffers()
+    }
+    report.unexpected = [
+        name for name in state if name not in own and name not in computed and not name.startswith(FOREIGN)
+    ]
     if report.missing or report.mismatched:
         raise UserError(f"{path} does not fit the model ({report}); use --config official for the released file")
     return report

@@ -1,6 +1,7 @@
 """From sound to motion: guided velocity, windows, streams (FLOAT section 3.3).
 
-Shapes: B batch, T frames of the clip, L frames of a window, P frames before it, d motion width, a audio width, E emotions.
+Shapes: B batch, T frames of the clip, L frames of a window, P frames before it, d motion width, a audio width, E
+emotions.
 """
 
 from collections.abc import Callable, Iterator
@@ -47,9 +48,10 @@ def guided_velocity(
 ) -> Tensor:
     """Velocity (B, P + L, d) under incremental guidance.
 
-    v = v_u + a (v_a - v_u) + e (v_all - v_a), where v_u sees neither sound nor emotion, v_a the sound, v_all both; null is zero
-    (`null_audio` fills the sound's null, for models that project the sound themselves).
-    With reference_guidance v_u is replaced by v_0 + r (v_u - v_0), v_0 without the reference too. All passes go in one batch.
+    v = v_u + a (v_a - v_u) + e (v_all - v_a), where v_u sees neither sound nor emotion, v_a the sound, v_all both;
+    null is zero (`null_audio` fills the sound's null, for models that project the sound themselves).
+    With reference_guidance v_u is replaced by v_0 + r (v_u - v_0), v_0 without the reference too. All passes go in one
+    batch.
     """
     a, r, e = options.a_cfg_scale, options.r_cfg_scale, options.e_cfg_scale
     if a == r == e == 1:
@@ -88,9 +90,10 @@ def sample_windows(
 ) -> Iterator[Tensor]:
     """Motion (B, L, d) of one window after another; memory does not grow with the number of windows.
 
-    wa_windows yields projected features (B, n, a) with n = L, less only in the last window, which is padded by its last frame.
-    we: constant, or one (B, 1, E) per window. noise: start states (B, L, d); drawn from options.seed when None. Each window sees the
-    last P frames of the sample before it and of that window's features; the first sees zeros.
+    wa_windows yields projected features (B, n, a) with n = L, less only in the last window, which is padded by its
+    last frame.
+    we: constant, or one (B, 1, E) per window. noise: start states (B, L, d); drawn from options.seed when None. Each
+    window sees the last P frames of the sample before it and of that window's features; the first sees zeros.
     """
     flow, noise = RectifiedFlow(), noise if noise is not None else _noise(wr_Bd, num_frames, options)
     previous: tuple[Tensor, Tensor] | None = None

@@ -98,7 +98,11 @@ class Scorer:
         box, scores, made = self.animator.config.data.mouth_box, Scores(), []
         for item in material:
             frames = self.reconstruct(item)
-            ours, true, copy = to_tensor(frames), to_tensor(item.frames), to_tensor(item.frames[:1]).expand(len(frames), -1, -1, -1)
+            ours, true, copy = (
+                to_tensor(frames),
+                to_tensor(item.frames),
+                to_tensor(item.frames[:1]).expand(len(frames), -1, -1, -1),
+            )
             scores.clips.append(
                 {
                     "clip": item.clip.clip_id,

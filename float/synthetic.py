@@ -20,10 +20,15 @@ _CLIPS = 331  # random stream
 
 
 def synthetic_clip(index: int, dim_w: int, audio_width: int, seed: int) -> dict[str, Tensor]:
-    """Motion (100, dim_w): sines of the frame; audio (100, F): fixed random mixtures of the same sines, with a little noise."""
+    """Motion (100, dim_w): sines of the frame; audio (100, F): fixed random mixtures of the same sines, with a little
+    noise.
+    """
     generator = keyed_generator(seed, _CLIPS, index)
     time = torch.arange(FRAMES)[:, None] / 25
-    hertz, phase = 0.5 + 2 * torch.rand(1, dim_w, generator=generator), 6.283 * torch.rand(1, dim_w, generator=generator)
+    hertz, phase = (
+        0.5 + 2 * torch.rand(1, dim_w, generator=generator),
+        6.283 * torch.rand(1, dim_w, generator=generator),
+    )
     motion = torch.sin(6.283 * hertz * time + phase)
     mixture = torch.randn(dim_w, audio_width, generator=keyed_generator(seed, _CLIPS)) / dim_w**0.5
     audio = motion @ mixture + 0.1 * torch.randn(FRAMES, audio_width, generator=generator)
@@ -40,7 +45,10 @@ def write_synthetic_features(config: Config, info: DistInfo) -> None:
     model = config.model
     width = raw_audio_width(model.audio_features, model.wav2vec_model_path, only_last_features=model.only_last_features)
     if info.is_main:
-        print("--synthetic: made-up motion and sound; this checks the installation and makes no talking portrait", flush=True)
+        print(
+            "--synthetic: made-up motion and sound; this checks the installation and makes no talking portrait",
+            flush=True,
+        )
         for split, count in CLIPS.items():
             for number in range(count):
                 clip = Clip(f"synthetic{number:02d}", Path(), Path(), "nobody")

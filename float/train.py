@@ -1,11 +1,12 @@
-"""Train FLOAT: phase 1 (motion auto-encoder) if none is given, features of all clips, phase 2 (rectified flow on motion).
+"""Train FLOAT: phase 1 (motion auto-encoder) if none is given, features of all clips, phase 2 (rectified flow on
+motion).
 
   python float/train.py --config small --output-dir outputs/float           a CPU, the sample clips, about 6 minutes
   python float/train.py --config default --autoencoder-path float.pth --data-root datasets        one GPU
   torchrun --nproc_per_node=8 float/train.py --config official ...          eight
   python float/train.py --config official --dry-run                         the plan only
-The same command again resumes, in either phase. The guide's flags: --config-file, --batch-size, --learning-rate, --num-epochs,
---resume, --output-dir, --device, --num-workers.
+The same command again resumes, in either phase. The guide's flags: --config-file, --batch-size, --learning-rate,
+--num-epochs, --resume, --output-dir, --device, --num-workers.
 """
 
 import os
@@ -57,7 +58,9 @@ def train_phase_one(config: Config, info: "DistInfo") -> str:
     seed_everything(config.run.seed, 1)
     result = AutoencoderTrainer(phase, info).train()
     if not result.finished:
-        raise UserError(f"phase 1 was stopped at step {result.step} by {result.stopped_by}; run the same command again to go on")
+        raise UserError(
+            f"phase 1 was stopped at step {result.step} by {result.stopped_by}; run the same command again to go on"
+        )
     return str(folder)
 
 

@@ -1,6 +1,7 @@
 """Phase 1 of FLOAT: train the motion auto-encoder on pairs of frames.
 
-  python float/train_autoencoder.py --config small --output-dir outputs/float_autoencoder      a CPU, the sample clips, minutes
+  python float/train_autoencoder.py --config small --output-dir outputs/float_autoencoder      a CPU, the sample clips,
+  minutes
   torchrun --nproc_per_node=8 float/train_autoencoder.py --config official --data-root datasets --vgg-path vgg19.pth
 The same command again resumes. float/train.py does this phase itself when it is given no auto-encoder.
 """
@@ -88,14 +89,18 @@ class AutoencoderTrainer:
         training, data = self.config.training, self.config.data
         terms = {"l1": (output - target).abs().mean()}
         if training.lambda_box:
-            terms["box"] = box_difference(output, target, data.mouth_box) + box_difference(output, target, data.eye_box) / 3
+            terms["box"] = (
+                box_difference(output, target, data.mouth_box) + box_difference(output, target, data.eye_box) / 3
+            )
         if self.stack is not None:
             both = perceptual_terms(self.stack, output, target, [data.mouth_box, data.eye_box])
             terms["perceptual"], terms["component"] = both
         return terms
 
     def validate(self, model: Callable, step: int) -> dict[str, float]:
-        """Held-out clips from their first frame: L1, PSNR of picture and mouth, and the same for a copy of that frame."""
+        """Held-out clips from their first frame: L1, PSNR of picture and mouth, and the same for a copy of that
+        frame.
+        """
         import torch
 
         from float.autoencoder_losses import psnr
@@ -108,7 +113,10 @@ class AutoencoderTrainer:
             driving = to_tensor(frames[::every]).to(self.info.device)
             source = driving[:1].expand_as(driving)
             output = torch.cat(
-                [model(s, d, judge=False, penalise=False)[0] for s, d in zip(source.split(16), driving.split(16), strict=True)]
+                [
+                    model(s, d, judge=False, penalise=False)[0]
+                    for s, d in zip(source.split(16), driving.split(16), strict=True)
+                ]
             )
             rows.append(
                 {
@@ -140,18 +148,25 @@ class AutoencoderTrainer:
 
     def train(self, output_dir: Path | None = None) -> "FitResult":
         """Train to the planned step, resuming what is in the output folder."""
+        from float.frames import collate_pairs
         from shared.data import BatchPlan, MapStream
         from shared.loop import fit
 
-        from float.frames import collate_pairs
-
         run, training = self.config.run, self.config.training
         if self.is_adversarial and run.strategy == "zero3":
-            raise UserError("--strategy zero3 cannot run the adversarial terms (it hides the weights that are held fixed); use fsdp or zero2")
+            raise UserError(
+                "--strategy zero3 cannot run the adversarial terms (it hides the weights that are held fixed); "
+                "use fsdp or zero2"
+            )
         output_dir = Path(output_dir or run.output_dir)
         accumulation = accumulation_steps(training, self.info.world)
         plan = BatchPlan(
-            len(self.pairs), training.batch_size, self.info.world, accumulation, run.seed, drop_last=self.config.data.drop_last
+            len(self.pairs),
+            training.batch_size,
+            self.info.world,
+            accumulation,
+            run.seed,
+            drop_last=self.config.data.drop_last,
         )
         stream = MapStream(
             self.pairs,
@@ -181,7 +196,9 @@ class AutoencoderTrainer:
 @command
 def main(argv: list[str] | None = None) -> "FitResult | None":
     """Read the settings, train."""
-    config = load_config(AutoencoderConfig, presets=AUTOENCODER_PRESETS, argv=argv, default="small", description=__doc__)
+    config = load_config(
+        AutoencoderConfig, presets=AUTOENCODER_PRESETS, argv=argv, default="small", description=__doc__
+    )
     from float.plans import print_autoencoder_plan
     from shared.dist import init_distributed, shutdown
     from shared.rng import seed_everything

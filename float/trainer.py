@@ -58,7 +58,9 @@ class FlowMatchingTrainer:
     # --- the objective ------------------------------------------------------------------------------------------------
 
     def losses(self, model: Any, batches: list[dict], step: int) -> Iterator[tuple[Tensor, dict]]:
-        """One (loss, metrics) a micro-batch; draws are keyed by (seed, step, sample), so ranks and resumes do not change them."""
+        """One (loss, metrics) a micro-batch; draws are keyed by (seed, step, sample), so ranks and resumes do not
+        change them.
+        """
         seed, probabilities = self.config.run.seed, self._drop_probabilities()
         for batch in batches:
             slots = batch["slot"]
@@ -75,7 +77,9 @@ class FlowMatchingTrainer:
         """Of wa, wr, we, prev_x, prev_wa, each drawn on its own per sample."""
         model = self.config.model
         previous = model.prev_frame_dropout_prob
-        return torch.tensor([model.audio_dropout_prob, model.ref_dropout_prob, model.emotion_dropout_prob, previous, previous])
+        return torch.tensor(
+            [model.audio_dropout_prob, model.ref_dropout_prob, model.emotion_dropout_prob, previous, previous]
+        )
 
     def _shape(self, model: Any) -> tuple[int, int]:
         """(L, d) of the flow's space."""
@@ -166,7 +170,9 @@ class FlowMatchingTrainer:
     # --- one step at a time, outside the loop -------------------------------------------------------------------------
 
     def train_step(self, batch: dict, step: int = 0) -> dict[str, float]:
-        """One optimizer step on one batch: {loss, loss_flow, loss_vel, loss_prev, grad_norm}. For notebooks; `train` is the loop."""
+        """One optimizer step on one batch: {loss, loss_flow, loss_vel, loss_prev, grad_norm}. For notebooks; `train`
+        is the loop.
+        """
         training = self.config.training
         if self.optimizer is None:
             self.optimizer = adamw(

@@ -6,8 +6,8 @@ import av
 import numpy as np
 import soundfile
 
-from float.features import feature_path, write_features
 from float.clips import Clip
+from float.features import feature_path, write_features
 from float.media import write_video
 
 SIDE = 32
@@ -30,7 +30,9 @@ def frames_of(count: int, *, seed: int = 0) -> np.ndarray:
     return frames
 
 
-def write_clip(folder: Path, name: str, *, frames: int = 30, seconds: float | None = None, sound: str = "wav", seed: int = 0) -> Path:
+def write_clip(
+    folder: Path, name: str, *, frames: int = 30, seconds: float | None = None, sound: str = "wav", seed: int = 0
+) -> Path:
     """folder/name.mp4 with its sound beside it (wav), inside (track), or none (none)."""
     folder.mkdir(parents=True, exist_ok=True)
     wave = wave_of(frames / 25 if seconds is None else seconds)

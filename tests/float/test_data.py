@@ -18,13 +18,21 @@ from float.features import ClipEncoder, encode_clips, is_encoded
 from float.frames import FramePairs, FrameStore, seek_frame
 from float.media import is_silent, iterate_frames, read_audio, read_image, write_video
 from shared.errors import BadSample, UserError
-from tests.float.material import SIDE, frames_of as pictures
-from tests.float.material import wave_of, write_clip, write_feature_clip, write_mp3
+from tests.float.material import SIDE, wave_of, write_clip, write_feature_clip, write_mp3
+from tests.float.material import frames_of as pictures
 
 
 def settings(**changes) -> tuple[ModelConfig, DataConfig]:
-    model = ModelConfig(input_size=SIDE, dim_w=8, dim_m=3, dim_h=8, num_heads=1, channels={4: 8, 8: 8, 16: 8, 32: 8}, autoencoder="compact",
-                        audio_features="logmel")  # fmt: skip
+    model = ModelConfig(
+        input_size=SIDE,
+        dim_w=8,
+        dim_m=3,
+        dim_h=8,
+        num_heads=1,
+        channels={4: 8, 8: 8, 16: 8, 32: 8},
+        autoencoder="compact",
+        audio_features="logmel",
+    )
     return model, DataConfig(**{"emotion_source": "label", "use_augmentation": False} | changes)
 
 
@@ -64,7 +72,11 @@ def test_a_failed_video_leaves_nothing_behind(tmp_path):
 def test_unreadable_files_are_named(tmp_path):
     (tmp_path / "a.wav").write_bytes(b"RIFF nothing")
     (tmp_path / "a.png").write_bytes(b"nothing")
-    for reader, name, words in ((read_audio, "a.wav", "cannot be read as sound"), (read_image, "a.png", "cannot be read as a picture"), (read_audio, "b.wav", "no such file")):
+    for reader, name, words in (
+        (read_audio, "a.wav", "cannot be read as sound"),
+        (read_image, "a.png", "cannot be read as a picture"),
+        (read_audio, "b.wav", "no such file"),
+    ):
         with pytest.raises(BadSample, match=words):
             reader(tmp_path / name)
     write_clip(tmp_path, "mute", sound="none")
@@ -85,7 +97,7 @@ def test_seeking_finds_the_frame(tmp_path):
 
 def test_folder_layouts_of_the_public_sets(tmp_path):
     write_clip(tmp_path / "train" / "Actor_01", "02-01-06-01-02-01-01_processed", frames=2)
-    write_clip(tmp_path / "train" / "RD_Radio1" , "RD_Radio1_000_processed", frames=2, sound="track")
+    write_clip(tmp_path / "train" / "RD_Radio1", "RD_Radio1_000_processed", frames=2, sound="track")
     write_clip(tmp_path / "test" / "M003" / "disgusted", "001", frames=2)
     train, test = find_clips(tmp_path, "train"), find_clips(tmp_path, "test")
     assert {clip.identity: clip.emotion for clip in train} == {"Actor_01": 2, "RD_Radio1": None}
@@ -94,13 +106,31 @@ def test_folder_layouts_of_the_public_sets(tmp_path):
     assert [ravdess_emotion(f"02-01-0{code}-01-01-01-01") for code in range(1, 9)] == [4, 4, 3, 5, 0, 2, 1, 6]
 
 
-@pytest.mark.parametrize("make, words", [
-    (lambda root: None, "no such folder"),
-    (lambda root: root.mkdir(), "no clips of split 'train'"),
-    (lambda root: (root.mkdir(), (root / "metadata.csv").write_text("clip_id,video\na,b\n")), "columns split are missing"),
-    (lambda root: (root.mkdir(), (root / "metadata.csv").write_text("clip_id,video,split,emotion_index\na,b,train,9\n")), "emotion_index '9'"),
-    (lambda root: (root.mkdir(), (root / "metadata.csv").write_text("clip_id,video,split\na,b,train\na,c,train\n")), "occur twice: a"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda root: None, "no such folder"),
+        (lambda root: root.mkdir(), "no clips of split 'train'"),
+        (
+            lambda root: (root.mkdir(), (root / "metadata.csv").write_text("clip_id,video\na,b\n")),
+            "columns split are missing",
+        ),
+        (
+            lambda root: (
+                root.mkdir(),
+                (root / "metadata.csv").write_text("clip_id,video,split,emotion_index\na,b,train,9\n"),
+            ),
+            "emotion_index '9'",
+        ),
+        (
+            lambda root: (
+                root.mkdir(),
+                (root / "metadata.csv").write_text("clip_id,video,split\na,b,train\na,c,train\n"),
+            ),
+            "occur twice: a",
+        ),
+    ],
+)
 def test_faulty_data_folders_are_explained(tmp_path, make, words):
     make(tmp_path / "data")
     with pytest.raises(UserError, match=words):
@@ -174,7 +204,9 @@ def test_rules_for_odd_clips(tmp_path, encoder):
     soundfile.write(path.with_suffix(".wav"), np.zeros(6400), 16000)
     done = encode_clips(encoder, find_clips(tmp_path, "train"), {}, tmp_path / "cache")
     assert sorted(done["encoded"]) == ["a__long_sound", "a__short_sound"]
-    assert any("no sound track" in sentence for sentence in done["bad"]) and any("is silent" in sentence for sentence in done["bad"])
+    assert any("no sound track" in sentence for sentence in done["bad"]) and any(
+        "is silent" in sentence for sentence in done["bad"]
+    )
     assert len(done["notes"]) == 2 and "cut to the shorter" in done["notes"][0]
     dataset = FLOATDataset(tmp_path / "cache", encoder.data, train=False)
     lengths = {path.stem: FLOATDataset._frames(path) for path in dataset.paths}
@@ -194,7 +226,11 @@ def test_windows_hold_the_right_frames(tmp_path):
     assert second["motion_latent_cur"][:, 0].tolist() == [16.5 + k for k in range(16)]
     assert second["motion_latent_prev"][:, 0].tolist() == [12.5, 13.5, 14.5, 15.5]
     assert second["audio_cur"][0, 0] == 116 and second["audio_prev"][-1, 0] == 115
-    assert second["reference_motion"][0] == 0.5 and second["emotion_features"].shape == (1, 7) and second["clip_id"] == "clip"
+    assert (
+        second["reference_motion"][0] == 0.5
+        and second["emotion_features"].shape == (1, 7)
+        and second["clip_id"] == "clip"
+    )
 
 
 def test_training_windows_are_a_function_of_seed_epoch_and_index(tmp_path):
@@ -237,7 +273,9 @@ def test_augmentation_and_transforms(tmp_path):
     items = [dataset.sample(1, epoch) for epoch in range(40)]
     flipped = [bool((item["motion_latent_cur"] == -1).all()) for item in items]
     assert 8 < sum(flipped) < 32 and all(item["clip_id"] == "changed" for item in items)
-    plain = next(item for item, is_flipped in zip(items, flipped, strict=True) if not is_flipped and item["has_previous"])
+    plain = next(
+        item for item, is_flipped in zip(items, flipped, strict=True) if not is_flipped and item["has_previous"]
+    )
     gaps = plain["motion_latent_prev"][:, 0].diff()
     assert not torch.equal(gaps, torch.ones(3)) and (gaps - 1).abs().max() < 3
     assert dataset.sample(1, 0)["audio_cur"].min() >= 100

@@ -5,7 +5,16 @@ import pytest
 
 from float.clips import find_clips
 from float.config import SAMPLE_DATA
-from float.evaluation import best_lag, correlation, cosine_similarity, frechet_distance, frechet_gaussians, lip_sync_error, log_energy, mouth_activity
+from float.evaluation import (
+    best_lag,
+    correlation,
+    cosine_similarity,
+    frechet_distance,
+    frechet_gaussians,
+    lip_sync_error,
+    log_energy,
+    mouth_activity,
+)
 from float.media import resize
 from float.mouth_meter import MouthMeter, read_truth
 

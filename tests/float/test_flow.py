@@ -103,10 +103,20 @@ def test_guidance_is_the_stated_combination():
         value = torch.where(sound & emotion, v_all, torch.where(sound, v_a, torch.where(reference, v_u, v_0)))
         return value[:, None, None].expand(-1, 8, 3)
 
-    arguments = [torch.zeros(2), torch.ones(2, 6, 3), torch.ones(2, 6, 4), torch.ones(2, 3), torch.ones(2, 1, 7), torch.ones(2, 2, 3), torch.ones(2, 2, 4)]  # fmt: skip
+    arguments = [
+        torch.zeros(2),
+        torch.ones(2, 6, 3),
+        torch.ones(2, 6, 4),
+        torch.ones(2, 3),
+        torch.ones(2, 1, 7),
+        torch.ones(2, 2, 3),
+        torch.ones(2, 2, 4),
+    ]
     plain = guided_velocity(model, *arguments, SamplingOptions(a_cfg_scale=2, e_cfg_scale=3))
     assert torch.allclose(plain, torch.full_like(plain, v_u + 2 * (v_a - v_u) + 3 * (v_all - v_a)))
-    both = guided_velocity(model, *arguments, SamplingOptions(a_cfg_scale=2, r_cfg_scale=4, e_cfg_scale=3, reference_guidance=True))
+    both = guided_velocity(
+        model, *arguments, SamplingOptions(a_cfg_scale=2, r_cfg_scale=4, e_cfg_scale=3, reference_guidance=True)
+    )
     assert torch.allclose(both, plain - v_u + v_0 + 4 * (v_u - v_0))
 
 
@@ -162,9 +172,14 @@ def test_windows_are_made_one_at_a_time():
             yield torch.randn(1, 6, 6)
 
     windows = sample_windows(
-        small_transformer(), sound(), torch.randn(1, 8), torch.rand(1, 1, 7), num_frames=6, num_prev_frames=2,
+        small_transformer(),
+        sound(),
+        torch.randn(1, 8),
+        torch.rand(1, 1, 7),
+        num_frames=6,
+        num_prev_frames=2,
         options=SamplingOptions(nfe=2),
-    )  # fmt: skip
+    )
     next(windows)
     next(windows)
     assert asked == [0, 1]

@@ -47,7 +47,10 @@ def test_transformer_agrees_in_every_way_of_calling(fmt):
     case.close(model(t, x, wa, wr * 0, we, prev_x, prev_wa), "drop_ref", 2e-5)
     case.close(model(t, x, wa, wr, we * 0, prev_x, prev_wa), "drop_emotion", 2e-5)
     case.close(model(t, x, wa * 0, wr * 0, we * 0, prev_x, prev_wa), "drop_all", 2e-5)
-    keep = 1 - case.outputs["mask_prev_x"].float()[:, None, None], 1 - case.outputs["mask_prev_wa"].float()[:, None, None]
+    keep = (
+        1 - case.outputs["mask_prev_x"].float()[:, None, None],
+        1 - case.outputs["mask_prev_wa"].float()[:, None, None],
+    )
     case.close(model(t, x, wa, wr, we, prev_x * keep[0], prev_wa * keep[1]), "train_prev_dropout", 2e-5)
 
 
@@ -55,16 +58,23 @@ def test_transformer_agrees_in_every_way_of_calling(fmt):
 def test_transformer_tables_agree(fmt):
     case, model, (t, *_) = fmt
     fresh = FlowMatchingTransformer(
-        dim_h=model.pos_embed.shape[2], num_heads=1, depth=1, num_frames=model.num_frames, num_prev_frames=model.num_prev_frames,
+        dim_h=model.pos_embed.shape[2],
+        num_heads=1,
+        depth=1,
+        num_frames=model.num_frames,
+        num_prev_frames=model.num_prev_frames,
         attention_window=case.config["config"]["attention_window"],
-    )  # fmt: skip
+    )
     case.close(fresh.pos_embed, "pos_embed", 0)
     assert torch.equal(fresh.alignment_mask, case.outputs["alignment_mask"].bool())
     case.close(TimestepEmbedder.frequencies(t), "t_freq", 1e-6)
     case.close(model.t_embedder(t), "t_emb", 2e-5)
 
 
-@pytest.mark.parametrize("name, scales", [("a2_e1", (2, 1, 1)), ("a2_e3", (2, 1, 3)), ("a1_e5", (1, 1, 5)), ("r2_only", (1, 2, 1)), ("111", (1, 1, 1))])
+@pytest.mark.parametrize(
+    "name, scales",
+    [("a2_e1", (2, 1, 1)), ("a2_e3", (2, 1, 3)), ("a1_e5", (1, 1, 5)), ("r2_only", (1, 2, 1)), ("111", (1, 1, 1))],
+)
 @torch.no_grad()
 def test_guided_velocity_agrees(fmt, name, scales):
     case, model, (t, *rest) = fmt
@@ -89,12 +99,22 @@ def test_windowed_sampling_agrees(name):
     case = Case(name)
     config, scales = case.config, case.config["scales"]
     options = SamplingOptions(
-        nfe=config["nfe"], method=config["ode_method"], a_cfg_scale=scales["a"], r_cfg_scale=scales["r"], e_cfg_scale=scales["e"]
+        nfe=config["nfe"],
+        method=config["ode_method"],
+        a_cfg_scale=scales["a"],
+        r_cfg_scale=scales["r"],
+        e_cfg_scale=scales["e"],
     )
     found = sample_motion(
-        transformer_of(case), case.inputs["wa"], case.inputs["wr"], case.inputs["we"], num_frames=config["L"],
-        num_prev_frames=config["L_prev"], options=options, noise=iter(case.inputs["noise"]),
-    )  # fmt: skip
+        transformer_of(case),
+        case.inputs["wa"],
+        case.inputs["wr"],
+        case.inputs["we"],
+        num_frames=config["L"],
+        num_prev_frames=config["L_prev"],
+        options=options,
+        noise=iter(case.inputs["noise"]),
+    )
     case.close(found, "sample", 1e-4)
 
 
@@ -119,7 +139,9 @@ def test_autoencoder_agrees():
     case.close(model(source, driving), "image_drive", 5e-4)
     case.close(model.decode(w, motion, features), "image_self", 5e-4)
     case.close(model.dec(w + model.encode_motion(driving), features)[1], "flow64_drive", 5e-4)
-    relative = model.relative_motion(model.enc.enc_motion(driving), model.enc.enc_motion(source.flip(-1)), model.enc.fc(w))
+    relative = model.relative_motion(
+        model.enc.enc_motion(driving), model.enc.enc_motion(source.flip(-1)), model.enc.fc(w)
+    )
     case.close(model.decode(w, relative, features), "image_relative", 5e-4)
     x = model.dec.conv1(model.dec.input(len(w)), w + motion)
     case.close(x, "dec_conv1", 5e-4)
@@ -155,7 +177,9 @@ def test_image_operators_agree():
     skip = ConvLayer(3, 4, 1, downsample=True, activate=False, bias=False)
     case.close(_loaded(skip, case, "convlayer_skip1")(x), "convlayer_skip1", tolerance)
     case.close(_loaded(ResBlock(3, 4), case, "resblock")(case.inputs["resblock_x"]), "resblock", tolerance)
-    case.close(_loaded(EqualLinear(6, 5), case, "equal_linear")(case.inputs["equal_linear_x"]), "equal_linear", tolerance)
+    case.close(
+        _loaded(EqualLinear(6, 5), case, "equal_linear")(case.inputs["equal_linear_x"]), "equal_linear", tolerance
+    )
 
 
 @pytest.mark.parametrize(
@@ -179,8 +203,12 @@ def test_modulated_convolutions_agree(name, kernel, options):
 def test_audio_encoder_agrees(name):
     case = Case(name)
     config, weights = case.config, rename_weight_norm(case.weights)
-    encoder = AudioEncoder.from_config(Wav2Vec2Config(**config["wav2vec2_config"]), only_last_features=config["only_last_features"])
-    missing = encoder.load_state_dict({k: v for k, v in weights.items() if k.startswith("wav2vec2.")}, strict=False).missing_keys
+    encoder = AudioEncoder.from_config(
+        Wav2Vec2Config(**config["wav2vec2_config"]), only_last_features=config["only_last_features"]
+    )
+    missing = encoder.load_state_dict(
+        {k: v for k, v in weights.items() if k.startswith("wav2vec2.")}, strict=False
+    ).missing_keys
     assert missing == ["wav2vec2.masked_spec_embed"]
     projection = AudioProjection(encoder.feature_width, config["dim_w"])
     projection.load_state_dict({k: v for k, v in weights.items() if k.startswith("audio_projection.")})
@@ -231,9 +259,7 @@ def test_full_size_transformer_agrees():
 
 def _test_picture(k: int) -> torch.Tensor:
     y, x = torch.meshgrid(torch.arange(512, dtype=torch.float64), torch.arange(512, dtype=torch.float64), indexing="ij")
-    waves = [
-        0.6 * torch.sin(2 * math.pi * ((1 + c + k) * x / 512 + (2 - c + k) * y / 512 + 0.1 * c)) for c in range(3)
-    ]
+    waves = [0.6 * torch.sin(2 * math.pi * ((1 + c + k) * x / 512 + (2 - c + k) * y / 512 + 0.1 * c)) for c in range(3)]
     noise = formula_values(f"in.image{k}", (1, 3, 512, 512), 0.2).double()
     return (torch.stack(waves)[None] + noise).float()
 
@@ -277,7 +303,9 @@ def test_equal_linear_with_activation_and_learning_rate_factor():
     by_hand = {}
     for factor in (0.01, 0.1, 0.5):
         out = F.linear(x, module.weight * factor / math.sqrt(6)) + module.bias * factor
-        by_hand[factor] = (F.leaky_relu(out, 0.2) * math.sqrt(2) - case.outputs["equal_linear_lrmul_act"]).abs().max().item()
+        by_hand[factor] = (
+            (F.leaky_relu(out, 0.2) * math.sqrt(2) - case.outputs["equal_linear_lrmul_act"]).abs().max().item()
+        )
     assert min(by_hand.values()) < 1e-5
     factor = min(by_hand, key=by_hand.get)
     module.scale, module.lr_mul = factor / math.sqrt(6), factor

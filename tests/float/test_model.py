@@ -21,8 +21,17 @@ TINY_CHANNELS = {4: 8, 8: 8, 16: 6, 32: 4}
 
 
 def tiny_settings(**changes):
-    model = {"input_size": 32, "dim_w": 12, "dim_m": 4, "dim_h": 16, "dim_a": 10, "fmt_depth": 1, "num_heads": 2, "channels": TINY_CHANNELS,
-             "audio_features": "logmel"}  # fmt: skip
+    model = {
+        "input_size": 32,
+        "dim_w": 12,
+        "dim_m": 4,
+        "dim_h": 16,
+        "dim_a": 10,
+        "fmt_depth": 1,
+        "num_heads": 2,
+        "channels": TINY_CHANNELS,
+        "audio_features": "logmel",
+    }
     return ModelConfig(**model | changes), DataConfig(sequence_length=16, prev_frames=4)
 
 
@@ -32,7 +41,11 @@ def test_official_names_and_shapes_are_the_released_ones():
         modules = {"motion_autoencoder.": make_autoencoder(config.model)}
         generator = make_generator(config.model, config.data)
     modules |= {"fmt.": generator.fmt, "audio_encoder.": generator.audio_encoder}
-    own = {prefix + name: list(value.shape) for prefix, module in modules.items() for name, value in module.state_dict().items()}
+    own = {
+        prefix + name: list(value.shape)
+        for prefix, module in modules.items()
+        for name, value in module.state_dict().items()
+    }
     foreign = ("audio_encoder.wav2vec2.", "emotion_encoder.")
     recorded = {name: shape for name, (shape, _, _) in KEYS.items() if not name.startswith(foreign)}
     assert own == recorded
@@ -50,16 +63,34 @@ def test_foreign_encoders_have_the_recorded_names():
     from float.audio import AudioEncoder
     from float.emotion import Audio2Emotion
 
-    large = Wav2Vec2Config(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
-                           feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True)  # fmt: skip
+    large = Wav2Vec2Config(
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=4096,
+        feat_extract_norm="layer",
+        do_stable_layer_norm=True,
+        conv_bias=True,
+    )
     with torch.device("meta"):
-        modules = {"audio_encoder.": AudioEncoder.from_config(Wav2Vec2Config(), only_last_features=False), "emotion_encoder.": Audio2Emotion.from_config(large)}
-    own = {prefix + name: list(value.shape) for prefix, module in modules.items() for name, value in module.named_parameters()}
-    recorded = {name: shape for name, (shape, kind, source) in KEYS.items() if kind == "param" and source != "float.pth"}
+        modules = {
+            "audio_encoder.": AudioEncoder.from_config(Wav2Vec2Config(), only_last_features=False),
+            "emotion_encoder.": Audio2Emotion.from_config(large),
+        }
+    own = {
+        prefix + name: list(value.shape)
+        for prefix, module in modules.items()
+        for name, value in module.named_parameters()
+    }
+    recorded = {
+        name: shape for name, (shape, kind, source) in KEYS.items() if kind == "param" and source != "float.pth"
+    }
     assert own == recorded
 
 
-@pytest.mark.parametrize("preset, expected", [("default", 232_195_584), ("large", 307_754_496), ("official", 156_636_672)])
+@pytest.mark.parametrize(
+    "preset, expected", [("default", 232_195_584), ("large", 307_754_496), ("official", 156_636_672)]
+)
 def test_presets_have_the_stated_size(preset, expected):
     config = load_saved(Config, PRESETS / f"{preset}.yaml")
     with torch.device("meta"):
@@ -91,7 +122,15 @@ def test_frames_see_only_their_neighbours():
 @torch.no_grad()
 def test_dropped_conditions_are_per_sample_and_leave_the_inputs_alone():
     generator = MotionGenerator(small_transformer(), 5)
-    arguments = [torch.rand(3), torch.randn(3, 6, 8), torch.randn(3, 6, 5), torch.randn(3, 8), torch.rand(3, 1, 7), torch.randn(3, 2, 8), torch.randn(3, 2, 5)]  # fmt: skip
+    arguments = [
+        torch.rand(3),
+        torch.randn(3, 6, 8),
+        torch.randn(3, 6, 5),
+        torch.randn(3, 8),
+        torch.rand(3, 1, 7),
+        torch.randn(3, 2, 8),
+        torch.randn(3, 2, 5),
+    ]
     kept = [value.clone() for value in arguments]
     full = generator(*arguments)
     drop = torch.zeros(3, 5, dtype=torch.bool)
@@ -109,7 +148,9 @@ def test_gradient_checkpointing_changes_no_gradient():
         model = small_transformer()
         model.gradient_checkpointing = checkpointing
         torch.manual_seed(1)
-        model(torch.rand(2), torch.randn(2, 6, 8), torch.randn(2, 6, 6), torch.randn(2, 8), torch.rand(2, 1, 7)).square().mean().backward()
+        model(
+            torch.rand(2), torch.randn(2, 6, 8), torch.randn(2, 6, 6), torch.randn(2, 8), torch.rand(2, 1, 7)
+        ).square().mean().backward()
         grads.append([p.grad for p in model.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 

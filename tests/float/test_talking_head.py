@@ -33,7 +33,9 @@ def test_a_rendered_clip_is_a_data_folder(tmp_path):
     assert again[0].shape == (64, 64, 3) and again[0].std() > 20
 
 
-@pytest.mark.parametrize("row, words", [("one,a.wav,id09,happy", "identity 'id09'"), ("one,,id01,happy", "audio missing")])
+@pytest.mark.parametrize(
+    "row, words", [("one,a.wav,id09,happy", "identity 'id09'"), ("one,,id01,happy", "audio missing")]
+)
 def test_a_faulty_list_is_explained(tmp_path, row, words, capsys):
     (tmp_path / "list.csv").write_text(f"clip_id,audio,identity,emotion\n{row}\n")
     with pytest.raises(SystemExit) as stopped:

@@ -25,10 +25,37 @@ from tests.float.material import write_clip
 from tests.launching import ROOT, final_tensors, losses, run, same_bits
 
 TINY = [
-    "--config", "small", "--dim-h", "32", "--fmt-depth", "1", "--num-heads", "2", "--batch-size", "4", "--device", "cpu", "--eval-steps", "3",
-    "--save-steps", "3", "--logging-steps", "1", "--precision", "fp32",
-]  # fmt: skip
-TINY_PICTURES = ["--input-size", "32", "--dim-w", "12", "--dim-m", "4", "--set", "model.channels={4: 8, 8: 8, 16: 8, 32: 8}"]
+    "--config",
+    "small",
+    "--dim-h",
+    "32",
+    "--fmt-depth",
+    "1",
+    "--num-heads",
+    "2",
+    "--batch-size",
+    "4",
+    "--device",
+    "cpu",
+    "--eval-steps",
+    "3",
+    "--save-steps",
+    "3",
+    "--logging-steps",
+    "1",
+    "--precision",
+    "fp32",
+]
+TINY_PICTURES = [
+    "--input-size",
+    "32",
+    "--dim-w",
+    "12",
+    "--dim-m",
+    "4",
+    "--set",
+    "model.channels={4: 8, 8: 8, 16: 8, 32: 8}",
+]
 
 
 @pytest.fixture
@@ -48,13 +75,42 @@ def test_synthetic_run_resumes_bit_for_bit(tmp_path):
     assert same_bits(final_tensors(whole), final_tensors(halves))
     rows = [json.loads(line) for line in (Path(whole) / "metrics.jsonl").read_text().splitlines()]
     found = {name for row in rows for name in row}
-    assert {"train/loss", "val/loss", "train/grad_norm", "train/lr", "train/loss_flow", "train/loss_vel", "train/loss_prev"} <= found
+    assert {
+        "train/loss",
+        "val/loss",
+        "train/grad_norm",
+        "train/lr",
+        "train/loss_flow",
+        "train/loss_vel",
+        "train/loss_prev",
+    } <= found
 
 
-@pytest.mark.parametrize("changes", [[], ["--lambda-adversarial", "1", "--lambda-style", "1", "--lambda-perceptual", "1", "--lambda-component", "1"]])
+@pytest.mark.parametrize(
+    "changes",
+    [[], ["--lambda-adversarial", "1", "--lambda-style", "1", "--lambda-perceptual", "1", "--lambda-component", "1"]],
+)
 def test_phase_one_resumes_bit_for_bit(tmp_path, clips, changes):
-    flags = ["--config", "small", *TINY_PICTURES, "--data-root", str(clips), "--batch-size", "2", "--logging-steps", "1", "--save-steps", "2", "--eval-steps", "2",
-             "--device", "cpu", "--precision", "fp32", *changes]  # fmt: skip
+    flags = [
+        "--config",
+        "small",
+        *TINY_PICTURES,
+        "--data-root",
+        str(clips),
+        "--batch-size",
+        "2",
+        "--logging-steps",
+        "1",
+        "--save-steps",
+        "2",
+        "--eval-steps",
+        "2",
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        *changes,
+    ]
     whole, halves = str(tmp_path / "whole"), str(tmp_path / "halves")
     train_autoencoder([*flags, "--output-dir", whole, "--max-steps", "4"])
     train_autoencoder([*flags, "--output-dir", halves, "--max-steps", "2"])
@@ -66,8 +122,25 @@ def test_phase_one_resumes_bit_for_bit(tmp_path, clips, changes):
 
 def test_the_released_network_trains_in_phase_one(tmp_path, clips):
     output = tmp_path / "run"
-    result = train_autoencoder(["--config", "small", *TINY_PICTURES, "--autoencoder", "lia", "--data-root", str(clips), "--batch-size", "2", "--max-steps", "2",
-                                "--device", "cpu", "--output-dir", str(output)])  # fmt: skip
+    result = train_autoencoder(
+        [
+            "--config",
+            "small",
+            *TINY_PICTURES,
+            "--autoencoder",
+            "lia",
+            "--data-root",
+            str(clips),
+            "--batch-size",
+            "2",
+            "--max-steps",
+            "2",
+            "--device",
+            "cpu",
+            "--output-dir",
+            str(output),
+        ]
+    )
     assert result.finished and np.isfinite(result.metrics["val/psnr"])
 
 
@@ -82,12 +155,31 @@ def test_from_clips_to_a_talking_video(tmp_path, clips):
     soundfile.write(tmp_path / "speech.wav", np.sin(np.arange(16000 * 3) / 9) * 0.3, 16000)
     made = tmp_path / "talk.mp4"
     portrait = str(clips / "val" / "id0" / "clip.mp4")
-    generate(["--checkpoint", str(output), "--ref-path", portrait, "--aud-path", str(tmp_path / "speech.wav"), "--output", str(made), "--emo", "happy",
-              "--set-direction", "1=0.5", "--device", "cpu"])  # fmt: skip
+    generate(
+        [
+            "--checkpoint",
+            str(output),
+            "--ref-path",
+            portrait,
+            "--aud-path",
+            str(tmp_path / "speech.wav"),
+            "--output",
+            str(made),
+            "--emo",
+            "happy",
+            "--set-direction",
+            "1=0.5",
+            "--device",
+            "cpu",
+        ]
+    )
     assert len(list(iterate_frames(made, 25))) == 75 and len(read_audio(made)) >= 48000
     scores = metrics(["--checkpoint", str(output), "--seeds", "1", "--device", "cpu"])
     assert scores["held_out_clips"] == 2 and not scores["uses_meter"]
-    assert json.loads((output / "metrics.json").read_text())["psnr"] == scores["psnr"] and (output / "report.html").exists()
+    assert (
+        json.loads((output / "metrics.json").read_text())["psnr"] == scores["psnr"]
+        and (output / "report.html").exists()
+    )
     again = precompute([*flags[: flags.index("--max-steps")], "--autoencoder-path", str(output / "autoencoder")])
     assert again == {"train_encoded": 0, "train_kept": 3, "train_bad": 0, "val_encoded": 0, "val_kept": 2, "val_bad": 0}
 
@@ -111,8 +203,19 @@ def test_overfits_eight_clips(tmp_path):
 
     config = Config()
     config.run.output_dir, config.training.learning_rate = str(tmp_path), 1e-3
-    for name, value in {"dim_w": 64, "dim_h": 128, "dim_a": 64, "num_heads": 4, "fmt_depth": 2, "dim_m": 8, "audio_features": "logmel", "audio_dropout_prob": 0.0,
-                        "ref_dropout_prob": 0.0, "emotion_dropout_prob": 0.0, "prev_frame_dropout_prob": 0.0}.items():  # fmt: skip
+    for name, value in {
+        "dim_w": 64,
+        "dim_h": 128,
+        "dim_a": 64,
+        "num_heads": 4,
+        "fmt_depth": 2,
+        "dim_m": 8,
+        "audio_features": "logmel",
+        "audio_dropout_prob": 0.0,
+        "ref_dropout_prob": 0.0,
+        "emotion_dropout_prob": 0.0,
+        "prev_frame_dropout_prob": 0.0,
+    }.items():
         setattr(config.model, name, value)
     config.data.use_augmentation = False
     write_synthetic_features(config, DistInfo())
@@ -130,13 +233,24 @@ def test_trainer_steps_callbacks_and_what_moves(tmp_path):
     from float.build import make_generator
     from float.trainer import FlowMatchingTrainer
 
-    config = load_config(Config, presets=PRESETS, argv=[*TINY, "--output-dir", str(tmp_path), "--num-epochs", "2", "--total-steps", "none"], default="small")
+    config = load_config(
+        Config,
+        presets=PRESETS,
+        argv=[*TINY, "--output-dir", str(tmp_path), "--num-epochs", "2", "--total-steps", "none"],
+        default="small",
+    )
     write_synthetic_features(config, DistInfo())
     dataset = FLOATDataset(tmp_path / "features" / "train", config.data, train=True)
     generator = make_generator(config.model, config.data)
     before = {name: value.clone() for name, value in generator.state_dict().items()}
     seen = []
-    trainer = FlowMatchingTrainer(config, generator, dataset, dataset, callbacks=[lambda trainer, epoch, metrics: seen.append((epoch, sorted(metrics)))])
+    trainer = FlowMatchingTrainer(
+        config,
+        generator,
+        dataset,
+        dataset,
+        callbacks=[lambda trainer, epoch, metrics: seen.append((epoch, sorted(metrics)))],
+    )
     batch = collate_windows([dataset[index] for index in range(4)])
     first = trainer.validate_step(batch)
     assert first["val_loss"] == trainer.validate_step(batch)["val_loss"]
@@ -161,23 +275,50 @@ def test_presets_load_and_survive_saving(preset, tmp_path):
 
 @pytest.mark.parametrize("preset", sorted(path.stem for path in AUTOENCODER_PRESETS.glob("*.yaml")))
 def test_phase_one_presets_load(preset):
-    assert load_config(AutoencoderConfig, presets=AUTOENCODER_PRESETS, argv=["--config", preset], default="small").training.total_steps
+    assert load_config(
+        AutoencoderConfig, presets=AUTOENCODER_PRESETS, argv=["--config", preset], default="small"
+    ).training.total_steps
 
 
 def test_the_guides_names_and_values():
     config = load_config(Config, presets=PRESETS, argv=[], default="default")
     training, model, data = config.training, config.model, config.data
-    assert (training.batch_size, training.num_epochs, training.learning_rate, training.weight_decay) == (8, 100, 1e-4, 1e-5)
-    assert (model.dim_w, model.dim_h, model.fmt_depth, model.num_heads, model.nfe, model.dim_m) == (512, 1024, 12, 16, 10, 20)
+    assert (training.batch_size, training.num_epochs, training.learning_rate, training.weight_decay) == (
+        8,
+        100,
+        1e-4,
+        1e-5,
+    )
+    assert (model.dim_w, model.dim_h, model.fmt_depth, model.num_heads, model.nfe, model.dim_m) == (
+        512,
+        1024,
+        12,
+        16,
+        10,
+        20,
+    )
     assert (data.sequence_length, data.prev_frames, data.wav2vec_sec, data.data_root) == (16, 4, 0.64, "datasets")
-    flags = ["--gradient_clip_val", "0.5", "--val-check-interval", "7", "--max_checkpoints_to_keep", "3", "--save-checkpoint-interval", "9"]
+    flags = [
+        "--gradient_clip_val",
+        "0.5",
+        "--val-check-interval",
+        "7",
+        "--max_checkpoints_to_keep",
+        "3",
+        "--save-checkpoint-interval",
+        "9",
+    ]
     training = load_config(Config, presets=PRESETS, argv=flags, default="default").training
     assert (training.max_grad_norm, training.eval_steps, training.keep_last, training.save_steps) == (0.5, 7, 3, 9)
 
 
 def test_file_over_preset_and_flag_over_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("mine.json").write_text(json.dumps({"training": {"batch_size": 3, "learning_rate": 0.5}, "model": {"dim_m": 512, "ode_method": "dopri5"}}))
+    Path("mine.json").write_text(
+        json.dumps(
+            {"training": {"batch_size": 3, "learning_rate": 0.5}, "model": {"dim_m": 512, "ode_method": "dopri5"}}
+        )
+    )
     from float.train import _guide_arguments
 
     argv = _guide_arguments(["--config-file", "mine.json", "--batch-size", "5"])
@@ -185,15 +326,18 @@ def test_file_over_preset_and_flag_over_file(tmp_path, monkeypatch):
     assert (config.training.batch_size, config.training.learning_rate, config.model.dim_m) == (5, 0.5, 512)
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--fmt-dept", "3"], "fmt"),
-    (["--num-heads", "7"], "dim_h 1024 is not divisible by num_heads 7"),
-    (["--sequence-length", "20"], "set wav2vec_sec 0.8"),
-    (["--optimizer", "adam"], "adam takes no decoupled weight decay"),
-    (["--set", "training.loss_type=cosine"], "loss_type"),
-    (["--dim-m", "600"], "do not fit into dim_w"),
-    (["--config", "smal"], "small"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--fmt-dept", "3"], "fmt"),
+        (["--num-heads", "7"], "dim_h 1024 is not divisible by num_heads 7"),
+        (["--sequence-length", "20"], "set wav2vec_sec 0.8"),
+        (["--optimizer", "adam"], "adam takes no decoupled weight decay"),
+        (["--set", "training.loss_type=cosine"], "loss_type"),
+        (["--dim-m", "600"], "do not fit into dim_w"),
+        (["--config", "smal"], "small"),
+    ],
+)
 def test_wrong_settings_end_with_one_sentence(flags, words, capsys):
     with pytest.raises(SystemExit) as stopped:
         train(flags)
@@ -226,7 +370,13 @@ def test_the_plan_needs_no_memory(capsys):
 
 def test_help_answers_from_any_folder(tmp_path):
     for script in ("train", "train_autoencoder", "precompute", "generate", "metrics"):
-        done = subprocess.run([sys.executable, ROOT / "float" / f"{script}.py", "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [sys.executable, ROOT / "float" / f"{script}.py", "--help"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         assert done.returncode == 0 and f"float/{script}.py" in done.stdout, done.stderr
 
 
