@@ -223,7 +223,8 @@ def _page(title: str, sections: list[str]) -> str:
     return (
         "<!doctype html><html lang=en><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width,initial-scale=1'>"
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style><main><h1>{html.escape(title)}</h1>{''.join(sections)}</main></html>\n"
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
+        f"<main><h1>{html.escape(title)}</h1>{''.join(sections)}</main></html>\n"
     )
 
 
