@@ -36,7 +36,7 @@ def transformer_settings(config: Config) -> dict[str, Any]:
         attention_head_dim=model.attention_head_dim, in_channels=16, out_channels=16, text_dim=model.text_dim,
         freq_dim=model.freq_dim, ffn_dim=model.ffn_dim, num_layers=model.num_layers, rope_max_seq_len=1024,
         ref_clip_dim=clip_token_width(config), clip_path=model.clip_path, clip_proj_type=model.clip_proj_type,
-        vae_pos_embed=model.vae_pos_embed, fused_path=model.train_fused_path,
+        vae_pos_embed=model.vae_pos_embed, fused_path=model.train_fused_path, absolute_positions=model.absolute_positions,
     )  # fmt: skip
 
 

@@ -121,6 +121,9 @@ class ModelConfig(Section):
     prediction: Literal["velocity", "x0"] = setting(
         "velocity", "what the base gives: the velocity (Wan), or the clean latents (small base)"
     )
+    absolute_positions: bool = setting(
+        False, "add fixed positions to the video tokens (small base: learns a scene sooner)"
+    )
     clip_path: Literal["shared", "separate", "off"] = setting(
         "shared", "keys and values of the CLIP path: the text's, own ones, or no path"
     )

@@ -90,7 +90,7 @@ class PatchCodec(nn.Module):
         self.register_buffer("scale", torch.ones(self.channels))
 
     @torch.no_grad()
-    def fit(self, frames: Tensor, whiten: float = 0.5) -> "PatchCodec":
+    def fit(self, frames: Tensor, whiten: float = 0.0) -> "PatchCodec":
         """Take the components from frames (M, 3, H, W) in [-1, 1].
 
         Channel i is divided by std_i^whiten, so that faint components are neither lost in noise (0) nor as loud as

@@ -124,6 +124,7 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
         clip_proj_type: str = "linear",
         vae_pos_embed: str = "sincos2d",
         fused_path: bool = False,
+        absolute_positions: bool = False,
     ) -> None:
         super().__init__(
             patch_size=patch_size,
@@ -256,6 +257,8 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
             timestep = torch.cat([clean_timestep.float(), _by_frame(timestep, frames).float()], 1)
             hidden_states = torch.cat([clean_hidden_states, hidden_states], 2)
         x_BLD = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
+        if self.config.absolute_positions:
+            x_BLD = x_BLD + sincos_2d(*grid, x_BLD.shape[-1]).to(x_BLD).repeat(x_BLD.shape[1] // tokens_per_frame, 1)
         temb, modulation, text_BSD = self._conditions(timestep, encoder_hidden_states)
         if references is None and (ref_clip is not None or ref_latents is not None):
             references = self.project_references(ref_clip, ref_latents, ref_mask)
