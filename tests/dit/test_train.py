@@ -1,5 +1,6 @@
 """Training as a whole: draws, resume, accumulation, ranks, the cache, drawing and measuring, and the messages."""
 
+import errno
 import json
 import shutil
 
@@ -429,6 +430,33 @@ def test_a_truncated_picture_is_skipped_and_many_stop_the_run(settings, tmp_path
             ]
         )
     assert "more than 1%" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_refused_by_name(settings, tmp_path, capsys):
+    arguments = settings(training={"total_steps": 6})
+    train.main([*arguments, "--max-steps", "4"])
+    damaged = tmp_path / "out" / "checkpoints" / "checkpoint-step-4"
+    data = bytearray((damaged / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (damaged / "model.safetensors").write_bytes(data)
+    with pytest.raises(SystemExit) as left:
+        train.main([*arguments, "--resume", str(damaged)])
+    assert left.value.code == 2 and "model.safetensors" in capsys.readouterr().err
+    train.main([*arguments, "--max-steps", "3"])
+    log = (tmp_path / "out" / "train.log").read_text()
+    assert "passed over" in log and "at step 2" in log
+
+
+def test_a_full_disk_leaves_nothing_half_written(settings, tmp_path, capsys, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(SystemExit) as left:
+        train.main(settings())
+    assert left.value.code == 2 and "disk is full" in capsys.readouterr().err
+    folder = tmp_path / "out" / "checkpoints"
+    assert not [path for path in folder.iterdir() if not path.name.startswith(".")]
 
 
 def test_plan_prints_exact_parameters_and_flops(capsys):
