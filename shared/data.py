@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from shared.dist import DistInfo
+from shared.dist import DistInfo, gather_objects
 from shared.errors import BadSample, UserError
 from shared.rng import keyed_generator, keyed_seed
 
@@ -228,6 +228,15 @@ class MapStream:
                     json.dumps({"index": index, "reason": reason}, ensure_ascii=False) + "\n"
                     for index, reason in new.items()
                 )
+        self._refuse_too_many()
+
+    def agree(self) -> None:
+        """Count the broken samples of all ranks together, since each rank meets its own; a collective."""
+        for found in gather_objects(self.bad):
+            self.bad.update(found)
+        self._refuse_too_many()
+
+    def _refuse_too_many(self) -> None:
         if len(self.bad) > MAX_BAD_SHARE * len(self.dataset):
             raise UserError(
                 f"{len(self.bad)} of {len(self.dataset)} samples cannot be read, more than {MAX_BAD_SHARE:.0%}; "

@@ -272,6 +272,8 @@ def _log_line(
         log.waited,
         log.counts.get("train/micro_loss", 0) // micro_steps,
     )
+    if hasattr(stream, "agree"):
+        stream.agree()
     means = log.close_window()
     loss = means.pop("train/micro_loss") * micro_steps  # the micro-losses of a step add up to its loss
     learning_rate = lr_at(state.step - 1, training, last_step)
