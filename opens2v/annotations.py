@@ -249,6 +249,8 @@ def _skip_in(text: str, place: int, separator: str) -> int:
 
 
 class IndexOptions(Section):
+    """What to index."""
+
     json_path: str = setting("", "annotation file, .json or .jsonl", "json")
     out: str | None = setting(None, "index file; null: beside the annotation file, name + .idx")
 

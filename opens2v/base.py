@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from opens2v.conditions import Encoders, clip_token_width
+from opens2v.conditions import Encoders, clip_token_width, load_patch_codec
 from opens2v.config import Config, codec_factors
 from opens2v.dataset import collate_opens2v_batch, create_dataset
 from opens2v.encoders import HashText, PatchCodec
@@ -36,7 +36,8 @@ def transformer_settings(config: Config) -> dict[str, Any]:
         attention_head_dim=model.attention_head_dim, in_channels=16, out_channels=16, text_dim=model.text_dim,
         freq_dim=model.freq_dim, ffn_dim=model.ffn_dim, num_layers=model.num_layers, rope_max_seq_len=1024,
         ref_clip_dim=clip_token_width(config), clip_path=model.clip_path, clip_proj_type=model.clip_proj_type,
-        vae_pos_embed=model.vae_pos_embed, fused_path=model.train_fused_path, absolute_positions=model.absolute_positions,
+        vae_pos_embed=model.vae_pos_embed, fused_path=model.train_fused_path,
+        absolute_positions=model.absolute_positions,
     )  # fmt: skip
 
 
@@ -169,15 +170,13 @@ def fit_codec(dataset: Any, path: Path, seed: int, info: DistInfo) -> PatchCodec
     codec = PatchCodec()
     if info.is_main and not path.exists():
         order = torch.randperm(len(dataset), generator=keyed_generator(seed, _CODEC_FRAMES))[:_CODEC_CLIPS].tolist()
-        frames = [dataset.sample(index, 0)["frames"].transpose(0, 1) for index in order for _ in range(1)]
+        frames = [dataset.sample(index, 0)["frames"].transpose(0, 1) for index in order]
         codec.fit(torch.cat(frames))
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         save_file({name: value.contiguous() for name, value in codec.state_dict().items()}, temporary)
         os.replace(temporary, path)
     barrier()
-    from opens2v.conditions import load_patch_codec
-
     return load_patch_codec(path.parent)
 
 

@@ -342,6 +342,7 @@ class EpochSampler(DistributedSampler):
     """DistributedSampler whose set_epoch also moves the data set's random choices on."""
 
     def set_epoch(self, epoch: int) -> None:
+        """The epoch of the order and of the samples' random choices."""
         super().set_epoch(epoch)
         self.dataset.set_epoch(epoch)
 

@@ -57,11 +57,13 @@ class WanVAE:
         self.std = torch.tensor(vae.config.latents_std).reshape(shape)
 
     def to(self, device: torch.device | str) -> "WanVAE":
+        """Move to a device."""
         self.vae.to(device)
         return self
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
+        """See VideoCodec.encode."""
         check_frames(frames.shape[2], "the video")
         parameter = next(self.vae.parameters())
         latents = self.vae.encode(frames.to(parameter.device, parameter.dtype)).latent_dist.mode().float()
@@ -69,6 +71,7 @@ class WanVAE:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
+        """See VideoCodec.decode."""
         parameter = next(self.vae.parameters())
         raw = latents.float() * self.std.to(latents.device) + self.mean.to(latents.device)
         return self.vae.decode(raw.to(parameter.device, parameter.dtype)).sample.float().clamp(-1, 1)
@@ -77,7 +80,7 @@ class WanVAE:
 class PatchCodec(nn.Module):
     """A codec without pretrained weights: the leading principal components of 4 x 4 pixel patches, frame by frame.
 
-    16 of 48 components keep most of a smooth picture; one common scale brings them to unit variance over all channels.
+    16 of 48 components keep most of a smooth picture.
     """
 
     temporal, spatial, channels = 1, 4, 16
@@ -87,27 +90,23 @@ class PatchCodec(nn.Module):
         size = 3 * self.spatial**2
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("basis", torch.zeros(size, self.channels))
-        self.register_buffer("scale", torch.ones(self.channels))
+        self.register_buffer("scale", torch.ones(()))
 
     @torch.no_grad()
-    def fit(self, frames: Tensor, whiten: float = 0.0) -> "PatchCodec":
+    def fit(self, frames: Tensor) -> "PatchCodec":
         """Take the components from frames (M, 3, H, W) in [-1, 1].
 
-        Channel i is divided by std_i^whiten, so that faint components are neither lost in noise (0) nor as loud as
-        the strong ones (1); then all by one number for unit mean square.
+        All channels share one scale, for a mean square of 1: strong components stay strong, so that noise hides faint
+        detail first, as it does in pictures.
         """
         patches = self._patches(frames.unsqueeze(2)).flatten(2).transpose(1, 2).flatten(0, 1).double()
         mean = patches.mean(0)
         values, vectors = torch.linalg.eigh(torch.cov((patches - mean).T))
         order = values.argsort(descending=True)[: self.channels]
         vectors = vectors[:, order]
-        vectors = vectors * torch.sign(vectors.sum(0) + 1e-12)  # signs do not depend on the solver
-        deviation = values[order].clamp(min=1e-8).sqrt()
-        scale = deviation**whiten
-        scale = scale * ((deviation / scale) ** 2).mean().sqrt()
         self.mean.copy_(mean)
-        self.basis.copy_(vectors)
-        self.scale.copy_(scale)
+        self.basis.copy_(vectors * torch.sign(vectors.sum(0) + 1e-12))  # signs do not depend on the solver
+        self.scale.copy_(values[order].clamp(min=1e-8).mean().sqrt())
         return self
 
     def _patches(self, frames: Tensor) -> Tensor:
@@ -118,11 +117,13 @@ class PatchCodec(nn.Module):
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
+        """See VideoCodec.encode."""
         centred = self._patches(frames.float()).movedim(1, -1) - self.mean
         return (centred @ self.basis / self.scale).movedim(-1, 1)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
+        """See VideoCodec.decode."""
         patches = (latents.float().movedim(1, -1) * self.scale) @ self.basis.T + self.mean
         batch, count = patches.shape[:2]
         flat = patches.permute(0, 1, 4, 2, 3).flatten(0, 1)
@@ -148,6 +149,7 @@ class UMT5Text:
         self.encoder, self.tokenizer, self.rows = encoder.eval().requires_grad_(False), tokenizer, rows
 
     def to(self, device: torch.device | str) -> "UMT5Text":
+        """Move to a device."""
         self.encoder.to(device)
         return self
 
@@ -178,6 +180,7 @@ class HashText:
         self.dim, self.rows, self.words = dim, rows, {}
 
     def to(self, device: torch.device | str) -> "HashText":
+        """Move to a device."""
         return self
 
     def __call__(self, texts: list[str]) -> Tensor:
@@ -206,6 +209,7 @@ class ClipImages:
         self.dim = model.config.hidden_size
 
     def to(self, device: torch.device | str) -> "ClipImages":
+        """Move to a device."""
         self.model.to(device)
         return self
 
@@ -225,6 +229,7 @@ class PixelImages:
     dim = 3 * side * side
 
     def to(self, device: torch.device | str) -> "PixelImages":
+        """Move to a device."""
         return self
 
     def __call__(self, pixels: Tensor) -> Tensor:

@@ -78,6 +78,7 @@ class TrainableSet:
 
     @property
     def total(self) -> int:
+        """Parameters that train."""
         return sum(self.groups.values())
 
     def __str__(self) -> str:

@@ -13,6 +13,8 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from typing import Any
+
 from opens2v.config import PRESETS, Config
 from opens2v.train import guide_arguments, sample_paths
 from shared.config import load_config, setting
@@ -97,7 +99,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     return dict(zip(counts, total, strict=True))
 
 
-def store(dataset, caches: dict, encoders, indices: range, variants: int) -> dict[str, int]:
+def store(dataset: Any, caches: dict[str, Any], encoders: Any, indices: range, variants: int) -> dict[str, int]:
     """Encode and store the clips at `indices`."""
     from shared.errors import BadSample
 
@@ -122,7 +124,7 @@ def store(dataset, caches: dict, encoders, indices: range, variants: int) -> dic
     return counts
 
 
-def features(kind: str, items: list[dict], encoders) -> list:
+def features(kind: str, items: list[dict], encoders: Any) -> list:
     """The tensors of one kind, one per variant: text rows without padding, picture tokens, or latents."""
     import torch
 
@@ -137,7 +139,7 @@ def features(kind: str, items: list[dict], encoders) -> list:
     return [encoders.codec.encode(item["frames"][None].to(encoders.device))[0].to(torch.bfloat16) for item in items]
 
 
-def text_rows(encoders, text: str):
+def text_rows(encoders: Any, text: str) -> Any:
     """The rows of a text without the zero rows behind it, bf16."""
     import torch
 

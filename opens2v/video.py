@@ -2,9 +2,10 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -135,7 +136,7 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float = 16, settings:
     return path
 
 
-def write_aside(path: Path, write) -> None:
+def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
     """Call write(temporary path) and rename what it wrote."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
