@@ -175,10 +175,10 @@ def audio_windows(
 
 
 def run_folder(path: Path) -> Path:
-    """The folder with the settings that belong to a run, a checkpoint folder, or a file in one."""
-    for folder in (path, *path.parents[:3]):
-        if (folder / "config.yaml").is_file():
-            return folder
+    """The output folder of a run, from itself, one of its checkpoints, or a file in one."""
+    folders = [folder for folder in (path, *path.parents[:3]) if (folder / "config.yaml").is_file()]
+    if folders:
+        return folders[-1] if folders[0].parent.name == "checkpoints" else folders[0]
     raise UserError(f"{path}: no config.yaml here or above; give the output folder of float/train.py")
 
 
@@ -200,8 +200,7 @@ def load_run(path: str | Path, device: torch.device) -> Animator:
     else:
         folder = run_folder(path)
         config = load_saved(Config, folder / "config.yaml")
-        output_dir = folder.parent.parent if folder.parent.name == "checkpoints" else folder
-        source = autoencoder_source(config, output_dir)
+        source = autoencoder_source(config, folder)
     generator = make_generator(config.model, config.data)
     load_generator(generator, path)
     autoencoder = load_autoencoder(config.model, source)

@@ -10,10 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from float.autoencoder import Direction, levels
+from float.autoencoder_losses import box_slices
 
 CODE_SIDE = 4  # the encoder goes down to this side
 FLOW_LEVELS_BELOW_FULL = 1  # the flow is made at half the picture side and enlarged
 GROUP_CHANNELS = 8
+MOTION_GAIN = 12.0
+MOUTH_BOX = [0.28, 0.47, 0.72, 0.82]  # left, top, right, bottom as shares of the side
 
 
 def _convolution(inputs: int, outputs: int, *, stride: int = 1) -> nn.Sequential:
@@ -22,19 +25,42 @@ def _convolution(inputs: int, outputs: int, *, stride: int = 1) -> nn.Sequential
     )
 
 
+class MotionHead(nn.Linear):
+    """Code -> motion coefficients (B, M), enlarged.
+
+    Frames of one clip differ by a few hundredths in a fresh code, too little for the decoder to listen to.
+    """
+
+    def forward(self, code: Tensor) -> Tensor:
+        return MOTION_GAIN * super().forward(code)
+
+
 class CompactEncoder(nn.Module):
     """Picture -> code (B, code width) and features from 8 px up to the full side, smallest first."""
 
-    def __init__(self, size: int, dim_w: int, dim_m: int, channels: dict[int, int], code_width: int = 192):
+    def __init__(
+        self,
+        size: int,
+        dim_w: int,
+        dim_m: int,
+        channels: dict[int, int],
+        mouth_box: list[float],
+        code_width: int = 192,
+    ):
         super().__init__()
+        self.mouth_box = mouth_box
         sides = [2**exponent for exponent in range(levels(size), 1, -1)]
         self.stem = _convolution(3, channels[size])
         self.down = nn.ModuleList(
             _convolution(channels[side], channels[side // 2], stride=2) for side in sides if side > CODE_SIDE
         )
-        self.code = nn.Sequential(nn.Flatten(), nn.Linear(channels[CODE_SIDE] * CODE_SIDE**2, code_width), nn.SiLU())
+        # a mouth opens by one or two pixels here: it gets a branch of its own, which keeps them apart for longer
+        self.mouth = nn.Sequential(_convolution(channels[size], 32), _convolution(32, 32, stride=2))
+        rows, columns = box_slices(mouth_box, size)
+        mouth_width = 32 * ((rows.stop - rows.start + 1) // 2) * ((columns.stop - columns.start + 1) // 2)
+        self.code = nn.Sequential(nn.Linear(channels[CODE_SIDE] * CODE_SIDE**2 + mouth_width, code_width), nn.SiLU())
         self.identity = nn.Linear(code_width, dim_w)
-        self.fc = nn.Linear(code_width, dim_m)
+        self.fc = MotionHead(code_width, dim_m)
 
     def forward(self, image_B3SS: Tensor) -> tuple[Tensor, list[Tensor]]:
         x = self.stem(image_B3SS)
@@ -42,7 +68,10 @@ class CompactEncoder(nn.Module):
         for block in self.down:
             x = block(x)
             features.append(x)
-        return self.code(x), features[-2::-1]  # without the 4 px features
+        rows, columns = box_slices(self.mouth_box, image_B3SS.shape[-1])
+        mouth = self.mouth(features[0][..., rows, columns])
+        code = self.code(torch.cat([x.flatten(1), mouth.flatten(1)], 1))
+        return code, features[-2::-1]  # without the 4 px features
 
 
 class StyledBlock(nn.Module):
@@ -115,11 +144,18 @@ class CompactAutoencoder(nn.Module):
     outside it.
     """
 
-    def __init__(self, size: int = 64, dim_w: int = 64, dim_m: int = 20, channels: dict[int, int] | None = None):
+    def __init__(
+        self,
+        size: int = 64,
+        dim_w: int = 64,
+        dim_m: int = 20,
+        channels: dict[int, int] | None = None,
+        mouth_box: list[float] | None = None,
+    ):
         super().__init__()
         channels = {side: 32 for side in (4, 8, 16, 32)} | {64: 16} if channels is None else channels
         self.size, self.dim_w, self.dim_m = size, dim_w, dim_m
-        self.enc = CompactEncoder(size, dim_w, dim_m, channels)
+        self.enc = CompactEncoder(size, dim_w, dim_m, channels, mouth_box or MOUTH_BOX)
         self.dec = WarpDecoder(size, dim_w, dim_m, channels)
 
     def encode_source(self, image: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -223,6 +223,9 @@ class AutoencoderTrainingConfig(_GuideNames):
     vgg_path: str | None = setting(
         None, "weights of VGG-19 (torchvision's file); null: a frozen random stack in its place"
     )
+    near_pair_share: float = setting(
+        0.0, "share of pairs within 8 frames, where the mouth moves and the head hardly does", fixed=True, ge=0, le=1
+    )
     pairs_per_second: float = setting(1.0, "frame pairs drawn per second of video in one epoch", gt=0)
 
 

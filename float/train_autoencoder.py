@@ -46,6 +46,7 @@ class AutoencoderTrainer:
             pairs_per_second=training.pairs_per_second,
             seed=config.run.seed,
             augment=data.use_augmentation,
+            near_share=training.near_pair_share,
         )
         self.held_out = FrameStore(val_clips, size, data, boxes)
         self.model = AutoencoderWithJudges(config.model, data, adversarial=self.is_adversarial)
