@@ -77,7 +77,6 @@ def restore(folder: Path, trainer: dict, strategy: Strategy, ema: EMA | None, sa
         trainer["loss_scale"]["value"],
         trainer["loss_scale"]["good_steps"],
     )
-    strategy.finish_loading()
     if ema is None:
         return
     if (folder / "ema.safetensors").exists():
@@ -106,7 +105,6 @@ def restore_weights_only(path: Path, strategy: Strategy, ema: EMA | None, say: C
         )
         if ema is not None:
             ema.load_full(name, weights[name])
-    strategy.finish_loading()
     say(f"weights taken from {path}; it holds no optimizer state, average or position: these start anew at step 0")
 
 

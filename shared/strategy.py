@@ -157,9 +157,6 @@ class Strategy:
             device = self.info.device if self.optimizer.defaults["fused"] else "cpu"
             self.optimizer.state[parameter]["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
 
-    def finish_loading(self) -> None:
-        """Called once after the last load_full."""
-
     def local_value(self, name: str) -> Tensor:
         """This rank's part of the fp32 weight."""
         return self.parameters[name].detach()
