@@ -31,7 +31,7 @@ from dit.build import Trained, condition_of, load_trained
 from dit.colours import agreement
 from dit.dataset import TextImageDataset
 from dit.drawing import Drawing, draw_pictures
-from dit.evaluation import EVALUATION_SEED, errors, paired_p, prepare
+from dit.evaluation import EVALUATION_SEED, HeldOut, errors, paired_p, prepare
 from dit.images import grid, to_uint8
 from shared.dist import DistInfo, init_distributed
 from shared.report import Bar, Sample, write_report
@@ -77,15 +77,23 @@ class Measurement:
         }
 
     def caption(self) -> dict:
-        """What a wrong caption, and none, cost."""
+        """What a wrong caption and none cost, for the first captions and for those that name colours ("described")."""
         if not self.held.condition:
             raise UserError("--metrics caption: this model reads neither captions nor labels")
-        right, shuffled, null = (self._errors(kind) for kind in ("right", "shuffled", "null"))
-        return {
+        right, null = self._errors("right"), self._errors("null")
+        shuffled = self._errors("shuffled")
+        found = {
             "shuffled_cost_percent": 100 * (shuffled.mean() / right.mean() - 1).item(),
             "p": paired_p((shuffled - right).mean(0)),
             "null_cost_percent": 100 * (null.mean() / right.mean() - 1).item(),
         }
+        if self.trained.text_encoder is not None:
+            condition = condition_of(self.held.prompts, None, self.trained.text_encoder, self.info.device)
+            described = self.held._replace(condition=condition)
+            right, shuffled = self._errors("right", described), self._errors("shuffled", described)
+            found["described_cost_percent"] = 100 * (shuffled.mean() / right.mean() - 1).item()
+            found["described_p"] = paired_p((shuffled - right).mean(0))
+        return found
 
     @torch.no_grad()
     def recon(self) -> dict:
@@ -206,8 +214,8 @@ class Measurement:
             self._drawn = np.concatenate(parts)
         return self._drawn
 
-    def _errors(self, kind: str) -> Tensor:
-        return errors(self.trained.model, self.trained.objective, self.held, self.info, kind=kind)
+    def _errors(self, kind: str, held: HeldOut | None = None) -> Tensor:
+        return errors(self.trained.model, self.trained.objective, held or self.held, self.info, kind=kind)
 
     def _levels(self) -> list[float]:
         return [round(level, 4) for level in self.trained.objective.levels]

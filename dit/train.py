@@ -157,7 +157,7 @@ class Trainer:
         return next(self.losses(self.model, [batch], 0))[0]
 
     def save_checkpoint(self, path: str | Path) -> None:
-        """Write the weights and the settings into a folder. (The loop's own checkpoints hold all that resuming needs.)"""
+        """Write the weights and the settings into a folder. (The loop's own hold all that resuming needs.)"""
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(

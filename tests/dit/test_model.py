@@ -128,7 +128,7 @@ def test_presets_have_their_stated_parameters():
         "flow_256": 211_815_184,
         "large": 520_338_192,
         "xl": 674_834_720,
-        "small": 2_350_560,
+        "small": 2_338_224,
     }
     for name, count in wanted.items():
         config = load_config(Config, presets=PRESETS, argv=["--config", name])
