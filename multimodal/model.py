@@ -242,10 +242,10 @@ class MultimodalModel(nn.Module):
         return {"logits": self.classifier(fused_BE).float(), "match_logits": self.match_head(fused_BE).squeeze(-1).float()}
 
     def scales(self) -> dict[str, Tensor]:
-        """Temperatures (exponentiated) and sigmoid biases, each of shape ()."""
+        """Temperatures (exponentiated) and sigmoid biases, each of shape (); copies, since FSDP frees what it gathered."""
         return {"logit_scale": self.log_scale.float().exp().squeeze(0),
                 "audio_logit_scale": self.audio_log_scale.float().exp().squeeze(0),
-                "logit_bias": self.bias.float().squeeze(0), "audio_logit_bias": self.audio_bias.float().squeeze(0)}
+                "logit_bias": self.bias.float().squeeze(0).clone(), "audio_logit_bias": self.audio_bias.float().squeeze(0).clone()}
 
     def forward(self, images: Tensor | None = None, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 audio: Tensor | None = None, audio_mask: Tensor | None = None,

@@ -34,7 +34,7 @@ def class_vectors(embedder: Embedder, names: list[str], kind: Kind) -> Tensor:
 
 def single_label(items_IE: Tensor, classes_CE: Tensor, labels: list[int]) -> dict[str, float]:
     """Share of items whose nearest class is theirs, and among the five nearest."""
-    ranked = (items_IE @ classes_CE.T).argsort(1, descending=True, stable=True)
+    ranked = (items_IE @ classes_CE.T).argsort(dim=1, descending=True, stable=True)
     place = (ranked == torch.tensor(labels)[:, None]).int().argmax(1)
     return {"items": len(labels), "accuracy": float((place < 1).float().mean()), "top5": float((place < 5).float().mean()),
             "chance": 1 / len(classes_CE)}

@@ -75,14 +75,14 @@ def cached_gradients(kind: str, cached: bool, duplicates: bool) -> dict[str, lis
     return found
 
 
-def training(flags: list[str], hide_text_of_slots_from: int | None) -> None:
-    """One run of train.py; from a slot on, all captions are hidden in the fused pass: one rank then misses a modality."""
+def training(flags: list[str], micro_batch: int) -> None:
+    """One run of train.py in which every second micro-batch, all of rank 1's on two ranks, misses the text in the fused pass."""
     own = trainer.Trainer._draws
 
     def draws(self, batch, inputs, step, shift=0):
         found = own(self, batch, inputs, step, shift)
-        if self.stage == 3 and hide_text_of_slots_from is not None:
-            found["image"]["pairs"][:, 2] = (batch["image"]["slot"] < hide_text_of_slots_from).float()
+        if self.stage == 3:
+            found["image"]["pairs"][:, 2] = 1.0 - batch["image"]["slot"].div(micro_batch, rounding_mode="floor") % 2
         return found
 
     trainer.Trainer._draws = draws
@@ -98,7 +98,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for case in cases:
         if case["what"] == "training":
-            training(case["flags"], case.get("hide"))
+            training(case["flags"], case["micro_batch"])
             continue
         if case["what"] == "golden":
             found = golden(case["kind"], case["name"])
