@@ -19,6 +19,7 @@ SAMPLE_RATE = 16000
 MEL_BANDS, SUB_FRAMES = 40, 4  # log-mel: bands, and 10 ms slices in one video frame of 40 ms
 WINDOW_SECONDS, FFT_SIZE = 0.025, 512
 SILENCE_POWER = 1e-8
+SLICES_AT_ONCE = 2048  # of log-mel, so that long sound needs no large spectrum
 OLD_WEIGHT_NORM = {
     "weight_g": "parametrizations.weight.original0",
     "weight_v": "parametrizations.weight.original1",
@@ -154,12 +155,18 @@ class LogMelEncoder(nn.Module):
         centre = (torch.arange(frames * SUB_FRAMES, dtype=torch.float64) + 0.5) / SUB_FRAMES / fps * SAMPLE_RATE
         first = centre.round().long() + FFT_SIZE - width // 2
         padded = torch.nn.functional.pad(wave_n.float(), (FFT_SIZE, 2 * FFT_SIZE + int(SAMPLE_RATE / fps)))
-        slices = padded[first[:, None] + torch.arange(width)] * torch.hann_window(width, periodic=False)
-        power = torch.fft.rfft(slices, FFT_SIZE).abs().square()
-        level = torch.log(power @ self.filters.T + SILENCE_POWER)
+        parts = [self._log_energies(padded, block, width) for block in first.split(SLICES_AT_ONCE)]
+        level = torch.cat(parts)
         level = level - level.mean(0)
         level = level / level.std().clamp(min=0.1)
         return level.reshape(frames, self.feature_width)
+
+    def _log_energies(self, padded_n: Tensor, first_S: Tensor, width: int) -> Tensor:
+        """Log-mel energies (S, 40) of windows that begin at `first_S`."""
+        window = torch.hann_window(width, periodic=False, device=padded_n.device)
+        slices = padded_n[first_S.to(padded_n.device)[:, None] + torch.arange(width, device=padded_n.device)] * window
+        power = torch.fft.rfft(slices, FFT_SIZE).abs().square()
+        return torch.log(power @ self.filters.T + SILENCE_POWER)
 
 
 def make_audio_encoder(kind: str, wav2vec_model_path: str, *, only_last_features: bool) -> AudioEncoder | LogMelEncoder:

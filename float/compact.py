@@ -25,16 +25,6 @@ def _convolution(inputs: int, outputs: int, *, stride: int = 1) -> nn.Sequential
     )
 
 
-class MotionHead(nn.Linear):
-    """Code -> motion coefficients (B, M), enlarged.
-
-    Frames of one clip differ by a few hundredths in a fresh code, too little for the decoder to listen to.
-    """
-
-    def forward(self, code: Tensor) -> Tensor:
-        return MOTION_GAIN * super().forward(code)
-
-
 class CompactEncoder(nn.Module):
     """Picture -> code (B, code width) and features from 8 px up to the full side, smallest first."""
 
@@ -60,7 +50,10 @@ class CompactEncoder(nn.Module):
         mouth_width = 32 * ((rows.stop - rows.start + 1) // 2) * ((columns.stop - columns.start + 1) // 2)
         self.code = nn.Sequential(nn.Linear(channels[CODE_SIDE] * CODE_SIDE**2 + mouth_width, code_width), nn.SiLU())
         self.identity = nn.Linear(code_width, dim_w)
-        self.fc = MotionHead(code_width, dim_m)
+        self.fc = nn.Linear(code_width, dim_m)
+        with torch.no_grad():
+            # frames of a clip differ by hundredths in a fresh code, too little for the decoder to listen to
+            self.fc.weight.mul_(MOTION_GAIN)
 
     def forward(self, image_B3SS: Tensor) -> tuple[Tensor, list[Tensor]]:
         x = self.stem(image_B3SS)

@@ -52,7 +52,7 @@ def precompute(config: Config, encoder: "ClipEncoder", info: "DistInfo") -> dict
             _list_bad(folder, name, total["bad"])
         if len(total["bad"]) > max(0, MAX_BAD_SHARE * len(clips)):
             raise UserError(
-                f"{len(total['bad'])} of {len(clips)} clips of split '{split}' cannot be used, over {MAX_BAD_SHARE:.0%}; "
+                f"{len(total['bad'])} of {len(clips)} clips of '{split}' cannot be used, over {MAX_BAD_SHARE:.0%}; "
                 f"the first: {total['bad'][0]} (all in {folder / f'bad_{name}.txt'}); mend or remove them"
             )
         counts |= {f"{name}_{key}": len(value) for key, value in total.items() if key != "notes"}
