@@ -1,4 +1,6 @@
-"""Unpacking zip, tar and 7z archives that nobody has to trust: nothing lands outside the folder, nothing is overwritten."""
+"""Unpacking zip, tar and 7z archives that nobody has to trust: nothing lands outside the folder, nothing is
+overwritten.
+"""
 
 import importlib.util
 import os
@@ -22,8 +24,10 @@ class ArchiveError(Exception):
 def unpack(archive: Path, folder: Path, *, expected_bytes: int) -> dict[str, int]:
     """Unpack into `folder`; returns the number of files under each top entry.
 
-    Everything is unpacked into a sibling folder first and renamed into place, so an interrupted run leaves nothing half-done.
-    Raises ArchiveError for absolute paths, `..`, drive letters, links, devices, and more than three times expected_bytes.
+    Everything is unpacked into a sibling folder first and renamed into place, so an interrupted run leaves nothing
+    half-done.
+    Raises ArchiveError for absolute paths, `..`, drive letters, links, devices, and more than three times
+    expected_bytes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     aside = folder / f".unpack-{archive.name}-{os.getpid()}"
@@ -57,7 +61,15 @@ def safe_name(archive: Path, name: str) -> PurePosixPath:
     """A member's relative path; ArchiveError when it could leave the folder."""
     path = PurePosixPath(name)
     windows = PureWindowsPath(name)
-    if not name or path.is_absolute() or ".." in path.parts or windows.drive or windows.root or "\\" in name or "\0" in name:
+    if (
+        not name
+        or path.is_absolute()
+        or ".." in path.parts
+        or windows.drive
+        or windows.root
+        or "\\" in name
+        or "\0" in name
+    ):
         raise ArchiveError(f"{archive}: member {name!r} points outside the folder; nothing was unpacked")
     return path
 
@@ -70,7 +82,9 @@ def _members(archive: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
                 safe_name(archive, info.filename)
                 kind = stat.S_IFMT(info.external_attr >> 16)
                 if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-                    raise ArchiveError(f"{archive}: member {info.filename!r} is a link or a device; nothing was unpacked")
+                    raise ArchiveError(
+                        f"{archive}: member {info.filename!r} is a link or a device; nothing was unpacked"
+                    )
             for info in opened.infolist():
                 if not info.is_dir():
                     with opened.open(info) as stream:
@@ -87,16 +101,20 @@ def _members(archive: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
 
 
 def _write_member(archive: Path, aside: Path, name: str, size: int, stream: IO[bytes], limit: int) -> int:
-    """Write one file and return what is left of the limit; the bytes that really come are counted, not those promised."""
+    """Write one file and return what is left of the limit; counted is what really comes."""
     if size > limit:
-        raise ArchiveError(f"{archive}: unpacks to more than {MAX_GROWTH} times its expected size; nothing was unpacked")
+        raise ArchiveError(
+            f"{archive}: unpacks to more than {MAX_GROWTH} times its expected size; nothing was unpacked"
+        )
     target = aside / safe_name(archive, name)
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target, "wb") as file:
         while block := stream.read(BLOCK):
             limit -= len(block)
             if limit < 0:
-                raise ArchiveError(f"{archive}: unpacks to more than {MAX_GROWTH} times its expected size; nothing was unpacked")
+                raise ArchiveError(
+                    f"{archive}: unpacks to more than {MAX_GROWTH} times its expected size; nothing was unpacked"
+                )
             file.write(block)
     return limit
 
@@ -105,6 +123,7 @@ def _unpack_7z(archive: Path, aside: Path, limit: int) -> None:
     program = next((found for name in ("7z", "7zz", "7za") if (found := shutil.which(name))), None)
     if importlib.util.find_spec("py7zr"):
         import py7zr
+
         try:
             with py7zr.SevenZipFile(archive) as opened:
                 listed = opened.list()
@@ -119,7 +138,9 @@ def _unpack_7z(archive: Path, aside: Path, limit: int) -> None:
     elif program:
         listing = subprocess.run([program, "l", "-slt", "-ba", str(archive)], capture_output=True, text=True)
         if listing.returncode:
-            raise ArchiveError(f"{archive}: damaged ({listing.stderr.strip()[:200]}); delete it and run the same command again")
+            raise ArchiveError(
+                f"{archive}: damaged ({listing.stderr.strip()[:200]}); delete it and run the same command again"
+            )
         fields = [line.split(" = ", 1) for line in listing.stdout.splitlines() if " = " in line]
         for key, value in fields:
             if key == "Path":
@@ -134,7 +155,10 @@ def _unpack_7z(archive: Path, aside: Path, limit: int) -> None:
 
 def _check_total(archive: Path, total: int, limit: int) -> None:
     if total > limit:
-        raise ArchiveError(f"{archive}: unpacks to {total:,} bytes, more than {MAX_GROWTH} times its expected size; nothing was unpacked")
+        raise ArchiveError(
+            f"{archive}: unpacks to {total:,} bytes, more than {MAX_GROWTH} times its expected size; nothing was "
+            "unpacked"
+        )
 
 
 def _refuse_links(archive: Path, folder: Path) -> None:
@@ -146,7 +170,9 @@ def _refuse_links(archive: Path, folder: Path) -> None:
 
 
 def _move_into(source: Path, target: Path) -> None:
-    """Rename into place. A folder that is there is filled up; a file that is there and differs is kept beside, renamed."""
+    """Rename into place. A folder that is there is filled up; a file that is there and differs is kept beside,
+    renamed.
+    """
     if not target.exists():
         os.rename(source, target)
     elif source.is_dir() and target.is_dir() and not target.is_symlink():

@@ -14,14 +14,15 @@ from torch import Tensor
 from shared.errors import BadSample
 
 SAMPLE_RATE, WINDOW, HOP, BANDS = 16000, 400, 160, 80
-POWER_FLOOR = 1e-10       # log10 of it is -10
-DYNAMIC_RANGE = 8.0       # decades below a clip's own maximum that are kept
+POWER_FLOOR = 1e-10  # log10 of it is -10
+DYNAMIC_RANGE = 8.0  # decades below a clip's own maximum that are kept
 BY_SOUNDFILE = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au")
 BY_AV = (".m4a", ".mp4", ".aac", ".webm", ".mkv", ".mov", ".wma")
 AUDIO_SUFFIXES = BY_SOUNDFILE + BY_AV
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
+
 
 def read_audio(source: Path | bytes, *, seconds: float | None = None, position: float = 0.0) -> np.ndarray:
     """Mono float32 at 16 kHz. seconds: read at most so much, starting at `position` (0 to 1) of what is left over.
@@ -51,11 +52,13 @@ def resample(samples: np.ndarray, rate: int) -> np.ndarray:
     if rate == SAMPLE_RATE:
         return np.ascontiguousarray(samples, np.float32)
     import soxr
+
     return soxr.resample(samples, rate, SAMPLE_RATE, quality="HQ").astype(np.float32)
 
 
 def _read_by_soundfile(source: Path | bytes, seconds: float | None, position: float) -> tuple[np.ndarray, int]:
     import soundfile
+
     with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as file:
         rate, total = file.samplerate, file.frames
         wanted = total if seconds is None else min(total, round(seconds * rate))
@@ -66,11 +69,14 @@ def _read_by_soundfile(source: Path | bytes, seconds: float | None, position: fl
 
 def _read_by_av(path: Path) -> tuple[np.ndarray, int]:
     import av
+
     with av.open(str(path)) as container:
         if not container.streams.audio:
             raise BadSample(f"{path}: holds no sound track")
         resampler = av.AudioResampler(format="fltp", layout="mono", rate=SAMPLE_RATE)
-        parts = [frame.to_ndarray()[0] for decoded in container.decode(audio=0) for frame in resampler.resample(decoded)]
+        parts = [
+            frame.to_ndarray()[0] for decoded in container.decode(audio=0) for frame in resampler.resample(decoded)
+        ]
         parts += [frame.to_ndarray()[0] for frame in resampler.resample(None)]
     return np.concatenate(parts) if parts else np.zeros(0, np.float32), SAMPLE_RATE
 
@@ -78,10 +84,11 @@ def _read_by_av(path: Path) -> tuple[np.ndarray, int]:
 def _cut(samples: np.ndarray, rate: int, seconds: float | None, position: float) -> np.ndarray:
     wanted = len(samples) if seconds is None else min(len(samples), round(seconds * rate))
     start = round(position * (len(samples) - wanted))
-    return samples[start:start + wanted]
+    return samples[start : start + wanted]
 
 
 # --- spectrogram ------------------------------------------------------------------------------------------------------
+
 
 def _slaney_hz(mel: np.ndarray) -> np.ndarray:
     """Slaney's scale: 200/3 Hz per mel up to 1000 Hz (mel 15), above it mel = 15 + 27 ln(f / 1000) / ln 6.4."""
@@ -94,7 +101,7 @@ def mel_filters() -> Tensor:
     top = 15 + 27 * np.log(SAMPLE_RATE / 2 / 1000) / np.log(6.4)
     corners = _slaney_hz(np.linspace(0, top, BANDS + 2))
     bins = np.linspace(0, SAMPLE_RATE / 2, WINDOW // 2 + 1)
-    low, middle, high = (corners[i:i + BANDS, None] for i in range(3))
+    low, middle, high = (corners[i : i + BANDS, None] for i in range(3))
     triangles = np.maximum(0, np.minimum((bins - low) / (middle - low), (high - bins) / (high - middle)))
     return torch.from_numpy((triangles * 2 / (high - low)).astype(np.float32))
 
@@ -104,7 +111,9 @@ def mel_power(waveform: Tensor) -> Tensor:
     if waveform.numel() <= WINDOW:  # the reflected edge needs more than half a window
         waveform = torch.nn.functional.pad(waveform, (0, WINDOW + 1 - waveform.numel()))
     window = torch.hann_window(WINDOW, periodic=True)
-    spectrum = torch.stft(waveform.float(), WINDOW, HOP, window=window, center=True, pad_mode="reflect", return_complex=True)
+    spectrum = torch.stft(
+        waveform.float(), WINDOW, HOP, window=window, center=True, pad_mode="reflect", return_complex=True
+    )
     return (mel_filters() @ spectrum.abs().square()[:, :-1]).T
 
 
@@ -123,16 +132,18 @@ def log_mel(waveform: Tensor) -> Tensor:
     return compress(log_power(waveform))
 
 
-def fit_frames(log_power_TM: Tensor, frames: int, *, position: float = 0.0, fill: str = "repeat_pad") -> tuple[Tensor, Tensor | None]:
+def fit_frames(
+    log_power_TM: Tensor, frames: int, *, position: float = 0.0, fill: str = "repeat_pad"
+) -> tuple[Tensor, Tensor | None]:
     """Cut or fill a clip to `frames`; returns the clip and a bool mask over frames, None where all count.
 
-    A longer clip is cut at `position` (0 start, 1 end). A shorter one is repeated whole times and then filled with silence
-    (repeat_pad, all frames count), or filled with silence that does not count (pad).
+    A longer clip is cut at `position` (0 start, 1 end). A shorter one is repeated whole times and then filled with
+    silence (repeat_pad, all frames count), or filled with silence that does not count (pad).
     """
     length = len(log_power_TM)
     if length >= frames:
         start = round(position * (length - frames))
-        return log_power_TM[start:start + frames], None
+        return log_power_TM[start : start + frames], None
     repeats = frames // length if fill == "repeat_pad" else 1
     silence = log_power_TM.new_full((frames - repeats * length, BANDS), np.log10(POWER_FLOOR))
     mask = None if fill == "repeat_pad" else torch.arange(frames) < length
@@ -140,12 +151,12 @@ def fit_frames(log_power_TM: Tensor, frames: int, *, position: float = 0.0, fill
 
 
 def spec_augment(mel_TM: Tensor, generator: torch.Generator, *, max_frames: int = 64, max_bands: int = 12) -> Tensor:
-    """Fill one span of frames (at most a quarter of the clip) and one of bands with the clip's minimum (Park et al. 2019)."""
+    """Fill one span of frames (at most a quarter of the clip) and one of bands with the clip's minimum (Park et al.
+    2019).
+    """
     mel_TM, floor = mel_TM.clone(), mel_TM.min()
     for axis, limit in ((0, min(max_frames, mel_TM.shape[0] // 4)), (1, max_bands)):
         width = int(torch.randint(0, limit + 1, (), generator=generator))
         start = int(torch.randint(0, mel_TM.shape[axis] - width + 1, (), generator=generator))
         mel_TM.narrow(axis, start, width).fill_(floor)
     return mel_TM
-
-

@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 python multimodal/benchmark.py --rounds 10
 
-The setting: pictures of 224 px in patches of 16, both towers 192 wide, 12 and 4 blocks, 64 tokens, vocabulary 16,384, embeddings 512,
-batch 8, fp32; forward, InfoNCE, backward, AdamW. `ours, as trained` pads captions to their own length in place of 64.
+The setting: pictures of 224 px in patches of 16, both towers 192 wide, 12 and 4 blocks, 64 tokens, vocabulary 16,384,
+embeddings 512, batch 8, fp32; forward, InfoNCE, backward, AdamW. `ours, as trained` pads captions to their own length
+in place of 64.
 """
 
 import statistics
@@ -34,11 +35,16 @@ def main(argv: list[str] | None = None) -> None:
     """Time and print."""
     options = load_config(Options, argv=argv, description=__doc__)
     import torch
+
     torch.set_num_threads(1)
     torch.manual_seed(0)
     images = torch.randn(options.batch_size, 3, 224, 224)
     ids = torch.randint(5, 16000, (options.batch_size, TOKENS))
-    steps = {"transformers CLIP": their_step(images, ids), "ours": our_step(images, ids), "ours, as trained": our_step(images, ids[:, :SHORT])}
+    steps = {
+        "transformers CLIP": their_step(images, ids),
+        "ours": our_step(images, ids),
+        "ours, as trained": our_step(images, ids[:, :SHORT]),
+    }
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(options.rounds + 2):
         for name, step in steps.items():
@@ -49,7 +55,10 @@ def main(argv: list[str] | None = None) -> None:
     reference = statistics.median(seconds["transformers CLIP"])
     for name, values in seconds.items():
         middle = statistics.median(values)
-        print(f"{name:<20}{middle:.3f} CPU seconds a step ({options.batch_size / middle:.2f} pairs/s), {middle / reference:.3f} of transformers")
+        print(
+            f"{name:<20}{middle:.3f} CPU seconds a step ({options.batch_size / middle:.2f} pairs/s), "
+            f"{middle / reference:.3f} of transformers"
+        )
 
 
 def our_step(images, ids) -> Callable[[], None]:
@@ -59,7 +68,10 @@ def our_step(images, ids) -> Callable[[], None]:
     from multimodal.contrastive import contrastive_loss
     from multimodal.model import MultimodalModel, Widths
     from multimodal.objectives import AlignModel
-    network = MultimodalModel(Widths((WIDTH, IMAGE_DEPTH), (WIDTH, TEXT_DEPTH), (WIDTH, 0), (WIDTH, 0), WIDTH), embed_dim=EMBED)
+
+    network = MultimodalModel(
+        Widths((WIDTH, IMAGE_DEPTH), (WIDTH, TEXT_DEPTH), (WIDTH, 0), (WIDTH, 0), WIDTH), embed_dim=EMBED
+    )
     module = AlignModel(network)
     unused = ("audio", "fus", "to_fusion", "modality", "classifier", "match", "bias", "embed.audio")
     for name, parameter in network.named_parameters():
@@ -69,7 +81,9 @@ def our_step(images, ids) -> Callable[[], None]:
 
     def step() -> None:
         found = module(batch)
-        contrastive_loss("infonce", found["image_embeds"], found["imagetext_embeds"], found["logit_scale"], found["logit_bias"]).backward()
+        contrastive_loss(
+            "infonce", found["image_embeds"], found["imagetext_embeds"], found["logit_scale"], found["logit_bias"]
+        ).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -80,12 +94,26 @@ def their_step(images, ids) -> Callable[[], None]:
     """The same with transformers' CLIPModel: the same towers, loss and optimizer."""
     import torch
     from transformers import CLIPConfig, CLIPModel
+
     shape = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": WIDTH // 64}
     config = CLIPConfig(
-        text_config={**shape, "num_hidden_layers": TEXT_DEPTH, "vocab_size": 16384, "max_position_embeddings": 77, "eos_token_id": 2,
-                     "hidden_act": "gelu"},
-        vision_config={**shape, "num_hidden_layers": IMAGE_DEPTH, "image_size": 224, "patch_size": 16, "hidden_act": "gelu"},
-        projection_dim=EMBED)
+        text_config={
+            **shape,
+            "num_hidden_layers": TEXT_DEPTH,
+            "vocab_size": 16384,
+            "max_position_embeddings": 77,
+            "eos_token_id": 2,
+            "hidden_act": "gelu",
+        },
+        vision_config={
+            **shape,
+            "num_hidden_layers": IMAGE_DEPTH,
+            "image_size": 224,
+            "patch_size": 16,
+            "hidden_act": "gelu",
+        },
+        projection_dim=EMBED,
+    )
     model = CLIPModel._from_config(config, attn_implementation="sdpa")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 

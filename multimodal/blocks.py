@@ -15,11 +15,13 @@ HEAD_WIDTH = 64
 CHUNKED_FROM = 1024  # tokens from which `auto` avoids attention that would build the whole matrix
 
 
-def chunked_attention(query_BHNK: Tensor, key_BHNK: Tensor, value_BHNK: Tensor, mask: Tensor | None, chunk: int) -> Tensor:
+def chunked_attention(
+    query_BHNK: Tensor, key_BHNK: Tensor, value_BHNK: Tensor, mask: Tensor | None, chunk: int
+) -> Tensor:
     """Exact attention over `chunk` queries at a time, softmax in fp32; holds B x H x chunk x N scores, never N x N.
 
-    mask: bool, broadcastable to (B, H, N, N) over a query axis of 1, True where a key is seen. The scores of a chunk are
-    computed again in the backward pass.
+    mask: bool, broadcastable to (B, H, N, N) over a query axis of 1, True where a key is seen. The scores of a chunk
+    are computed again in the backward pass.
     """
     assert mask is None or mask.shape[-2] == 1, "only key masks are supported"
 
@@ -29,7 +31,9 @@ def chunked_attention(query_BHNK: Tensor, key_BHNK: Tensor, value_BHNK: Tensor, 
             scores = scores.masked_fill(~mask, float("-inf"))
         return torch.matmul(scores.softmax(-1).to(value.dtype), value)
 
-    parts = [checkpoint(attend, query, key_BHNK, value_BHNK, use_reentrant=False) for query in query_BHNK.split(chunk, 2)]
+    parts = [
+        checkpoint(attend, query, key_BHNK, value_BHNK, use_reentrant=False) for query in query_BHNK.split(chunk, 2)
+    ]
     return torch.cat(parts, 2)
 
 
@@ -38,8 +42,9 @@ def has_fused_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     if query.device.type != "cuda":
         return mask is None
     parameters = torch.backends.cuda.SDPAParams(query, key, value, mask, 0.0, False, False)
-    return (torch.backends.cuda.can_use_flash_attention(parameters)
-            or torch.backends.cuda.can_use_efficient_attention(parameters))
+    return torch.backends.cuda.can_use_flash_attention(parameters) or torch.backends.cuda.can_use_efficient_attention(
+        parameters
+    )
 
 
 class QueryKeyValue(nn.Linear):
@@ -72,10 +77,13 @@ class Attention(nn.Module):
     def forward(self, x_BND: Tensor, mask_BN: Tensor | None = None, first_only: bool = False) -> Tensor:
         """mask_BN: bool, True where a token may be attended to; every row has at least one. first_only: (B, 1, D)."""
         tokens = x_BND.shape[1]
-        query, key, value = (rearrange(part, "B N (H K) -> B H N K", H=self.heads) for part in self.qkv(x_BND, first_only))
+        query, key, value = (
+            rearrange(part, "B N (H K) -> B H N K", H=self.heads) for part in self.qkv(x_BND, first_only)
+        )
         mask = None if mask_BN is None else rearrange(mask_BN, "B N -> B 1 1 N")
         chunked = self.kind == "chunked" or (
-            self.kind == "auto" and tokens > CHUNKED_FROM and not has_fused_kernel(query, key, value, mask))
+            self.kind == "auto" and tokens > CHUNKED_FROM and not has_fused_kernel(query, key, value, mask)
+        )
         if chunked:
             mixed = chunked_attention(query, key, value, mask, self.chunk)
         else:
@@ -110,7 +118,8 @@ class Tower(nn.Module):
         assert width % HEAD_WIDTH == 0, f"width {width} is not a multiple of {HEAD_WIDTH}"
         self.width, self.depth, self.grad_checkpointing = width, depth, False
         self.blocks = nn.ModuleList(
-            Block(width, width // HEAD_WIDTH, dropout=dropout, kind=kind, chunk=chunk) for _ in range(depth))
+            Block(width, width // HEAD_WIDTH, dropout=dropout, kind=kind, chunk=chunk) for _ in range(depth)
+        )
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, x_BND: Tensor, mask_BN: Tensor | None = None, first_only: bool = False) -> Tensor:
@@ -133,7 +142,9 @@ class Tower(nn.Module):
 
 @torch.no_grad()
 def small_normal_(layer: nn.Linear | nn.Conv2d, std: float = 0.02) -> None:
-    """Weight: normal with this standard deviation, cut at two of them (by the inverse of its distribution). Bias: zero."""
+    """Weight: normal with this standard deviation, cut at two of them (by the inverse of its distribution). Bias:
+    zero.
+    """
     edge = math.erf(2 / math.sqrt(2))
     layer.weight.uniform_(-edge, edge).erfinv_().mul_(std * math.sqrt(2))
     if layer.bias is not None:

@@ -5,7 +5,9 @@ from pathlib import Path
 
 
 class Board:
-    """Copies the new lines of a metrics file into event files. Off: does nothing, and tensorboard need not be installed."""
+    """Copies the new lines of a metrics file into event files. Off: does nothing, and tensorboard need not be
+    installed.
+    """
 
     def __init__(self, folder: Path, metrics: Path, enabled: bool):
         self.metrics, self.position, self.writer = metrics, 0, None
@@ -14,7 +16,10 @@ class Board:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 from shared.errors import UserError
-                raise UserError("TensorBoard files need the package tensorboard: pip install tensorboard; or use --no-tensorboard") from None
+
+                raise UserError(
+                    "TensorBoard files need the package tensorboard: pip install tensorboard; or use --no-tensorboard"
+                ) from None
             last = _last_step(metrics)
             self.writer = SummaryWriter(str(folder), purge_step=last + 1 if last else None)
             self.position = metrics.stat().st_size if metrics.exists() else 0

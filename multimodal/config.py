@@ -45,14 +45,18 @@ class DataConfig(Section):
     """What is read, and how it is turned into tensors."""
 
     data_root: str | None = setting(None, "folder that holds coco/, clotho/, audiocaps/, ...; null: the sample data")
-    datasets: list[Literal[DATASETS]] = setting(["coco", "clotho", "audiocaps"], "which of them to train on", fixed=True)
+    datasets: list[Literal[DATASETS]] = setting(
+        ["coco", "clotho", "audiocaps"], "which of them to train on", fixed=True
+    )
     paths: dict[str, str] = setting({}, "folder of a data set that does not lie below data_root, by name")
     karpathy: bool = setting(False, "coco: use the Karpathy split (dataset_coco.json) instead of train2017/val2017")
     audio_frames: int = setting(1024, "10 ms frames of a training clip; a multiple of 16", fixed=True, ge=16)
     audio_fill: Literal["repeat_pad", "pad"] = setting("repeat_pad", "short clips: repeat whole, then zeros; or zeros")
     spec_augment: bool = setting(True, "mask one span of frames and one of bands, stages 1 and 2")
     align_crop_scale: float = setting(0.6, "stages 2 and 3: least share of a picture that a crop keeps", gt=0, le=1)
-    align_flip: float = setting(0.0, "stages 2 and 3: probability of mirroring (captions say left and right)", ge=0, le=1)
+    align_flip: float = setting(
+        0.0, "stages 2 and 3: probability of mirroring (captions say left and right)", ge=0, le=1
+    )
     caption_dropout: float = setting(0.0, "probability of leaving out each word of a training caption", ge=0, lt=1)
     mel_cache: str | None = setting(None, "folder for log-mel spectrograms as fp16 .npy, written at first use")
     keep_in_memory: bool = setting(False, "keep decoded pictures and spectrograms in memory (small sets)")
@@ -93,14 +97,19 @@ class TrainingConfig(TrainingSection):
         "coco80", "what the classifier learns: COCO's 80 classes, the labels of own pictures, speakers, or nothing"
     )
     text_pretraining: Literal["embeddings", "mlm"] = setting(
-        "embeddings", "stage 1, text: pre-trained word vectors, or masked language modelling", "unimodal_text", fixed=True
+        "embeddings",
+        "stage 1, text: pre-trained word vectors, or masked language modelling",
+        "unimodal_text",
+        fixed=True,
     )
     word_embeddings: str = setting("auto", "GloVe text file; auto: data_root/glove when present; none: random")
     tower_lr_scale: float = setting(0.3, "stage 3: learning rate of the towers relative to fusion and heads", ge=0)
     init_from: str | None = setting(None, "start the first stage from these weights")
     reset_head: bool = setting(False, "with init_from: leave out the classifier when its size differs")
     use_amp: bool = setting(True, "mixed precision where the device has it; false: fp32")
-    gradient_checkpointing: bool = setting(True, "recompute blocks in the backward pass", "checkpointing", "use_checkpoint")
+    gradient_checkpointing: bool = setting(
+        True, "recompute blocks in the backward pass", "checkpointing", "use_checkpoint"
+    )
     logging_steps: int = setting(20, "optimizer steps between log lines", "log_every", ge=1)
     save_steps: int | None = setting(None, "optimizer steps between checkpoints", ge=1)
     save_every_n_epochs: int | None = setting(10, "epochs between checkpoints", "save_every", ge=1)
@@ -127,7 +136,9 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
-    tokenizer: str | None = setting(None, "tokenizers JSON file; null: the byte-level BPE of 16,384 tokens that ships here")
+    tokenizer: str | None = setting(
+        None, "tokenizers JSON file; null: the byte-level BPE of 16,384 tokens that ships here"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -150,7 +161,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _whole(self) -> "Config":
         if not self.training.use_amp and self.run.precision not in (None, "fp32"):
-            raise ValueError(f"training.use_amp false and run.precision {self.run.precision} contradict; give one of them")
+            raise ValueError(
+                f"training.use_amp false and run.precision {self.run.precision} contradict; give one of them"
+            )
         if self.training.label_set == "voxceleb1" and "voxceleb" not in self.data.datasets:
             raise ValueError("training.label_set voxceleb1 needs voxceleb among data.datasets")
         if self.training.label_set == "coco80" and self.model.num_classes != 80:
@@ -163,7 +176,9 @@ def stage_epochs(training: TrainingConfig) -> dict[int, int]:
     total = training.num_epochs or 1
     wanted = training.stages or ([1, 2, 3] if total > 1 else [3])
     if training.stage_epochs is not None:
-        return {stage: training.stage_epochs[stage - 1] for stage in sorted(set(wanted)) if training.stage_epochs[stage - 1]}
+        return {
+            stage: training.stage_epochs[stage - 1] for stage in sorted(set(wanted)) if training.stage_epochs[stage - 1]
+        }
     wanted = sorted(set(wanted))
     share = sum(training.stage_fractions[stage - 1] for stage in wanted)
     if not share:

@@ -51,14 +51,23 @@ def positives(keys: Key, all_keys: Key, offset: int) -> Tensor:
     return same
 
 
-def contrastive_loss(kind: str, first: Tensor, second: Tensor, scale: Tensor, bias: Tensor, keys: Key | None = None,
-                     *, all_ranks: bool = True) -> Tensor:
-    """This rank's loss for n pairs of unit rows (n, E) against all ranks' rows; its mean over ranks is the loss of all N pairs.
+def contrastive_loss(
+    kind: str,
+    first: Tensor,
+    second: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    keys: Key | None = None,
+    *,
+    all_ranks: bool = True,
+) -> Tensor:
+    """This rank's loss for n pairs of unit rows (n, E) against all ranks' rows; its mean over ranks is the loss of all
+    N pairs.
 
     infonce: S = scale X Y^T, (CE(S) + CE(S^T)) / 2, mean over rows (Radford et al. 2021).
     siglip:  z = scale X Y^T + bias, -(1/n) sum log sigmoid(+-z) (Zhai et al. 2023, divided by rows).
-    keys: rows with an equal caption or item count as positives too (equal shares of the target). all_ranks false: these rows
-    alone. fp32 throughout.
+    keys: rows with an equal caption or item count as positives too (equal shares of the target). all_ranks false:
+    these rows alone. fp32 throughout.
     """
     first, second = first.float(), second.float()
     with torch.autocast(first.device.type, enabled=False):
@@ -85,7 +94,7 @@ def contrastive_loss(kind: str, first: Tensor, second: Tensor, scale: Tensor, bi
 
 
 class Pairing(NamedTuple):
-    """One contrastive term: names of the two embeddings, of the temperature and bias, and of the keys, and its weight."""
+    """One contrastive term: the names of its embeddings, temperature, bias and keys, and its weight."""
 
     first: str
     second: str
@@ -95,25 +104,47 @@ class Pairing(NamedTuple):
     weight: float
 
 
-def total_loss(kind: str, pairings: list[Pairing], outputs: dict[str, Tensor], keys: dict[str, Tensor] | None) -> tuple[Tensor, dict[str, Tensor]]:
+def total_loss(
+    kind: str, pairings: list[Pairing], outputs: dict[str, Tensor], keys: dict[str, Tensor] | None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of the contrastive terms, and each by name."""
-    terms = {f"{p.first.split('_')[0]}_{p.second.split('_')[0]}": (p.weight, contrastive_loss(
-        kind, outputs[p.first], outputs[p.second], outputs[p.scale], outputs[p.bias], None if keys is None else keys[p.keys]))
-        for p in pairings}
-    return sum(weight * loss for weight, loss in terms.values()), {name: loss.detach() for name, (_, loss) in terms.items()}
+    terms = {
+        f"{p.first.split('_')[0]}_{p.second.split('_')[0]}": (
+            p.weight,
+            contrastive_loss(
+                kind,
+                outputs[p.first],
+                outputs[p.second],
+                outputs[p.scale],
+                outputs[p.bias],
+                None if keys is None else keys[p.keys],
+            ),
+        )
+        for p in pairings
+    }
+    return sum(weight * loss for weight, loss in terms.values()), {
+        name: loss.detach() for name, (_, loss) in terms.items()
+    }
 
 
 # --- gradient cache (Gao et al. 2021) ---------------------------------------------------------------------------------
 
+
 class CachedStep:
     """Gradients of the loss of a whole step with respect to every embedding, from a first pass without gradient.
 
-    encode(index) runs micro-batch `index` and returns its outputs by name; it is run again, with gradient and the same random
-    state, in the second pass, where `surrogate` turns the cached gradients into a loss.
+    encode(index) runs micro-batch `index` and returns its outputs by name; it is run again, with gradient and the same
+    random state, in the second pass, where `surrogate` turns the cached gradients into a loss.
     """
 
-    def __init__(self, encode: Callable[[int], dict[str, Tensor]], micro_batches: int, kind: str, pairings: list[Pairing],
-                 keys: list[dict[str, Tensor]] | None):
+    def __init__(
+        self,
+        encode: Callable[[int], dict[str, Tensor]],
+        micro_batches: int,
+        kind: str,
+        pairings: list[Pairing],
+        keys: list[dict[str, Tensor]] | None,
+    ):
         self.micro_batches, self.states, outputs = micro_batches, [], []
         for index in range(micro_batches):
             self.states.append(_random_state())

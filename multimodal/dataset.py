@@ -34,13 +34,24 @@ class Augmentation:
 
 
 class CaptionedDataset:
-    """Pictures or sounds with captions. Item: images (3, S, S) or audio (T, 80) and audio_mask, input_ids, caption, labels, id.
+    """Pictures or sounds with captions. Item: images (3, S, S) or audio (T, 80) and audio_mask, input_ids, caption,
+    labels, id.
 
-    sample(index, epoch) augments by (seed, epoch, index); [index] is the evaluation view. Raises BadSample for a broken file.
+    sample(index, epoch) augments by (seed, epoch, index); [index] is the evaluation view. Raises BadSample for a
+    broken file.
     """
 
-    def __init__(self, records: list[Record], data: DataConfig, tokenizer: TextTokenizer, *, image_size: int, seed: int = 0,
-                 augmentation: Augmentation | None = None, num_classes: int | None = None):
+    def __init__(
+        self,
+        records: list[Record],
+        data: DataConfig,
+        tokenizer: TextTokenizer,
+        *,
+        image_size: int,
+        seed: int = 0,
+        augmentation: Augmentation | None = None,
+        num_classes: int | None = None,
+    ):
         self.records, self.data, self.tokenizer, self.image_size, self.seed = records, data, tokenizer, image_size, seed
         self.augmentation, self.num_classes = augmentation, num_classes
         self._memory: dict[str, Any] = {}
@@ -70,8 +81,11 @@ class CaptionedDataset:
         item: dict[str, Any] = {"id": record.id, "dataset": record.dataset}
         if record.captions:
             caption = self._vary(record.captions[choice], generator)
-            item |= {"caption": caption, "input_ids": self.tokenizer.encode(caption),
-                     "caption_key": stable_hash(record.captions[choice].lower())}
+            item |= {
+                "caption": caption,
+                "input_ids": self.tokenizer.encode(caption),
+                "caption_key": stable_hash(record.captions[choice].lower()),
+            }
         item["item_key"] = stable_hash(record.id)
         if record.kind == "image":
             item["images"] = self._image(record.source, generator)
@@ -92,7 +106,11 @@ class CaptionedDataset:
         if not rate:
             return caption
         words = caption.split()
-        kept = [word for word, draw in zip(words, torch.rand(len(words), generator=generator).tolist(), strict=True) if draw >= rate]
+        kept = [
+            word
+            for word, draw in zip(words, torch.rand(len(words), generator=generator).tolist(), strict=True)
+            if draw >= rate
+        ]
         return " ".join(kept) or caption
 
     # --- pictures -----------------------------------------------------------------------------------------------------
@@ -105,16 +123,20 @@ class CaptionedDataset:
     def _crop(self, picture: Any, generator: torch.Generator | None) -> Tensor:
         if generator is None:
             return to_tensor(center_crop(picture, self.image_size))
-        return to_tensor(random_resized_crop(picture, self.image_size, generator, scale=self.augmentation.crop_scale,
-                                             flip=self.augmentation.flip))
+        return to_tensor(
+            random_resized_crop(
+                picture, self.image_size, generator, scale=self.augmentation.crop_scale, flip=self.augmentation.flip
+            )
+        )
 
     def _frame(self, video: Path, generator: torch.Generator | None) -> Tensor:
         return self._crop(self._remember(f"frame {video}", lambda: read_frame(video)), generator)
 
     # --- sound --------------------------------------------------------------------------------------------------------
 
-    def _audio(self, source: Path | Source, generator: torch.Generator | None, position: float,
-               seconds: float | None) -> tuple[Tensor, Tensor | None]:
+    def _audio(
+        self, source: Path | Source, generator: torch.Generator | None, position: float, seconds: float | None
+    ) -> tuple[Tensor, Tensor | None]:
         frames = self.data.audio_frames if seconds is None else int(seconds * 100) // 16 * 16
         power = self._log_power(source, frames, position)
         clip, mask = fit_frames(power, frames, position=position, fill=self.data.audio_fill)
@@ -128,7 +150,9 @@ class CaptionedDataset:
         if self.data.mel_cache:
             return self._remember(f"mel {source}", lambda: self._cached_power(source))
         if self.data.keep_in_memory:
-            return self._remember(f"mel {source}", lambda: log_power(torch.from_numpy(read_audio(_bytes_or_path(source)))))
+            return self._remember(
+                f"mel {source}", lambda: log_power(torch.from_numpy(read_audio(_bytes_or_path(source))))
+            )
         seconds = frames * 160 / SAMPLE_RATE
         return log_power(torch.from_numpy(read_audio(_bytes_or_path(source), seconds=seconds, position=position)))
 
@@ -176,8 +200,12 @@ def collate(items: list[dict]) -> dict[str, Any]:
         batch["caption"] = [item["caption"] for item in items]
     if any(item.get("audio_mask") is not None for item in items):
         frames = len(first["audio"])
-        batch["audio_mask"] = torch.stack([torch.ones(frames, dtype=torch.bool) if item["audio_mask"] is None
-                                           else item["audio_mask"] for item in items])
+        batch["audio_mask"] = torch.stack(
+            [
+                torch.ones(frames, dtype=torch.bool) if item["audio_mask"] is None else item["audio_mask"]
+                for item in items
+            ]
+        )
     keys = [[item.get("caption_key", item["item_key"]), item["item_key"]] for item in items]
     batch["keys"] = torch.tensor(keys, dtype=torch.int64)
     return batch
@@ -191,6 +219,7 @@ def stable_hash(text: str) -> int:
 def read_frame(path: Path) -> Any:
     """The first frame of a video as an RGB picture."""
     import av
+
     try:
         with av.open(str(path)) as container:
             return next(container.decode(video=0)).to_image().convert("RGB")
@@ -201,6 +230,7 @@ def read_frame(path: Path) -> Any:
 def save_aside(path: Path, array: np.ndarray) -> None:
     """Write under another name, then rename: readers never see half a file."""
     import os
+
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with open(temporary, "wb") as file:
         np.save(file, array)

@@ -3,8 +3,9 @@
     python multimodal/download_datasets.py --datasets coco clotho audiocaps --data-root ./data --skip-existing
     python multimodal/download_datasets.py --datasets all --dry-run
 
-Downloads are resumed and verified, archives are unpacked safely, and what its authors hand out on request is explained step by
-step. Exit code: 0 all is there, 2 bad arguments, 3 a download, checksum, archive or disk failure, 4 only manual sets are missing.
+Downloads are resumed and verified, archives are unpacked safely, and what its authors hand out on request is explained
+step by step. Exit code: 0 all is there, 2 bad arguments, 3 a download, checksum, archive or disk failure, 4 only
+manual sets are missing.
 """
 
 import datetime
@@ -33,13 +34,17 @@ SPARE = 1.05  # free space wanted beyond what is computed
 class Options(Section):
     """Flags of this command."""
 
-    datasets: list[Literal["all", "coco", "clotho", "audiocaps", "voxceleb", "glove"]] = setting([], "which sets to fetch, or all")
+    datasets: list[Literal["all", "coco", "clotho", "audiocaps", "voxceleb", "glove"]] = setting(
+        [], "which sets to fetch, or all"
+    )
     data_root: str = setting("./data", "folder that receives one folder for each set")
     skip_existing: bool = setting(False, "leave sets alone whose marker is there and whose file counts still match")
     dry_run: bool = setting(False, "say what would be fetched, and stop")
     keep_archives: bool = setting(False, "keep downloaded archives after unpacking")
     extract: bool = setting(True, "unpack archives; --no-extract only fetches and verifies them")
-    splits: list[Literal[SPLITS]] = setting(["train", "val", "test"], "parts to fetch; test2017 and karpathy belong to coco")
+    splits: list[Literal[SPLITS]] = setting(
+        ["train", "val", "test"], "parts to fetch; test2017 and karpathy belong to coco"
+    )
     max_retries: int = setting(5, "failures in a row, without a new byte, before a file is given up", ge=0)
     timeout: float = setting(60.0, "seconds without an answer before a connection is given up", gt=0)
     first_wait: float = setting(1.0, "seconds before the first retry; doubles with each", ge=0)
@@ -102,14 +107,23 @@ def handle(found: RemoteSet, folder: Path, options: Options, bases: dict[str, st
         print(f"{found.name}: {error}", file=sys.stderr)
         return State(found.name, "failed", *measure(folder), code=FAILED)
     except OSError as error:
-        print(f"{found.name}: {error.filename or folder}: {error.strerror}; what was fetched is kept, run the same command again",
-              file=sys.stderr)
+        print(
+            f"{found.name}: {error.filename or folder}: {error.strerror}; what was fetched is kept, run the same "
+            "command again",
+            file=sys.stderr,
+        )
         return State(found.name, "failed", *measure(folder), code=FAILED)
     if options.extract and manual:
         write_marker(folder, record)
     if not manual:
-        print("\n".join([*found.steps, f"Its folder is {folder.resolve()}, which holds "
-                         f"{', '.join(sorted(p.name for p in folder.iterdir() if not p.name.startswith('.'))) or 'nothing'}."]))
+        print(
+            "\n".join(
+                [
+                    *found.steps,
+                    f"Its folder is {folder.resolve()}, which holds {', '.join(visible_names(folder)) or 'nothing'}.",
+                ]
+            )
+        )
         return State(found.name, "manual steps left", *measure(folder), code=MANUAL)
     return State(found.name, "complete" if options.extract else "fetched", *measure(folder))
 
@@ -124,11 +138,19 @@ def take(found: RemoteSet, file: RemoteFile, folder: Path, options: Options, bas
         own = False  # it was here before: not ours to delete
     else:
         if target.exists():
-            raise DownloadError(f"{target} is there, but is not the published file (its checksum or size differs); move it away")
+            raise DownloadError(
+                f"{target} is there, but is not the published file (its checksum or size differs); move it away"
+            )
         target = folder / ".downloads" / file.name if file.unpacked else target
         if not (target.exists() and is_right(target, file)):
-            fetch(address(found, file, bases), target, checksum=file.checksum, size=file.size, policy=Policy(
-                options.max_retries, options.timeout, options.first_wait), progress=progress_of(f"{found.name}/{file.name}"))
+            fetch(
+                address(found, file, bases),
+                target,
+                checksum=file.checksum,
+                size=file.size,
+                policy=Policy(options.max_retries, options.timeout, options.first_wait),
+                progress=progress_of(f"{found.name}/{file.name}"),
+            )
     entry = {"bytes": target.stat().st_size, "checksum": list(file.checksum) if file.checksum else None}
     if not file.unpacked:
         return {**entry, "paths": {file.name: 1}}
@@ -141,12 +163,18 @@ def take(found: RemoteSet, file: RemoteFile, folder: Path, options: Options, bas
 
 
 def take_manual(found: RemoteSet, folder: Path, options: Options) -> bool:
-    """Whether the part that the user fetches is there; archives that lie in the folder are checked, joined and unpacked."""
+    """Whether the part that the user fetches is there; archives that lie in the folder are checked, joined and
+    unpacked.
+    """
     if not found.steps:
         return True
     for file in found.manual:
         archive = joined(file, folder)
-        if archive is not None and options.extract and not any(True for pattern in found.layout for _ in folder.glob(pattern)):
+        if (
+            archive is not None
+            and options.extract
+            and not any(True for pattern in found.layout for _ in folder.glob(pattern))
+        ):
             unpack(archive, folder, expected_bytes=2 * archive.stat().st_size)
     return any(True for pattern in found.layout for _ in folder.glob(pattern))
 
@@ -174,9 +202,15 @@ def joined(file: ManualFile, folder: Path) -> Path | None:
 
 # --- what is there ----------------------------------------------------------------------------------------------------
 
+
 def wanted(found: RemoteSet, options: Options) -> list[RemoteFile]:
     """The files of the chosen splits."""
     return [file for file in found.files if file.split in ("always", *options.splits)]
+
+
+def visible_names(folder: Path) -> list[str]:
+    """What a folder holds, hidden names left out."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def is_right(path: Path, file: RemoteFile) -> bool:
@@ -198,7 +232,9 @@ def write_marker(folder: Path, record: dict[str, dict]) -> None:
     """Say what is complete, with file counts."""
     temporary = folder / f"{MARKER}.{os.getpid()}"
     entries = {**read_marker(folder), **record}
-    temporary.write_text(json.dumps({"files": entries, "date": datetime.datetime.now(datetime.UTC).isoformat()}, indent=1))
+    temporary.write_text(
+        json.dumps({"files": entries, "date": datetime.datetime.now(datetime.UTC).isoformat()}, indent=1)
+    )
     os.replace(temporary, folder / MARKER)
 
 
@@ -206,18 +242,27 @@ def is_complete(folder: Path, found: RemoteSet, options: Options) -> bool:
     """Whether every wanted file is in the marker and its content still there."""
     entries = read_marker(folder)
     manual = not found.steps or any(True for pattern in found.layout for _ in folder.glob(pattern))
-    return manual and all(file.name in entries and _still_there(folder, entries[file.name]) for file in wanted(found, options))
+    return manual and all(
+        file.name in entries and _still_there(folder, entries[file.name]) for file in wanted(found, options)
+    )
 
 
 def _still_there(folder: Path, entry: dict) -> bool:
     paths = entry.get("paths", {})
-    return bool(paths) and all((folder / name).exists() and count_files(folder / name) >= count for name, count in paths.items())
+    return bool(paths) and all(
+        (folder / name).exists() and count_files(folder / name) >= count for name, count in paths.items()
+    )
 
 
 def measure(folder: Path) -> tuple[int, int]:
     """Files and bytes below a folder, markers and unfinished downloads left out."""
-    sizes = [os.path.getsize(os.path.join(root, name)) for root, folders, names in os.walk(folder) if ".downloads" not in root
-             for name in names if not name.startswith(MARKER)]
+    sizes = [
+        os.path.getsize(os.path.join(root, name))
+        for root, folders, names in os.walk(folder)
+        if ".downloads" not in root
+        for name in names
+        if not name.startswith(MARKER)
+    ]
     return len(sizes), sum(sizes)
 
 
@@ -228,7 +273,14 @@ def bytes_needed(found: RemoteSet, folder: Path, options: Options) -> int:
         if file.name in entries and _still_there(folder, entries[file.name]):
             continue
         part = folder / ".downloads" / f"{file.name}.part"
-        here = next((path.stat().st_size for path in (folder / file.name, folder / ".downloads" / file.name, part) if path.exists()), 0)
+        here = next(
+            (
+                path.stat().st_size
+                for path in (folder / file.name, folder / ".downloads" / file.name, part)
+                if path.exists()
+            ),
+            0,
+        )
         total += max(0, (file.size or file.estimate) - here) + (file.unpacked if options.extract else 0)
     return total
 
@@ -238,12 +290,17 @@ def check_disk(root: Path, needed: int) -> None:
     place = next(path for path in (root, *root.resolve().parents) if path.exists())
     free = shutil.disk_usage(place).free
     if needed * SPARE > free:
-        print(f"{root}: {needed * SPARE / 1e9:.1f} GB are needed (archives, unpacked files and 5 % to spare), {free / 1e9:.1f} GB are "
-              "free; free some space or choose another --data-root", file=sys.stderr)
+        print(
+            f"{root}: {needed * SPARE / 1e9:.1f} GB are needed (archives, unpacked files and 5 % to spare), "
+            f"{free / 1e9:.1f} GB are "
+            "free; free some space or choose another --data-root",
+            file=sys.stderr,
+        )
         raise SystemExit(FAILED)
 
 
 # --- talking ----------------------------------------------------------------------------------------------------------
+
 
 def read_bases(values: list[str]) -> dict[str, str]:
     """Mirrors by set name."""
@@ -251,7 +308,9 @@ def read_bases(values: list[str]) -> dict[str, str]:
     for value in values:
         name, separator, url = value.partition("=")
         if not separator or name not in SETS or not url.startswith(("http://", "https://")):
-            raise UserError(f"--base-url {value}: expected NAME=URL, NAME one of {', '.join(SETS)}, URL with http:// or https://")
+            raise UserError(
+                f"--base-url {value}: expected NAME=URL, NAME one of {', '.join(SETS)}, URL with http:// or https://"
+            )
         bases[name] = url if url.endswith("/") else url + "/"
     return bases
 
@@ -265,6 +324,7 @@ def progress_of(title: str):
     """A bar on a terminal, a line at every 5 % elsewhere."""
     if sys.stderr.isatty():
         from tqdm import tqdm
+
         bar = tqdm(desc=title, unit="B", unit_scale=True)
 
         def draw(have: int, total: int | None) -> None:
@@ -272,6 +332,7 @@ def progress_of(title: str):
             bar.update(have - bar.n)
             if have == total:
                 bar.close()
+
         return draw
     said = [-1]
 
@@ -279,7 +340,12 @@ def progress_of(title: str):
         share = 20 * have // total if total else have >> 27
         if share > said[0]:
             said[0] = share
-            print(f"{title}: {have / 1e6:.1f} MB{f' of {total / 1e6:.1f} MB, {5 * share} %' if total else ''}", file=sys.stderr, flush=True)
+            print(
+                f"{title}: {have / 1e6:.1f} MB{f' of {total / 1e6:.1f} MB, {5 * share} %' if total else ''}",
+                file=sys.stderr,
+                flush=True,
+            )
+
     return say
 
 
@@ -287,7 +353,9 @@ def ask(needed: int, options: Options) -> None:
     """On a terminal, ask before something large."""
     if options.yes or needed < 10**9 or not sys.stdin.isatty():
         return
-    if input(f"{needed / 1e9:.1f} GB of disk space will be used below {options.data_root}. Go on? [y/N] ").strip().lower() not in ("y", "yes"):
+    if input(
+        f"{needed / 1e9:.1f} GB of disk space will be used below {options.data_root}. Go on? [y/N] "
+    ).strip().lower() not in ("y", "yes"):
         raise UserError("stopped as asked; nothing was fetched")
 
 

@@ -1,8 +1,8 @@
 """Embed files, and search among them with a text, a picture or a sound.
 
-    python multimodal/embed.py encode --checkpoint OUT --images DIR --output pictures.safetensors
-    python multimodal/embed.py encode --checkpoint OUT --texts captions.txt --output texts.safetensors
-    python multimodal/embed.py search --checkpoint OUT --index pictures.safetensors --query-text "a dog on grass" --top-k 10
+python multimodal/embed.py encode --checkpoint OUT --images DIR --output pictures.safetensors
+python multimodal/embed.py encode --checkpoint OUT --texts captions.txt --output texts.safetensors
+python multimodal/embed.py search --checkpoint OUT --index pictures.safetensors --query-text "a dog on grass" --top-k 10
 """
 
 import json
@@ -49,7 +49,9 @@ def main(argv: list[str] | None = None) -> None:
     """encode or search."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] not in ("encode", "search"):
-        raise UserError(f"expected encode or search, found {argv[0] if argv else 'nothing'}; --help after either lists its flags")
+        raise UserError(
+            f"expected encode or search, found {argv[0] if argv else 'nothing'}; --help after either lists its flags"
+        )
     if argv[0] == "encode":
         encode(load_config(EncodeOptions, argv=argv[1:], description=__doc__))
     else:
@@ -62,6 +64,7 @@ def encode(options: EncodeOptions) -> Path:
     from safetensors.torch import save_file
 
     from multimodal.inference import Embedder, files_below
+
     given = [name for name in ("images", "texts", "audio") if getattr(options, name) is not None]
     if len(given) != 1:
         raise UserError(f"give one of --images, --texts and --audio; found {' and '.join(given) or 'none'}")
@@ -76,8 +79,11 @@ def encode(options: EncodeOptions) -> Path:
     output = Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.{os.getpid()}")
-    save_file({"embeddings": vectors.to(torch.float16 if options.dtype == "fp16" else torch.float32).contiguous()}, temporary,
-              {"ids": json.dumps(ids, ensure_ascii=False), "kind": given[0], "model": weights_mark(embedder)})
+    save_file(
+        {"embeddings": vectors.to(torch.float16 if options.dtype == "fp16" else torch.float32).contiguous()},
+        temporary,
+        {"ids": json.dumps(ids, ensure_ascii=False), "kind": given[0], "model": weights_mark(embedder)},
+    )
     os.replace(temporary, output)
     print(f"{output}: {len(ids)} vectors of width {vectors.shape[1]}")
     return output
@@ -86,6 +92,7 @@ def encode(options: EncodeOptions) -> Path:
 def search(options: SearchOptions) -> list[tuple[str, float]]:
     """Print and return the nearest entries of an index with their cosine similarities."""
     from multimodal.inference import Embedder, files_below
+
     queries = {"text": options.query_text, "image": options.query_image, "audio": options.query_audio}
     given = [name for name, value in queries.items() if value is not None]
     if len(given) != 1:
@@ -100,7 +107,7 @@ def search(options: SearchOptions) -> list[tuple[str, float]]:
         kind = given[0]
         query = (embedder.images if kind == "image" else embedder.sounds)(files_below(queries[kind], kind))[0][0]
     scores = vectors.float() @ query
-    best = scores.argsort(descending=True, stable=True)[:options.top_k].tolist()
+    best = scores.argsort(descending=True, stable=True)[: options.top_k].tolist()
     found = [(ids[place], float(scores[place])) for place in best]
     for name, score in found:
         print(f"{score:.4f}  {name}")
@@ -120,6 +127,7 @@ def read_lines(path: str) -> list[str]:
 def read_index(path: Path) -> tuple[Any, list[str], str]:
     """Vectors, ids and the mark of the weights."""
     import safetensors
+
     if not path.is_file():
         raise UserError(f"--index {path}: no such file; make it with embed.py encode")
     try:
@@ -133,8 +141,11 @@ def read_index(path: Path) -> tuple[Any, list[str], str]:
 def weights_mark(embedder: Any) -> str:
     """A short hash of the embedding layers: vectors of other weights cannot be compared."""
     import hashlib
+
     state = embedder.payload["model_state_dict"]
-    return hashlib.sha256(b"".join(state[name].numpy().tobytes() for name in sorted(state) if name.startswith("embed."))).hexdigest()[:16]
+    return hashlib.sha256(
+        b"".join(state[name].numpy().tobytes() for name in sorted(state) if name.startswith("embed."))
+    ).hexdigest()[:16]
 
 
 if __name__ == "__main__":

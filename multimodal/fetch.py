@@ -25,16 +25,23 @@ class DownloadError(Exception):
 class Policy:
     """How patiently a file is fetched."""
 
-    max_retries: int = 5        # failures in a row that bring no new byte
-    timeout: float = 60.0       # seconds without an answer
-    first_wait: float = 1.0     # seconds before the first retry; doubles
+    max_retries: int = 5  # failures in a row that bring no new byte
+    timeout: float = 60.0  # seconds without an answer
+    first_wait: float = 1.0  # seconds before the first retry; doubles
 
 
 Progress = Callable[[int, int | None], None]  # bytes so far, bytes in all
 
 
-def fetch(url: str, target: Path, *, checksum: tuple[str, str] | None = None, size: int | None = None,
-          policy: Policy = Policy(), progress: Progress | None = None) -> Path:
+def fetch(
+    url: str,
+    target: Path,
+    *,
+    checksum: tuple[str, str] | None = None,
+    size: int | None = None,
+    policy: Policy = Policy(),
+    progress: Progress | None = None,
+) -> Path:
     """Fetch `url` into `target` through target.part; resumes a part that is there. Raises DownloadError.
 
     A wrong checksum starts once more from nothing, then fails naming both sums.
@@ -57,7 +64,9 @@ def fetch(url: str, target: Path, *, checksum: tuple[str, str] | None = None, si
         part.unlink()
         _facts_path(part).unlink(missing_ok=True)
         if attempt == 2:
-            raise DownloadError(f"{url}: wrong content twice: {problem}; the file on the server has changed or a proxy spoils it")
+            raise DownloadError(
+                f"{url}: wrong content twice: {problem}; the file on the server has changed or a proxy spoils it"
+            )
     raise AssertionError
 
 
@@ -87,8 +96,11 @@ def _receive(url: str, part: Path, size: int | None, policy: Policy, progress: P
         failures = 0 if here > furthest else failures + 1
         furthest = max(furthest, here)
         if failures > policy.max_retries:
-            raise DownloadError(f"{url}: {problem}, {failures} times in a row without progress at byte {here}; {part} is kept, run the same "
-                                "command again")
+            raise DownloadError(
+                f"{url}: {problem}, {failures} times in a row without progress at byte {here}; {part} is kept, run the "
+                "same "
+                "command again"
+            )
         pause = max(wait, policy.first_wait * 2 ** (failures - 1) if failures else 0.0)
         if pause:
             time.sleep(min(pause, MAX_WAIT))
@@ -114,7 +126,9 @@ def _retry_after(value: str | None) -> float:
         return 0.0
 
 
-def _one_request(url: str, part: Path, size: int | None, timeout: float, progress: Progress | None) -> tuple[bool, int | None]:
+def _one_request(
+    url: str, part: Path, size: int | None, timeout: float, progress: Progress | None
+) -> tuple[bool, int | None]:
     """Ask for what is missing and append it; (whether the file is complete, its full length if known)."""
     have, facts = part.stat().st_size if part.exists() else 0, _read_facts(part)
     headers = {"Accept-Encoding": "identity", "User-Agent": "multimodal-download/1"}
@@ -138,7 +152,11 @@ def _one_request(url: str, part: Path, size: int | None, timeout: float, progres
         if response.status == 206:
             started = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
             promised = _total_of_range(response.headers.get("Content-Range"))
-            if not started or int(started[1]) != have or (facts.get("total") and promised and promised != facts["total"]):
+            if (
+                not started
+                or int(started[1]) != have
+                or (facts.get("total") and promised and promised != facts["total"])
+            ):
                 _restart(part)
                 return False, None
             total = promised or total

@@ -1,8 +1,9 @@
 """Retrieve with a trained model, into a file a person can look at.
 
-    python multimodal/generate.py --checkpoint outputs/multimodal --output sheet.png         the five nearest pictures of held-out captions
-    python multimodal/generate.py --checkpoint outputs/multimodal --dataset clotho --output sounds.json
-    python multimodal/generate.py --checkpoint outputs/multimodal --prompt "a red circle" --output circle.png
+python multimodal/generate.py --checkpoint outputs/multimodal --output sheet.png         the five nearest pictures of
+held-out captions
+python multimodal/generate.py --checkpoint outputs/multimodal --dataset clotho --output sounds.json
+python multimodal/generate.py --checkpoint outputs/multimodal --prompt "a red circle" --output circle.png
 """
 
 import json
@@ -23,7 +24,9 @@ class Options(Section):
 
     checkpoint: str = setting("outputs/multimodal", "a run's folder, a checkpoint folder or a .pt file")
     output: str = setting("retrieval.png", ".png: pictures; .json: pictures or sounds with their captions")
-    dataset: Literal[DATASETS] | None = setting(None, "what is searched; null: the first data set of the run", "datasets")
+    dataset: Literal[DATASETS] | None = setting(
+        None, "what is searched; null: the first data set of the run", "datasets"
+    )
     data_root: str | None = setting(None, "its folder; null: the run's")
     split: Literal["train", "val", "test"] = setting("val", "part of the data that is searched")
     prompt: list[str] = setting([], "texts to search for; none: captions of the data")
@@ -41,12 +44,23 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--output {output}: .png or .json is wanted")
     from multimodal import metrics
     from multimodal.inference import Embedder
+
     embedder = Embedder.load(options.checkpoint, device=options.device, batch_size=options.batch_size)
     name = options.dataset or embedder.config.data.datasets[0]
-    found = metrics.records_of(embedder, metrics.Options(checkpoint=options.checkpoint, datasets=[name], split=options.split,
-                                                         data_root=options.data_root))
+    found = metrics.records_of(
+        embedder,
+        metrics.Options(
+            checkpoint=options.checkpoint, datasets=[name], split=options.split, data_root=options.data_root
+        ),
+    )
     records = found.get(name, [])
-    kind = "image" if any(record.kind == "image" for record in records) and output.suffix == ".png" else records[0].kind if records else "image"
+    kind = (
+        "image"
+        if any(record.kind == "image" for record in records) and output.suffix == ".png"
+        else records[0].kind
+        if records
+        else "image"
+    )
     records = [record for record in records if record.kind == kind and record.captions]
     if not records:
         raise UserError(f"data set {name} has no captioned {options.split} samples to search")
@@ -56,11 +70,16 @@ def main(argv: list[str] | None = None) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     from multimodal.report import write_aside
     from multimodal.showing import best_items, picture_sheet, table
+
     if output.suffix == ".png":
-        picture_sheet(split, {record.id: record.source for record in records}, output, rows=len(options.prompt) or options.rows)
+        picture_sheet(
+            split, {record.id: record.source for record in records}, output, rows=len(options.prompt) or options.rows
+        )
     elif options.prompt:
-        rows: list[dict[str, Any]] = [{"query_text": text, "found_items": [split.ids[place] for place in best_items(split, index)]}
-                                      for index, text in enumerate(options.prompt)]
+        rows: list[dict[str, Any]] = [
+            {"query_text": text, "found_items": [split.ids[place] for place in best_items(split, index)]}
+            for index, text in enumerate(options.prompt)
+        ]
         write_aside(output, json.dumps(rows, indent=1, ensure_ascii=False))
     else:
         write_aside(output, json.dumps(table(split, rows=options.rows), indent=1, ensure_ascii=False))

@@ -65,9 +65,12 @@ def center_crop(picture: Image.Image, size: int) -> Image.Image:
     return resized.crop((left, top, left + size, top + size))
 
 
-def random_resized_crop(picture: Image.Image, size: int, generator: torch.Generator, *, scale: float = 0.2,
-                        flip: float = 0.5) -> Image.Image:
-    """A crop of `scale` to 1 of the area and 3/4 to 4/3 in shape, resized to a square, mirrored with probability `flip`."""
+def random_resized_crop(
+    picture: Image.Image, size: int, generator: torch.Generator, *, scale: float = 0.2, flip: float = 0.5
+) -> Image.Image:
+    """A crop of `scale` to 1 of the area and 3/4 to 4/3 in shape, resized to a square, mirrored with probability
+    `flip`.
+    """
     width, height = picture.size
     draw = torch.rand(4, generator=generator).tolist()
     area = width * height * (scale + (1 - scale) * draw[0])

@@ -33,7 +33,9 @@ class Embedder:
     batch_size: int = 64
 
     @classmethod
-    def load(cls, checkpoint: str, *, device: str = "auto", tokenizer: str | None = None, batch_size: int = 64) -> "Embedder":
+    def load(
+        cls, checkpoint: str, *, device: str = "auto", tokenizer: str | None = None, batch_size: int = 64
+    ) -> "Embedder":
         """From OUT, a checkpoint folder or a .pt file."""
         network, own_tokenizer, payload = load_model(checkpoint, tokenizer)
         info = init_distributed(device)
@@ -54,21 +56,39 @@ class Embedder:
     def dataset(self, records: list[Record], *, num_classes: int | None = None) -> CaptionedDataset:
         """The evaluation view of records."""
         data = self.config.data.model_copy(update={"keep_in_memory": False, "mel_cache": None})
-        return CaptionedDataset(records, data, self.tokenizer, image_size=self.config.model.image_size, num_classes=num_classes)
+        return CaptionedDataset(
+            records, data, self.tokenizer, image_size=self.config.model.image_size, num_classes=num_classes
+        )
 
-    def split(self, records: list[Record], kind: Kind, *, audio_crops: int = 1, num_classes: int | None = None) -> Split:
+    def split(
+        self, records: list[Record], kind: Kind, *, audio_crops: int = 1, num_classes: int | None = None
+    ) -> Split:
         """All items and captions of one kind; audio_crops 3: start, middle and end of long sounds, averaged."""
         positions = (0.0,) if audio_crops == 1 else tuple(i / (audio_crops - 1) for i in range(audio_crops))
-        return embed_split(self.encode, self.dataset(records, num_classes=num_classes), kind, self.info, batch_size=self.batch_size,
-                           positions=positions)
+        return embed_split(
+            self.encode,
+            self.dataset(records, num_classes=num_classes),
+            kind,
+            self.info,
+            batch_size=self.batch_size,
+            positions=positions,
+        )
 
     def texts(self, texts: list[str]) -> Tensor:
         """(n, E) unit vectors, fp32, on the CPU."""
         found = []
         for start in range(0, len(texts), 2 * self.batch_size):
-            input_ids, mask = self.tokenizer.batch(texts[start:start + 2 * self.batch_size])
-            found.append(self.encode({"image": {"input_ids": input_ids.to(self.info.device), "attention_mask": mask.to(self.info.device)}}
-                                     )["imagetext_embeds"].cpu())
+            input_ids, mask = self.tokenizer.batch(texts[start : start + 2 * self.batch_size])
+            found.append(
+                self.encode(
+                    {
+                        "image": {
+                            "input_ids": input_ids.to(self.info.device),
+                            "attention_mask": mask.to(self.info.device),
+                        }
+                    }
+                )["imagetext_embeds"].cpu()
+            )
         return torch.cat(found)
 
     def images(self, paths: list[Path]) -> tuple[Tensor, list[Path]]:
@@ -91,10 +111,14 @@ class Embedder:
                     print(f"left out: {error}", flush=True)
             if own:
                 name = "images" if kind == "image" else "audio"
-                vectors.append(self.encode({kind: {name: torch.stack(inputs).to(self.info.device)}})[f"{kind}_embeds"].cpu())
+                vectors.append(
+                    self.encode({kind: {name: torch.stack(inputs).to(self.info.device)}})[f"{kind}_embeds"].cpu()
+                )
                 good += own
         if not good:
-            raise UserError(f"none of {len(paths)} files can be read as {'a picture' if kind == 'image' else 'a sound'}")
+            raise UserError(
+                f"none of {len(paths)} files can be read as {'a picture' if kind == 'image' else 'a sound'}"
+            )
         return torch.cat(vectors), good
 
     def _load(self, path: Path, kind: Kind) -> Tensor:
@@ -109,7 +133,7 @@ def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     """Lists of at most `size` items."""
     items = list(items)
     for start in range(0, len(items), size):
-        yield items[start:start + size]
+        yield items[start : start + size]
 
 
 def files_below(folder: str, kind: Kind) -> list[Path]:

@@ -1,8 +1,8 @@
 """Measure a trained model: retrieval both ways with intervals, classification, zero-shot.
 
-    python multimodal/metrics.py --checkpoint outputs/multimodal --output outputs/multimodal/metrics.json
-    python multimodal/metrics.py --checkpoint OUT --data-root ./data --datasets coco --protocol 1k --output coco.json
-    python multimodal/metrics.py --checkpoint OUT --zeroshot ESC-50 --output esc50.json
+python multimodal/metrics.py --checkpoint outputs/multimodal --output outputs/multimodal/metrics.json
+python multimodal/metrics.py --checkpoint OUT --data-root ./data --datasets coco --protocol 1k --output coco.json
+python multimodal/metrics.py --checkpoint OUT --zeroshot ESC-50 --output esc50.json
 """
 
 import json
@@ -18,7 +18,7 @@ from multimodal.config import DATASETS  # noqa: E402
 from shared.config import Section, load_config, setting  # noqa: E402
 from shared.errors import UserError, command  # noqa: E402
 
-# Sample data: what a run of the small preset is meant to reach in text-to-item retrieval (40 pictures, 16 sounds held out).
+# What the small preset is meant to reach on the sample data, text to item (40 pictures, 16 sounds held out).
 SAMPLE_TARGETS = {("coco", "R@10"): 0.45, ("clotho", "R@5"): 0.50}
 FOLDS, FOLD = 5, 1000
 
@@ -28,12 +28,18 @@ class Options(Section):
 
     checkpoint: str = setting("outputs/multimodal", "a run's folder, a checkpoint folder or a .pt file")
     output: str = setting("metrics.json", "JSON file to write")
-    datasets: list[Literal[DATASETS]] | None = setting(None, "data sets to measure; null: those of the run that are there", "dataset")
+    datasets: list[Literal[DATASETS]] | None = setting(
+        None, "data sets to measure; null: those of the run that are there", "dataset"
+    )
     data_root: str | None = setting(None, "their folder; null: the run's")
     split: Literal["train", "val", "test"] = setting("val", "part of the data")
     protocol: Literal["full", "first5", "1k", "karpathy"] = setting(
-        "full", "captions of an item: all, the first five, the mean over five folds of 1000 items, or Karpathy's test split")
-    zeroshot: str | None = setting(None, "coco80, or a folder with one folder a class, or a folder in the ESC-50 layout")
+        "full",
+        "captions of an item: all, the first five, the mean over five folds of 1000 items, or Karpathy's test split",
+    )
+    zeroshot: str | None = setting(
+        None, "coco80, or a folder with one folder a class, or a folder in the ESC-50 layout"
+    )
     audio_crops: int = setting(1, "cuts of a long sound whose embeddings are averaged", ge=1, le=9)
     batch_size: int = setting(64, "items at a time", ge=1)
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
@@ -46,12 +52,23 @@ def main(argv: list[str] | None = None) -> None:
     """Measure and write."""
     options = load_config(Options, argv=argv, description=__doc__)
     from multimodal.inference import Embedder
-    embedder = Embedder.load(options.checkpoint, device=options.device, tokenizer=options.tokenizer, batch_size=options.batch_size)
-    found: dict[str, Any] = {"checkpoint": options.checkpoint, "stage": embedder.payload["stage"], "epoch": embedder.payload["epoch"],
-                             "split": options.split, "protocol": options.protocol, "retrieval": {}, "classification": {}}
+
+    embedder = Embedder.load(
+        options.checkpoint, device=options.device, tokenizer=options.tokenizer, batch_size=options.batch_size
+    )
+    found: dict[str, Any] = {
+        "checkpoint": options.checkpoint,
+        "stage": embedder.payload["stage"],
+        "epoch": embedder.payload["epoch"],
+        "split": options.split,
+        "protocol": options.protocol,
+        "retrieval": {},
+        "classification": {},
+    }
     splits = {}
     if options.zeroshot is not None and options.zeroshot != "coco80":
         from multimodal.zeroshot import classify_folder
+
         if not Path(options.zeroshot).is_dir():
             raise UserError(f"--zeroshot {options.zeroshot}: neither coco80 nor a folder")
         found["zeroshot"] = classify_folder(embedder, Path(options.zeroshot))
@@ -60,20 +77,29 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     from multimodal.report import write_aside
+
     write_aside(output, json.dumps(found, indent=1))
     print_found(found)
     run = Path(options.checkpoint)
     if options.report and splits and (run / "config.yaml").exists():
         from multimodal.showing import write_run_report
+
         words = sys.argv[1:] if argv is None else argv
-        path = write_run_report(run, embedder, splits, found, make_bars(found, embedder, options),
-                                shlex.join(["python", "multimodal/metrics.py", *words]))
+        path = write_run_report(
+            run,
+            embedder,
+            splits,
+            found,
+            make_bars(found, embedder, options),
+            shlex.join(["python", "multimodal/metrics.py", *words]),
+        )
         print(f"report: {path.with_suffix('.html')}")
 
 
 def measure_sets(embedder: Any, options: Options, found: dict[str, Any]) -> dict[str, Any]:
     """Retrieval and classification of each data set; fills `found` and returns the embedded splits by name."""
     from multimodal.records import KINDS
+
     splits = {}
     for name, records in records_of(embedder, options).items():
         for kind in KINDS:
@@ -90,11 +116,14 @@ def measure_sets(embedder: Any, options: Options, found: dict[str, Any]) -> dict
                 found["retrieval"][title] = retrieval_of(split, options.protocol)
             if split.class_logits is not None and split.labels is not None:
                 from multimodal.evaluation import classification
+
                 found["classification"][title] = classification(split)
             if options.zeroshot == "coco80" and name == "coco":
                 found["zeroshot"] = zeroshot_coco(embedder, options, split)
     if not splits:
-        raise UserError(f"none of the data sets has a {options.split} split here; give --data-root, --datasets or --split")
+        raise UserError(
+            f"none of the data sets has a {options.split} split here; give --data-root, --datasets or --split"
+        )
     return splits
 
 
@@ -103,9 +132,12 @@ def records_of(embedder: Any, options: Options) -> dict[str, list]:
     from multimodal.records import read_records
     from multimodal.sources import data_folder
     from multimodal.synthetic import synthetic_records
+
     config = embedder.config
     if options.data_root is not None:
-        config = config.model_copy(update={"data": config.data.model_copy(update={"data_root": options.data_root, "paths": {}})})
+        config = config.model_copy(
+            update={"data": config.data.model_copy(update={"data_root": options.data_root, "paths": {}})}
+        )
     records = {}
     for name in options.datasets or config.data.datasets:
         if name == "synthetic":
@@ -125,6 +157,7 @@ def records_of(embedder: Any, options: Options) -> dict[str, list]:
 def retrieval_of(split: Any, protocol: str) -> dict[str, Any]:
     """Both directions with chance levels; protocol 1k averages five folds of a thousand items."""
     from multimodal.retrieval import chance_recall, retrieval
+
     count = len(split.items_IE)
     if protocol == "1k":
         if count < FOLDS * FOLD:
@@ -133,17 +166,26 @@ def retrieval_of(split: Any, protocol: str) -> dict[str, Any]:
         for fold in range(FOLDS):
             items = range(fold * FOLD, (fold + 1) * FOLD)
             captions = [place for place, owner in enumerate(split.owners) if owner in items]
-            parts.append(retrieval(split.items_IE[items.start:items.stop], split.captions_CE[captions],
-                                   [split.owners[place] - items.start for place in captions]))
-        found = {direction: {name: sum(part[direction][name] for part in parts) / FOLDS for name in parts[0][direction]}
-                 for direction in parts[0]}
+            parts.append(
+                retrieval(
+                    split.items_IE[items.start : items.stop],
+                    split.captions_CE[captions],
+                    [split.owners[place] - items.start for place in captions],
+                )
+            )
+        found = {
+            direction: {name: sum(part[direction][name] for part in parts) / FOLDS for name in parts[0][direction]}
+            for direction in parts[0]
+        }
         count = FOLD
     else:
         found = retrieval(split.items_IE, split.captions_CE, split.owners)
     captions = [split.owners.count(place) for place in range(min(len(split.items_IE), 50))]
     for k in (1, 5, 10):
         found["text_to_item"][f"chance_R@{k}"] = chance_recall(count, k)
-        found["item_to_text"][f"chance_R@{k}"] = chance_recall(len(split.owners), k, round(sum(captions) / max(1, len(captions))))
+        found["item_to_text"][f"chance_R@{k}"] = chance_recall(
+            len(split.owners), k, round(sum(captions) / max(1, len(captions)))
+        )
     return {"items": len(split.items_IE), "captions": len(split.owners), "bad": split.bad, **found}
 
 
@@ -151,9 +193,12 @@ def zeroshot_coco(embedder: Any, options: Options, split: Any) -> dict[str, floa
     """hit@1 and mAP of the 80 class names on pictures with instance labels."""
     from multimodal.sources import class_names
     from multimodal.zeroshot import class_vectors, multi_label
+
     config = embedder.config
     if options.data_root is not None:
-        config = config.model_copy(update={"data": config.data.model_copy(update={"data_root": options.data_root, "paths": {}})})
+        config = config.model_copy(
+            update={"data": config.data.model_copy(update={"data_root": options.data_root, "paths": {}})}
+        )
     names = class_names(config)
     if names is None or split.labels is None:
         raise UserError("--zeroshot coco80 needs annotations/instances_val2017.json in the coco folder")
@@ -163,16 +208,23 @@ def zeroshot_coco(embedder: Any, options: Options, split: Any) -> dict[str, floa
 def make_bars(found: dict[str, Any], embedder: Any, options: Options) -> list:
     """Recall beside chance; with targets where the sample data were measured."""
     from shared.report import Bar
+
     sample = options.data_root is None and embedder.config.data.data_root is None and not embedder.config.data.paths
     bars = []
     for name, values in found["retrieval"].items():
         for direction, words in (("text_to_item", "text to"), ("item_to_text", "to text:")):
             for k in ("R@1", "R@5", "R@10"):
                 own = values[direction]
-                title = f"{name}: text to {'picture' if name == 'coco' else 'item'} {k}" if words == "text to" else f"{name}: item to text {k}"
+                title = (
+                    f"{name}: text to {'picture' if name == 'coco' else 'item'} {k}"
+                    if words == "text to"
+                    else f"{name}: item to text {k}"
+                )
                 target = SAMPLE_TARGETS.get((name, k)) if sample and direction == "text_to_item" else None
                 low, high = own.get(f"{k}_low"), own.get(f"{k}_high")
-                note = f"{values['items']} items" + (f", 95 % interval {low:.3f} to {high:.3f}" if low is not None else "")
+                note = f"{values['items']} items" + (
+                    f", 95 % interval {low:.3f} to {high:.3f}" if low is not None else ""
+                )
                 bars.append(Bar(title, own[k], target, baseline=own[f"chance_{k}"], note=note))
     return bars
 
@@ -182,8 +234,11 @@ def print_found(found: dict[str, Any]) -> None:
     for name, values in found["retrieval"].items():
         for direction in ("text_to_item", "item_to_text"):
             own = values[direction]
-            print(f"{name:<12}{direction:<14}" + "".join(f"R@{k} {own[f'R@{k}']:.3f} (chance {own[f'chance_R@{k}']:.3f})  " for k in (1, 5, 10))
-                  + f"median rank {own['median_rank']:.0f}  mAP@10 {own['mAP@10']:.3f}")
+            print(
+                f"{name:<12}{direction:<14}"
+                + "".join(f"R@{k} {own[f'R@{k}']:.3f} (chance {own[f'chance_R@{k}']:.3f})  " for k in (1, 5, 10))
+                + f"median rank {own['median_rank']:.0f}  mAP@10 {own['mAP@10']:.3f}"
+            )
     for name in ("classification", "zeroshot"):
         if found.get(name):
             print(f"{name}: {json.dumps(found[name])}")

@@ -1,6 +1,8 @@
-"""The network: one transformer tower each for pictures, text and sound, and a fusion tower over the tokens of any of them.
+"""The network: one transformer tower each for pictures, text and sound, and a fusion tower over the tokens of any of
+them.
 
-Legend: B batch, C channels, H W pixels, L text tokens, T frames of 10 ms, N tokens of a tower, D its width, E embedding.
+Legend: B batch, C channels, H W pixels, L text tokens, T frames of 10 ms, N tokens of a tower, D its width, E
+embedding.
 """
 
 import math
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from multimodal.blocks import Tower, small_normal_
+from multimodal.checks import check_batch, check_image, check_mask, check_modality_mask
 
 VOCABULARY = 16384
 PAD = 0
@@ -45,7 +48,9 @@ SIZES = {
 
 
 def create_model(size: str = "base", num_classes: int = 80, **settings: Any) -> "MultimodalModel":
-    """The model of a named size. settings: embed_dim, image_size, image_patch, dropout, attention, attention_chunk, ..."""
+    """The model of a named size. settings: embed_dim, image_size, image_patch, dropout, attention, attention_chunk,
+    ...
+    """
     if size not in SIZES:
         raise ValueError(f"size {size!r} is not known; use one of {', '.join(SIZES)}")
     return MultimodalModel(SIZES[size], num_classes=num_classes, size=size, **settings)
@@ -54,21 +59,41 @@ def create_model(size: str = "base", num_classes: int = 80, **settings: Any) -> 
 class MultimodalModel(nn.Module):
     """Embeds any subset of (picture, text, sound) into one space, and fuses what is given."""
 
-    def __init__(self, widths: Widths, *, num_classes: int = 80, embed_dim: int = 512, image_size: int = 224,
-                 image_patch: int = 16, dropout: float = 0.0, attention: Literal["auto", "sdpa", "chunked"] = "auto",
-                 attention_chunk: int = 128, vocabulary: int = VOCABULARY, contrastive_loss: str = "infonce",
-                 init_std: float = 0.02, size: str = "custom"):
+    def __init__(
+        self,
+        widths: Widths,
+        *,
+        num_classes: int = 80,
+        embed_dim: int = 512,
+        image_size: int = 224,
+        image_patch: int = 16,
+        dropout: float = 0.0,
+        attention: Literal["auto", "sdpa", "chunked"] = "auto",
+        attention_chunk: int = 128,
+        vocabulary: int = VOCABULARY,
+        contrastive_loss: str = "infonce",
+        init_std: float = 0.02,
+        size: str = "custom",
+    ):
         super().__init__()
         if image_size % image_patch:
             raise ValueError(f"image_size {image_size} is not a multiple of image_patch {image_patch}")
         self.config = {
-            "size": size, "num_classes": num_classes, "embed_dim": embed_dim, "image_size": image_size,
-            "image_patch": image_patch, "dropout": dropout, "attention": attention, "attention_chunk": attention_chunk,
-            "vocabulary": vocabulary, "contrastive_loss": contrastive_loss, "init_std": init_std,
+            "size": size,
+            "num_classes": num_classes,
+            "embed_dim": embed_dim,
+            "image_size": image_size,
+            "image_patch": image_patch,
+            "dropout": dropout,
+            "attention": attention,
+            "attention_chunk": attention_chunk,
+            "vocabulary": vocabulary,
+            "contrastive_loss": contrastive_loss,
+            "init_std": init_std,
         }
         self.image_patch, self.grid = image_patch, image_size // image_patch
         options = {"dropout": dropout, "kind": attention, "chunk": attention_chunk}
-        image, text, audio, fusion = (widths.image[0], widths.text[0], widths.audio[0], widths.fusion[0])
+        image, text, audio = widths.image[0], widths.text[0], widths.audio[0]
 
         self.image_patches = nn.Conv2d(3, image, image_patch, image_patch)
         self.image_class = nn.Parameter(torch.zeros(1, 1, image))
@@ -85,7 +110,15 @@ class MultimodalModel(nn.Module):
         self.audio_bands = nn.Parameter(torch.zeros(AUDIO_BANDS, audio))
         self.audio_tower = Tower(*widths.audio, **options)
 
-        towers = dict(zip(MODALITIES, (image, text, audio), strict=True))
+        self._add_fusion(widths, options)
+        self._initialise()
+
+    # --- set-up -------------------------------------------------------------------------------------------------------
+
+    def _add_fusion(self, widths: Widths, options: dict[str, Any]) -> None:
+        """Embedding projections, the fusion tower with its heads, and the temperatures."""
+        embed_dim, num_classes, fusion = self.config["embed_dim"], self.config["num_classes"], widths.fusion[0]
+        towers = {"image": widths.image[0], "text": widths.text[0], "audio": widths.audio[0]}
         self.embed = nn.ModuleDict({name: nn.Linear(width, embed_dim, bias=False) for name, width in towers.items()})
         self.to_fusion = nn.ModuleDict({name: nn.Linear(width, fusion) for name, width in towers.items()})
         self.modality_vectors = nn.ParameterDict({name: nn.Parameter(torch.zeros(fusion)) for name in MODALITIES})
@@ -95,12 +128,9 @@ class MultimodalModel(nn.Module):
         self.classifier = nn.Sequential(nn.LayerNorm(embed_dim, eps=1e-6), nn.Linear(embed_dim, num_classes))
         self.match_head = nn.Linear(embed_dim, 1)
 
-        # One temperature each, since image-text and audio-text differ in difficulty. Shape (1,): FSDP2 shards no scalars.
+        # Two temperatures: the pairs differ in difficulty. Shape (1,), since FSDP2 shards no scalars.
         self.log_scale, self.audio_log_scale = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
         self.bias, self.audio_bias = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
-        self._initialise()
-
-    # --- set-up -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _initialise(self) -> None:
@@ -108,12 +138,25 @@ class MultimodalModel(nn.Module):
         for tower in (self.image_tower, self.text_tower, self.audio_tower, self.fusion_tower):
             tower.initialise(std)
         small_normal_(self.word_projection, std)
-        for layer in (self.image_patches, self.audio_patches, self.fused_output, self.match_head, *self.to_fusion.values()):
+        for layer in (
+            self.image_patches,
+            self.audio_patches,
+            self.fused_output,
+            self.match_head,
+            *self.to_fusion.values(),
+        ):
             small_normal_(layer)
         for layer in self.embed.values():
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-        for vector in (self.image_class, self.image_positions, self.text_positions, self.audio_class, self.audio_bands,
-                       self.fuse_token, *self.modality_vectors.values()):
+        for vector in (
+            self.image_class,
+            self.image_positions,
+            self.text_positions,
+            self.audio_class,
+            self.audio_bands,
+            self.fuse_token,
+            *self.modality_vectors.values(),
+        ):
             nn.init.normal_(vector, std=0.02)
         nn.init.normal_(self.words.weight, std=std)
         self.words.weight[PAD] = 0
@@ -131,7 +174,15 @@ class MultimodalModel(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay would harm: vectors, positions, tokens, scalars, the word table."""
-        tables = {"image_class", "image_positions", "text_positions", "audio_class", "audio_bands", "fuse_token", "words.weight"}
+        tables = {
+            "image_class",
+            "image_positions",
+            "text_positions",
+            "audio_class",
+            "audio_bands",
+            "fuse_token",
+            "words.weight",
+        }
         return tables | {name for name, parameter in self.named_parameters() if parameter.ndim < 2}
 
     def num_parameters(self) -> int:
@@ -152,7 +203,7 @@ class MultimodalModel(nn.Module):
 
         first_only, here and below: the first token alone (B, 1, D), all that an embedding needs.
         """
-        _check_image(images_BCHW, self.image_patch)
+        check_image(images_BCHW, self.image_patch)
         patches = self.image_patches(images_BCHW)
         tokens = rearrange(patches, "B D h w -> B (h w) D") + self._image_grid(patches.shape[2], patches.shape[3])
         tokens = pick_tokens(tokens, keep_BK)
@@ -175,8 +226,14 @@ class MultimodalModel(nn.Module):
         tokens = self.word_projection(self.words(input_ids_BL)) + self.text_positions[:, :length]
         return self.text_tower(tokens, mask_BL, first_only)
 
-    def audio_tokens(self, audio_BTM: Tensor, audio_mask_BT: Tensor | None = None, keep_BK: Tensor | None = None, *,
-                     first_only: bool = False) -> tuple[Tensor, Tensor | None]:
+    def audio_tokens(
+        self,
+        audio_BTM: Tensor,
+        audio_mask_BT: Tensor | None = None,
+        keep_BK: Tensor | None = None,
+        *,
+        first_only: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
         """(B, 1 + 5 T/16, D), time-major (the five bands of a time column adjacent), and the key mask or None.
 
         A patch is valid when any of its 16 frames is.
@@ -216,8 +273,9 @@ class MultimodalModel(nn.Module):
 
     # --- fusion -------------------------------------------------------------------------------------------------------
 
-    def fuse(self, tokens: dict[str, Tensor], masks: dict[str, Tensor | None],
-             modality_mask: dict[str, Tensor] | None = None) -> Tensor:
+    def fuse(
+        self, tokens: dict[str, Tensor], masks: dict[str, Tensor | None], modality_mask: dict[str, Tensor] | None = None
+    ) -> Tensor:
         """(B, E), not normalised: the fuse token over the tokens of the given modalities.
 
         masks: per modality bool (B, N) or None. modality_mask: per modality bool (B,), False hides it in that sample.
@@ -229,7 +287,11 @@ class MultimodalModel(nn.Module):
             if name in tokens:
                 parts.append(self.to_fusion[name](tokens[name]) + self.modality_vectors[name])
                 mask = masks.get(name)
-                mask = torch.ones(tokens[name].shape[:2], dtype=torch.bool, device=tokens[name].device) if mask is None else mask
+                mask = (
+                    torch.ones(tokens[name].shape[:2], dtype=torch.bool, device=tokens[name].device)
+                    if mask is None
+                    else mask
+                )
                 if modality_mask and name in modality_mask:
                     mask = mask & modality_mask[name].unsqueeze(1)
                 seen.append(mask)
@@ -239,18 +301,33 @@ class MultimodalModel(nn.Module):
 
     def heads(self, fused_BE: Tensor) -> dict[str, Tensor]:
         """logits (B, classes) and match_logits (B,) of fused features, fp32."""
-        return {"logits": self.classifier(fused_BE).float(), "match_logits": self.match_head(fused_BE).squeeze(-1).float()}
+        return {
+            "logits": self.classifier(fused_BE).float(),
+            "match_logits": self.match_head(fused_BE).squeeze(-1).float(),
+        }
 
     def scales(self) -> dict[str, Tensor]:
-        """Temperatures (exponentiated) and sigmoid biases, each of shape (); copies, since FSDP frees what it gathered."""
-        return {"logit_scale": self.log_scale.float().exp().squeeze(0),
-                "audio_logit_scale": self.audio_log_scale.float().exp().squeeze(0),
-                "logit_bias": self.bias.float().squeeze(0).clone(), "audio_logit_bias": self.audio_bias.float().squeeze(0).clone()}
+        """Temperatures (exponentiated) and sigmoid biases, each of shape (); copies, since FSDP frees what it
+        gathered.
+        """
+        return {
+            "logit_scale": self.log_scale.float().exp().squeeze(0),
+            "audio_logit_scale": self.audio_log_scale.float().exp().squeeze(0),
+            "logit_bias": self.bias.float().squeeze(0).clone(),
+            "audio_logit_bias": self.audio_bias.float().squeeze(0).clone(),
+        }
 
-    def forward(self, images: Tensor | None = None, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
-                audio: Tensor | None = None, audio_mask: Tensor | None = None,
-                modality_mask: dict[str, Tensor] | None = None, return_tokens: bool = False,
-                fuse: bool = True) -> dict[str, Any]:
+    def forward(
+        self,
+        images: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        audio: Tensor | None = None,
+        audio_mask: Tensor | None = None,
+        modality_mask: dict[str, Tensor] | None = None,
+        return_tokens: bool = False,
+        fuse: bool = True,
+    ) -> dict[str, Any]:
         """Embed and fuse what is given. Keys of absent modalities are absent.
 
         images (B, 3, H, W); input_ids, attention_mask (B, L); audio (B, T, 80); audio_mask (B, T), True for frames that
@@ -258,10 +335,10 @@ class MultimodalModel(nn.Module):
         fused_features (B, E), logits (B, classes), match_logits (B,); with return_tokens also `tokens`.
         Raises ValueError naming the argument that does not fit.
         """
-        _check_batch(images=images, input_ids=input_ids, audio=audio)
-        _check_mask("attention_mask", attention_mask, "input_ids", input_ids)
-        _check_mask("audio_mask", audio_mask, "audio", audio)
-        _check_modality_mask(modality_mask, {"image": images, "text": input_ids, "audio": audio})
+        check_batch(images=images, input_ids=input_ids, audio=audio)
+        check_mask("attention_mask", attention_mask, "input_ids", input_ids)
+        check_mask("audio_mask", audio_mask, "audio", audio)
+        check_modality_mask(modality_mask, {"image": images, "text": input_ids, "audio": audio})
         tokens: dict[str, Tensor] = {}
         masks: dict[str, Tensor | None] = {}
         first_only = not (fuse or return_tokens)
@@ -283,6 +360,7 @@ class MultimodalModel(nn.Module):
 
 
 # --- small parts ------------------------------------------------------------------------------------------------------
+
 
 def sinusoids(length: int, width: int, device: torch.device) -> Tensor:
     """(length, width) fixed time code of Vaswani et al. 2017: sines in the first half, cosines in the second."""
@@ -314,37 +392,3 @@ def _pad_frames(audio_BTM: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, Tens
         mask_BT = torch.ones(batch, frames, dtype=torch.bool, device=audio_BTM.device) if mask_BT is None else mask_BT
         audio_BTM, mask_BT = torch.cat([audio_BTM, floor], 1), functional.pad(mask_BT.bool(), (0, missing), value=False)
     return audio_BTM, None if mask_BT is None else mask_BT.bool()
-
-
-def _check_image(images: Tensor, patch: int) -> None:
-    if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % patch or images.shape[3] % patch:
-        raise ValueError(f"images: expected (batch, 3, height, width) in multiples of {patch}, found {tuple(images.shape)}")
-
-
-def _check_batch(**inputs: Tensor | None) -> None:
-    given = {name: len(value) for name, value in inputs.items() if value is not None}
-    if not given:
-        raise ValueError(f"at least one of {', '.join(inputs)} is needed")
-    first = next(iter(given))
-    for name, size in given.items():
-        if size != given[first]:
-            raise ValueError(f"{name} has batch size {size}, {first} has {given[first]}; they must be equal")
-
-
-def _check_mask(name: str, mask: Tensor | None, of: str, value: Tensor | None) -> None:
-    if mask is None:
-        return
-    if value is None:
-        raise ValueError(f"{name} is given without {of}")
-    if mask.shape != value.shape[:2]:
-        raise ValueError(f"{name} has shape {tuple(mask.shape)}, {of} wants {tuple(value.shape[:2])}")
-
-
-def _check_modality_mask(masks: dict[str, Tensor] | None, given: dict[str, Tensor | None]) -> None:
-    for name, mask in (masks or {}).items():
-        if name not in given:
-            raise ValueError(f"modality_mask names {name!r}; known are {', '.join(given)}")
-        if given[name] is None:
-            raise ValueError(f"modality_mask names {name!r}, which is not given")
-        if mask.shape != given[name].shape[:1]:
-            raise ValueError(f"modality_mask[{name!r}] has shape {tuple(mask.shape)}, expected {tuple(given[name].shape[:1])}")

@@ -1,7 +1,8 @@
 """The three stages as modules: everything that needs trained weights happens in their forward.
 
 Stage 1 PretrainModel: masked autoencoding of pictures and spectrograms (He et al. 2021), masked words on request.
-Stage 2 AlignModel: embeddings for the contrastive losses. Stage 3 FinetuneModel: matching and classification beside them.
+Stage 2 AlignModel: embeddings for the contrastive losses. Stage 3 FinetuneModel: matching and classification beside
+them.
 
 Legend: B batch, N patches, K kept patches, D width, P values of a patch, L text tokens, E embedding.
 """
@@ -24,6 +25,7 @@ Part = dict[str, Tensor]
 
 
 # --- stage 1 ----------------------------------------------------------------------------------------------------------
+
 
 def sincos_2d(rows: int, columns: int, width: int, device: torch.device) -> Tensor:
     """(rows * columns, width) fixed positions: a quarter each of sine and cosine of the row and of the column."""
@@ -93,7 +95,7 @@ class MaskedWords(nn.Module):
 
 def mask_words(ids_BL: Tensor, draws_B3L: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
     """BERT's rule: 15 % of the tokens become targets; 80 % of them [MASK], 10 % a random token, 10 % stay."""
-    chosen, action, other = draws_B3L[:, :, :ids_BL.shape[1]].unbind(1)
+    chosen, action, other = draws_B3L[:, :, : ids_BL.shape[1]].unbind(1)
     chosen = (chosen < WORDS_MASKED) & ((ids_BL >= SPECIAL_TOKENS) | (ids_BL == SEP))
     random_ids = SPECIAL_TOKENS + (other * (vocabulary - SPECIAL_TOKENS)).long()
     shown = torch.where(action < 0.8, MASK, torch.where(action < 0.9, random_ids, ids_BL))
@@ -110,11 +112,15 @@ class PretrainModel(nn.Module):
         patch = network.image_patch
         self.image_decoder = MaskedDecoder(network.image_tower.width, width, depth, 3 * patch**2)
         self.audio_decoder = MaskedDecoder(network.audio_tower.width, width, depth, AUDIO_PATCH**2)
-        self.masked_words = MaskedWords(network.text_tower.width, network.words.embedding_dim,
-                                        network.config["vocabulary"]) if masked_words else None
+        self.masked_words = (
+            MaskedWords(network.text_tower.width, network.words.embedding_dim, network.config["vocabulary"])
+            if masked_words
+            else None
+        )
 
     def forward(self, batch: dict[str, Part], draws: dict[str, Part]) -> Part:
-        """batch: image {images}, audio {audio, audio_mask}, text {input_ids, attention_mask}. draws: uniform numbers by name.
+        """batch: image {images}, audio {audio, audio_mask}, text {input_ids, attention_mask}. draws: uniform numbers
+        by name.
 
         Returns the loss of each part, shape ().
         """
@@ -122,9 +128,13 @@ class PretrainModel(nn.Module):
         if "image" in batch:
             found["image"] = self._image(batch["image"]["images"], draws["image"]["patches"])
         if "audio" in batch:
-            found["audio"] = self._audio(batch["audio"]["audio"], batch["audio"].get("audio_mask"), draws["audio"]["patches"])
+            found["audio"] = self._audio(
+                batch["audio"]["audio"], batch["audio"].get("audio_mask"), draws["audio"]["patches"]
+            )
         if "text" in batch:
-            found["text"] = self._words(batch["text"]["input_ids"], batch["text"]["attention_mask"], draws["text"]["words"])
+            found["text"] = self._words(
+                batch["text"]["input_ids"], batch["text"]["attention_mask"], draws["text"]["words"]
+            )
         return found
 
     def _image(self, images: Tensor, draws_BN: Tensor) -> Tensor:
@@ -139,8 +149,11 @@ class PretrainModel(nn.Module):
         patches = rearrange(audio, "B (t p) (f q) -> B (t f) (p q)", p=AUDIO_PATCH, q=AUDIO_PATCH)
         keep, restore, hidden = split_by_mask(draws_BN, AUDIO_MASKED)
         tokens, _ = self.network.audio_tokens(audio, audio_mask, keep)
-        return masked_loss(self.audio_decoder(tokens, restore, audio.shape[1] // AUDIO_PATCH, audio.shape[2] // AUDIO_PATCH),
-                           patches, hidden)
+        return masked_loss(
+            self.audio_decoder(tokens, restore, audio.shape[1] // AUDIO_PATCH, audio.shape[2] // AUDIO_PATCH),
+            patches,
+            hidden,
+        )
 
     def _words(self, ids: Tensor, mask: Tensor, draws: Tensor) -> Tensor:
         shown, chosen = mask_words(ids, draws, self.network.config["vocabulary"])
@@ -150,6 +163,7 @@ class PretrainModel(nn.Module):
 
 
 # --- stages 2 and 3 ---------------------------------------------------------------------------------------------------
+
 
 class AlignModel(nn.Module):
     """Stage 2: unit embeddings of every part of a batch, and the temperatures.
@@ -164,15 +178,17 @@ class AlignModel(nn.Module):
         self.network, self.image_keep, self.audio_keep = network, image_keep, audio_keep
 
     def forward(self, batch: dict[str, Part], draws: dict[str, Part] | None = None) -> Part:
-        """batch: image {images, input_ids, attention_mask}, audio {audio, audio_mask, input_ids, ...}, voice {images, audio};
-        every field may be absent. draws: uniform numbers for training, None for evaluation.
+        """batch: image {images, input_ids, attention_mask}, audio {audio, audio_mask, input_ids, ...}, voice {images,
+        audio}; every field may be absent. draws: uniform numbers for training, None for evaluation.
 
         Returns image_embeds, imagetext_embeds, audio_embeds, audiotext_embeds, voice_embeds, frame_embeds (B, E).
         """
         found, _ = self._encode(batch, draws)
         return found
 
-    def _encode(self, batch: dict[str, Part], draws: dict[str, Part] | None) -> tuple[Part, dict[str, dict[str, Tensor]]]:
+    def _encode(
+        self, batch: dict[str, Part], draws: dict[str, Part] | None
+    ) -> tuple[Part, dict[str, dict[str, Tensor]]]:
         """Embeddings, and the tokens and masks by part and modality."""
         network = self.network
         tokens: dict[str, dict[str, Tensor]] = {part: {} for part in batch}
@@ -181,15 +197,29 @@ class AlignModel(nn.Module):
             keep = {} if draws is None or part not in draws else draws[part]
             if "images" in inputs:
                 tokens[part]["image"] = network.image_tokens(
-                    inputs["images"], self._keep(keep.get("patches"), self.image_keep, part == "image"), first_only=self.embeddings_only)
+                    inputs["images"],
+                    self._keep(keep.get("patches"), self.image_keep, part == "image"),
+                    first_only=self.embeddings_only,
+                )
             if "audio" in inputs:
                 tokens[part]["audio"], masks[part]["audio"] = network.audio_tokens(
-                    inputs["audio"], inputs.get("audio_mask"), self._keep(keep.get("patches"), self.audio_keep, part == "audio"),
-                    first_only=self.embeddings_only)
+                    inputs["audio"],
+                    inputs.get("audio_mask"),
+                    self._keep(keep.get("patches"), self.audio_keep, part == "audio"),
+                    first_only=self.embeddings_only,
+                )
         self._encode_texts(batch, tokens, masks)
-        names = {("image", "image"): "image_embeds", ("image", "text"): "imagetext_embeds", ("audio", "audio"): "audio_embeds",
-                 ("audio", "text"): "audiotext_embeds", ("voice", "audio"): "voice_embeds", ("voice", "image"): "frame_embeds"}
-        found = {names[part, name]: network.embedding(name, value) for part in batch for name, value in tokens[part].items()}
+        names = {
+            ("image", "image"): "image_embeds",
+            ("image", "text"): "imagetext_embeds",
+            ("audio", "audio"): "audio_embeds",
+            ("audio", "text"): "audiotext_embeds",
+            ("voice", "audio"): "voice_embeds",
+            ("voice", "image"): "frame_embeds",
+        }
+        found = {
+            names[part, name]: network.embedding(name, value) for part in batch for name, value in tokens[part].items()
+        }
         found |= network.scales()
         return found, {part: {"tokens": tokens[part], "masks": masks[part]} for part in batch}
 
@@ -204,7 +234,9 @@ class AlignModel(nn.Module):
         length = max(batch[part]["input_ids"].shape[1] for part in parts)
 
         def padded(name: str) -> Tensor:
-            return torch.cat([functional.pad(batch[part][name], (0, length - batch[part][name].shape[1])) for part in parts])
+            return torch.cat(
+                [functional.pad(batch[part][name], (0, length - batch[part][name].shape[1])) for part in parts]
+            )
 
         mask = padded("attention_mask")
         sizes = [len(batch[part]["input_ids"]) for part in parts]
@@ -224,7 +256,9 @@ class FinetuneModel(AlignModel):
         for part, scale in (("image", "logit_scale"), ("audio", "audio_logit_scale")):
             if draws is not None and part in batch and len(parts[part]["tokens"]) == 2:
                 own, text = found[f"{part}_embeds"], found[f"{part}text_embeds"]
-                found |= self._match(part, parts[part], own, text, found[scale], batch[part]["keys"], draws[part]["pairs"])
+                found |= self._match(
+                    part, parts[part], own, text, found[scale], batch[part]["keys"], draws[part]["pairs"]
+                )
         if "image" in batch and "images" in batch["image"] and "labels" in batch["image"]:
             found["class_logits"] = self._classify(parts["image"], None if draws is None else draws["image"]["pairs"])
         if "voice" in batch and "labels" in batch["voice"]:
@@ -232,17 +266,24 @@ class FinetuneModel(AlignModel):
             found["class_logits"] = self.network.classifier(self.network.fuse(voice["tokens"], voice["masks"])).float()
         return found
 
-    def _match(self, part: str, encoded: dict, own: Tensor, text: Tensor, scale: Tensor, keys: Tensor, draws: Tensor) -> Part:
+    def _match(
+        self, part: str, encoded: dict, own: Tensor, text: Tensor, scale: Tensor, keys: Tensor, draws: Tensor
+    ) -> Part:
         wrong_text, valid_text = hard_negatives(own, text, scale, keys, draws[:, 0])
         wrong_own, valid_own = hard_negatives(text, own, scale, keys, draws[:, 1])
         everyone = torch.arange(len(own), device=own.device)
         rows = {part: torch.cat([everyone, everyone, wrong_own]), "text": torch.cat([everyone, wrong_text, everyone])}
         tokens = {name: value[rows[name]] for name, value in encoded["tokens"].items()}
-        masks = {name: None if encoded["masks"].get(name) is None else encoded["masks"][name][rows[name]] for name in tokens}
+        masks = {
+            name: None if encoded["masks"].get(name) is None else encoded["masks"][name][rows[name]] for name in tokens
+        }
         logits = self.network.match_head(self.network.fuse(tokens, masks)).squeeze(-1).float()
         true = torch.ones_like(valid_text, dtype=torch.float32) * (len(own) > 1)  # one pair alone teaches nothing
-        return {f"{part}_match": logits, f"{part}_match_target": torch.cat([true, 0 * true, 0 * true]),
-                f"{part}_match_weight": torch.cat([true, valid_text.float(), valid_own.float()])}
+        return {
+            f"{part}_match": logits,
+            f"{part}_match_target": torch.cat([true, 0 * true, 0 * true]),
+            f"{part}_match_weight": torch.cat([true, valid_text.float(), valid_own.float()]),
+        }
 
     def _classify(self, encoded: dict, draws: Tensor | None) -> Tensor:
         """Pictures with their text hidden half of the time; each modality hidden with probability 0.1, never both."""
@@ -257,7 +298,8 @@ class FinetuneModel(AlignModel):
 
 @torch.no_grad()
 def hard_negatives(own: Tensor, other: Tensor, scale: Tensor, keys: Tensor, draws_B: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row of `own` the index of a wrong partner, drawn with probability softmax of the similarities, and whether there is one.
+    """For each row of `own` the index of a wrong partner, drawn with probability softmax of the similarities, and
+    whether there is one.
 
     The true partner and duplicates of it are excluded. draws_B: uniform in [0, 1).
     """

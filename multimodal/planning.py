@@ -20,19 +20,31 @@ def print_plan(config: Config) -> None:
 
 
 def plan(config: Config) -> Plan:
-    """Parameters, memory, FLOPs and time of one micro-step: with accumulation, the gradient cache's extra forward included."""
+    """Parameters, memory, FLOPs and time of one micro-step: with accumulation, the gradient cache's extra forward
+    included.
+    """
     stage = max(stage_epochs(config.training))
     kinds: list[Kind] = ["image", "audio"]
     labelled = config.training.label_set in ("coco80", "images") and stage == 3
-    twice = stage > 1 and config.training.gradient_cache and (
-        config.training.gradient_accumulation_steps > 1 or config.training.global_batch_size is not None)
+    twice = (
+        stage > 1
+        and config.training.gradient_cache
+        and (config.training.gradient_accumulation_steps > 1 or config.training.global_batch_size is not None)
+    )
 
     def build() -> nn.Module:
         model = config.model
         network = create_model(
-            model.size, model.num_classes, embed_dim=model.embed_dim, image_size=model.image_size, image_patch=model.image_patch,
-            dropout=model.dropout, attention=model.attention, attention_chunk=model.attention_chunk,
-            vocabulary=TextTokenizer(config.tokenizer).vocabulary)
+            model.size,
+            model.num_classes,
+            embed_dim=model.embed_dim,
+            image_size=model.image_size,
+            image_patch=model.image_patch,
+            dropout=model.dropout,
+            attention=model.attention,
+            attention_chunk=model.attention_chunk,
+            vocabulary=TextTokenizer(config.tokenizer).vocabulary,
+        )
         module = make_stage_module(config, stage, network)
         choose_trainable(module, config, stage, kinds, classify=labelled, framed=False)
         return module
@@ -46,20 +58,29 @@ def plan(config: Config) -> Plan:
         if stage == 1:
             return sum(outputs.values())
         loss = outputs["image_embeds"] @ outputs["imagetext_embeds"].T * outputs["logit_scale"]
-        loss = loss.sum() + (outputs["audio_embeds"] @ outputs["audiotext_embeds"].T * outputs["audio_logit_scale"]).sum()
+        loss = (
+            loss.sum() + (outputs["audio_embeds"] @ outputs["audiotext_embeds"].T * outputs["audio_logit_scale"]).sum()
+        )
         for name in ("image_match", "audio_match", "class_logits"):
             loss = loss + outputs[name].square().sum() if name in outputs else loss
         return loss
 
     measured = measure(build, step, config.run.precision or "bf16", blocks=(Block,))
-    return make_plan(f"{config.model.size}, {STAGE_NAMES[stage]}, pictures and sounds with captions of {TEXT_TOKENS} tokens",
-                     measured, run=config.run, training=config.training)
+    return make_plan(
+        f"{config.model.size}, {STAGE_NAMES[stage]}, pictures and sounds with captions of {TEXT_TOKENS} tokens",
+        measured,
+        run=config.run,
+        training=config.training,
+    )
 
 
 def inputs(config: Config, stage: int, labelled: bool) -> tuple[dict, dict]:
     """A made-up micro-batch with its draws, in the shapes of the real one."""
     size, model, training = config.training.batch_size, config.model, config.training
-    text = {"input_ids": torch.ones(size, TEXT_TOKENS, dtype=torch.int64), "attention_mask": torch.ones(size, TEXT_TOKENS, dtype=torch.bool)}
+    text = {
+        "input_ids": torch.ones(size, TEXT_TOKENS, dtype=torch.int64),
+        "attention_mask": torch.ones(size, TEXT_TOKENS, dtype=torch.bool),
+    }
     batch: dict[str, dict[str, Tensor]] = {
         "image": {"images": torch.randn(size, 3, model.image_size, model.image_size)},
         "audio": {"audio": torch.randn(size, config.data.audio_frames, 80)},

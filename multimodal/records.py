@@ -1,15 +1,17 @@
-"""What lies on disk: COCO, Clotho, AudioCaps, VoxCeleb, captions in JSON lines and webdataset shards, as lists of records."""
+"""What lies on disk: COCO, Clotho, AudioCaps, VoxCeleb, captions in JSON lines and webdataset shards, as lists of
+records.
+"""
 
-import csv
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
 from multimodal.audio import AUDIO_SUFFIXES
 from multimodal.image import IMAGE_SUFFIXES
+from multimodal.tables import clean, names_in, read_csv, read_json
 from shared.errors import UserError
 from shared.shards import Shards
 
@@ -71,8 +73,12 @@ def read_records(name: str, folder: Path, split: str, *, karpathy: bool = False)
     if not folder.is_dir():
         raise UserError(f"data set {name}: no folder {folder}; {_remedy(name, folder)}")
     readers: dict[str, Callable[[Path, str], Found]] = {
-        "coco": read_karpathy if karpathy else read_coco, "clotho": read_clotho, "audiocaps": read_audiocaps,
-        "voxceleb": read_voxceleb, "jsonl": read_jsonl, "shards": read_shards,
+        "coco": read_karpathy if karpathy else read_coco,
+        "clotho": read_clotho,
+        "audiocaps": read_audiocaps,
+        "voxceleb": read_voxceleb,
+        "jsonl": read_jsonl,
+        "shards": read_shards,
     }
     found = readers[name](folder, split)
     if split == "train" and not found.records:
@@ -84,11 +90,15 @@ def read_records(name: str, folder: Path, split: str, *, karpathy: bool = False)
 def _remedy(name: str, folder: Path) -> str:
     if name in ("jsonl", "shards"):
         return f"give its place with --set data.paths='{{{name}: FOLDER}}'"
-    return (f"python multimodal/download_datasets.py --datasets {name} --data-root {folder.parent}, or train on the sample data "
-            "with --config small")
+    return (
+        f"python multimodal/download_datasets.py --datasets {name} --data-root {folder.parent}, or train on the "
+        "sample data "
+        "with --config small"
+    )
 
 
 # --- COCO -------------------------------------------------------------------------------------------------------------
+
 
 def read_coco(folder: Path, split: str) -> Found:
     """train2017/ and val2017/ with annotations/captions_*2017.json, and instances_*2017.json where they are."""
@@ -105,14 +115,23 @@ def read_coco(folder: Path, split: str) -> Found:
     labels = read_coco_labels(folder / "annotations" / f"instances_{year}.json")
     listed = [(image["id"], folder / year / image["file_name"]) for image in tree["images"] if image["id"] in captions]
     present = names_in(folder / year)
-    records = [Record(f"coco/{key:012d}", file, tuple(captions[key]), "coco", "image",
-                      None if labels is None else labels.get(key, ()))
-               for key, file in sorted(listed) if file.name in present]
+    records = [
+        Record(
+            f"coco/{key:012d}",
+            file,
+            tuple(captions[key]),
+            "coco",
+            "image",
+            None if labels is None else labels.get(key, ()),
+        )
+        for key, file in sorted(listed)
+        if file.name in present
+    ]
     return Found(records, len(listed) - len(records))
 
 
 def read_coco_labels(path: Path) -> dict[int, tuple[int, ...]] | None:
-    """Image id -> class indices; a class's index is the rank of its category id, since the 80 ids run 1..90 with gaps."""
+    """Image id -> class indices: ranks of the category ids, since the 80 ids run 1..90 with gaps."""
     if not path.exists():
         return None
     tree = read_json(path, ("annotations", "categories"))
@@ -133,21 +152,33 @@ def read_karpathy(folder: Path, split: str) -> Found:
     """dataset_coco.json of Karpathy's splits (train includes restval), whose files lie in train2014/ and val2014/."""
     path = folder / "dataset_coco.json"
     if not path.exists():
-        raise UserError(f"data set coco: no file {path}; python multimodal/download_datasets.py --datasets coco --splits karpathy")
+        raise UserError(
+            f"data set coco: no file {path}; python multimodal/download_datasets.py --datasets coco --splits karpathy"
+        )
     wanted = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}[split]
     listed = [image for image in read_json(path, ("images",))["images"] if image["split"] in wanted]
     records = []
     for image in listed:
-        places = (folder / image["filepath"] / image["filename"],
-                  *(folder / year / f"{image['cocoid']:012d}.jpg" for year in ("train2017", "val2017")))
+        places = (
+            folder / image["filepath"] / image["filename"],
+            *(folder / year / f"{image['cocoid']:012d}.jpg" for year in ("train2017", "val2017")),
+        )
         file = next((place for place in places if place.exists()), None)
         if file is not None:
-            records.append(Record(f"coco/{image['cocoid']:012d}", file,
-                                  tuple(clean(sentence["raw"]) for sentence in image["sentences"]), "coco", "image"))
+            records.append(
+                Record(
+                    f"coco/{image['cocoid']:012d}",
+                    file,
+                    tuple(clean(sentence["raw"]) for sentence in image["sentences"]),
+                    "coco",
+                    "image",
+                )
+            )
     return Found(records, len(listed) - len(records))
 
 
 # --- sound ------------------------------------------------------------------------------------------------------------
+
 
 def read_clotho(folder: Path, split: str) -> Found:
     """clotho_captions_{development,validation,evaluation}.csv (UTF-8) and the folders of those names."""
@@ -159,10 +190,17 @@ def read_clotho(folder: Path, split: str) -> Found:
         return Found([])
     rows = read_csv(path, ("file_name", "caption_1"))
     present = names_in(folder / name)
-    records = [Record(f"clotho/{name}/{row['file_name']}", folder / name / row["file_name"],
-                      tuple(clean(row[key]) for key in sorted(row) if key and key.startswith("caption_") and row[key]),
-                      "clotho", "audio")
-               for row in rows if row["file_name"] in present]
+    records = [
+        Record(
+            f"clotho/{name}/{row['file_name']}",
+            folder / name / row["file_name"],
+            tuple(clean(row[key]) for key in sorted(row) if key and key.startswith("caption_") and row[key]),
+            "clotho",
+            "audio",
+        )
+        for row in rows
+        if row["file_name"] in present
+    ]
     return Found(records, len(rows) - len(records))
 
 
@@ -186,8 +224,13 @@ def read_audiocaps(folder: Path, split: str) -> Found:
     captions: dict[tuple[str, str], list[str]] = {}
     for row in read_csv(path, ("youtube_id", "start_time", "caption")):
         captions.setdefault((row["youtube_id"], row["start_time"]), []).append(clean(row["caption"]))
-    files = {file.stem: file for place in (folder / split, folder / "audio" / split) if place.is_dir()
-             for file in sorted(place.iterdir()) if file.suffix.lower() in AUDIO_SUFFIXES}
+    files = {
+        file.stem: file
+        for place in (folder / split, folder / "audio" / split)
+        if place.is_dir()
+        for file in sorted(place.iterdir())
+        if file.suffix.lower() in AUDIO_SUFFIXES
+    }
     records = []
     for (key, start), texts in captions.items():
         file = next((files[name] for name in (f"{key}_{start}", key, f"Y{key}") if name in files), None)
@@ -212,9 +255,20 @@ def read_voxceleb(folder: Path, split: str) -> Found:
         name = file.relative_to(root).as_posix()
         own = listed.get(name, "train") if listed else ("val" if _is_held_out(file.parent) else "train")
         if own == split:
-            video = next((place for place in (folder / "dev" / "mp4" / Path(name).with_suffix(".mp4"),
-                                              folder / "mp4" / Path(name).with_suffix(".mp4")) if place.exists()), None)
-            records.append(Record(f"voxceleb/{name}", file, (), "voxceleb", "voice", (speakers[Path(name).parts[0]],), video))
+            video = next(
+                (
+                    place
+                    for place in (
+                        folder / "dev" / "mp4" / Path(name).with_suffix(".mp4"),
+                        folder / "mp4" / Path(name).with_suffix(".mp4"),
+                    )
+                    if place.exists()
+                ),
+                None,
+            )
+            records.append(
+                Record(f"voxceleb/{name}", file, (), "voxceleb", "voice", (speakers[Path(name).parts[0]],), video)
+            )
     return Found(records)
 
 
@@ -228,13 +282,18 @@ def _identification_split(path: Path) -> dict[str, str]:
 
 def _is_held_out(video: Path) -> bool:
     """One video of 20, by the hash of its name: all utterances of a video fall on one side."""
-    return int.from_bytes(hashlib.blake2b("/".join(video.parts[-2:]).encode(), digest_size=4).digest(), "little") % 20 == 0
+    return (
+        int.from_bytes(hashlib.blake2b("/".join(video.parts[-2:]).encode(), digest_size=4).digest(), "little") % 20 == 0
+    )
 
 
 # --- own data ---------------------------------------------------------------------------------------------------------
 
+
 def read_jsonl(folder: Path, split: str) -> Found:
-    """{train,val,test}.jsonl: {"file": path in the folder, "captions": [...] or "caption": text, "labels": [indices]} a line."""
+    """{train,val,test}.jsonl: {"file": path in the folder, "captions": [...] or "caption": text, "labels": [indices]}
+    a line.
+    """
     path = folder / f"{split}.jsonl"
     if not path.exists():
         if split == "train":
@@ -249,17 +308,29 @@ def read_jsonl(folder: Path, split: str) -> Found:
                 if not texts or not all(isinstance(text, str) for text in texts):
                     raise TypeError
             except (ValueError, KeyError, TypeError):
-                raise UserError(f"{path}: line {number} is not an object with file and captions; mend that line") from None
+                raise UserError(
+                    f"{path}: line {number} is not an object with file and captions; mend that line"
+                ) from None
             if source.exists():
-                records.append(Record(f"{split}/{row['file']}", source, tuple(map(clean, texts)), "jsonl",
-                                      kind_of(source.suffix, path), _labels(row)))
+                records.append(
+                    Record(
+                        f"{split}/{row['file']}",
+                        source,
+                        tuple(map(clean, texts)),
+                        "jsonl",
+                        kind_of(source.suffix, path),
+                        _labels(row),
+                    )
+                )
             else:
                 missing += 1
     return Found(records, missing)
 
 
 def read_shards(folder: Path, split: str) -> Found:
-    """{train,val,test}*.tar in the webdataset layout: a picture or sound, and txt (captions by line) or json (as in jsonl)."""
+    """{train,val,test}*.tar in the webdataset layout: a picture or sound, and txt (captions by line) or json (as in
+    jsonl).
+    """
     paths = sorted(folder.glob(f"{split}*.tar"))
     if not paths:
         if split == "train":
@@ -273,8 +344,16 @@ def read_shards(folder: Path, split: str) -> Found:
         if media is None:
             raise UserError(f"{where} holds no picture or sound; its members are {', '.join(sorted(sample)[1:])}")
         row = _shard_text(sample, where)
-        records.append(Record(f"{split}/{sample['__key__']}", Member(shards, index, media), tuple(map(clean, row["captions"])),
-                              "shards", kind_of(f".{media}", folder), _labels(row)))
+        records.append(
+            Record(
+                f"{split}/{sample['__key__']}",
+                Member(shards, index, media),
+                tuple(map(clean, row["captions"])),
+                "shards",
+                kind_of(f".{media}", folder),
+                _labels(row),
+            )
+        )
     return Found(records)
 
 
@@ -292,13 +371,6 @@ def _shard_text(sample: dict, where: str) -> dict:
     return row
 
 
-# --- small parts ------------------------------------------------------------------------------------------------------
-
-def clean(caption: str) -> str:
-    """White space collapsed (some captions hold stray newlines)."""
-    return " ".join(caption.split())
-
-
 def kind_of(suffix: str, where: Path) -> Kind:
     """Whether a file is a picture or a sound, by its suffix."""
     if suffix.lower() in IMAGE_SUFFIXES:
@@ -306,36 +378,6 @@ def kind_of(suffix: str, where: Path) -> Kind:
     if suffix.lower() in AUDIO_SUFFIXES:
         return "audio"
     raise UserError(f"{where}: {suffix} is neither a picture nor a sound that can be read")
-
-
-def names_in(folder: Path) -> set[str]:
-    """File names in a folder; empty where there is no folder."""
-    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-
-
-def read_json(path: Path, keys: Iterable[str]) -> dict:
-    """A JSON object with these keys."""
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        absent = [key for key in keys if key not in tree]
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); download it again") from None
-    if absent:
-        raise UserError(f"{path}: has no key {absent[0]!r}; download it again")
-    return tree
-
-
-def read_csv(path: Path, columns: Iterable[str], encoding: str = "utf-8-sig") -> list[dict[str, str]]:
-    """The rows of a table with these columns."""
-    try:
-        with open(path, encoding=encoding, newline="") as file:
-            reader = csv.DictReader(file)
-            absent = [name for name in columns if name not in (reader.fieldnames or ())]
-            if absent:
-                raise UserError(f"{path}: has no column {absent[0]}; its columns are {', '.join(reader.fieldnames or ())}")
-            return list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not readable as {encoding} CSV ({error}); download it again") from None
 
 
 def _labels(row: dict) -> tuple[int, ...] | None:

@@ -21,7 +21,9 @@ STAGES = {1: "stage1_single", 2: "stage2_align", 3: "stage3_finetune"}
 PARTS = ("image", "text", "audio", "fusion")
 
 
-def write_reports(config: Config, data: Data, info: DistInfo, *, reason: str, seconds: float, epochs: dict[int, int]) -> Path:
+def write_reports(
+    config: Config, data: Data, info: DistInfo, *, reason: str, seconds: float, epochs: dict[int, int]
+) -> Path:
     """Write the JSON and the Markdown report of a run as it stands; returns the JSON's path."""
     output_dir = Path(config.run.output_dir)
     folder = output_dir / "reports"
@@ -29,15 +31,24 @@ def write_reports(config: Config, data: Data, info: DistInfo, *, reason: str, se
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
     rows = {stage: read_metrics(output_dir / STAGES[stage] / "metrics.jsonl") for stage in epochs}
     report = {
-        "run": {"command": command_line(), "config": config.model_dump(mode="json"), "seed": config.run.seed, "git_revision": git_revision(),
-                "duration_seconds": round(seconds, 1), "exit_reason": reason, "ranks": info.world},
+        "run": {
+            "command": command_line(),
+            "config": config.model_dump(mode="json"),
+            "seed": config.run.seed,
+            "git_revision": git_revision(),
+            "duration_seconds": round(seconds, 1),
+            "exit_reason": reason,
+            "ranks": info.world,
+        },
         "environment": environment(info),
         "model": model_facts(config),
         "data": [{**row, "bad": count_bad(output_dir)} for row in data.counts],
         "notes": data.notes,
         "epochs": [entry for stage, found in rows.items() for entry in epoch_rows(stage, found)],
         "retrieval": retrieval_table(rows),
-        "classification": {name: value for name, value in last_values(rows).items() if name in ("mAP", "micro_F1", "speaker_accuracy")},
+        "classification": {
+            name: value for name, value in last_values(rows).items() if name in ("mAP", "micro_F1", "speaker_accuracy")
+        },
         "best": best_values(rows),
         "files": [describe(path, output_dir) for path in sorted((output_dir / "checkpoints").glob("*.pt"))],
         "plots": draw_plots(folder, stamp, rows),
@@ -50,6 +61,7 @@ def write_reports(config: Config, data: Data, info: DistInfo, *, reason: str, se
 
 # --- facts ------------------------------------------------------------------------------------------------------------
 
+
 def command_line() -> str:
     """The command as typed."""
     return shlex.join([Path(sys.executable).name, *sys.argv])
@@ -58,7 +70,9 @@ def command_line() -> str:
 def git_revision() -> str | None:
     """The commit of the code, where it is under git."""
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None
@@ -67,11 +81,21 @@ def git_revision() -> str | None:
 def environment(info: DistInfo) -> dict[str, Any]:
     """Versions and machine."""
     import torch
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
-    return {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda, "gpus": gpus,
-            "device": str(info.device), "cpu": platform.processor() or platform.machine(), "cpu_threads": torch.get_num_threads(),
-            "memory_bytes": memory}
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "gpus": gpus,
+        "device": str(info.device),
+        "cpu": platform.processor() or platform.machine(),
+        "cpu_threads": torch.get_num_threads(),
+        "memory_bytes": memory,
+    }
 
 
 def model_facts(config: Config) -> dict[str, Any]:
@@ -79,13 +103,24 @@ def model_facts(config: Config) -> dict[str, Any]:
     import torch
 
     from multimodal.model import create_model
+
     with torch.device("meta"):
-        network = create_model(config.model.size, config.model.num_classes, embed_dim=config.model.embed_dim,
-                               image_size=config.model.image_size, image_patch=config.model.image_patch)
+        network = create_model(
+            config.model.size,
+            config.model.num_classes,
+            embed_dim=config.model.embed_dim,
+            image_size=config.model.image_size,
+            image_patch=config.model.image_patch,
+        )
     towers = {f"{part}_tower": sum(p.numel() for p in getattr(network, f"{part}_tower").parameters()) for part in PARTS}
     total = network.num_parameters()
-    return {"size": config.model.size, "parameters": total, **towers, "word_table": network.words.weight.numel(),
-            "other": total - sum(towers.values()) - network.words.weight.numel()}
+    return {
+        "size": config.model.size,
+        "parameters": total,
+        **towers,
+        "word_table": network.words.weight.numel(),
+        "other": total - sum(towers.values()) - network.words.weight.numel(),
+    }
 
 
 def count_bad(output_dir: Path) -> int:
@@ -109,9 +144,17 @@ def epoch_rows(stage: int, rows: list[dict]) -> list[dict]:
         for name, value in row.items():
             if isinstance(value, int | float) and name not in ("step", "train/epoch"):
                 found.setdefault(epoch, {}).setdefault(name, []).append(value)
-    return [{"stage": stage, "epoch_of_stage": epoch,
-             **{name: values[-1] if name.startswith("val/") else sum(values) / len(values) for name, values in columns.items()}}
-            for epoch, columns in found.items()]
+    return [
+        {
+            "stage": stage,
+            "epoch_of_stage": epoch,
+            **{
+                name: values[-1] if name.startswith("val/") else sum(values) / len(values)
+                for name, values in columns.items()
+            },
+        }
+        for epoch, columns in found.items()
+    ]
 
 
 def last_values(rows: dict[int, list[dict]]) -> dict[str, float]:
@@ -131,7 +174,7 @@ def retrieval_table(rows: dict[int, list[dict]]) -> dict[str, dict[str, float]]:
     for kind in KINDS:
         for direction in ("item_to_text", "text_to_item"):
             start = f"{kind}_{direction}_"
-            own = {name[len(start):]: value for name, value in values.items() if name.startswith(start)}
+            own = {name[len(start) :]: value for name, value in values.items() if name.startswith(start)}
             if own:
                 table[f"{kind}_{direction}"] = {**own, "chance_R@10": values.get(f"{kind}_chance_R@10")}
     return table
@@ -150,6 +193,7 @@ def best_values(rows: dict[int, list[dict]]) -> dict[str, dict[str, float]]:
 
 # --- output -----------------------------------------------------------------------------------------------------------
 
+
 def draw_plots(folder: Path, stamp: str, rows: dict[int, list[dict]]) -> list[str]:
     """Curves of the losses, recall, learning rate and memory, as PNG beside the report; none without matplotlib."""
     try:
@@ -158,13 +202,20 @@ def draw_plots(folder: Path, stamp: str, rows: dict[int, list[dict]]) -> list[st
         return []
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
     wanted = {f"loss_stage{stage}": (stage, ("train/loss", "val/loss")) for stage in rows}
     last = max(rows, default=0)
     names = sorted({name for row in rows.get(last, []) for name in row if name.endswith(("item_R@10", "text_R@10"))})
-    wanted |= {"recall": (last, tuple(names)), "learning_rate": (last, ("train/lr",)), "memory": (last, ("perf/memory_gb",))}
+    wanted |= {
+        "recall": (last, tuple(names)),
+        "learning_rate": (last, ("train/lr",)),
+        "memory": (last, ("perf/memory_gb",)),
+    }
     files = []
     for title, (stage, columns) in wanted.items():
-        curves = {name: [(row["step"], row[name]) for row in rows[stage] if row.get(name) is not None] for name in columns}
+        curves = {
+            name: [(row["step"], row[name]) for row in rows[stage] if row.get(name) is not None] for name in columns
+        }
         curves = {name: points for name, points in curves.items() if points}
         if not curves:
             continue
@@ -184,14 +235,28 @@ def draw_plots(folder: Path, stamp: str, rows: dict[int, list[dict]]) -> list[st
 def markdown(report: dict[str, Any]) -> str:
     """The report as tables."""
     run, lines = report["run"], ["# Training report", ""]
-    lines += [f"    {run['command']}", "", f"Ended: {run['exit_reason']}. {run['duration_seconds']} s on {run['ranks']} rank(s), "
-              f"{report['environment']['device']}, torch {report['environment']['torch']}, commit {run['git_revision']}.", ""]
+    lines += [
+        f"    {run['command']}",
+        "",
+        f"Ended: {run['exit_reason']}. {run['duration_seconds']} s on {run['ranks']} rank(s), "
+        f"{report['environment']['device']}, torch {report['environment']['torch']}, commit {run['git_revision']}.",
+        "",
+    ]
     lines += ["## Model", "", *table([report["model"]]), "## Data", "", *table(report["data"])]
     lines += [f"- {note}" for note in report["notes"]] + [""]
     lines += ["## Retrieval", "", *table([{"pair": name, **values} for name, values in report["retrieval"].items()])]
     lines += ["## Classification", "", *table([report["classification"]] if report["classification"] else [])]
     lines += ["## Best", "", *table([{"stage": name, **values} for name, values in report["best"].items()])]
-    columns = ("stage", "epoch_of_stage", "train/loss", "val/loss", "train/lr", "train/grad_norm", "perf/samples_per_second", "perf/memory_gb")
+    columns = (
+        "stage",
+        "epoch_of_stage",
+        "train/loss",
+        "val/loss",
+        "train/lr",
+        "train/grad_norm",
+        "perf/samples_per_second",
+        "perf/memory_gb",
+    )
     lines += ["## Epochs", "", *table([{name: row.get(name) for name in columns} for row in report["epochs"]])]
     lines += ["## Files", "", *table(report["files"])]
     lines += [f"![{name}]({name})" for name in report["plots"]]
@@ -203,8 +268,16 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     if not rows:
         return ["none", ""]
     names = list(rows[0])
-    shown = [[f"{row.get(name):.4g}" if isinstance(row.get(name), float) else str(row.get(name, "")) for name in names] for row in rows]
-    return ["| " + " | ".join(names) + " |", "|" + "---|" * len(names), *("| " + " | ".join(row) + " |" for row in shown), ""]
+    shown = [
+        [f"{row.get(name):.4g}" if isinstance(row.get(name), float) else str(row.get(name, "")) for name in names]
+        for row in rows
+    ]
+    return [
+        "| " + " | ".join(names) + " |",
+        "|" + "---|" * len(names),
+        *("| " + " | ".join(row) + " |" for row in shown),
+        "",
+    ]
 
 
 def write_aside(path: Path, text: str) -> None:

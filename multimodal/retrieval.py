@@ -14,17 +14,19 @@ BOOTSTRAPS = 1000
 def ranks_of_targets(queries_QE: Tensor, candidates_CE: Tensor, targets: list[list[int]]) -> list[np.ndarray]:
     """0-based ranks of each query's relevant candidates, ascending.
 
-    Larger scores first, equal ones by ascending index, so that constant embeddings do not score 100 %. Never holds more than
-    1,024 queries against 4,096 candidates.
+    Larger scores first, equal ones by ascending index, so that constant embeddings do not score 100 %. Never holds
+    more than 1,024 queries against 4,096 candidates.
     """
     ranks: list[np.ndarray] = []
     for start in range(0, len(queries_QE), QUERY_BLOCK):
-        queries = queries_QE[start:start + QUERY_BLOCK].float()
-        own = targets[start:start + QUERY_BLOCK]
+        queries = queries_QE[start : start + QUERY_BLOCK].float()
+        own = targets[start : start + QUERY_BLOCK]
         row = torch.tensor([i for i, wanted in enumerate(own) for _ in wanted])
         column = torch.tensor([j for wanted in own for j in wanted])
         score = torch.empty(len(row))
-        blocks = [(first, candidates_CE[first:first + BLOCK].float()) for first in range(0, len(candidates_CE), BLOCK)]
+        blocks = [
+            (first, candidates_CE[first : first + BLOCK].float()) for first in range(0, len(candidates_CE), BLOCK)
+        ]
         for first, block in blocks:  # the target's score must come from the same product as the others
             scores = queries @ block.T
             inside = (column >= first) & (column < first + len(block))
@@ -41,11 +43,16 @@ def ranks_of_targets(queries_QE: Tensor, candidates_CE: Tensor, targets: list[li
 
 
 def summarise(ranks: list[np.ndarray], *, seed: int = 0) -> dict[str, float]:
-    """R@1, R@5, R@10 (best relevant candidate), median and mean rank (from 1), mAP@10, and R@1's and R@10's 95 % intervals."""
+    """R@1, R@5, R@10 (best relevant candidate), median and mean rank (from 1), mAP@10, and R@1's and R@10's 95 %
+    intervals.
+    """
     best = np.array([ranked[0] for ranked in ranks])
     found = {f"R@{k}": float((best < k).mean()) for k in (1, 5, 10)}
-    found |= {"median_rank": float(np.floor(np.median(best)) + 1), "mean_rank": float(best.mean() + 1),
-              "mAP@10": float(np.mean([average_precision_at(ranked) for ranked in ranks]))}
+    found |= {
+        "median_rank": float(np.floor(np.median(best)) + 1),
+        "mean_rank": float(best.mean() + 1),
+        "mAP@10": float(np.mean([average_precision_at(ranked) for ranked in ranks])),
+    }
     draws = np.random.default_rng(seed).integers(0, len(best), (BOOTSTRAPS, len(best)))
     for k in (1, 10):
         low, high = np.quantile((best[draws] < k).mean(1), (0.025, 0.975))
@@ -60,7 +67,9 @@ def average_precision_at(ranks: np.ndarray, limit: int = 10) -> float:
 
 
 def retrieval(items_IE: Tensor, captions_CE: Tensor, owners: list[int]) -> dict[str, dict[str, float]]:
-    """Both directions; owners[c] is the item of caption c. An item may have several captions, each caption has one item."""
+    """Both directions; owners[c] is the item of caption c. An item may have several captions, each caption has one
+    item.
+    """
     captions_of: list[list[int]] = [[] for _ in range(len(items_IE))]
     for caption, owner in enumerate(owners):
         captions_of[owner].append(caption)

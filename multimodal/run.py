@@ -5,13 +5,23 @@ from pathlib import Path
 
 import torch
 
+from multimodal.blocks import Block
 from multimodal.board import Board
 from multimodal.config import Config, TrainingConfig, stage_epochs
 from multimodal.model import create_model
 from multimodal.report import write_reports
 from multimodal.sources import Data, PairedStream, data_folder, make_datasets, open_data
 from multimodal.text import TextTokenizer, find_glove, load_word_vectors
-from multimodal.trainer import BETAS, STAGE_NAMES, WEIGHT_DECAY, Progress, Trainer, choose_trainable, make_stage_module, parameter_groups
+from multimodal.trainer import (
+    BETAS,
+    STAGE_NAMES,
+    WEIGHT_DECAY,
+    Progress,
+    Trainer,
+    choose_trainable,
+    make_stage_module,
+    parameter_groups,
+)
 from multimodal.weights import NAMES, load_start, put, read_payload
 from shared.config import save_config
 from shared.dist import barrier, init_distributed, shutdown
@@ -32,12 +42,18 @@ class Run:
         self.data: Data = open_data(config)
         self.epochs = stage_epochs(config.training)
         if self.epochs.get(1) and not {"image", "audio"} & set(self.data.kinds):
-            raise UserError("stage 1 trains on pictures and sounds with captions, and none of the data sets has them; use --stages 3")
+            raise UserError(
+                "stage 1 trains on pictures and sounds with captions, and none of the data sets has them; use --stages "
+                "3"
+            )
         self.resume = self._resume_points()
         self.info = init_distributed(config.run.device, 60 * config.run.timeout_minutes)
         self.classify = self.data.labelled(config.training.label_set)
         if not self.classify and config.training.label_set != "none":
-            self.data.notes.append(f"label_set {config.training.label_set}: the data have no such labels, so stage 3 trains without classification")
+            self.data.notes.append(
+                f"label_set {config.training.label_set}: the data have no such labels, so stage 3 trains without "
+                "classification"
+            )
 
     def stage_dir(self, stage: int) -> Path:
         """The folder of a stage: its log, its metrics and the checkpoints that a run resumes from."""
@@ -56,14 +72,18 @@ class Run:
             for stage, epochs in self.epochs.items():
                 results[stage], state = self._stage(stage, epochs, state)
                 if not results[stage].finished:
-                    reason = f"stopped in stage {stage} by {results[stage].stopped_by}; the same command goes on from there"
+                    reason = (
+                        f"stopped in stage {stage} by {results[stage].stopped_by}; the same command goes on from there"
+                    )
                     break
         except BaseException as error:
             reason = f"{type(error).__name__}: {error}"
             raise
         finally:
             if self.info.is_main:
-                write_reports(self.config, self.data, self.info, reason=reason, seconds=time.time() - began, epochs=self.epochs)
+                write_reports(
+                    self.config, self.data, self.info, reason=reason, seconds=time.time() - began, epochs=self.epochs
+                )
         shutdown()
         return results
 
@@ -76,6 +96,49 @@ class Run:
             if self.info.is_main:
                 print(f"{STAGE_NAMES[stage]} is done, see {folder}", flush=True)
             return FitResult(0, True), self._stage_weights(folder, state)
+        trainer, stream = self._trainer(stage, epochs, state, resume)
+        config, module = trainer.config, trainer.module
+        board = Board(
+            self.output_dir / "logs" / "tensorboard" / STAGE_NAMES[stage],
+            folder / "metrics.jsonl",
+            self.config.run.tensorboard and self.info.is_main,
+        )
+
+        def after_step(bare: torch.nn.Module, step: int) -> None:
+            trainer.after_step(bare, step)
+            if (step + 1) % config.training.logging_steps == 0:
+                board.update()
+
+        result = fit(
+            config=config,
+            info=self.info,
+            model=module,
+            stream=stream,
+            losses=trainer.losses,
+            validate=trainer.validate,
+            after_step=after_step,
+            export=trainer.export,
+            output_dir=folder,
+            wrap_classes=(Block,),
+            groups=parameter_groups(
+                module, stage, weight_decay=config.training.weight_decay, tower_scale=config.training.tower_lr_scale
+            ),
+            checkpoint_name="step_{step:08d}",
+            epoch_checkpoint_name="epoch_{epoch:04d}",
+            title=f"{STAGE_NAMES[stage]}, {self.config.model.size}",
+        )
+        board.close()
+        if result.finished and stage == max(self.epochs) and self.info.is_main:
+            put(
+                folder / "checkpoints" / self._mark(folder, "latest") / "model.pt",
+                self.output_dir / "checkpoints" / NAMES[1],
+            )
+        barrier()
+        return result, self._stage_weights(folder, state)
+
+    def _trainer(self, stage: int, epochs: int, state: dict, resume: str) -> tuple[Trainer, PairedStream]:
+        """The module of a stage over these weights, its data and its trainer."""
+        folder = self.stage_dir(stage)
         network = self._network()
         network.load_state_dict(state)
         module = make_stage_module(self.config, stage, network)
@@ -87,65 +150,81 @@ class Run:
         stream = PairedStream(datasets, self.config, self.info, folder / "bad_samples.jsonl")
         config = self._stage_config(stage, epochs, stream, resume)
         before = [number for number in self.epochs if number < stage]
-        progress = Progress(stage, sum(self.epochs[number] for number in before),
-                            sum(self.epochs[number] for number in before) * stream.steps_per_epoch, stream.steps_per_epoch)
+        progress = Progress(
+            stage,
+            sum(self.epochs[number] for number in before),
+            sum(self.epochs[number] for number in before) * stream.steps_per_epoch,
+            stream.steps_per_epoch,
+        )
         progress.best = self._best_so_far(stage, resume)
-        trainer = Trainer(config, stage, module, datasets, val, self.info, progress, classify=classify,
-                          tokenizer_sha256=self.tokenizer.sha256)
+        trainer = Trainer(
+            config,
+            stage,
+            module,
+            datasets,
+            val,
+            self.info,
+            progress,
+            classify=classify,
+            tokenizer_sha256=self.tokenizer.sha256,
+        )
         trainer.output_dir = self.output_dir
-        board = Board(self.output_dir / "logs" / "tensorboard" / STAGE_NAMES[stage], folder / "metrics.jsonl",
-                      self.config.run.tensorboard and self.info.is_main)
-
-        def after_step(bare: torch.nn.Module, step: int) -> None:
-            trainer.after_step(bare, step)
-            if (step + 1) % config.training.logging_steps == 0:
-                board.update()
-
-        from multimodal.blocks import Block
-        result = fit(config=config, info=self.info, model=module, stream=stream, losses=trainer.losses, validate=trainer.validate,
-                     after_step=after_step, export=trainer.export, output_dir=folder, wrap_classes=(Block,),
-                     groups=parameter_groups(module, stage, weight_decay=config.training.weight_decay,
-                                             tower_scale=config.training.tower_lr_scale),
-                     checkpoint_name="step_{step:08d}", epoch_checkpoint_name="epoch_{epoch:04d}",
-                     title=f"{STAGE_NAMES[stage]}, {self.config.model.size}")
-        board.close()
-        if result.finished and stage == max(self.epochs) and self.info.is_main:
-            put(folder / "checkpoints" / self._mark(folder, "latest") / "model.pt", self.output_dir / "checkpoints" / NAMES[1])
-        barrier()
-        return result, self._stage_weights(folder, state)
+        return trainer, stream
 
     def _stage_config(self, stage: int, epochs: int, stream: PairedStream, resume: str) -> Config:
         training: TrainingConfig = self.config.training
         steps = training.total_steps or epochs * stream.steps_per_epoch
         beta1, beta2, epsilon = BETAS[stage]
         changes = {
-            "num_epochs": epochs, "adam_beta1": beta1, "adam_beta2": beta2, "adam_epsilon": epsilon,
+            "num_epochs": epochs,
+            "adam_beta1": beta1,
+            "adam_beta2": beta2,
+            "adam_epsilon": epsilon,
             "weight_decay": WEIGHT_DECAY[stage] if training.weight_decay is None else training.weight_decay,
             "warmup_steps": training.warmup_steps or min(MAX_WARMUP, round(training.warmup_ratio * steps)),
             "eval_steps": training.eval_steps or training.eval_every_n_epochs * stream.steps_per_epoch,
         }
-        run = self.config.run.model_copy(update={"resume": resume, "tensorboard": False, "output_dir": str(self.stage_dir(stage))})
+        run = self.config.run.model_copy(
+            update={"resume": resume, "tensorboard": False, "output_dir": str(self.stage_dir(stage))}
+        )
         return self.config.model_copy(update={"run": run, "training": training.model_copy(update=changes)})
 
     def _network(self) -> torch.nn.Module:
         model = self.config.model
-        return create_model(model.size, model.num_classes, embed_dim=model.embed_dim, image_size=model.image_size,
-                            image_patch=model.image_patch, dropout=model.dropout, attention=model.attention,
-                            attention_chunk=model.attention_chunk, vocabulary=self.tokenizer.vocabulary,
-                            contrastive_loss=self.config.training.contrastive_loss, init_std=model.init_std)
+        return create_model(
+            model.size,
+            model.num_classes,
+            embed_dim=model.embed_dim,
+            image_size=model.image_size,
+            image_patch=model.image_patch,
+            dropout=model.dropout,
+            attention=model.attention,
+            attention_chunk=model.attention_chunk,
+            vocabulary=self.tokenizer.vocabulary,
+            contrastive_loss=self.config.training.contrastive_loss,
+            init_std=model.init_std,
+        )
 
     def _initial_weights(self) -> dict:
         torch.manual_seed(keyed_seed(self.config.run.seed, _INITIAL_WEIGHTS))
         network, training = self._network(), self.config.training
         wish = training.word_embeddings
-        path = find_glove(data_folder(self.config, "glove").parent, network.words.embedding_dim) if wish == "auto" else None
+        path = (
+            find_glove(data_folder(self.config, "glove").parent, network.words.embedding_dim)
+            if wish == "auto"
+            else None
+        )
         if wish not in ("auto", "none"):
             path = Path(wish)
             if not path.is_file():
-                raise UserError(f"--word-embeddings {path}: no such file; python multimodal/download_datasets.py --datasets glove fetches "
-                                "GloVe, or use --word-embeddings none")
+                raise UserError(
+                    f"--word-embeddings {path}: no such file; multimodal/download_datasets.py --datasets glove fetches "
+                    "GloVe, or use --word-embeddings none"
+                )
         if path is not None:
-            share = load_word_vectors(network.words, self.tokenizer, path, keyed_generator(self.config.run.seed, _WORDS))
+            share = load_word_vectors(
+                network.words, self.tokenizer, path, keyed_generator(self.config.run.seed, _WORDS)
+            )
             self.data.notes.append(f"word vectors from {path}: {share:.1%} of the tokens are covered")
         if training.init_from:
             load_start(network, training.init_from, self.tokenizer, reset_head=training.reset_head)
@@ -154,7 +233,9 @@ class Run:
     # --- where to go on -----------------------------------------------------------------------------------------------
 
     def _resume_points(self) -> dict[int, str]:
-        """run.resume for each stage. A checkpoint's path leaves the stages before it as they are and starts later ones anew."""
+        """run.resume for each stage. A checkpoint's path leaves the stages before it as they are and starts later ones
+        anew.
+        """
         wish = self.config.run.resume
         if wish in ("auto", "none"):
             return dict.fromkeys(self.epochs, wish)
@@ -164,14 +245,23 @@ class Run:
             payload, _ = read_payload(path)
             folder = path.resolve().parent.parent / payload["training_state"]
             if not (folder / "manifest.json").exists():
-                raise UserError(f"--resume {path}: its optimizer state lay in {folder}, which is not there; --init-from {path} starts from "
-                                "its weights alone")
-        stage = next((number for number, name in STAGE_NAMES.items() if name in (folder.parent.parent.name, folder.name)), None)
+                raise UserError(
+                    f"--resume {path}: its optimizer state lay in {folder} and is gone; --init-from {path} starts from "
+                    "its weights alone"
+                )
+        stage = next(
+            (number for number, name in STAGE_NAMES.items() if name in (folder.parent.parent.name, folder.name)), None
+        )
         if folder == self.output_dir:
             return dict.fromkeys(self.epochs, "auto")
         if stage is None or not folder.exists():
-            raise UserError(f"--resume {wish}: neither a checkpoint_epoch_N.pt nor a checkpoint folder of a stage; auto takes the newest one")
-        return {number: "auto" if number < stage else str(folder) if number == stage else "none" for number in self.epochs}
+            raise UserError(
+                f"--resume {wish}: neither a checkpoint_epoch_N.pt nor a checkpoint folder of a stage; auto takes the "
+                "newest one"
+            )
+        return {
+            number: "auto" if number < stage else str(folder) if number == stage else "none" for number in self.epochs
+        }
 
     def _has_weights(self, folder: Path) -> bool:
         return any((folder / "checkpoints" / mark).exists() for mark in ("best", "latest"))
@@ -189,14 +279,19 @@ class Run:
         return (folder / "checkpoints" / mark).read_text().strip()
 
     def _stage_weights(self, folder: Path, state: dict) -> dict:
-        """The weights that the next stage starts from: the best ones by validation loss."""
-        mark = "best" if (folder / "checkpoints" / "best").exists() else "latest"
-        if not (folder / "checkpoints" / mark).exists():
+        """The weights that the next stage starts from: the last ones.
+
+        The contrastive validation loss rises with the temperature while retrieval still improves, so its minimum comes
+        early.
+        """
+        if not (folder / "checkpoints" / "latest").exists():
             return state
-        return read_payload(folder / "checkpoints" / self._mark(folder, mark))[0]["model_state_dict"]
+        return read_payload(folder / "checkpoints" / self._mark(folder, "latest"))[0]["model_state_dict"]
 
     def _best_so_far(self, stage: int, resume: str) -> float | None:
-        """The best validation loss that best_model.pt stands for, where it is of this stage and of the run that resumes."""
+        """The best validation loss that best_model.pt stands for, where it is of this stage and of the run that
+        resumes.
+        """
         path = self.output_dir / "checkpoints" / NAMES[0]
         if resume == "none" or not path.exists():
             return None

@@ -1,4 +1,6 @@
-"""What a person can look at: contact sheets of retrieved pictures, tables of retrieved captions, and the run's report page."""
+"""What a person can look at: contact sheets of retrieved pictures, tables of retrieved captions, and the run's report
+page.
+"""
 
 import textwrap
 from pathlib import Path
@@ -45,7 +47,9 @@ def picture_sheet(split: Split, sources: dict[str, Any], path: Path, *, rows: in
             picture = center_crop(read_image(source if isinstance(source, Path) else source.read()), CELL - 12)
             left, top = TEXT_WIDTH + column * CELL, row * CELL
             frame = RIGHT if found == item else WRONG
-            draw.rectangle((left + 2, top + 2, left + CELL - 3, top + CELL - 3), outline=frame, width=4 if found == item else 1)
+            draw.rectangle(
+                (left + 2, top + 2, left + CELL - 3, top + CELL - 3), outline=frame, width=4 if found == item else 1
+            )
             sheet.paste(picture, (left + 6, top + 6))
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
@@ -55,7 +59,9 @@ def picture_sheet(split: Split, sources: dict[str, Any], path: Path, *, rows: in
 def caption_table(split: Split, item: int) -> str:
     """The five captions nearest to an item; its own are marked."""
     own = {place for place, owner in enumerate(split.owners) if owner == item}
-    return "\n".join(f"{'*' if place in own else ' '} {split.caption_texts[place]}" for place in best_captions(split, item))
+    return "\n".join(
+        f"{'*' if place in own else ' '} {split.caption_texts[place]}" for place in best_captions(split, item)
+    )
 
 
 def table(split: Split, *, rows: int = 8) -> list[dict[str, Any]]:
@@ -63,37 +69,71 @@ def table(split: Split, *, rows: int = 8) -> list[dict[str, Any]]:
     found = []
     for item in spread(split, rows):
         caption = split.first_captions[item]
-        found.append({
-            "query_text": split.caption_texts[caption], "wanted": split.ids[item],
-            "found_items": [{"id": split.ids[place], "right": place == item} for place in best_items(split, caption)],
-            "query_item": split.ids[item],
-            "found_captions": [{"text": split.caption_texts[place], "right": split.owners[place] == item}
-                               for place in best_captions(split, item)]})
+        found.append(
+            {
+                "query_text": split.caption_texts[caption],
+                "wanted": split.ids[item],
+                "found_items": [
+                    {"id": split.ids[place], "right": place == item} for place in best_items(split, caption)
+                ],
+                "query_item": split.ids[item],
+                "found_captions": [
+                    {"text": split.caption_texts[place], "right": split.owners[place] == item}
+                    for place in best_captions(split, item)
+                ],
+            }
+        )
     return found
 
 
-def write_run_report(run: Path, embedder: Embedder, splits: dict[str, Split], found: dict[str, Any], bars: list[Bar], command: str) -> Path:
-    """report.json, .md and .html beside the run: recall beside chance, retrieved pictures, sounds with their nearest captions."""
+def write_run_report(
+    run: Path, embedder: Embedder, splits: dict[str, Split], found: dict[str, Any], bars: list[Bar], command: str
+) -> Path:
+    """report.json, .md and .html beside the run: recall beside chance, retrieved pictures, sounds with their nearest
+    captions.
+    """
     from multimodal.metrics import Options, records_of
+
     names = [name.removesuffix("_image").removesuffix("_audio") for name in splits]
-    options = Options(checkpoint=str(run), datasets=list(dict.fromkeys(names)), split=found["split"], protocol=found["protocol"])
+    options = Options(
+        checkpoint=str(run), datasets=list(dict.fromkeys(names)), split=found["split"], protocol=found["protocol"]
+    )
     sources = {record.id: record for records in records_of(embedder, options).values() for record in records}
     samples: list[Sample] = []
     for name, split in splits.items():
         if split.captions_CE is None or split.kind == "voice":
             continue
         if split.kind == "image":
-            sheet = picture_sheet(split, {key: record.source for key, record in sources.items()}, run / "samples" / f"{name}_text_to_picture.png")
-            samples.append(Sample(sheet.resolve(), "each row: a held-out caption and the five nearest held-out pictures; the true one is framed "
-                                  "in green", f"{name}: text to picture"))
+            sheet = picture_sheet(
+                split,
+                {key: record.source for key, record in sources.items()},
+                run / "samples" / f"{name}_text_to_picture.png",
+            )
+            samples.append(
+                Sample(
+                    sheet.resolve(),
+                    "each row: a held-out caption and the five nearest held-out pictures; the true one is framed "
+                    "in green",
+                    f"{name}: text to picture",
+                )
+            )
         samples += _items_with_captions(run, name, split, sources)
-    summary = {"model": f"{embedder.config.model.size}, {embedder.model.network.num_parameters():,} parameters",
-               "checkpoint": f"stage {embedder.payload['stage']}, epoch {embedder.payload['epoch']}, best validation loss "
-                             f"{embedder.payload['best_val_loss']}"}
+    summary = {
+        "model": f"{embedder.config.model.size}, {embedder.model.network.num_parameters():,} parameters",
+        "checkpoint": f"stage {embedder.payload['stage']}, epoch {embedder.payload['epoch']}, best validation loss "
+        f"{embedder.payload['best_val_loss']}",
+    }
     for kind, values in (("classification", found["classification"]), ("zero-shot", found.get("zeroshot", {}))):
         summary |= {f"{kind} {name}": str(value) for name, value in values.items()}
-    return write_report(run, title="Multimodal: pictures, texts and sounds in one space", command=command, summary=summary, bars=bars,
-                        samples=samples, text="Held-out data; the rows are evenly spaced through the split, not chosen.")
+    return write_report(
+        run,
+        title="Multimodal: pictures, texts and sounds in one space",
+        command=command,
+        summary=summary,
+        bars=bars,
+        samples=samples,
+        text="Held-out data; the rows are evenly spaced through the split, not chosen.",
+    )
 
 
 def _items_with_captions(run: Path, name: str, split: Split, sources: dict[str, Record]) -> list[Sample]:
@@ -102,5 +142,11 @@ def _items_with_captions(run: Path, name: str, split: Split, sources: dict[str, 
         source = sources[split.ids[item]].source
         if not isinstance(source, Path):
             continue
-        samples.append(Sample(source.resolve(), "nearest captions (* its own):\n" + caption_table(split, item), f"{name}: item to text"))
+        samples.append(
+            Sample(
+                source.resolve(),
+                "nearest captions (* its own):\n" + caption_table(split, item),
+                f"{name}: item to text",
+            )
+        )
     return samples

@@ -54,9 +54,16 @@ def data_folder(config: Config, name: str) -> Path:
 def open_data(config: Config) -> Data:
     """Read the lists of all data sets. A set whose folder is missing is noted; UserError when none is left."""
     data, root = Data(), config.data.data_root
-    if root is not None and not Path(root).is_dir() and not config.data.paths and set(config.data.datasets) != {"synthetic"}:
-        raise UserError(f"--data-root {root}: no such folder; python multimodal/download_datasets.py --datasets "
-                        f"{' '.join(config.data.datasets)} --data-root {root} fills it, --config small trains on the sample data")
+    if (
+        root is not None
+        and not Path(root).is_dir()
+        and not config.data.paths
+        and set(config.data.datasets) != {"synthetic"}
+    ):
+        raise UserError(
+            f"--data-root {root}: no such folder; python multimodal/download_datasets.py --datasets "
+            f"{' '.join(config.data.datasets)} --data-root {root} fills it, --config small trains on the sample data"
+        )
     missing = []
     for name in config.data.datasets:
         folder = data_folder(config, name)
@@ -66,8 +73,10 @@ def open_data(config: Config) -> Data:
         _add(config, data, name, folder)
     data.notes += [f"no folder {folder}: training goes on without it" for folder in missing]
     if not data.train:
-        raise UserError(f"none of the data sets is there ({', '.join(missing)}); python multimodal/download_datasets.py fetches "
-                        "them, --config small trains on the sample data")
+        raise UserError(
+            f"none of the data sets is there ({', '.join(missing)}); python multimodal/download_datasets.py fetches "
+            "them, --config small trains on the sample data"
+        )
     _hold_out(data)
     _check_voice(config, data)
     return data
@@ -89,13 +98,19 @@ def _add(config: Config, data: Data, name: str, folder: Path) -> None:
 def _hold_out(data: Data) -> None:
     for kind in data.kinds:
         if not data.val.get(kind):
-            held = [record for record in data.train[kind] if stable_hash(record.id) % HELD_OUT == 0] or data.train[kind][-1:]
+            held = [record for record in data.train[kind] if stable_hash(record.id) % HELD_OUT == 0] or data.train[
+                kind
+            ][-1:]
             names = {record.id for record in held}
             rest = [record for record in data.train[kind] if record.id not in names]
             if not rest:
-                raise UserError(f"{len(held)} {kind} sample is too little to train on and validate with; give more data")
+                raise UserError(
+                    f"{len(held)} {kind} sample is too little to train on and validate with; give more data"
+                )
             data.train[kind], data.val[kind] = rest, held
-            data.notes.append(f"{kind}: no validation split; {len(held)} training samples are held out by the hash of their name")
+            data.notes.append(
+                f"{kind}: no validation split; {len(held)} training samples are held out by the hash of their name"
+            )
 
 
 def _check_voice(config: Config, data: Data) -> None:
@@ -111,28 +126,49 @@ def _check_voice(config: Config, data: Data) -> None:
         for split in (data.train, data.val):
             split["voice"] = [Record(**{**vars(record), "video": None}) for record in split["voice"]]
         if config.training.label_set != "voxceleb1":
-            raise UserError("voxceleb: no videos (mp4/) beside the sounds, so there is nothing to contrast the voices with; add the "
-                            "mp4 files, or train speaker identification with --label-set voxceleb1 --num-classes 1251")
+            raise UserError(
+                "voxceleb: no videos (mp4/) beside the sounds, so nothing to contrast the voices with; add the "
+                "mp4 files, or train speaker identification with --label-set voxceleb1 --num-classes 1251"
+            )
     if config.training.label_set == "voxceleb1":
         most = max(record.labels[0] for record in data.train["voice"]) + 1
         if most > config.model.num_classes:
-            raise UserError(f"voxceleb: {most} speakers, the model has {config.model.num_classes} classes; use --num-classes {most}")
+            raise UserError(
+                f"voxceleb: {most} speakers, the model has {config.model.num_classes} classes; use --num-classes {most}"
+            )
 
 
-def make_datasets(config: Config, records: dict[Kind, list[Record]], tokenizer: TextTokenizer, *, stage: int,
-                  training: bool) -> dict[Kind, CaptionedDataset]:
+def make_datasets(
+    config: Config, records: dict[Kind, list[Record]], tokenizer: TextTokenizer, *, stage: int, training: bool
+) -> dict[Kind, CaptionedDataset]:
     """One data set a kind, with the augmentation of the stage while training."""
     augmentation = None
     if training:
         augmentation = Augmentation(
-            crop_scale=0.2 if stage == 1 else config.data.align_crop_scale, flip=0.5 if stage == 1 else config.data.align_flip,
-            spec_augment=config.data.spec_augment and stage < 3, caption_dropout=config.data.caption_dropout)
+            crop_scale=0.2 if stage == 1 else config.data.align_crop_scale,
+            flip=0.5 if stage == 1 else config.data.align_flip,
+            spec_augment=config.data.spec_augment and stage < 3,
+            caption_dropout=config.data.caption_dropout,
+        )
     plain = stage == 1 and config.training.text_pretraining == "embeddings"
     kinds = [kind for kind in KINDS if kind in records and not (stage == 1 and kind == "voice")]
-    labelled = {"coco80": "image", "images": "image", "voxceleb1": "voice"}.get(config.training.label_set) if stage == 3 else None
-    return {kind: (PlainImages if plain else CaptionedDataset)(
-        records[kind], config.data, tokenizer, image_size=config.model.image_size, seed=config.run.seed,
-        augmentation=augmentation, num_classes=config.model.num_classes if kind == labelled else None) for kind in kinds}
+    labelled = (
+        {"coco80": "image", "images": "image", "voxceleb1": "voice"}.get(config.training.label_set)
+        if stage == 3
+        else None
+    )
+    return {
+        kind: (PlainImages if plain else CaptionedDataset)(
+            records[kind],
+            config.data,
+            tokenizer,
+            image_size=config.model.image_size,
+            seed=config.run.seed,
+            augmentation=augmentation,
+            num_classes=config.model.num_classes if kind == labelled else None,
+        )
+        for kind in kinds
+    }
 
 
 class PairedStream:
@@ -147,10 +183,18 @@ class PairedStream:
         self.streams: dict[Kind, MapStream] = {}
         for kind, dataset in datasets.items():
             whole_batch = len(dataset) >= training.batch_size * world * accumulation
-            plan = BatchPlan(len(dataset), training.batch_size, world, accumulation, config.run.seed, drop_last=whole_batch)
+            plan = BatchPlan(
+                len(dataset), training.batch_size, world, accumulation, config.run.seed, drop_last=whole_batch
+            )
             self.streams[kind] = MapStream(
-                dataset, plan, info, collate=collate, num_workers=training.num_workers,
-                prefetch_factor=training.prefetch_factor, bad_samples=bad_samples)
+                dataset,
+                plan,
+                info,
+                collate=collate,
+                num_workers=training.num_workers,
+                prefetch_factor=training.prefetch_factor,
+                bad_samples=bad_samples,
+            )
         first = next(iter(self.streams.values()))
         self.steps_per_epoch, self.samples_per_step = first.steps_per_epoch, first.samples_per_step
         self.fingerprint = "+".join(f"{kind}:{stream.fingerprint}" for kind, stream in self.streams.items())

@@ -10,8 +10,16 @@ from PIL import Image, ImageDraw
 from multimodal.audio import SAMPLE_RATE
 from multimodal.records import Found, Record
 
-COLOURS = {"red": (214, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220), "yellow": (240, 210, 40),
-           "purple": (130, 50, 170), "black": (20, 20, 20), "orange": (245, 140, 30), "pink": (245, 130, 180)}
+COLOURS = {
+    "red": (214, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (40, 80, 220),
+    "yellow": (240, 210, 40),
+    "purple": (130, 50, 170),
+    "black": (20, 20, 20),
+    "orange": (245, 140, 30),
+    "pink": (245, 130, 180),
+}
 SHAPES = ("square", "circle", "triangle", "ring")
 PLACES = {"left": 0.27, "right": 0.73}
 GROUNDS = {"white": (255, 255, 255), "grey": (150, 150, 150)}
@@ -63,6 +71,7 @@ class Tone:
     def read(self) -> bytes:
         """WAV, 16 kHz mono."""
         import soundfile
+
         draws = np.random.default_rng(self.wobble)
         time = np.arange(int(SECONDS * SAMPLE_RATE)) / SAMPLE_RATE
         beat, course = PATTERNS[self.pattern]
@@ -71,13 +80,19 @@ class Tone:
         wave = np.sin(phase) if self.timbre == "pure" else np.sign(np.sin(phase)) * 0.5
         wave *= 0.5 + 0.5 * np.cos(2 * np.pi * beat * time) if course == 1 else 1
         buffer = io.BytesIO()
-        soundfile.write(buffer, (0.3 * wave + 0.002 * draws.standard_normal(len(wave))).astype(np.float32), SAMPLE_RATE,
-                        format="WAV", subtype="PCM_16")
+        soundfile.write(
+            buffer,
+            (0.3 * wave + 0.002 * draws.standard_normal(len(wave))).astype(np.float32),
+            SAMPLE_RATE,
+            format="WAV",
+            subtype="PCM_16",
+        )
         return buffer.getvalue()
 
 
 def synthetic_records(split: str, items: int, seed: int = 0) -> Found:
-    """`items` drawings and as many tones; validation holds each combination once, drawn with other wobbles than training.
+    """`items` drawings and as many tones; validation holds each combination once, drawn with other wobbles than
+    training.
 
     Labels of a drawing: its colour, and 8 + its shape.
     """
@@ -88,13 +103,27 @@ def synthetic_records(split: str, items: int, seed: int = 0) -> Found:
         colour, shape, place, ground = pictures[number % len(pictures)]
         caption = f"a {colour} {shape} on the {place} of a {ground} ground"
         labels = (list(COLOURS).index(colour), len(COLOURS) + SHAPES.index(shape))
-        records.append(Record(f"synthetic/{split}/picture{number}", Drawing(colour, shape, place, ground, _wobble(seed, held_out, number)),
-                              (caption, f"{ground} picture, {colour} {shape}, {place}"), "synthetic", "image", labels))
+        records.append(
+            Record(
+                f"synthetic/{split}/picture{number}",
+                Drawing(colour, shape, place, ground, _wobble(seed, held_out, number)),
+                (caption, f"{ground} picture, {colour} {shape}, {place}"),
+                "synthetic",
+                "image",
+                labels,
+            )
+        )
     for number in range(min(items, len(tones)) if held_out else items):
         pitch, pattern, timbre = tones[number % len(tones)]
-        records.append(Record(f"synthetic/{split}/tone{number}", Tone(pitch, pattern, timbre, _wobble(seed, held_out, number)),
-                              (f"a {timbre} tone, {pitch}, {pattern}", f"a {pattern} sound of {pitch} pitch, {timbre}"),
-                              "synthetic", "audio"))
+        records.append(
+            Record(
+                f"synthetic/{split}/tone{number}",
+                Tone(pitch, pattern, timbre, _wobble(seed, held_out, number)),
+                (f"a {timbre} tone, {pitch}, {pattern}", f"a {pattern} sound of {pitch} pitch, {timbre}"),
+                "synthetic",
+                "audio",
+            )
+        )
     return Found(records)
 
 

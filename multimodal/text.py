@@ -15,7 +15,7 @@ from shared.errors import UserError
 DEFAULT_FILE = Path(__file__).parent / "tokenizer" / "tokenizer_bpe16k.json"
 PAD, CLS, SEP, MASK, UNKNOWN = 0, 1, 2, 3, 4
 SPECIAL_TOKENS = 5
-MULTIPLE = 8          # batches are padded to a multiple of this
+MULTIPLE = 8  # batches are padded to a multiple of this
 WORD_END = "</w>"
 
 
@@ -28,7 +28,9 @@ class TextTokenizer:
             data = self.path.read_bytes()
             self._tokenizer = Tokenizer.from_str(data.decode("utf-8"))
         except FileNotFoundError:
-            raise UserError(f"--tokenizer {self.path}: no such file; leave it out for the one that ships here") from None
+            raise UserError(
+                f"--tokenizer {self.path}: no such file; leave it out for the one that ships here"
+            ) from None
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"--tokenizer {self.path}: not a tokenizers JSON file ({error})") from None
         self._tokenizer.no_padding()
@@ -40,7 +42,7 @@ class TextTokenizer:
         """Ids of one text."""
         ids = self._tokenizer.encode(text).ids
         if len(ids) > self.max_length:
-            ids = ids[:self.max_length - 1] + [SEP]
+            ids = ids[: self.max_length - 1] + [SEP]
         return ids
 
     def tokens(self, text: str) -> list[str]:
@@ -62,7 +64,7 @@ def pad_ids(ids: list[list[int]]) -> tuple[Tensor, Tensor]:
     longest = max(map(len, ids))
     padded = torch.full((len(ids), longest + -longest % MULTIPLE), PAD)
     for row, values in enumerate(ids):
-        padded[row, :len(values)] = torch.tensor(values)
+        padded[row, : len(values)] = torch.tensor(values)
     return padded, padded != PAD
 
 
@@ -74,13 +76,18 @@ def find_glove(folder: Path | None, width: int) -> Path | None:
 
 
 @torch.no_grad()
-def load_word_vectors(table: torch.nn.Embedding, tokenizer: TextTokenizer, path: Path, generator: torch.Generator) -> float:
+def load_word_vectors(
+    table: torch.nn.Embedding, tokenizer: TextTokenizer, path: Path, generator: torch.Generator
+) -> float:
     """Put GloVe rows into the word table for tokens that are whole words; returns the share of tokens covered.
 
     Other rows are normal with the mean and std of the loaded ones; [PAD] is zero. File: `word v1 ... vd` a line.
     """
-    wanted = {token.removesuffix(WORD_END): index for token, index in tokenizer._tokenizer.get_vocab().items()
-              if token.endswith(WORD_END) and index >= SPECIAL_TOKENS}
+    wanted = {
+        token.removesuffix(WORD_END): index
+        for token, index in tokenizer._tokenizer.get_vocab().items()
+        if token.endswith(WORD_END) and index >= SPECIAL_TOKENS
+    }
     width, rows = table.embedding_dim, {}
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -88,12 +95,16 @@ def load_word_vectors(table: torch.nn.Embedding, tokenizer: TextTokenizer, path:
             if word not in wanted:
                 continue
             if len(values) != width:
-                raise UserError(f"{path}: line {number} has {len(values)} numbers, this model's word vectors have {width}; "
-                                f"use glove.6B.{width}d.txt")
+                raise UserError(
+                    f"{path}: line {number} has {len(values)} numbers, this model's word vectors have {width}; "
+                    f"use glove.6B.{width}d.txt"
+                )
             try:
                 rows[wanted[word]] = torch.tensor([float(value) for value in values])
             except ValueError:
-                raise UserError(f"{path}: line {number} holds something that is not a number; download the file again") from None
+                raise UserError(
+                    f"{path}: line {number} holds something that is not a number; download the file again"
+                ) from None
     if not rows:
         raise UserError(f"{path}: holds no word of the tokenizer; a GloVe text file (word v1 ... v{width}) is wanted")
     known = torch.stack(list(rows.values()))

@@ -1,9 +1,9 @@
 """Train the image, text and audio model in three stages.
 
 On a laptop, with the data that ship here:   python multimodal/train.py --config small --output-dir outputs/multimodal
-The guide's run:      python multimodal/train.py --data-root ./data --output-dir ./outputs --model-size base --batch-size 8 --epochs 100 --lr 1e-4
-Eight GPUs:           scripts/train_multimodal.sh --gpus 8 --config large --data-root ./data
-The same command again resumes. --dry-run prints parameters, FLOPs, memory and time and stops.
+The guide's run:      python multimodal/train.py --data-root ./data --output-dir ./outputs --model-size base
+--batch-size 8 --epochs 100 --lr 1e-4 Eight GPUs:           scripts/train_multimodal.sh --gpus 8 --config large
+--data-root ./data The same command again resumes. --dry-run prints parameters, FLOPs, memory and time and stops.
 """
 
 import sys
@@ -20,6 +20,7 @@ from shared.errors import UserError, command  # noqa: E402
 def run_stages(config: Config) -> dict:
     """Open the data, train every stage that is not done, and return what the report needs."""
     from multimodal.run import Run
+
     return Run(config).train()
 
 
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(str(error)) from None
     if config.run.dry_run:
         from multimodal.planning import print_plan
+
         print_plan(config)
         return
     run_stages(config)

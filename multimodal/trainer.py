@@ -26,10 +26,10 @@ STAGE_NAMES = {1: "stage1_single", 2: "stage2_align", 3: "stage3_finetune"}
 WEIGHT_DECAY = {1: 0.05, 2: 0.1, 3: 0.05}
 BETAS = {1: (0.9, 0.95, 1e-8), 2: (0.9, 0.98, 1e-6), 3: (0.9, 0.98, 1e-6)}  # beta 1, beta 2, epsilon
 PREFIX = "network."
-_DRAWS, _VALIDATION_STEP = 612, 0     # random stream; validation masks and negatives are those of one fixed step
+_DRAWS, _VALIDATION_STEP = 612, 0  # random stream; validation masks and negatives are those of one fixed step
 _VALIDATION_SEED_SHIFT = 1_000_003
 _PART_NUMBER = {"image": 0, "audio": 1, "voice": 2, "text": 3}
-VALIDATION_BATCHES = 64               # stages 1 and 3: batches that the masked and matching losses are measured on
+VALIDATION_BATCHES = 64  # stages 1 and 3: batches that the masked and matching losses are measured on
 
 
 @dataclass
@@ -37,10 +37,10 @@ class Progress:
     """Where the whole run stands; goes into the guide's checkpoint files."""
 
     stage: int
-    first_epoch: int          # epochs of the stages before
+    first_epoch: int  # epochs of the stages before
     first_step: int
     steps_per_epoch: int
-    step: int = 0             # of this stage
+    step: int = 0  # of this stage
     best: float | None = None
     improved: bool = False
 
@@ -56,9 +56,11 @@ def make_stage_module(config: Config, stage: int, network: MultimodalModel) -> n
     return FinetuneModel(network)
 
 
-def choose_trainable(module: nn.Module, config: Config, stage: int, kinds: list[Kind], *, classify: bool,
-                     framed: bool) -> None:
-    """Freeze what a stage does not train, and what its data never reach: a parameter without gradient is an error later.
+def choose_trainable(
+    module: nn.Module, config: Config, stage: int, kinds: list[Kind], *, classify: bool, framed: bool
+) -> None:
+    """Freeze what a stage does not train, and what its data never reach: a parameter without gradient is an error
+    later.
 
     classify: the stage has class labels. framed: voices come with video frames.
     """
@@ -73,7 +75,9 @@ def choose_trainable(module: nn.Module, config: Config, stage: int, kinds: list[
         trained = (image if "image" in kinds else []) + (audio if "audio" in kinds else [])
         trained += text if config.training.text_pretraining == "mlm" else []
     else:
-        modalities = [name for name, present in (("image", has_image), ("text", has_text), ("audio", has_audio)) if present]
+        modalities = [
+            name for name, present in (("image", has_image), ("text", has_text), ("audio", has_audio)) if present
+        ]
         trained += (text if stage == 3 else text[1:]) if has_text else []
         trained += [f"embed.{name}" for name in modalities]
         sigmoid = config.training.contrastive_loss == "siglip"
@@ -108,15 +112,30 @@ def parameter_groups(module: nn.Module, stage: int, *, weight_decay: float, towe
 class Trainer:
     """Stage 1, 2 or 3 over one module; hands its functions to shared/loop.py."""
 
-    def __init__(self, config: Config, stage: int, module: nn.Module, datasets: dict[Kind, CaptionedDataset],
-                 val: dict[Kind, CaptionedDataset], info: DistInfo, progress: Progress, *, classify: bool, tokenizer_sha256: str):
+    def __init__(
+        self,
+        config: Config,
+        stage: int,
+        module: nn.Module,
+        datasets: dict[Kind, CaptionedDataset],
+        val: dict[Kind, CaptionedDataset],
+        info: DistInfo,
+        progress: Progress,
+        *,
+        classify: bool,
+        tokenizer_sha256: str,
+    ):
         self.config, self.stage, self.info, self.progress, self.classify = config, stage, info, progress, classify
+        self.module = module
         self.val, self.tokenizer_sha256 = val, tokenizer_sha256
         self.kinds = list(datasets)
         network: MultimodalModel = module.network
         self.model_config = dict(network.config)
-        self.frozen = {name: value.detach().clone() for name, value in network.state_dict().items()
-                       if not dict(network.named_parameters())[name].requires_grad}
+        self.frozen = {
+            name: value.detach().clone()
+            for name, value in network.state_dict().items()
+            if not dict(network.named_parameters())[name].requires_grad
+        }
         self.patches = {"image": network.grid**2, "audio": config.data.audio_frames // 16 * 5}
         self.weights = {kind: len(dataset) ** 0.5 for kind, dataset in datasets.items()}
         total = sum(self.weights.values()) / len(self.weights)
@@ -129,7 +148,9 @@ class Trainer:
         if "image" in datasets:
             found.append(Pairing("image_embeds", "imagetext_embeds", "logit_scale", "logit_bias", "image", 1.0))
         if "audio" in datasets:
-            found.append(Pairing("audio_embeds", "audiotext_embeds", "audio_logit_scale", "audio_logit_bias", "audio", 1.0))
+            found.append(
+                Pairing("audio_embeds", "audiotext_embeds", "audio_logit_scale", "audio_logit_bias", "audio", 1.0)
+            )
         if "voice" in datasets and datasets["voice"].records[0].video is not None:
             found.append(Pairing("voice_embeds", "frame_embeds", "audio_logit_scale", "audio_logit_bias", "voice", 0.5))
         return found
@@ -137,7 +158,9 @@ class Trainer:
     # --- a step -------------------------------------------------------------------------------------------------------
 
     def losses(self, model: Any, batches: list[dict], step: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """One pre-weighted loss a micro-batch; with the gradient cache the contrastive terms are those of the whole step."""
+        """One pre-weighted loss a micro-batch; with the gradient cache the contrastive terms are those of the whole
+        step.
+        """
         self.progress.step = step + 1
         inputs = [self._inputs(batch) for batch in batches]
         draws = [self._draws(batch, own, step) for batch, own in zip(batches, inputs, strict=True)]
@@ -148,8 +171,13 @@ class Trainer:
         cached = None
         if self.config.training.gradient_cache and len(batches) > 1 and self.pairings:
             keys = [self._keys(own) for own in inputs] if self.config.training.mask_duplicates else None
-            cached = CachedStep(lambda index: model(inputs[index], draws[index]), len(batches), self.config.training.contrastive_loss,
-                                self.pairings, keys)
+            cached = CachedStep(
+                lambda index: model(inputs[index], draws[index]),
+                len(batches),
+                self.config.training.contrastive_loss,
+                self.pairings,
+                keys,
+            )
         for index, (own, draw) in enumerate(zip(inputs, draws, strict=True)):
             if cached is None:
                 outputs = model(own, draw)
@@ -172,7 +200,9 @@ class Trainer:
     def _draws(self, batch: dict[Kind, dict], inputs: dict, step: int, shift: int = 0) -> dict[str, dict[str, Tensor]]:
         """Uniform numbers by part, keyed by the sample's slot in the step: the same on any number of ranks."""
         found: dict[str, dict[str, Tensor]] = {}
-        wants_patches = self.stage == 1 or (self.stage == 2 and min(self.config.training.patch_keep, self.config.training.audio_keep) < 1)
+        wants_patches = self.stage == 1 or (
+            self.stage == 2 and min(self.config.training.patch_keep, self.config.training.audio_keep) < 1
+        )
         for part in inputs:
             slots = batch[part]["slot"] if part in batch else batch["image" if "image" in batch else "audio"]["slot"]
 
@@ -209,13 +239,17 @@ class Trainer:
         for part in ("image", "audio"):
             if f"{part}_match" in outputs:
                 weight = outputs[f"{part}_match_weight"]
-                error = functional.binary_cross_entropy_with_logits(outputs[f"{part}_match"], outputs[f"{part}_match_target"], reduction="none")
+                error = functional.binary_cross_entropy_with_logits(
+                    outputs[f"{part}_match"], outputs[f"{part}_match_target"], reduction="none"
+                )
                 terms[f"{part}_match"] = (error * weight).sum() / weight.sum().clamp_min(1)
         if "class_logits" in outputs and self.classify:
             if self.config.training.label_set == "voxceleb1":
                 terms["class"] = functional.cross_entropy(outputs["class_logits"], inputs["voice"]["labels"].argmax(1))
             else:
-                terms["class"] = functional.binary_cross_entropy_with_logits(outputs["class_logits"], inputs["image"]["labels"])
+                terms["class"] = functional.binary_cross_entropy_with_logits(
+                    outputs["class_logits"], inputs["image"]["labels"]
+                )
         total = sum(terms.values()) if terms else torch.zeros((), device=self.info.device)
         return total, {name: value.detach() for name, value in terms.items()}
 
@@ -237,11 +271,18 @@ class Trainer:
         if self.stage > 1:
             scales = {}
             for kind, dataset in self.val.items():
-                split = embed_split(model, dataset, kind, self.info, batch_size=max(32, self.config.training.batch_size))
+                split = embed_split(
+                    model, dataset, kind, self.info, batch_size=max(32, self.config.training.batch_size)
+                )
                 name = "logit_scale" if kind == "image" else "audio_logit_scale"
                 scales = scales or _scalars(model, dataset, kind, self.info)
-                measured = measure(split, loss_kind=self.config.training.contrastive_loss, scale=scales[name],
-                                   bias=scales[name.replace("scale", "bias")], brief=True)
+                measured = measure(
+                    split,
+                    loss_kind=self.config.training.contrastive_loss,
+                    scale=scales[name],
+                    bias=scales[name.replace("scale", "bias")],
+                    brief=True,
+                )
                 found |= measured
         parts = [value for name, value in found.items() if name.endswith("_loss")]
         loss = sum(parts)
@@ -261,8 +302,11 @@ class Trainer:
             batch = to_device(batch, self.info.device)
             inputs = self._inputs(batch)
             outputs = model(inputs, self._draws(batch, inputs, _VALIDATION_STEP, _VALIDATION_SEED_SHIFT))
-            terms = outputs if self.stage == 1 else {name: value for name, value in self._supervised(outputs, inputs)[1].items()
-                                                     if name != "class"}
+            terms = (
+                outputs
+                if self.stage == 1
+                else {name: value for name, value in self._supervised(outputs, inputs)[1].items() if name != "class"}
+            )
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + float(value) / turns
         name = "masked_{}_loss" if self.stage == 1 else "{}_loss"
@@ -277,17 +321,29 @@ class Trainer:
     # --- files --------------------------------------------------------------------------------------------------------
 
     def export(self, folder: Path, weights: dict[str, Tensor], ema: dict[str, Tensor] | None) -> None:
-        """model.pt in the checkpoint folder, and the guide's best_model.pt and checkpoint_epoch_N.pt beside all stages."""
+        """model.pt in the checkpoint folder, and the guide's best_model.pt and checkpoint_epoch_N.pt beside all
+        stages.
+        """
         progress, chosen = self.progress, ema or weights
-        state = {**self.frozen, **{name.removeprefix(PREFIX): value for name, value in chosen.items() if name.startswith(PREFIX)}}
+        state = {
+            **self.frozen,
+            **{name.removeprefix(PREFIX): value for name, value in chosen.items() if name.startswith(PREFIX)},
+        }
         epoch, rest = divmod(progress.step, progress.steps_per_epoch)
+        checkpoint = folder.name.removeprefix(".tmp-").rpartition("-")[0]  # the folder is renamed when it is whole
         payload = {
             "model_state_dict": {name: value.detach().cpu().contiguous() for name, value in state.items()},
             "pretrain_state_dict": {name: value.cpu() for name, value in chosen.items() if not name.startswith(PREFIX)},
-            "epoch": progress.first_epoch + epoch, "global_step": progress.first_step + progress.step, "stage": self.stage,
-            "stage_step": progress.step, "best_val_loss": progress.best, "config": self.config.model_dump(mode="json"),
-            "model_config": self.model_config, "tokenizer_sha256": self.tokenizer_sha256, "format_version": FORMAT_VERSION,
-            "training_state": f"{STAGE_NAMES[self.stage]}/checkpoints/{folder.name.removeprefix('.tmp-').rpartition('-')[0]}",
+            "epoch": progress.first_epoch + epoch,
+            "global_step": progress.first_step + progress.step,
+            "stage": self.stage,
+            "stage_step": progress.step,
+            "best_val_loss": progress.best,
+            "config": self.config.model_dump(mode="json"),
+            "model_config": self.model_config,
+            "tokenizer_sha256": self.tokenizer_sha256,
+            "format_version": FORMAT_VERSION,
+            "training_state": f"{STAGE_NAMES[self.stage]}/checkpoints/{checkpoint}",
         }
         save_aside(payload, folder / "model.pt")
         checkpoints = self.output_dir / "checkpoints"
@@ -300,7 +356,7 @@ class Trainer:
 
     def _prune(self, checkpoints: Path) -> None:
         found = sorted(checkpoints.glob("checkpoint_epoch_*.pt"), key=lambda path: int(path.stem.rpartition("_")[2]))
-        for path in found[:-self.config.training.keep_last]:
+        for path in found[: -self.config.training.keep_last]:
             path.unlink()
 
 
@@ -308,4 +364,6 @@ def _scalars(model: Any, dataset: CaptionedDataset, kind: Kind, info: DistInfo) 
     """The temperatures and biases, which a sharded module only shows through its forward."""
     ids, mask = to_device(dataset.tokenizer.batch([""]), info.device)
     outputs = model({"audio": {"input_ids": ids, "attention_mask": mask}})
-    return {name: float(outputs[name]) for name in ("logit_scale", "audio_logit_scale", "logit_bias", "audio_logit_bias")}
+    return {
+        name: float(outputs[name]) for name in ("logit_scale", "audio_logit_scale", "logit_bias", "audio_logit_bias")
+    }

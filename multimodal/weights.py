@@ -44,13 +44,16 @@ def put(source: Path, target: Path) -> None:
 
 
 def read_payload(path: Path | str) -> tuple[dict[str, Any], Path]:
-    """The dict of OUT (its best model), of a checkpoint folder, or of a .pt file; and the file that it was read from."""
+    """The dict of OUT (its best model), of a checkpoint folder or of a .pt file, and the file read."""
     path = Path(path)
     if path.is_dir():
         places = [path / "model.pt", *(path / "checkpoints" / name for name in NAMES), *(path / name for name in NAMES)]
         file = next((place for place in places if place.exists()), None)
         if file is None:
-            raise UserError(f"--checkpoint {path}: holds none of model.pt, best_model.pt, final_model.pt; give a run's folder or a .pt file")
+            raise UserError(
+                f"--checkpoint {path}: holds no best_model.pt or final_model.pt; give a run's folder or a .pt "
+                "file"
+            )
     elif path.exists():
         file = path
     else:
@@ -61,7 +64,9 @@ def read_payload(path: Path | str) -> tuple[dict[str, Any], Path]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{file}: cannot be read ({reason}); use another checkpoint") from None
     if not isinstance(payload, dict) or "model_state_dict" not in payload or "model_config" not in payload:
-        raise UserError(f"{file}: holds no model_state_dict and model_config; a checkpoint of multimodal/train.py is wanted")
+        raise UserError(
+            f"{file}: holds no model_state_dict and model_config; a checkpoint of multimodal/train.py is wanted"
+        )
     return payload, file
 
 
@@ -71,13 +76,21 @@ def build(model_config: dict[str, Any]) -> MultimodalModel:
     return create_model(settings.pop("size"), settings.pop("num_classes"), **settings)
 
 
-def load_model(path: Path | str, tokenizer_file: str | None = None) -> tuple[MultimodalModel, TextTokenizer, dict[str, Any]]:
-    """A trained model in eval mode, its tokenizer and its payload. Another tokenizer than the one trained with is refused."""
+def load_model(
+    path: Path | str, tokenizer_file: str | None = None
+) -> tuple[MultimodalModel, TextTokenizer, dict[str, Any]]:
+    """A trained model in eval mode, its tokenizer and its payload. Another tokenizer than the one trained with is
+    refused.
+    """
     payload, file = read_payload(path)
-    tokenizer = TextTokenizer(tokenizer_file or payload["config"].get("tokenizer"), payload["config"]["model"]["max_text_length"])
+    tokenizer = TextTokenizer(
+        tokenizer_file or payload["config"].get("tokenizer"), payload["config"]["model"]["max_text_length"]
+    )
     if tokenizer.sha256 != payload["tokenizer_sha256"]:
-        raise UserError(f"{file} was trained with another tokenizer (SHA-256 {payload['tokenizer_sha256'][:12]}, {tokenizer.path} "
-                        f"has {tokenizer.sha256[:12]}); give the same with --tokenizer")
+        raise UserError(
+            f"{file} was trained with another tokenizer (SHA-256 {payload['tokenizer_sha256'][:12]}, {tokenizer.path} "
+            f"has {tokenizer.sha256[:12]}); give the same with --tokenizer"
+        )
     network = build(payload["model_config"])
     load_strict(network, payload["model_state_dict"], what=str(file))
     return network.eval(), tokenizer, payload
@@ -90,10 +103,16 @@ def load_start(network: MultimodalModel, path: str, tokenizer: TextTokenizer, *,
         raise UserError(f"--init-from {file}: trained with another tokenizer; give the same with --tokenizer")
     state: dict[str, Tensor] = payload["model_state_dict"]
     own = network.state_dict()
-    head = [name for name in state if name.startswith("classifier.") and name in own and own[name].shape != state[name].shape]
+    head = [
+        name
+        for name in state
+        if name.startswith("classifier.") and name in own and own[name].shape != state[name].shape
+    ]
     if head and not reset_head:
-        raise UserError(f"--init-from {file}: its classifier has {payload['model_config']['num_classes']} classes, this run "
-                        f"{network.config['num_classes']}; add --reset-head to start the classifier anew")
+        raise UserError(
+            f"--init-from {file}: its classifier has {payload['model_config']['num_classes']} classes, this run "
+            f"{network.config['num_classes']}; add --reset-head to start the classifier anew"
+        )
     if head:
         state = {name: value for name, value in state.items() if not name.startswith("classifier.")}
     load_strict(network, state, what=str(file), allow_missing=("classifier.",) if head else ())

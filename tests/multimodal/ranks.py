@@ -1,4 +1,6 @@
-"""Run on several ranks by the tests: the recorded losses, the gradient cache, and whole trainings.  ranks.py CASES.json"""
+"""Run on several ranks by the tests: the recorded losses, the gradient cache, and whole trainings.  ranks.py
+CASES.json
+"""
 
 import json
 import sys
@@ -27,8 +29,14 @@ def golden(kind: str, case: str) -> dict:
     bias = torch.tensor(facts["logit_bias_siglip"], requires_grad=True)
     loss = contrastive_loss(kind, image, text, log_scale.exp(), bias)
     loss.backward()
-    return {"rank": rank, "loss": loss.item(), "scale": log_scale.grad.item(), "bias": None if bias.grad is None else bias.grad.item(),
-            "image": image.grad.tolist(), "text": text.grad.tolist()}
+    return {
+        "rank": rank,
+        "loss": loss.item(),
+        "scale": log_scale.grad.item(),
+        "bias": None if bias.grad is None else bias.grad.item(),
+        "image": image.grad.tolist(),
+        "text": text.grad.tolist(),
+    }
 
 
 class Toy(torch.nn.Module):
@@ -43,17 +51,21 @@ class Toy(torch.nn.Module):
 
     def forward(self, batch: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor]:
         unit = torch.nn.functional.normalize
-        return {"x": unit(self.first(batch[0]), dim=-1), "y": unit(self.second(torch.dropout(batch[1], 0.3, True)), dim=-1),
-                "s": self.scale.exp().squeeze(), "b": self.bias.squeeze()}
+        return {
+            "x": unit(self.first(batch[0]), dim=-1),
+            "y": unit(self.second(torch.dropout(batch[1], 0.3, True)), dim=-1),
+            "s": self.scale.exp().squeeze(),
+            "b": self.bias.squeeze(),
+        }
 
 
 def cached_gradients(kind: str, cached: bool, duplicates: bool) -> dict[str, list[float]]:
     """Parameter gradients, averaged over ranks, of four micro-batches of three pairs, by the cache or as one batch."""
     rank, world = torch_dist.get_rank(), torch_dist.get_world_size()
     generator = torch.Generator().manual_seed(11)
-    data = torch.randn(2, world * 12, 6, generator=generator, dtype=torch.float64)[:, rank * 12:(rank + 1) * 12]
+    data = torch.randn(2, world * 12, 6, generator=generator, dtype=torch.float64)[:, rank * 12 : (rank + 1) * 12]
     labels = torch.arange(world * 12) // 2 if duplicates else torch.arange(world * 12)
-    keys = [{"p": part[:, None].expand(-1, 2)} for part in labels[rank * 12:(rank + 1) * 12].split(3)]
+    keys = [{"p": part[:, None].expand(-1, 2)} for part in labels[rank * 12 : (rank + 1) * 12].split(3)]
     batches = list(zip(data[0].split(3), data[1].split(3), strict=True))
     model = Toy()
     torch.manual_seed(100 + rank)
@@ -65,7 +77,9 @@ def cached_gradients(kind: str, cached: bool, duplicates: bool) -> dict[str, lis
             loss.backward()
     else:
         outputs = [model(batch) for batch in batches]
-        merged = {name: torch.cat([o[name] for o in outputs]) for name in "xy"} | {name: outputs[0][name] for name in "sb"}
+        merged = {name: torch.cat([o[name] for o in outputs]) for name in "xy"} | {
+            name: outputs[0][name] for name in "sb"
+        }
         total_loss(kind, PAIRINGS, merged, {"p": torch.cat([key["p"] for key in keys])})[0].backward()
     found = {}
     for name, parameter in model.named_parameters():
@@ -76,7 +90,9 @@ def cached_gradients(kind: str, cached: bool, duplicates: bool) -> dict[str, lis
 
 
 def training(flags: list[str], micro_batch: int) -> None:
-    """One run of train.py in which every second micro-batch, all of rank 1's on two ranks, misses the text in the fused pass."""
+    """One run of train.py in which every second micro-batch, all of rank 1's on two ranks, misses the text in the
+    fused pass.
+    """
     own = trainer.Trainer._draws
 
     def draws(self, batch, inputs, step, shift=0):
@@ -103,8 +119,13 @@ def main() -> None:
         if case["what"] == "golden":
             found = golden(case["kind"], case["name"])
         else:
-            found = {"rank": info.rank, **{name: cached_gradients(case["kind"], cached, case["duplicates"])
-                                           for name, cached in (("cached", True), ("whole", False))}}
+            found = {
+                "rank": info.rank,
+                **{
+                    name: cached_gradients(case["kind"], cached, case["duplicates"])
+                    for name, cached in (("cached", True), ("whole", False))
+                },
+            }
         Path(case["output"] + f".{info.rank}").write_text(json.dumps(found))
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()

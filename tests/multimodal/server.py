@@ -8,7 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Site:
-    """files: path -> bytes. cut: bytes after which every connection is cut. answers: status codes given before the first file."""
+    """files: path -> bytes. cut: bytes after which every connection is cut. answers: status codes given before the
+    first file.
+    """
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
@@ -48,7 +50,7 @@ def _handler(site: Site) -> type[BaseHTTPRequestHandler]:
             self.send_header("Content-Length", str(len(content) - start))
             self.end_headers()
             body = content[start:]
-            self.wfile.write(body if site.cut is None else body[:site.cut])
+            self.wfile.write(body if site.cut is None else body[: site.cut])
             self.close_connection = True
 
         def _plain(self, status: int, headers: dict[str, str]) -> None:

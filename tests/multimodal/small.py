@@ -5,8 +5,33 @@ from multimodal import model, objectives
 WIDTHS = model.Widths((64, 2), (64, 1), (64, 2), (64, 1), 16)
 MODEL = ["--image-size", "32", "--image-patch", "8", "--embed-dim", "32", "--model-size", "mini"]
 DATA = ["--datasets", "synthetic", "--synthetic-items", "64", "--audio-frames", "64"]
-QUICK = ["--config", "small", *MODEL, *DATA, "--batch-size", "8", "--stage-epochs", "1", "1", "1", "--num-classes", "12", "--device", "cpu",
-         "--label-set", "images", "--no-tensorboard", "--keep-last", "3", "--logging-steps", "1", "--eval-every", "4", "--save-every", "100"]
+QUICK = [
+    "--config",
+    "small",
+    *MODEL,
+    *DATA,
+    "--batch-size",
+    "8",
+    "--stage-epochs",
+    "1",
+    "1",
+    "1",
+    "--num-classes",
+    "12",
+    "--device",
+    "cpu",
+    "--label-set",
+    "images",
+    "--no-tensorboard",
+    "--keep-last",
+    "3",
+    "--logging-steps",
+    "1",
+    "--eval-every",
+    "4",
+    "--save-every",
+    "100",
+]
 
 
 def shrink() -> None:

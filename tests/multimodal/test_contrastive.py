@@ -14,7 +14,10 @@ from tests.launching import run
 from tests.multimodal import ranks
 from tests.multimodal.golden import numbers, tensors
 
-KINDS = {"infonce": ("clip", "clip.ddp.local_loss=True_gather_with_grad=True"), "siglip": ("siglip", "siglip.ddp.dist_impl=gather")}
+KINDS = {
+    "infonce": ("clip", "clip.ddp.local_loss=True_gather_with_grad=True"),
+    "siglip": ("siglip", "siglip.ddp.dist_impl=gather"),
+}
 CACHES = [(kind, duplicates) for kind in KINDS for duplicates in (False, True)]
 
 
@@ -22,9 +25,14 @@ CACHES = [(kind, duplicates) for kind in KINDS for duplicates in (False, True)]
 def two_ranks(tmp_path_factory) -> Path:
     """All cases in one start of two processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    cases = [{"what": "golden", "kind": kind, "name": name, "output": str(folder / kind)} for kind, (name, _) in KINDS.items()]
-    cases += [{"what": "cache", "kind": kind, "duplicates": duplicates, "output": str(folder / f"cache_{kind}_{duplicates}")}
-              for kind, duplicates in CACHES]
+    cases = [
+        {"what": "golden", "kind": kind, "name": name, "output": str(folder / kind)}
+        for kind, (name, _) in KINDS.items()
+    ]
+    cases += [
+        {"what": "cache", "kind": kind, "duplicates": duplicates, "output": str(folder / f"cache_{kind}_{duplicates}")}
+        for kind, duplicates in CACHES
+    ]
     (folder / "cases.json").write_text(json.dumps(cases))
     run(2, "tests/multimodal/ranks.py", str(folder / "cases.json"))
     return folder
@@ -73,7 +81,12 @@ def test_the_cache_equals_the_big_batch_on_two_ranks(two_ranks, kind, duplicates
 
 @pytest.mark.parametrize("kind,duplicates", CACHES)
 def test_the_cache_equals_the_big_batch_on_one_rank(one_rank, kind, duplicates):
-    close({name: ranks.cached_gradients(kind, cached, duplicates) for name, cached in (("cached", True), ("whole", False))})
+    close(
+        {
+            name: ranks.cached_gradients(kind, cached, duplicates)
+            for name, cached in (("cached", True), ("whole", False))
+        }
+    )
 
 
 def test_duplicates_share_the_target():
@@ -85,7 +98,9 @@ def test_duplicates_share_the_target():
     logits = scale * features @ features.T
     target = same.float() / 2
     expected = -((target * logits.log_softmax(1)).sum(1).mean() + (target * logits.T.log_softmax(1)).sum(1).mean()) / 2
-    assert contrastive_loss("infonce", features, features, scale, bias, keys).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert contrastive_loss("infonce", features, features, scale, bias, keys).item() == pytest.approx(
+        expected.item(), rel=1e-6
+    )
 
 
 def test_hard_negatives_are_wrong_and_follow_the_similarity():
@@ -95,10 +110,14 @@ def test_hard_negatives_are_wrong_and_follow_the_similarity():
     keys[3, 0] = keys[2, 0]  # 2 and 3 have one caption
     for draw in torch.linspace(0, 0.999999, 23):
         chosen, valid = hard_negatives(own, own, torch.tensor(3.0), keys, torch.full((6,), float(draw)))
-        assert valid.all() and (chosen != torch.arange(6)).all() and chosen[2] != 3 and chosen[3] != 2 and chosen.max() < 6
+        assert (
+            valid.all() and (chosen != torch.arange(6)).all() and chosen[2] != 3 and chosen[3] != 2 and chosen.max() < 6
+        )
     scores = 3 * own @ own.T
     chances = scores.masked_fill(torch.eye(6, dtype=torch.bool), -torch.inf).softmax(1)
-    draws = [hard_negatives(own, own, torch.tensor(3.0), torch.arange(12).view(6, 2), torch.rand(6))[0] for _ in range(4000)]
+    draws = [
+        hard_negatives(own, own, torch.tensor(3.0), torch.arange(12).view(6, 2), torch.rand(6))[0] for _ in range(4000)
+    ]
     seen = torch.nn.functional.one_hot(torch.stack(draws), 6).float().mean(0)
     assert (seen - chances).abs().max() < 0.04
     _, valid = hard_negatives(own[:2], own[:2], torch.tensor(3.0), torch.tensor([[1, 1], [1, 2]]), torch.rand(2))

@@ -12,15 +12,13 @@ import torch
 from PIL import Image
 
 from multimodal.audio import compress, fit_frames, log_mel, read_audio, spec_augment
-from multimodal.config import Config, DataConfig, TrainingConfig, stage_epochs
+from multimodal.config import Config, DataConfig
 from multimodal.dataset import Augmentation, CaptionedDataset, collate
 from multimodal.image import read_image
 from multimodal.records import read_clotho_keywords, read_records
-from multimodal.retrieval import average_precision_at, chance_recall, mean_average_precision, micro_f1
 from multimodal.sources import open_data
 from multimodal.synthetic import synthetic_records
 from multimodal.text import TextTokenizer, load_word_vectors
-from shared.config import load_config, validate
 from shared.errors import BadSample, UserError
 
 SAMPLE = Path(__file__).resolve().parents[2] / "multimodal" / "sample_data"
@@ -51,7 +49,10 @@ def picture(path: Path, mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> 
 
 # --- layouts ----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name,train,val,captions", [("coco", 160, 40, 5), ("clotho", 64, 16, 5), ("audiocaps", 32, 8, 1)])
+
+@pytest.mark.parametrize(
+    "name,train,val,captions", [("coco", 160, 40, 5), ("clotho", 64, 16, 5), ("audiocaps", 32, 8, 1)]
+)
 def test_the_sample_data(name, train, val, captions):
     for split, count in (("train", train), ("val", val)):
         found = read_records(name, SAMPLE / name, split)
@@ -66,27 +67,50 @@ def test_coco_labels_skip_the_gaps_of_the_category_ids(tmp_path):
     (folder / "annotations").mkdir()
     images = [{"id": number, "file_name": f"{number:012d}.jpg"} for number in (12, 7, 9, 13)]
     captions = [{"image_id": image["id"], "caption": "a  dog\n runs "} for image in images]
-    (folder / "annotations" / "captions_train2017.json").write_text(json.dumps({"images": images, "annotations": captions}))
-    (folder / "annotations" / "instances_train2017.json").write_text(json.dumps({
-        "categories": [{"id": key, "name": str(key)} for key in (90, 1, 13)],
-        "annotations": [{"image_id": 7, "category_id": 90}, {"image_id": 7, "category_id": 1}, {"image_id": 7, "category_id": 90}]}))
+    (folder / "annotations" / "captions_train2017.json").write_text(
+        json.dumps({"images": images, "annotations": captions})
+    )
+    (folder / "annotations" / "instances_train2017.json").write_text(
+        json.dumps(
+            {
+                "categories": [{"id": key, "name": str(key)} for key in (90, 1, 13)],
+                "annotations": [
+                    {"image_id": 7, "category_id": 90},
+                    {"image_id": 7, "category_id": 1},
+                    {"image_id": 7, "category_id": 90},
+                ],
+            }
+        )
+    )
     found = read_records("coco", folder, "train")
     assert [record.id for record in found.records] == [f"coco/{n:012d}" for n in (7, 9, 12)] and found.missing == 1
-    assert found.records[0].labels == (0, 2) and found.records[1].labels == () and found.records[0].captions == ("a dog runs",)
+    assert (
+        found.records[0].labels == (0, 2)
+        and found.records[1].labels == ()
+        and found.records[0].captions == ("a dog runs",)
+    )
 
 
 def test_karpathys_splits(tmp_path):
     picture(tmp_path / "coco" / "val2014" / "x.jpg")
     picture(tmp_path / "coco" / "train2017" / "000000000005.jpg")
-    rows = [{"split": split, "filepath": place, "filename": name, "cocoid": key, "sentences": [{"raw": "one"}]}
-            for split, place, name, key in (("test", "val2014", "x.jpg", 4), ("restval", "val2014", "gone.jpg", 5), ("train", "a", "b.jpg", 6))]
+    rows = [
+        {"split": split, "filepath": place, "filename": name, "cocoid": key, "sentences": [{"raw": "one"}]}
+        for split, place, name, key in (
+            ("test", "val2014", "x.jpg", 4),
+            ("restval", "val2014", "gone.jpg", 5),
+            ("train", "a", "b.jpg", 6),
+        )
+    ]
     (tmp_path / "coco" / "dataset_coco.json").write_text(json.dumps({"images": rows}))
     train, test = (read_records("coco", tmp_path / "coco", split, karpathy=True) for split in ("train", "test"))
     assert [r.id for r in train.records] == ["coco/000000000005"] and train.missing == 1 and len(test.records) == 1
 
 
 def test_clotho_metadata_is_not_utf8(tmp_path):
-    (tmp_path / "clotho_metadata_development.csv").write_bytes("file_name,keywords\na.wav,caf\xe9; rain\n".encode("iso-8859-1"))
+    (tmp_path / "clotho_metadata_development.csv").write_bytes(
+        "file_name,keywords\na.wav,caf\xe9; rain\n".encode("iso-8859-1")
+    )
     assert read_clotho_keywords(tmp_path, "train") == {"a.wav": ["caf\xe9", "rain"]}
 
 
@@ -94,8 +118,10 @@ def test_audiocaps_accepts_all_names_and_counts_what_is_gone(tmp_path):
     folder = tmp_path / "audiocaps"
     rows = [("-ab", 30, "first"), ("-ab", 30, "second"), ("cd", 0, "x"), ("ef", 10, "y"), ("gone", 0, "z")]
     folder.mkdir()
-    (folder / "train.csv").write_text("audiocap_id,youtube_id,start_time,caption\n" + "".join(
-        f"{i},{key},{start},{text}\n" for i, (key, start, text) in enumerate(rows)))
+    (folder / "train.csv").write_text(
+        "audiocap_id,youtube_id,start_time,caption\n"
+        + "".join(f"{i},{key},{start},{text}\n" for i, (key, start, text) in enumerate(rows))
+    )
     for name in ("audio/train/-ab_30.wav", "audio/train/cd.wav", "train/Yef.wav"):
         wav(folder / name)
     found = read_records("audiocaps", folder, "train")
@@ -116,38 +142,53 @@ def test_voxceleb_splits_and_speakers(tmp_path):
 
 def test_json_lines_and_shards(tmp_path, tokenizer):
     picture(tmp_path / "jsonl" / "a.png")
-    (tmp_path / "jsonl" / "train.jsonl").write_text('{"file": "a.png", "captions": ["one", "two"], "labels": [3]}\n{"file": "b.png", "caption": "x"}\n')
+    (tmp_path / "jsonl" / "train.jsonl").write_text(
+        '{"file": "a.png", "captions": ["one", "two"], "labels": [3]}\n{"file": "b.png", "caption": "x"}\n'
+    )
     found = read_records("jsonl", tmp_path / "jsonl", "train")
     assert found.missing == 1 and found.records[0].labels == (3,) and found.records[0].captions == ("one", "two")
     (tmp_path / "shards").mkdir()
     sound = io.BytesIO()
     soundfile.write(sound, np.zeros(8000) + 0.1, 16000, format="WAV")
     with tarfile.open(tmp_path / "shards" / "train-000.tar", "w") as archive:
-        members = {"k1.png": (tmp_path / "jsonl" / "a.png").read_bytes(), "k1.json": b'{"captions": ["a cat"]}',
-                   "k2.wav": sound.getvalue(), "k2.txt": b"a hum\na low hum\n"}
+        members = {
+            "k1.png": (tmp_path / "jsonl" / "a.png").read_bytes(),
+            "k1.json": b'{"captions": ["a cat"]}',
+            "k2.wav": sound.getvalue(),
+            "k2.txt": b"a hum\na low hum\n",
+        }
         for name, data in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
     records = read_records("shards", tmp_path / "shards", "train").records
-    assert [(record.kind, record.captions) for record in records] == [("image", ("a cat",)), ("audio", ("a hum", "a low hum"))]
+    assert [(record.kind, record.captions) for record in records] == [
+        ("image", ("a cat",)),
+        ("audio", ("a hum", "a low hum")),
+    ]
     items = dataset(records, tokenizer)
     assert items[0]["images"].shape == (3, 32, 32) and items[1]["audio"].shape == (64, 80)
 
 
-@pytest.mark.parametrize("content,message", [("not json\n", "line 1"), ('{"file": "a.png"}\n', "line 1"), ('{"file": "a", "captions": [3]}\n', "line 1")])
+@pytest.mark.parametrize(
+    "content,message",
+    [("not json\n", "line 1"), ('{"file": "a.png"}\n', "line 1"), ('{"file": "a", "captions": [3]}\n', "line 1")],
+)
 def test_broken_json_lines_name_the_line(tmp_path, content, message):
     (tmp_path / "train.jsonl").write_text(content)
     with pytest.raises(UserError, match=message):
         read_records("jsonl", tmp_path, "train")
 
 
-@pytest.mark.parametrize("name,make,message", [
-    ("coco", lambda folder: None, "download_datasets.py --datasets coco"),
-    ("coco", lambda folder: (folder / "annotations").mkdir(parents=True), "captions_train2017.json"),
-    ("clotho", lambda folder: folder.mkdir(), "clotho_captions_development.csv"),
-    ("voxceleb", lambda folder: folder.mkdir(), "neither wav/ nor"),
-])
+@pytest.mark.parametrize(
+    "name,make,message",
+    [
+        ("coco", lambda folder: None, "download_datasets.py --datasets coco"),
+        ("coco", lambda folder: (folder / "annotations").mkdir(parents=True), "captions_train2017.json"),
+        ("clotho", lambda folder: folder.mkdir(), "clotho_captions_development.csv"),
+        ("voxceleb", lambda folder: folder.mkdir(), "neither wav/ nor"),
+    ],
+)
 def test_a_missing_part_is_named_with_its_remedy(tmp_path, name, make, message):
     make(tmp_path / name)
     with pytest.raises(UserError, match=message):
@@ -178,6 +219,7 @@ def test_data_that_is_partly_there_is_used_and_noted(tmp_path):
 
 
 # --- broken files -----------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("data", [np.zeros(0), np.array([0.1, np.nan, 0.2] * 900), np.array([np.inf] * 900)])
 def test_bad_sound_is_a_bad_sample(tmp_path, data):
@@ -211,6 +253,7 @@ def test_transparency_lies_on_white(tmp_path):
 
 # --- sound ------------------------------------------------------------------------------------------------------------
 
+
 def test_sound_is_mixed_resampled_and_cut(tmp_path):
     full = read_audio(wav(tmp_path / "a.wav", 2.0, 44100, 2))
     assert abs(len(full) - 32000) <= 2
@@ -226,7 +269,9 @@ def test_short_clips_are_repeated_or_padded():
     assert mask is None and torch.equal(repeated[:30], torch.cat([clip] * 3)) and (repeated[30:] == -10).all()
     padded, mask = fit_frames(clip, 32, fill="pad")
     assert mask.sum() == 10 and torch.equal(padded[:10], clip) and (padded[10:] == -10).all()
-    assert torch.equal(fit_frames(torch.arange(50.0)[:, None].expand(-1, 80), 16, position=1.0)[0][:, 0], torch.arange(34.0, 50.0))
+    assert torch.equal(
+        fit_frames(torch.arange(50.0)[:, None].expand(-1, 80), 16, position=1.0)[0][:, 0], torch.arange(34.0, 50.0)
+    )
     assert log_mel(torch.zeros(100)).shape == (2, 80) and torch.isfinite(log_mel(torch.zeros(16000))).all()
 
 
@@ -246,6 +291,7 @@ def test_spec_augment_fills_with_the_minimum():
 
 
 # --- items ------------------------------------------------------------------------------------------------------------
+
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone(tokenizer):
     records = synthetic_records("train", 16).records
@@ -297,43 +343,3 @@ def test_word_vectors(tmp_path, tokenizer):
     path.write_text("dog 1 2\n")
     with pytest.raises(UserError, match="line 1 has 2 numbers"):
         load_word_vectors(table, tokenizer, path, torch.Generator())
-
-
-# --- settings ---------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("epochs,stages,expected", [
-    (100, None, {1: 20, 2: 40, 3: 40}), (1, None, {3: 1}), (3, None, {1: 1, 2: 1, 3: 1}), (10, [2, 3], {2: 5, 3: 5}), (50, [1], {1: 50}),
-    (7, None, {1: 1, 2: 3, 3: 3}), (2, None, {2: 1, 3: 1})])
-def test_stage_epochs(epochs, stages, expected):
-    assert stage_epochs(TrainingConfig(num_epochs=epochs, stages=stages)) == expected
-
-
-def test_the_guides_yaml_and_flags(tmp_path):
-    path = tmp_path / "config.yaml"
-    path.write_text("model: {size: small, embed_dim: 256, use_checkpoint: false}\n"
-                    "training: {epochs: 7, batch_size: 3, learning_rate: 2e-4, use_amp: false, gradient_accumulation_steps: 2}\n"
-                    "paths: {data_root: ./d, output_dir: ./o}\n")
-    config = load_config(Config, presets=Path("."), argv=["--config", str(path), "--batch-size", "5", "--lr", "3e-4"])
-    assert (config.model.size, config.model.embed_dim, config.training.gradient_checkpointing) == ("small", 256, False)
-    assert (config.training.num_epochs, config.training.batch_size, config.training.learning_rate) == (7, 5, 3e-4)
-    assert (config.data.data_root, config.run.output_dir, config.training.use_amp) == ("./d", "./o", False)
-
-
-@pytest.mark.parametrize("tree,message", [
-    ({"model": {"siz": "base"}}, "did you mean size"), ({"paths": {"data": "x"}}, "paths.data"),
-    ({"training": {"stages": [4]}}, "1, 2, 3"), ({"data": {"audio_frames": 100}}, "multiple of 16"),
-    ({"model": {"num_classes": 12}}, "num_classes 80"), ({"training": {"label_set": "voxceleb1"}}, "needs voxceleb"),
-    ({"data": {"datasets": []}}, "empty"), ({"data": {"paths": {"cocoa": "x"}}}, "cocoa"),
-    ({"model": {"image_size": 100}}, "image_patch"), ({"training": {"stage_fractions": [1.0]}}, "three numbers"),
-])
-def test_wrong_settings_are_named(tree, message):
-    with pytest.raises(UserError, match=message):
-        validate(Config, tree, "test")
-
-
-def test_measures():
-    assert average_precision_at(np.array([0, 2, 30])) == pytest.approx((1 + 2 / 3) / 3)
-    assert average_precision_at(np.array([2, 0])) == pytest.approx((1 + 2 / 3) / 2)  # ranks need not come sorted
-    assert chance_recall(242, 10) == pytest.approx(10 / 242) and chance_recall(5, 10) == 1
-    assert mean_average_precision(np.array([[0.9, 0], [0.1, 0], [0.5, 0]]), np.array([[0, 0], [1, 0], [1, 0]])) == pytest.approx((1 / 2 + 2 / 3) / 2)
-    assert micro_f1(np.array([[1.0, -1], [2, 3]]), np.array([[1, 1], [0, 1]])) == pytest.approx(2 * 2 / 6)

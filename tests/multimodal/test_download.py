@@ -37,6 +37,7 @@ def site():
 
 # --- one file ---------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("etag", ['"strong"', 'W/"weak"', None])
 def test_a_connection_cut_every_64_kb_is_survived(site: Site, tmp_path: Path, etag: str | None):
     site.files["a"], site.cut, site.etag = content(1_000_000), 65536, etag
@@ -131,6 +132,7 @@ def test_a_full_disk_keeps_what_was_received(site: Site, tmp_path: Path, monkeyp
 
 # --- archives ---------------------------------------------------------------------------------------------------------
 
+
 def make_zip(path: Path, members: dict[str, bytes], link: str | None = None) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in members.items():
@@ -185,7 +187,11 @@ def test_unpacking_fills_up_folders_and_keeps_the_users_files(tmp_path: Path):
     folder.mkdir(parents=True)
     (folder / "own.txt").write_text("mine")
     (folder / "a.txt").write_text("mine too")
-    counts = unpack(make_zip(tmp_path / "x.zip", {"train/a.txt": b"theirs", "train/b/c.txt": b"1"}), tmp_path / "data", expected_bytes=100)
+    counts = unpack(
+        make_zip(tmp_path / "x.zip", {"train/a.txt": b"theirs", "train/b/c.txt": b"1"}),
+        tmp_path / "data",
+        expected_bytes=100,
+    )
     assert counts == {"train": 2}
     assert (folder / "own.txt").read_text() == "mine" and (folder / "a.txt").read_text() == "theirs"
     assert (folder / "a.txt.kept-1").read_text() == "mine too" and (folder / "b" / "c.txt").exists()
@@ -201,15 +207,23 @@ def test_tar_archives(tmp_path: Path):
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def tiny(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RemoteSet:
     """A small set in place of COCO: a table, and an archive of two pictures."""
-    site.files["zips/val.zip"] = make_zip(tmp_path / "val.zip", {"val/a.jpg": content(1000), "val/b.jpg": content(900)}).read_bytes()
+    site.files["zips/val.zip"] = make_zip(
+        tmp_path / "val.zip", {"val/a.jpg": content(1000), "val/b.jpg": content(900)}
+    ).read_bytes()
     (tmp_path / "val.zip").unlink()
     site.files["table.csv"] = b"a,b\n1,2\n"
-    small = RemoteSet("coco", site.url, (
-        RemoteFile("table.csv", "always", sha(site.files["table.csv"]), len(site.files["table.csv"])),
-        RemoteFile("zips/val.zip", "val", sha(site.files["zips/val.zip"]), len(site.files["zips/val.zip"]), 2000)))
+    small = RemoteSet(
+        "coco",
+        site.url,
+        (
+            RemoteFile("table.csv", "always", sha(site.files["table.csv"]), len(site.files["table.csv"])),
+            RemoteFile("zips/val.zip", "val", sha(site.files["zips/val.zip"]), len(site.files["zips/val.zip"]), 2000),
+        ),
+    )
     monkeypatch.setitem(SETS, "coco", small)
     return small
 
@@ -222,7 +236,9 @@ def run(tmp_path: Path, *flags: str) -> int:
     return 0
 
 
-def test_the_command_fetches_unpacks_and_skips(tiny: RemoteSet, site: Site, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_the_command_fetches_unpacks_and_skips(
+    tiny: RemoteSet, site: Site, tmp_path: Path, capsys: pytest.CaptureFixture
+):
     assert run(tmp_path, "--datasets", "coco") == 0
     folder = tmp_path / "data" / "coco"
     assert sorted(path.name for path in folder.iterdir()) == [".complete.json", ".downloads", "table.csv", "val"]
@@ -252,28 +268,44 @@ def test_an_archive_that_the_user_brought_is_used_and_kept(tiny: RemoteSet, site
     assert [path for path, _ in site.requests] == ["table.csv"]
 
 
-def test_one_failure_does_not_keep_the_others_back(tiny: RemoteSet, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                   capsys: pytest.CaptureFixture):
-    monkeypatch.setitem(SETS, "glove", RemoteSet("glove", site.url, (RemoteFile("nothing.zip", "always", unpacked=10),)))
+def test_one_failure_does_not_keep_the_others_back(
+    tiny: RemoteSet, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setitem(
+        SETS, "glove", RemoteSet("glove", site.url, (RemoteFile("nothing.zip", "always", unpacked=10),))
+    )
     assert run(tmp_path, "--datasets", "glove", "coco") == 3
     printed = capsys.readouterr()
     assert "404" in printed.err and "complete" in printed.out and (tmp_path / "data" / "coco" / "val").exists()
 
 
-def test_a_small_disk_stops_before_the_first_byte(tiny: RemoteSet, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                  capsys: pytest.CaptureFixture):
+def test_a_small_disk_stops_before_the_first_byte(
+    tiny: RemoteSet, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     monkeypatch.setattr(download_datasets.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     assert run(tmp_path, "--datasets", "coco") == 3
     assert "are needed" in capsys.readouterr().err and not site.requests and not (tmp_path / "data").exists()
 
 
-def test_manual_sets_print_their_steps(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_manual_sets_print_their_steps(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     parts = [content(300, seed) for seed in (1, 2)]
     whole = make_zip(tmp_path / "w.zip", {"wav/id1/v/00001.wav": b"sound"}).read_bytes()
     parts = [whole[:100], whole[100:]]
     names = tuple((f"p{i}", hashlib.md5(part).hexdigest()) for i, part in enumerate(parts))
-    monkeypatch.setitem(SETS, "voxceleb", RemoteSet("voxceleb", site.url, (), manual=(
-        ManualFile("w.zip", hashlib.md5(whole).hexdigest(), names),), steps=("1. ask for it",), layout=("wav/id*/*/*.wav",)))
+    monkeypatch.setitem(
+        SETS,
+        "voxceleb",
+        RemoteSet(
+            "voxceleb",
+            site.url,
+            (),
+            manual=(ManualFile("w.zip", hashlib.md5(whole).hexdigest(), names),),
+            steps=("1. ask for it",),
+            layout=("wav/id*/*/*.wav",),
+        ),
+    )
     (tmp_path / "data" / "voxceleb").mkdir(parents=True)
     assert run(tmp_path, "--datasets", "voxceleb") == 4
     assert "1. ask for it" in capsys.readouterr().out
@@ -283,10 +315,15 @@ def test_manual_sets_print_their_steps(site: Site, tmp_path: Path, monkeypatch: 
     assert (tmp_path / "data" / "voxceleb" / "wav" / "id1" / "v" / "00001.wav").exists()
 
 
-@pytest.mark.parametrize("flags,message", [
-    ((), "--datasets is needed"), (("--datasets", "cocoa"), "cocoa"),
-    (("--datasets", "coco", "--base-url", "coco"), "NAME=URL"), (("--datasets", "coco", "--base-url", "coco=file:///etc"), "http"),
-])
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        ((), "--datasets is needed"),
+        (("--datasets", "cocoa"), "cocoa"),
+        (("--datasets", "coco", "--base-url", "coco"), "NAME=URL"),
+        (("--datasets", "coco", "--base-url", "coco=file:///etc"), "http"),
+    ],
+)
 def test_bad_arguments_end_with_2(flags: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture):
     assert run(tmp_path, *flags) == 2
     assert message in capsys.readouterr().err

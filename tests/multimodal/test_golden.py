@@ -1,9 +1,10 @@
-"""The recorded cases: log-mel, picture preprocessing, tokenizer, learning rate, retrieval with ties, contrastive losses."""
+"""The recorded cases: log-mel, picture preprocessing, tokenizer, learning rate, retrieval with ties, contrastive
+losses.
+"""
 
 import numpy as np
 import pytest
 import torch
-from tests.multimodal.golden import numbers, tensors
 from PIL import Image
 
 from multimodal.audio import log_mel, mel_filters, mel_power
@@ -13,6 +14,7 @@ from multimodal.image import center_crop, from_tensor, to_tensor
 from multimodal.retrieval import ranks_of_targets, summarise
 from multimodal.text import TextTokenizer
 from shared.optim import lr_at
+from tests.multimodal.golden import numbers, tensors
 
 
 def test_log_mel_agrees_with_librosa():
@@ -27,9 +29,11 @@ def test_log_mel_agrees_with_librosa():
 
 def test_log_mel_agrees_with_whispers_extractor():
     from transformers import WhisperFeatureExtractor
+
     waveform = torch.randn(16000 * 3, generator=torch.Generator().manual_seed(3)) * 0.1
-    oracle = WhisperFeatureExtractor(feature_size=80)(waveform.numpy(), sampling_rate=16000, padding=False,
-                                                      return_tensors="np")["input_features"][0]
+    oracle = WhisperFeatureExtractor(feature_size=80)(
+        waveform.numpy(), sampling_rate=16000, padding=False, return_tensors="np"
+    )["input_features"][0]
     assert np.abs(log_mel(waveform).numpy() - oracle.T).max() < 5e-5
 
 
@@ -53,7 +57,9 @@ def test_tokenizer(case):
 def test_learning_rate():
     case = numbers("cosine_schedule")
     training = TrainingConfig(learning_rate=case["base_lr"], warmup_steps=case["warmup_steps"])
-    assert [lr_at(step, training, case["total_steps"]) for step in range(case["total_steps"])] == pytest.approx(case["lr"], rel=1e-12)
+    assert [lr_at(step, training, case["total_steps"]) for step in range(case["total_steps"])] == pytest.approx(
+        case["lr"], rel=1e-12
+    )
 
 
 def test_retrieval_with_ties_and_several_captions():

@@ -10,9 +10,21 @@ from multimodal.config import Config
 from multimodal.model import SIZES, create_model
 
 TOTALS = {"tiny": 14_784_789, "small": 35_593_493, "base": 80_128_597, "large": 200_918_869}
-BASE_PARTS = {"image_tower": 37_829_632, "text_tower": 12_610_560, "audio_tower": 15_762_944, "fusion_tower": 6_305_792,
-              "image_patches": 393_728, "audio_patches": 131_584, "words": 4_915_200, "word_projection": 153_600,
-              "embed.image": 262_144, "to_fusion.text": 262_656, "fused_output": 262_656, "classifier": 42_064, "match_head": 513}
+BASE_PARTS = {
+    "image_tower": 37_829_632,
+    "text_tower": 12_610_560,
+    "audio_tower": 15_762_944,
+    "fusion_tower": 6_305_792,
+    "image_patches": 393_728,
+    "audio_patches": 131_584,
+    "words": 4_915_200,
+    "word_projection": 153_600,
+    "embed.image": 262_144,
+    "to_fusion.text": 262_656,
+    "fused_output": 262_656,
+    "classifier": 42_064,
+    "match_head": 513,
+}
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +38,11 @@ def inputs():
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(5, 16000, (3, 10), generator=generator)
     ids[1, 6:] = 0
-    return {"images": torch.randn(3, 3, 32, 32, generator=generator), "input_ids": ids,
-            "audio": torch.randn(3, 64, 80, generator=generator)}
+    return {
+        "images": torch.randn(3, 3, 32, 32, generator=generator),
+        "input_ids": ids,
+        "audio": torch.randn(3, 64, 80, generator=generator),
+    }
 
 
 @pytest.mark.parametrize("size", TOTALS)
@@ -47,15 +62,26 @@ def test_parameters_of_each_part_of_base():
 def test_the_presets_build():
     with torch.device("meta"):
         assert {name: len(create_model(name).image_tower.blocks) for name in SIZES} == {
-            "mini": 4, "tiny": 12, "small": 12, "base": 12, "large": 12}
+            "mini": 4,
+            "tiny": 12,
+            "small": 12,
+            "base": 12,
+            "large": 12,
+        }
 
 
-@pytest.mark.parametrize("names", [("images",), ("input_ids",), ("audio",), ("images", "audio"), ("images", "input_ids", "audio")])
+@pytest.mark.parametrize(
+    "names", [("images",), ("input_ids",), ("audio",), ("images", "audio"), ("images", "input_ids", "audio")]
+)
 def test_every_subset_of_modalities(network, inputs, names):
     found = network(**{name: inputs[name] for name in names})
     modalities = {"images": "image", "input_ids": "text", "audio": "audio"}
     assert {f"{modalities[name]}_embeds" for name in names} == {key for key in found if key.endswith("_embeds")}
-    assert found["fused_features"].shape == (3, 64) and found["logits"].shape == (3, 7) and found["match_logits"].shape == (3,)
+    assert (
+        found["fused_features"].shape == (3, 64)
+        and found["logits"].shape == (3, 7)
+        and found["match_logits"].shape == (3,)
+    )
     for name in names:
         assert torch.allclose(found[f"{modalities[name]}_embeds"].norm(dim=1), torch.ones(3), atol=1e-6)
     assert found["logit_scale"].shape == () and found["logit_scale"].item() == pytest.approx(1 / 0.07, rel=1e-5)
@@ -88,26 +114,44 @@ def test_frames_that_are_no_multiple_of_16_are_filled_up_and_masked(network, inp
 
 
 def test_empty_text_and_silence_are_finite(network):
-    found = network(input_ids=torch.tensor([[1, 2, 0, 0]]), attention_mask=torch.tensor([[1, 0, 0, 0]]), audio=torch.zeros(1, 16, 80),
-                    audio_mask=torch.zeros(1, 16, dtype=torch.bool))
+    found = network(
+        input_ids=torch.tensor([[1, 2, 0, 0]]),
+        attention_mask=torch.tensor([[1, 0, 0, 0]]),
+        audio=torch.zeros(1, 16, 80),
+        audio_mask=torch.zeros(1, 16, dtype=torch.bool),
+    )
     assert all(torch.isfinite(value).all() for value in found.values())
 
 
 def test_another_resolution(network, inputs):
     assert network.encode_image(torch.randn(2, 3, 48, 64)).shape == (2, 64)
-    assert torch.allclose(network.encode_image(inputs["images"]), network(images=inputs["images"])["image_embeds"], atol=1e-6)
+    assert torch.allclose(
+        network.encode_image(inputs["images"]), network(images=inputs["images"])["image_embeds"], atol=1e-6
+    )
 
 
-@pytest.mark.parametrize("arguments,message", [
-    ({}, "at least one"),
-    ({"images": torch.zeros(2, 3, 32, 32), "audio": torch.zeros(3, 16, 80)}, "audio has batch size 3, images has 2"),
-    ({"images": torch.zeros(1, 3, 30, 32)}, r"multiples of 8, found \(1, 3, 30, 32\)"),
-    ({"audio": torch.zeros(1, 16, 64)}, "audio: expected"),
-    ({"input_ids": torch.ones(1, 78, dtype=torch.long)}, "78 tokens"),
-    ({"images": torch.zeros(1, 3, 32, 32), "attention_mask": torch.ones(1, 4)}, "attention_mask is given without input_ids"),
-    ({"input_ids": torch.ones(1, 8, dtype=torch.long), "attention_mask": torch.ones(1, 4)}, "attention_mask has shape"),
-    ({"images": torch.zeros(1, 3, 32, 32), "modality_mask": {"sound": torch.ones(1)}}, "'sound'"),
-])
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({}, "at least one"),
+        (
+            {"images": torch.zeros(2, 3, 32, 32), "audio": torch.zeros(3, 16, 80)},
+            "audio has batch size 3, images has 2",
+        ),
+        ({"images": torch.zeros(1, 3, 30, 32)}, r"multiples of 8, found \(1, 3, 30, 32\)"),
+        ({"audio": torch.zeros(1, 16, 64)}, "audio: expected"),
+        ({"input_ids": torch.ones(1, 78, dtype=torch.long)}, "78 tokens"),
+        (
+            {"images": torch.zeros(1, 3, 32, 32), "attention_mask": torch.ones(1, 4)},
+            "attention_mask is given without input_ids",
+        ),
+        (
+            {"input_ids": torch.ones(1, 8, dtype=torch.long), "attention_mask": torch.ones(1, 4)},
+            "attention_mask has shape",
+        ),
+        ({"images": torch.zeros(1, 3, 32, 32), "modality_mask": {"sound": torch.ones(1)}}, "'sound'"),
+    ],
+)
 def test_wrong_arguments_are_named(network, arguments, message):
     with pytest.raises(ValueError, match=message):
         network(**arguments)
@@ -147,10 +191,16 @@ def test_recomputation_gives_the_same_gradients(inputs):
 
 
 def kept_bytes(enabled: bool) -> int:
-    """Bytes that `large` keeps for the backward pass of a whole forward, parameters left out: saved tensors and block inputs."""
+    """Bytes that `large` keeps for the backward pass of a whole forward, parameters left out: saved tensors and block
+    inputs.
+    """
     with torch.device("meta"):
         network = create_model("large").train()
-        batch = {"images": torch.empty(2, 3, 224, 224), "input_ids": torch.ones(2, 32, dtype=torch.long), "audio": torch.empty(2, 1024, 80)}
+        batch = {
+            "images": torch.empty(2, 3, 224, 224),
+            "input_ids": torch.ones(2, 32, dtype=torch.long),
+            "audio": torch.empty(2, 1024, 80),
+        }
     network.set_grad_checkpointing(enabled)
     own = {id(p) for p in network.parameters()}
     seen: dict[int, torch.Tensor] = {}
@@ -202,5 +252,11 @@ def test_temperatures_stay_in_range():
     torch.nn.init.constant_(network.audio_log_scale, -1.0)
     network.clamp_scales()
     assert network.log_scale.item() == pytest.approx(math.log(100)) and network.audio_log_scale.item() == 0
-    assert {"log_scale", "words.weight", "image_positions", "image_class", "image_tower.norm.weight"} <= network.no_weight_decay()
+    assert {
+        "log_scale",
+        "words.weight",
+        "image_positions",
+        "image_class",
+        "image_tower.norm.weight",
+    } <= network.no_weight_decay()
     assert "image_tower.blocks.0.expand.weight" not in network.no_weight_decay()

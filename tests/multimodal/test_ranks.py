@@ -14,8 +14,25 @@ MICRO_BATCH, STEPS = 4, 3
 
 
 def case(folder: Path, name: str, strategy: str, accumulation: int) -> dict:
-    flags = [*QUICK, "--output-dir", str(folder / name), "--strategy", strategy, "--stages", "3", "--batch-size", str(MICRO_BATCH),
-             "--grad-accum", str(accumulation), "--max-steps", str(STEPS), "--precision", "fp32", "--epochs", "3"]
+    flags = [
+        *QUICK,
+        "--output-dir",
+        str(folder / name),
+        "--strategy",
+        strategy,
+        "--stages",
+        "3",
+        "--batch-size",
+        str(MICRO_BATCH),
+        "--grad-accum",
+        str(accumulation),
+        "--max-steps",
+        str(STEPS),
+        "--precision",
+        "fp32",
+        "--epochs",
+        "3",
+    ]
     return {"what": "training", "flags": flags, "micro_batch": MICRO_BATCH}
 
 

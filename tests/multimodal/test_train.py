@@ -1,4 +1,4 @@
-"""Training end to end on synthetic data: files, resume inside and across stages, reports, measures, search, messages."""
+"""Training end to end on synthetic data: files, resume, reports, measures, search, messages."""
 
 import json
 import shutil
@@ -43,7 +43,12 @@ def whole(tmp_path_factory) -> Path:
 
 def test_all_files_of_the_guide_are_there(whole):
     assert {path.name for path in (whole / "checkpoints").glob("*.pt")} == {
-        "best_model.pt", "final_model.pt", "checkpoint_epoch_1.pt", "checkpoint_epoch_2.pt", "checkpoint_epoch_3.pt"}
+        "best_model.pt",
+        "final_model.pt",
+        "checkpoint_epoch_1.pt",
+        "checkpoint_epoch_2.pt",
+        "checkpoint_epoch_3.pt",
+    }
     for stage in STAGES:
         assert (whole / stage / "DONE").exists() and len(losses(whole / stage)) == 4
     final = torch.load(whole / "checkpoints" / "final_model.pt")  # weights_only is the default
@@ -56,23 +61,47 @@ def test_all_files_of_the_guide_are_there(whole):
 
 
 def test_each_stage_moves_its_own_part(whole):
-    one, two, three = (torch.load(whole / "checkpoints" / f"checkpoint_epoch_{i}.pt")["model_state_dict"] for i in (1, 2, 3))
+    one, two, three = (
+        torch.load(whole / "checkpoints" / f"checkpoint_epoch_{i}.pt")["model_state_dict"] for i in (1, 2, 3)
+    )
     changed = {name for name in two if not torch.equal(one[name], two[name])}
-    assert {"image_tower.norm.weight", "text_tower.norm.weight", "audio_tower.norm.weight", "word_projection.weight", "log_scale"} <= changed
+    assert {
+        "image_tower.norm.weight",
+        "text_tower.norm.weight",
+        "audio_tower.norm.weight",
+        "word_projection.weight",
+        "log_scale",
+    } <= changed
     assert not [name for name in changed if name.startswith(("words", "fus", "to_fusion", "classifier", "match_head"))]
     assert {"words.weight", "fusion_tower.norm.weight", "classifier.1.weight", "match_head.weight"} <= {
-        name for name in three if not torch.equal(two[name], three[name])}
+        name for name in three if not torch.equal(two[name], three[name])
+    }
 
 
 def test_losses_are_finite_and_named(whole):
     rows = [json.loads(line) for line in (whole / STAGES[2] / "metrics.jsonl").read_text().splitlines()]
     names = {name for row in rows for name in row}
-    assert {"train/loss", "train/grad_norm", "train/lr", "train/image_imagetext", "train/audio_audiotext", "train/image_match", "train/audio_match",
-            "train/class", "train/logit_scale", "val/loss", "val/image_text_to_item_R@10", "val/mAP", "val/micro_F1"} <= names
+    assert {
+        "train/loss",
+        "train/grad_norm",
+        "train/lr",
+        "train/image_imagetext",
+        "train/audio_audiotext",
+        "train/image_match",
+        "train/audio_match",
+        "train/class",
+        "train/logit_scale",
+        "val/loss",
+        "val/image_text_to_item_R@10",
+        "val/mAP",
+        "val/micro_F1",
+    } <= names
     assert all(value is not None for row in rows for value in row.values())
 
 
-@pytest.mark.parametrize("stop", [("--stages", "1"), pytest.param(("--stage-epochs", "1", "1", "0"), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "stop", [("--stages", "1"), pytest.param(("--stage-epochs", "1", "1", "0"), marks=pytest.mark.slow)]
+)
 def test_a_run_continued_across_stages_is_the_same(whole, tmp_path, stop):
     folder = tmp_path / "out"
     run(folder, "--grad-accum", "2", "--dropout", "0.1", "--epochs", "3", *stop)
@@ -83,12 +112,12 @@ def test_a_run_continued_across_stages_is_the_same(whole, tmp_path, stop):
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_run_continued_inside_a_stage_is_the_same(whole, tmp_path, stage):
     folder = tmp_path / "out"
-    for earlier in STAGES[:stage - 1]:
+    for earlier in STAGES[: stage - 1]:
         shutil.copytree(whole / earlier, folder / earlier)
     flags = ("--grad-accum", "2", "--dropout", "0.1", "--epochs", "3")
     shutil.rmtree(folder / STAGES[stage - 1], ignore_errors=True)
     run(folder, *flags, "--max-steps", "2", "--stages", *map(str, range(1, stage + 1)))
-    for earlier in STAGES[:stage - 1]:  # --max-steps bounds every stage, also those that are there already
+    for earlier in STAGES[: stage - 1]:  # --max-steps bounds every stage, also those that are there already
         shutil.rmtree(folder / earlier)
         shutil.copytree(whole / earlier, folder / earlier)
     run(folder, *flags, "--stages", *map(str, range(1, stage + 1)))
@@ -99,7 +128,17 @@ def test_a_run_continued_inside_a_stage_is_the_same(whole, tmp_path, stage):
 def test_resuming_from_the_guides_checkpoint_file(whole, tmp_path):
     folder = tmp_path / "out"
     shutil.copytree(whole, folder)
-    run(folder, "--grad-accum", "2", "--dropout", "0.1", "--epochs", "3", "--resume", str(folder / "checkpoints" / "checkpoint_epoch_2.pt"))
+    run(
+        folder,
+        "--grad-accum",
+        "2",
+        "--dropout",
+        "0.1",
+        "--epochs",
+        "3",
+        "--resume",
+        str(folder / "checkpoints" / "checkpoint_epoch_2.pt"),
+    )
     assert same_bits(final_tensors(folder / STAGES[2]), final_tensors(whole / STAGES[2]))
     shutil.rmtree(folder / STAGES[1])
     with pytest.raises(SystemExit) as leaving:
@@ -119,7 +158,19 @@ def test_the_gradient_cache_trains_like_one_large_batch(tmp_path):
 
 def test_reports(whole):
     report = json.loads(next((whole / "reports").glob("report_*.json")).read_text())
-    assert set(report) == {"run", "environment", "model", "data", "notes", "epochs", "retrieval", "classification", "best", "files", "plots"}
+    assert set(report) == {
+        "run",
+        "environment",
+        "model",
+        "data",
+        "notes",
+        "epochs",
+        "retrieval",
+        "classification",
+        "best",
+        "files",
+        "plots",
+    }
     assert report["run"]["exit_reason"] == "finished" and [row["stage"] for row in report["epochs"]] == [1, 2, 3]
     assert report["retrieval"]["image_text_to_item"]["R@10"] >= 0 and "mAP" in report["classification"]
     assert {Path(entry["path"]).name for entry in report["files"]} >= {"best_model.pt", "final_model.pt"}
@@ -142,8 +193,23 @@ def test_a_crash_leaves_a_report(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_sigmoid_loss_masked_words_and_patch_dropping(tmp_path):
-    folder = run(tmp_path / "out", "--contrastive-loss", "siglip", "--unimodal-text", "mlm", "--patch-keep", "0.5", "--audio-keep", "0.5",
-                 "--max-steps", "2", "--grad-accum", "2", "--ema-decay", "0.9")
+    folder = run(
+        tmp_path / "out",
+        "--contrastive-loss",
+        "siglip",
+        "--unimodal-text",
+        "mlm",
+        "--patch-keep",
+        "0.5",
+        "--audio-keep",
+        "0.5",
+        "--max-steps",
+        "2",
+        "--grad-accum",
+        "2",
+        "--ema-decay",
+        "0.9",
+    )
     names = set(json.loads((folder / STAGES[0] / "metrics.jsonl").read_text().splitlines()[0]))
     assert "train/masked_text" in names
     state = torch.load(folder / "checkpoints" / "final_model.pt")["model_state_dict"]
@@ -156,8 +222,20 @@ def test_one_kind_of_data_alone(tmp_path):
     place.mkdir(parents=True)
     for number, record in enumerate(records):
         (place / f"{number}.wav").write_bytes(record.source.read())
-    (place / "train.jsonl").write_text("\n".join(json.dumps({"file": f"{i}.wav", "captions": record.captions}) for i, record in enumerate(records)))
-    folder = run(tmp_path / "out", "--datasets", "jsonl", "--data-root", str(tmp_path / "data"), "--label-set", "none", "--max-steps", "1")
+    (place / "train.jsonl").write_text(
+        "\n".join(json.dumps({"file": f"{i}.wav", "captions": record.captions}) for i, record in enumerate(records))
+    )
+    folder = run(
+        tmp_path / "out",
+        "--datasets",
+        "jsonl",
+        "--data-root",
+        str(tmp_path / "data"),
+        "--label-set",
+        "none",
+        "--max-steps",
+        "1",
+    )
     network, _, _ = load_model(folder)
     assert network.config["num_classes"] == 12
     start = json.loads(next((folder / "reports").glob("*.json")).read_text())
@@ -166,11 +244,16 @@ def test_one_kind_of_data_alone(tmp_path):
 
 # --- after training ---------------------------------------------------------------------------------------------------
 
+
 def test_measures_and_report_page(whole, tmp_path):
     metrics.main(["--checkpoint", str(whole), "--output", str(tmp_path / "m.json")])
     found = json.loads((tmp_path / "m.json").read_text())
     image = found["retrieval"]["synthetic_image"]
-    assert image["items"] == 64 and image["captions"] == 128 and image["text_to_item"]["chance_R@10"] == pytest.approx(10 / 64)
+    assert (
+        image["items"] == 64
+        and image["captions"] == 128
+        and image["text_to_item"]["chance_R@10"] == pytest.approx(10 / 64)
+    )
     assert image["text_to_item"]["R@10_low"] <= image["text_to_item"]["R@10"] <= image["text_to_item"]["R@10_high"]
     assert "mAP" in found["classification"]["synthetic_image"] and (whole / "report.html").exists()
 
@@ -180,7 +263,9 @@ def test_zero_shot_on_a_folder_for_each_class(whole, tmp_path):
         place = tmp_path / "classes" / record.captions[0].split()[1]
         place.mkdir(parents=True, exist_ok=True)
         (place / f"{record.id.rpartition('/')[2]}.png").write_bytes(record.source.read())
-    metrics.main(["--checkpoint", str(whole), "--output", str(tmp_path / "m.json"), "--zeroshot", str(tmp_path / "classes")])
+    metrics.main(
+        ["--checkpoint", str(whole), "--output", str(tmp_path / "m.json"), "--zeroshot", str(tmp_path / "classes")]
+    )
     found = json.loads((tmp_path / "m.json").read_text())["zeroshot"]
     assert found["items"] == 16 and found["classes"] == found["chance"] ** -1
 
@@ -195,12 +280,38 @@ def test_retrieval_sheets(whole, tmp_path):
 
 def test_encode_and_search(whole, tmp_path, capsys):
     folder = SAMPLE_DATA / "coco" / "val2017"
-    embed.main(["encode", "--checkpoint", str(whole), "--images", str(folder), "--output", str(tmp_path / "e.safetensors"), "--dtype", "fp16"])
+    embed.main(
+        [
+            "encode",
+            "--checkpoint",
+            str(whole),
+            "--images",
+            str(folder),
+            "--output",
+            str(tmp_path / "e.safetensors"),
+            "--dtype",
+            "fp16",
+        ]
+    )
     picture = read_records("coco", SAMPLE_DATA / "coco", "val").records[3].source
     capsys.readouterr()
-    embed.main(["search", "--checkpoint", str(whole), "--index", str(tmp_path / "e.safetensors"), "--query-image", str(picture), "--top-k", "3"])
+    embed.main(
+        [
+            "search",
+            "--checkpoint",
+            str(whole),
+            "--index",
+            str(tmp_path / "e.safetensors"),
+            "--query-image",
+            str(picture),
+            "--top-k",
+            "3",
+        ]
+    )
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and lines[0].endswith(picture.name) and float(lines[0].split()[0]) == pytest.approx(1, abs=1e-2)
+    assert (
+        len(lines) == 3 and lines[0].endswith(picture.name) and float(lines[0].split()[0]) == pytest.approx(1, abs=1e-2)
+    )
     other = str(whole / "checkpoints" / "checkpoint_epoch_1.pt")
     with pytest.raises(SystemExit):
         embed.main(["search", "--checkpoint", other, "--index", str(tmp_path / "e.safetensors"), "--query-text", "x"])
@@ -209,11 +320,21 @@ def test_encode_and_search(whole, tmp_path, capsys):
 
 # --- messages ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("flags,message", [
-    (("--model-size", "huge"), "model.size"), (("--data-root", "/nowhere", "--datasets", "coco"), "download_datasets.py"),
-    (("--stages", "4"), "1, 2, 3"), (("--init-from", "nowhere.pt"), "no such file"), (("--word-embeddings", "gone.txt"), "no such file"),
-    (("--resume", "nowhere"), "--resume nowhere"), (("--global-batch-size", "13"), "not divisible"), (("--tokenizer", "gone.json"), "no such file"),
-    (("--batch-size", "x"), "batch_size")])
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (("--model-size", "huge"), "model.size"),
+        (("--data-root", "/nowhere", "--datasets", "coco"), "download_datasets.py"),
+        (("--stages", "4"), "1, 2, 3"),
+        (("--init-from", "nowhere.pt"), "no such file"),
+        (("--word-embeddings", "gone.txt"), "no such file"),
+        (("--resume", "nowhere"), "--resume nowhere"),
+        (("--global-batch-size", "13"), "not divisible"),
+        (("--tokenizer", "gone.json"), "no such file"),
+        (("--batch-size", "x"), "batch_size"),
+    ],
+)
 def test_bad_input_ends_with_2_and_one_sentence(tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit) as leaving:
         run(tmp_path / "out", *flags)
@@ -235,7 +356,12 @@ def test_damaged_or_foreign_checkpoints_are_refused(whole, tmp_path):
     torch.save({"x": torch.zeros(1)}, tmp_path / "other.pt")
     payload = torch.load(whole / "checkpoints" / "best_model.pt")
     torch.save({**payload, "tokenizer_sha256": "0" * 64}, tmp_path / "tokenizer.pt")
-    for name, message in (("bad.pt", "cannot be read"), ("other.pt", "no model_state_dict"), ("tokenizer.pt", "another tokenizer"), ("gone", "no such")):
+    for name, message in (
+        ("bad.pt", "cannot be read"),
+        ("other.pt", "no model_state_dict"),
+        ("tokenizer.pt", "another tokenizer"),
+        ("gone", "no such"),
+    ):
         with pytest.raises(UserError, match=message):
             load_model(tmp_path / name)
     with pytest.raises(UserError, match="missing"):

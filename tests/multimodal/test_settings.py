@@ -1,0 +1,70 @@
+"""Settings: the guide's YAML and flags, stage lengths, refused values; and the measures by hand."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from multimodal.config import Config, TrainingConfig, stage_epochs
+from multimodal.retrieval import average_precision_at, chance_recall, mean_average_precision, micro_f1
+from shared.config import load_config, validate
+from shared.errors import UserError
+
+
+@pytest.mark.parametrize(
+    "epochs,stages,expected",
+    [
+        (100, None, {1: 20, 2: 40, 3: 40}),
+        (1, None, {3: 1}),
+        (3, None, {1: 1, 2: 1, 3: 1}),
+        (10, [2, 3], {2: 5, 3: 5}),
+        (50, [1], {1: 50}),
+        (7, None, {1: 1, 2: 3, 3: 3}),
+        (2, None, {2: 1, 3: 1}),
+    ],
+)
+def test_stage_epochs(epochs, stages, expected):
+    assert stage_epochs(TrainingConfig(num_epochs=epochs, stages=stages)) == expected
+
+
+def test_the_guides_yaml_and_flags(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "model: {size: small, embed_dim: 256, use_checkpoint: false}\n"
+        "training: {epochs: 7, batch_size: 3, learning_rate: 2e-4, use_amp: false, gradient_accumulation_steps: 2}\n"
+        "paths: {data_root: ./d, output_dir: ./o}\n"
+    )
+    config = load_config(Config, presets=Path("."), argv=["--config", str(path), "--batch-size", "5", "--lr", "3e-4"])
+    assert (config.model.size, config.model.embed_dim, config.training.gradient_checkpointing) == ("small", 256, False)
+    assert (config.training.num_epochs, config.training.batch_size, config.training.learning_rate) == (7, 5, 3e-4)
+    assert (config.data.data_root, config.run.output_dir, config.training.use_amp) == ("./d", "./o", False)
+
+
+@pytest.mark.parametrize(
+    "tree,message",
+    [
+        ({"model": {"siz": "base"}}, "did you mean size"),
+        ({"paths": {"data": "x"}}, "paths.data"),
+        ({"training": {"stages": [4]}}, "1, 2, 3"),
+        ({"data": {"audio_frames": 100}}, "multiple of 16"),
+        ({"model": {"num_classes": 12}}, "num_classes 80"),
+        ({"training": {"label_set": "voxceleb1"}}, "needs voxceleb"),
+        ({"data": {"datasets": []}}, "empty"),
+        ({"data": {"paths": {"cocoa": "x"}}}, "cocoa"),
+        ({"model": {"image_size": 100}}, "image_patch"),
+        ({"training": {"stage_fractions": [1.0]}}, "three numbers"),
+    ],
+)
+def test_wrong_settings_are_named(tree, message):
+    with pytest.raises(UserError, match=message):
+        validate(Config, tree, "test")
+
+
+def test_measures():
+    assert average_precision_at(np.array([0, 2, 30])) == pytest.approx((1 + 2 / 3) / 3)
+    assert average_precision_at(np.array([2, 0])) == pytest.approx((1 + 2 / 3) / 2)  # ranks need not come sorted
+    assert chance_recall(242, 10) == pytest.approx(10 / 242) and chance_recall(5, 10) == 1
+    assert mean_average_precision(
+        np.array([[0.9, 0], [0.1, 0], [0.5, 0]]), np.array([[0, 0], [1, 0], [1, 0]])
+    ) == pytest.approx((1 / 2 + 2 / 3) / 2)
+    assert micro_f1(np.array([[1.0, -1], [2, 3]]), np.array([[1, 1], [0, 1]])) == pytest.approx(2 * 2 / 6)
