@@ -147,7 +147,8 @@ def test_the_released_network_trains_in_phase_one(tmp_path, clips):
 @pytest.mark.slow
 def test_from_clips_to_a_talking_video(tmp_path, clips):
     output = tmp_path / "run"
-    flags = [*TINY, *TINY_PICTURES, "--data-root", str(clips), "--output-dir", str(output), "--max-steps", "3"]
+    flags = [*TINY, *TINY_PICTURES, "--data-root", str(clips), "--batch-size", "2"]
+    flags += ["--output-dir", str(output), "--max-steps", "3"]
     assert train(flags).finished
     assert sorted(path.name for path in (output / "samples").iterdir())[0].startswith("step_00000003")
     steps = len(losses(output))
@@ -186,7 +187,7 @@ def test_from_clips_to_a_talking_video(tmp_path, clips):
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_ranks_train_as_one(tmp_path, strategy):
     flags = [*TINY, "--synthetic", "--max-steps", "4", "--global-batch-size", "4", "--batch-size"]
     run(1, "float/train.py", *flags, "4", "--output-dir", tmp_path / "one")
