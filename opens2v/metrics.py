@@ -34,7 +34,7 @@ class MetricsOptions(Section):
     windows: int = setting(3, "windows of every clip whose losses are compared", ge=1)
     seeds: int = setting(5, "noise seeds of the generated videos", ge=1)
     max_clips: int = setting(32, "clips that are looked at", ge=2)
-    others: int = setting(4, "other subjects that each clip is drawn with", ge=1)
+    others: int = setting(2, "other subjects that each clip is drawn with", ge=1)
     steps: int | None = setting(None, "denoising steps; null: 50, small presets 20", ge=1)
     guidance_scale: float | None = setting(None, "guidance; null: 5, small presets 1.5", ge=0)
     use_ema: bool = setting(True, "averaged weights, where the checkpoint has them")
