@@ -18,7 +18,7 @@ class ModelConfig(Section):
     fixed_on_resume: ClassVar[bool] = True
 
     size: Literal["mini", "tiny", "small", "base", "large"] = setting(
-        "base", "tiny 15 M, small 35 M, base 80 M, large 200 M parameters; mini 6 M for runs on a CPU", "model_size"
+        "base", "tiny 15 M, small 35 M, base 80 M, large 200 M parameters; mini 7 M for runs on a CPU", "model_size"
     )
     embed_dim: int = setting(512, "width of embeddings and fused features", ge=8)
     num_classes: int = setting(80, "outputs of the classifier", ge=1)
