@@ -155,18 +155,9 @@ class DiTModel(nn.Module):
         time_freq_shift: Literal[0, 1] = 0,
     ) -> None:
         super().__init__()
-        if hidden_size % num_heads or hidden_size % 4:
-            raise ValueError(f"hidden_size {hidden_size} must be a multiple of 4 and of num_heads {num_heads}")
-        if input_size % patch_size:
-            raise ValueError(f"input_size {input_size} must be a multiple of patch_size {patch_size}")
-        if "rope" in pos and (hidden_size // num_heads) % 4:
-            raise ValueError(f"rope2d needs a head width that is a multiple of 4, not {hidden_size}/{num_heads}")
-        self.patch_size, self.in_channels, self.hidden_size, self.num_heads = (
-            patch_size,
-            in_channels,
-            hidden_size,
-            num_heads,
-        )
+        _check_sizes(hidden_size, num_heads, input_size, patch_size, pos)
+        self.patch_size, self.in_channels = patch_size, in_channels
+        self.hidden_size, self.num_heads = hidden_size, num_heads
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.grid = (input_size // patch_size,) * 2
         self.text_conditioning, self.text_mask, self.pos, self.null_text = text_conditioning, text_mask, pos, null_text
@@ -186,25 +177,12 @@ class DiTModel(nn.Module):
         self.register_buffer("pos_embed", None)
         if "sincos" in pos:
             self.register_buffer("pos_embed", position_table_2d(hidden_size, *self.grid).float()[None])
-        if conditioning == "adaln_single":
-            self.adaLN_single = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
-        else:
-            self.adaLN_single = None
-        self.blocks = nn.ModuleList(
-            DiTBlock(
-                hidden_size,
-                num_heads,
-                mlp_ratio=mlp_ratio,
-                mlp=mlp,
-                norm=norm,
-                qk_norm=qk_norm,
-                cross=text_conditioning == "cross",
-                cross_norm=cross_norm,
-                conditioning=conditioning,
-                drop_path=drop_path * index / max(num_layers - 1, 1),
-            )
-            for index in range(num_layers)
-        )
+        is_single = conditioning == "adaln_single"
+        self.adaLN_single = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size)) if is_single else None
+        options = {"mlp_ratio": mlp_ratio, "mlp": mlp, "norm": norm, "qk_norm": qk_norm, "cross_norm": cross_norm}
+        options |= {"cross": text_conditioning == "cross", "conditioning": conditioning}
+        rates = [drop_path * index / max(num_layers - 1, 1) for index in range(num_layers)]
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, drop_path=rate, **options) for rate in rates)
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, norm=norm, conditioning=conditioning)
         self.initialize_weights()
 
@@ -347,3 +325,12 @@ class DiTModel(nn.Module):
 
 def _text_mlp(text_dim: int, hidden_size: int, activation: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.Linear(text_dim, hidden_size), activation, nn.Linear(hidden_size, hidden_size))
+
+
+def _check_sizes(hidden_size: int, num_heads: int, input_size: int, patch_size: int, pos: str) -> None:
+    if hidden_size % num_heads or hidden_size % 4:
+        raise ValueError(f"hidden_size {hidden_size} must be a multiple of 4 and of num_heads {num_heads}")
+    if input_size % patch_size:
+        raise ValueError(f"input_size {input_size} must be a multiple of patch_size {patch_size}")
+    if "rope" in pos and (hidden_size // num_heads) % 4:
+        raise ValueError(f"rope2d needs a head width that is a multiple of 4, not {hidden_size}/{num_heads}")

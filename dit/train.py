@@ -246,6 +246,14 @@ def _steps_from_epochs(config: Config, steps_per_epoch: int) -> None:
         training.sample_steps = training.sample_every_n_epochs * steps_per_epoch
 
 
+def _train(trainer: Trainer) -> None:
+    """Train; a full GPU ends with what to change."""
+    try:
+        trainer.train()
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"the GPU's memory is full ({str(error).splitlines()[0]}); {OUT_OF_MEMORY}") from None
+
+
 def _save_inputs(dataset: TextImageDataset, folder: Path) -> None:
     """The first training pictures as the model sees them, with their captions: the quickest check of the data."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -326,23 +334,14 @@ def main(argv: list[str] | None = None) -> None:
         load_pretrained(model, config.model.pretrained_path, time_scale=scale)
     held_out = None
     if len(validation_set):
-        held_out = prepare(
-            validation_set,
-            training_set,
-            vae_encoder.to(info.device),
-            text_encoder,
-            count=training.eval_samples,
-            device=info.device,
-        )
+        count, codec = training.eval_samples, vae_encoder.to(info.device)
+        held_out = prepare(validation_set, training_set, codec, text_encoder, count=count, device=info.device)
     elif info.is_main:
         print("no held-out pictures: no evaluation (set --val-fraction, or give the data a split)", file=sys.stderr)
     trainer = Trainer(model, vae_encoder, text_encoder, stream, config, info=info, held_out=held_out)
     if info.is_main:
         _save_inputs(training_set, output_dir / "samples")
-    try:
-        trainer.train()
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"the GPU's memory is full ({str(error).splitlines()[0]}); {OUT_OF_MEMORY}") from None
+    _train(trainer)
     shutdown()
 
 

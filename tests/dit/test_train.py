@@ -1,17 +1,15 @@
 """Training as a whole: draws, resume, accumulation, ranks, the cache, drawing and measuring, and the messages."""
 
 import errno
-import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from dit import generate, metrics, precompute, train
+from dit import precompute, train
 from dit.build import build_model
 from dit.config import PRESETS, Config
 from dit.dataset import TextImageDataset, collate
@@ -199,130 +197,6 @@ def test_mirrored_latents_are_encoded_not_mirrored(settings, tmp_path):
     assert moments.shape[1] == 2
     dataset = TextImageDataset.from_config(tiny(), is_train=True)
     assert torch.equal(moments[5, 1], PoolCodec().moments(dataset.sample(5, 0, flip=True)["image"][None])[0])
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A finished tiny run."""
-    folder = tmp_path_factory.mktemp("run")
-    save_config(tiny(run={"output_dir": str(folder / "out"), "device": "cpu"}), folder / "tiny.yaml")
-    train.main(["--config", str(folder / "tiny.yaml")])
-    return folder / "out"
-
-
-def test_pictures_do_not_depend_on_the_batch(trained, tmp_path):
-    prompts = ["a red heart", "a blue car", "a dog"]
-    for size in (1, 3):
-        generate.main(
-            [
-                "--checkpoint",
-                str(trained),
-                "--prompt",
-                *prompts,
-                "--output",
-                str(tmp_path / str(size)),
-                "--batch-size",
-                str(size),
-                "--npz",
-            ]
-        )
-    one, three = (np.load(tmp_path / str(size) / "samples.npz")["arr_0"] for size in (1, 3))
-    assert one.shape == (3, 32, 32, 3) and np.abs(one.astype(int) - three).max() <= 1
-    lines = [json.loads(line) for line in (tmp_path / "3" / "prompts.jsonl").read_text().splitlines()]
-    assert [line["prompt"] for line in lines] == prompts and lines[2]["seed"] == 2
-    single = tmp_path / "single"
-    generate.main(["--checkpoint", str(trained), "--prompt", "a dog", "--seed", "2", "--output", str(single)])
-    assert np.abs(np.asarray(Image.open(single / "000000.png")).astype(int) - three[2]).max() <= 1
-
-
-def test_generate_reads_files_and_every_option_acts(trained, tmp_path):
-    (tmp_path / "p.jsonl").write_text('{"prompt": "a cat"}\n{"text": "a dog"}\n')
-    base = ["--checkpoint", str(trained), "--prompts", str(tmp_path / "p.jsonl")]
-    generate.main([*base, "--output", str(tmp_path / "plain.png")])
-    plain = np.asarray(Image.open(tmp_path / "plain.png"))
-    for option in (
-        ["--steps", "5"],
-        ["--sampler", "heun"],
-        ["--sampler", "sde"],
-        ["--shift", "3"],
-        ["--cfg-scale", "1"],
-        ["--negative", "a dog"],
-        ["--cfg-interval", "0.2", "0.5"],
-        ["--cfg-rescale", "0.7"],
-        ["--cfg-channels", "2"],
-        ["--no-ema"],
-        ["--seed", "7"],
-        ["--images-per-prompt", "2"],
-        ["--image-size", "48"],
-        ["--num", "1"],
-    ):
-        generate.main([*base, "--output", str(tmp_path / "other.png"), *option])
-        other = np.asarray(Image.open(tmp_path / "other.png"))
-        assert other.shape != plain.shape or not np.array_equal(plain, other) or option[0] in ("--cfg-interval",), (
-            option
-        )
-    generate.main([*base, "--latents-only", "--output", str(tmp_path / "latents")])
-    assert load_file(tmp_path / "latents" / "latents.safetensors")["latents"].shape == (2, 4, 4, 4)
-    generate.main(
-        [
-            "--checkpoint",
-            str(trained),
-            "--captions",
-            "cub:dit/sample_data/CUB_200_2011",
-            "--num",
-            "2",
-            "--output",
-            str(tmp_path / "c.png"),
-        ]
-    )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--prompt", "x", "--labels", "1"], "not with several"),
-        (["--labels", "1"], "not class-conditional"),
-        (["--prompt", "x", "--sampler", "ddim"], "not a sampler of the flow"),
-        (["--prompt", "x", "--image-size", "33"], "multiple of 8"),
-        (["--prompts", "nowhere.txt"], "nowhere.txt"),
-        (["--prompt", "x", "--steps", "many"], "steps"),
-    ],
-)
-def test_generate_says_what_is_wrong(trained, tmp_path, capsys, arguments, message):
-    with pytest.raises(SystemExit) as left:
-        generate.main(["--checkpoint", str(trained), "--output", str(tmp_path / "x.png"), *arguments])
-    assert left.value.code == 2 and message in capsys.readouterr().err
-    assert not (tmp_path / "x.png").exists()
-
-
-def test_metrics_write_figures_and_a_report(trained, tmp_path):
-    found = metrics.main(
-        [
-            "--checkpoint",
-            str(trained),
-            "--output",
-            str(tmp_path / "m.json"),
-            "--num",
-            "12",
-            "--metrics",
-            "loss,caption,recon,vae,colour,memory,fid",
-            "--features",
-            "random",
-        ]
-    )
-    written = json.loads((tmp_path / "m.json").read_text())
-    assert (
-        written["loss"] == found["loss"] and 0.2 < found["loss"]["ratio"] < 1.5 and len(found["loss"]["by_level"]) == 10
-    )
-    assert "tests only" in found["fid"]["features"] and found["fid"]["fid"] >= 0
-    assert found["memory"]["held_out_to_training"] > 0 and found["vae"]["psnr"] > 5
-    assert (trained / "report.html").stat().st_size > 5000
-
-
-def test_fid_without_weights_says_which_file(trained, capsys):
-    with pytest.raises(SystemExit) as left:
-        metrics.main(["--checkpoint", str(trained), "--metrics", "fid"])
-    assert left.value.code == 2 and "inception-2015-12-05" in capsys.readouterr().err
 
 
 def test_held_out_errors_repeat_and_constant_is_the_baseline():
