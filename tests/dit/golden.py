@@ -25,7 +25,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return ((found.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
 
 
-def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
     """Assert equality to a relative tolerance."""
     error = relative_error(found, expected)
     assert error <= tolerance, f"relative error {error:.2e} is above {tolerance:.0e}"

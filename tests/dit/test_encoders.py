@@ -14,7 +14,7 @@ from dit.fid import frechet_distance, frechet_from_moments, kernel_distance, pre
 from dit.text import HashTextEncoder, TextEncoder
 from dit.vae import PixelCodec, PoolCodec, VAEEncoder
 from shared.errors import UserError
-from tests.dit.golden import close
+from tests.dit.golden import assert_close
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_clip_masks_after_the_first_end_and_pools_there(clip):
     assert found.states.shape == (2, 77, 16) and found.mask.sum(1).tolist() == [5, 2]
     assert torch.equal(found.pooled[0], found.states[0, 4]) and torch.equal(found.pooled[1], found.states[1, 1])
     expected = encoder.model(input_ids=ids[:1, :5]).last_hidden_state[0]
-    close(found.states[0, :5], expected, 1e-5)  # causal attention: padding changes nothing
+    assert_close(found.states[0, :5], expected, 1e-5)  # causal attention: padding changes nothing
     assert not any(p.requires_grad for p in encoder.parameters()) and not encoder.train().training
 
 
@@ -110,14 +110,14 @@ def test_vae_scales_and_inverts(vae_folder):
     )
     latents = whole.encode(images)
     assert latents.shape == (2, 4, 4, 4) and whole.scaling_factor == pytest.approx(0.18215)
-    close(latents, whole.vae.encode(images).latent_dist.mean * 0.18215, 1e-5)
-    close(sliced.encode(images), latents, 1e-4)
-    close(whole.decode(latents), whole.vae.decode(latents / 0.18215).sample.clamp(-1, 1), 1e-4)
+    assert_close(latents, whole.vae.encode(images).latent_dist.mean * 0.18215, 1e-5)
+    assert_close(sliced.encode(images), latents, 1e-4)
+    assert_close(whole.decode(latents), whole.vae.decode(latents / 0.18215).sample.clamp(-1, 1), 1e-4)
     direct = VAEEncoder(str(vae_folder / "vae"), local_files_only=True)
     noise = torch.randn(2, 4, 4, 4)
     moments = direct.moments(images)
     mean, variance = moments.chunk(2, 1)
-    close(direct.latents(moments, noise), (mean + (0.5 * variance.clamp(-30, 20)).exp() * noise) * 0.18215, 1e-6)
+    assert_close(direct.latents(moments, noise), (mean + (0.5 * variance.clamp(-30, 20)).exp() * noise) * 0.18215, 1e-6)
     assert not torch.equal(direct.encode(images), direct.encode(images))
 
 
@@ -134,7 +134,7 @@ def test_patch_codec_keeps_variance_and_is_exact_with_all_channels():
     whole = PatchAutoencoder(channels=48, patch=4, decoder_steps=0)
     figures = whole.fit(images, seed=0)
     assert figures["variance_kept"] == pytest.approx(1.0, abs=1e-6)
-    close(whole.decode(whole.encode(images)), images, 1e-4)
+    assert_close(whole.decode(whole.encode(images)), images, 1e-4)
     latents = torch.cat([whole.encode(images), whole.encode(images.flip(3))])
     assert latents.square().mean().item() == pytest.approx(1.0, abs=1e-3)
     few = PatchAutoencoder(channels=6, patch=4, decoder_steps=40)
@@ -153,7 +153,7 @@ def test_pixel_and_pool_codecs():
     pixels.fit(images, seed=0)
     latents = pixels.encode(images)
     assert latents.mean().abs() < 1e-5 and abs(latents.std() - 1) < 1e-2
-    close(pixels.decode(latents), images, 1e-5)
+    assert_close(pixels.decode(latents), images, 1e-5)
     assert PoolCodec().encode(images).shape == (4, 4, 2, 2) and PoolCodec().decode(torch.zeros(1, 4, 2, 2)).shape == (
         1,
         3,

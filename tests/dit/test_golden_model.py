@@ -6,7 +6,7 @@ import torch
 from dit.embeddings import position_table_1d, position_table_2d, timestep_sinusoid, unpatchify
 from dit.layers import modulate
 from dit.model import DiTModel
-from tests.dit.golden import MANIFEST, cases, close, golden_model
+from tests.dit.golden import MANIFEST, assert_close, cases, golden_model
 
 
 def test_time_sinusoids_equal_the_reference():
@@ -21,9 +21,9 @@ def test_time_sinusoids_equal_the_reference():
 
 def test_position_tables_equal_the_reference():
     golden = cases("embeddings")
-    close(position_table_1d(8, golden["pos1d_dim8_pos"]), golden["pos1d_dim8"], 1e-12)
+    assert_close(position_table_1d(8, golden["pos1d_dim8_pos"]), golden["pos1d_dim8"], 1e-12)
     for dim, grid in MANIFEST["config"]["pos"]:
-        close(position_table_2d(dim, grid, grid), golden[f"pos2d_dim{dim}_grid{grid}"], 1e-12)
+        assert_close(position_table_2d(dim, grid, grid), golden[f"pos2d_dim{dim}_grid{grid}"], 1e-12)
 
 
 def test_first_half_of_the_position_table_is_the_column():
@@ -36,38 +36,38 @@ def test_block_and_its_gradients_equal_the_reference():
     golden, block = cases("dit_forward"), golden_model().blocks[0]
     x, c = golden["block.x"].clone().requires_grad_(), golden["block.c"].clone().requires_grad_()
     output = block(x, c)
-    close(output, golden["block.out"])
+    assert_close(output, golden["block.out"])
     (output * golden["block.out_weight"]).sum().backward()
-    close(x.grad, golden["block.grad_x"])
-    close(c.grad, golden["block.grad_c"])
+    assert_close(x.grad, golden["block.grad_x"])
+    assert_close(c.grad, golden["block.grad_c"])
     named = dict(block.named_parameters())
     gradients = [key for key in golden if key.startswith("block.grad.")]
     assert len(gradients) >= 4
     for key in gradients:
-        close(named[key.removeprefix("block.grad.")].grad, golden[key])
+        assert_close(named[key.removeprefix("block.grad.")].grad, golden[key])
 
 
 def test_parts_equal_the_reference():
     golden, model = cases("dit_forward"), golden_model()
     x, c = golden["block.x"], golden["block.c"]
     with torch.no_grad():
-        close(modulate(x, golden["modulate.shift"], golden["modulate.scale"]), golden["modulate.out"])
-        close(model.blocks[0].attn(x), golden["attn.out"])
-        close(model.blocks[0].mlp(x), golden["mlp.out"])
-        close(model.final_layer(x, c), golden["final.out"])
-        close(unpatchify(golden["unpatchify.in"], (4, 4), 2), golden["unpatchify.out"])
-        close(model.x_embedder(golden["full.x"]), golden["patch_embed.out"])
-        close(model.t_embedder(golden["full.t"]), golden["t_embedder.out"])
-        close(model.y_embedder(golden["full.y"]), golden["y_embedder.out"])
-        close(model.y_embedder(golden["full.y"], torch.ones(3, dtype=torch.bool)), golden["y_embedder.null_out"])
+        assert_close(modulate(x, golden["modulate.shift"], golden["modulate.scale"]), golden["modulate.out"])
+        assert_close(model.blocks[0].attn(x), golden["attn.out"])
+        assert_close(model.blocks[0].mlp(x), golden["mlp.out"])
+        assert_close(model.final_layer(x, c), golden["final.out"])
+        assert_close(unpatchify(golden["unpatchify.in"], (4, 4), 2), golden["unpatchify.out"])
+        assert_close(model.x_embedder(golden["full.x"]), golden["patch_embed.out"])
+        assert_close(model.t_embedder(golden["full.t"]), golden["t_embedder.out"])
+        assert_close(model.y_embedder(golden["full.y"]), golden["y_embedder.out"])
+        assert_close(model.y_embedder(golden["full.y"], torch.ones(3, dtype=torch.bool)), golden["y_embedder.null_out"])
 
 
 def test_whole_model_equals_the_reference():
     golden, model = cases("dit_forward"), golden_model()
     with torch.no_grad():
-        close(model(golden["full.x"], golden["full.t"], labels=golden["full.y"]), golden["full.out"])
+        assert_close(model(golden["full.x"], golden["full.t"], labels=golden["full.y"]), golden["full.out"])
         null = model(golden["full.x"], golden["full.t"], labels=golden["full.y"], drop=torch.ones(3, dtype=torch.bool))
-    close(null, golden["full.out_null"])
+    assert_close(null, golden["full.out_null"])
 
 
 def test_names_and_shapes_are_the_official_ones():

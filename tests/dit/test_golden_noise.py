@@ -7,7 +7,7 @@ from dit.config import DiffusionConfig
 from dit.gaussian import GaussianDiffusion, kept_timesteps
 from dit.objectives import NoiseObjective
 from dit.samplers import guide, make_sampler, sample_noise
-from tests.dit.golden import MANIFEST, cases, close, golden_model
+from tests.dit.golden import MANIFEST, assert_close, cases, golden_model
 
 LINEAR = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
 SETTINGS = {
@@ -29,16 +29,16 @@ def test_tables_equal_the_reference(name):
     checked = 0
     for key, expected in golden.items():
         if key.startswith(f"schedule.{name}."):
-            close(getattr(diffusion, key.rsplit(".", 1)[1]), expected, 1e-6)
+            assert_close(getattr(diffusion, key.rsplit(".", 1)[1]), expected, 1e-6)
             checked += 1
     assert checked >= 2
 
 
 def test_betas_of_diffusers_are_the_official_ones():
     golden = cases("gaussian_diffusion")
-    close(LINEAR, golden["schedule.linear.betas"], 1e-12)
+    assert_close(LINEAR, golden["schedule.linear.betas"], 1e-12)
     for name in ("linear", "squaredcos_cap_v2"):
-        close(objective(name).alphas_cumprod, golden[f"schedule.{name}.alphas_cumprod"], 1e-5)
+        assert_close(objective(name).alphas_cumprod, golden[f"schedule.{name}.alphas_cumprod"], 1e-5)
 
 
 def test_respacing_keeps_the_reference_steps():
@@ -57,15 +57,17 @@ def test_losses_equal_the_reference(variant, target):
     x0, noise, t = golden["x0"], golden["noise"], golden["t"]
     diffusion = GaussianDiffusion(LINEAR)
     x_t = diffusion.add_noise(x0, noise, t)
-    close(x_t, golden["x_t"])
-    close(noise_objective.noisy(x0, noise, t), golden["x_t"])
+    assert_close(x_t, golden["x_t"])
+    assert_close(noise_objective.noisy(x0, noise, t), golden["x_t"])
     with torch.no_grad():
         output = model(x_t, t, labels=golden["y"])
     mse = (output[:, :4] - noise_objective.target(x0, noise, t)).square().flatten(1).mean(1)
-    close(mse, golden[f"loss.{variant}.{target}.mse"])
-    close(noise_objective.error(output, x_t, x0, noise, t), golden[f"loss.{variant}.{target}.loss"])
+    assert_close(mse, golden[f"loss.{variant}.{target}.mse"])
+    assert_close(noise_objective.error(output, x_t, x0, noise, t), golden[f"loss.{variant}.{target}.loss"])
     if variant == "learn_sigma":
-        close(diffusion.variational_bound(output, x0, x_t, t, target=kind), golden[f"loss.{variant}.{target}.vb"])
+        assert_close(
+            diffusion.variational_bound(output, x0, x_t, t, target=kind), golden[f"loss.{variant}.{target}.vb"]
+        )
 
 
 @pytest.mark.parametrize("variant", ["learn_sigma", "fixed_sigma"])
@@ -81,7 +83,7 @@ def test_moments_equal_the_reference(variant):
         "pred_xstart": found.clean,
     }
     for name, value in names.items():
-        close(value, golden[f"p_mean_variance.{variant}.{name}"])
+        assert_close(value, golden[f"p_mean_variance.{variant}.{name}"])
 
 
 @pytest.mark.parametrize("variant", ["learn_sigma", "fixed_sigma"])
@@ -95,7 +97,7 @@ def test_respaced_samples_equal_the_reference(variant):
         ddim = GaussianDiffusion(LINEAR, kept_timesteps(1000, "ddim10")).sample(
             predict, golden["noise"], ancestral=False
         )
-        close(ddim, golden[f"ddim.{variant}.steps10.out"], 1e-4)
+        assert_close(ddim, golden[f"ddim.{variant}.steps10.out"], 1e-4)
         draws = golden[f"ddpm.{variant}.step_noise"]
         ancestral = sample_noise(
             predict,
@@ -105,7 +107,7 @@ def test_respaced_samples_equal_the_reference(variant):
             steps=5,
             draw=lambda k: draws[k],
         )
-        close(ancestral, golden[f"ddpm.{variant}.out"], 1e-4)
+        assert_close(ancestral, golden[f"ddpm.{variant}.out"], 1e-4)
 
 
 @pytest.mark.parametrize("name", list(SETTINGS))
@@ -113,13 +115,13 @@ def test_schedules_of_diffusers_equal_the_reference(name):
     golden = cases("diffusers_schedulers")
     x0, noise, t = golden["x0"], golden["noise"], golden["t"]
     plain = objective(name)
-    close(plain.alphas_cumprod, golden[f"{name}.alphas_cumprod"], 1e-5)
-    close(plain.noisy(x0, noise, t), golden[f"{name}.add_noise"])
+    assert_close(plain.alphas_cumprod, golden[f"{name}.alphas_cumprod"], 1e-5)
+    assert_close(plain.noisy(x0, noise, t), golden[f"{name}.add_noise"])
     v = objective(name, prediction_type="v_prediction", snr_gamma=5.0)
-    close(v.target(x0, noise, t), golden[f"{name}.velocity"])
-    close(v.min_snr_weight(t), golden[f"{name}.min_snr5_weight_v"])
+    assert_close(v.target(x0, noise, t), golden[f"{name}.velocity"])
+    assert_close(v.min_snr_weight(t), golden[f"{name}.min_snr5_weight_v"])
     if name != "scaled_linear_zero_snr":
-        close(objective(name, snr_gamma=5.0).min_snr_weight(t), golden[f"{name}.min_snr5_weight_epsilon"])
+        assert_close(objective(name, snr_gamma=5.0).min_snr_weight(t), golden[f"{name}.min_snr5_weight_epsilon"])
 
 
 @pytest.mark.parametrize("method", ["ddim", "dpmpp2m", "dpmpp2m_karras"])
@@ -134,9 +136,9 @@ def test_samplers_of_diffusers_equal_the_reference(method, kind):
 
     scheduler = make_sampler(dict(noise_objective.noise_scheduler.config), name)
     scheduler.set_timesteps(10)
-    close(scheduler.timesteps.float(), golden[f"sample.{method}.{kind}.timesteps"])
+    assert_close(scheduler.timesteps.float(), golden[f"sample.{method}.{kind}.timesteps"])
     found = noise_objective.sample(predict, golden["noise"], method=name, steps=10)
-    close(found, golden[f"sample.{method}.{kind}.out"], 1e-4)
+    assert_close(found, golden[f"sample.{method}.{kind}.out"], 1e-4)
 
 
 def test_guidance_on_three_channels_is_the_public_habit():
@@ -154,8 +156,8 @@ def test_guidance_on_three_channels_is_the_public_habit():
             channels=3,
         )
     expected = golden["cfg.out_first3channels"]
-    close(found, expected[:3])
-    close(found[:, :3], expected[3:, :3])
+    assert_close(found, expected[:3])
+    assert_close(found[:, :3], expected[3:, :3])
 
 
 def test_training_trace_equals_the_reference():
@@ -176,11 +178,11 @@ def test_training_trace_equals_the_reference():
         losses.append(loss.detach())
         for name, value in model.state_dict().items():
             average[name].lerp_(value, 1 - trace["ema"])
-    close(torch.stack(losses), golden["loss"], 1e-4)
-    close(torch.stack(norms), golden["grad_norm_before_clip"], 1e-4)
+    assert_close(torch.stack(losses), golden["loss"], 1e-4)
+    assert_close(torch.stack(norms), golden["grad_norm_before_clip"], 1e-4)
     weights = model.state_dict()
     # Adam divides by the gradient's size, so the last bit of the time sinusoids (see test_golden_model) shows:
     # 1.05e-4 seen.
     for key in (key for key in golden if key.startswith(("final.", "ema."))):
         kind, name = key.split(".", 1)
-        close((weights if kind == "final" else average)[name], golden[key], 2e-4)
+        assert_close((weights if kind == "final" else average)[name], golden[key], 2e-4)

@@ -12,7 +12,7 @@ from dit.convert import load_pretrained
 from dit.model import DiTModel
 from shared.config import load_config
 from shared.errors import UserError
-from tests.dit.golden import MANIFEST, REFERENCE, cases, close, golden_model
+from tests.dit.golden import MANIFEST, REFERENCE, assert_close, cases, golden_model
 
 SMALL = {"input_size": 8, "text_dim": 16, "text_len": 6}
 
@@ -70,10 +70,10 @@ def test_padding_is_invisible(conditioning):
     model, given = randomised(DiTModel(32, 2, 4, **SMALL, text_conditioning=conditioning)), inputs()
     before = model(**given)
     given["text_embeddings"] = torch.where(given["text_mask"][..., None], given["text_embeddings"], 99.0)
-    close(model(**given), before, 1e-6)
+    assert_close(model(**given), before, 1e-6)
     trimmed = {**given, "text_embeddings": given["text_embeddings"][1:2, :3], "text_mask": given["text_mask"][1:2, :3]}
     rows = {name: given[name][1:2] for name in ("noisy_latents", "timesteps", "text_pooled")}
-    close(model(**{**trimmed, **rows}), before[1:2], 1e-5)
+    assert_close(model(**{**trimmed, **rows}), before[1:2], 1e-5)
 
 
 @pytest.mark.parametrize("null_text", ["empty", "learned"])
@@ -89,7 +89,7 @@ def test_dropped_rows_equal_the_null_condition(null_text):
     by_hand["text_embeddings"][1], by_hand["text_mask"][1] = model.null_text_states, model.null_text_mask
     by_hand["text_pooled"] = given["text_pooled"].clone()
     by_hand["text_pooled"][1] = model.null_text_pooled
-    close(found, model(**by_hand), 1e-6)
+    assert_close(found, model(**by_hand), 1e-6)
 
 
 def test_the_guides_positional_call_works():
@@ -184,7 +184,7 @@ def test_learned_variance_is_cut_off_and_missing_blocks_stay_the_identity():
     assert all(name.startswith("blocks.2.") for name in report.missing) and not report.unexpected
     golden, whole = cases("dit_forward"), golden_model()
     arguments = (golden["full.x"], golden["full.t"])
-    close(model.eval()(*arguments, labels=golden["full.y"]), whole(*arguments, labels=golden["full.y"])[:, :4])
+    assert_close(model.eval()(*arguments, labels=golden["full.y"]), whole(*arguments, labels=golden["full.y"])[:, :4])
 
 
 def test_cross_attention_leaves_loaded_weights_their_function():
@@ -194,7 +194,7 @@ def test_cross_attention_leaves_loaded_weights_their_function():
     load_pretrained(bare, REFERENCE / "dit_weights.safetensors")
     given = inputs()
     found = model(given["noisy_latents"], given["timesteps"], given["text_embeddings"], text_mask=given["text_mask"])
-    close(found, bare(given["noisy_latents"], given["timesteps"]), 1e-6)
+    assert_close(found, bare(given["noisy_latents"], given["timesteps"]), 1e-6)
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
@@ -225,7 +225,7 @@ def test_diffusers_dit_gives_the_same_pictures(tmp_path):
     assert not report.missing and not report.unexpected
     x, t, y = torch.randn(3, 4, 8, 8), torch.tensor([0, 417, 999]), torch.tensor([1, 9, 10])
     with torch.no_grad():
-        close(ours(x, t, labels=y), theirs(x, t, y).sample, 2e-5)
+        assert_close(ours(x, t, labels=y), theirs(x, t, y).sample, 2e-5)
 
 
 def test_pixart_gives_the_same_pictures(tmp_path):
@@ -256,4 +256,4 @@ def test_pixart_gives_the_same_pictures(tmp_path):
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
         ).sample
         found = ours(**{name: value for name, value in given.items() if name != "text_pooled"})
-    close(found, expected, 2e-5)
+    assert_close(found, expected, 2e-5)
