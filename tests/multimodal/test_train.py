@@ -51,18 +51,18 @@ def test_all_files_of_the_guide_are_there(whole):
     }
     for stage in STAGES:
         assert (whole / stage / "DONE").exists() and len(losses(whole / stage)) == 4
-    final = torch.load(whole / "checkpoints" / "final_model.pt")  # weights_only is the default
+    final = torch.load(whole / "checkpoints" / "final_model.pt", weights_only=True)
     assert (final["stage"], final["epoch"], final["stage_step"], final["format_version"]) == (3, 3, 4, 1)
     network = create_model("mini", 12, embed_dim=32, image_size=32, image_patch=8)
-    network.load_state_dict(torch.load(whole / "checkpoints" / "best_model.pt")["model_state_dict"])
+    network.load_state_dict(torch.load(whole / "checkpoints" / "best_model.pt", weights_only=True)["model_state_dict"])
     assert not [name for name in final["model_state_dict"] if "decoder" in name]
-    first = torch.load(whole / "checkpoints" / "checkpoint_epoch_1.pt")
+    first = torch.load(whole / "checkpoints" / "checkpoint_epoch_1.pt", weights_only=True)
     assert any(name.startswith("image_decoder") for name in first["pretrain_state_dict"])
 
 
 def test_each_stage_moves_its_own_part(whole):
     one, two, three = (
-        torch.load(whole / "checkpoints" / f"checkpoint_epoch_{i}.pt")["model_state_dict"] for i in (1, 2, 3)
+        torch.load(whole / "checkpoints" / f"checkpoint_epoch_{i}.pt", weights_only=True)["model_state_dict"] for i in (1, 2, 3)
     )
     changed = {name for name in two if not torch.equal(one[name], two[name])}
     assert {
@@ -212,7 +212,7 @@ def test_sigmoid_loss_masked_words_and_patch_dropping(tmp_path):
     )
     names = set(json.loads((folder / STAGES[0] / "metrics.jsonl").read_text().splitlines()[0]))
     assert "train/masked_text" in names
-    state = torch.load(folder / "checkpoints" / "final_model.pt")["model_state_dict"]
+    state = torch.load(folder / "checkpoints" / "final_model.pt", weights_only=True)["model_state_dict"]
     assert state["bias"].item() != -10 and state["audio_bias"].item() != -10
 
 
@@ -354,7 +354,7 @@ def test_another_number_of_classes_needs_reset_head(whole, tmp_path, capsys):
 def test_damaged_or_foreign_checkpoints_are_refused(whole, tmp_path):
     (tmp_path / "bad.pt").write_bytes((whole / "checkpoints" / "best_model.pt").read_bytes()[:5000])
     torch.save({"x": torch.zeros(1)}, tmp_path / "other.pt")
-    payload = torch.load(whole / "checkpoints" / "best_model.pt")
+    payload = torch.load(whole / "checkpoints" / "best_model.pt", weights_only=True)
     torch.save({**payload, "tokenizer_sha256": "0" * 64}, tmp_path / "tokenizer.pt")
     for name, message in (
         ("bad.pt", "cannot be read"),
