@@ -62,7 +62,8 @@ def test_all_files_of_the_guide_are_there(whole):
 
 def test_each_stage_moves_its_own_part(whole):
     one, two, three = (
-        torch.load(whole / "checkpoints" / f"checkpoint_epoch_{i}.pt", weights_only=True)["model_state_dict"] for i in (1, 2, 3)
+        torch.load(whole / "checkpoints" / f"checkpoint_epoch_{i}.pt", weights_only=True)["model_state_dict"]
+        for i in (1, 2, 3)
     )
     changed = {name for name in two if not torch.equal(one[name], two[name])}
     assert {
