@@ -11,7 +11,14 @@ from tests.launching import final_tensors, losses, run
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 TOY = Path(__file__).parent / "toy.py"
 STRATEGIES = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
-VARIANTS = {"plain": ({}, 1), "accumulated": ({}, 4), "tied": ({"tied": True}, 4)}
+# smooth: with a large epsilon Adam does not turn the rounding noise of a gradient near zero into a whole step, so that
+# single weights can be compared; with the usual epsilon one weight in two thousand may differ by far more than the rest
+VARIANTS = {
+    "plain": ({}, 1, 1e-8),
+    "accumulated": ({}, 4, 1e-8),
+    "tied": ({"tied": True}, 4, 1e-8),
+    "smooth": ({}, 1, 1e-3),
+}
 
 
 def toy(folder: Path, world: int, cases: list[dict]) -> None:
@@ -20,8 +27,8 @@ def toy(folder: Path, world: int, cases: list[dict]) -> None:
     run(world, TOY, path)
 
 
-def batches(micro: int, steps: int) -> dict:
-    return {"batch_size": micro, "gradient_accumulation_steps": steps}
+def batches(micro: int, steps: int, epsilon: float = 1e-8) -> dict:
+    return {"batch_size": micro, "gradient_accumulation_steps": steps, "adam_epsilon": epsilon}
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +38,8 @@ def runs(tmp_path_factory):
         folder,
         1,
         [
-            {"output_dir": str(folder / f"one_{key}"), "training": batches(16 // steps, steps), **extra}
-            for key, (extra, steps) in VARIANTS.items()
+            {"output_dir": str(folder / f"one_{key}"), "training": batches(16 // steps, steps, epsilon), **extra}
+            for key, (extra, steps, epsilon) in VARIANTS.items()
         ],
     )
     toy(
@@ -42,11 +49,11 @@ def runs(tmp_path_factory):
             {
                 "output_dir": str(folder / f"{name}_{key}"),
                 "strategy": name,
-                "training": batches(8 // steps, steps),
+                "training": batches(8 // steps, steps, epsilon),
                 **extra,
             }
             for name in STRATEGIES
-            for key, (extra, steps) in VARIANTS.items()
+            for key, (extra, steps, epsilon) in VARIANTS.items()
         ],
     )
     return folder
@@ -63,9 +70,9 @@ def test_two_ranks_give_the_losses_of_one(runs, strategy, variant):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_averaged_weights_equal_those_of_one_rank(runs, strategy):
-    expected, found = final_tensors(runs / "one_plain"), final_tensors(runs / f"{strategy}_plain")
+    expected, found = final_tensors(runs / "one_smooth"), final_tensors(runs / f"{strategy}_smooth")
     names = [name for name in expected if name.startswith("ema.safetensors")]
-    assert names and all((found[name] - expected[name]).abs().max() < 2e-6 for name in names)
+    assert names and all((found[name] - expected[name]).abs().max() < 5e-7 for name in names)
 
 
 def test_a_run_moves_between_strategies_and_numbers_of_ranks(tmp_path):
