@@ -121,12 +121,12 @@ def test_two_namespaces_survive_a_cut_cable(tmp_path, two_hosts):
         time.sleep(0.05)
     subprocess.run(["ip", "-n", names[1], "link", "set", ends[1], "down"], check=True)
     time.sleep(3)
-    for (
-        process
-    ) in agents:  # as an operator would: what hangs without its peer is ended, and the same command started again
+    # as an operator would: what hangs without its peer is ended, agents and workers, and the same command started again
+    for process in agents:
         process.kill()
-        process.communicate()
     subprocess.run(["pkill", "-9", "-f", str(path)], check=False)
+    for process in agents:
+        process.communicate(timeout=60)
     subprocess.run(["ip", "-n", names[1], "link", "set", ends[1], "up"], check=True)
     finish(start())
     assert "resumed from" in log.read_text()
