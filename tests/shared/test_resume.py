@@ -84,7 +84,7 @@ def test_moments_come_back_in_the_memory_layout_of_the_weight():
 @pytest.mark.distributed
 @pytest.mark.parametrize("world", [1, 2])
 def test_killed_at_random_moments_it_ends_with_the_same_weights(tmp_path, world):
-    steps = {"total_steps": 400, "save_steps": 7, "logging_steps": 50, "eval_steps": None}
+    steps = {"total_steps": 800 // world, "save_steps": 7, "logging_steps": 50, "eval_steps": None}
     run(world, TOY, write(tmp_path, **case(tmp_path / "whole", training=steps)))
     path, moments, kills = write(tmp_path, **case(tmp_path / "killed", training=steps)), random.Random(5), 0
     latest = tmp_path / "killed" / "checkpoints" / "latest"
