@@ -70,7 +70,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, latent_BCHW: Tensor) -> Tensor:
-        return rearrange(self.proj(latent_BCHW), "b d h w -> b (h w) d")
+        # in the order of memory: every later sum would keep the convolution's order, and every normalisation copy
+        return rearrange(self.proj(latent_BCHW), "b d h w -> b (h w) d").contiguous()
 
 
 def unpatchify(tokens_BNV: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:

@@ -47,8 +47,9 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(head_width, eps=EPS) if qk_norm else nn.Identity()
 
     def forward(self, x_BLD: Tensor, rotation: Rotation = None, mask_BL: Tensor | None = None) -> Tensor:
-        qkv = rearrange(self.qkv(x_BLD), "b l (three heads k) -> three b heads l k", three=3, heads=self.num_heads)
-        q, k, v = qkv.unbind(0)
+        qkv = rearrange(self.qkv(x_BLD), "b l (three heads k) -> b l three heads k", three=3, heads=self.num_heads)
+        # unbound where they lie, so that their gradients are stacked in the order of memory
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
@@ -70,9 +71,8 @@ class CrossAttention(nn.Module):
 
     def forward(self, x_BND: Tensor, text_BTD: Tensor, mask_BT: Tensor | None = None) -> Tensor:
         q = rearrange(self.q(x_BND), "b n (heads k) -> b heads n k", heads=self.num_heads)
-        k, v = rearrange(self.kv(text_BTD), "b t (two heads k) -> two b heads t k", two=2, heads=self.num_heads).unbind(
-            0
-        )
+        kv = rearrange(self.kv(text_BTD), "b t (two heads k) -> b t two heads k", two=2, heads=self.num_heads)
+        k, v = (part.transpose(1, 2) for part in kv.unbind(2))
         mask = None if mask_BT is None else mask_BT[:, None, None]
         return self.proj(
             rearrange(scaled_dot_product_attention(q, k, v, attn_mask=mask), "b heads n k -> b n (heads k)")
