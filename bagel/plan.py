@@ -1,5 +1,6 @@
 """The dry run: the model at full size on fake tensors, a representative pack, and what a step will cost."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from bagel.quantization import QuantizedLinear, quantize_projections
 from bagel.transformer import MoTDecoderLayer
 from bagel.vae import FluxAutoencoder
 from bagel.vit import EncoderLayer
-from shared.plan import FrozenPart, describe, make_plan, measure
+from shared.plan import FrozenPart
+from shared.planner import Workload, plan_run
 
 
 def representative_pack(config: Config, model: ModelConfig) -> tuple[dict[str, Any], list[tuple[int, int]]]:
@@ -106,21 +108,22 @@ def print_plan(config: Config) -> None:
     """Measure the step on fake tensors and print the plan."""
     config = config.model_copy(deep=True)
     model = read_config(config.model)
+
+    def step(config: Config) -> Callable[[nn.Module], Tensor]:
+        pack = representative_pack(config, model)[0]
+
+        def loss(net: nn.Module) -> Tensor:
+            losses = net(pack)
+            return losses["ce"].sum() + losses["mse"].sum()
+
+        return loss
+
+    def frozen_parts(config: Config) -> list[FrozenPart]:
+        parts = (_encoder_part(model, representative_pack(config, model)[1]), _packed_part(model))
+        return [part for part in parts if part]
+
     pack, sizes = representative_pack(config, model)
-
-    def step(net: nn.Module) -> Tensor:
-        losses = net(pack)
-        return losses["ce"].sum() + losses["mse"].sum()
-
-    precision = config.run.precision or "bf16"
-    measured = measure(lambda: _build(config, model), step, precision, (MoTDecoderLayer, EncoderLayer))
-    parts = [part for part in (_encoder_part(model, sizes), _packed_part(model)) if part]
-    plan = make_plan(
-        f"BAGEL, packs of {pack['sequence_length']} tokens ({len(pack['sample_lens'])} samples, "
-        f"{len(sizes)} pictures to encode)",
-        measured,
-        run=config.run,
-        training=config.training,
-        frozen_parts=parts,
-    )
-    print(describe(plan))
+    contents = f"{len(pack['sample_lens'])} samples, {len(sizes)} pictures to encode"
+    title = f"BAGEL, packs of {pack['sequence_length']} tokens ({contents})"
+    blocks = (MoTDecoderLayer, EncoderLayer)
+    print(plan_run(Workload(title, lambda config: _build(config, model), step, blocks, frozen_parts), config))

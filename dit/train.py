@@ -43,7 +43,7 @@ from shared.data import BatchPlan, MapStream
 from shared.dist import DistInfo, init_distributed, shutdown
 from shared.loop import FitResult, fit
 from shared.plan import FrozenPart
-from shared.planner import plan_run
+from shared.planner import Workload, plan_run
 from shared.rng import keyed_rand, keyed_randn, seed_everything
 
 TIMES, NOISE, DROPS, POSTERIOR = 1, 2, 3, 4  # random streams
@@ -234,7 +234,7 @@ def plan(config: Config) -> str:
         return parts
 
     title = f"DiT {model.hidden_size}/{model.num_layers}/{model.num_heads}"
-    return plan_run(title, config, build=build_model, step=step, blocks=(DiTBlock,), frozen_parts=frozen_parts)
+    return plan_run(Workload(title, build_model, step, (DiTBlock,), frozen_parts), config)
 
 
 def _steps_from_epochs(config: Config, steps_per_epoch: int) -> None:

@@ -13,33 +13,33 @@ def print_plan(config: Config) -> None:
 
     from float.build import make_generator
     from float.model import FMTBlock
-    from shared.plan import describe, make_plan, measure
+    from shared.planner import Workload, plan_run
 
-    model, data, training = config.model, config.data, config.training
+    model, data = config.model, config.data
 
-    def step(generator):
-        batch, length, before = training.batch_size, data.sequence_length, data.prev_frames
-        width = generator.audio_encoder.audio_projection[0].in_features
-        output = generator(
-            torch.rand(batch),
-            torch.randn(batch, length, generator.fmt.dim_w),
-            torch.randn(batch, length, width),
-            torch.randn(batch, generator.fmt.dim_w),
-            torch.randn(batch, 1, model.dim_e),
-            torch.randn(batch, before, generator.fmt.dim_w),
-            torch.randn(batch, before, width),
-        )
-        return output.float().square().mean()
+    def build(config: Config):
+        return make_generator(model, data, gradient_checkpointing=config.training.gradient_checkpointing)
+
+    def step(config: Config):
+        batch, length, before = config.training.batch_size, data.sequence_length, data.prev_frames
+
+        def loss(generator):
+            width, motion = generator.audio_encoder.audio_projection[0].in_features, generator.fmt.dim_w
+            output = generator(
+                torch.rand(batch),
+                torch.randn(batch, length, motion),
+                torch.randn(batch, length, width),
+                torch.randn(batch, motion),
+                torch.randn(batch, 1, model.dim_e),
+                torch.randn(batch, before, motion),
+                torch.randn(batch, before, width),
+            )
+            return output.float().square().mean()
+
+        return loss
 
     _settle_precision(config)
-    measured = measure(
-        lambda: make_generator(model, data, gradient_checkpointing=training.gradient_checkpointing),
-        step,
-        config.run.precision,
-        (FMTBlock,),
-    )
-    plan = make_plan("FLOAT phase 2, motion flow", measured, run=config.run, training=training)
-    print(describe(plan))
+    print(plan_run(Workload("FLOAT phase 2, motion flow", build, step, (FMTBlock,)), config))
     frozen = {"motion auto-encoder": _autoencoder_size(config)}
     if model.audio_features == "wav2vec2":
         frozen["wav2vec2"] = WAV2VEC_PARAMETERS
@@ -54,21 +54,25 @@ def print_autoencoder_plan(config: AutoencoderConfig) -> None:
     import torch
 
     from float.autoencoder_model import AutoencoderWithJudges
-    from shared.plan import describe, make_plan, measure
+    from shared.planner import Workload, plan_run
 
-    model, training = config.model, config.training
-    adversarial = training.lambda_adversarial > 0 or training.lambda_style > 0
+    model = config.model
+    adversarial = config.training.lambda_adversarial > 0 or config.training.lambda_style > 0
 
-    def step(network):
-        shape = (training.batch_size, 3, model.input_size, model.input_size)
-        output, terms = network(torch.randn(shape), torch.randn(shape), judge=adversarial, penalise=False)
-        return output.float().abs().mean() + sum(terms.values())
+    def build(config: AutoencoderConfig):
+        return AutoencoderWithJudges(model, config.data, adversarial=adversarial)
+
+    def step(config: AutoencoderConfig):
+        shape = (config.training.batch_size, 3, model.input_size, model.input_size)
+
+        def loss(network):
+            output, terms = network(torch.randn(shape), torch.randn(shape), judge=adversarial, penalise=False)
+            return output.float().abs().mean() + sum(terms.values())
+
+        return loss
 
     _settle_precision(config)
-    measured = measure(
-        lambda: AutoencoderWithJudges(model, config.data, adversarial=adversarial), step, config.run.precision
-    )
-    print(describe(make_plan("FLOAT phase 1, motion auto-encoder", measured, run=config.run, training=training)))
+    print(plan_run(Workload("FLOAT phase 1, motion auto-encoder", build, step), config))
 
 
 def _settle_precision(config: Config | AutoencoderConfig) -> None:

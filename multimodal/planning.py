@@ -1,5 +1,7 @@
 """--dry-run: one symbolic training step of the heaviest stage, at full size and without memory."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -9,20 +11,18 @@ from multimodal.model import create_model
 from multimodal.records import Kind
 from multimodal.text import TextTokenizer
 from multimodal.trainer import STAGE_NAMES, choose_trainable, make_stage_module
-from shared.plan import Plan, describe, make_plan, measure
+from shared.planner import Workload, plan_run
 
 TEXT_TOKENS = 32  # captions of COCO and AudioCaps stay below this in 99 % of the cases
 
 
 def print_plan(config: Config) -> None:
     """Print the plan of the last stage that runs."""
-    print(describe(plan(config)))
+    print(plan_run(workload(config), config))
 
 
-def plan(config: Config) -> Plan:
-    """Parameters, memory, FLOPs and time of one micro-step: with accumulation, the gradient cache's extra forward
-    included.
-    """
+def workload(config: Config) -> Workload:
+    """One micro-step of the last stage that runs: with accumulation, the gradient cache's extra forward included."""
     stage = max(stage_epochs(config.training))
     kinds: list[Kind] = ["image", "audio"]
     labelled = config.training.label_set in ("coco80", "images") and stage == 3
@@ -32,7 +32,7 @@ def plan(config: Config) -> Plan:
         and (config.training.gradient_accumulation_steps > 1 or config.training.global_batch_size is not None)
     )
 
-    def build() -> nn.Module:
+    def build(config: Config) -> nn.Module:
         model = config.model
         network = create_model(
             model.size,
@@ -49,29 +49,27 @@ def plan(config: Config) -> Plan:
         choose_trainable(module, config, stage, kinds, classify=labelled, framed=False)
         return module
 
-    def step(module: nn.Module) -> Tensor:
-        batch, draws = inputs(config, stage, labelled)
-        if twice:
-            with torch.no_grad():
-                module(batch, draws)
-        outputs = module(batch, draws)
-        if stage == 1:
-            return sum(outputs.values())
-        loss = outputs["image_embeds"] @ outputs["imagetext_embeds"].T * outputs["logit_scale"]
-        loss = (
-            loss.sum() + (outputs["audio_embeds"] @ outputs["audiotext_embeds"].T * outputs["audio_logit_scale"]).sum()
-        )
-        for name in ("image_match", "audio_match", "class_logits"):
-            loss = loss + outputs[name].square().sum() if name in outputs else loss
-        return loss
+    def step(config: Config) -> Callable[[nn.Module], Tensor]:
+        return lambda module: symbolic_loss(config, module, stage, labelled, twice)
 
-    measured = measure(build, step, config.run.precision or "bf16", blocks=(Block,))
-    return make_plan(
-        f"{config.model.size}, {STAGE_NAMES[stage]}, pictures and sounds with captions of {TEXT_TOKENS} tokens",
-        measured,
-        run=config.run,
-        training=config.training,
-    )
+    title = f"{config.model.size}, {STAGE_NAMES[stage]}, pictures and sounds with captions of {TEXT_TOKENS} tokens"
+    return Workload(title, build, step, (Block,))
+
+
+def symbolic_loss(config: Config, module: nn.Module, stage: int, labelled: bool, twice: bool) -> Tensor:
+    """A number that depends on every output of the stage; twice: behind the forward pass of the gradient cache."""
+    batch, draws = inputs(config, stage, labelled)
+    if twice:
+        with torch.no_grad():
+            module(batch, draws)
+    outputs = module(batch, draws)
+    if stage == 1:
+        return sum(outputs.values())
+    loss = (outputs["image_embeds"] @ outputs["imagetext_embeds"].T * outputs["logit_scale"]).sum()
+    loss = loss + (outputs["audio_embeds"] @ outputs["audiotext_embeds"].T * outputs["audio_logit_scale"]).sum()
+    for name in ("image_match", "audio_match", "class_logits"):
+        loss = loss + outputs[name].square().sum() if name in outputs else loss
+    return loss
 
 
 def inputs(config: Config, stage: int, labelled: bool) -> tuple[dict, dict]:

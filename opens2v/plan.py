@@ -1,5 +1,7 @@
 """The dry run: the full-size preset, built and run symbolically, without memory for a single weight."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -10,7 +12,8 @@ from opens2v.conditions import clip_token_width
 from opens2v.config import Config, pixel_frames
 from opens2v.model import RefWanBlock, RefWanTransformer3DModel
 from opens2v.objective import RefImageFlowMatching
-from shared.plan import FrozenPart, Plan, describe, make_plan, measure
+from shared.plan import FrozenPart
+from shared.planner import Workload, plan_run
 
 CLIP_PARAMETERS, CLIP_TOKENS = 630_766_080, 257
 UMT5_PARAMETERS, UMT5_EMBEDDING = 5_680_910_336, 256_384 * 4096
@@ -18,27 +21,21 @@ VAE_PARAMETERS = 126_892_531
 VAE_WORKSPACE = 2_000_000_000  # bytes; an estimate of the largest feature maps while a clip is encoded
 
 
-def build_plan(config: Config) -> Plan:
-    """Measure one micro-step of the generator and lay out memory, traffic and time."""
-    precision = config.run.precision or "bf16"
+def workload(config: Config) -> Workload:
+    """One micro-step of the generator with its frozen encoders."""
 
-    def build() -> nn.Module:
+    def build(config: Config) -> nn.Module:
         model = RefWanTransformer3DModel(**transformer_settings(config))
         prepare_generator(config, model)
         return model
 
-    def step(model: nn.Module) -> Tensor:
-        return symbolic_loss(config, model)
+    def step(config: Config) -> Callable[[nn.Module], Tensor]:
+        return lambda model: symbolic_loss(config, model)
 
-    measured = measure(build, step, precision, (RefWanBlock,))
-    return make_plan(
-        f"opens2v, {pixel_frames(config)} frames of {config.data.pixel_height} x {config.data.pixel_width}, "
-        f"checkpointing {'on' if config.training.gradient_checkpointing else 'off'}",
-        measured,
-        run=config.run,
-        training=config.training,
-        frozen_parts=frozen_parts(config),
-    )
+    size = f"{pixel_frames(config)} frames of {config.data.pixel_height} x {config.data.pixel_width}"
+    checkpointing = "on" if config.training.gradient_checkpointing else "off"
+    title = f"opens2v, {size}" + ("" if config.run.plan_table else f", checkpointing {checkpointing}")
+    return Workload(title, build, step, (RefWanBlock,), frozen_parts)
 
 
 def symbolic_loss(config: Config, model: nn.Module) -> Tensor:
@@ -101,4 +98,4 @@ def vae_encode_flops(frames: int, height: int, width: int) -> float:
 
 def print_plan(config: Config) -> None:
     """Write the plan to the console."""
-    print(describe(build_plan(config)))
+    print(plan_run(workload(config), config))

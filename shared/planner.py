@@ -1,7 +1,7 @@
 """Which strategy, micro-batch and number of GPUs for a recipe: one table from a few symbolic steps."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,39 +13,48 @@ FILL = 0.94  # share of a card's memory that a plan may take: the rest goes to t
 DAY = 86_400.0
 
 
-def plan_run(
-    title: str,
-    config: Any,
-    *,
-    build: Callable[[Any], nn.Module],
-    step: Callable[[Any], Callable[[nn.Module], Tensor]],
-    blocks: tuple[type, ...] = (),
-    frozen_parts: Callable[[Any], list[FrozenPart]] = lambda config: [],
-    steps: int | None = None,
-) -> str:
-    """The text of --dry-run, or with --plan-table the table over strategies, micro-batches, checkpointing and GPUs.
+@dataclass(frozen=True)
+class Workload:
+    """One micro-step as the planner runs it on fake tensors.
 
     build(config) -> model; step(config) -> (model -> loss of one micro-batch); frozen_parts(config) of one micro-batch.
-    Both run on fake tensors. steps: the recipe's optimizer steps, for the days to its end.
+    blocks: the classes that fsdp and zero3 gather one at a time.
     """
-    precision = config.run.precision or "bf16"
 
-    def measured(settings: Any) -> Measured:
-        return measure(lambda: build(settings), step(settings), precision, blocks)
+    title: str
+    build: Callable[[Any], nn.Module]
+    step: Callable[[Any], Callable[[nn.Module], Tensor]]
+    blocks: tuple[type, ...] = ()
+    frozen_parts: Callable[[Any], list[FrozenPart]] = lambda config: []
 
-    if not config.run.plan_table:
-        plan = make_plan(
-            title, measured(config), run=config.run, training=config.training, frozen_parts=frozen_parts(config)
+    def measure(self, config: Any) -> Measured:
+        """Parameters, FLOPs and memory of a micro-step with these settings."""
+        return measure(lambda: self.build(config), self.step(config), config.run.precision or "bf16", self.blocks)
+
+    def plan(self, config: Any) -> Plan:
+        """The plan of exactly these settings."""
+        parts = self.frozen_parts(config)
+        return make_plan(
+            self.title, self.measure(config), run=config.run, training=config.training, frozen_parts=parts
         )
-        return describe(plan)
+
+
+def plan_run(workload: Workload, config: Any, *, steps: int | None = None) -> str:
+    """The text of --dry-run, or with --plan-table the table over strategies, micro-batches, checkpointing and GPUs.
+
+    steps: the recipe's optimizer steps, for the days to its end.
+    """
+    if not config.run.plan_table:
+        return describe(workload.plan(config))
     plans = []
     for checkpointing in (False, True):
         one, two = (_changed(config, batch_size=size, gradient_checkpointing=checkpointing) for size in (1, 2))
-        pair = measured(one), measured(two)
+        pair = workload.measure(one), workload.measure(two)
         for size in _micro_batches(config.training):
             settings = _changed(config, batch_size=size, gradient_checkpointing=checkpointing)
-            plans += _plans(title, settings, _extended(*pair, size), frozen_parts(settings))
-    return table(title, config.training, plans, steps or config.training.total_steps)
+            measured, parts = _extended(*pair, size), workload.frozen_parts(settings)
+            plans += _plans(workload.title, settings, measured, parts, samples_of(config.training))
+    return table(workload.title, config.training, plans, steps or config.training.total_steps)
 
 
 def _changed(config: Any, **training: Any) -> Any:
@@ -53,10 +62,14 @@ def _changed(config: Any, **training: Any) -> Any:
     return config.model_copy(update={"training": config.training.model_copy(update=training)})
 
 
+def samples_of(training: TrainingSection) -> int:
+    """Samples of one optimizer step of the recipe, on one rank where the global batch is not given."""
+    return training.global_batch_size or training.batch_size * training.gradient_accumulation_steps
+
+
 def _micro_batches(training: TrainingSection) -> list[int]:
-    """Powers of two up to the preset's samples of one optimizer step."""
-    largest = training.global_batch_size or training.batch_size * training.gradient_accumulation_steps
-    return [size for size in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if size <= largest]
+    """Powers of two up to the recipe's samples of one optimizer step."""
+    return [size for size in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if size <= samples_of(training)]
 
 
 def _extended(one: Measured, two: Measured, size: int) -> Measured:
@@ -70,13 +83,16 @@ def _extended(one: Measured, two: Measured, size: int) -> Measured:
     return replace(one, **{name: line(name) for name in grown})
 
 
-def _plans(title: str, config: Any, measured: Measured, frozen_parts: list[FrozenPart]) -> list[tuple[Plan, bool]]:
-    """One plan for each strategy and number of GPUs, with the samples of one optimizer step kept where ranks allow."""
+def _plans(
+    title: str, config: Any, measured: Measured, frozen_parts: list[FrozenPart], wanted: int
+) -> list[tuple[Plan, bool]]:
+    """One plan for each strategy and number of GPUs, with the wanted samples of a step kept where ranks allow."""
     training, found = config.training, []
-    wanted = training.global_batch_size or training.batch_size * training.gradient_accumulation_steps
     budget = config.run.world_size or 8
     for world in (count for count in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if count <= budget):
         micro = training.batch_size * world
+        if micro > wanted and training.batch_size > 1:
+            continue  # a smaller micro-batch keeps the recipe's samples
         accumulation = max(1, wanted // micro)
         settings = training.model_copy(update={"global_batch_size": None, "gradient_accumulation_steps": accumulation})
         for strategy in STRATEGIES[1:] if world > 1 else STRATEGIES[:1]:
@@ -132,8 +148,7 @@ def table(title: str, training: TrainingSection, plans: list[tuple[Plan, bool]],
         cells += ["yes" if fits(plan) else "NO", f"{plan.traffic_bytes / 1e9:.2f}", f"{seconds:.3g}"]
         cells += [f"{plan.samples_per_step / max(seconds, 1e-12):.1f}"]
         if steps:  # the recipe's samples, whatever one step holds
-            recipe = steps * (training.global_batch_size or training.batch_size * training.gradient_accumulation_steps)
-            cells += [f"{recipe / plan.samples_per_step * seconds / DAY:.2f}"]
+            cells += [f"{steps * samples_of(training) / plan.samples_per_step * seconds / DAY:.2f}"]
         lines.append("  ".join(f"{cell!s:>{len(head)}}" for cell, head in zip(cells, heads, strict=True)))
     return "\n".join(lines)
 

@@ -13,7 +13,7 @@ from opens2v.base import base_path, load_generator
 from opens2v.config import Config
 from opens2v.loading import load_trained_generator
 from opens2v.model import is_reference_name
-from opens2v.plan import build_plan
+from opens2v.plan import workload
 from opens2v.video import read_frames
 from shared.config import load_saved
 from shared.errors import UserError
@@ -269,14 +269,15 @@ def test_causal_teacher_forced_run(tmp_path, run_folder):
 
 
 def test_plan_of_a_small_preset():
-    plan = build_plan(train.parse([*QUICK, "--batch-size", "2"]))
+    config = train.parse([*QUICK, "--batch-size", "2"])
+    plan = workload(config).plan(config)
     assert plan.measured.forward_flops > 0 and plan.measured.trainable > 0 and not plan.frozen_parts
 
 
 @pytest.mark.slow
 def test_the_24_gb_preset_fits_and_its_work_agrees_with_the_table():
     config = train.parse(["--config", "default"])
-    plan = build_plan(config)
+    plan = workload(config).plan(config)
     assert plan.measured.trainable == 143_689_758 and plan.peak_memory < 24e9
     assert plan.measured.forward_flops == pytest.approx(42.8e12, rel=0.03)  # 40.6 base + 0.4 CLIP + 1.8 VAE path
     assert plan.measured.step_flops == pytest.approx(147e12, rel=0.03)
