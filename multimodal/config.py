@@ -103,6 +103,7 @@ class TrainingConfig(TrainingSection):
         fixed=True,
     )
     word_embeddings: str = setting("auto", "GloVe text file; auto: data_root/glove when present; none: random")
+    train_words: bool = setting(False, "stage 2 trains the word table too; for runs without pre-trained word vectors")
     tower_lr_scale: float = setting(0.3, "stage 3: learning rate of the towers relative to fusion and heads", ge=0)
     init_from: str | None = setting(None, "start the first stage from these weights")
     reset_head: bool = setting(False, "with init_from: leave out the classifier when its size differs")
@@ -176,9 +177,10 @@ def stage_epochs(training: TrainingConfig) -> dict[int, int]:
     total = training.num_epochs or 1
     wanted = training.stages or ([1, 2, 3] if total > 1 else [3])
     if training.stage_epochs is not None:
-        return {
-            stage: training.stage_epochs[stage - 1] for stage in sorted(set(wanted)) if training.stage_epochs[stage - 1]
-        }
+        planned = {stage: training.stage_epochs[stage - 1] for stage in sorted(set(wanted))}
+        if not any(planned.values()):
+            raise ValueError(f"stages {list(planned)} have no epochs in stage_epochs {training.stage_epochs}")
+        return {stage: number for stage, number in planned.items() if number}
     wanted = sorted(set(wanted))
     share = sum(training.stage_fractions[stage - 1] for stage in wanted)
     if not share:

@@ -118,7 +118,10 @@ def read_lines(path: str) -> list[str]:
     """The non-empty lines of a text file."""
     if not Path(path).is_file():
         raise UserError(f"--texts {path}: no such file")
-    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise UserError(f"--texts {path}: not a UTF-8 text file") from None
     if not lines:
         raise UserError(f"--texts {path}: holds no text")
     return lines

@@ -21,6 +21,7 @@ from shared.errors import UserError, command  # noqa: E402
 # What the small preset is meant to reach on the sample data, text to item (40 pictures, 16 sounds held out).
 SAMPLE_TARGETS = {("coco", "R@10"): 0.45, ("clotho", "R@5"): 0.50}
 FOLDS, FOLD = 5, 1000
+ITEMS = {"image": "picture", "audio": "sound", "voice": "voice"}
 
 
 class Options(Section):
@@ -99,6 +100,7 @@ def main(argv: list[str] | None = None) -> None:
 def measure_sets(embedder: Any, options: Options, found: dict[str, Any]) -> dict[str, Any]:
     """Retrieval and classification of each data set; fills `found` and returns the embedded splits by name."""
     from multimodal.records import KINDS
+    from multimodal.sources import all_labelled
 
     splits = {}
     for name, records in records_of(embedder, options).items():
@@ -109,7 +111,7 @@ def measure_sets(embedder: Any, options: Options, found: dict[str, Any]) -> dict
             title = name if len({record.kind for record in records}) == 1 else f"{name}_{kind}"
             if options.protocol in ("first5", "1k"):
                 own = [type(record)(**{**vars(record), "captions": record.captions[:5]}) for record in own]
-            labels = embedder.config.model.num_classes if own[0].labels is not None else None
+            labels = embedder.config.model.num_classes if all_labelled(own) else None
             split = embedder.split(own, kind, audio_crops=options.audio_crops, num_classes=labels)
             splits[title] = split
             if split.captions_CE is not None:
@@ -120,6 +122,8 @@ def measure_sets(embedder: Any, options: Options, found: dict[str, Any]) -> dict
                 found["classification"][title] = classification(split)
             if options.zeroshot == "coco80" and name == "coco":
                 found["zeroshot"] = zeroshot_coco(embedder, options, split)
+    if options.zeroshot == "coco80" and "coco" not in splits:
+        raise UserError("--zeroshot coco80 is measured on coco; add --datasets coco and the --data-root that holds it")
     if not splits:
         raise UserError(
             f"none of the data sets has a {options.split} split here; give --data-root, --datasets or --split"
@@ -186,7 +190,13 @@ def retrieval_of(split: Any, protocol: str) -> dict[str, Any]:
         found["item_to_text"][f"chance_R@{k}"] = chance_recall(
             len(split.owners), k, round(sum(captions) / max(1, len(captions)))
         )
-    return {"items": len(split.items_IE), "captions": len(split.owners), "bad": split.bad, **found}
+    return {
+        "kind": split.kind,
+        "items": len(split.items_IE),
+        "captions": len(split.owners),
+        "bad": split.bad,
+        **found,
+    }
 
 
 def zeroshot_coco(embedder: Any, options: Options, split: Any) -> dict[str, float]:
@@ -212,33 +222,29 @@ def make_bars(found: dict[str, Any], embedder: Any, options: Options) -> list:
     sample = options.data_root is None and embedder.config.data.data_root is None and not embedder.config.data.paths
     bars = []
     for name, values in found["retrieval"].items():
-        for direction, words in (("text_to_item", "text to"), ("item_to_text", "to text:")):
+        item = ITEMS[values["kind"]]
+        for direction, title in (("text_to_item", f"text to {item}"), ("item_to_text", f"{item} to text")):
+            own = values[direction]
             for k in ("R@1", "R@5", "R@10"):
-                own = values[direction]
-                title = (
-                    f"{name}: text to {'picture' if name == 'coco' else 'item'} {k}"
-                    if words == "text to"
-                    else f"{name}: item to text {k}"
-                )
                 target = SAMPLE_TARGETS.get((name, k)) if sample and direction == "text_to_item" else None
-                low, high = own.get(f"{k}_low"), own.get(f"{k}_high")
-                note = f"{values['items']} items" + (
-                    f", 95 % interval {low:.3f} to {high:.3f}" if low is not None else ""
-                )
-                bars.append(Bar(title, own[k], target, baseline=own[f"chance_{k}"], note=note))
+                note = f"{values['items']} {item}s, 95 % interval {own[f'{k}_low']:.3f} to {own[f'{k}_high']:.3f}"
+                bars.append(Bar(f"{name}: {title} {k}", own[k], target, baseline=own[f"chance_{k}"], note=note))
     return bars
 
 
 def print_found(found: dict[str, Any]) -> None:
     """A short table."""
     for name, values in found["retrieval"].items():
-        for direction in ("text_to_item", "item_to_text"):
+        item = ITEMS[values["kind"]]
+        broken = f"; {values['bad']} could not be read" if values["bad"] else ""
+        print(f"{name}: {values['items']} {item}s, {values['captions']} captions; 95 % intervals over {item}s{broken}")
+        for direction, title in (("text_to_item", f"text to {item}"), ("item_to_text", f"{item} to text")):
             own = values[direction]
-            print(
-                f"{name:<12}{direction:<14}"
-                + "".join(f"R@{k} {own[f'R@{k}']:.3f} (chance {own[f'chance_R@{k}']:.3f})  " for k in (1, 5, 10))
-                + f"median rank {own['median_rank']:.0f}  mAP@10 {own['mAP@10']:.3f}"
+            recalls = "  ".join(
+                f"{k} {own[k]:.3f} ({own[f'{k}_low']:.3f}-{own[f'{k}_high']:.3f}, chance {own[f'chance_{k}']:.3f})"
+                for k in ("R@1", "R@5", "R@10")
             )
+            print(f"  {title:<16}{recalls}  median rank {own['median_rank']:.0f}  mAP@10 {own['mAP@10']:.3f}")
     for name in ("classification", "zeroshot"):
         if found.get(name):
             print(f"{name}: {json.dumps(found[name])}")

@@ -38,7 +38,7 @@ class Member:
 
     def read(self) -> bytes:
         """Its bytes."""
-        return self.shards[self.index][self.extension]
+        return self.shards.read(self.index, (self.extension,))[self.extension]
 
     def __str__(self) -> str:
         return f"{self.shards.paths[0].parent}: sample {self.index}.{self.extension}"
@@ -111,7 +111,8 @@ def read_coco(folder: Path, split: str) -> Found:
     tree = read_json(path, ("images", "annotations"))
     captions: dict[int, list[str]] = {}
     for entry in tree["annotations"]:
-        captions.setdefault(entry["image_id"], []).append(clean(entry["caption"]))
+        if text := clean(entry["caption"]):
+            captions.setdefault(entry["image_id"], []).append(text)
     labels = read_coco_labels(folder / "annotations" / f"instances_{year}.json")
     listed = [(image["id"], folder / year / image["file_name"]) for image in tree["images"] if image["id"] in captions]
     present = names_in(folder / year)
@@ -164,16 +165,9 @@ def read_karpathy(folder: Path, split: str) -> Found:
             *(folder / year / f"{image['cocoid']:012d}.jpg" for year in ("train2017", "val2017")),
         )
         file = next((place for place in places if place.exists()), None)
-        if file is not None:
-            records.append(
-                Record(
-                    f"coco/{image['cocoid']:012d}",
-                    file,
-                    tuple(clean(sentence["raw"]) for sentence in image["sentences"]),
-                    "coco",
-                    "image",
-                )
-            )
+        captions = tuple(filter(None, (clean(sentence["raw"]) for sentence in image["sentences"])))
+        if file is not None and captions:
+            records.append(Record(f"coco/{image['cocoid']:012d}", file, captions, "coco", "image"))
     return Found(records, len(listed) - len(records))
 
 
@@ -189,18 +183,13 @@ def read_clotho(folder: Path, split: str) -> Found:
             raise UserError(f"data set clotho: no file {path}; {_remedy('clotho', folder)}")
         return Found([])
     rows = read_csv(path, ("file_name", "caption_1"))
-    present = names_in(folder / name)
-    records = [
-        Record(
-            f"clotho/{name}/{row['file_name']}",
-            folder / name / row["file_name"],
-            tuple(clean(row[key]) for key in sorted(row) if key and key.startswith("caption_") and row[key]),
-            "clotho",
-            "audio",
-        )
-        for row in rows
-        if row["file_name"] in present
-    ]
+    present, records = names_in(folder / name), []
+    for row in rows:
+        captions = (clean(row[key] or "") for key in sorted(key for key in row if key and key.startswith("caption_")))
+        captions = tuple(filter(None, captions))
+        if row["file_name"] in present and captions:
+            file = folder / name / row["file_name"]
+            records.append(Record(f"clotho/{name}/{file.name}", file, captions, "clotho", "audio"))
     return Found(records, len(rows) - len(records))
 
 
@@ -223,7 +212,8 @@ def read_audiocaps(folder: Path, split: str) -> Found:
         return Found([])
     captions: dict[tuple[str, str], list[str]] = {}
     for row in read_csv(path, ("youtube_id", "start_time", "caption")):
-        captions.setdefault((row["youtube_id"], row["start_time"]), []).append(clean(row["caption"]))
+        if text := clean(row["caption"]):
+            captions.setdefault((row["youtube_id"], row["start_time"]), []).append(text)
     files = {
         file.stem: file
         for place in (folder / split, folder / "audio" / split)
@@ -300,30 +290,23 @@ def read_jsonl(folder: Path, split: str) -> Found:
             raise UserError(f"data set jsonl: no file {path}; {_remedy('jsonl', folder)}")
         return Found([])
     records, missing = [], 0
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
-                source, texts = folder / row["file"], row.get("captions") or [row["caption"]]
-                if not texts or not all(isinstance(text, str) for text in texts):
-                    raise TypeError
-            except (ValueError, KeyError, TypeError):
+                source, captions = folder / row["file"], _captions(row)
+            except (ValueError, KeyError, TypeError, AttributeError):
                 raise UserError(
                     f"{path}: line {number} is not an object with file and captions; mend that line"
                 ) from None
-            if source.exists():
-                records.append(
-                    Record(
-                        f"{split}/{row['file']}",
-                        source,
-                        tuple(map(clean, texts)),
-                        "jsonl",
-                        kind_of(source.suffix, path),
-                        _labels(row),
-                    )
-                )
-            else:
+            if not source.is_file():
                 missing += 1
+                continue
+            labels = _labels(row, f"{path}: line {number}")
+            name = f"{split}/{row['file']}"
+            records.append(Record(name, source, captions, "jsonl", kind_of(source.suffix, path), labels))
     return Found(records, missing)
 
 
@@ -338,37 +321,33 @@ def read_shards(folder: Path, split: str) -> Found:
         return Found([])
     shards, records = Shards(paths), []
     for index in range(len(shards)):
-        sample = shards[index]
-        media = next((name for name in sample if f".{name}" in (*IMAGE_SUFFIXES, *AUDIO_SUFFIXES)), None)
+        sample, extensions = shards.read(index, ("txt", "json")), shards.names(index)[1]
+        media = next((name for name in extensions if f".{name}" in (*IMAGE_SUFFIXES, *AUDIO_SUFFIXES)), None)
         where = f"{folder}: sample {sample['__key__']}"
         if media is None:
-            raise UserError(f"{where} holds no picture or sound; its members are {', '.join(sorted(sample)[1:])}")
-        row = _shard_text(sample, where)
-        records.append(
-            Record(
-                f"{split}/{sample['__key__']}",
-                Member(shards, index, media),
-                tuple(map(clean, row["captions"])),
-                "shards",
-                kind_of(f".{media}", folder),
-                _labels(row),
-            )
-        )
+            raise UserError(f"{where} holds no picture or sound; its members are {', '.join(sorted(extensions))}")
+        captions, labels = _shard_text(sample, where)
+        name, source = f"{split}/{sample['__key__']}", Member(shards, index, media)
+        records.append(Record(name, source, captions, "shards", kind_of(f".{media}", folder), labels))
     return Found(records)
 
 
-def _shard_text(sample: dict, where: str) -> dict:
+def _shard_text(sample: dict, where: str) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
+    """Captions and labels of a sample."""
     try:
-        if "json" in sample:
-            row = json.loads(sample["json"])
-            row["captions"] = row.get("captions") or [row["caption"]]
-        else:
-            row = {"captions": [line for line in sample["txt"].decode("utf-8").splitlines() if line.strip()]}
-        if not row["captions"]:
-            raise ValueError
+        row = json.loads(sample["json"]) if "json" in sample else {"captions": sample["txt"].decode().splitlines()}
+        captions = _captions(row)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{where} has no caption: a .txt with lines or a .json with captions is wanted") from None
-    return row
+    return captions, _labels(row, where)
+
+
+def _captions(row: dict) -> tuple[str, ...]:
+    """The captions of a row that are not blank; ValueError where there is none, TypeError where one is no text."""
+    captions = tuple(filter(None, (clean(text) for text in row.get("captions") or [row["caption"]])))
+    if not captions:
+        raise ValueError("no caption")
+    return captions
 
 
 def kind_of(suffix: str, where: Path) -> Kind:
@@ -380,5 +359,13 @@ def kind_of(suffix: str, where: Path) -> Kind:
     raise UserError(f"{where}: {suffix} is neither a picture nor a sound that can be read")
 
 
-def _labels(row: dict) -> tuple[int, ...] | None:
-    return None if row.get("labels") is None else tuple(int(label) for label in row["labels"])
+def _labels(row: dict, where: str) -> tuple[int, ...] | None:
+    if row.get("labels") is None:
+        return None
+    try:
+        labels = tuple(map(int, row["labels"]))
+    except (ValueError, TypeError):
+        labels = (-1,)
+    if min(labels, default=0) < 0:
+        raise UserError(f"{where}: labels {row['labels']!r}: a list of class numbers from 0 is wanted")
+    return labels

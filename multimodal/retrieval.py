@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 QUERY_BLOCK, BLOCK = 1024, 4096
+RECALLS = (1, 5, 10)
 BOOTSTRAPS = 1000
 
 
@@ -42,20 +43,25 @@ def ranks_of_targets(queries_QE: Tensor, candidates_CE: Tensor, targets: list[li
     return ranks
 
 
-def summarise(ranks: list[np.ndarray], *, seed: int = 0) -> dict[str, float]:
-    """R@1, R@5, R@10 (best relevant candidate), median and mean rank (from 1), mAP@10, and R@1's and R@10's 95 %
-    intervals.
+def summarise(ranks: list[np.ndarray], owners: list[int] | None = None, *, seed: int = 0) -> dict[str, float]:
+    """R@1, R@5, R@10 (best relevant candidate) with 95 % intervals, median and mean rank (from 1), and mAP@10.
+
+    owners: the item that each query belongs to. The intervals draw whole items, since the captions of one picture
+    are found or missed together; None: each query for itself.
     """
     best = np.array([ranked[0] for ranked in ranks])
-    found = {f"R@{k}": float((best < k).mean()) for k in (1, 5, 10)}
+    found = {f"R@{k}": float((best < k).mean()) for k in RECALLS}
     found |= {
         "median_rank": float(np.floor(np.median(best)) + 1),
         "mean_rank": float(best.mean() + 1),
         "mAP@10": float(np.mean([average_precision_at(ranked) for ranked in ranks])),
     }
-    draws = np.random.default_rng(seed).integers(0, len(best), (BOOTSTRAPS, len(best)))
-    for k in (1, 10):
-        low, high = np.quantile((best[draws] < k).mean(1), (0.025, 0.975))
+    groups = np.unique(np.arange(len(best)) if owners is None else np.array(owners), return_inverse=True)[1]
+    sizes = np.bincount(groups)
+    draws = np.random.default_rng(seed).integers(0, len(sizes), (BOOTSTRAPS, len(sizes)))
+    for k in RECALLS:
+        hits = np.bincount(groups, best < k)
+        low, high = np.quantile(hits[draws].sum(1) / sizes[draws].sum(1), (0.025, 0.975))
         found |= {f"R@{k}_low": float(low), f"R@{k}_high": float(high)}
     return found
 
@@ -75,7 +81,7 @@ def retrieval(items_IE: Tensor, captions_CE: Tensor, owners: list[int]) -> dict[
         captions_of[owner].append(caption)
     return {
         "item_to_text": summarise(ranks_of_targets(items_IE, captions_CE, captions_of)),
-        "text_to_item": summarise(ranks_of_targets(captions_CE, items_IE, [[owner] for owner in owners])),
+        "text_to_item": summarise(ranks_of_targets(captions_CE, items_IE, [[owner] for owner in owners]), owners),
     }
 
 

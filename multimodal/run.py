@@ -1,5 +1,6 @@
 """A whole run: data, the stages one after another, and the report at the end, however it ends."""
 
+import json
 import time
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from multimodal.trainer import (
     parameter_groups,
 )
 from multimodal.weights import NAMES, load_start, put, read_payload
-from shared.config import save_config
+from shared.config import check_resume, fixed_settings, save_config
 from shared.dist import barrier, init_distributed, shutdown
 from shared.errors import UserError
 from shared.loop import FitResult, fit, is_done
@@ -47,6 +48,7 @@ class Run:
                 "3"
             )
         self.resume = self._resume_points()
+        self._check_settings()
         self.info = init_distributed(config.run.device, 60 * config.run.timeout_minutes)
         self.classify = self.data.labelled(config.training.label_set)
         if not self.classify and config.training.label_set != "none":
@@ -262,6 +264,22 @@ class Run:
         return {
             number: "auto" if number < stage else str(folder) if number == stage else "none" for number in self.epochs
         }
+
+    def _check_settings(self) -> None:
+        """Refuse other settings than those of the stages that are there, before anything is written."""
+        for stage, wish in self.resume.items():
+            folder = self.stage_dir(stage)
+            if wish == "none" or not (folder / "checkpoints" / "latest").exists():
+                continue
+            path = folder / "checkpoints" / self._mark(folder, "latest") / "trainer.json"
+            if not path.exists():
+                continue
+            saved = json.loads(path.read_text())["fixed_settings"]
+            if differing := check_resume(saved, fixed_settings(self.config)):
+                raise UserError(
+                    f"{folder} was trained with other settings: {'; '.join(differing)}; use the same, or another "
+                    "--output-dir"
+                )
 
     def _has_weights(self, folder: Path) -> bool:
         return any((folder / "checkpoints" / mark).exists() for mark in ("best", "latest"))

@@ -36,12 +36,17 @@ class Data:
     def labelled(self, label_set: str) -> bool:
         """Whether every training sample of the kind that the label set speaks of has class labels."""
         records = self.train.get({"voxceleb1": "voice", "none": None}.get(label_set, "image"), [])
-        return bool(records) and all(record.labels is not None for record in records)
+        return bool(records) and all_labelled(records)
 
     @property
     def framed(self) -> bool:
         """Whether voices come with video frames."""
         return "voice" in self.train and self.train["voice"][0].video is not None
+
+
+def all_labelled(records: list[Record]) -> bool:
+    """Whether each record has class labels, which a batch needs."""
+    return all(record.labels is not None for record in records)
 
 
 def data_folder(config: Config, name: str) -> Path:
@@ -165,7 +170,7 @@ def make_datasets(
             image_size=config.model.image_size,
             seed=config.run.seed,
             augmentation=augmentation,
-            num_classes=config.model.num_classes if kind == labelled else None,
+            num_classes=config.model.num_classes if kind == labelled and all_labelled(records[kind]) else None,
         )
         for kind in kinds
     }

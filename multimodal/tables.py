@@ -30,7 +30,7 @@ def read_json(path: Path, keys: Iterable[str]) -> dict:
     return tree
 
 
-def read_csv(path: Path, columns: Iterable[str], encoding: str = "utf-8-sig") -> list[dict[str, str]]:
+def read_csv(path: Path, columns: tuple[str, ...], encoding: str = "utf-8-sig") -> list[dict[str, str]]:
     """The rows of a table with these columns."""
     try:
         with open(path, encoding=encoding, newline="") as file:
@@ -40,6 +40,10 @@ def read_csv(path: Path, columns: Iterable[str], encoding: str = "utf-8-sig") ->
                 raise UserError(
                     f"{path}: has no column {absent[0]}; its columns are {', '.join(reader.fieldnames or ())}"
                 )
-            return list(reader)
+            rows = list(reader)
+            short = next((place for place, row in enumerate(rows, 2) if None in [row[name] for name in columns]), None)
+            if short is not None:
+                raise UserError(f"{path}: row {short} has too few columns; download it again")
+            return rows
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not readable as {encoding} CSV ({error}); download it again") from None

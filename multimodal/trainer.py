@@ -78,7 +78,7 @@ def choose_trainable(
         modalities = [
             name for name, present in (("image", has_image), ("text", has_text), ("audio", has_audio)) if present
         ]
-        trained += (text if stage == 3 else text[1:]) if has_text else []
+        trained += (text if stage == 3 or config.training.train_words else text[1:]) if has_text else []
         trained += [f"embed.{name}" for name in modalities]
         sigmoid = config.training.contrastive_loss == "siglip"
         trained += ["log_scale", *["bias"] * sigmoid] if "image" in kinds else []

@@ -51,8 +51,7 @@ def read_payload(path: Path | str) -> tuple[dict[str, Any], Path]:
         file = next((place for place in places if place.exists()), None)
         if file is None:
             raise UserError(
-                f"--checkpoint {path}: holds no best_model.pt or final_model.pt; give a run's folder or a .pt "
-                "file"
+                f"--checkpoint {path}: holds no best_model.pt or final_model.pt; give a run's folder or a .pt file"
             )
     elif path.exists():
         file = path

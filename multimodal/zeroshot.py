@@ -3,7 +3,6 @@
 Legend: I items, C classes, E embedding width.
 """
 
-import csv
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from multimodal.image import IMAGE_SUFFIXES
 from multimodal.inference import Embedder
 from multimodal.records import Kind
 from multimodal.retrieval import mean_average_precision
+from multimodal.tables import read_csv
 from shared.errors import UserError
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
@@ -71,8 +71,7 @@ def labelled_files(folder: Path) -> tuple[list[Path], list[int], list[str], Kind
     class.
     """
     if (folder / "meta" / "esc50.csv").exists():
-        with open(folder / "meta" / "esc50.csv", encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_csv(folder / "meta" / "esc50.csv", ("filename", "category"))
         names = sorted({row["category"].replace("_", " ") for row in rows})
         index = {name: place for place, name in enumerate(names)}
         return (

@@ -16,7 +16,7 @@ from multimodal.config import Config, DataConfig
 from multimodal.dataset import Augmentation, CaptionedDataset, collate
 from multimodal.image import read_image
 from multimodal.records import read_clotho_keywords, read_records
-from multimodal.sources import open_data
+from multimodal.sources import make_datasets, open_data
 from multimodal.synthetic import synthetic_records
 from multimodal.text import TextTokenizer, load_word_vectors
 from shared.errors import BadSample, UserError
@@ -171,13 +171,52 @@ def test_json_lines_and_shards(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize(
-    "content,message",
-    [("not json\n", "line 1"), ('{"file": "a.png"}\n', "line 1"), ('{"file": "a", "captions": [3]}\n', "line 1")],
+    "content",
+    [
+        b"not json\n",
+        b'{"file": "a.png"}\n',
+        b'{"file": "a", "captions": [3]}\n',
+        b'{"file": "a", "captions": [" "]}\n',
+        b'{"file": "a", "caption": "caf\xe9"}\n',
+        b"[1, 2]\n",
+        b'{"file": "", "caption": "a", "labels": "cat"}\n{"file": "a.png", "caption": "a", "labels": [-1]}\n',
+    ],
 )
-def test_broken_json_lines_name_the_line(tmp_path, content, message):
-    (tmp_path / "train.jsonl").write_text(content)
-    with pytest.raises(UserError, match=message):
+def test_broken_json_lines_name_the_line(tmp_path, content):
+    picture(tmp_path / "a.png")
+    (tmp_path / "train.jsonl").write_bytes(b"\n" + content)
+    with pytest.raises(UserError, match="line [23]"):
         read_records("jsonl", tmp_path, "train")
+
+
+def test_blank_captions_and_lines_are_passed_over(tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "train.jsonl").write_text('\n{"file": "a.png", "captions": ["", "one", "  "]}\n\n')
+    assert read_records("jsonl", tmp_path, "train").records[0].captions == ("one",)
+    (tmp_path / "development").mkdir()
+    (tmp_path / "development" / "a.wav").touch()
+    (tmp_path / "development" / "b.wav").touch()
+    table = "file_name,caption_1,caption_2\na.wav,,two\nb.wav,\n"
+    (tmp_path / "clotho_captions_development.csv").write_text(table)
+    found = read_records("clotho", tmp_path, "train")
+    assert [record.captions for record in found.records] == [("two",)] and found.missing == 1
+    (tmp_path / "train.csv").write_text("audiocap_id,youtube_id,start_time,caption\n1,x,0,a\n2,y\n")
+    with pytest.raises(UserError, match="row 3 has too few columns"):
+        read_records("audiocaps", tmp_path, "train")
+
+
+def test_labels_are_used_where_every_sample_has_them(tmp_path, tokenizer):
+    rows = [{"file": f"{name}.png", "caption": name} for name in "abcd"]
+    for row in rows:
+        picture(tmp_path / row["file"])
+    for labelled in (rows[:3], rows):
+        for row in labelled:
+            row["labels"] = [1]
+        (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        records = {"image": read_records("jsonl", tmp_path, "train").records}
+        config = Config(model={"num_classes": 2}, training={"label_set": "images"})
+        found = make_datasets(config, records, tokenizer, stage=3, training=False)["image"]
+        assert ("labels" in collate([found[0], found[3]])) == (labelled is rows)
 
 
 @pytest.mark.parametrize(

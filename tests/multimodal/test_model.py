@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from multimodal import benchmark
 from multimodal.blocks import Attention, Block
 from multimodal.config import Config
 from multimodal.model import SIZES, create_model
@@ -57,6 +58,14 @@ def test_parameters_of_each_part_of_base():
         network = create_model("base")
     assert {name: sum(p.numel() for p in network.get_submodule(name).parameters()) for name in BASE_PARTS} == BASE_PARTS
     assert sum(p.numel() for p in Block(512, 8).parameters()) == 12 * 512**2 + 13 * 512
+
+
+def test_the_benchmark_compares_like_with_like():
+    with torch.device("meta"):
+        ours, theirs = benchmark.our_model(), benchmark.their_model()
+    trained = {name: p.numel() for name, p in ours.network.named_parameters() if p.requires_grad}
+    assert sum(p.numel() for p in theirs.parameters()) == 10_659_073
+    assert sum(trained.values()) == 10_698_241 == 10_659_073 + trained["word_projection.weight"] + 13 * 192 - 192
 
 
 def test_the_presets_build():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from multimodal.config import Config, TrainingConfig, stage_epochs
-from multimodal.retrieval import average_precision_at, chance_recall, mean_average_precision, micro_f1
+from multimodal.retrieval import average_precision_at, chance_recall, mean_average_precision, micro_f1, summarise
 from shared.config import load_config, validate
 from shared.errors import UserError
 
@@ -25,6 +25,11 @@ from shared.errors import UserError
 )
 def test_stage_epochs(epochs, stages, expected):
     assert stage_epochs(TrainingConfig(num_epochs=epochs, stages=stages)) == expected
+
+
+def test_stages_without_epochs_are_refused():
+    with pytest.raises(ValueError, match="no epochs"):
+        stage_epochs(TrainingConfig(stages=[1], stage_epochs=[0, 2, 2]))
 
 
 def test_the_guides_yaml_and_flags(tmp_path):
@@ -58,6 +63,15 @@ def test_the_guides_yaml_and_flags(tmp_path):
 def test_wrong_settings_are_named(tree, message):
     with pytest.raises(UserError, match=message):
         validate(Config, tree, "test")
+
+
+def test_intervals_draw_whole_items():
+    ranks = [np.array([0 if number < 50 else 99]) for number in range(100)]
+    alone, grouped = summarise(ranks), summarise(ranks, [number // 50 for number in range(100)])
+    assert alone["R@5"] == grouped["R@5"] == 0.5
+    assert (grouped["R@5_low"], grouped["R@5_high"]) == (0, 1)  # two items: both, one or none of them
+    assert 0.38 < alone["R@5_low"] < 0.44 and 0.56 < alone["R@5_high"] < 0.62
+    assert {f"R@{k}_{end}" for k in (1, 5, 10) for end in ("low", "high")} <= set(alone)
 
 
 def test_measures():

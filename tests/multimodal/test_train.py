@@ -344,6 +344,33 @@ def test_bad_input_ends_with_2_and_one_sentence(tmp_path, capsys, flags, message
     assert not list((tmp_path / "out").glob("stage*"))
 
 
+def test_other_settings_are_refused_before_anything_is_written(whole, tmp_path, capsys):
+    folder = tmp_path / "out"
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / STAGES[2])  # the stages before it are done and would be taken as they are
+    before = (folder / "config.yaml").read_text()
+    with pytest.raises(SystemExit) as leaving:
+        run(folder, "--grad-accum", "2", "--dropout", "0.1", "--embed-dim", "64")
+    assert leaving.value.code == 2 and "model.embed_dim was 32, is 64" in capsys.readouterr().err
+    assert (folder / "config.yaml").read_text() == before and not (folder / STAGES[2]).exists()
+
+
+def test_odd_texts_and_sets_are_named(whole, tmp_path, capsys):
+    (tmp_path / "texts.txt").write_bytes(b"caf\xe9\n")
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta" / "esc50.csv").write_text("a,b\n1,2\n")
+    cases = [
+        (embed, ("encode", "--texts", str(tmp_path / "texts.txt")), "not a UTF-8 text file"),
+        (metrics, ("--zeroshot", "coco80"), "measured on coco"),
+        (metrics, ("--zeroshot", str(tmp_path)), "no column filename"),
+    ]
+    for command, flags, message in cases:
+        with pytest.raises(SystemExit) as leaving:
+            command.main([*flags, "--checkpoint", str(whole), "--output", str(tmp_path / "x")])
+        assert leaving.value.code == 2 and message in capsys.readouterr().err
+        assert not (tmp_path / "x").exists()
+
+
 def test_another_number_of_classes_needs_reset_head(whole, tmp_path, capsys):
     flags = ("--stages", "3", "--max-steps", "1", "--init-from", str(whole), "--num-classes", "20")
     with pytest.raises(SystemExit):
