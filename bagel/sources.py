@@ -137,7 +137,7 @@ class TarFile(RecordFile):
 
     def records(self) -> Iterator[RawRecord]:
         for number in range(len(self.shards)):
-            members = self.shards[number]
+            members = self.shards.read(number, ("json", "txt"))
             if "json" in members:
                 value, fault = _parse(members["json"].decode("utf-8", errors="replace"))
             elif "txt" in members:
@@ -145,14 +145,15 @@ class TarFile(RecordFile):
             else:
                 value, fault = None, "the sample has neither a json nor a txt member"
             if isinstance(value, dict):
-                value = self._with_members(value, number, members)
+                value = self._with_members(value, number)
             yield RawRecord(number, value, fault)
 
-    def _with_members(self, record: dict, number: int, members: dict) -> dict:
-        names = {extension: f"{number}:{extension}" for extension in members}
-        names.update({f"{members['__key__']}.{extension}": f"{number}:{extension}" for extension in members})
+    def _with_members(self, record: dict, number: int) -> dict:
+        key, extensions = self.shards.names(number)
+        names = {extension: f"{number}:{extension}" for extension in extensions}
+        names.update({f"{key}.{extension}": f"{number}:{extension}" for extension in extensions})
         record = _renamed(record, names)
-        own = next((extension for extension in self.PICTURES if extension in members), None)
+        own = next((extension for extension in self.PICTURES if extension in extensions), None)
         if own and "text_prompt" in record and "image_path" not in record:
             record["image_path"] = f"{number}:{own}"
         return record
@@ -161,7 +162,7 @@ class TarFile(RecordFile):
         sample, _, extension = name.partition(":")
         if not sample.isdigit() or not extension:
             return super().picture(name)
-        return io.BytesIO(self.shards[int(sample)].get(extension, b""))
+        return io.BytesIO(self.shards.read(int(sample), (extension,)).get(extension, b""))
 
 
 def open_records(paths: str, image_root: str | None) -> list[RecordFile]:

@@ -90,7 +90,7 @@ class CachedDataset(Dataset):
             pictures.fingerprint,
             pictures.skipped,
         )
-        self.labels = [item.label for item in pictures.items]
+        self.labels = [item.label for item in pictures.items] if self.num_classes else []
         self.flip = config.data.flip if manifest["flips"] and pictures.may_flip else 0.0
         self.variants = manifest["variants"] if not manifest["flips"] else 1
         self.ends = np.cumsum([shard["count"] for shard in manifest["shards"]])

@@ -25,7 +25,9 @@ class DataConfig(Section):
     crop: Literal["center", "random", "random_resized", "resize"] = setting("center", "how a picture becomes a square")
     flip: float = setting(0.5, "probability of mirroring a training picture", ge=0, le=1)
     flip_guard: bool | Literal["picture"] = setting(
-        True, "true: mirror nothing when any caption speaks of left or right; picture: spare only those pictures"
+        True,
+        "true: mirror nothing when any caption speaks of left or right (in shards: as picture); "
+        "picture: spare only those pictures",
     )
     caption_source: Literal["auto", "text", "attributes", "class"] = setting(
         "auto", "where cub captions come from; auto: the first that exists"

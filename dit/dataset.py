@@ -3,7 +3,7 @@
 import hashlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from dit.config import SAMPLE_DATA, Config, DataConfig
 from dit.images import crop_to_box, decode, to_square, to_tensor
 from dit.readers import Found, Item, read
+from dit.sharded import ShardItems
 from shared.errors import BadSample, UserError
 from shared.rng import keyed_generator
 
@@ -61,7 +62,7 @@ class TextImageDataset(Dataset):
             )
         self.root = SAMPLE_DATA if settings.dataset_path == "sample" else Path(settings.dataset_path)
         found: Found = read(settings, self.root, is_train=is_train, num_classes=num_classes)
-        self.skipped, self.shards = found.skipped, found.shards
+        self.skipped = found.skipped
         self.items = self._subset(found.items)
         if is_train and not self.items:
             raise UserError(
@@ -127,7 +128,13 @@ class TextImageDataset(Dataset):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the list of ids: two runs with the same one see the same samples."""
-        return hashlib.sha256("\n".join(item.id for item in self.items).encode()).hexdigest()
+        digest = hashlib.sha256()
+        for number, name in enumerate(self.items.ids() if isinstance(self.items, ShardItems) else self._ids()):
+            digest.update(f"\n{name}".encode() if number else name.encode())
+        return digest.hexdigest()
+
+    def _ids(self) -> Iterator[str]:
+        return (item.id for item in self.items)
 
     def _flip_rule(self) -> bool:
         """Whether training pictures may be mirrored at all; with a guard, none is where any caption speaks of left or
@@ -135,6 +142,8 @@ class TextImageDataset(Dataset):
         """
         if not self.is_train or self.settings.flip == 0:
             return False
+        if isinstance(self.items, ShardItems):
+            return True  # captions are read one by one there: the guard looks at each picture's own
         if self.settings.flip_guard is True and any(_names_sides(item) for item in self.items):
             print(
                 "warning: some captions speak of left or right, so no picture is mirrored (data.flip_guard)",
@@ -160,15 +169,14 @@ class TextImageDataset(Dataset):
                 return item.image.read_bytes()
             except OSError as error:
                 raise BadSample(f"{item.image}: cannot be read ({error.strerror})") from None
-        sample = self.shards[item.image]
-        return next(sample[suffix] for suffix in ("jpg", "jpeg", "png", "webp", "bmp") if suffix in sample)
+        return self.items.picture(item.image)
 
     def _label(self, item: Item) -> int:
         if item.label is None or not 0 <= item.label < self.num_classes:
             raise BadSample(f"{item.id}: class {item.label} is not in 0 .. {self.num_classes - 1} (model.num_classes)")
         return item.label
 
-    def _subset(self, items: list[Item]) -> list[Item]:
+    def _subset(self, items: Sequence[Item]) -> Sequence[Item]:
         wanted = self.settings.num_samples
         if wanted is None or not self.is_train:
             return items
@@ -179,7 +187,8 @@ class TextImageDataset(Dataset):
             )
             return items
         chosen = torch.randperm(len(items), generator=keyed_generator(self.settings.subset_seed, _SUBSET))[:wanted]
-        return [items[index] for index in sorted(chosen.tolist())]
+        indices = sorted(chosen.tolist())
+        return items.take(indices) if isinstance(items, ShardItems) else [items[index] for index in indices]
 
 
 def _names_sides(item: Item) -> bool:

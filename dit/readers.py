@@ -1,13 +1,13 @@
 """The public on-disk layouts as lists of items: MS-COCO, CUB-200-2011, and folders of one's own.
 
 A reader looks only at lists and names, never into pictures, so a large set opens in seconds. What cannot be used is
-returned
-beside the items, with the reason.
+returned beside the items, with the reason.
 """
 
 import csv
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,6 @@ from shared.rng import keyed_seed
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 IMAGE_KEYS = ("file_name", "file", "image", "image_path")
 CAPTION_KEYS = ("text", "caption", "prompt", "text_prompt", "captions")
-SHARD_CAPTIONS = ("txt", "json")
 
 
 class Item(NamedTuple):
@@ -32,11 +31,10 @@ class Item(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Items in the order of their ids, (name, reason) of what was left out, and the tar shards where there are any."""
+    """Items in the order of their ids (shards: of the files), and (name, reason) of what was left out."""
 
-    items: list[Item]
+    items: Sequence[Item]
     skipped: list[tuple[str, str]]
-    shards: Any = None
 
 
 def read(settings: DataConfig, root: Path, *, is_train: bool, num_classes: int | None = None) -> Found:
@@ -45,8 +43,21 @@ def read(settings: DataConfig, root: Path, *, is_train: bool, num_classes: int |
         raise UserError(
             f"data.dataset_path {root}: no such folder; give the folder that holds the {settings.dataset_name} data"
         )
-    readers = {"coco": _coco, "cub": _cub, "custom": _custom}
-    found = readers[settings.dataset_name](settings, root, is_train, num_classes)
+    if settings.dataset_name == "custom" and is_sharded(root):
+        from dit.sharded import ShardItems
+
+        found = Found(*ShardItems.open(root, lambda name: held_out(name, settings.val_fraction) != is_train))
+    else:
+        readers = {"coco": _coco, "cub": _cub, "custom": _custom}
+        found = _usable(readers[settings.dataset_name](settings, root, is_train, num_classes), num_classes)
+    if found.skipped and settings.on_error == "raise":
+        (name, reason), more = found.skipped[0], len(found.skipped) - 1
+        raise UserError(f"{name}: {reason} (and {more} more); mend the data, or use --on-error skip")
+    return found
+
+
+def _usable(found: Found, num_classes: int | None) -> Found:
+    """The items that have what training needs, in the order of their ids."""
     items, skipped = [], list(found.skipped)
     for item in found.items:
         if not item.captions and not (num_classes and item.label is not None):
@@ -55,11 +66,7 @@ def read(settings: DataConfig, root: Path, *, is_train: bool, num_classes: int |
             skipped.append((item.id, f"{item.image}: no such picture"))
         else:
             items.append(item)
-    if skipped and settings.on_error == "raise":
-        raise UserError(
-            f"{skipped[0][0]}: {skipped[0][1]} (and {len(skipped) - 1} more); mend the data, or use --on-error skip"
-        )
-    return Found(sorted(items, key=lambda item: item.id), skipped, found.shards)
+    return Found(sorted(items, key=lambda item: item.id), skipped)
 
 
 def clean_captions(texts: Any) -> tuple[str, ...]:
@@ -208,22 +215,25 @@ def _phrase(attribute: str) -> str:
 # --- one's own --------------------------------------------------------------------------------------------------------
 
 
+def is_sharded(root: Path) -> bool:
+    """Whether a path names tar files: one, a pattern, or a folder that holds some."""
+    is_pattern = root.suffix == ".tar" or any(mark in root.name for mark in "*{")
+    return is_pattern or (root.is_dir() and any(root.glob("*.tar")))
+
+
 def _custom(settings: DataConfig, root: Path, is_train: bool, num_classes: int | None) -> Found:
-    if root.suffix == ".tar" or any(mark in root.name for mark in "*{") or (root.is_dir() and any(root.glob("*.tar"))):
-        found = _shards(root)
+    split_file = root / ("train.jsonl" if is_train else "val.jsonl")
+    if split_file.is_file():
+        return _rows(split_file)  # the data have their own split
+    listing = next((root / name for name in ("metadata.jsonl", "metadata.csv") if (root / name).is_file()), None)
+    if listing is not None:
+        found = _rows(listing)
+    elif (root / "data_info.json").is_file():
+        found = _pixart(root)
+    elif num_classes:
+        found = _class_folders(root)
     else:
-        split_file = root / ("train.jsonl" if is_train else "val.jsonl")
-        if split_file.is_file():
-            return _rows(split_file)  # the data have their own split
-        listing = next((root / name for name in ("metadata.jsonl", "metadata.csv") if (root / name).is_file()), None)
-        if listing is not None:
-            found = _rows(listing)
-        elif (root / "data_info.json").is_file():
-            found = _pixart(root)
-        elif num_classes:
-            found = _class_folders(root)
-        else:
-            found = _sidecars(root)
+        found = _sidecars(root)
     return found._replace(items=[item for item in found.items if held_out(item.id, settings.val_fraction) != is_train])
 
 
@@ -295,41 +305,6 @@ def _class_folders(root: Path) -> Found:
         ],
         [],
     )
-
-
-def _shards(root: Path) -> Found:
-    from shared.shards import Shards
-
-    shards = Shards(_expand(root))
-    items, skipped = [], []
-    for index in range(len(shards)):
-        sample = shards[index]
-        name = sample["__key__"]
-        if not any(suffix[1:] in sample for suffix in IMAGE_SUFFIXES):
-            skipped.append((name, "no picture in the shard"))
-            continue
-        try:
-            captions = clean_captions(sample["txt"].decode("utf-8", "replace").splitlines()) if "txt" in sample else ()
-            if not captions and "json" in sample:
-                record = json.loads(sample["json"])
-                captions = next((found for key in CAPTION_KEYS if (found := clean_captions(record.get(key)))), ())
-            items.append(Item(name, index, captions))
-        except (ValueError, AttributeError) as error:
-            skipped.append((name, f"unreadable json ({error})"))
-    return Found(items, skipped, shards)
-
-
-def _expand(root: Path) -> list[Path]:
-    """The tar files of a folder, of a * pattern, or of a brace range such as data-{000..009}.tar."""
-    if root.is_dir():
-        return sorted(root.glob("*.tar"))
-    name = root.name
-    if "{" in name and ".." in name:
-        before, inside = name.split("{", 1)
-        inside, after = inside.split("}", 1)
-        first, last = inside.split("..")
-        return [root.parent / f"{before}{number:0{len(first)}d}{after}" for number in range(int(first), int(last) + 1)]
-    return sorted(root.parent.glob(name)) if "*" in name else [root]
 
 
 # --- small files ------------------------------------------------------------------------------------------------------

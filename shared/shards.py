@@ -4,11 +4,15 @@ import hashlib
 import io
 import os
 import tarfile
+from collections.abc import Collection, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from shared.errors import BadSample, UserError
+
+LISTED = 4096  # samples whose names are in memory at a time
 
 
 class Shards:
@@ -30,17 +34,42 @@ class Shards:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> dict:
+        return self.read(index, None)
+
+    def read(self, index: int, extensions: Collection[str] | None) -> dict:
+        """The sample with only these members, None: with all; the others' bytes are not touched."""
+        shard, members = self._members(index)
+        sample: dict = {}
+        for offset, size, name in members:
+            key, extension = split_name(name.decode())
+            sample["__key__"] = key
+            if extensions is None or extension in extensions:
+                sample[extension] = self._read(shard, offset, size)
+        return sample
+
+    def names(self, index: int) -> tuple[str, list[str]]:
+        """The sample's key and the extensions of its members, from the index alone."""
+        names = [split_name(name.decode()) for _, _, name in self._members(index)[1]]
+        return names[0][0], [extension for _, extension in names]
+
+    def listing(self) -> Iterator[tuple[str, list[str]]]:
+        """names(i) of every sample in turn, a few thousand at a time."""
+        for starts, members in self._indices:
+            for first in range(0, len(starts) - 1, LISTED):
+                bounds = starts[first : first + LISTED + 1].tolist()
+                names = [split_name(name.decode()) for name in members["name"][bounds[0] : bounds[-1]].tolist()]
+                for begin, end in pairwise(bounds):
+                    own = names[begin - bounds[0] : end - bounds[0]]
+                    yield own[0][0], [extension for _, extension in own]
+
+    def _members(self, index: int) -> tuple[int, list[tuple[int, int, bytes]]]:
+        """The shard of a sample and (offset, size, name) of its members."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         shard = int(np.searchsorted(self._ends, index, side="right"))
         local = index - (int(self._ends[shard - 1]) if shard else 0)
         starts, members = self._indices[shard]
-        sample: dict = {}
-        for offset, size, name in members[int(starts[local]) : int(starts[local + 1])].tolist():
-            key, extension = split_name(name.decode())
-            sample["__key__"] = key
-            sample[extension] = self._read(shard, offset, size)
-        return sample
+        return shard, members[int(starts[local]) : int(starts[local + 1])].tolist()
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_files": {}}  # each process opens its own files

@@ -14,6 +14,7 @@ from dit.dataset import TextImageDataset, collate
 from dit.images import decode, grid, to_square, to_tensor, to_uint8
 from dit.readers import read
 from shared.errors import BadSample, UserError
+from shared.shards import Shards
 from tests.dit.small import coco_folder, cub_folder, picture
 
 
@@ -102,7 +103,9 @@ def test_custom_split_files_csv_pixart_sidecars_and_class_folders(tmp_path):
     assert classed[0]["label"] == 0
 
 
-def test_webdataset_shards_are_read_at_random(tmp_path):
+@pytest.fixture
+def shards(tmp_path):
+    """Two tar files of three samples; the first of each has its caption in a json."""
     for shard in range(2):
         with tarfile.open(tmp_path / f"data-{shard:03d}.tar", "w") as tar:
             for number in range(3):
@@ -114,20 +117,52 @@ def test_webdataset_shards_are_read_at_random(tmp_path):
                     else ("json", json.dumps({"caption": f"json {shard}"}).encode())
                 )
                 for suffix, data in (("png", image.getvalue()), note):
-                    member = tarfile.TarInfo(f"{shard}{number}.{suffix}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
-    for place in (tmp_path, tmp_path / "data-{000..001}.tar", tmp_path / "data-*.tar"):
+                    add_member(tar, f"{shard}{number}.{suffix}", data)
+    return tmp_path
+
+
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def test_webdataset_shards_are_read_at_random(shards):
+    captions = ["json 0", "text 01", "text 02", "json 1", "text 11", "text 12"]
+    for place in (shards, shards / "data-{000..001}.tar", shards / "data-*.tar"):
         found = dataset("custom", place)
-        assert [item.captions[0] for item in found.items] == [
-            "json 0",
-            "text 01",
-            "text 02",
-            "json 1",
-            "text 11",
-            "text 12",
-        ]
+        assert [item.captions[0] for item in found.items] == captions
     assert found[5]["image"].shape == (3, 16, 16)
+    some = dataset("custom", shards, num_samples=4, subset_seed=1)
+    assert [some[index]["text"] for index in range(4)] == sorted(
+        (item.captions[0] for item in some.items), key=captions.index
+    )
+
+
+def test_shards_open_and_tell_their_names_without_reading_a_sample(shards, monkeypatch):
+    dataset("custom", shards)  # writes the index
+
+    def read(*arguments):
+        raise AssertionError("a sample was read")
+
+    monkeypatch.setattr(Shards, "_read", read)
+    found = dataset("custom", shards, num_samples=5)
+    assert len(found) == 5 and len(found.fingerprint) == 64
+    held = [dataset("custom", shards, is_train=train, val_fraction=0.5) for train in (True, False)]
+    assert sorted(name for part in held for name in part.items.ids()) == ["00", "01", "02", "10", "11", "12"]
+
+
+def test_a_bad_sample_of_a_shard_is_told_when_it_is_used(shards):
+    with tarfile.open(shards / "data-002.tar", "w") as tar:
+        add_member(tar, "bare.png", b"x")
+        add_member(tar, "words.txt", b"no picture")
+        add_member(tar, "wrong.png", b"x")
+        add_member(tar, "wrong.json", b"{")
+    found = dataset("custom", shards)
+    assert len(found) == 8 and found.skipped == [("words", "no picture in the shard")]
+    for index, reason in ((6, "no caption"), (7, "unreadable json")):
+        with pytest.raises(BadSample, match=reason):
+            found[index]
 
 
 def test_num_samples_keeps_a_seeded_choice(tmp_path):
