@@ -92,6 +92,12 @@ def main(argv: list[str] | None = None) -> None:
             states.append(handle(found, root / found.name, options, bases))
     print_table(states)
     codes = {state.code for state in states}
+    if FAILED in codes:
+        print(
+            "the same command goes on where it stopped; training that needs no download: "
+            "python multimodal/train.py --config small",
+            file=sys.stderr,
+        )
     if codes != {0}:
         raise SystemExit(FAILED if FAILED in codes else MANUAL)
 

@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import re
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -96,14 +97,14 @@ def _receive(url: str, part: Path, size: int | None, policy: Policy, progress: P
         failures = 0 if here > furthest else failures + 1
         furthest = max(furthest, here)
         if failures > policy.max_retries:
+            kept = f"{here} bytes are kept in {part}" if here else "nothing was received"
             raise DownloadError(
-                f"{url}: {problem}, {failures} times in a row without progress at byte {here}; {part} is kept, run the "
-                "same "
-                "command again"
+                f"{url}: {problem}, {failures} times in a row without progress; {kept}; run the same command again"
             )
-        pause = max(wait, policy.first_wait * 2 ** (failures - 1) if failures else 0.0)
+        pause = min(max(wait, policy.first_wait * 2 ** (failures - 1) if failures else 0.0), MAX_WAIT)
         if pause:
-            time.sleep(min(pause, MAX_WAIT))
+            print(f"{url}: {problem}; trying again in {pause:.0f} s", file=sys.stderr, flush=True)
+            time.sleep(pause)
 
 
 class _Rejected(Exception):

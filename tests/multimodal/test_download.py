@@ -100,13 +100,16 @@ def test_a_missing_file_is_not_tried_again(site: Site, tmp_path: Path):
     assert len(site.requests) == 1
 
 
-def test_a_busy_server_is_waited_for(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_busy_server_is_waited_for(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     waits: list[float] = []
     monkeypatch.setattr(fetching.time, "sleep", waits.append)
     site.files["a"] = content(1000)
     site.answers = [(429, {"Retry-After": "7"}), (503, {}), (500, {})]
     fetch(site.url + "a", tmp_path / "a", policy=Policy(5, 5, 1.0))
     assert waits == [7, 2, 4] and (tmp_path / "a").exists()
+    assert "429" in (said := capsys.readouterr().err) and "trying again in 7 s" in said
     site.answers = [(503, {})] * 9
     with pytest.raises(DownloadError, match="503"):
         fetch(site.url + "a", tmp_path / "b", policy=Policy(2, 5, 1.0))
@@ -276,7 +279,8 @@ def test_one_failure_does_not_keep_the_others_back(
     )
     assert run(tmp_path, "--datasets", "glove", "coco") == 3
     printed = capsys.readouterr()
-    assert "404" in printed.err and "complete" in printed.out and (tmp_path / "data" / "coco" / "val").exists()
+    assert "404" in printed.err and "train.py --config small" in printed.err
+    assert "complete" in printed.out and (tmp_path / "data" / "coco" / "val").exists()
 
 
 def test_a_small_disk_stops_before_the_first_byte(
