@@ -266,8 +266,11 @@ def _identification_split(path: Path) -> dict[str, str]:
     """Lines `1|2|3 id.../video/00001.wav`."""
     if not path.exists():
         return {}
-    rows = (line.split() for line in path.read_text().splitlines() if line.strip())
-    return {name: VOX_SPLITS[int(number)] for number, name in rows}
+    try:
+        rows = (line.split() for line in path.read_text().splitlines() if line.strip())
+        return {name: VOX_SPLITS[int(number)] for number, name in rows}
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path}: lines `1|2|3 id.../video/00001.wav` are wanted ({error}); fetch it again") from None
 
 
 def _is_held_out(video: Path) -> bool:

@@ -89,7 +89,7 @@ def load_word_vectors(
         if token.endswith(WORD_END) and index >= SPECIAL_TOKENS
     }
     width, rows = table.embedding_dim, {}
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             word, *values = line.rstrip().split(" ")
             if word not in wanted:

@@ -1,5 +1,6 @@
 """The trainer of one stage: what a step's loss is, how it is validated, and which files a checkpoint gets."""
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from multimodal.sources import model_inputs
 from multimodal.weights import FORMAT_VERSION, put, save_aside
 from shared.data import to_device
 from shared.dist import DistInfo, mean_over_ranks
+from shared.errors import BadSample, UserError
 from shared.rng import keyed_rand
 
 STAGE_NAMES = {1: "stage1_single", 2: "stage2_align", 3: "stage3_finetune"}
@@ -298,7 +300,7 @@ class Trainer:
         turns, sums = -(-batches // self.info.world), {}
         for turn in range(turns):
             number = (turn * self.info.world + self.info.rank) % batches
-            batch = {kind: self._validation_batch(dataset, number, size) for kind, dataset in self.val.items()}
+            batch = {kind: validation_batch(dataset, number, size) for kind, dataset in self.val.items()}
             batch = to_device(batch, self.info.device)
             inputs = self._inputs(batch)
             outputs = model(inputs, self._draws(batch, inputs, _VALIDATION_STEP, _VALIDATION_SEED_SHIFT))
@@ -311,12 +313,6 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + float(value) / turns
         name = "masked_{}_loss" if self.stage == 1 else "{}_loss"
         return mean_over_ranks({name.format(part): value for part, value in sums.items()})
-
-    def _validation_batch(self, dataset: CaptionedDataset, number: int, size: int) -> dict:
-        indices = [(number * size + place) % len(dataset) for place in range(min(size, len(dataset)))]
-        batch = collate([dataset[index] for index in indices])
-        batch["slot"] = torch.tensor(indices)
-        return batch
 
     # --- files --------------------------------------------------------------------------------------------------------
 
@@ -367,3 +363,19 @@ def _scalars(model: Any, dataset: CaptionedDataset, kind: Kind, info: DistInfo) 
     return {
         name: float(outputs[name]) for name in ("logit_scale", "audio_logit_scale", "logit_bias", "audio_logit_bias")
     }
+
+
+def validation_batch(dataset: CaptionedDataset, number: int, size: int) -> dict:
+    """Up to `size` samples from a fixed place on, round the set; those that cannot be read are passed over."""
+    items: dict[int, dict] = {}
+    for place in range(len(dataset)):
+        index = (number * size + place) % len(dataset)
+        with contextlib.suppress(BadSample):
+            items[index] = dataset[index]
+        if len(items) == size:
+            break
+    if not items:
+        raise UserError(f"none of {len(dataset)} validation samples can be read; look at the data folder")
+    batch = collate(list(items.values()))
+    batch["slot"] = torch.tensor(list(items))
+    return batch

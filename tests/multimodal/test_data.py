@@ -19,6 +19,7 @@ from multimodal.records import read_clotho_keywords, read_records
 from multimodal.sources import make_datasets, open_data
 from multimodal.synthetic import synthetic_records
 from multimodal.text import TextTokenizer, load_word_vectors
+from multimodal.trainer import validation_batch
 from shared.errors import BadSample, UserError
 
 SAMPLE = Path(__file__).resolve().parents[2] / "multimodal" / "sample_data"
@@ -138,6 +139,9 @@ def test_voxceleb_splits_and_speakers(tmp_path):
     config = Config(data={"data_root": str(tmp_path), "datasets": ["voxceleb"]})
     with pytest.raises(UserError, match="no videos.*label-set voxceleb1"):
         open_data(config)
+    (folder / "iden_split.txt").write_text("4 id10001/aa/00001.wav\n")
+    with pytest.raises(UserError, match="iden_split.txt"):
+        read_records("voxceleb", folder, "train")
 
 
 def test_json_lines_and_shards(tmp_path, tokenizer):
@@ -203,6 +207,21 @@ def test_blank_captions_and_lines_are_passed_over(tmp_path):
     (tmp_path / "train.csv").write_text("audiocap_id,youtube_id,start_time,caption\n1,x,0,a\n2,y\n")
     with pytest.raises(UserError, match="row 3 has too few columns"):
         read_records("audiocaps", tmp_path, "train")
+
+
+def test_a_validation_batch_passes_over_broken_files(tmp_path, tokenizer):
+    rows = [{"file": f"{name}.png", "caption": name} for name in "abcd"]
+    for row in rows:
+        picture(tmp_path / row["file"])
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = dataset(read_records("jsonl", tmp_path, "train").records, tokenizer)
+    (tmp_path / "c.png").write_bytes(b"broken")
+    assert validation_batch(found, 1, 2)["slot"].tolist() == [3, 0]
+    assert validation_batch(found, 0, 8)["slot"].tolist() == [0, 1, 3]
+    for row in rows:
+        (tmp_path / row["file"]).write_bytes(b"broken")
+    with pytest.raises(UserError, match="none of 4 validation samples"):
+        validation_batch(found, 0, 2)
 
 
 def test_labels_are_used_where_every_sample_has_them(tmp_path, tokenizer):
