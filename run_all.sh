@@ -17,6 +17,7 @@ resumes it, generates, evaluates, and writes outputs/index.html. A second run co
   --strategy S       none, ddp, fsdp, zero1, zero2 or zero3
   --output-dir DIR   default outputs
   --max-steps N      bound every training phase, for a quick look
+  --jobs N           systems at a time; default 2 on a CPU with two cores or more, 1 with GPUs or --gpus
   --offline          never ask the network for anything
   --help             this text
 
@@ -30,12 +31,13 @@ fail() {
     exit 2
 }
 
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then fail "bash 4.4 or newer is needed, this is $BASH_VERSION"; fi
 all=(float opens2v bagel dit multimodal)
 only=() preset=small output=outputs offline=false skip_download=false pipeline=false data_root="" datasets=()
-launch=() train=() multimodal=()
+launch=() train=() multimodal=() jobs=""
 while (($#)); do
     case "$1" in
-    --only | --preset | --gpus | --strategy | --output-dir | --max-steps | --model-size | --batch-size | --epochs | --lr | --data-root | --resume)
+    --only | --preset | --gpus | --strategy | --output-dir | --max-steps | --jobs | --model-size | --batch-size | --epochs | --lr | --data-root | --resume)
         (($# >= 2)) || fail "$1 needs a value"
         case "$1" in
         --only)
@@ -43,7 +45,11 @@ while (($#)); do
             only+=("$2")
             ;;
         --preset) preset="$2" ;;
-        --gpus) launch+=(--gpus "$2") ;;
+        --gpus) launch+=(--gpus "$2") jobs="${jobs:-1}" ;;
+        --jobs)
+            [[ "$2" =~ ^[1-9][0-9]*$ ]] || fail "--jobs $2: a number from 1 is wanted"
+            jobs="$2"
+            ;;
         --strategy | --max-steps) train+=("$1" "$2") ;;
         --output-dir) output="$2" ;;
         --data-root)
@@ -112,28 +118,52 @@ if [[ "$pipeline" == true ]]; then
 fi
 
 mkdir -p "$output/logs"
+cores="$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)"
+if [[ -z "$jobs" ]]; then
+    jobs=1
+    if ((cores >= 2)) && ! nvidia-smi -L >/dev/null 2>&1; then jobs=2; fi
+fi
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores / jobs > 0 ? cores / jobs : 1))}"
+export PYTHONUNBUFFERED=1
 started=$SECONDS
-failed=() reports=() notes=()
+marks="$(mktemp -d)" # one file for each system that ended, and for each phase that failed
+trap 'rm -rf "$marks"' EXIT
+trap 'trap - INT TERM; kill 0' INT TERM
+
+# Processor minutes that `small` took, train to report, where the README's results were made; they only tell the time left.
+declare -A minutes=([float]=8 [opens2v]=8 [dit]=7 [bagel]=6 [multimodal]=4)
+
+clock() { printf '%d:%02d' $((($1) / 60)) $((($1) % 60)); }
+
+# One line on the console: the time, the system, its phase, and what is left of the whole.
+tell() {
+    local left=0 system
+    for system in "${only[@]}"; do
+        [[ -e "$marks/ended_$system" ]] || left=$((left + ${minutes[$system]}))
+    done
+    printf '\n[%s] %s (%d of %d ended): %s%s\n' "$(clock $((SECONDS - started)))" "$1" \
+        "$(find "$marks" -name 'ended_*' | wc -l)" "${#only[@]}" "$2" \
+        "$([[ "$preset" == small && ${#train[@]} -eq 0 ]] && echo "; about $(((left + jobs - 1) / jobs)) minutes to the end")"
+}
 
 # Run one phase of one system, showing its lines and keeping them in the system's log.
 phase() {
     local system="$1" what="$2" log="$output/logs/$1.log" code=0
     shift 2
-    printf '\n[%d:%02d] %s (%d of %d): %s\n' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)) "$system" "$number" "${#only[@]}" "$what"
-    { "$@" 2>&1 | tee -a "$log" | sed "s/^/  /"; } || code=$?
+    tell "$system" "$what"
+    { "$@" 2>&1 | tee -a "$log" | sed -u "s/^/  $system: /"; } || code=$?
     if ((code != 0)); then
         printf '  %s failed while it should %s; its log is %s\n' "$system" "$what" "$log" >&2
-        failed+=("$system ($what; log $log)")
+        echo "$system ($what; log $log)" >"$marks/failed_$system"
         return 1
     fi
 }
 
-number=0
-for system in "${only[@]}"; do
-    number=$((number + 1))
-    out="$output/$system"
+# Train, resume, generate and evaluate one system.
+whole() {
+    local system="$1" out="$output/$1" made
     : >"$output/logs/$system.log"
-    train_command=(bash scripts/launch.sh "${launch[@]}" "$system" --config "$preset" --output-dir "$out" "${train[@]}")
+    local train_command=(bash scripts/launch.sh "${launch[@]}" "$system" --config "$preset" --output-dir "$out" "${train[@]}")
     case "$system" in
     float | opens2v) made="$out/samples/generated.mp4" ;;
     *) made="$out/samples/generated.png" ;;
@@ -142,14 +172,30 @@ for system in "${only[@]}"; do
         phase "$system" resume "${train_command[@]}" &&
         phase "$system" generate "$python" "$system/generate.py" --checkpoint "$out" --output "$made" &&
         phase "$system" evaluate "$python" "$system/metrics.py" --checkpoint "$out" --output "$out/metrics.json" || true
-    if [[ -f "$out/report.json" ]]; then reports+=("$out/report.json"); fi
-done
+    : >"$marks/ended_$system"
+}
 
-for item in "${failed[@]}"; do
-    notes+=(--note "Failed: $item")
+running=0
+for system in "${only[@]}"; do
+    if ((running >= jobs)); then
+        wait -n || true
+        running=$((running - 1))
+    fi
+    whole "$system" &
+    running=$((running + 1))
+done
+wait
+
+reports=() notes=() failed=()
+for system in "${only[@]}"; do
+    if [[ -f "$output/$system/report.json" ]]; then reports+=("$output/$system/report.json"); fi
+    if [[ -f "$marks/failed_$system" ]]; then
+        failed+=("$(cat "$marks/failed_$system")")
+        notes+=(--note "Failed: ${failed[-1]}")
+    fi
 done
 "$python" -m shared.report "${reports[@]}" --output "$output/index.html" "${notes[@]}" >/dev/null
-printf '\n[%d:%02d] %s\n' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)) "results: $output/index.html"
+printf '\n[%s] results: %s\n' "$(clock $((SECONDS - started)))" "$output/index.html"
 if ((${#failed[@]})); then
     printf 'failed: %s\n' "${failed[@]}" >&2
     exit 1

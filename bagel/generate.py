@@ -1,12 +1,13 @@
 """Draw, edit, describe or continue with a trained or released model.
 
+    python bagel/generate.py --checkpoint outputs/bagel --output grid.png            the run's held-out prompts
     python bagel/generate.py --checkpoint outputs/bagel --prompt "A red apple" --output apple.png
     python bagel/generate.py --checkpoint BAGEL-7B-MoT --prompt "Make it blue" --image cat.jpg --task edit
     python bagel/generate.py --checkpoint outputs/bagel --prompt "What is this?" --image cat.jpg --output answer.json
     python bagel/generate.py --checkpoint outputs/bagel --prompts prompts.txt --output grid.png
 
-The last draws one picture for each line, as a batch. A .png output receives the picture, a .txt the text, a .json both
-(the picture as a .png beside it).
+The last draws one picture for each line, as a batch; the first does so for up to 16 prompts of the run's validation
+data. A .png output receives the picture, a .txt the text, a .json both (the picture as a .png beside it).
 """
 
 import sys
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from bagel.inferencer import InterleaveInferencer
+    from bagel.runs import Opened
+
+SHEET = 16  # prompts of the validation data on a sheet
 
 
 class Options(Section):
@@ -121,22 +125,41 @@ def write_result(path: Path, result: dict[str, Any], prompt: str) -> None:
         )
 
 
-def check(options: Options) -> list[str]:
-    """The prompts; refuses what cannot work before a model is loaded."""
-    if (options.prompt is None) == (options.prompts is None):
-        raise UserError("give --prompt TEXT or --prompts FILE, one of the two")
+def check(options: Options) -> list[str] | None:
+    """The prompts, None: those of the run's data; refuses what cannot work before a model is loaded."""
+    if options.prompt is not None and options.prompts is not None:
+        raise UserError("give --prompt TEXT or --prompts FILE, not both")
     if Path(options.output).suffix not in (".png", ".txt", ".json"):
         raise UserError(f"--output {options.output}: unknown kind; use .png, .txt or .json")
-    if options.prompts is None:
+    if options.prompt is not None:
         return [options.prompt]
     if options.image or options.task not in ("auto", "t2i") or options.think or Path(options.output).suffix != ".png":
         raise UserError(
-            "--prompts draws one picture a line: use it without --image, --think, other tasks, and with .png"
+            "without --prompt one picture is drawn for each of several prompts: no --image, no --think, no other task, "
+            "and a .png"
         )
+    if options.prompts is None:
+        return None
     lines = [line.strip() for line in Path(options.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines:
         raise UserError(f"--prompts {options.prompts}: no line with a prompt")
     return lines
+
+
+def held_out_prompts(opened: "Opened") -> list[str]:
+    """Prompts of the run's validation records that ask for a picture and show none."""
+    from bagel.train import open_dataset
+    from bagel.validation import conversations
+
+    config = opened.config
+    if config is None or config.data.val_data_path is None:
+        raise UserError("no prompt: this model has no validation records; give --prompt TEXT or --prompts FILE")
+    dataset = open_dataset(config, opened.model_config, opened.tokenizer, config.data.val_data_path)
+    found = [" ".join(case.inputs) for case in conversations(dataset, SHEET)[0]]
+    if not found:
+        path = config.data.val_data_path
+        raise UserError(f"no prompt: no record of {path} asks for a picture; give --prompt TEXT or --prompts FILE")
+    return found
 
 
 def draw_all(
@@ -190,7 +213,8 @@ def main(argv: list[str] | None = None) -> None:
     shape = (options.height or side, options.width or options.height or side)
     inferencer = opened.inferencer(seed=options.seed)
     output = Path(options.output)
-    if options.prompts is not None:
+    if options.prompt is None:
+        prompts = prompts or held_out_prompts(opened)
         write_atomically(output, draw_all(inferencer, prompts, options, shape).save)
     else:
         wanted = "text" if output.suffix == ".txt" and not images else "auto"

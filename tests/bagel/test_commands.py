@@ -90,6 +90,8 @@ def test_text_batches_and_edits(trained, tmp_path):
     assert Image.open(tmp_path / "e.png").size == (32, 32)
     (tmp_path / "prompts.txt").write_text("one\n\ntwo\n")
     generate.main([*common, "--prompts", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "grid.png")])
+    generate.main([*common, "--output", str(tmp_path / "held_out.png")])
+    assert Image.open(tmp_path / "held_out.png").height > Image.open(tmp_path / "grid.png").height
     generate.main([*common, "--prompt", "Say", "--output", str(tmp_path / "t.txt")])
     assert (tmp_path / "t.txt").exists() and not list(tmp_path.glob(".*"))
 
@@ -98,7 +100,8 @@ def test_text_batches_and_edits(trained, tmp_path):
     "flags, message",
     [
         (["--prompt", "a", "--checkpoint", "nowhere"], "no such folder"),
-        ([], "--prompt"),
+        (["--prompt", "a", "--prompts", "b.txt"], "not both"),
+        (["--prompts", "b.txt", "--think"], "no --think"),
         (["--prompt", "a", "--output", "x.bmp"], "unknown kind"),
         (["--prompt", "a", "--image", "none.png"], "not there"),
         (["--prompt", "a", "--height", "30"], "multiples of 4"),
