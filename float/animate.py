@@ -3,6 +3,7 @@
 Shapes: T frames of the clip, L frames of a window, F raw audio width, d motion width, S picture side.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from float.audio import AudioEncoder, LogMelEncoder, frames_of, normalise_waveform, pad_to_frames
 from float.autoencoder import edit_motion
-from float.build import Autoencoder, load_autoencoder, load_generator, make_generator
+from float.build import Autoencoder, chosen_checkpoint, load_autoencoder, load_generator, make_generator
 from float.config import PRESETS, Config, ModelConfig
 from float.media import to_tensor, to_uint8
 from float.model import MotionGenerator
@@ -188,7 +189,7 @@ def autoencoder_source(config: Config, output_dir: Path) -> str:
 
 
 def load_run(path: str | Path, device: torch.device) -> Animator:
-    """Everything of a trained run, or of the released float.pth, ready to animate."""
+    """Everything of a trained run (its best checkpoint), of one of its checkpoints, or of the released float.pth."""
     path = Path(path)
     if not path.exists():
         raise UserError(
@@ -204,4 +205,5 @@ def load_run(path: str | Path, device: torch.device) -> Animator:
     generator = make_generator(config.model, config.data)
     load_generator(generator, path)
     autoencoder = load_autoencoder(config.model, source)
+    print(f"motion generator of {chosen_checkpoint(path)}", file=sys.stderr)
     return Animator(generator.to(device).eval(), autoencoder, config, device)

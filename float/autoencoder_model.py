@@ -1,5 +1,6 @@
 """What phase 1 trains: the motion auto-encoder and, when adversarial terms are on, its discriminators."""
 
+import torch
 from torch import Tensor, nn
 
 from float.build import make_autoencoder
@@ -19,11 +20,16 @@ class AutoencoderWithJudges(nn.Module):
             )
 
     def forward(
-        self, source: Tensor, driving: Tensor, *, judge: bool, penalise: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """-> (source picture with the motion of the driving one (B, 3, S, S), terms of the discriminators; empty
-        without them).
+        self, source: Tensor, driving: Tensor, *, judge: bool, penalise: bool, both_ways: bool = False
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """-> (source picture with the motion of the driving one (B, 3, S, S), the picture that it should be, terms of
+        the discriminators; empty without them). both_ways: 2 B pictures, the second half with the roles exchanged.
         """
-        output = self.motion_autoencoder(source, driving)
-        terms = self.discriminators(output, driving, penalise=penalise) if judge else {}
-        return output, terms
+        if both_ways:
+            frames, target = torch.cat([source, driving]), torch.cat([driving, source])
+            identity, motion, features = self.motion_autoencoder.encode_source(frames)
+            output = self.motion_autoencoder.decode(identity, motion.roll(len(source), 0), features)
+        else:
+            output, target = self.motion_autoencoder(source, driving), driving
+        terms = self.discriminators(output, target, penalise=penalise) if judge else {}
+        return output, target, terms

@@ -50,6 +50,14 @@ def make_generator(model: ModelConfig, data: DataConfig, *, gradient_checkpointi
     )
 
 
+def chosen_checkpoint(path: str | Path) -> Path:
+    """What to load from: of a run's output folder its best checkpoint by validation, where there is one; else `path`
+    itself, from which shared.checkpoint takes the newest.
+    """
+    mark = Path(path) / "checkpoints" / "best"
+    return mark.parent / mark.read_text().strip() if mark.is_file() else Path(path)
+
+
 def load_autoencoder(model: ModelConfig, path: str) -> Autoencoder:
     """A trained auto-encoder, frozen and in eval mode; path: a phase-1 run or checkpoint, a file of weights, or
     float.pth.
@@ -57,7 +65,7 @@ def load_autoencoder(model: ModelConfig, path: str) -> Autoencoder:
     autoencoder = make_autoencoder(model)
     state = {
         name.removeprefix(AUTOENCODER_PREFIX): value
-        for name, value in load_weights(path).items()
+        for name, value in load_weights(chosen_checkpoint(path)).items()
         if name.startswith(AUTOENCODER_PREFIX)
     }
     if not state:
@@ -70,7 +78,7 @@ def load_generator(generator: MotionGenerator, path: str | Path) -> None:
     """Weights of a phase-2 run or checkpoint, or the transformer and projection of float.pth."""
     state = {
         name: value
-        for name, value in load_weights(path).items()
+        for name, value in load_weights(chosen_checkpoint(path)).items()
         if name.startswith(("fmt.", "audio_encoder.audio_", "motion_"))
     }
     state = {name: value for name, value in state.items() if not name.startswith(AUTOENCODER_PREFIX)}

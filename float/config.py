@@ -204,8 +204,9 @@ class AutoencoderTrainingConfig(_GuideNames):
     batch_size: int = setting(8, "frame pairs per rank and micro-step", ge=1)
     learning_rate: float = setting(2e-4, "peak learning rate", "lr", ge=0)
     lambda_l1: float = setting(1.0, "weight of the mean absolute difference", fixed=True, ge=0)
+    lambda_l2: float = setting(0.0, "weight of the mean squared difference", fixed=True, ge=0)
     lambda_box: float = setting(
-        0.0, "weight of the mean absolute difference in the mouth box (a third of it in the eye box)", fixed=True, ge=0
+        0.0, "weight of the mean squared difference in the mouth box (a third of it in the eye box)", fixed=True, ge=0
     )
     lambda_perceptual: float = setting(10.0, "weight of the perceptual distance", fixed=True, ge=0)
     lambda_component: float = setting(
@@ -223,8 +224,8 @@ class AutoencoderTrainingConfig(_GuideNames):
     vgg_path: str | None = setting(
         None, "weights of VGG-19 (torchvision's file); null: a frozen random stack in its place"
     )
-    near_pair_share: float = setting(
-        0.0, "share of pairs within 8 frames, where the mouth moves and the head hardly does", fixed=True, ge=0, le=1
+    both_ways: bool = setting(
+        False, "each pair also the other way round: twice the pictures from the same two encodings", fixed=True
     )
     pairs_per_second: float = setting(1.0, "frame pairs drawn per second of video in one epoch", gt=0)
 

@@ -19,7 +19,6 @@ from shared.errors import BadSample
 from shared.rng import keyed_generator
 
 MEMORY_LIMIT = 2 << 30  # bytes of decoded frames
-NEAR_FRAMES = 8  # of a near pair, apart at most
 _PAIRS = 301  # random stream
 JITTER = 0.2  # largest change of contrast, and of brightness on the scale [-1, 1]
 
@@ -102,15 +101,9 @@ def seek_frame(path: Path, seconds: float) -> np.ndarray:
 
 
 class FramePairs:
-    """Pairs (source, driving) of two random frames of one clip: float32 (3, S, S) in [-1, 1].
+    """Pairs (source, driving) of two random frames of one clip: float32 (3, S, S) in [-1, 1]."""
 
-    A share of the pairs lies within a third of a second: the head has hardly moved, so what differs is the mouth.
-    """
-
-    def __init__(
-        self, store: FrameStore, *, pairs_per_second: float, seed: int, augment: bool, near_share: float = 0.0
-    ):
-        self.near_share = near_share
+    def __init__(self, store: FrameStore, *, pairs_per_second: float, seed: int, augment: bool):
         self.store, self.seed, self.augment = store, seed, augment
         counts = torch.tensor(store.counts)
         self.length = max(1, int(counts.sum() / store.data.video_fps * pairs_per_second))
@@ -126,14 +119,12 @@ class FramePairs:
     def sample(self, index: int, epoch: int) -> dict[str, Tensor]:
         """The pair of one index in one epoch; long clips come up more often."""
         generator = keyed_generator(self.seed, _PAIRS, epoch, index)
-        draws = torch.rand(9, generator=generator, dtype=torch.float64).tolist()
+        draws = torch.rand(7, generator=generator, dtype=torch.float64).tolist()
         # stratified over the whole material, so that an epoch touches all of it
         position = (index + draws[0]) / self.length * int(self.ends[-1])
         clip = min(int(torch.searchsorted(self.ends, position, right=True)), len(self.ends) - 1)
         count = self.store.counts[clip]
         first, second = (int(draw * count) for draw in draws[1:3])
-        if draws[7] < self.near_share:
-            second = min(max(first + round((2 * draws[8] - 1) * NEAR_FRAMES), 0), count - 1)
         pair = to_tensor(np.stack([self.store.frame(clip, index) for index in (first, second)]))
         if self.augment:
             pair = self._augmented(pair, draws[3:])

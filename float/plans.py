@@ -66,7 +66,8 @@ def print_autoencoder_plan(config: AutoencoderConfig) -> None:
         shape = (config.training.batch_size, 3, model.input_size, model.input_size)
 
         def loss(network):
-            output, terms = network(torch.randn(shape), torch.randn(shape), judge=adversarial, penalise=False)
+            pair, both_ways = (torch.randn(shape), torch.randn(shape)), config.training.both_ways
+            output, _, terms = network(*pair, judge=adversarial, penalise=False, both_ways=both_ways)
             return output.float().abs().mean() + sum(terms.values())
 
         return loss

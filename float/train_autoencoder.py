@@ -46,7 +46,6 @@ class AutoencoderTrainer:
             pairs_per_second=training.pairs_per_second,
             seed=config.run.seed,
             augment=data.use_augmentation,
-            near_share=training.near_pair_share,
         )
         self.held_out = FrameStore(val_clips, size, data, boxes)
         self.model = AutoencoderWithJudges(config.model, data, adversarial=self.is_adversarial)
@@ -67,11 +66,17 @@ class AutoencoderTrainer:
         # before the start the discriminators run at weight 0, so that every rank runs the same modules in every step
         started = float(step >= training.adversarial_start)
         for batch in batches:
-            source, driving = batch["source"], batch["driving"]
-            output, judged = model(source, driving, judge=self.is_adversarial, penalise=penalise)
-            terms = self._picture_terms(output.float(), driving)
+            output, target, judged = model(
+                batch["source"],
+                batch["driving"],
+                judge=self.is_adversarial,
+                penalise=penalise,
+                both_ways=training.both_ways,
+            )
+            terms = self._picture_terms(output.float(), target)
             weights = {
                 "l1": training.lambda_l1,
+                "l2": training.lambda_l2,
                 "box": training.lambda_box,
                 "perceptual": training.lambda_perceptual,
                 "component": training.lambda_component,
@@ -88,7 +93,7 @@ class AutoencoderTrainer:
         from float.autoencoder_losses import box_difference, perceptual_terms
 
         training, data = self.config.training, self.config.data
-        terms = {"l1": (output - target).abs().mean()}
+        terms = {"l1": (output - target).abs().mean(), "l2": (output - target).square().mean()}
         if training.lambda_box:
             terms["box"] = (
                 box_difference(output, target, data.mouth_box) + box_difference(output, target, data.eye_box) / 3

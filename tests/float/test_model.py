@@ -7,7 +7,8 @@ import torch
 
 from float.audio import LogMelEncoder, normalise_waveform, pad_to_samples, rename_weight_norm
 from float.autoencoder import MotionAutoencoder, edit_motion
-from float.build import load_autoencoder, make_autoencoder, make_generator
+from float.autoencoder_model import AutoencoderWithJudges
+from float.build import chosen_checkpoint, load_autoencoder, make_autoencoder, make_generator
 from float.compact import CompactAutoencoder
 from float.config import PRESETS, Config, DataConfig, ModelConfig
 from float.model import FlowMatchingTransformer, MotionGenerator
@@ -174,6 +175,41 @@ def test_the_compact_autoencoder_starts_as_a_copy_of_the_source():
     torch.manual_seed(0)
     model, source = CompactAutoencoder(32, 12, 4, TINY_CHANNELS), torch.rand(2, 3, 32, 32)
     assert torch.allclose(model(source, torch.rand(2, 3, 32, 32)), source, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["lia", "compact"])
+@torch.no_grad()
+def test_a_pair_used_both_ways_gives_the_pictures_of_two_passes(kind):
+    torch.manual_seed(0)
+    model, data = tiny_settings(autoencoder=kind)
+    network = AutoencoderWithJudges(model, data, adversarial=False)
+    if kind == "compact":  # its heads are zero at the start
+        torch.nn.init.normal_(network.motion_autoencoder.dec.mouth_residual.weight)
+    first, second = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32)
+    there, _, _ = network(first, second, judge=False, penalise=False)
+    back, _, _ = network(second, first, judge=False, penalise=False)
+    both, target, _ = network(first, second, judge=False, penalise=False, both_ways=True)
+    assert torch.equal(target, torch.cat([second, first]))
+    assert torch.allclose(both, torch.cat([there, back]), atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_compact_mouth_branch_draws_in_its_box_only():
+    torch.manual_seed(0)
+    model, source = CompactAutoencoder(32, 12, 4, TINY_CHANNELS, [0.25, 0.5, 0.75, 0.75]), torch.rand(1, 3, 32, 32)
+    plain = model(source, torch.rand(1, 3, 32, 32))
+    torch.nn.init.normal_(model.dec.mouth_residual.weight)
+    changed = (model(source, torch.rand(1, 3, 32, 32)) - plain).abs().amax((0, 1)) > 1e-3
+    assert changed[16:24, 8:24].any() and changed.sum() == changed[16:24, 8:24].sum()
+
+
+def test_a_run_is_used_at_its_best_checkpoint_and_a_checkpoint_at_itself(tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    assert chosen_checkpoint(tmp_path) == tmp_path  # the newest, where validation named none
+    (folder / "best").write_text("step_00000002\n")
+    assert chosen_checkpoint(tmp_path) == folder / "step_00000002"
+    assert chosen_checkpoint(folder / "step_00000004") == folder / "step_00000004"
 
 
 @torch.no_grad()

@@ -187,13 +187,24 @@ def test_from_clips_to_a_talking_video(tmp_path, clips):
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
 def test_two_ranks_train_as_one(tmp_path, strategy):
     flags = [*TINY, "--synthetic", "--max-steps", "4", "--global-batch-size", "4", "--batch-size"]
     run(1, "float/train.py", *flags, "4", "--output-dir", tmp_path / "one")
     run(2, "float/train.py", *flags, "2", "--output-dir", tmp_path / "two", "--strategy", strategy)
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert one.keys() == two.keys() and max(abs(one[step] - two[step]) for step in one) < 1e-5
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_ranks_train_the_autoencoder_as_one(tmp_path, clips):
+    flags = ["--config", "small", *TINY_PICTURES, "--data-root", clips, "--device", "cpu", "--precision", "fp32"]
+    flags += ["--logging-steps", "1", "--max-steps", "4", "--global-batch-size", "4", "--batch-size"]
+    train_autoencoder([*map(str, flags), "4", "--output-dir", str(tmp_path / "one")])
+    run(2, "float/train_autoencoder.py", *flags, "2", "--output-dir", tmp_path / "two", "--strategy", "ddp")
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == 4 and one.keys() == two.keys() and max(abs(one[step] - two[step]) for step in one) < 1e-5
 
 
 @pytest.mark.slow
