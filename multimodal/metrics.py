@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         "retrieval": {},
         "classification": {},
     }
-    splits = {}
+    splits, sources = {}, {}
     if options.zeroshot is not None and options.zeroshot != "coco80":
         from multimodal.zeroshot import classify_folder
 
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--zeroshot {options.zeroshot}: neither coco80 nor a folder")
         found["zeroshot"] = classify_folder(embedder, Path(options.zeroshot))
     else:
-        splits = measure_sets(embedder, options, found)
+        splits, sources = measure_sets(embedder, options, found)
     output = Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     from multimodal.report import write_aside
@@ -82,6 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     write_aside(output, json.dumps(found, indent=1))
     print_found(found)
     run = Path(options.checkpoint)
+    run = run.parent.parent if run.is_file() else run  # OUT/checkpoints/final_model.pt belongs to OUT
     if options.report and splits and (run / "config.yaml").exists():
         from multimodal.showing import write_run_report
 
@@ -90,6 +91,7 @@ def main(argv: list[str] | None = None) -> None:
             run,
             embedder,
             splits,
+            sources,
             found,
             make_bars(found, embedder, options),
             shlex.join(["python", "multimodal/metrics.py", *words]),
@@ -97,13 +99,14 @@ def main(argv: list[str] | None = None) -> None:
         print(f"report: {path.with_suffix('.html')}")
 
 
-def measure_sets(embedder: Any, options: Options, found: dict[str, Any]) -> dict[str, Any]:
-    """Retrieval and classification of each data set; fills `found` and returns the embedded splits by name."""
+def measure_sets(embedder: Any, options: Options, found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Retrieval and classification of each data set into `found`; the embedded splits by name, and records by id."""
     from multimodal.records import KINDS
     from multimodal.sources import all_labelled
 
-    splits = {}
+    splits, sources = {}, {}
     for name, records in records_of(embedder, options).items():
+        sources |= {record.id: record for record in records}
         for kind in KINDS:
             own = [record for record in records if record.kind == kind]
             if not own:
@@ -128,7 +131,7 @@ def measure_sets(embedder: Any, options: Options, found: dict[str, Any]) -> dict
         raise UserError(
             f"none of the data sets has a {options.split} split here; give --data-root, --datasets or --split"
         )
-    return splits
+    return splits, sources
 
 
 def records_of(embedder: Any, options: Options) -> dict[str, list]:

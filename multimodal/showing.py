@@ -87,18 +87,17 @@ def table(split: Split, *, rows: int = 8) -> list[dict[str, Any]]:
 
 
 def write_run_report(
-    run: Path, embedder: Embedder, splits: dict[str, Split], found: dict[str, Any], bars: list[Bar], command: str
+    run: Path,
+    embedder: Embedder,
+    splits: dict[str, Split],
+    sources: dict[str, Record],
+    found: dict[str, Any],
+    bars: list[Bar],
+    command: str,
 ) -> Path:
     """report.json, .md and .html beside the run: recall beside chance, retrieved pictures, sounds with their nearest
-    captions.
+    captions. sources: the records of all splits by id.
     """
-    from multimodal.metrics import Options, records_of
-
-    names = [name.removesuffix("_image").removesuffix("_audio") for name in splits]
-    options = Options(
-        checkpoint=str(run), datasets=list(dict.fromkeys(names)), split=found["split"], protocol=found["protocol"]
-    )
-    sources = {record.id: record for records in records_of(embedder, options).values() for record in records}
     samples: list[Sample] = []
     for name, split in splits.items():
         if split.captions_CE is None or split.kind == "voice":

@@ -247,7 +247,8 @@ def test_one_kind_of_data_alone(tmp_path):
 
 
 def test_measures_and_report_page(whole, tmp_path):
-    metrics.main(["--checkpoint", str(whole), "--output", str(tmp_path / "m.json")])
+    final = whole / "checkpoints" / "final_model.pt"
+    metrics.main(["--checkpoint", str(final), "--output", str(tmp_path / "m.json")])
     found = json.loads((tmp_path / "m.json").read_text())
     image = found["retrieval"]["synthetic_image"]
     assert (
@@ -257,6 +258,14 @@ def test_measures_and_report_page(whole, tmp_path):
     )
     assert image["text_to_item"]["R@10_low"] <= image["text_to_item"]["R@10"] <= image["text_to_item"]["R@10_high"]
     assert "mAP" in found["classification"]["synthetic_image"] and (whole / "report.html").exists()
+
+
+def test_measuring_data_that_the_run_has_not_seen(whole, tmp_path):
+    command = ["--checkpoint", str(whole), "--data-root", str(SAMPLE_DATA), "--datasets", "coco", "clotho"]
+    metrics.main([*command, "--output", str(tmp_path / "m.json")])
+    found = json.loads((tmp_path / "m.json").read_text())["retrieval"]
+    assert (found["coco"]["items"], found["clotho"]["items"]) == (40, 16)
+    assert "--datasets coco clotho" in json.loads((whole / "report.json").read_text())["command"]
 
 
 def test_zero_shot_on_a_folder_for_each_class(whole, tmp_path):
