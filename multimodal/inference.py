@@ -17,6 +17,7 @@ from multimodal.objectives import AlignModel, FinetuneModel
 from multimodal.records import Kind, Record
 from multimodal.text import TextTokenizer
 from multimodal.weights import load_model
+from shared.config import validate
 from shared.dist import DistInfo, init_distributed
 from shared.errors import BadSample, UserError
 
@@ -39,7 +40,7 @@ class Embedder:
         """From OUT, a checkpoint folder or a .pt file."""
         network, own_tokenizer, payload = load_model(checkpoint, tokenizer)
         info = init_distributed(device)
-        config = Config.model_validate(payload["config"])
+        config = validate(Config, payload["config"], f"the settings in {checkpoint}")
         stage = FinetuneModel(network) if payload["stage"] == 3 else AlignModel(network)
         return cls(stage.to(info.device).eval(), own_tokenizer, config, payload, info, batch_size)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from multimodal import embed, generate, metrics, train
+from multimodal.inference import Embedder
 from multimodal.model import create_model
 from multimodal.records import read_records
 from multimodal.sources import SAMPLE_DATA
@@ -401,6 +402,10 @@ def test_damaged_or_foreign_checkpoints_are_refused(whole, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             load_model(tmp_path / name)
+    payload["config"]["data"]["gone_setting"] = 1  # made by another version
+    torch.save(payload, tmp_path / "settings.pt")
+    with pytest.raises(UserError, match="data.gone_setting: unknown"):
+        Embedder.load(str(tmp_path / "settings.pt"), device="cpu")
     with pytest.raises(UserError, match="missing"):
         load_strict(create_model("mini"), {}, what="nothing")
 
