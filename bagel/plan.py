@@ -104,9 +104,8 @@ def _packed_part(model: ModelConfig) -> FrozenPart | None:
     return FrozenPart(f"{model.quantization} projections", values, sum(module.bytes_stored for module in stored))
 
 
-def print_plan(config: Config) -> None:
-    """Measure the step on fake tensors and print the plan."""
-    config = config.model_copy(deep=True)
+def workload(config: Config) -> Workload:
+    """One micro-step: a representative pack through the model."""
     model = read_config(config.model)
 
     def step(config: Config) -> Callable[[nn.Module], Tensor]:
@@ -126,4 +125,10 @@ def print_plan(config: Config) -> None:
     contents = f"{len(pack['sample_lens'])} samples, {len(sizes)} pictures to encode"
     title = f"BAGEL, packs of {pack['sequence_length']} tokens ({contents})"
     blocks = (MoTDecoderLayer, EncoderLayer)
-    print(plan_run(Workload(title, lambda config: _build(config, model), step, blocks, frozen_parts), config))
+    return Workload(title, lambda config: _build(config, model), step, blocks, frozen_parts)
+
+
+def print_plan(config: Config) -> None:
+    """Measure the step on fake tensors and print the plan."""
+    config = config.model_copy(deep=True)
+    print(plan_run(workload(config), config))

@@ -206,8 +206,8 @@ class Trainer:
         return condition_of(batch.get("text", []), batch.get("label"), self.text_encoder, self.info.device)
 
 
-def plan(config: Config) -> str:
-    """--dry-run: the plan from one symbolic training step of the full-size model."""
+def workload(config: Config) -> Workload:
+    """One micro-step of the model on inputs of the right shapes, for --dry-run."""
     model = config.model
 
     def step(config: Config) -> Callable[[DiTModel], Tensor]:
@@ -234,7 +234,7 @@ def plan(config: Config) -> str:
         return parts
 
     title = f"DiT {model.hidden_size}/{model.num_layers}/{model.num_heads}"
-    return plan_run(Workload(title, build_model, step, (DiTBlock,), frozen_parts), config)
+    return Workload(title, build_model, step, (DiTBlock,), frozen_parts)
 
 
 def _steps_from_epochs(config: Config, steps_per_epoch: int) -> None:
@@ -290,7 +290,7 @@ def _refuse_many_skipped(dataset: TextImageDataset, output_dir: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     config = load_config(Config, presets=PRESETS, argv=argv, default="small", description=__doc__)
     if config.run.dry_run:
-        print(plan(config))
+        print(plan_run(workload(config), config))
         return
 
     training_set = TextImageDataset.from_config(

@@ -1,19 +1,24 @@
 """The dry run of both phases: sizes, memory and time, measured on fake tensors."""
 
+from typing import TYPE_CHECKING
+
 from float.config import AutoencoderConfig, Config
 from shared.errors import UserError
+
+if TYPE_CHECKING:
+    from shared.planner import Workload
 
 RECOGNISER_PARAMETERS = 315_700_000  # wav2vec2-large with its head
 WAV2VEC_PARAMETERS = 94_400_000
 
 
-def print_plan(config: Config) -> None:
+def workload(config: Config) -> "Workload":
     """Phase 2: transformer and audio projection train; the encoders ran before (precompute.py) and take no memory."""
     import torch
 
     from float.build import make_generator
     from float.model import FMTBlock
-    from shared.planner import Workload, plan_run
+    from shared.planner import Workload
 
     model, data = config.model, config.data
 
@@ -38,8 +43,16 @@ def print_plan(config: Config) -> None:
 
         return loss
 
+    return Workload("FLOAT phase 2, motion flow", build, step, (FMTBlock,))
+
+
+def print_plan(config: Config) -> None:
+    """The plan of phase 2, and what the encoders hold that ran before."""
+    from shared.planner import plan_run
+
     _settle_precision(config)
-    print(plan_run(Workload("FLOAT phase 2, motion flow", build, step, (FMTBlock,)), config))
+    print(plan_run(workload(config), config))
+    model, data = config.model, config.data
     frozen = {"motion auto-encoder": _autoencoder_size(config)}
     if model.audio_features == "wav2vec2":
         frozen["wav2vec2"] = WAV2VEC_PARAMETERS
@@ -49,12 +62,12 @@ def print_plan(config: Config) -> None:
     print(f"frozen encoders     run before, in precompute.py, and are not in this memory: {listed} parameters")
 
 
-def print_autoencoder_plan(config: AutoencoderConfig) -> None:
+def autoencoder_workload(config: AutoencoderConfig) -> "Workload":
     """Phase 1 with its discriminators; the perceptual stack is left out of the memory."""
     import torch
 
     from float.autoencoder_model import AutoencoderWithJudges
-    from shared.planner import Workload, plan_run
+    from shared.planner import Workload
 
     model = config.model
     adversarial = config.training.lambda_adversarial > 0 or config.training.lambda_style > 0
@@ -72,8 +85,15 @@ def print_autoencoder_plan(config: AutoencoderConfig) -> None:
 
         return loss
 
+    return Workload("FLOAT phase 1, motion auto-encoder", build, step)
+
+
+def print_autoencoder_plan(config: AutoencoderConfig) -> None:
+    """The plan of phase 1."""
+    from shared.planner import plan_run
+
     _settle_precision(config)
-    print(plan_run(Workload("FLOAT phase 1, motion auto-encoder", build, step), config))
+    print(plan_run(autoencoder_workload(config), config))
 
 
 def _settle_precision(config: Config | AutoencoderConfig) -> None:

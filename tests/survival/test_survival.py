@@ -1,0 +1,38 @@
+"""A short form of the survival tools: one kill of a system, one strategy, one plan; the tools run the whole tables."""
+
+import argparse
+
+import pytest
+
+from tests.survival import kills, memory, strategies
+from tests.survival.systems import SYSTEMS, chosen
+
+BY_NAME = {system.name: system for system in SYSTEMS}
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_weights_of_the_undisturbed_one(tmp_path):
+    options = argparse.Namespace(steps=16, save=2, kills=2, window=0.3, seed=0)
+    found = kills.survive(BY_NAME["opens2v"], tmp_path, 1, options)
+    assert found["kills"] == 2 and found["equal"] and found["losses_equal"]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_phase_one_of_float_trains_on_two_ranks_as_on_one(tmp_path):
+    options = argparse.Namespace(steps=4, adam_epsilon=1e-4)
+    system = BY_NAME["float phase 1"]
+    one = strategies.train(system, tmp_path, "one", "none", 1, options)
+    two = strategies.train(system, tmp_path, "two", "fsdp", 2, options)
+    assert strategies.difference(one, two) < 1e-6
+
+
+@pytest.mark.slow
+def test_the_planned_memory_is_what_real_steps_take():
+    planned, measured = memory.compare(*memory.cases()["opens2v"])
+    assert 0.95 < planned / measured < 1.05
+
+
+def test_an_unknown_system_is_refused():
+    with pytest.raises(SystemExit, match="unknown systems"):
+        chosen(["dat"])
