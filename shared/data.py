@@ -160,6 +160,42 @@ class _KeyBatches:
             step += 1
 
 
+class BadSamples:
+    """The samples that could not be read: listed in a file, one JSON object a line, and counted over all ranks.
+
+    Raises a UserError when they exceed MAX_BAD_SHARE of `total` samples; one is always allowed.
+    """
+
+    def __init__(self, path: Path | None, total: int):
+        self.path, self.total = path, total
+        self.reasons: dict[int, str] = {}
+
+    def note(self, found: list[tuple[int, str]]) -> None:
+        """Take in (index, reason) of samples that were passed over."""
+        new = {index: reason for index, reason in found if index not in self.reasons}
+        self.reasons.update(new)
+        if new and self.path is not None:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.writelines(
+                    json.dumps({"index": index, "reason": reason}, ensure_ascii=False) + "\n"
+                    for index, reason in new.items()
+                )
+        self._refuse_too_many()
+
+    def agree(self) -> None:
+        """Count those of all ranks together, since each rank meets its own; a collective."""
+        for found in gather_objects(self.reasons):
+            self.reasons.update(found)
+        self._refuse_too_many()
+
+    def _refuse_too_many(self) -> None:
+        if len(self.reasons) > max(1, MAX_BAD_SHARE * self.total):
+            raise UserError(
+                f"{len(self.reasons)} of {self.total} samples cannot be read, more than {MAX_BAD_SHARE:.0%}; "
+                f"the last: {list(self.reasons.values())[-1]}; all are listed in {self.path}; mend or remove them"
+            )
+
+
 class MapStream:
     """The stream over a map dataset. The position is the step alone, so there is no state to save.
 
@@ -180,7 +216,7 @@ class MapStream:
     ):
         self.dataset, self.plan, self.info = dataset, plan, info
         self.collate, self.num_workers, self.prefetch_factor = _Collate(collate), num_workers, prefetch_factor
-        self.bad_path, self.bad = bad_samples, {}
+        self.bad = BadSamples(bad_samples, len(dataset))
         self.steps_per_epoch, self.samples_per_step = plan.steps_per_epoch, plan.global_batch
         self.fingerprint = getattr(dataset, "fingerprint", None)
         self._batches: Iterator | None = None
@@ -207,7 +243,7 @@ class MapStream:
             batch, bad = next(self._batches)
             if isinstance(batch, Exception):
                 raise batch
-            self._note(bad)
+            self.bad.note(bad)
             batches.append(batch)
         return batches
 
@@ -219,29 +255,9 @@ class MapStream:
         """End the loader's processes."""
         self._batches = None
 
-    def _note(self, bad: list[tuple[int, str]]) -> None:
-        new = {index: reason for index, reason in bad if index not in self.bad}
-        self.bad.update(new)
-        if new and self.bad_path is not None:
-            with open(self.bad_path, "a", encoding="utf-8") as file:
-                file.writelines(
-                    json.dumps({"index": index, "reason": reason}, ensure_ascii=False) + "\n"
-                    for index, reason in new.items()
-                )
-        self._refuse_too_many()
-
     def agree(self) -> None:
-        """Count the broken samples of all ranks together, since each rank meets its own; a collective."""
-        for found in gather_objects(self.bad):
-            self.bad.update(found)
-        self._refuse_too_many()
-
-    def _refuse_too_many(self) -> None:
-        if len(self.bad) > MAX_BAD_SHARE * len(self.dataset):
-            raise UserError(
-                f"{len(self.bad)} of {len(self.dataset)} samples cannot be read, more than {MAX_BAD_SHARE:.0%}; "
-                f"the last: {list(self.bad.values())[-1]}; all are listed in {self.bad_path}; mend or remove them"
-            )
+        """Count the broken samples of all ranks together; a collective."""
+        self.bad.agree()
 
 
 def _one_thread(worker: int) -> None:

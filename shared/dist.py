@@ -1,8 +1,10 @@
 """Ranks: who am I, who decides, what do all agree on. Everything works with one process and no process group."""
 
 import contextlib
+import ctypes
 import datetime
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,12 +44,24 @@ def init_distributed(device: str = "auto", timeout_seconds: float = 600) -> Dist
     chosen = _choose_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    else:
+        keep_freed_memory()
     backend = None
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         if not torch_dist.is_initialized():
             torch_dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
     return DistInfo(rank, world, local_rank, chosen, backend, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory of freed tensors up to 1 GiB instead of returning it to the system at every operation:
+    each page that comes anew costs a fault, together a fifth of a small CPU step. Nothing with another C library.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, at its largest
 
 
 def _choose_device(device: str, local_rank: int) -> torch.device:
