@@ -57,7 +57,9 @@ class DataConfig(Section):
     align_flip: float = setting(
         0.0, "stages 2 and 3: probability of mirroring (captions say left and right)", ge=0, le=1
     )
-    caption_dropout: float = setting(0.0, "probability of leaving out each word of a training caption", ge=0, lt=1)
+    caption_noise: float = setting(
+        0.0, "stages 2 and 3: probability of replacing each token of a caption by a random one", ge=0, lt=1
+    )
     mel_cache: str | None = setting(None, "folder for log-mel spectrograms as fp16 .npy, written at first use")
     keep_in_memory: bool = setting(False, "keep decoded pictures and spectrograms in memory (small sets)")
     synthetic_items: int = setting(256, "synthetic: pairs of each kind", ge=8)

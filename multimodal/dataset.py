@@ -14,7 +14,7 @@ from multimodal.audio import SAMPLE_RATE, compress, fit_frames, log_power, read_
 from multimodal.config import DataConfig
 from multimodal.image import center_crop, random_resized_crop, read_image, to_tensor
 from multimodal.records import Record, Source
-from multimodal.text import TextTokenizer, pad_ids
+from multimodal.text import SPECIAL_TOKENS, TextTokenizer, pad_ids
 from shared.errors import BadSample, UserError
 from shared.rng import keyed_generator
 
@@ -30,7 +30,7 @@ class Augmentation:
     crop_scale: float = 0.2
     flip: float = 0.5
     spec_augment: bool = True
-    caption_dropout: float = 0.0
+    caption_noise: float = 0.0
 
 
 class CaptionedDataset:
@@ -80,11 +80,11 @@ class CaptionedDataset:
     def _item(self, record: Record, generator: torch.Generator | None, position: float, choice: int) -> dict:
         item: dict[str, Any] = {"id": record.id, "dataset": record.dataset}
         if record.captions:
-            caption = self._vary(record.captions[choice], generator)
+            caption = record.captions[choice]
             item |= {
                 "caption": caption,
-                "input_ids": self.tokenizer.encode(caption),
-                "caption_key": stable_hash(record.captions[choice].lower()),
+                "input_ids": self._vary(self.tokenizer.encode(caption), generator),
+                "caption_key": stable_hash(caption.lower()),
             }
         item["item_key"] = stable_hash(record.id)
         if record.kind == "image":
@@ -101,17 +101,17 @@ class CaptionedDataset:
             item["labels"][list(record.labels)] = 1
         return item
 
-    def _vary(self, caption: str, generator: torch.Generator | None) -> str:
-        rate = self.augmentation.caption_dropout if self.augmentation and generator else 0.0
+    def _vary(self, ids: list[int], generator: torch.Generator | None) -> list[int]:
+        """Some tokens replaced by random ones, which look as words do that training never saw."""
+        rate = self.augmentation.caption_noise if self.augmentation and generator else 0.0
         if not rate:
-            return caption
-        words = caption.split()
-        kept = [
-            word
-            for word, draw in zip(words, torch.rand(len(words), generator=generator).tolist(), strict=True)
-            if draw >= rate
+            return ids
+        plain = self.tokenizer.vocabulary - SPECIAL_TOKENS
+        draws = torch.rand(2, len(ids), generator=generator).tolist()
+        return [
+            SPECIAL_TOKENS + int(other * plain) if number >= SPECIAL_TOKENS and draw < rate else number
+            for number, draw, other in zip(ids, *draws, strict=True)
         ]
-        return " ".join(kept) or caption
 
     # --- pictures -----------------------------------------------------------------------------------------------------
 

@@ -153,7 +153,7 @@ def make_datasets(
             crop_scale=0.2 if stage == 1 else config.data.align_crop_scale,
             flip=0.5 if stage == 1 else config.data.align_flip,
             spec_augment=config.data.spec_augment and stage < 3,
-            caption_dropout=config.data.caption_dropout,
+            caption_noise=config.data.caption_noise if stage > 1 else 0.0,
         )
     plain = stage == 1 and config.training.text_pretraining == "embeddings"
     kinds = [kind for kind in KINDS if kind in records and not (stage == 1 and kind == "voice")]

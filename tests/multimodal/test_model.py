@@ -9,6 +9,7 @@ from multimodal import benchmark
 from multimodal.blocks import Attention, Block
 from multimodal.config import Config
 from multimodal.model import SIZES, create_model
+from multimodal.trainer import choose_trainable, make_stage_module
 
 TOTALS = {"tiny": 14_784_789, "small": 35_593_493, "base": 80_128_597, "large": 200_918_869}
 BASE_PARTS = {
@@ -241,6 +242,17 @@ def test_embeddings_alone_are_those_of_the_whole_pass(network, inputs):
     for name in ("image_embeds", "text_embeds", "audio_embeds"):
         assert torch.allclose(whole[name], alone[name], atol=1e-6), name
     assert torch.equal(network.encode_text(inputs["input_ids"]), alone["text_embeds"])
+
+
+@pytest.mark.parametrize("train_words", [False, True])
+def test_stage_2_trains_the_word_table_on_request_alone(train_words):
+    config = Config(training={"train_words": train_words})
+    with torch.device("meta"):
+        module = make_stage_module(config, 2, create_model("mini"))
+    choose_trainable(module, config, 2, ["image"], classify=False, framed=False)
+    trained = {name for name, parameter in module.network.named_parameters() if parameter.requires_grad}
+    assert ("words.weight" in trained) == train_words and "word_projection.weight" in trained
+    assert not [name for name in trained if name.startswith(("fus", "to_fusion", "audio", "classifier"))]
 
 
 def test_initial_values():
