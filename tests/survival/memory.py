@@ -21,30 +21,28 @@ from shared.strategy import Strategy
 
 def cases() -> dict[str, tuple[Callable[[], Any], Callable[[Any], Workload]]]:
     """Name -> (settings of the small preset, workload of settings)."""
-    import bagel.config
-    import bagel.plan
-    import dit.config
-    import dit.train
-    import float.config
-    import float.plans
-    import multimodal.config
-    import multimodal.planning
-    import opens2v.config
-    import opens2v.plan
+    from bagel import config as bagel_config
+    from bagel import plan as bagel_plan
+    from dit import config as dit_config
+    from dit import train as dit_train
+    from float import config as float_config
+    from float import plans as float_plans
+    from multimodal import config as multimodal_config
+    from multimodal import planning as multimodal_planning
+    from opens2v import config as opens2v_config
+    from opens2v import plan as opens2v_plan
 
     def preset(module: Any, name: str = "Config", presets: str = "PRESETS") -> Callable[[], Any]:
         return lambda: load_config(getattr(module, name), presets=getattr(module, presets), argv=[], default="small")
 
+    pictures = preset(float_config, "AutoencoderConfig", "AUTOENCODER_PRESETS")
     return {
-        "dit": (preset(dit.config), dit.train.workload),
-        "float phase 1": (
-            preset(float.config, "AutoencoderConfig", "AUTOENCODER_PRESETS"),
-            float.plans.autoencoder_workload,
-        ),
-        "float phase 2": (preset(float.config), float.plans.workload),
-        "bagel": (preset(bagel.config), bagel.plan.workload),
-        "opens2v": (preset(opens2v.config), opens2v.plan.workload),
-        "multimodal": (preset(multimodal.config), multimodal.planning.workload),
+        "dit": (preset(dit_config), dit_train.workload),
+        "float phase 1": (pictures, float_plans.autoencoder_workload),
+        "float phase 2": (preset(float_config), float_plans.workload),
+        "bagel": (preset(bagel_config), bagel_plan.workload),
+        "opens2v": (preset(opens2v_config), opens2v_plan.workload),
+        "multimodal": (preset(multimodal_config), multimodal_planning.workload),
     }
 
 
