@@ -12,15 +12,13 @@ import torch
 from PIL import Image
 
 from multimodal.audio import compress, fit_frames, log_mel, read_audio, spec_augment
-from multimodal.config import Config, DataConfig
-from multimodal.dataset import Augmentation, CaptionedDataset, collate
+from multimodal.config import Config
 from multimodal.image import read_image
 from multimodal.records import read_clotho_keywords, read_records
-from multimodal.sources import make_datasets, open_data
-from multimodal.synthetic import synthetic_records
-from multimodal.text import TextTokenizer, load_word_vectors
-from multimodal.trainer import validation_batch
+from multimodal.sources import open_data
+from multimodal.text import TextTokenizer
 from shared.errors import BadSample, UserError
+from tests.multimodal.files import dataset, picture, wav
 
 SAMPLE = Path(__file__).resolve().parents[2] / "multimodal" / "sample_data"
 
@@ -28,24 +26,6 @@ SAMPLE = Path(__file__).resolve().parents[2] / "multimodal" / "sample_data"
 @pytest.fixture(scope="module")
 def tokenizer():
     return TextTokenizer()
-
-
-def dataset(records, tokenizer, **settings):
-    data = DataConfig(audio_frames=64, **settings.pop("data", {}))
-    return CaptionedDataset(records, data, tokenizer, image_size=32, **settings)
-
-
-def wav(path: Path, seconds: float = 1.0, rate: int = 16000, channels: int = 1) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    time = np.arange(int(seconds * rate)) / rate
-    soundfile.write(path, np.stack([0.3 * np.sin(2 * np.pi * 440 * time)] * channels, 1), rate)
-    return path
-
-
-def picture(path: Path, mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, 120).save(path)
-    return path
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------------
@@ -209,35 +189,6 @@ def test_blank_captions_and_lines_are_passed_over(tmp_path):
         read_records("audiocaps", tmp_path, "train")
 
 
-def test_a_validation_batch_passes_over_broken_files(tmp_path, tokenizer):
-    rows = [{"file": f"{name}.png", "caption": name} for name in "abcd"]
-    for row in rows:
-        picture(tmp_path / row["file"])
-    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    found = dataset(read_records("jsonl", tmp_path, "train").records, tokenizer)
-    (tmp_path / "c.png").write_bytes(b"broken")
-    assert validation_batch(found, 1, 2)["slot"].tolist() == [3, 0]
-    assert validation_batch(found, 0, 8)["slot"].tolist() == [0, 1, 3]
-    for row in rows:
-        (tmp_path / row["file"]).write_bytes(b"broken")
-    with pytest.raises(UserError, match="none of 4 validation samples"):
-        validation_batch(found, 0, 2)
-
-
-def test_labels_are_used_where_every_sample_has_them(tmp_path, tokenizer):
-    rows = [{"file": f"{name}.png", "caption": name} for name in "abcd"]
-    for row in rows:
-        picture(tmp_path / row["file"])
-    for labelled in (rows[:3], rows):
-        for row in labelled:
-            row["labels"] = [1]
-        (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        records = {"image": read_records("jsonl", tmp_path, "train").records}
-        config = Config(model={"num_classes": 2}, training={"label_set": "images"})
-        found = make_datasets(config, records, tokenizer, stage=3, training=False)["image"]
-        assert ("labels" in collate([found[0], found[3]])) == (labelled is rows)
-
-
 @pytest.mark.parametrize(
     "name,make,message",
     [
@@ -346,68 +297,3 @@ def test_spec_augment_fills_with_the_minimum():
         assert ((out == mel) | (out == mel.min())).all()
     assert max((out != mel).float().mean().item() for out in changed) > 0.1
     assert max((out != mel).all(1).sum().item() for out in changed) <= 32
-
-
-# --- items ------------------------------------------------------------------------------------------------------------
-
-
-def test_augmentation_depends_on_seed_epoch_and_index_alone(tokenizer):
-    records = synthetic_records("train", 16).records
-    own = dataset(records, tokenizer, augmentation=Augmentation(caption_noise=0.3), seed=3)
-    again = dataset(records, tokenizer, augmentation=Augmentation(caption_noise=0.3), seed=3)
-    for index in (0, 20):
-        one, two, other = own.sample(index, 4), again.sample(index, 4), own.sample(index, 5)
-        field = "images" if index == 0 else "audio"
-        assert torch.equal(one[field], two[field]) and one["input_ids"] == two["input_ids"]
-        assert not torch.equal(one[field], other[field])
-        assert torch.equal(own[index][field], own[index][field])
-
-
-def test_caption_noise_replaces_tokens_and_keeps_the_ends(tokenizer):
-    records = synthetic_records("train", 64).records
-    noisy = dataset(records, tokenizer, augmentation=Augmentation(caption_noise=0.3))
-    pairs = [(item["input_ids"], tokenizer.encode(item["caption"])) for item in map(noisy.sample, range(64), [1] * 64)]
-    kept = [a == b for noised, ids in pairs for a, b in zip(noised[1:-1], ids[1:-1], strict=True)]
-    assert sum(kept) / len(kept) == pytest.approx(0.7, abs=0.06)
-    assert all((noised[0], noised[-1]) == (1, 2) and min(noised[1:-1]) >= 5 for noised, _ in pairs)
-    assert noisy[0]["input_ids"] == tokenizer.encode(noisy[0]["caption"])
-
-
-def test_the_mel_cache_gives_the_same_features(tmp_path, tokenizer):
-    records = read_records("clotho", SAMPLE / "clotho", "val").records[:2]
-    plain, cached = dataset(records, tokenizer), dataset(records, tokenizer, data={"mel_cache": str(tmp_path)})
-    first, second = cached[0]["audio"], cached[0]["audio"]
-    assert torch.equal(first, second) and len(list(tmp_path.glob("*.npy"))) == 1
-    assert (plain[0]["audio"][:-2] - first[:-2]).abs().max() < 0.01  # fp16, and the edge of the cut
-
-
-def test_collate_pads_text_to_eight_and_leaves_full_masks_out(tokenizer):
-    records = [record for record in synthetic_records("train", 4).records if record.kind == "audio"]
-    batch = collate([dataset(records, tokenizer)[i] for i in range(4)])
-    assert batch["input_ids"].shape[1] % 8 == 0 and "audio_mask" not in batch and batch["keys"].shape == (4, 2)
-    short = dataset(records, tokenizer, data={"audio_fill": "pad"})
-    short.data.audio_frames = 320
-    assert collate([short[0]])["audio_mask"].sum() == 200
-
-
-def test_long_texts_keep_sep_last():
-    tokenizer = TextTokenizer(max_length=12)
-    ids = tokenizer.encode("word " * 100)
-    assert len(ids) == 12 and ids[0] == 1 and ids[-1] == 2
-    assert tokenizer.decode([]) == "" and tokenizer.decode([1, 2]) == ""
-    with pytest.raises(UserError, match="no such file"):
-        TextTokenizer("nowhere.json")
-
-
-def test_word_vectors(tmp_path, tokenizer):
-    path = tmp_path / "glove.txt"
-    path.write_text("dog 1 2 3\ncat 3 2 1\nnotaword 0 0 0\n")
-    table = torch.nn.Embedding(tokenizer.vocabulary, 3)
-    share = load_word_vectors(table, tokenizer, path, torch.Generator().manual_seed(0))
-    dog = tokenizer.encode("dog")[1]
-    assert table.weight[dog].tolist() == [1, 2, 3] and table.weight[0].tolist() == [0, 0, 0]
-    assert share == pytest.approx(2 / 16384)
-    assert table.weight[100:].detach().mean(0).tolist() == pytest.approx([2, 2, 2], abs=0.1)
-    path.write_text("dog 1 2\n")
-    with pytest.raises(UserError, match="line 1 has 2 numbers"):
-        load_word_vectors(table, tokenizer, path, torch.Generator())
