@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+Pair = tuple[Tensor, Tensor]  # tokens of the understanding expert (text, then ViT), tokens of the generation expert
 CAUSAL, FULL, NOISE = "causal", "full", "noise"
 
 
@@ -234,32 +235,58 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout) -> Tens
     return kernel(query, key, value, block_mask=layout.block_mask, enable_gqa=True)[0].transpose(0, 1)[: layout.length]
 
 
-class _Reorder(torch.autograd.Function):
-    """x[order] for a permutation: its gradient is a gather too, cheaper than the scatter-add of indexing."""
+class _Join(torch.autograd.Function):
+    """The two experts' tokens in one tensor, each at its row. The rows cover it, so the gradient is a gather."""
 
     @staticmethod
-    def forward(context, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        context.save_for_backward(inverse, order)
-        return x.index_select(0, order)
+    def forward(context, und: Tensor, gen: Tensor, und_rows: Tensor, gen_rows: Tensor) -> Tensor:
+        context.save_for_backward(und_rows, gen_rows)
+        joined = gen.new_empty(len(und) + len(gen), *gen.shape[1:])
+        return joined.index_copy_(0, und_rows, und.to(gen.dtype)).index_copy_(0, gen_rows, gen)
 
     @staticmethod
     def backward(context, grad: Tensor):
-        inverse, _ = context.saved_tensors
-        return grad.index_select(0, inverse), None, None
+        und_rows, gen_rows = context.saved_tensors
+        return grad.index_select(0, und_rows), grad.index_select(0, gen_rows), None, None
+
+
+class _Part(torch.autograd.Function):
+    """Back to the two experts; what _Join does is its gradient."""
+
+    @staticmethod
+    def forward(context, joined: Tensor, und_rows: Tensor, gen_rows: Tensor) -> Pair:
+        context.save_for_backward(und_rows, gen_rows)
+        return joined.index_select(0, und_rows), joined.index_select(0, gen_rows)
+
+    @staticmethod
+    def backward(context, und: Tensor, gen: Tensor):
+        und_rows, gen_rows = context.saved_tensors
+        joined = gen.new_empty(len(und) + len(gen), *gen.shape[1:])
+        return joined.index_copy_(0, und_rows, und).index_copy_(0, gen_rows, gen), None, None
+
+
+class Rows:
+    """Where the tokens of each expert stand in a pack (or in the new tokens of several contexts)."""
+
+    def __init__(self, und: Tensor, gen: Tensor):
+        self.und, self.gen = und, gen
+
+    def join(self, pair: Pair) -> Tensor:
+        """(und, gen) -> one tensor in the order of the pack, of the generation expert's type."""
+        return _Join.apply(*pair, self.und, self.gen)
+
+    def part(self, joined: Tensor) -> Pair:
+        """The inverse of join."""
+        return _Part.apply(joined, self.und, self.gen)
 
 
 class PackedAttention:
-    """Joint attention of a training pack for tokens that lie in expert order (text, ViT, then VAE tokens).
+    """Joint attention of a training pack: the kernels work in pack order, where samples and splits are contiguous."""
 
-    order: (L,) pack position of each token; the kernels work in pack order, where samples and splits are contiguous.
-    """
-
-    def __init__(self, layout: PackLayout, order: Tensor, backend: str):
-        self.layout, self.backend, self.order = layout, backend, order
-        self.inverse = torch.empty_like(order)
-        self.inverse[order] = torch.arange(len(order), device=order.device)
+    def __init__(self, layout: PackLayout, rows: Rows, backend: str):
+        self.layout, self.rows, self.backend = layout, rows, backend
 
     @torch.compiler.disable  # lengths of samples change with every pack: compiled layers call this as it is
-    def __call__(self, layer: int, query_LHK: Tensor, key_LHK: Tensor, value_LHK: Tensor) -> Tensor:
-        query, key, value = (_Reorder.apply(x, self.inverse, self.order) for x in (query_LHK, key_LHK, value_LHK))
-        return _Reorder.apply(attend(query, key, value, self.layout, self.backend), self.order, self.inverse)
+    def __call__(self, layer: int, query: Pair, key: Pair, value: Pair) -> Pair:
+        query_LHK, key_LHK, value_LHK = (self.rows.join(pair) for pair in (query, key, value))
+        return self.rows.part(attend(query_LHK, key_LHK, value_LHK, self.layout, self.backend))

@@ -86,6 +86,9 @@ def main(argv: list[str] | None = None) -> None:
     options = load_config(Options, argv=argv, description=__doc__)
     import torch
 
+    from shared.dist import keep_freed_memory
+
+    keep_freed_memory()  # as training does
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model, pack = build(options.attention), make_pack()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bagel.attention import scaled_dot_product
+from bagel.attention import Pair, Rows, scaled_dot_product
 
 
 @dataclass
@@ -41,16 +41,15 @@ class CachedAttention:
     """Attention of new tokens over their own contexts; stores the new keys and values when asked."""
 
     def __init__(
-        self, contexts: Sequence[Context], query_lens: Sequence[int], order: Tensor, *, causal: bool, store: bool
+        self, contexts: Sequence[Context], query_lens: Sequence[int], rows: Rows, *, causal: bool, store: bool
     ):
-        self.contexts, self.query_lens, self.order = contexts, list(query_lens), order
+        self.contexts, self.query_lens, self.rows = contexts, list(query_lens), rows
         self.causal, self.store = causal, store
-        self.inverse = torch.empty_like(order)
-        self.inverse[order] = torch.arange(len(order), device=order.device)
 
     @torch.compiler.disable  # lengths change with every call
-    def __call__(self, layer: int, query_LHK: Tensor, key_LHK: Tensor, value_LHK: Tensor) -> Tensor:
-        parts = [x.index_select(0, self.inverse).split(self.query_lens) for x in (query_LHK, key_LHK, value_LHK)]
+    def __call__(self, layer: int, query: Pair, key: Pair, value: Pair) -> Pair:
+        kind = query[1].dtype
+        parts = [self.rows.join(pair).split(self.query_lens) for pair in (query, key, value)]
         outputs = []
         for context, query, key, value in zip(self.contexts, *parts, strict=True):
             if layer < len(context.keys):
@@ -70,7 +69,7 @@ class CachedAttention:
             outputs.append(
                 scaled_dot_product(query.to(key.dtype), key, value, mask=mask, causal=self.causal and square)
             )
-        return torch.cat(outputs).index_select(0, self.order).to(query_LHK.dtype)
+        return self.rows.part(torch.cat(outputs).to(kind))
 
 
 def _put(tensors: list[Tensor], layer: int, value: Tensor) -> None:

@@ -70,10 +70,11 @@ class _Rotation(torch.autograd.Function):
 
 def _turned(x_LHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x_LHK.shape[-1] // 2
-    cos, sin = (angle[:, None, :half].to(x_LHK.dtype) for angle in (cos, sin))
-    first, second = x_LHK[..., :half], x_LHK[..., half:]
-    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
-    return torch.cat(turned, dim=-1)
+    cos, sin = (angle[:, None].to(x_LHK.dtype) for angle in (cos, sin))
+    turned = x_LHK * cos
+    turned[..., :half].addcmul_(x_LHK[..., half:], sin[..., :half], value=-1)
+    turned[..., half:].addcmul_(x_LHK[..., :half], sin[..., half:])
+    return turned
 
 
 def rotate(x_LHK: Tensor, cos_LK: Tensor, sin_LK: Tensor) -> Tensor:

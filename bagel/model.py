@@ -1,7 +1,8 @@
 """BAGEL: one decoder that reads and writes text tokens and image latents (Mixture of Transformers).
 
 forward() is the only entry: a training pack gives per-token losses, a query with contexts gives logits or velocities.
-Tokens are put in expert order (text, ViT, then VAE tokens); `order` holds the pack position of each.
+The tokens of the two experts are kept apart (a `Pair`): text, then ViT; and VAE tokens. `Rows` holds the pack position
+of each.
 Letters of shapes: L tokens of a pack, D width, N latent tokens, C numbers of a latent token.
 """
 
@@ -12,13 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bagel.attention import PackedAttention, PackLayout
+from bagel.attention import PackedAttention, PackLayout, Pair, Rows
 from bagel.config import ModelConfig
 from bagel.context import CachedAttention, Context
 from bagel.layers import Connector, PositionTable, TimestepEmbedder, training_times
 from bagel.transformer import LanguageModel
 from bagel.vit import VisionModel
 from shared.flow import linear_path
+
+SEEING = ("vit_model.", "connector.")  # names of the vision tower's and the connector's weights
 
 
 class Bagel(nn.Module):
@@ -41,7 +44,7 @@ class Bagel(nn.Module):
         """Random weights: matrices normal, biases 0, norms 1, and a zero output head."""
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                seeing = name.startswith(("vit_model.", "connector."))
+                seeing = name.startswith(SEEING)
                 nn.init.normal_(
                     module.weight, std=self.config.vision_initializer_range if seeing else self.config.initializer_range
                 )
@@ -88,22 +91,22 @@ class Bagel(nn.Module):
         """
         t = training_times(pack["packed_timesteps"], self.config.timestep_shift)
         noisy, velocity = linear_path(pack["packed_latents"], pack["packed_noise"], t)
-        x, order, num_und = self.embed(pack, noisy, t)
-        attention = PackedAttention(self._layout(pack), order, self.backend(x.device))
-        hidden = self.language_model.model(
-            x, num_und, pack["packed_position_ids"][order], attention, self.config.freeze_und
-        )
-        logits = self.language_model.lm_head(hidden[attention.inverse[pack["ce_loss_indexes"]]]).float()
+        und, gen, rows = self.embed(pack, noisy, t)
+        attention = PackedAttention(self._layout(pack), rows, self.backend(und.device))
+        und, gen = self.language_model.model(und, gen, _positions(pack, rows), attention, self.config.freeze_und)
+        logits = self.language_model.lm_head(
+            und[_rows_of(pack["packed_text_indexes"], pack["ce_loss_indexes"])]
+        ).float()
         target = _rows_of(pack["packed_vae_token_indexes"], pack["mse_loss_indexes"])
-        predicted = self.llm2vae(hidden[num_und + target]).float()
+        predicted = self.llm2vae(gen[target]).float()
         return {
             "ce": F.cross_entropy(logits, pack["packed_label_ids"], reduction="none"),
             "mse": (predicted - velocity[target]) ** 2,
             "t": t[target],
         }
 
-    def embed(self, pack: dict[str, Any], latents_NC: Tensor, t_N: Tensor) -> tuple[Tensor, Tensor, int]:
-        """(tokens in expert order (L, D), their pack positions, number of understanding tokens)."""
+    def embed(self, pack: dict[str, Any], latents_NC: Tensor, t_N: Tensor) -> tuple[Tensor, Tensor, Rows]:
+        """Tokens of the understanding expert (text, then ViT), of the generation expert, and their pack positions."""
         text = self.language_model.model.embed_tokens(pack["packed_text_ids"])
         features = self.connector(
             self.vit_model(pack["packed_vit_tokens"], pack["packed_vit_position_ids"], pack["vit_token_seqlens"])
@@ -111,11 +114,11 @@ class Bagel(nn.Module):
         vit = features + self.vit_pos_embed(pack["packed_vit_position_ids"]).to(features.dtype)
         vae = self.vae2llm(latents_NC.to(self.vae2llm.weight.dtype))
         vae = vae + self.time_embedder(t_N) + self.latent_pos_embed(pack["packed_latent_position_ids"]).to(vae.dtype)
-        order = torch.cat(
-            [pack["packed_text_indexes"], pack["packed_vit_token_indexes"], pack["packed_vae_token_indexes"]]
+        rows = Rows(
+            torch.cat([pack["packed_text_indexes"], pack["packed_vit_token_indexes"]]), pack["packed_vae_token_indexes"]
         )
         wide = torch.promote_types(text.dtype, vae.dtype)
-        return torch.cat([text.to(wide), vit.to(wide), vae.to(wide)]), order, len(text) + len(vit)
+        return torch.cat([text.to(wide), vit.to(wide)]), vae.to(wide), rows
 
     def _layout(self, pack: dict[str, Any]) -> PackLayout:
         return PackLayout(pack["sample_lens"], pack["split_lens"], pack["attn_modes"], pack.get("static_length"))
@@ -135,14 +138,19 @@ class Bagel(nn.Module):
         latents, and `want`: logits (of all text tokens), velocity (of all latents) or none.
         """
         contexts: Sequence[Context] = query["contexts"]
-        x, order, num_und = self.embed(query, query["latents"], query["t"])
-        attention = CachedAttention(contexts, query["query_lens"], order, causal=query["causal"], store=query["store"])
-        hidden = self.language_model.model(x, num_und, query["packed_position_ids"][order], attention)
+        und, gen, rows = self.embed(query, query["latents"], query["t"])
+        attention = CachedAttention(contexts, query["query_lens"], rows, causal=query["causal"], store=query["store"])
+        und, gen = self.language_model.model(und, gen, _positions(query, rows), attention)
         if query["want"] == "logits":
-            return {"logits": self.language_model.lm_head(hidden[: len(query["packed_text_ids"])]).float()}
+            return {"logits": self.language_model.lm_head(und[: len(query["packed_text_ids"])]).float()}
         if query["want"] == "velocity":
-            return {"velocity": self.llm2vae(hidden[num_und:]).float()}
+            return {"velocity": self.llm2vae(gen).float()}
         return {}
+
+
+def _positions(pack: dict[str, Any], rows: Rows) -> Pair:
+    """Rotary positions of the tokens of each expert."""
+    return pack["packed_position_ids"][rows.und], pack["packed_position_ids"][rows.gen]
 
 
 def _rows_of(indexes: Tensor, subset: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """The language model of BAGEL: Qwen2 with two sets of weights a layer, one for text and ViT tokens, one for VAE tokens.
 
-Every token belongs to one expert; all tokens of a sample share the attention. Tokens come in expert order: first the
-`num_und` understanding tokens (text, then ViT), then the generation tokens, so that each expert works on one slice
-without gathers. Letters of shapes: L tokens, D width, H heads, K head width.
+Every token belongs to one expert; all tokens of a sample share the attention. The tokens of the two experts are kept
+apart (a `Pair`) and meet in the attention alone. Letters of shapes: L tokens, D width, H heads, K head width.
 """
 
 from collections.abc import Callable
@@ -12,17 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from bagel.attention import Pair
 from bagel.config import LanguageConfig
 from bagel.layers import RMSNorm, rotary_angles, rotate
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-
-
-def experts(x_LD: Tensor, num_und: int) -> tuple[Tensor, Tensor]:
-    """The tokens of the understanding and of the generation expert. A split has a cheaper backward pass than two
-    slices.
-    """
-    return x_LD.split([num_und, len(x_LD) - num_und])
+Attend = Callable[[int, Pair, Pair, Pair], Pair]
 
 
 class GatedMLP(nn.Module):
@@ -56,21 +49,22 @@ class MoTAttention(nn.Module):
             setattr(self, f"q_norm{expert}", RMSNorm(head, config.rms_norm_eps))
             setattr(self, f"k_norm{expert}", RMSNorm(head, config.rms_norm_eps))
 
-    def _project(self, x_LD: Tensor, expert: str, frozen: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x_LD: Tensor, expert: str, angles: Pair, frozen: bool) -> tuple[Tensor, Tensor, Tensor]:
         module = self._modules
         query, key, value = (module[f"{name}_proj{expert}"](x_LD).unflatten(-1, (-1, self.head)) for name in "qkv")
         query, key = module[f"q_norm{expert}"](query), module[f"k_norm{expert}"](key)
-        return (query.detach(), key.detach(), value.detach()) if frozen else (query, key, value)
+        if frozen:
+            query, key, value = query.detach(), key.detach(), value.detach()
+        return rotate(query, *angles), rotate(key, *angles), value
 
     def forward(
-        self, x_LD: Tensor, num_und: int, angles: tuple[Tensor, Tensor], attend: Attend, layer: int, freeze_und: bool
-    ) -> Tensor:
-        und, gen = experts(x_LD, num_und)
-        und, gen = self._project(und, "", freeze_und), self._project(gen, "_moe_gen", False)
-        query, key, value = (torch.cat([a.to(b.dtype), b]) for a, b in zip(und, gen, strict=True))
-        und, gen = experts(attend(layer, rotate(query, *angles), rotate(key, *angles), value).flatten(1), num_und)
-        und = self.o_proj(und)
-        return torch.cat([und.detach() if freeze_und else und, self.o_proj_moe_gen(gen)])
+        self, und: Tensor, gen: Tensor, angles: tuple[Pair, Pair], attend: Attend, layer: int, freeze_und: bool
+    ) -> Pair:
+        sides = self._project(und, "", angles[0], freeze_und), self._project(gen, "_moe_gen", angles[1], False)
+        query, key, value = zip(*sides, strict=True)
+        und, gen = attend(layer, query, key, value)
+        und = self.o_proj(und.flatten(1))
+        return und.detach() if freeze_und else und, self.o_proj_moe_gen(gen.flatten(1))
 
 
 class MoTDecoderLayer(nn.Module):
@@ -89,20 +83,20 @@ class MoTDecoderLayer(nn.Module):
 
     def forward(
         self,
-        x_LD: Tensor,
-        num_und: int,
-        angles: tuple[Tensor, Tensor],
+        und: Tensor,
+        gen: Tensor,
+        angles: tuple[Pair, Pair],
         attend: Attend,
         layer: int,
         freeze_und: bool = False,
-    ) -> Tensor:
-        und, gen = experts(x_LD, num_und)
-        normed = torch.cat([self.input_layernorm(und), self.input_layernorm_moe_gen(gen)])
-        x_LD = x_LD + self.self_attn(normed, num_und, angles, attend, layer, freeze_und)
-        und, gen = experts(x_LD, num_und)
-        und = self.mlp(self.post_attention_layernorm(und))
-        gen = self.mlp_moe_gen(self.post_attention_layernorm_moe_gen(gen))
-        return x_LD + torch.cat([und.detach() if freeze_und else und, gen])
+    ) -> Pair:
+        seen = self.self_attn(
+            self.input_layernorm(und), self.input_layernorm_moe_gen(gen), angles, attend, layer, freeze_und
+        )
+        und, gen = und + seen[0], gen + seen[1]
+        thought = self.mlp(self.post_attention_layernorm(und))
+        gen = gen + self.mlp_moe_gen(self.post_attention_layernorm_moe_gen(gen))
+        return und + (thought.detach() if freeze_und else thought), gen
 
 
 class MoTDecoder(nn.Module):
@@ -117,22 +111,18 @@ class MoTDecoder(nn.Module):
         self.head_width, self.theta = config.head_dim, config.rope_theta
         self.gradient_checkpointing = False
 
-    def forward(
-        self, x_LD: Tensor, num_und: int, position_L: Tensor, attend: Attend, freeze_und: bool = False
-    ) -> Tensor:
-        """Hidden states after the final norms, in the order of the input, which position_L has too."""
-        angles = rotary_angles(position_L, self.head_width, self.theta)
-        if freeze_und:  # the layers detach what each of them adds to these rows
-            und, gen = experts(x_LD, num_und)
-            x_LD = torch.cat([und.detach(), gen])
+    def forward(self, und: Tensor, gen: Tensor, positions: Pair, attend: Attend, freeze_und: bool = False) -> Pair:
+        """Hidden states of both experts' tokens after the final norms; `positions` are those of each token."""
+        angles = tuple(rotary_angles(position_L, self.head_width, self.theta) for position_L in positions)
+        if freeze_und:  # the layers detach what each of them adds to these tokens
+            und = und.detach()
         for number, layer in enumerate(self.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x_LD = checkpoint(layer, x_LD, num_und, angles, attend, number, freeze_und, use_reentrant=False)
+                und, gen = checkpoint(layer, und, gen, angles, attend, number, freeze_und, use_reentrant=False)
             else:
-                x_LD = layer(x_LD, num_und, angles, attend, number, freeze_und)
-        und, gen = experts(x_LD, num_und)
+                und, gen = layer(und, gen, angles, attend, number, freeze_und)
         und = self.norm(und)
-        return torch.cat([und.detach() if freeze_und else und, self.norm_moe_gen(gen)])
+        return und.detach() if freeze_und else und, self.norm_moe_gen(gen)
 
 
 class LanguageModel(nn.Module):

@@ -27,7 +27,7 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Full attention within each image; images of equal length are computed as one batch."""
+    """Full attention within each image."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -36,22 +36,34 @@ class SelfAttention(nn.Module):
         self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
         self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
 
-    def forward(self, x: Tensor, lengths: Sequence[int], angles: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(self, x: Tensor, attend: "WithinImages", angles: tuple[Tensor, Tensor] | None) -> Tensor:
         query, key, value = (
             layer(x).unflatten(-1, (self.heads, -1)) for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
         if angles is not None:
             query, key = rotate_grid(query, *angles), rotate_grid(key, *angles)
+        return self.out_proj(attend(query, key, value).flatten(1))
+
+
+class WithinImages:
+    """Attention within each image; images of equal length that stand side by side are one batch."""
+
+    def __init__(self, lengths: Sequence[int]):
+        self.runs = _runs(lengths)
+
+    @torch.compiler.disable  # the number and the sizes of images change with every pack
+    def __call__(self, query_NHK: Tensor, key_NHK: Tensor, value_NHK: Tensor) -> Tensor:
         outputs, start = [], 0
-        for length, images in _runs(lengths):
+        for length, images in self.runs:
             stop = start + length * images
-            parts = (part[start:stop].unflatten(0, (images, length)).transpose(1, 2) for part in (query, key, value))
+            parts = (
+                x[start:stop].unflatten(0, (images, length)).transpose(1, 2) for x in (query_NHK, key_NHK, value_NHK)
+            )
             outputs.append(F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(0, 1))
             start = stop
-        joined = (
-            torch.cat(outputs) if outputs else query + key + value
-        )  # no image: empty, yet every weight gets a gradient
-        return self.out_proj(joined.flatten(1))
+        if not outputs:  # empty, yet every weight gets a gradient
+            return query_NHK + key_NHK + value_NHK
+        return torch.cat(outputs)
 
 
 def _runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
@@ -87,8 +99,8 @@ class EncoderLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = GeluMLP(config)
 
-    def forward(self, x: Tensor, lengths: Sequence[int], angles: tuple[Tensor, Tensor] | None) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x), lengths, angles)
+    def forward(self, x: Tensor, attend: "WithinImages", angles: tuple[Tensor, Tensor] | None) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), attend, angles)
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -111,13 +123,13 @@ class VisionTransformer(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, patches: Tensor, position_N: Tensor, lengths: Sequence[int]) -> Tensor:
-        x = self.embeddings(patches, position_N)
+        x, attend = self.embeddings(patches, position_N), WithinImages(lengths)
         angles = None if self.rope_width is None else grid_angles(position_N, self.side, self.rope_width)
         for layer in self.encoder.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, lengths, angles, use_reentrant=False)
+                x = checkpoint(layer, x, attend, angles, use_reentrant=False)
             else:
-                x = layer(x, lengths, angles)
+                x = layer(x, attend, angles)
         return self.post_layernorm(x)
 
 

@@ -7,7 +7,18 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from bagel.attention import CAUSAL, FULL, NOISE, PackedAttention, PackLayout, attend, flex_ids, flex_rule, sample_mask
+from bagel.attention import (
+    CAUSAL,
+    FULL,
+    NOISE,
+    PackedAttention,
+    PackLayout,
+    Rows,
+    attend,
+    flex_ids,
+    flex_rule,
+    sample_mask,
+)
 from bagel.config import ModelConfig
 from bagel.context import CachedAttention, Context
 from bagel.layers import (
@@ -161,13 +172,13 @@ def test_layer_and_its_gradients(name, backend):
     case = Case(name)
     layer = MoTDecoderLayer(language_config(case.info))
     layer.load_state_dict(case.weights())
-    order = torch.cat([case["in.und_indexes"], case["in.gen_indexes"]])
-    num_und = len(case["in.und_indexes"])
-    attention = PackedAttention(PackLayout(case.info["sample_lens"], **splits(case.info["samples"])), order, backend)
+    rows = Rows(case["in.und_indexes"], case["in.gen_indexes"])
+    attention = PackedAttention(PackLayout(case.info["sample_lens"], **splits(case.info["samples"])), rows, backend)
     cos, sin = rotary_angles(case["in.position_ids"], layer.self_attn.head, case.info["rope_theta"])
     assert_close(cos, case["out.cos"], **FLOAT)
     x = case["in.x"].clone().requires_grad_()
-    y = layer(x[order], num_und, (cos[order], sin[order]), attention, 0, case.info["freeze_und"])[attention.inverse]
+    angles = [(cos[index], sin[index]) for index in (rows.und, rows.gen)]
+    y = rows.join(layer(x[rows.und], x[rows.gen], angles, attention, 0, case.info["freeze_und"]))
     assert_close(y, case["out.y"], **FLOAT)
     (y * case["in.grad_y"]).sum().backward()
     assert_close(x.grad, case["out.grad_x"], **LOOSE)
@@ -181,17 +192,21 @@ def test_layer_with_a_cache(name):
     layer.load_state_dict(case.weights())
     text, latents = case.info["text_len"], case.info["latent_tokens"]
     context = Context()
-    angles = rotary_angles(torch.arange(text), layer.self_attn.head, case.info["rope_theta"])
-    attention = CachedAttention([context], [text], torch.arange(text), causal=True, store=True)
-    assert_close(layer(case["in.x_text"], text, angles, attention, 0), case["out.y_text"], **FLOAT)
+    head, theta = layer.self_attn.head, case.info["rope_theta"]
+    angles = [rotary_angles(positions, head, theta) for positions in (torch.arange(text), torch.arange(0))]
+    rows = Rows(torch.arange(text), torch.arange(0))
+    attention = CachedAttention([context], [text], rows, causal=True, store=True)
+    y, _ = layer(case["in.x_text"], case["in.x_text"][:0], angles, attention, 0)
+    assert_close(y, case["out.y_text"], **FLOAT)
     assert_close(context.keys[0], case["out.k_cache"], **FLOAT)
     assert_close(context.values[0], case["out.v_cache"], **FLOAT)
-    order = torch.tensor([0, latents + 1, *range(1, latents + 1)])
-    angles = rotary_angles(torch.full((latents + 2,), text), layer.self_attn.head, case.info["rope_theta"])
+    rows = Rows(torch.tensor([0, latents + 1]), torch.arange(1, latents + 1))
+    angles = [rotary_angles(torch.full((count,), text), head, theta) for count in (2, latents)]
     for store in (False, True):
         before = len(context.keys[0])
-        attention = CachedAttention([context], [latents + 2], order, causal=False, store=store)
-        y = layer(case["in.x_image"][order], 2, angles, attention, 0)[attention.inverse]
+        attention = CachedAttention([context], [latents + 2], rows, causal=False, store=store)
+        x = case["in.x_image"]
+        y = rows.join(layer(x[rows.und], x[rows.gen], angles, attention, 0))
         assert_close(y, case["out.y_image"], **FLOAT)
         assert len(context.keys[0]) == before + (latents + 2) * store
     assert_close(context.keys[0], case["out.k_cache_after"], **FLOAT)
