@@ -2,7 +2,6 @@
 buffer.
 """
 
-import json
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from bagel.config import DataConfig
 from bagel.dataset import UnifiedGenerationDataset
 from bagel.packer import Key, Packer, ReferencePacker, SamplePacker
-from shared.data import MAX_BAD_SHARE
+from shared.data import BadSamples
 from shared.dist import DistInfo
 from shared.errors import BadSample, UserError
 
@@ -85,7 +84,7 @@ class PackStream:
         self.batch_size, self.accumulation = batch_size, accumulation
         self.packs_each = 1 if data.packing == "samples" else batch_size
         self.packs, self.num_workers, self.prefetch_factor = _Packs(dataset, collate), num_workers, prefetch_factor
-        self.bad_path, self.bad, self.bad_in_a_row = bad_samples, {}, 0
+        self.bad, self.bad_in_a_row = BadSamples(bad_samples, len(dataset)), 0
         self.fingerprint = dataset.fingerprint()
         packs_a_step = self.packs_each * accumulation * info.world
         by_samples = data.packing == "samples"
@@ -152,21 +151,16 @@ class PackStream:
         """End the loader's processes."""
         self._loaded = None
 
+    def agree(self) -> None:
+        """Count the damaged samples of all ranks together; a collective."""
+        self.bad.agree()
+
     def _note(self, bad: list[tuple[int, str]], batch: dict) -> None:
-        self.bad_in_a_row = self.bad_in_a_row + len(bad) if not batch["keys"] else 0
-        new = {index: reason for index, reason in bad if index not in self.bad}
-        self.bad.update(new)
-        if new and self.bad_path is not None:
-            with open(self.bad_path, "a", encoding="utf-8") as file:
-                file.writelines(
-                    json.dumps({"index": index, "reason": reason}, ensure_ascii=False) + "\n"
-                    for index, reason in new.items()
-                )
-        too_many = len(self.bad) > max(1, MAX_BAD_SHARE * len(self.dataset))
-        if too_many or self.bad_in_a_row >= MAX_BAD_IN_A_ROW:
+        self.bad.note(bad)
+        self.bad_in_a_row = 0 if batch["keys"] else self.bad_in_a_row + len(bad)
+        if self.bad_in_a_row >= MAX_BAD_IN_A_ROW:
             raise UserError(
-                f"{len(self.bad)} of {len(self.dataset)} records have pictures that cannot be read; the last: "
-                f"{list(self.bad.values())[-1]}; all are listed in {self.bad_path}; mend or remove them"
+                f"{self.bad_in_a_row} samples in a row cannot be read; the last: {bad[-1][1]}; check the picture folder"
             )
 
 
