@@ -146,26 +146,41 @@ def bert_score(
 # --- baselines --------------------------------------------------------------------------------------------------------
 
 
+DISCOUNT = 0.75  # of every count above the lowest order
+
+
 class NGram:
-    """An interpolated Witten-Bell model of token sequences, down to uniform: what counting alone can do."""
+    """An interpolated Kneser-Ney model of token sequences (Kneser and Ney 1995), with a mark before the first token:
+    the most that counting alone can do.
+
+    A lower order counts in how many contexts a token was seen. The lowest order is mixed with the uniform distribution
+    by the rule of Witten and Bell (1991).
+    """
 
     def __init__(self, sequences: Sequence[Sequence[int]], order: int, vocabulary: int):
         self.order, self.vocabulary = order, vocabulary
         self.counts: dict[tuple, Counter] = defaultdict(Counter)
         for sequence in sequences:
-            for position, token in enumerate(sequence):
-                for length in range(min(order - 1, position) + 1):
-                    self.counts[tuple(sequence[position - length : position])][token] += 1
+            marked = [None, *sequence]
+            for position in range(1, len(marked)):
+                self.counts[tuple(marked[max(0, position - order + 1) : position])][marked[position]] += 1
+        for length in range(order - 1, 0, -1):
+            for context in [context for context in self.counts if len(context) == length]:
+                self.counts[context[1:]].update(self.counts[context].keys())
 
     def probability(self, context: Sequence[int], token: int) -> float:
-        """P(token | the last order - 1 tokens of context)."""
+        """P(token | the last order - 1 of all tokens before it)."""
         probability = 1 / self.vocabulary
-        context = list(context[len(context) - self.order + 1 :]) if self.order > 1 else []
-        for length in range(len(context) + 1):
-            seen = self.counts.get(tuple(context[len(context) - length :]))
-            if seen:
-                total, kinds = seen.total(), len(seen)
+        marked = [None, *context]
+        for length in range(min(self.order - 1, len(marked)) + 1):
+            seen = self.counts.get(tuple(marked[len(marked) - length :]))
+            if not seen:
+                break
+            total, kinds = seen.total(), len(seen)
+            if length == 0:
                 probability = (seen[token] + kinds * probability) / (total + kinds)
+            else:
+                probability = (max(seen[token] - DISCOUNT, 0) + DISCOUNT * kinds * probability) / total
         return probability
 
     def nats(self, sequences: Sequence[Sequence[int]]) -> float:
