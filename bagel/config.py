@@ -223,6 +223,9 @@ class DataConfig(Section):
     vit_cond_dropout_prob: float = setting(
         0.3, "chance that the ViT tokens of a condition picture are left out", ge=0, le=1
     )
+    question_weight: float = setting(
+        1.0, "times a record that answers about a given picture comes an epoch, beside its own weight", gt=0
+    )
     flip_probability: float = setting(0.0, "chance of mirroring the pictures of a sample", ge=0, le=1)
     pad_images_together: bool = setting(
         False, "encode all pictures of a pack on one zero-padded canvas, as the released code does"
@@ -249,6 +252,9 @@ class TrainingConfig(TrainingSection):
     adam_epsilon: float = setting(1e-15, "AdamW epsilon", "eps", gt=0)
     warmup_ratio: float = setting(0.0, "warm-up as a share of all steps; used when warmup_steps is 0", ge=0, le=1)
     best_metric: str = setting("val/loss", "metric that decides which checkpoint is best", "metric_for_best")
+    vision_weight_decay: float | None = setting(
+        None, "weight decay of the vision tower and the connector; null: that of the rest", ge=0
+    )
     text_loss_weight: float = setting(1.0, "weight of the cross entropy of text", "ce_weight", ge=0)
     image_loss_weight: float = setting(1.0, "weight of the squared error of velocities", "mse_weight", ge=0)
     ce_loss_reweighting: bool = setting(False, "weight the tokens of an answer of n tokens by 1/sqrt(n)")

@@ -49,13 +49,14 @@ class DataError:
 
 @dataclass(frozen=True)
 class _Record:
-    """A record that passed every check; `fixed`: nothing about it is drawn."""
+    """A record that passed every check; `fixed`: nothing is drawn for it; `asks`: it answers about a given picture."""
 
     source: RecordFile
     line: int
     value: dict
     kind: str
     fixed: bool
+    asks: bool
 
 
 class UnifiedGenerationDataset:
@@ -78,13 +79,14 @@ class UnifiedGenerationDataset:
         truncate_text: bool = False,
         strict: bool = False,
         escape_special_tokens: bool = False,
+        question_weight: float = 1.0,
         flip_probability: float = 0.0,
         seed: int = 0,
     ):
         self.data_path, self.tokenizer, self.layout, self.seed = data_path, tokenizer, layout, seed
         self.vae_transform, self.vit_transform = vae_transform, vit_transform
         self.max_length, self.truncate, self.escape = max_sequence_length, truncate_text, escape_special_tokens
-        self.strict, self.flip_probability = strict, flip_probability
+        self.strict, self.question_weight, self.flip_probability = strict, question_weight, flip_probability
         self.errors: list[DataError] = []
         self.records: list[_Record] = []
         self._sizes: dict[tuple[RecordFile, str], tuple[int, int] | ImageFault] = {}
@@ -107,7 +109,7 @@ class UnifiedGenerationDataset:
             asked: list[int] = []
             steps = steps_of(raw.value, kind, lambda count: asked.append(count) or 0)
             check_texts(steps, self.escape)
-            return _Record(source, raw.line, raw.value, kind, all(count == 1 for count in asked))
+            return _Record(source, raw.line, raw.value, kind, all(count == 1 for count in asked), _asks(steps))
         except RecordFault as fault:
             self._fault(source, raw.line, raw.value, fault.code, str(fault))
             return None
@@ -156,7 +158,7 @@ class UnifiedGenerationDataset:
         count, indices = len(self), []
         draw = keyed_generator(self.seed, _WEIGHT, epoch)
         for index, record in enumerate(self.records):
-            weight = float(record.value.get("weight", 1.0))
+            weight = float(record.value.get("weight", 1.0)) * (self.question_weight if record.asks else 1.0)
             times = int(weight) + (weight % 1 > 0 and torch.rand((), generator=draw).item() < weight % 1)
             indices += [index + copy * count for copy in range(times)]
         shuffle = torch.randperm(len(indices), generator=keyed_generator(self.seed, _CHOICE, epoch))
@@ -312,6 +314,12 @@ class UnifiedGenerationDataset:
         for record in self.records:
             digest.update(json.dumps(record.value, sort_keys=True, default=str).encode())
         return digest.hexdigest()[:16]
+
+
+def _asks(steps: Sequence[Step]) -> bool:
+    """Whether the first thing to learn is a text, with a picture given before it."""
+    first = next((number for number, step in enumerate(steps) if step.target), 0)
+    return steps[first].image is None and any(step.image is not None for step in steps[:first])
 
 
 def _pictures(value: Any) -> list[str]:

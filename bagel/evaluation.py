@@ -219,12 +219,12 @@ def ranking_figures(
 
 
 def _described(dataset: UnifiedGenerationDataset) -> list[tuple[int, list[PlanItem], list[int]]]:
-    """(index, items before the answer, answer) of records whose first target is a text about a picture."""
+    """(index, items before the answer, answer) of records that answer about a given picture."""
     found = []
-    for index in range(len(dataset)):
-        items = dataset.plan(index, 0)
-        first = next(number for number, item in enumerate(items) if item.loss)
-        if items[first].type == "text" and any(item.type == "vit_image" for item in items[:first]):
+    for index, record in enumerate(dataset.records):
+        if record.asks:
+            items = dataset.plan(index, 0)
+            first = next(number for number, item in enumerate(items) if item.loss)
             found.append((index, items[:first], items[first].ids))
     return found
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from bagel.config import PRESETS, SAMPLE_DATA, Config
+from bagel.config import PRESETS, SAMPLE_DATA, Config, TrainingConfig
 from shared.config import accumulation_steps, load_config
 from shared.errors import UserError, command
 
@@ -94,6 +94,8 @@ class UnifiedTrainer:
 
     def train(self) -> "FitResult":
         """Run to the planned step."""
+        import torch
+
         from bagel.stream import PackStream
         from bagel.transformer import MoTDecoderLayer
         from bagel.vit import EncoderLayer
@@ -114,6 +116,8 @@ class UnifiedTrainer:
         if training.warmup_ratio and not training.warmup_steps:
             training.warmup_steps = round(training.warmup_ratio * plan_steps(training, stream))
         self.model.checkpoint_layers(training.gradient_checkpointing)
+        if training.compile:  # every pack has its own lengths: symbols from the first graph on
+            torch._dynamo.config.assume_static_by_default = False
         return fit(
             config=config,
             info=self.info,
@@ -123,6 +127,7 @@ class UnifiedTrainer:
             validate=self.validate if self.val_set is not None else None,
             sample=self.sample if training.sample_records else None,
             export=self.export if training.export or config.model.use_lora else None,
+            groups=parameter_groups(self.model, training),
             wrap_classes=(MoTDecoderLayer, EncoderLayer),
             checkpoint_name="step_{step}",
             title="BAGEL",
@@ -137,6 +142,21 @@ class UnifiedTrainer:
         dropout = Dropout(data.text_cond_dropout_prob, data.vit_cond_dropout_prob, data.vae_cond_dropout_prob)
         static = None if data.packing == "samples" else data.tokens_per_batch * self.config.training.batch_size
         return make_collate(self.train_set.layout, dropout, self.config.run.seed, static)
+
+
+def parameter_groups(model: "Bagel", training: TrainingConfig) -> list[dict]:
+    """Trainable parameters by their weight decay; that of the vision tower and the connector may be its own."""
+    from bagel.model import SEEING
+    from shared.optim import decay_groups
+
+    decay, vision = training.weight_decay, training.vision_weight_decay
+    parts = [(False, decay), (True, decay if vision is None else vision)]
+    groups = [
+        {**group, "names": [name for name in group["names"] if name.startswith(SEEING) == seeing]}
+        for seeing, weight_decay in parts
+        for group in decay_groups(model, weight_decay)
+    ]
+    return [group for group in groups if group["names"]]
 
 
 def open_dataset(config: Config, model_config: Any, tokenizer: "Tokenizer", path: str) -> "UnifiedGenerationDataset":
@@ -157,6 +177,7 @@ def open_dataset(config: Config, model_config: Any, tokenizer: "Tokenizer", path
         truncate_text=data.truncate_text,
         strict=data.strict_data,
         escape_special_tokens=data.escape_special_tokens,
+        question_weight=data.question_weight,
         flip_probability=data.flip_probability,
         seed=config.run.seed,
     )

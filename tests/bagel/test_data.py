@@ -3,15 +3,20 @@
 import io
 import json
 import tarfile
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 
+from bagel.config import DataConfig
 from bagel.data_format import FORMATS, as_json
 from bagel.dataset import DataFormatError, make_collate
 from bagel.images import load_image
 from bagel.packing import Dropout
 from bagel.sources import open_records as open_files
+from bagel.stream import PackStream
+from shared.dist import DistInfo
 from shared.errors import BadSample, UserError
 from tests.bagel.conftest import LAYOUT
 
@@ -222,6 +227,13 @@ def test_every_record_comes_once_an_epoch_and_weights_count(open_records):
     assert dataset.order(1) == dataset.order(1) != dataset.order(2)
 
 
+def test_questions_about_pictures_can_come_more_often(open_records):
+    question = {"image_path": "images/apple.png", "question": "What?", "answer": "an apple"}
+    dataset = open_records([GOOD, question, {**question, "weight": 2}], question_weight=3.0)
+    counts = Counter(index % 3 for index in dataset.order(0))
+    assert counts == {0: 1, 1: 3, 2: 6}
+
+
 def test_noise_of_a_sample_does_not_depend_on_its_pack(open_records):
     dataset = open_records([GOOD, {**GOOD, "image_path": "images/cat.png"}])
     collate = make_collate(LAYOUT, Dropout(0.5, 0.5, 0.5), 3)
@@ -278,3 +290,31 @@ def test_files_that_cannot_be_read_at_all(pictures):
         list(open_files(str(pictures / "bad.json"), None)[0].records())
     (pictures / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n\r\n")
     assert [record.line for record in open_files(str(pictures / "bom.jsonl"), None)[0].records()] == [1]
+
+
+def test_a_damaged_picture_leaves_its_pack_and_too_many_end_the_run(open_records, tmp_path):
+    """One damaged picture is passed over and listed; a second one of 20 is more than 1 %."""
+
+    def first_steps(damaged: int) -> tuple[list, Path]:
+        cut = {**GOOD, "image_path": "images/cut.png"}
+        dataset = open_records([cut] * damaged + [GOOD] * (20 - damaged))
+        listed = tmp_path / f"bad_{damaged}.jsonl"
+        stream = PackStream(
+            dataset,
+            DataConfig(packing="samples"),
+            DistInfo(),
+            batch_size=20,
+            accumulation=1,
+            collate=make_collate(LAYOUT, Dropout(), 1),
+            bad_samples=listed,
+        )
+        stream.start(0)
+        batch = stream.next_step()[0]
+        stream.agree()
+        return [index for _, index in batch["keys"]], listed
+
+    kept, listed = first_steps(1)
+    assert sorted(kept) == list(range(1, 20))
+    assert [json.loads(line)["index"] for line in listed.read_text().splitlines()] == [0]
+    with pytest.raises(UserError, match="2 of 20 samples cannot be read"):
+        first_steps(2)

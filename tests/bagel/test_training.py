@@ -9,10 +9,13 @@ from safetensors.torch import load_file
 
 from bagel.config import PRESETS, Config
 from bagel.flops import attention_flops_per_pair, dense_flops_per_token, peak_tflops, reference_flops, utilisation
-from bagel.train import main
+from bagel.train import main, parameter_groups
+from bagel.transformer import MoTDecoderLayer
+from bagel.vit import EncoderLayer
 from shared.config import load_config
 from tests.bagel.conftest import TINY
 from tests.bagel.golden import Case, language_config
+from tests.bagel.tiny import make_tiny, packs_of
 from tests.launching import run
 
 
@@ -115,6 +118,44 @@ def test_the_guides_flags_are_accepted():
     config = load_config(Config, presets=PRESETS, default="7b", argv=GUIDE_FLAGS.split())
     run, training = config.run, config.training
     assert (run.precision, run.resume, training.keep_last, training.compile) == ("bf16", "c", 3, True)
+
+
+def test_the_vision_tower_may_have_a_decay_of_its_own():
+    config, model = make_tiny()
+    for vision, expected in ((0.25, 0.25), (None, 2.0)):
+        training = config.training.model_copy(update=dict(weight_decay=2.0, vision_weight_decay=vision))
+        groups = parameter_groups(model, training)
+        names = [name for group in groups for name in group["names"]]
+        assert sorted(names) == sorted(name for name, value in model.named_parameters() if value.requires_grad)
+        decay = {name: group["weight_decay"] for group in groups for name in group["names"]}
+        assert (
+            decay["vit_model.vision_model.encoder.layers.0.mlp.fc1.weight"] == decay["connector.fc2.weight"] == expected
+        )
+        assert decay["language_model.lm_head.weight"] == 2.0 and decay["connector.fc2.bias"] == 0.0
+
+
+@pytest.mark.slow
+def test_packs_of_new_lengths_need_no_new_graph():
+    """Compiled layers serve every length with the graphs of the first pack."""
+    config, model = make_tiny()
+    groups = [[0, 1, 2], [3, 4, 5, 6], [7], [10, 11, 12]]
+    graphs = []
+
+    def note(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    with torch._dynamo.config.patch(assume_static_by_default=False):
+        for module in model.modules():
+            if isinstance(module, (MoTDecoderLayer, EncoderLayer)):
+                module.compile(backend=note)
+        counts = []
+        for pack in packs_of(config, groups):
+            losses = model(pack)
+            (losses["ce"].sum() + losses["mse"].sum()).backward()
+            counts.append(len(graphs))
+    torch._dynamo.reset()
+    assert 0 < counts[0] == counts[-1] < 12, counts
 
 
 @pytest.mark.parametrize("preset", [path.stem for path in PRESETS.glob("*.yaml")])
