@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from opens2v.model import RefWanTransformer3DModel, is_reference_name
+from shared.checkpoint import load_strict
 from shared.errors import UserError
 
 # Original (Wan, Self-Forcing, LongLive) -> diffusers. norm3 of the original is norm2 of diffusers: the numbers swap.
@@ -193,25 +194,9 @@ def load_generator_checkpoint(
     Fails unless what is missing are reference modules, nothing is left over, and all shapes fit. Returns the names by
     "loaded", "new" (reference modules not in the file).
     """
-    state = read_generator_state(path, use_ema=use_ema)
-    own = model.state_dict()
-    missing = [name for name in own if name not in state and not is_reference_name(name)]
-    unexpected = [name for name in state if name not in own]
-    shapes = [
-        f"{n} {tuple(state[n].shape)} instead of {tuple(own[n].shape)}"
-        for n in own
-        if n in state and state[n].shape != own[n].shape
-    ]
-    faults = [
-        f"{len(names)} {kind}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if names
-    ]
-    if faults:
-        raise UserError(
-            f"generator_ckpt {path} does not fit the model ({'; '.join(faults)}); check the model section and the file"
-        )
-    model.load_state_dict(state, strict=False)
+    state, own = read_generator_state(path, use_ema=use_ema), model.state_dict()
+    references = [name for name in own if is_reference_name(name)]
+    load_strict(model, state, what=f"generator_ckpt {path}", allow_missing=references)
     new = [name for name in own if name not in state]
     if new and not any(is_reference_name(name) for name in state):
         model.reset_reference_parameters()  # key norms start as copies of the base's
