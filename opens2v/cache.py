@@ -35,6 +35,7 @@ def cache_settings(config: Any, kind: str) -> dict[str, Any]:
             "dedup_iou",
             "is_cross_frame",
             "ref_augment",
+            "ref_clip_size",
         )
     }
     clip = {

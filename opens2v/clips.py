@@ -50,18 +50,24 @@ def caption_of(metadata: dict[str, Any], first_key: str) -> str:
     raise BadSample(f"no caption under {first_key} or {', '.join(OTHER_CAPTIONS)}")
 
 
-def generic_caption(caption: str, class_name: str) -> str:
-    """The caption with the subject's noun replaced by "subject", so that only the picture says what it is."""
+def generic_caption(caption: str, class_name: str, noun: str = "subject") -> str:
+    """The caption with the subject's noun replaced, by "subject" when only the picture is to say what it is."""
     pattern = rf"\b(?P<article>an?|the)?\s*\b{re.escape(class_name)}\b"
 
     def swap(found: re.Match) -> str:
         article = found["article"]
         if article is None:
-            return " subject"
-        return ("The" if article.lower() == "the" else "A") + " subject"
+            return f" {noun}"
+        indefinite = "An" if noun[0].lower() in "aeiou" else "A"
+        return f"{'The' if article.lower() == 'the' else indefinite} {noun}"
 
     text = re.sub(pattern, swap, caption, flags=re.IGNORECASE)
     return re.sub(r"\s+", " ", text).strip()
+
+
+def class_names(entry: dict[str, Any]) -> list[str]:
+    """What the subjects of an entry are called, in file order."""
+    return [record["class_name"] for record in entry["annotation"]["mask_map"].values()]
 
 
 @dataclass

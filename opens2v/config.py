@@ -47,6 +47,7 @@ class DataConfig(Section):
     pixel_width: int = setting(832, "width of the video, pixels", "width", ge=16, fixed=True)
     ref_height: int = setting(256, "height of a subject picture for the VAE path, pixels", ge=8, fixed=True)
     ref_width: int = setting(256, "width of a subject picture for the VAE path, pixels", ge=8, fixed=True)
+    ref_clip_size: int = setting(224, "side of a subject picture for the image encoder, pixels", ge=16, fixed=True)
     sample_stride: int = setting(3, "frames from one training frame to the next", ge=1, fixed=True)
     target_fps: float | None = setting(
         None, "when set, the stride follows from the clip's frame rate (16 suits Wan)", gt=0
@@ -77,7 +78,10 @@ class DataConfig(Section):
     strict: bool = setting(False, "stop at the first broken sample")
     load_background: bool = setting(False, "load the background pictures")
     recolour_probability: float = setting(
-        0.0, "share of samples whose subject changes hue, in video and picture alike", ge=0, le=1
+        0.0, "share of samples whose subject changes colour, in video and picture alike", ge=0, le=1
+    )
+    other_scene_probability: float = setting(
+        0.0, "share of samples whose subject is shown in front of another clip's background (still cameras)", ge=0, le=1
     )
     generic_caption_probability: float = setting(
         0.0, "share of samples whose caption calls the subject `subject`", ge=0, le=1
@@ -193,7 +197,9 @@ class TrainingConfig(TrainingSection):
     p_drop_both: float = setting(0.05, "share of samples trained without either", ge=0, le=1)
     timestep_shift: float = setting(5.0, "shift of the noise levels, in training and sampling", gt=0)
     num_train_timestep: int = setting(1000, "entries of the table of noise levels", ge=2)
-    loss_weighting: Literal["gaussian", "none"] = setting("gaussian", "weight of a timestep: a bell around 500, or 1")
+    loss_weighting: Literal["gaussian", "none", "capped"] = setting(
+        "gaussian", "weight of a timestep: a bell around 500, 1, or 1 that falls with the square of sigma below 0.3"
+    )
     timestep_sampling: Literal["uniform", "logit_normal"] = setting("uniform", "how timesteps are drawn from the table")
     denoising_loss_type: Literal["flow"] = setting("flow", "the loss: squared error of the velocity")
     save_full_generator: bool = setting(False, "model.pt holds the frozen base as well")
@@ -380,6 +386,9 @@ def check_sizes(config: Config) -> None:
     if wanted and data.cache_dir is None:
         raise ValueError(f"{', '.join(wanted)} needs cache_dir; run opens2v/precompute.py and give its folder")
     if data.use_cached_latents and data.recolour_probability:
+        raise ValueError("recolour_probability changes the frames, cached latents cannot follow; set one of them to 0")
+    if (data.use_cached_latents or data.use_cached_text) and data.other_scene_probability:
         raise ValueError(
-            "recolour_probability changes the frames, cached latents cannot follow; set one of the two to 0 / false"
+            "other_scene_probability changes frames and captions, cached features cannot follow; set it to 0, or cache "
+            "neither text nor latents"
         )

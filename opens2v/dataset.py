@@ -1,10 +1,8 @@
 """Samples of the OpenS2V layout: a clip, its caption, and pictures of its subjects.
 
-Every random choice of a sample is keyed by (seed, epoch, index): the same for any number of ranks, workers and
-restarts.
+Random choices of a sample are keyed by (seed, epoch, index): the same for any number of ranks, workers and restarts.
 """
 
-import math
 import random
 import warnings
 from bisect import bisect_right
@@ -21,10 +19,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from opens2v.annotations import Annotations
-from opens2v.clips import Part, caption_of, frame_indices, generic_caption, usable_range
+from opens2v.augment import NO_CHANGES, foreground_mask, recolour_subject, show_in_scene
+from opens2v.clips import Part, caption_of, class_names, frame_indices, generic_caption, usable_range
 from opens2v.cross_frames import CrossFramePairs
 from opens2v.options import SampleOptions, check_arguments, chosen_positions, sample_options
-from opens2v.subjects import Subject, SubjectFilter, foreground_mask, recolour, reference_tensors, select_subjects
+from opens2v.subjects import Subject, SubjectFilter, reference_tensors, select_subjects
 from opens2v.video import cover_resize
 from shared.errors import BadSample, UserError
 from shared.rng import keyed_seed
@@ -54,12 +53,8 @@ class OpenS2VAdapterDataset(Dataset):
         **options: Any,
     ):
         self.options = sample_options(options)
-        self.size, self.reference_size, self.num_frames, self.sample_stride = (
-            (height, width),
-            (ref_height, ref_width),
-            num_frames,
-            sample_stride,
-        )
+        self.size, self.reference_size = (height, width), (ref_height, ref_width)
+        self.num_frames, self.sample_stride = num_frames, sample_stride
         self.max_subjects, self.selection = max_subjects_per_sample, subject_selection
         check_arguments(num_frames, sample_stride, max_subjects_per_sample, subject_selection)
         if not Path(video_base_path).is_dir():
@@ -132,29 +127,28 @@ class OpenS2VAdapterDataset(Dataset):
         metadata = entry["metadata"]
         caption = caption_of(metadata, options.caption_key)
         indices, cut = self._frame_indices(metadata, rng)
-        background = (
-            self._background(position, key, entry) if options.load_background or options.recolour_probability else None
-        )
+        changes = options.recolour_probability or options.other_scene_probability
+        background = self._background(position, key, entry) if options.load_background or changes else None
         frames = self._frames(position, entry, indices) if options.load_frames else None
+        where = foreground_mask(frames, background) if changes and background is not None else None
         chosen = []
         if options.load_subjects:
             kept = self.filter.apply(self._subjects(position, key, entry), entry.get("word_tags") or {})
             chosen = select_subjects(kept, self.selection, self.max_subjects, rng)
         images = [self._image(key, subject, rng) for subject in chosen]
-        if options.recolour_probability and rng.random() < options.recolour_probability and background is not None:
-            angle = rng.uniform(0, 2 * math.pi)
-            frames = recolour(frames, angle, foreground_mask(frames, background))
-            images = [Image.fromarray(recolour(np.array(image), angle)) for image in images]
+        if options.recolour_probability and rng.random() < options.recolour_probability and where is not None:
+            frames, images = recolour_subject(frames, images, where, rng)
+        if options.other_scene_probability and rng.random() < options.other_scene_probability and where is not None:
+            frames, caption = self._in_other_scene(frames, where, caption, entry, rng)
         if options.generic_caption_probability and rng.random() < options.generic_caption_probability:
-            for record in entry["annotation"]["mask_map"].values():
-                caption = generic_caption(caption, record["class_name"])
+            for name in class_names(entry):
+                caption = generic_caption(caption, name)
         item = {"key": key, "prompts": caption, "frame_indices": torch.tensor(indices)}
         if frames is not None:
             item["frames"] = cover_resize(frames, *self.size)
         if options.load_subjects:
-            item |= reference_tensors(
-                chosen, images, rng if options.ref_augment else None, count=self.max_subjects, size=self.reference_size
-            )
+            sizes = dict(count=self.max_subjects, size=self.reference_size, clip_size=options.ref_clip_size)
+            item |= reference_tensors(chosen, images, rng if options.ref_augment else None, **sizes)
         item["meta"] = {
             "fps": metadata.get("fps"),
             "num_frames": metadata.get("num_frames"),
@@ -171,6 +165,22 @@ class OpenS2VAdapterDataset(Dataset):
             item["background_pixels"] = cover_resize(background[None], *self.size)[:, 0]
         return item
 
+    def _in_other_scene(
+        self, frames: np.ndarray, where: np.ndarray, caption: str, entry: dict, rng: random.Random
+    ) -> tuple[np.ndarray, str]:
+        """Frames and caption of the subject (the pixels `where`) in the scene of another clip, where that suits."""
+        place = rng.randrange(len(self))
+        position = place if self.positions is None else int(self.positions[place])
+        key, other = self.part.entry(position)
+        background = self._background(position, key, other)
+        shown = None if background is None else show_in_scene(frames, where, background)
+        if shown is None:
+            return frames, caption
+        caption = caption_of(other["metadata"], self.options.caption_key)
+        for name in class_names(other):
+            caption = generic_caption(caption, name, class_names(entry)[0])
+        return shown, caption
+
     def _frame_indices(self, metadata: dict, rng: random.Random) -> tuple[list[int], tuple[int, int]]:
         start, end = usable_range(metadata)
         low, high = self.options.time_range
@@ -181,8 +191,7 @@ class OpenS2VAdapterDataset(Dataset):
             stride = max(1, round(float(metadata.get("fps") or self.options.target_fps) / self.options.target_fps))
         return frame_indices(start, end, self.num_frames, stride, rng), (start, end)
 
-    # --- what keep_decoded remembers
-    # -----------------------------------------------------------------------------------
+    # --- what keep_decoded remembers ----------------------------------------------------------------------------------
 
     def _remembered(self, position: int, what: str, make: Callable[[], Any]) -> Any:
         if not self.options.keep_decoded:
@@ -212,10 +221,15 @@ class OpenS2VAdapterDataset(Dataset):
         return pixels.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0).numpy()
 
     def _subjects(self, position: int, key: str, entry: dict) -> list[Subject]:
-        return self._remembered(position, "subjects", lambda: self.part.subjects(key, entry))
+        def make() -> list[Subject]:
+            found = self.part.subjects(key, entry)
+            for subject in found if self.options.keep_decoded else []:
+                subject.image.thumbnail((2 * self.reference_size[1], 2 * self.reference_size[0]))
+            return found
 
-    # --- subjects
-    # -------------------------------------------------------------------------------------------------------
+        return self._remembered(position, "subjects", make)
+
+    # --- subjects -----------------------------------------------------------------------------------------------------
 
     def _image(self, key: str, subject: Subject, rng: random.Random) -> Image.Image:
         """The subject's picture: its own cut-out, or with cross-frame data that of another clip of the same video."""
@@ -323,14 +337,8 @@ def create_dataset(data: Mapping[str, Any], **changes: Any) -> MultiPartOpenS2VA
         "ref_height": data["ref_height"],
         "ref_width": data["ref_width"],
     }
-    for name in (
-        "sample_stride",
-        "max_subjects_per_sample",
-        "subject_selection",
-        "is_cross_frame",
-        "cross_frames_cluster_path",
-        "cross_frames_base_path",
-    ):
+    choices = ("sample_stride", "max_subjects_per_sample", "subject_selection", "is_cross_frame")
+    for name in (*choices, "cross_frames_cluster_path", "cross_frames_base_path"):
         settings[name] = data[name]
     settings |= changes
     return MultiPartOpenS2VAdapterDataset(
@@ -355,7 +363,7 @@ def create_opens2v_dataloader(
     The training script uses shared/data.py instead, which can also resume inside an epoch.
     """
     training, seed = config.training, config.run.seed
-    changes = {} if train else {"ref_augment": False, "recolour_probability": 0.0, "generic_caption_probability": 0.0}
+    changes = {} if train else NO_CHANGES
     dataset = create_dataset(config.data, seed=seed, **changes)
     need = world_size * training.batch_size
     if len(dataset) < need:

@@ -47,6 +47,7 @@ class MetricsOptions(Section):
 
 def clips_for(config: Any, options: MetricsOptions) -> tuple[Any, list[list[dict]]]:
     """The data set of held-back windows with background, and its samples: windows x clips."""
+    from opens2v.augment import NO_CHANGES
     from opens2v.dataset import create_dataset
 
     data = config.data.model_copy(update={"without_keys": [], "is_cross_frame": False})
@@ -55,10 +56,8 @@ def clips_for(config: Any, options: MetricsOptions) -> tuple[Any, list[list[dict
         data,
         seed=7,
         time_range=(share, 1.0) if share < 1 else (0.0, 1.0),
-        ref_augment=False,
-        recolour_probability=0.0,
-        generic_caption_probability=1.0,
         load_background=True,
+        **{**NO_CHANGES, "generic_caption_probability": 1.0},
     )
     count = min(len(dataset), options.max_clips)
     if count < 2:
@@ -88,7 +87,8 @@ def loss_figures(generator: Any, samples: list[list[dict]], unseen: list[int]) -
                 region = subject_region(batch["frames"], batch["background_pixels"], size).to(
                     conditions.latents_BCFhw.device
                 )
-            arguments = (generator.module, conditions, region, scheduler, config.model.prediction)
+            deviation_C = generator.encoders.codec.deviation
+            arguments = (generator.module, conditions, region, scheduler, config.model.prediction, deviation_C)
             found.append(paired_errors(*arguments, seed=window))
             if window == 0:
                 for sigma in (0.3, 0.5, 0.7):

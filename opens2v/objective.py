@@ -77,13 +77,14 @@ class RefImageFlowMatching:
         if settings.teacher_forcing:
             arguments |= self._context(clean, step, slots)
         output = model(noisy, timestep, conditions.text_BRD, return_dict=False, **arguments)[0]
-        velocity = velocity_of(output.float(), noisy, sigma, settings.prediction)
+        velocity = velocity_of(output.float(), noisy, sigma, settings.prediction, self.encoders.codec.deviation)
         error_BF = (velocity - self.scheduler.target(clean, noise)).square().mean((1, 3, 4))
-        weight = (
-            self.scheduler.weight_of(timestep)
-            if self.config.training.loss_weighting == "gaussian"
-            else torch.ones_like(sigma)
-        )
+        weights = {
+            "gaussian": self.scheduler.weight_of,
+            "capped": self.scheduler.capped_weight_of,
+            "none": torch.ones_like,
+        }
+        weight = weights[self.config.training.loss_weighting](timestep)
         return error_BF, weight.reshape(len(clean), -1)
 
     def frame_mask(self, frames: int) -> Tensor:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from opens2v.annotations import Annotations
-from opens2v.subjects import SELECTIONS
+from opens2v.subjects import CLIP_SIZE, SELECTIONS
 from shared.errors import UserError
 
 
@@ -23,6 +23,7 @@ class SampleOptions:
     dedup_iou: float | None = None
     use_bbox: bool = False
     ref_augment: bool = True
+    ref_clip_size: int = CLIP_SIZE
     caption_key: str = "face_cap_qwen"
     max_retries: int = 10
     strict: bool = False
@@ -32,6 +33,7 @@ class SampleOptions:
     cross_min_similarity: float = 0.6
     cross_max_similarity: float = 0.98
     recolour_probability: float = 0.0
+    other_scene_probability: float = 0.0
     generic_caption_probability: float = 0.0
     time_range: tuple[float, float] = (0.0, 1.0)
     only_keys: tuple[str, ...] = ()

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from opens2v.augment import NO_CHANGES
 from opens2v.base import latent_shape
 from opens2v.cache import with_cached_features
 from opens2v.conditions import Conditions, Encoders
@@ -46,9 +47,9 @@ def conditions_for(
     batch: dict[str, Any] = {"prompts": prompts, "ref_pixels": [], "ref_clip_pixels": []}
     for row in pictures:
         filled = [*row, *[blank] * (slots - len(row))]
-        size = (config.data.ref_height, config.data.ref_width)
+        size, clip_size = (config.data.ref_height, config.data.ref_width), config.data.ref_clip_size
         batch["ref_pixels"].append(torch.stack([reference_pixels(image, *size) for image in filled]))
-        batch["ref_clip_pixels"].append(torch.stack([clip_pixels(image) for image in filled]))
+        batch["ref_clip_pixels"].append(torch.stack([clip_pixels(image, clip_size) for image in filled]))
     batch["ref_pixels"], batch["ref_clip_pixels"] = (
         torch.stack(batch["ref_pixels"]),
         torch.stack(batch["ref_clip_pixels"]),
@@ -77,9 +78,7 @@ class Preview:
     def __init__(self, config: Config, encoders: Encoders, scheduler: FlowMatchScheduler, info: DistInfo):
         self.config, self.encoders, self.scheduler, self.info = config, encoders, scheduler, info
         held_back = (config.data.train_share, 1.0) if config.data.train_share < 1 else (0.0, 1.0)
-        dataset = create_dataset(
-            config.data, seed=_VALIDATION_SEED, time_range=held_back, ref_augment=False, recolour_probability=0.0
-        )
+        dataset = create_dataset(config.data, seed=_VALIDATION_SEED, time_range=held_back, **NO_CHANGES)
         self.dataset = with_cached_features(dataset, config, latents=False)
 
     def validate(self, model: Any, step: int) -> dict[str, float]:
@@ -97,6 +96,7 @@ class Preview:
                 None,
                 self.scheduler,
                 self.config.model.prediction,
+                self.encoders.codec.deviation,
                 sigmas=VALIDATION_SIGMAS,
                 seed=_VALIDATION_SEED + number,
                 references="next",
@@ -143,7 +143,9 @@ class Preview:
             self.config, pixel_frames(self.config), self.config.data.pixel_height, self.config.data.pixel_width
         )
         negative = self.encoders.encode_text([training.negative_prompt])[0]
-        latents = VideoSampler(model, None, self.config.model, settings).sample(conditions, negative, shape)
+        latents = VideoSampler(model, None, self.config.model, settings, self.encoders.codec.deviation).sample(
+            conditions, negative, shape
+        )
         videos = self.encoders.codec.decode(latents)
         if self.info.is_main:
             self._write(folder, step, videos, captions, shown)

@@ -53,14 +53,21 @@ class VideoSampler:
 
     model: called as the transformer. module: the transformer itself, so that the references are worked out once per
     video;
-    None while its weights are sharded, when only calls of the whole model may touch them.
+    None while its weights are sharded, when only calls of the whole model may touch them. deviation_C: of the codec.
     """
 
-    def __init__(self, model: Callable[..., Any], module: Any | None, settings: ModelConfig, sampler: SamplerSettings):
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        module: Any | None,
+        settings: ModelConfig,
+        sampler: SamplerSettings,
+        deviation_C: Tensor | None = None,
+    ):
         if module is None and sampler.ref_scale != 1:
             raise ValueError(f"ref_scale {sampler.ref_scale} needs the transformer itself")
         self.model, self.module, self.settings, self.sampler = model, module, settings, sampler
-        self.scheduler = FlowMatchScheduler(sampler.shift)
+        self.scheduler, self.deviation_C = FlowMatchScheduler(sampler.shift), deviation_C
 
     @torch.no_grad()
     def sample(
@@ -122,7 +129,7 @@ class VideoSampler:
         for one in passes:
             cache = None if cache_name is None else one.caches[cache_name]
             output = self.model(x, timestep, one.text, cache=cache, return_dict=False, **one.arguments)[0]
-            velocities.append(velocity_of(output.float(), x, sigma_B, self.settings.prediction))
+            velocities.append(velocity_of(output.float(), x, sigma_B, self.settings.prediction, self.deviation_C))
         return self._combined(velocities)
 
     def _denoise(self, x: Tensor, velocity: Callable[[Tensor, float], Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from shared.flow import expand_like, linear_path, shift_noise_level
 
-SHARPEST_SIGMA = 0.15  # below it a predicted clean sample is turned into a velocity as if sigma were this
+CAPPED_BELOW = 0.3  # sigma under which a velocity error of weight 1 would be a hardly visible error of x0
 
 
 class FlowMatchScheduler:
@@ -60,6 +60,10 @@ class FlowMatchScheduler:
         """The loss weight of each timestep."""
         return self.weights.to(timestep.device)[self.index_of(timestep)]
 
+    def capped_weight_of(self, timestep: Tensor) -> Tensor:
+        """min(1, (sigma / 0.3)^2): below 0.3 the velocity's error counts by what it changes in x0."""
+        return (self.sigma_of(timestep) / CAPPED_BELOW).clamp(max=1).square()
+
     def add_noise(self, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """x_t = (1 - sigma) x0 + sigma noise. clean (B, ...); timestep (B,), or (B, F) for clean (B, C, F, h, w)."""
         sigma = self.sigma_of(timestep)
@@ -82,13 +86,18 @@ class FlowMatchScheduler:
         return sample + velocity * (next_sigma - sigma)
 
 
-def velocity_of(output: Tensor, noisy: Tensor, sigma: Tensor, prediction: str) -> Tensor:
-    """The velocity of a network's output: itself, or (x_t - x0) / max(sigma, 0.15) of a network that predicts x0.
+def velocity_of(
+    output: Tensor, noisy: Tensor, sigma: Tensor, prediction: str, deviation_C: Tensor | None = None
+) -> Tensor:
+    """The velocity of a network's output: itself, or (x_t - deviation * output) / sigma of a network that predicts x0.
 
-    sigma: (B,), or (B, F) for outputs (B, C, F, h, w). A small network in pixel-like latents predicts x0 well and the
-    velocity badly: the noise in it has more dimensions than the network is wide.
+    output, noisy: (B, C, F, h, w); sigma > 0: (B,) or (B, F); deviation_C: standard deviations of the latent channels
+    (C,), needed for x0, so that every output has variance 1. A small network in pixel-like latents predicts x0 well
+    and the velocity badly: the noise in it has more dimensions than the network is wide.
     """
     if prediction == "velocity":
         return output
+    if deviation_C is None:
+        raise ValueError("prediction x0 needs the standard deviations of the latent channels")
     sigma = expand_like(sigma, noisy) if sigma.ndim == 1 else sigma[:, None, :, None, None]
-    return (noisy - output.to(noisy.dtype)) / sigma.clamp(min=SHARPEST_SIGMA)
+    return (noisy - deviation_C.to(noisy)[:, None, None, None] * output.to(noisy.dtype)) / sigma

@@ -8,17 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance
+from PIL import Image
 from torch import Tensor
 
 from opens2v import rle
+from opens2v.augment import WHITE, augment
 
 SELECTIONS = ("first", "random", "best_score")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CLIP_SIZE = 224
-FOREGROUND_LEVELS = 12  # grey levels by which a pixel of a subject differs from the background
-WHITE = (255, 255, 255)
 
 
 @dataclass
@@ -158,63 +157,20 @@ def reference_pixels(image: Image.Image, height: int, width: int, scale: float =
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def clip_pixels(image: Image.Image) -> Tensor:
-    """float32 (3, 224, 224), CLIP-normalised: padded to a white square first, so that slim subjects keep their
+def clip_pixels(image: Image.Image, size: int = CLIP_SIZE) -> Tensor:
+    """float32 (3, size, size), CLIP-normalised: padded to a white square first, so that slim subjects keep their
     shape.
     """
     side = max(image.size)
     square = Image.new("RGB", (side, side), WHITE)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    pixels = np.array(square.resize((CLIP_SIZE, CLIP_SIZE), Image.Resampling.BICUBIC))
+    pixels = np.array(square.resize((size, size), Image.Resampling.BICUBIC))
     return normalise_clip(torch.from_numpy(pixels).permute(2, 0, 1).float() / 255)
 
 
 def normalise_clip(pixels: Tensor) -> Tensor:
     """(3, H, W) in [0, 1] -> CLIP's normalisation."""
     return (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
-
-
-def augment(image: Image.Image, rng: random.Random) -> tuple[Image.Image, float]:
-    """Flip, rotation within 10 degrees on white, mild colour jitter; also the share of the canvas to fill (0.8 to 1).
-
-    Reference and target come from one clip; without this the model learns to copy and paste.
-    """
-    if rng.random() < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    scale = rng.uniform(0.8, 1.0)
-    image = image.rotate(rng.uniform(-10, 10), Image.Resampling.BICUBIC, expand=True, fillcolor=WHITE)
-    outside = np.all(np.array(image) >= 250, axis=-1)
-    for kind in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-        image = kind(image).enhance(rng.uniform(0.9, 1.1))
-    pixels = np.array(image)
-    pixels[outside] = 255
-    return Image.fromarray(pixels), scale
-
-
-def hue_rotation(angle: float) -> np.ndarray:
-    """3 x 3 rotation of RGB about the grey axis by `angle` radians: colours change, white and greys stay."""
-    cosine, sine = np.cos(angle), np.sin(angle)
-    third, root = (1 - cosine) / 3, sine / np.sqrt(3)
-    return np.array(
-        [
-            [cosine + third, third - root, third + root],
-            [third + root, cosine + third, third - root],
-            [third - root, third + root, cosine + third],
-        ]
-    )
-
-
-def recolour(pixels: np.ndarray, angle: float, where: np.ndarray | None = None) -> np.ndarray:
-    """uint8 (..., 3) with rotated hue, in the pixels of the bool mask `where` (...) or in all."""
-    turned = (
-        np.clip(pixels.astype(np.float32) @ hue_rotation(angle).T.astype(np.float32), 0, 255).round().astype(np.uint8)
-    )
-    return turned if where is None else np.where(where[..., None], turned, pixels)
-
-
-def foreground_mask(frames: np.ndarray, background: np.ndarray) -> np.ndarray:
-    """bool (..., H, W): where uint8 frames (..., H, W, 3) differ from the background by more than a few grey levels."""
-    return np.abs(frames.astype(np.int16) - background.astype(np.int16)).max(-1) > FOREGROUND_LEVELS
 
 
 def reference_tensors(
@@ -224,20 +180,22 @@ def reference_tensors(
     *,
     count: int,
     size: tuple[int, int],
+    clip_size: int = CLIP_SIZE,
 ) -> dict[str, Any]:
     """What a sample holds of its subjects, in `count` slots; empty slots are white, without name, with NaN scores.
 
-    images: the pictures of `subjects`. rng: augments them; None leaves them as they are. size: of ref_pixels.
+    images: the pictures of `subjects`. rng: augments them; None leaves them as they are. size: of ref_pixels;
+    clip_size: side of ref_clip_pixels.
     """
     pixels = torch.ones(count, 3, *size)
-    features = normalise_clip(torch.ones(3, CLIP_SIZE, CLIP_SIZE)).repeat(count, 1, 1, 1)
+    features = normalise_clip(torch.ones(3, clip_size, clip_size)).repeat(count, 1, 1, 1)
     scores = torch.full((count, 2), torch.nan)
     for slot, (subject, image) in enumerate(zip(subjects, images, strict=True)):
         scale = 1.0
         if rng is not None:
             image, scale = augment(image, rng)
         pixels[slot] = reference_pixels(image, *size, scale=scale)
-        features[slot] = clip_pixels(image)
+        features[slot] = clip_pixels(image, clip_size)
         for column, score in enumerate((subject.gme_score, subject.aes_score)):
             if score is not None:
                 scores[slot, column] = score

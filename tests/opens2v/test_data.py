@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from opens2v import rle
+from opens2v.augment import recolour
 from opens2v.clips import frame_indices, generic_caption, usable_range
-from opens2v.config import Config
+from opens2v.config import SAMPLE_DATA, Config
 from opens2v.cross_frames import cluster_of
 from opens2v.dataset import (
     MultiPartOpenS2VAdapterDataset,
@@ -22,12 +23,13 @@ from opens2v.dataset import (
     collate_opens2v_batch,
     create_opens2v_dataloader,
 )
-from opens2v.subjects import SubjectFilter, recolour, select_subjects
+from opens2v.subjects import SubjectFilter, select_subjects
 from opens2v.video import cover_resize, crop_window, read_frames, to_uint8, write_video
 from shared.errors import BadSample, UserError
 from tests.opens2v.cases import EXPECTED, MINI, PARTS, part_paths
 
 SIZES = dict(num_frames=13, height=64, width=96, ref_height=32, ref_width=32, ref_augment=False)
+SAMPLE_PATHS = ("step5/merge_final_json/{}.json", "step0/videos/{}", "step5/final_output/{}/foreground")
 COLOUR = 2.0  # grey levels by which decoders may differ
 SUBJECT_CASES = [(sample, expected) for sample, expected in EXPECTED["samples"].items()]
 
@@ -197,12 +199,32 @@ def test_recolouring_keeps_greys_and_unmasked_pixels():
     assert np.array_equal(recolour(pixels, 2.0, np.zeros((1, 3), bool)), pixels)
 
 
+def test_a_subject_moves_to_another_scene_with_its_name():
+    sample = OpenS2VAdapterDataset(
+        *(SAMPLE_DATA / path.format("dataset1") for path in SAMPLE_PATHS), num_frames=5, height=32, width=48,
+        ref_height=32, ref_width=32, ref_augment=False, keep_decoded=True, load_background=True,
+        only_keys=["anim_monkey", "anim_jack-o-lantern"], other_scene_probability=1.0,
+    )  # fmt: skip
+    monkey = [key for _, key in map(sample.identity, range(2))].index(
+        next(key for _, key in map(sample.identity, range(2)) if "monkey" in key)
+    )
+    for epoch in range(20):
+        item = sample.sample(monkey, epoch)
+        if "night sky" in item["prompts"]:
+            break
+    assert item["prompts"].startswith("A monkey moves before a dark night sky") and item["subject_names"] == ["monkey"]
+    night = sample.sample(1 - monkey, 0)["background_pixels"]
+    share_of_scene = (item["frames"] - night[:, None]).abs().amax(0).lt(1e-3).float().mean()
+    assert 0.6 < share_of_scene < 0.95, "the night stands behind, the monkey before it"
+
+
 def test_captions_lose_the_subjects_noun():
     assert (
         generic_caption("An elephant moves. Then the elephant sleeps.", "elephant")
         == "A subject moves. Then The subject sleeps."
     )
     assert generic_caption("A green dragon flies.", "dragon") == "A green subject flies."
+    assert generic_caption("A monkey moves.", "monkey", "elephant") == "An elephant moves."
 
 
 # --- the data set -----------------------------------------------------------------------------------------------------

@@ -232,6 +232,8 @@ def test_cached_features_train_and_other_settings_are_refused(run_folder, tmp_pa
         base,
         "--recolour-probability",
         "0",
+        "--other-scene-probability",
+        "0",
         "--generic-caption-probability",
         "0",
     ]
