@@ -19,7 +19,7 @@ def text_bars(figures: dict[str, Any]) -> list[Bar]:
     last = figures.get("text_loss")
     return [
         Bar("held-out text, best validation", best, target, "at most", unigram, "target: 60 % below the unigram"),
-        Bar("held-out text, best validation", best, trigram, "at most", trigram, "target: below the 3-gram"),
+        Bar("held-out text, best validation", best, trigram, "at most", trigram, "target: the Kneser-Ney 3-gram"),
         Bar("held-out text, weights evaluated", last, None, "at most", unigram, "overfits late"),
     ]
 
