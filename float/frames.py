@@ -119,7 +119,7 @@ class FramePairs:
     def sample(self, index: int, epoch: int) -> dict[str, Tensor]:
         """The pair of one index in one epoch; long clips come up more often."""
         generator = keyed_generator(self.seed, _PAIRS, epoch, index)
-        draws = torch.rand(7, generator=generator, dtype=torch.float64).tolist()
+        draws = torch.rand(11, generator=generator, dtype=torch.float64).tolist()
         # stratified over the whole material, so that an epoch touches all of it
         position = (index + draws[0]) / self.length * int(self.ends[-1])
         clip = min(int(torch.searchsorted(self.ends, position, right=True)), len(self.ends) - 1)
@@ -131,13 +131,13 @@ class FramePairs:
         return {"source": pair[0], "driving": pair[1]}
 
     def _augmented(self, pair: Tensor, draws: list[float]) -> Tensor:
-        """Flip and colour change, the same for both pictures."""
+        """Flip and change of colour, each channel on its own, the same for both pictures."""
         data = self.store.data
         if draws[0] < data.horizontal_flip_prob:
             pair = pair.flip(-1)
         if draws[1] < data.color_jitter_prob:
-            contrast, brightness = 1 + JITTER * (2 * draws[2] - 1), JITTER * (2 * draws[3] - 1)
-            pair = (pair * contrast + brightness).clamp(-1, 1)
+            contrast, brightness = JITTER * (2 * torch.tensor(draws[2:8], dtype=pair.dtype).view(2, 3, 1, 1) - 1)
+            pair = (pair * (1 + contrast) + brightness).clamp(-1, 1)
         return pair
 
 
