@@ -13,9 +13,9 @@ if not __package__:
 
 import hashlib
 import json
-import mmap
 import os
 from collections.abc import Iterator
+from io import FileIO
 
 import numpy as np
 
@@ -47,14 +47,14 @@ class Annotations:
             self.table = np.array([[0, 0, 0, 0, _hash(file.stem.encode())] for file in self.files], np.int64)
         else:
             self.table = _index_of(self.path, Path(index_path) if index_path else None)
-        self._map: mmap.mmap | None = None
+        self._file: FileIO | None = None
         self._order: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_map": None, "_order": None}  # every process opens the file for itself
+        return {**self.__dict__, "_file": None, "_order": None}  # every process opens the file for itself
 
     def key(self, index: int) -> str:
         """The key of the entry at a position."""
@@ -88,10 +88,11 @@ class Annotations:
         return hashlib.sha256(np.ascontiguousarray(self.table[:, [1, 3, 4]]).tobytes()).hexdigest()[:16]
 
     def _bytes(self, offset: int, length: int) -> bytes:
-        if self._map is None:
-            with open(self.path, "rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return self._map[int(offset) : int(offset) + int(length)]
+        if self._file is None:
+            self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115
+            if hasattr(os, "posix_fadvise"):  # entries are drawn at random: reading ahead would only take longer
+                os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        return os.pread(self._file.fileno(), int(length), int(offset))
 
 
 def _hash(key: bytes) -> int:
