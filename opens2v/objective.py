@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from opens2v.causal import causal_frame_mask, frame_blocks
 from opens2v.conditions import Conditions, Encoders
 from opens2v.config import Config
-from opens2v.scheduler import FlowMatchScheduler, velocity_of
+from opens2v.scheduler import FlowMatchScheduler, capped_weight, velocity_of
 from shared.flow import sample_times
 from shared.rng import keyed_rand, keyed_randn
 
@@ -81,7 +81,7 @@ class RefImageFlowMatching:
         error_BF = (velocity - self.scheduler.target(clean, noise)).square().mean((1, 3, 4))
         weights = {
             "gaussian": self.scheduler.weight_of,
-            "capped": self.scheduler.capped_weight_of,
+            "capped": lambda _: capped_weight(sigma),
             "none": torch.ones_like,
         }
         weight = weights[self.config.training.loss_weighting](timestep)

@@ -60,10 +60,6 @@ class FlowMatchScheduler:
         """The loss weight of each timestep."""
         return self.weights.to(timestep.device)[self.index_of(timestep)]
 
-    def capped_weight_of(self, timestep: Tensor) -> Tensor:
-        """min(1, (sigma / 0.3)^2): below 0.3 the velocity's error counts by what it changes in x0."""
-        return (self.sigma_of(timestep) / CAPPED_BELOW).clamp(max=1).square()
-
     def add_noise(self, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """x_t = (1 - sigma) x0 + sigma noise. clean (B, ...); timestep (B,), or (B, F) for clean (B, C, F, h, w)."""
         sigma = self.sigma_of(timestep)
@@ -84,6 +80,11 @@ class FlowMatchScheduler:
     def step(self, velocity: Tensor, sample: Tensor, sigma: float, next_sigma: float) -> Tensor:
         """One Euler step, x + v (sigma_next - sigma)."""
         return sample + velocity * (next_sigma - sigma)
+
+
+def capped_weight(sigma: Tensor) -> Tensor:
+    """min(1, (sigma / 0.3)^2): below 0.3 the error of a velocity counts by what it changes in x0."""
+    return (sigma / CAPPED_BELOW).clamp(max=1).square()
 
 
 def velocity_of(
