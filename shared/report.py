@@ -76,6 +76,7 @@ def write_report(
             {**asdict(sample), "path": os.path.relpath(output_dir / sample.path, output_dir)} for sample in samples
         ],
         "curves": _read_curves(output_dir, curves),
+        "cost": _read_cost(output_dir),
     }
     path = output_dir / "report.json"
     report = _plain(report)
@@ -88,18 +89,25 @@ def write_report(
 def write_index(
     reports: list[Path], output: Path, *, title: str = "What the five systems learned", notes: list[str] | None = None
 ) -> None:
-    """One page over several report.json files; notes are sentences shown on top, such as a system that failed."""
-    sections = []
+    """One page over several report.json files, all their bars in a table on top.
+
+    notes: sentences shown above it, such as a system that failed.
+    """
+    sections, rows = [], []
     for path in reports:
         try:
-            sections.append(_section(json.loads(Path(path).read_text(encoding="utf-8")), Path(path).parent))
+            report = json.loads(Path(path).read_text(encoding="utf-8"))
+            sections.append(_section(report, Path(path).parent))
+            rows += [f"<tr><td>{html.escape(report['title'])}{_cells(bar)}" for bar in report["bars"]]
         except FileNotFoundError:
             raise UserError(f"{path}: no such report; run the system's metrics first") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{path}: not a report ({reason}); run the system's metrics again") from None
     remarks = "".join(f"<p class=note>{html.escape(note)}</p>" for note in notes or ())
-    _write(Path(output), _page(title, [remarks, *sections]))
+    heads = "<tr><th>system<th>figure<th>value<th>baseline<th>target<th>reached"
+    overview = f"<table>{heads}{''.join(rows)}</table>" if rows else ""
+    _write(Path(output), _page(title, [remarks, overview, *sections]))
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
@@ -130,6 +138,34 @@ def _read_curves(output_dir: Path, names: list[str] | None) -> dict[str, list[tu
                 if wanted and isinstance(value, int | float):
                     curves.setdefault(prefix + name, []).append((row["step"], value))
     return curves
+
+
+def _read_cost(output_dir: Path) -> list[dict]:
+    """Steps, minutes in them and largest memory of every phase, from the lines of its training."""
+    from shared.log import read_metrics
+
+    found = []
+    for path in sorted([*output_dir.glob("metrics.jsonl"), *output_dir.glob("*/metrics.jsonl")]):
+        rows = [row for row in read_metrics(path) if isinstance(row.get("perf/seconds_per_step"), int | float)]
+        if not rows:
+            continue
+        before = [0, *(row["step"] for row in rows)]
+        seconds = sum(
+            max(0, row["step"] - last) * row["perf/seconds_per_step"] for last, row in zip(before, rows, strict=False)
+        )
+        phase = "" if path.parent == output_dir else path.parent.name
+        memory = max((row.get("perf/memory_gb") or 0.0 for row in rows), default=0.0)
+        found.append({"phase": phase, "steps": rows[-1]["step"], "minutes": seconds / 60, "memory_gb": memory})
+    return found
+
+
+def _cost_text(report: dict) -> str:
+    """`base: 480 steps in 3.1 minutes, 0.7 GB; ...`, an empty text for a report without a run."""
+    return "; ".join(
+        f"{part['phase'] + ': ' if part['phase'] else ''}{part['steps']} steps in {part['minutes']:.1f} minutes, "
+        f"{part['memory_gb']:.2g} GB"
+        for part in report.get("cost", [])
+    )
 
 
 def _figure(points: dict[str, list]) -> str:
@@ -166,6 +202,8 @@ def _markdown(report: dict) -> str:
             for bar in report["bars"]
         ]
         lines.append("")
+    if cost := _cost_text(report):
+        lines += [f"Training: {cost}.", ""]
     lines += [f"- {name}: {_number(value)}" for name, value in report["summary"].items()]
     lines += ["", *(f"- [{sample['caption'] or sample['path']}]({sample['path']})" for sample in report["samples"])]
     return "\n".join(lines) + "\n"
@@ -175,11 +213,7 @@ def _section(report: dict, folder: Path) -> str:
     phases: dict[str, dict[str, list]] = {}
     for name, points in report["curves"].items():
         phases.setdefault(name.rpartition(": ")[0], {})[name] = points
-    rows = "".join(
-        f"<tr><td>{html.escape(bar['name'])}{_remark(bar)}<td>{_number(bar['value'])}<td>{_number(bar['baseline'])}"
-        f"<td>{_target(bar)}<td class={'yes' if bar['reached'] else 'no'}>{_verdict(bar)}"
-        for bar in report["bars"]
-    )
+    rows = "".join(f"<tr>{_cells(bar)}" for bar in report["bars"])
     table = f"<table><tr><th>figure<th>value<th>baseline<th>target<th>reached{rows}</table>" if rows else ""
     facts = "".join(
         f"<dt>{html.escape(name)}<dd>{html.escape(_number(value))}" for name, value in report["summary"].items()
@@ -191,9 +225,12 @@ def _section(report: dict, folder: Path) -> str:
         f"<h3>{html.escape(group)}</h3><div class=gallery>{''.join(_show(item, folder) for item in items)}</div>"
         for group, items in groups.items()
     )
+    cost = _cost_text(report)
+    cost = f"<p>Training: {html.escape(cost)}.</p>" if cost else ""
     return (
         f"<section><h2>{html.escape(report['title'])}</h2><pre>{html.escape(report['command'])}</pre>"
-        f"<p>{html.escape(report['text'])}</p>{table}<dl>{facts}</dl>"
+        f"<p>{html.escape(report['text'])}</p>{table}{cost}"
+        f"<details><summary>all figures</summary><dl>{facts}</dl></details>"
         f"<div class=curves>{''.join(_figure(points) for points in phases.values())}</div>{gallery}</section>"
     )
 
@@ -244,7 +281,9 @@ dd{margin:0}.curves{display:flex;flex-wrap:wrap;gap:1rem}
 .gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(16rem,100%),1fr));gap:1rem}
 figure{margin:0}audio{width:100%}
 figure img,figure video{width:100%;image-rendering:auto;border-radius:.4rem;background:#000}
-figcaption{font-size:.85rem;opacity:.85}
+.gallery figure:only-child{grid-column:1/-1;max-width:48rem}
+figcaption{font-size:.85rem;opacity:.85}summary{cursor:pointer;margin:.6rem 0}
+@media(max-width:40rem){td,th{padding:.25rem .35rem;font-size:.82rem}}
 """
 
 
@@ -260,6 +299,14 @@ def _target(bar: dict) -> str:
 
 def _verdict(bar: dict) -> str:
     return {True: "yes", False: "no", None: "-"}[bar["reached"]]
+
+
+def _cells(bar: dict) -> str:
+    """A bar's cells of a table row."""
+    return (
+        f"<td>{html.escape(bar['name'])}{_remark(bar)}<td>{_number(bar['value'])}<td>{_number(bar['baseline'])}"
+        f"<td>{_target(bar)}<td class={'yes' if bar['reached'] else 'no'}>{_verdict(bar)}"
+    )
 
 
 def _remark(bar: dict) -> str:

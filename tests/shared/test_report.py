@@ -152,3 +152,31 @@ def test_a_damaged_report_is_refused(tmp_path, text, capsys):
 def test_a_missing_report_is_refused(tmp_path):
     with pytest.raises(UserError, match="gone.json: no such report"):
         write_index([tmp_path / "gone.json"], tmp_path / "index.html")
+
+
+def test_the_cost_of_every_phase_is_told(tmp_path):
+    make_run(tmp_path / "run")
+    for folder, rows in (("run", [(10, 0.5, 1.5), (30, 1.0, 2.5)]), ("run/base", [(60, 2.0, 0.5)])):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        lines = [
+            {"step": step, "perf/seconds_per_step": seconds, "perf/memory_gb": memory} for step, seconds, memory in rows
+        ]
+        (tmp_path / folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path = write_report(tmp_path / "run", title="A", command="c", summary={}, bars=[], samples=[])
+    report = json.loads(path.read_text())
+    assert {part["phase"]: (part["steps"], part["memory_gb"]) for part in report["cost"]} == {
+        "": (30, 2.5),
+        "base": (60, 0.5),
+    }
+    minutes = {part["phase"]: part["minutes"] for part in report["cost"]}
+    assert minutes == {"": pytest.approx(25 / 60), "base": 2.0}
+    for name in ("report.md", "report.html"):
+        assert "base: 60 steps in 2.0 minutes, 0.5 GB" in (tmp_path / "run" / name).read_text()
+
+
+def test_the_bars_of_all_systems_stand_in_one_table_on_top(tmp_path):
+    bars = [Bar("recall", 0.5, target=0.4, baseline=0.1)]
+    paths = [make_run(tmp_path / name, title=f"System {name}", bars=bars) for name in "ab"]
+    write_index(paths, tmp_path / "index.html")
+    top = (tmp_path / "index.html").read_text().split("<section>")[0]
+    assert top.count("<td>recall") == 2 and "<td>System a" in top and "<td>System b" in top
