@@ -187,7 +187,7 @@ def test_from_clips_to_a_talking_video(tmp_path, clips):
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_ranks_train_as_one(tmp_path, strategy):
     flags = [*TINY, "--synthetic", "--max-steps", "4", "--global-batch-size", "4", "--batch-size"]
     run(1, "float/train.py", *flags, "4", "--output-dir", tmp_path / "one")
