@@ -20,6 +20,7 @@ from tests.launching import final_tensors, losses, same_bits
 from tests.multimodal import small
 
 STAGES = ("stage1_single", "stage2_align", "stage3_finetune")
+WHOLE = ("--grad-accum", "2", "--dropout", "0.1", "--epochs", "3")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,7 +40,7 @@ def run(folder: Path, *flags: str) -> Path:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """Three stages of one epoch (4 steps of 2 micro-batches of 8) without a break."""
-    return run(tmp_path_factory.mktemp("whole") / "out", "--grad-accum", "2", "--dropout", "0.1", "--epochs", "3")
+    return run(tmp_path_factory.mktemp("whole") / "out", *WHOLE)
 
 
 def test_all_files_of_the_guide_are_there(whole):
@@ -106,8 +107,8 @@ def test_losses_are_finite_and_named(whole):
 )
 def test_a_run_continued_across_stages_is_the_same(whole, tmp_path, stop):
     folder = tmp_path / "out"
-    run(folder, "--grad-accum", "2", "--dropout", "0.1", "--epochs", "3", *stop)
-    run(folder, "--grad-accum", "2", "--dropout", "0.1", "--epochs", "3")
+    run(folder, *WHOLE, *stop)
+    run(folder, *WHOLE)
     assert same_bits(final_tensors(folder / STAGES[2]), final_tensors(whole / STAGES[2]))
 
 
@@ -116,13 +117,12 @@ def test_a_run_continued_inside_a_stage_is_the_same(whole, tmp_path, stage):
     folder = tmp_path / "out"
     for earlier in STAGES[: stage - 1]:
         shutil.copytree(whole / earlier, folder / earlier)
-    flags = ("--grad-accum", "2", "--dropout", "0.1", "--epochs", "3")
     shutil.rmtree(folder / STAGES[stage - 1], ignore_errors=True)
-    run(folder, *flags, "--max-steps", "2", "--stages", *map(str, range(1, stage + 1)))
+    run(folder, *WHOLE, "--max-steps", "2", "--stages", *map(str, range(1, stage + 1)))
     for earlier in STAGES[: stage - 1]:  # --max-steps bounds every stage, also those that are there already
         shutil.rmtree(folder / earlier)
         shutil.copytree(whole / earlier, folder / earlier)
-    run(folder, *flags, "--stages", *map(str, range(1, stage + 1)))
+    run(folder, *WHOLE, "--stages", *map(str, range(1, stage + 1)))
     assert losses(folder / STAGES[stage - 1]) == losses(whole / STAGES[stage - 1])
     assert same_bits(final_tensors(folder / STAGES[stage - 1]), final_tensors(whole / STAGES[stage - 1]))
 
@@ -130,17 +130,7 @@ def test_a_run_continued_inside_a_stage_is_the_same(whole, tmp_path, stage):
 def test_resuming_from_the_guides_checkpoint_file(whole, tmp_path):
     folder = tmp_path / "out"
     shutil.copytree(whole, folder)
-    run(
-        folder,
-        "--grad-accum",
-        "2",
-        "--dropout",
-        "0.1",
-        "--epochs",
-        "3",
-        "--resume",
-        str(folder / "checkpoints" / "checkpoint_epoch_2.pt"),
-    )
+    run(folder, *WHOLE, "--resume", str(folder / "checkpoints" / "checkpoint_epoch_2.pt"))
     assert same_bits(final_tensors(folder / STAGES[2]), final_tensors(whole / STAGES[2]))
     shutil.rmtree(folder / STAGES[1])
     with pytest.raises(SystemExit) as leaving:
@@ -195,23 +185,8 @@ def test_a_crash_leaves_a_report(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_sigmoid_loss_masked_words_and_patch_dropping(tmp_path):
-    folder = run(
-        tmp_path / "out",
-        "--contrastive-loss",
-        "siglip",
-        "--unimodal-text",
-        "mlm",
-        "--patch-keep",
-        "0.5",
-        "--audio-keep",
-        "0.5",
-        "--max-steps",
-        "2",
-        "--grad-accum",
-        "2",
-        "--ema-decay",
-        "0.9",
-    )
+    flags = "--contrastive-loss siglip --unimodal-text mlm --patch-keep 0.5 --audio-keep 0.5 --ema-decay 0.9"
+    folder = run(tmp_path / "out", *flags.split(), "--max-steps", "2", "--grad-accum", "2")
     names = set(json.loads((folder / STAGES[0] / "metrics.jsonl").read_text().splitlines()[0]))
     assert "train/masked_text" in names
     state = torch.load(folder / "checkpoints" / "final_model.pt", weights_only=True)["model_state_dict"]
@@ -227,17 +202,8 @@ def test_one_kind_of_data_alone(tmp_path):
     (place / "train.jsonl").write_text(
         "\n".join(json.dumps({"file": f"{i}.wav", "captions": record.captions}) for i, record in enumerate(records))
     )
-    folder = run(
-        tmp_path / "out",
-        "--datasets",
-        "jsonl",
-        "--data-root",
-        str(tmp_path / "data"),
-        "--label-set",
-        "none",
-        "--max-steps",
-        "1",
-    )
+    flags = ("--datasets", "jsonl", "--data-root", str(tmp_path / "data"), "--label-set", "none", "--max-steps", "1")
+    folder = run(tmp_path / "out", *flags)
     network, _, _ = load_model(folder)
     assert network.config["num_classes"] == 12
     start = json.loads(next((folder / "reports").glob("*.json")).read_text())
@@ -291,41 +257,20 @@ def test_retrieval_sheets(whole, tmp_path):
 
 def test_encode_and_search(whole, tmp_path, capsys):
     folder = SAMPLE_DATA / "coco" / "val2017"
-    embed.main(
-        [
-            "encode",
-            "--checkpoint",
-            str(whole),
-            "--images",
-            str(folder),
-            "--output",
-            str(tmp_path / "e.safetensors"),
-            "--dtype",
-            "fp16",
-        ]
-    )
+    index = str(tmp_path / "e.safetensors")
+    command = ["encode", "--checkpoint", str(whole), "--images", str(folder), "--output", index]
+    embed.main([*command, "--dtype", "fp16"])
     picture = read_records("coco", SAMPLE_DATA / "coco", "val").records[3].source
     capsys.readouterr()
-    embed.main(
-        [
-            "search",
-            "--checkpoint",
-            str(whole),
-            "--index",
-            str(tmp_path / "e.safetensors"),
-            "--query-image",
-            str(picture),
-            "--top-k",
-            "3",
-        ]
-    )
+    search = ["search", "--index", index, "--checkpoint"]
+    embed.main([*search, str(whole), "--query-image", str(picture), "--top-k", "3"])
     lines = capsys.readouterr().out.splitlines()
     assert (
         len(lines) == 3 and lines[0].endswith(picture.name) and float(lines[0].split()[0]) == pytest.approx(1, abs=1e-2)
     )
     other = str(whole / "checkpoints" / "checkpoint_epoch_1.pt")
     with pytest.raises(SystemExit):
-        embed.main(["search", "--checkpoint", other, "--index", str(tmp_path / "e.safetensors"), "--query-text", "x"])
+        embed.main([*search, other, "--query-text", "x"])
     assert "other weights" in capsys.readouterr().err
 
 
