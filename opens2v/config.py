@@ -122,8 +122,8 @@ class ModelConfig(Section):
     text_dim: int = setting(4096, "width of the text rows", ge=1)
     text_rows: int = setting(512, "text rows, padding included", ge=1)
     patch_size: int = setting(2, "latent pixels along each side of a token", ge=1)
-    prediction: Literal["velocity", "x0"] = setting(
-        "velocity", "what the base gives: the velocity (Wan), or the clean latents (small base)"
+    prediction: Literal["velocity", "preconditioned"] = setting(
+        "velocity", "what the base gives: the velocity (Wan), or what the best linear denoiser misses (small base)"
     )
     absolute_positions: bool = setting(
         False, "add fixed positions to the video tokens (small base: learns a scene sooner)"
@@ -197,9 +197,7 @@ class TrainingConfig(TrainingSection):
     p_drop_both: float = setting(0.05, "share of samples trained without either", ge=0, le=1)
     timestep_shift: float = setting(5.0, "shift of the noise levels, in training and sampling", gt=0)
     num_train_timestep: int = setting(1000, "entries of the table of noise levels", ge=2)
-    loss_weighting: Literal["gaussian", "none", "capped"] = setting(
-        "gaussian", "weight of a timestep: a bell around 500, 1, or 1 that falls with the square of sigma below 0.3"
-    )
+    loss_weighting: Literal["gaussian", "none"] = setting("gaussian", "weight of a timestep: a bell around 500, or 1")
     timestep_sampling: Literal["uniform", "logit_normal"] = setting("uniform", "how timesteps are drawn from the table")
     denoising_loss_type: Literal["flow"] = setting("flow", "the loss: squared error of the velocity")
     save_full_generator: bool = setting(False, "model.pt holds the frozen base as well")

@@ -27,9 +27,7 @@ class VideoCodec(Protocol):
 
     temporal: int  # pixel frames per latent frame after the first
     spatial: int  # pixels per latent pixel along each side
-    deviation: (
-        Tensor | None
-    )  # standard deviations of the latent channels (C,), where the generator's prediction needs it
+    variance: Tensor | None  # of the latent channels (C,), where the generator's prediction needs it
 
     def encode(self, frames: Tensor) -> Tensor:
         """(B, 3, F, H, W) in [-1, 1] -> (B, 16, (F - 1) / temporal + 1, H / spatial, W / spatial)."""
@@ -51,7 +49,7 @@ def check_frames(frames: int, what: str = "num_training_frames") -> None:
 class WanVAE:
     """diffusers' AutoencoderKLWan with normalised latents: z = (mean of the posterior - mean) / std per channel."""
 
-    temporal, spatial, deviation = 4, 8, None
+    temporal, spatial, variance = 4, 8, None
 
     def __init__(self, vae: nn.Module):
         self.vae = vae.eval().requires_grad_(False)
@@ -94,7 +92,7 @@ class PatchCodec(nn.Module):
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("basis", torch.zeros(size, self.channels))
         self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("deviation", torch.ones(self.channels))
+        self.register_buffer("variance", torch.ones(self.channels))
 
     @torch.no_grad()
     def fit(self, frames: Tensor) -> "PatchCodec":
@@ -112,7 +110,7 @@ class PatchCodec(nn.Module):
         self.basis.copy_(vectors * torch.sign(vectors.sum(0) + 1e-12))  # signs do not depend on the solver
         values = values[order].clamp(min=1e-8)
         self.scale.copy_(values.mean().sqrt())
-        self.deviation.copy_((values / values.mean()).sqrt())
+        self.variance.copy_(values / values.mean())
         return self
 
     def _patches(self, frames: Tensor) -> Tensor:

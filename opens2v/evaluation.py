@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from opens2v.augment import FOREGROUND_LEVELS
 from opens2v.conditions import Conditions
-from opens2v.scheduler import FlowMatchScheduler, capped_weight, velocity_of
+from opens2v.scheduler import FlowMatchScheduler, velocity_of
 from shared.rng import keyed_generator
 
 SIGMAS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
@@ -73,7 +73,7 @@ def paired_errors(
     region_BFhw: Tensor | None,
     scheduler: FlowMatchScheduler,
     prediction: str,
-    deviation_C: Tensor | None = None,
+    variance_C: Tensor | None = None,
     *,
     sigmas: tuple[float, ...] = SIGMAS,
     seed: int = 0,
@@ -82,7 +82,7 @@ def paired_errors(
 ) -> PairedErrors:
     """The errors of every clip under every reference, its own, and none, with the same noise.
 
-    prediction, deviation_C: see velocity_of; errors of x0 below sigma 0.3 count less (capped_weight).
+    prediction, variance_C: see velocity_of.
     references: "all", or "next": besides the own only that of the next clip (the rest of the matrix is NaN).
     """
     clean = conditions.latents_BCFhw
@@ -113,10 +113,8 @@ def paired_errors(
             return_dict=False,
             **given.reference(),
         )[0]
-        velocity = velocity_of(output.float(), noisy, sigma, prediction, deviation_C)
+        velocity = velocity_of(output.float(), noisy, sigma, prediction, variance_C)
         error = (velocity - (noise - own)).square().mean(1)
-        if prediction == "x0":
-            error = error * capped_weight(sigma)[:, None, None, None]
         inside = region[clip]
         by_region = (error * inside).sum((1, 2, 3)) / inside.sum((1, 2, 3)).clamp(min=1)
         for value, target in ((by_region, sums[0]), (error.mean((1, 2, 3)), sums[1])):

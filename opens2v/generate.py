@@ -199,7 +199,7 @@ class Generator:
         rows = self.encoders.encode_text([self.config.training.negative_prompt if negative is None else negative])[0]
         settings = self.sampler_settings()
         settings.seed = settings.seed if seed is None else seed
-        sampler = VideoSampler(self.module, self.module, self.config.model, settings, self.encoders.codec.deviation)
+        sampler = VideoSampler(self.module, self.module, self.config.model, settings, self.encoders.codec.variance)
         with self.autocast:
             latents = sampler.sample(conditions, rows, self.latent_shape(), places)
         return self.encoders.codec.decode(latents)

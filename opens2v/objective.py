@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from opens2v.causal import causal_frame_mask, frame_blocks
 from opens2v.conditions import Conditions, Encoders
 from opens2v.config import Config
-from opens2v.scheduler import FlowMatchScheduler, capped_weight, velocity_of
+from opens2v.scheduler import FlowMatchScheduler, velocity_of
 from shared.flow import sample_times
 from shared.rng import keyed_rand, keyed_randn
 
@@ -77,14 +77,13 @@ class RefImageFlowMatching:
         if settings.teacher_forcing:
             arguments |= self._context(clean, step, slots)
         output = model(noisy, timestep, conditions.text_BRD, return_dict=False, **arguments)[0]
-        velocity = velocity_of(output.float(), noisy, sigma, settings.prediction, self.encoders.codec.deviation)
+        velocity = velocity_of(output.float(), noisy, sigma, settings.prediction, self.encoders.codec.variance)
         error_BF = (velocity - self.scheduler.target(clean, noise)).square().mean((1, 3, 4))
-        weights = {
-            "gaussian": self.scheduler.weight_of,
-            "capped": lambda _: capped_weight(sigma),
-            "none": torch.ones_like,
-        }
-        weight = weights[self.config.training.loss_weighting](timestep)
+        weight = (
+            self.scheduler.weight_of(timestep)
+            if self.config.training.loss_weighting == "gaussian"
+            else torch.ones_like(sigma)
+        )
         return error_BF, weight.reshape(len(clean), -1)
 
     def frame_mask(self, frames: int) -> Tensor:

@@ -96,7 +96,7 @@ class Preview:
                 None,
                 self.scheduler,
                 self.config.model.prediction,
-                self.encoders.codec.deviation,
+                self.encoders.codec.variance,
                 sigmas=VALIDATION_SIGMAS,
                 seed=_VALIDATION_SEED + number,
                 references="next",
@@ -143,7 +143,7 @@ class Preview:
             self.config, pixel_frames(self.config), self.config.data.pixel_height, self.config.data.pixel_width
         )
         negative = self.encoders.encode_text([training.negative_prompt])[0]
-        latents = VideoSampler(model, None, self.config.model, settings, self.encoders.codec.deviation).sample(
+        latents = VideoSampler(model, None, self.config.model, settings, self.encoders.codec.variance).sample(
             conditions, negative, shape
         )
         videos = self.encoders.codec.decode(latents)

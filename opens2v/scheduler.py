@@ -7,8 +7,6 @@ from torch import Tensor
 
 from shared.flow import expand_like, linear_path, shift_noise_level
 
-CAPPED_BELOW = 0.3  # sigma under which a velocity error of weight 1 would be a hardly visible error of x0
-
 
 class FlowMatchScheduler:
     """sigmas, timesteps (1000 sigma) and loss weights of training, and the grid of sampling.
@@ -82,23 +80,24 @@ class FlowMatchScheduler:
         return sample + velocity * (next_sigma - sigma)
 
 
-def capped_weight(sigma: Tensor) -> Tensor:
-    """min(1, (sigma / 0.3)^2): below 0.3 the error of a velocity counts by what it changes in x0."""
-    return (sigma / CAPPED_BELOW).clamp(max=1).square()
-
-
 def velocity_of(
-    output: Tensor, noisy: Tensor, sigma: Tensor, prediction: str, deviation_C: Tensor | None = None
+    output: Tensor, noisy: Tensor, sigma: Tensor, prediction: str, variance_C: Tensor | None = None
 ) -> Tensor:
-    """The velocity of a network's output: itself, or (x_t - deviation * output) / sigma of a network that predicts x0.
+    """The velocity of a network's output F: F itself, or for prediction "preconditioned"
 
-    output, noisy: (B, C, F, h, w); sigma > 0: (B,) or (B, F); deviation_C: standard deviations of the latent channels
-    (C,), needed for x0, so that every output has variance 1. A small network in pixel-like latents predicts x0 well
-    and the velocity badly: the noise in it has more dimensions than the network is wide.
+        v = ((sigma - a V) x_t - sqrt(V) sqrt(d) F) / d,   a = 1 - sigma,   d = a^2 V + sigma^2.
+
+    Then F = 0 is the best linear denoiser of channels with variance V, and the F that is wanted has variance 1 at every
+    noise level (the preconditioning of Karras et al. 2022 on the linear path, by channel). A small network that gives
+    the velocity itself leaves noise in weak channels.
+
+    output, noisy: (B, C, F, h, w); sigma: (B,) or (B, F); variance_C: (C,), for "preconditioned".
     """
     if prediction == "velocity":
         return output
-    if deviation_C is None:
-        raise ValueError("prediction x0 needs the standard deviations of the latent channels")
+    if variance_C is None:
+        raise ValueError('prediction "preconditioned" needs the variances of the latent channels')
     sigma = expand_like(sigma, noisy) if sigma.ndim == 1 else sigma[:, None, :, None, None]
-    return (noisy - deviation_C.to(noisy)[:, None, None, None] * output.to(noisy.dtype)) / sigma
+    variance, rest = variance_C.to(noisy)[:, None, None, None], 1 - sigma
+    total = rest.square() * variance + sigma.square()
+    return (sigma - rest * variance) / total * noisy - (variance / total).sqrt() * output.to(noisy.dtype)

@@ -12,7 +12,7 @@ from opens2v.adapter import DualPathCrossAttention, ReferenceTokens, clip_projec
 from opens2v.causal import causal_frame_mask, rotary_table, rotate
 from opens2v.lora import add_lora, enable_trainable
 from opens2v.model import WAN_1_3B, RefWanTransformer3DModel, is_reference_name
-from opens2v.scheduler import FlowMatchScheduler, capped_weight, velocity_of
+from opens2v.scheduler import FlowMatchScheduler, velocity_of
 from opens2v.wan import to_diffusers_name, to_original_name
 from tests.opens2v.cases import REFERENCE, tensors, tiny_model
 
@@ -146,21 +146,22 @@ def test_schedule(shift):
         torch.testing.assert_close(x, case[f"infer{steps}.euler_end"], atol=1e-5, rtol=0)
 
 
-def test_velocity_and_weight_of_a_network_that_predicts_the_clean_sample():
-    draw, deviation = torch.Generator().manual_seed(0), torch.tensor([3.0, 1.0, 0.1])
-    clean, noise = (torch.randn(2, 3, 4, 5, 6, generator=draw) for _ in range(2))
-    clean = clean * deviation[:, None, None, None]
-    perfect = clean / deviation[:, None, None, None]
-    for sigma in (torch.tensor([0.05, 0.95]), torch.tensor([[0.05, 0.2, 0.5, 0.9]] * 2)):
-        s = sigma.reshape(2, 1, -1, 1, 1)
-        noisy = (1 - s) * clean + s * noise
-        velocity = velocity_of(perfect, noisy, sigma, "x0", deviation)
-        torch.testing.assert_close(velocity, noise - clean, atol=1e-4, rtol=0)
-        assert torch.equal(velocity_of(noise, noisy, sigma, "velocity"), noise)
-    with pytest.raises(ValueError, match="standard deviations"):
-        velocity_of(perfect, noisy, sigma, "x0")
-    weight = capped_weight(torch.tensor([0.9, 0.3, 0.15]))
-    torch.testing.assert_close(weight, torch.tensor([1.0, 1.0, 0.25]))
+def test_preconditioned_output_is_the_linear_denoiser_and_a_rest_of_variance_one():
+    variance = torch.tensor([12.0, 1.0, 0.02])
+    draw = torch.Generator().manual_seed(0)
+    clean = torch.randn(1, 3, 1, 200, 200, generator=draw) * variance[:, None, None, None].sqrt()
+    noise = torch.randn(clean.shape, generator=draw)
+    for sigma in (0.1, 0.5, 0.95):
+        noisy = (1 - sigma) * clean + sigma * noise
+        zero, one = (
+            velocity_of(output, noisy, torch.tensor([sigma]), "preconditioned", variance)
+            for output in (torch.zeros_like(noisy), torch.ones_like(noisy))
+        )
+        rest = noise - clean - zero
+        correlation = (rest * noisy).mean((0, 2, 3, 4)) / (rest.std() * noisy.std())
+        assert correlation.abs().max() < 0.02, "nothing linear is left to predict"
+        wanted = rest / (one - zero)
+        torch.testing.assert_close(wanted.std((0, 2, 3, 4)), torch.ones(3), atol=0.02, rtol=0)
 
 
 def test_rotary_embedding():
