@@ -111,11 +111,23 @@ def base_steps_done(path: Path) -> int:
         return int((file.metadata() or {}).get("steps", 0))
 
 
-def base_config(config: Config) -> Config:
-    """The settings under which the base is trained: every parameter, no references, text dropped now and then."""
+def base_config(config: Config, world: int) -> Config:
+    """The settings under which the base is trained: every parameter, no references, text dropped now and then.
+
+    With a global batch size the base's step takes base_batch_size samples over all ranks, so that any number of them
+    trains the same base; without one, every rank takes so many.
+    """
+    batch_size = config.training.base_batch_size
+    if config.training.global_batch_size is not None:
+        if batch_size % world:
+            raise UserError(
+                f"training.base_batch_size {batch_size} does not divide over {world} ranks, and with global_batch_size "
+                f"the base's step has so many samples; use a multiple of {world}"
+            )
+        batch_size //= world
     training = config.training.model_copy(
         update=dict(
-            total_steps=config.training.base_steps, batch_size=config.training.base_batch_size, warmup_steps=50,
+            total_steps=config.training.base_steps, batch_size=batch_size, warmup_steps=50,
             global_batch_size=None, gradient_accumulation_steps=1, learning_rate=config.training.base_learning_rate,
             lr_scheduler_type="cosine", min_lr_ratio=0.05, p_drop_ref=0.0, p_drop_both=0.0, p_drop_text=0.1,
             ema_decay=0.995, eval_steps=None, gradient_checkpointing=False, save=True,
@@ -126,7 +138,7 @@ def base_config(config: Config) -> Config:
 
 def train_base(config: Config, info: DistInfo, path: Path, steps: int) -> None:
     """Fit the codec, train the whole transformer without references, and write both beside each other."""
-    config = base_config(config)
+    config = base_config(config, info.world)
     dataset = create_dataset(
         config.data, seed=config.run.seed, time_range=(0.0, config.data.train_share), load_subjects=False
     )

@@ -211,7 +211,9 @@ class TrainingConfig(TrainingSection):
     base_steps: int = setting(
         0, "steps of the small base that is trained first when generator_ckpt is null; 0: none", ge=0
     )
-    base_batch_size: int = setting(16, "samples per rank and step of the base", ge=1)
+    base_batch_size: int = setting(
+        16, "samples per rank and step of the base; with global_batch_size: of all ranks", ge=1
+    )
     base_learning_rate: float = setting(1e-3, "peak learning rate of the base", gt=0)
 
     @model_validator(mode="after")

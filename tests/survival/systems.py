@@ -63,7 +63,8 @@ def bagel(files: Path, world: int) -> list[str]:
 
 
 def opens2v(files: Path, world: int) -> list[str]:
-    return [*OPENS2V, "--base-steps", "6", "--warmup-steps", "0", "--no-visualize", *batches(world)]
+    base = ["--base-steps", "6", "--base-batch-size", str(GLOBAL)]
+    return [*OPENS2V, *base, "--warmup-steps", "0", "--no-visualize", *batches(world)]
 
 
 def multimodal(files: Path, world: int) -> list[str]:
