@@ -62,8 +62,8 @@ def write_report(
     """Write the three files into output_dir and return report.json.
 
     summary: name -> figure or sentence. curves: metric names of metrics.jsonl (default: the losses); phases in
-    sub-folders of output_dir are found too. Sample paths may be absolute or relative to output_dir. text: a paragraph
-    on what is seen.
+    sub-folders of output_dir are found too. Sample paths may be absolute, relative to output_dir, or, where no such
+    file is in it, relative to the working folder. text: a paragraph on what is seen.
     """
     output_dir = Path(output_dir)
     report = {
@@ -73,7 +73,8 @@ def write_report(
         "summary": summary,
         "bars": [{**asdict(bar), "reached": bar.reached} for bar in bars],
         "samples": [
-            {**asdict(sample), "path": os.path.relpath(output_dir / sample.path, output_dir)} for sample in samples
+            {**asdict(sample), "path": os.path.relpath(_located(sample.path, output_dir), output_dir)}
+            for sample in samples
         ],
         "curves": _read_curves(output_dir, curves),
         "cost": _read_cost(output_dir),
@@ -89,7 +90,7 @@ def write_report(
 def write_index(
     reports: list[Path], output: Path, *, title: str = "What the five systems learned", notes: list[str] | None = None
 ) -> None:
-    """One page over several report.json files, all their bars in a table on top.
+    """One page over several report.json files, their bars that have a target in a table on top.
 
     notes: sentences shown above it, such as a system that failed.
     """
@@ -98,7 +99,8 @@ def write_index(
         try:
             report = json.loads(Path(path).read_text(encoding="utf-8"))
             sections.append(_section(report, Path(path).parent))
-            rows += [f"<tr><td>{html.escape(report['title'])}{_cells(bar)}" for bar in report["bars"]]
+            wanted = [bar for bar in report["bars"] if bar["target"] is not None]
+            rows += [f"<tr><td>{html.escape(report['title'].split(':')[0])}{_cells(bar)}" for bar in wanted]
         except FileNotFoundError:
             raise UserError(f"{path}: no such report; run the system's metrics first") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -111,6 +113,12 @@ def write_index(
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def _located(path: Path | str, output_dir: Path) -> Path:
+    """Where a sample lies: in the run's folder, or else from the working folder."""
+    inside = output_dir / path
+    return inside if inside.exists() or not Path(path).exists() else Path(path)
 
 
 def _plain(value: object) -> object:
@@ -282,7 +290,8 @@ dd{margin:0}.curves{display:flex;flex-wrap:wrap;gap:1rem}
 figure{margin:0}audio{width:100%}
 figure img,figure video{width:100%;image-rendering:auto;border-radius:.4rem;background:#000}
 .gallery figure:only-child{grid-column:1/-1;max-width:48rem}
-figcaption{font-size:.85rem;opacity:.85}summary{cursor:pointer;margin:.6rem 0}
+figcaption{font-size:.85rem;opacity:.85;overflow-wrap:anywhere}
+figure p{overflow-wrap:anywhere}summary{cursor:pointer;margin:.6rem 0}
 @media(max-width:40rem){td,th{padding:.25rem .35rem;font-size:.82rem}}
 """
 

@@ -180,3 +180,19 @@ def test_the_bars_of_all_systems_stand_in_one_table_on_top(tmp_path):
     write_index(paths, tmp_path / "index.html")
     top = (tmp_path / "index.html").read_text().split("<section>")[0]
     assert top.count("<td>recall") == 2 and "<td>System a" in top and "<td>System b" in top
+
+
+def test_samples_are_found_from_the_working_folder_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out" / "samples").mkdir(parents=True)
+    for name in ("one.png", "two.png"):
+        (tmp_path / "out" / "samples" / name).write_bytes(PNG)
+    samples = [Sample("samples/one.png"), Sample(Path("out/samples/two.png")), Sample("samples/none.png")]
+    path = make_run(Path("out"), samples=samples)
+    assert [item["path"] for item in json.loads(path.read_text())["samples"]] == [
+        "samples/one.png",
+        "samples/two.png",
+        "samples/none.png",
+    ]
+    write_index([path], Path("index.html"))
+    assert Path("index.html").read_text().count("is missing") == 1
