@@ -75,6 +75,11 @@ def clean_captions(texts: Any) -> tuple[str, ...]:
     return tuple(line for line in (" ".join(text.split()) for text in texts if isinstance(text, str)) if line)
 
 
+def captions_of(record: dict) -> tuple[str, ...]:
+    """The captions under the first of CAPTION_KEYS that holds any."""
+    return next((found for key in CAPTION_KEYS if (found := clean_captions(record.get(key)))), ())
+
+
 def held_out(name: str, fraction: float) -> bool:
     """Whether a name belongs to the validation share; a property of the name alone."""
     return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 < fraction
@@ -263,7 +268,7 @@ def _from_record(record: dict, folder: Path) -> Item:
     name = next((record[key] for key in IMAGE_KEYS if record.get(key)), None)
     if not isinstance(name, str):
         raise KeyError(f"none of {', '.join(IMAGE_KEYS)}")
-    captions = next((found for key in CAPTION_KEYS if (found := clean_captions(record.get(key)))), ())
+    captions = captions_of(record)
     label = record.get("label", record.get("class"))
     return Item(
         name, folder / name, captions, label=int(label) if label not in (None, "") and str(label).isdigit() else None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dit.readers import CAPTION_KEYS, IMAGE_SUFFIXES, Item, clean_captions
+from dit.readers import CAPTION_KEYS, IMAGE_SUFFIXES, Item, captions_of, clean_captions
 from shared.errors import BadSample
 from shared.shards import Shards
 
@@ -44,8 +44,7 @@ class ShardItems(Sequence[Item]):
         captions = clean_captions(sample["txt"].decode("utf-8", "replace").splitlines()) if "txt" in sample else ()
         if not captions and "json" in sample:
             try:
-                record = json.loads(sample["json"])
-                captions = next((found for key in CAPTION_KEYS if (found := clean_captions(record.get(key)))), ())
+                captions = captions_of(json.loads(sample["json"]))
             except (ValueError, AttributeError) as error:
                 raise BadSample(f"{name}: unreadable json ({error})") from None
         if not captions:

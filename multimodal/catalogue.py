@@ -107,19 +107,14 @@ CLOTHO = RemoteSet(
     "clotho",
     "https://zenodo.org/record/4783391/files/",
     tuple(
-        RemoteFile(f"clotho_captions_{name}.csv", split, _md5(md5), query="?download=1", estimate=2_000_000)
-        for name, split, md5 in (
-            ("development", "train", "d4090b39ce9f2491908eebf4d5b09bae"),
-            ("validation", "val", "5879e023032b22a2c930aaa0528bead4"),
-            ("evaluation", "test", "1b16b9e57cf7bdb7f13a13802aeb57e2"),
-        )
-    )
-    + tuple(
-        RemoteFile(f"clotho_metadata_{name}.csv", split, _md5(md5), query="?download=1", estimate=2_000_000)
-        for name, split, md5 in (
-            ("development", "train", "170d20935ecfdf161ce1bb154118cda5"),
-            ("validation", "val", "2e010427c56b1ce6008b0f03f41048ce"),
-            ("evaluation", "test", "13946f054d4e1bf48079813aac61bf77"),
+        RemoteFile(f"clotho_{table}_{name}.csv", split, _md5(md5), query="?download=1", estimate=2_000_000)
+        for table, name, split, md5 in (
+            ("captions", "development", "train", "d4090b39ce9f2491908eebf4d5b09bae"),
+            ("captions", "validation", "val", "5879e023032b22a2c930aaa0528bead4"),
+            ("captions", "evaluation", "test", "1b16b9e57cf7bdb7f13a13802aeb57e2"),
+            ("metadata", "development", "train", "170d20935ecfdf161ce1bb154118cda5"),
+            ("metadata", "validation", "val", "2e010427c56b1ce6008b0f03f41048ce"),
+            ("metadata", "evaluation", "test", "13946f054d4e1bf48079813aac61bf77"),
         )
     )
     + tuple(

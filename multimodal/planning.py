@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from multimodal.blocks import Block
 from multimodal.config import Config, stage_epochs
-from multimodal.model import create_model
 from multimodal.records import Kind
+from multimodal.run import make_network
 from multimodal.text import TextTokenizer
 from multimodal.trainer import STAGE_NAMES, choose_trainable, make_stage_module
 from shared.planner import Workload, plan_run
@@ -33,18 +33,7 @@ def workload(config: Config) -> Workload:
     )
 
     def build(config: Config) -> nn.Module:
-        model = config.model
-        network = create_model(
-            model.size,
-            model.num_classes,
-            embed_dim=model.embed_dim,
-            image_size=model.image_size,
-            image_patch=model.image_patch,
-            dropout=model.dropout,
-            attention=model.attention,
-            attention_chunk=model.attention_chunk,
-            vocabulary=TextTokenizer(config.tokenizer).vocabulary,
-        )
+        network = make_network(config, TextTokenizer(config.tokenizer).vocabulary)
         module = make_stage_module(config, stage, network)
         choose_trainable(module, config, stage, kinds, classify=labelled, framed=False)
         return module

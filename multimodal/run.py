@@ -9,7 +9,7 @@ import torch
 from multimodal.blocks import Block
 from multimodal.board import Board
 from multimodal.config import Config, TrainingConfig, stage_epochs
-from multimodal.model import create_model
+from multimodal.model import MultimodalModel, create_model
 from multimodal.report import write_reports
 from multimodal.sources import Data, PairedStream, data_folder, make_datasets, open_data
 from multimodal.text import TextTokenizer, find_glove, load_word_vectors
@@ -32,6 +32,24 @@ from shared.rng import keyed_generator, keyed_seed
 
 MAX_WARMUP = 2000
 _INITIAL_WEIGHTS, _WORDS = 613, 614
+
+
+def make_network(config: Config, vocabulary: int) -> MultimodalModel:
+    """The towers of these settings over `vocabulary` token ids, with fresh weights."""
+    model = config.model
+    return create_model(
+        model.size,
+        model.num_classes,
+        embed_dim=model.embed_dim,
+        image_size=model.image_size,
+        image_patch=model.image_patch,
+        dropout=model.dropout,
+        attention=model.attention,
+        attention_chunk=model.attention_chunk,
+        vocabulary=vocabulary,
+        contrastive_loss=config.training.contrastive_loss,
+        init_std=model.init_std,
+    )
 
 
 class Run:
@@ -141,7 +159,7 @@ class Run:
     def _trainer(self, stage: int, epochs: int, state: dict, resume: str) -> tuple[Trainer, PairedStream]:
         """The module of a stage over these weights, its data and its trainer."""
         folder = self.stage_dir(stage)
-        network = self._network()
+        network = make_network(self.config, self.tokenizer.vocabulary)
         network.load_state_dict(state)
         module = make_stage_module(self.config, stage, network)
         datasets = make_datasets(self.config, self.data.train, self.tokenizer, stage=stage, training=True)
@@ -191,25 +209,10 @@ class Run:
         )
         return self.config.model_copy(update={"run": run, "training": training.model_copy(update=changes)})
 
-    def _network(self) -> torch.nn.Module:
-        model = self.config.model
-        return create_model(
-            model.size,
-            model.num_classes,
-            embed_dim=model.embed_dim,
-            image_size=model.image_size,
-            image_patch=model.image_patch,
-            dropout=model.dropout,
-            attention=model.attention,
-            attention_chunk=model.attention_chunk,
-            vocabulary=self.tokenizer.vocabulary,
-            contrastive_loss=self.config.training.contrastive_loss,
-            init_std=model.init_std,
-        )
-
     def _initial_weights(self) -> dict:
         torch.manual_seed(keyed_seed(self.config.run.seed, _INITIAL_WEIGHTS))
-        network, training = self._network(), self.config.training
+        network = make_network(self.config, self.tokenizer.vocabulary)
+        training = self.config.training
         wish = training.word_embeddings
         path = (
             find_glove(data_folder(self.config, "glove").parent, network.words.embedding_dim)
