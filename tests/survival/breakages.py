@@ -1,6 +1,6 @@
 """Code broken on purpose, one place at a time in a copy, and whether the tests named beside it notice.
 
-  python -m tests.survival.breakages [--only NAME ...]
+python -m tests.survival.breakages [--only NAME ...]
 """
 
 import argparse

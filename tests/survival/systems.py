@@ -63,7 +63,7 @@ def bagel(files: Path, world: int) -> list[str]:
 
 
 def opens2v(files: Path, world: int) -> list[str]:
-    base = ["--base-steps", "6", "--base-batch-size", str(GLOBAL)]
+    base = ["--base-steps", "4", "--base-batch-size", str(GLOBAL)]
     return [*OPENS2V, *base, "--warmup-steps", "0", "--no-visualize", *batches(world)]
 
 

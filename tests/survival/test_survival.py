@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from tests.survival import kills, memory, strategies
+from tests.survival import kills, memory, precompute, strategies
 from tests.survival.systems import SYSTEMS, chosen
 
 BY_NAME = {system.name: system for system in SYSTEMS}
@@ -15,6 +15,12 @@ def test_a_killed_run_ends_with_the_weights_of_the_undisturbed_one(tmp_path):
     options = argparse.Namespace(steps=16, save=2, kills=2, window=0.3, seed=0)
     found = kills.survive(BY_NAME["opens2v"], tmp_path, 1, options)
     assert found["kills"] == 2 and found["equal"] and found["losses_equal"]
+
+
+@pytest.mark.slow
+def test_a_cache_whose_writing_was_killed_is_the_undisturbed_one(tmp_path):
+    options = argparse.Namespace(kills=1, window=0.2, seed=0)
+    assert precompute.survive("dit", tmp_path, 1, options) == (1, True)
 
 
 @pytest.mark.slow
