@@ -1,62 +1,38 @@
 """UnifiedGenerationDataset: records of every format as planned samples, with every fault listed by file and line.
 
-Text, sizes and lengths come from the records and the pictures' headers; pixels are read only when a sample is asked
-for.
+Sizes and lengths come from the records and the pictures' headers; pixels are read only when a sample is asked for.
 """
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from bagel.images import ImageFault, ImageTransform, image_size, load_image, to_tensor
+from bagel.index import STORED_FROM, DataError, Index, IndexBuilder, Record, Records, index_path
 from bagel.packing import Draws, Dropout, PackBuilder, PackFormat, PlanItem
-from bagel.records import RecordFault, Step, check_texts, format_of, image_items, keyed_draw, steps_of
-from bagel.sources import PICTURE_FIELDS, RecordFile, open_records
+from bagel.records import FORMATS, RecordFault, Step, check_texts, format_of, image_items, keyed_draw, steps_of
+from bagel.sources import RawRecord, RecordFile, open_records, picture_names
 from bagel.tokenizer import Tokenizer
 from shared.errors import BadSample, UserError
 from shared.rng import keyed_generator
 
 _CHOICE, _FLIP, _PACK, _WEIGHT = 301, 302, 303, 304  # random streams
 SHOWN_ERRORS = 20
+BLOCK = 4096  # records that are checked together at the start
 
 
 class DataFormatError(UserError):
     """Raised at the first malformed record when strict."""
-
-
-@dataclass(frozen=True)
-class DataError:
-    """One malformed record."""
-
-    file: str
-    line: int
-    id: str | None
-    code: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.code}: {self.message}"
-
-
-@dataclass(frozen=True)
-class _Record:
-    """A record that passed every check; `fixed`: nothing is drawn for it; `asks`: it answers about a given picture."""
-
-    source: RecordFile
-    line: int
-    value: dict
-    kind: str
-    fixed: bool
-    asks: bool
 
 
 class UnifiedGenerationDataset:
@@ -88,19 +64,44 @@ class UnifiedGenerationDataset:
         self.max_length, self.truncate, self.escape = max_sequence_length, truncate_text, escape_special_tokens
         self.strict, self.question_weight, self.flip_probability = strict, question_weight, flip_probability
         self.errors: list[DataError] = []
-        self.records: list[_Record] = []
-        self._sizes: dict[tuple[RecordFile, str], tuple[int, int] | ImageFault] = {}
-        self._lengths: dict[tuple[int, int], int] = {}
         sources = open_records(data_path, image_root)
-        read = [self._read(source, raw) for source in sources for raw in source.records()]
-        self._read_sizes([record for record in read if record is not None])
-        self._keep([record for record in read if record is not None])
+        index = self._index(sources)
+        self.records, self.errors = Records(sources, index), index.errors
+        self._targets, self._digest = index.targets, index.digest
         if not self.records:
             raise UserError(f"{data_path}: no valid record; {self.summary_of_errors()}")
 
     # --- start-up ---
 
-    def _read(self, source: RecordFile, raw: Any) -> _Record | None:
+    def _index(self, sources: list[RecordFile]) -> Index:
+        """What was stored about the files, or what reading all of them tells."""
+        identity = getattr(self.tokenizer, "identity", None)
+        transforms = [vars(self.vae_transform), vars(self.vit_transform)]
+        limits = [self.max_length, self.truncate, self.escape, self.seed]
+        path = index_path(sources, [identity, str(self.layout), transforms, limits])
+        index = Index.load(path)
+        if index is None:
+            index, inside = self._read_all(sources)
+            if inside and identity and len(index.rows) >= STORED_FROM:
+                index.save(path)
+        elif self.strict and index.errors:
+            raise _malformed(index.errors[0])
+        return index
+
+    def _read_all(self, sources: list[RecordFile]) -> tuple[Index, bool]:
+        """Every record, checked, and whether all pictures lie inside the record files."""
+        builder, inside = IndexBuilder(), True
+        raws = ((number, raw) for number, source in enumerate(sources) for raw in source.records())
+        while block := list(islice(raws, BLOCK)):
+            read = [(number, raw.place, self._read(sources[number], raw)) for number, raw in block]
+            read = [entry for entry in read if entry[2] is not None]
+            inside &= self._read_sizes([record for _, _, record in read])
+            for number, place, record in read:
+                self._keep(builder, number, place, record)
+            builder.end_block()
+        return builder.index(self.errors), inside
+
+    def _read(self, source: RecordFile, raw: RawRecord) -> Record | None:
         """The record without a look at its pictures; None for a fault, which is listed."""
         try:
             if raw.fault:
@@ -109,38 +110,48 @@ class UnifiedGenerationDataset:
             asked: list[int] = []
             steps = steps_of(raw.value, kind, lambda count: asked.append(count) or 0)
             check_texts(steps, self.escape)
-            return _Record(source, raw.line, raw.value, kind, all(count == 1 for count in asked), _asks(steps))
+            return Record(source, raw.line, raw.value, kind, all(count == 1 for count in asked), _asks(steps))
         except RecordFault as fault:
             self._fault(source, raw.line, raw.value, fault.code, str(fault))
             return None
 
-    def _read_sizes(self, records: Sequence[_Record]) -> None:
-        """Headers of all pictures, each once, by several threads."""
-        wanted = list(dict.fromkeys((record.source, name) for record in records for name in _pictures(record.value)))
+    def _read_sizes(self, records: Sequence[Record]) -> bool:
+        """Headers of the records' pictures, each once, by several threads; whether all lie inside the record files."""
+        wanted = list(
+            dict.fromkeys((record.source, name) for record in records for name in picture_names(record.value))
+        )
 
-        def read(key: tuple[RecordFile, str]) -> tuple[int, int] | ImageFault:
+        def read(key: tuple[RecordFile, str]) -> tuple[int, int] | None:
             try:
                 return image_size(key[0].picture(key[1]))
-            except ImageFault as fault:
-                return fault
+            except ImageFault:
+                return None  # told when the record's plan asks for it
 
         with ThreadPoolExecutor(8) as pool:
-            self._sizes = dict(zip(wanted, pool.map(read, wanted), strict=True))
-
-    def _keep(self, records: Sequence[_Record]) -> None:
+            found = dict(zip(wanted, pool.map(read, wanted), strict=True))
         for record in records:
-            try:
-                self._plan(record, len(self.records), 0)
-            except (RecordFault, ImageFault) as fault:
-                self._fault(record.source, record.line, record.value, fault.code, str(fault))
-            else:
-                self.records.append(record)
+            names = picture_names(record.value)
+            record.sizes.update({name: found[record.source, name] for name in names if found[record.source, name]})
+        return all(source.holds(name) for source, name in wanted)
+
+    def _keep(self, builder: IndexBuilder, number: int, place: int, record: Record) -> None:
+        try:
+            items = self._plan(record, builder.count, 0)
+        except (RecordFault, ImageFault) as fault:
+            self._fault(record.source, record.line, record.value, fault.code, str(fault))
+            return
+        builder.add(number, place, record, self.layout.length(items))
+        for item in items:
+            if item.loss:
+                kind = "text" if item.type == "text" else "image"
+                builder.targets[f"{kind} tokens"] += item.tokens(self.layout.latent_stride, self.layout.vit_patch)
+                builder.targets[f"{kind}s"] += 1
 
     def _fault(self, source: RecordFile, line: int, value: Any, code: str, message: str) -> None:
         name = value.get("id") if isinstance(value, dict) else None
         error = DataError(str(source.path), line, name if name is None else str(name), code, message)
         if self.strict:
-            raise DataFormatError(f"{error}; mend the record, or leave out --strict-data to skip such records")
+            raise _malformed(error)
         self.errors.append(error)
 
     # --- samples ---
@@ -157,8 +168,9 @@ class UnifiedGenerationDataset:
         """
         count, indices = len(self), []
         draw = keyed_generator(self.seed, _WEIGHT, epoch)
-        for index, record in enumerate(self.records):
-            weight = float(record.value.get("weight", 1.0)) * (self.question_weight if record.asks else 1.0)
+        rows = self.records.rows
+        weights = np.where(rows["asks"], rows["weight"] * self.question_weight, rows["weight"])
+        for index, weight in enumerate(weights.tolist()):
             times = int(weight) + (weight % 1 > 0 and torch.rand((), generator=draw).item() < weight % 1)
             indices += [index + copy * count for copy in range(times)]
         shuffle = torch.randperm(len(indices), generator=keyed_generator(self.seed, _CHOICE, epoch))
@@ -174,26 +186,29 @@ class UnifiedGenerationDataset:
 
     def length(self, index: int, epoch: int) -> int:
         """Tokens of a sample when nothing is left out."""
-        key = (index % len(self), 0) if self.records[index % len(self)].fixed else (index, epoch)
-        if key not in self._lengths:
-            self._lengths[key] = self.layout.length(self.plan(*key))
-        return self._lengths[key]
+        row = self.records.rows[index % len(self)]
+        if row["fixed"]:
+            return int(row["length"])
+        try:
+            return self.layout.length(self.plan(index, epoch))
+        except ImageFault:  # a picture of this epoch is damaged, which sample() tells
+            return int(row["length"])
 
     def sample(self, index: int, epoch: int) -> dict[str, Any]:
         """The items with pixels; raises a BadSample when a picture turns out to be damaged."""
-        record, items = self.records[index % len(self)], self.plan(index, epoch)
+        record = self.records[index % len(self)]
         flip = torch.rand((), generator=keyed_generator(self.seed, _FLIP, epoch, index)).item() < self.flip_probability
         loaded: dict[str, Any] = {}
-        for item in items:
-            if not item.source:
-                continue
-            try:
-                if item.source not in loaded:
+        try:
+            items = self.plan(index, epoch)
+            for item in items:
+                if item.source and item.source not in loaded:
                     image = load_image(record.source.picture(item.source))
                     loaded[item.source] = ImageOps.mirror(image) if flip else image
-            except ImageFault as fault:
-                raise BadSample(f"{record.source.path}:{record.line}: {fault.code}: {fault}") from None
-            item.image = self._pixels(loaded[item.source], item)
+                if item.source:
+                    item.image = self._pixels(loaded[item.source], item)
+        except ImageFault as fault:
+            raise BadSample(f"{record.source.path}:{record.line}: {fault.code}: {fault}") from None
         return {"items": items, "key": (epoch, index)}
 
     def _pixels(self, image: Any, item: PlanItem) -> Tensor:
@@ -201,7 +216,7 @@ class UnifiedGenerationDataset:
         size = item.size[::-1]
         return to_tensor(image if image.size == size else image.resize(size, Image.Resampling.BICUBIC))
 
-    def _plan(self, record: _Record, index: int, epoch: int) -> list[PlanItem]:
+    def _plan(self, record: Record, index: int, epoch: int) -> list[PlanItem]:
         draw = keyed_draw(keyed_generator(self.seed, _CHOICE, epoch, index))
         steps = steps_of(record.value, record.kind, draw)
         looked_at = max(1, sum(step.vision for step in steps))
@@ -220,11 +235,8 @@ class UnifiedGenerationDataset:
                 items += self._picture_items(record, step, looked_at)
         return self._within_budget(items)
 
-    def _picture_items(self, record: _Record, step: Step, looked_at: int) -> list[PlanItem]:
-        key = (record.source, step.image)
-        size = self._sizes[key] if key in self._sizes else image_size(record.source.picture(step.image))
-        if isinstance(size, ImageFault):
-            raise size
+    def _picture_items(self, record: Record, step: Step, looked_at: int) -> list[PlanItem]:
+        size = record.sizes.get(step.image) or image_size(record.source.picture(step.image))
         vae, vit = self.vae_transform.sides(*size), self.vit_transform.sides(*size, looked_at)
         needs_vae = step.target or step.latents
         for sides in [vae] * needs_vae + [vit] * step.vision:
@@ -288,32 +300,21 @@ class UnifiedGenerationDataset:
 
     def describe(self) -> dict[str, Any]:
         """Counts by format and kind of target, tokens to learn, and percentiles of the length."""
-        targets: Counter[str] = Counter()
-        for index in range(len(self)):
-            for item in self.plan(index, 0):
-                if item.loss:
-                    targets["text tokens" if item.type == "text" else "image tokens"] += item.tokens(
-                        self.layout.latent_stride, self.layout.vit_patch
-                    )
-                    targets["texts" if item.type == "text" else "images"] += 1
-        lengths = sorted(self.length(index, 0) for index in range(len(self)))
+        lengths = np.sort(self.records.rows["length"]).tolist()
         percentiles = {
             f"p{share}": lengths[min(len(lengths) - 1, len(lengths) * share // 100)] for share in (5, 50, 95, 100)
         }
         return {
             "records": len(self),
             "malformed": len(self.errors),
-            "formats": dict(Counter(record.kind for record in self.records)),
-            "targets": dict(targets),
+            "formats": {FORMATS[kind]: count for kind, count in Counter(self.records.rows["kind"].tolist()).items()},
+            "targets": self._targets,
             "length": percentiles,
         }
 
     def fingerprint(self) -> str:
         """A digest of the valid records in their order, by which a resumed run knows its data again."""
-        digest = hashlib.sha256()
-        for record in self.records:
-            digest.update(json.dumps(record.value, sort_keys=True, default=str).encode())
-        return digest.hexdigest()[:16]
+        return self._digest
 
 
 def _asks(steps: Sequence[Step]) -> bool:
@@ -322,19 +323,8 @@ def _asks(steps: Sequence[Step]) -> bool:
     return steps[first].image is None and any(step.image is not None for step in steps[:first])
 
 
-def _pictures(value: Any) -> list[str]:
-    """Every string in a record that its format reads as a picture."""
-    if isinstance(value, list):
-        return [name for item in value for name in _pictures(item)]
-    if not isinstance(value, dict):
-        return []
-    found = []
-    for key, item in value.items():
-        if key in PICTURE_FIELDS:
-            found += [name for name in (item if isinstance(item, list) else [item]) if isinstance(name, str)]
-        elif isinstance(item, (dict, list)):
-            found += _pictures(item)
-    return found
+def _malformed(error: DataError) -> DataFormatError:
+    return DataFormatError(f"{error}; mend the record, or leave out --strict-data to skip such records")
 
 
 def make_collate(

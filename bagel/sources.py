@@ -1,8 +1,10 @@
 """Record files and the pictures beside them: .jsonl, .json, .parquet and .tar (webdataset).
 
 A picture is named by a string: a path, or `row:column` and `sample:extension` for bytes inside parquet and tar files.
+Records are read in order once, and singly by their place after that.
 """
 
+import codecs
 import io
 import json
 from collections.abc import Iterator
@@ -13,17 +15,19 @@ from typing import Any
 from shared.errors import UserError
 
 PICTURE_FIELDS = ("image_path", "image", "source_image_path", "target_image_path", "image_list")
+ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
 class RawRecord:
-    """One record before it is checked: its line (from 1; list index or row otherwise), and the object or why there is
-    none.
+    """One record before it is checked: its line (from 1; list index or row otherwise), the object or why there is
+    none, and its place: what read() needs to find it again.
     """
 
     line: int
     value: Any
-    fault: str | None = None
+    fault: str | None
+    place: int
 
 
 class RecordFile:
@@ -31,32 +35,55 @@ class RecordFile:
 
     def __init__(self, path: Path, image_root: Path | None):
         self.path, self.root = path, image_root or path.parent
+        self._values: list | None = None
 
     def records(self) -> Iterator[RawRecord]:
         """Every record in order; lines that are not JSON come with a fault."""
+        if self.path.suffix == ".json":
+            for number, value in enumerate(self._whole()):
+                yield RawRecord(number, value, None, number)
+            return
+        place = 0
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                text = self._decoded(line)
+                if text.strip():
+                    yield RawRecord(number, *_parse(text), place)
+                place += len(line)
+
+    def read(self, place: int) -> Any:
+        """The record at a place again; None when there is none any more."""
+        if self.path.suffix == ".json":
+            values = self._whole()
+            return values[place] if place < len(values) else None
+        with open(self.path, "rb") as file:
+            file.seek(place)
+            line = file.readline()
+        return _parse(line.removeprefix(codecs.BOM_UTF8).decode("utf-8", "replace"))[0]
+
+    def holds(self, name: str) -> bool:
+        """Whether a picture lies inside this file."""
+        return False
+
+    def _decoded(self, data: bytes) -> str:
         try:
-            text = self.path.read_text(encoding="utf-8-sig")
+            return data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(f"{self.path}: not UTF-8 ({error}); save it as UTF-8") from None
-        if self.path.suffix == ".json":
-            yield from self._whole(text)
-            return
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                value, fault = _parse(line)
-                yield RawRecord(number, value, fault)
 
-    def _whole(self, text: str) -> Iterator[RawRecord]:
-        value, fault = _parse(text)
-        if isinstance(value, dict):
-            value = value.get("data")
-        if fault or not isinstance(value, list):
-            raise UserError(
-                f"{self.path}: expected a JSON list of records, or an object whose key 'data' holds "
-                f"one{f' ({fault})' if fault else ''}"
-            )
-        for number, record in enumerate(value):
-            yield RawRecord(number, record)
+    def _whole(self) -> list:
+        """The records of a .json file, kept from the first call on."""
+        if self._values is None:
+            value, fault = _parse(self._decoded(self.path.read_bytes()))
+            if isinstance(value, dict):
+                value = value.get("data")
+            if fault or not isinstance(value, list):
+                raise UserError(
+                    f"{self.path}: expected a JSON list of records, or an object whose key 'data' holds "
+                    f"one{f' ({fault})' if fault else ''}"
+                )
+            self._values = value
+        return self._values
 
     def picture(self, name: str) -> Path | io.BytesIO:
         """Where to read the picture from."""
@@ -81,22 +108,44 @@ class ParquetFile(RecordFile):
         self.binary = [field.name for field in schema if _holds_bytes(field.type)]
         self.plain = [field.name for field in schema if field.name not in self.binary]
         self._group: tuple[int, Any] | None = None
+        self._table: Any = None
 
     def records(self) -> Iterator[RawRecord]:
+        for first in range(0, self._rows().num_rows, ROWS_AT_ONCE):
+            block = self._rows().slice(first, ROWS_AT_ONCE)
+            for number, row in enumerate(block.to_pylist(), start=first):
+                yield RawRecord(number, self._record(number, row), None, number)
+
+    def read(self, place: int) -> Any:
+        rows = self._rows().slice(place, 1).to_pylist()
+        return self._record(place, rows[0]) if rows else None
+
+    def _rows(self) -> Any:
+        """The table without pictures, kept from the first call on."""
+        import pyarrow
         import pyarrow.parquet
 
-        table = pyarrow.parquet.read_table(self.path, columns=self.plain or None)
-        rows = table.to_pylist() if self.plain else [{} for _ in range(table.num_rows)]
-        for number, row in enumerate(rows):
-            record = {name: _maybe_json(value) for name, value in row.items() if value is not None}
-            for column in self.binary:
-                record.setdefault("image_path" if column == "image" else column, f"{number}:{column}")
-            yield RawRecord(number, record)
+        if self._table is None:
+            self._table = pyarrow.parquet.read_table(self.path, columns=self.plain)
+            if not self.plain:
+                count = pyarrow.parquet.read_metadata(self.path).num_rows
+                self._table = pyarrow.table({"": pyarrow.nulls(count)})
+        return self._table
+
+    def _record(self, number: int, row: dict) -> dict:
+        record = {name: _maybe_json(value) for name, value in row.items() if value is not None}
+        for column in self.binary:
+            record.setdefault("image_path" if column == "image" else column, f"{number}:{column}")
+        return record
+
+    def holds(self, name: str) -> bool:
+        row, _, column = name.partition(":")
+        return column in self.binary and row.isdigit()
 
     def picture(self, name: str) -> Path | io.BytesIO:
-        row, _, column = name.partition(":")
-        if column not in self.binary or not row.isdigit():
+        if not self.holds(name):
             return super().picture(name)
+        row, _, column = name.partition(":")
         value = self._cell(int(row), column)
         if isinstance(value, dict):
             value = value.get("bytes")
@@ -118,7 +167,7 @@ class ParquetFile(RecordFile):
         raise IndexError(row)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_group": None}
+        return {**self.__dict__, "_group": None, "_table": None}
 
 
 class TarFile(RecordFile):
@@ -137,16 +186,25 @@ class TarFile(RecordFile):
 
     def records(self) -> Iterator[RawRecord]:
         for number in range(len(self.shards)):
-            members = self.shards.read(number, ("json", "txt"))
-            if "json" in members:
-                value, fault = _parse(members["json"].decode("utf-8", errors="replace"))
-            elif "txt" in members:
-                value, fault = {"text_prompt": members["txt"].decode("utf-8", errors="replace").strip()}, None
-            else:
-                value, fault = None, "the sample has neither a json nor a txt member"
-            if isinstance(value, dict):
-                value = self._with_members(value, number)
-            yield RawRecord(number, value, fault)
+            yield RawRecord(number, *self._record(number), number)
+
+    def read(self, place: int) -> Any:
+        return self._record(place)[0]
+
+    def _record(self, number: int) -> tuple[Any, str | None]:
+        """(the record, None), or (None, why there is none)."""
+        members = self.shards.read(number, ("json", "txt"))
+        if "json" in members:
+            value, fault = _parse(members["json"].decode("utf-8", errors="replace"))
+        elif "txt" in members:
+            value, fault = {"text_prompt": members["txt"].decode("utf-8", errors="replace").strip()}, None
+        else:
+            return None, "the sample has neither a json nor a txt member"
+        return (self._with_members(value, number) if isinstance(value, dict) else value), fault
+
+    def holds(self, name: str) -> bool:
+        sample, _, extension = name.partition(":")
+        return sample.isdigit() and bool(extension)
 
     def _with_members(self, record: dict, number: int) -> dict:
         key, extensions = self.shards.names(number)
@@ -159,9 +217,9 @@ class TarFile(RecordFile):
         return record
 
     def picture(self, name: str) -> Path | io.BytesIO:
-        sample, _, extension = name.partition(":")
-        if not sample.isdigit() or not extension:
+        if not self.holds(name):
             return super().picture(name)
+        sample, _, extension = name.partition(":")
         return io.BytesIO(self.shards.read(int(sample), (extension,)).get(extension, b""))
 
 
@@ -184,6 +242,21 @@ def open_records(paths: str, image_root: str | None) -> list[RecordFile]:
                 f"{path}: unknown kind of record file {path.suffix!r}; give .jsonl, .json, .parquet or .tar"
             )
         found.append(kinds[path.suffix](path, root))
+    return found
+
+
+def picture_names(value: Any) -> list[str]:
+    """Every string in a record that its format reads as a picture."""
+    if isinstance(value, list):
+        return [name for item in value for name in picture_names(item)]
+    if not isinstance(value, dict):
+        return []
+    found = []
+    for key, item in value.items():
+        if key in PICTURE_FIELDS:
+            found += [name for name in (item if isinstance(item, list) else [item]) if isinstance(name, str)]
+        elif isinstance(item, (dict, list)):
+            found += picture_names(item)
     return found
 
 

@@ -1,5 +1,6 @@
 """Text to ids and back: a released tokenizer from a local folder, or plain bytes for training from nothing."""
 
+import hashlib
 from pathlib import Path
 from typing import Protocol
 
@@ -8,12 +9,15 @@ from bagel.generation import SpecialTokens
 from bagel.records import SPECIAL_STRINGS
 from shared.errors import UserError
 
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json")
+
 
 class Tokenizer(Protocol):
     """What the rest of the system asks of a tokenizer."""
 
     special: SpecialTokens
     vocab_size: int  # rows that an embedding needs
+    identity: str  # another one when texts get other ids
 
     def encode(self, text: str) -> list[int]:
         """Ids without any mark; marks inside the text are read as plain text."""
@@ -27,6 +31,7 @@ class ByteTokenizer:
 
     special = SpecialTokens(256, 257, 258, 259)
     vocab_size = 260
+    identity = "bytes"
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
@@ -50,6 +55,8 @@ class FolderTokenizer:
             self.inner.add_special_tokens({"additional_special_tokens": missing})
         self.special = SpecialTokens(*self.inner.convert_tokens_to_ids(list(SPECIAL_STRINGS)))
         self.vocab_size = len(self.inner)
+        files = [path for path in (folder / name for name in TOKENIZER_FILES) if path.is_file()]
+        self.identity = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
         return self.inner.encode(text, add_special_tokens=False, split_special_tokens=True)

@@ -1,6 +1,6 @@
 """How long a save keeps training waiting: written in the foreground, and copied first and written in the background.
 
-  python -m tests.survival.saving [--millions 4 40 200] [--steps 50] [--rounds 5]
+  python -m tests.survival.saving [--millions 4 40 200] [--steps 50] [--rounds 5] [--threads 1]
 One rank, AdamW and averaged weights in fp32, so 16 bytes a parameter reach the disk. The share is that of a run which
 saves every --steps steps of the time measured here; in the background it counts what the writing takes from them, so
 that it means something on a quiet machine only.
@@ -76,7 +76,9 @@ def main() -> None:
     parser.add_argument("--millions", type=int, nargs="+", default=[4, 40, 200], help="parameters")
     parser.add_argument("--steps", type=int, default=50, help="steps between saves")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1, help="of the steps, as torchrun sets it for every rank")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     heads = ["parameters", "s a step", "save in front, s", "in the background, s", "share in front", "share behind"]
     print(f"| {' | '.join(heads)} |")
     print("|---|---|---|---|---|---|")
