@@ -195,6 +195,7 @@ for system in "${only[@]}"; do
     fi
 done
 "$python" -m shared.report "${reports[@]}" --output "$output/index.html" "${notes[@]}" >/dev/null
+"$python" -m shared.figure "${reports[@]}" --output "$output/figure.jpg" >/dev/null || true
 printf '\n[%s] results: %s\n' "$(clock $((SECONDS - started)))" "$output/index.html"
 if ((${#failed[@]})); then
     printf 'failed: %s\n' "${failed[@]}" >&2
