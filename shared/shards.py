@@ -28,7 +28,7 @@ class Shards:
             raise UserError("no .tar shard was given; check the path or the pattern")
         self._indices = [_open_index(path, cache_dir) for path in self.paths]
         self._ends = np.cumsum([len(starts) - 1 for starts, _ in self._indices])
-        self._files: dict[tuple[int, int], io.BufferedReader] = {}
+        self._files: dict[tuple[int, int], io.FileIO] = {}
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -75,14 +75,14 @@ class Shards:
         return {**self.__dict__, "_files": {}}  # each process opens its own files
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
+        """Bytes of a shard; threads may read at the same time, so nothing moves a shared position."""
         key = (os.getpid(), shard)
-        if key not in self._files:
+        file = self._files.get(key)
+        if file is None:
             if len(self._files) >= 64:
-                self._files.pop(next(iter(self._files))).close()
-            self._files[key] = open(self.paths[shard], "rb")  # noqa: SIM115  (kept open between samples)
-        file = self._files[key]
-        file.seek(offset)
-        data = file.read(size)
+                self._files.pop(list(self._files)[0], None)  # closed once no thread reads from it
+            file = self._files[key] = open(self.paths[shard], "rb", buffering=0)  # noqa: SIM115  (kept between samples)
+        data = os.pread(file.fileno(), size, offset)
         if len(data) != size:
             length = os.fstat(file.fileno()).st_size
             raise BadSample(f"{self.paths[shard]}: ends at byte {length}, {offset + size} wanted; copy the shard again")

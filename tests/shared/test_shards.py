@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from torch.utils.data import DataLoader
@@ -136,3 +137,13 @@ def test_shards_travel_to_other_processes(tmp_path):
     loader = DataLoader(shards, batch_size=None, sampler=list(range(12)), num_workers=2)
     assert list(loader) == expected
     assert [shards[i] for i in range(12)] == expected
+
+
+def test_threads_read_at_the_same_time(tmp_path):
+    samples = {f"{number:04d}": {"bin": bytes([number % 256]) * (50 + number)} for number in range(400)}
+    make_shard(tmp_path / "a.tar", samples)
+    shards = Shards([tmp_path / "a.tar"])
+    order = [(7 * step) % 400 for step in range(4000)]
+    with ThreadPoolExecutor(8) as pool:
+        for index, sample in zip(order, pool.map(shards.__getitem__, order), strict=True):
+            assert sample["bin"] == samples[f"{index:04d}"]["bin"]
