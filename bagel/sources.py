@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.errors import UserError
+from bagel.images import ImageFault
+from shared.errors import BadSample, UserError
 
 PICTURE_FIELDS = ("image_path", "image", "source_image_path", "target_image_path", "image_list")
 ROWS_AT_ONCE = 4096
@@ -160,9 +161,10 @@ class ParquetFile(RecordFile):
         for group in range(file.num_row_groups):
             count = file.metadata.row_group(group).num_rows
             if row < first + count:
-                if self._group is None or self._group[0] != group:
-                    self._group = (group, file.read_row_group(group, columns=self.binary))
-                return self._group[1].column(column)[row - first].as_py()
+                kept = self._group  # another thread may change it
+                if kept is None or kept[0] != group:
+                    kept = self._group = (group, file.read_row_group(group, columns=self.binary))
+                return kept[1].column(column)[row - first].as_py()
             first += count
         raise IndexError(row)
 
@@ -204,7 +206,7 @@ class TarFile(RecordFile):
 
     def holds(self, name: str) -> bool:
         sample, _, extension = name.partition(":")
-        return sample.isdigit() and bool(extension)
+        return sample.isdigit() and bool(extension) and int(sample) < len(self.shards)
 
     def _with_members(self, record: dict, number: int) -> dict:
         key, extensions = self.shards.names(number)
@@ -220,7 +222,10 @@ class TarFile(RecordFile):
         if not self.holds(name):
             return super().picture(name)
         sample, _, extension = name.partition(":")
-        return io.BytesIO(self.shards.read(int(sample), (extension,)).get(extension, b""))
+        try:
+            return io.BytesIO(self.shards.read(int(sample), (extension,)).get(extension, b""))
+        except BadSample as fault:
+            raise ImageFault("E_IMAGE_DECODE", str(fault)) from None
 
 
 def open_records(paths: str, image_root: str | None) -> list[RecordFile]:
