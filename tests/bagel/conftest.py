@@ -34,6 +34,19 @@ def pictures(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def open_dataset(path: Path, **settings) -> UnifiedGenerationDataset:
+    """A dataset of bytes and of pictures of 16 to 32 pixels."""
+    transform = ImageTransform(32, 16, 4)
+    return UnifiedGenerationDataset(
+        str(path),
+        tokenizer=ByteTokenizer(),
+        layout=LAYOUT,
+        vae_transform=transform,
+        vit_transform=transform,
+        **{"max_sequence_length": 400, **settings},
+    )
+
+
 @pytest.fixture
 def open_records(pictures: Path) -> Callable[..., UnifiedGenerationDataset]:
     """open_records(records, **settings): a dataset over a jsonl file of these records (strings are written as they
@@ -48,15 +61,7 @@ def open_records(pictures: Path) -> Callable[..., UnifiedGenerationDataset]:
             ),
             encoding="utf-8",
         )
-        transform = ImageTransform(32, 16, 4)
-        return UnifiedGenerationDataset(
-            str(path),
-            tokenizer=ByteTokenizer(),
-            layout=LAYOUT,
-            vae_transform=transform,
-            vit_transform=transform,
-            **{"max_sequence_length": 400, **settings},
-        )
+        return open_dataset(path, **settings)
 
     return make
 

@@ -11,10 +11,8 @@ from PIL import Image
 
 from bagel import dataset as dataset_module
 from bagel.dataset import DataFormatError, UnifiedGenerationDataset
-from bagel.images import ImageTransform
-from bagel.tokenizer import ByteTokenizer
 from shared.errors import BadSample
-from tests.bagel.conftest import LAYOUT
+from tests.bagel.conftest import open_dataset
 
 RECORDS = [
     {"id": "one", "text_prompt": "a red apple", "image_path": "jpg"},
@@ -38,19 +36,6 @@ def shard(tmp_path, monkeypatch):
                 entry.size = len(data)
                 tar.addfile(entry, io.BytesIO(data))
     return path
-
-
-def open_dataset(path, **settings) -> UnifiedGenerationDataset:
-    transform = ImageTransform(32, 16, 4)
-    settings = {"max_sequence_length": 400, **settings}
-    return UnifiedGenerationDataset(
-        str(path),
-        tokenizer=ByteTokenizer(),
-        layout=LAYOUT,
-        vae_transform=transform,
-        vit_transform=transform,
-        **settings,
-    )
 
 
 def stored(folder) -> list:
