@@ -98,10 +98,13 @@ def load_trained(
     """
     path = Path(path)
     config, folder = saved_settings(path)
-    if vae is not None:
-        config.vae.pretrained_model_name = vae
-    if text_encoder is not None:
-        config.text.pretrained_model_name = text_encoder
+    for flag, name, section, kind in (
+        ("vae", vae, config.vae, "sd"),
+        ("text-encoder", text_encoder, config.text, "clip"),
+    ):
+        if name is not None and section.type != kind:
+            raise UserError(f"--{flag} {name}: this run's is of type {section.type}, which has no weights to replace")
+        section.pretrained_model_name = name or section.pretrained_model_name
     model = build_model(config)
     load_strict(model, load_weights(path if path.is_file() else folder, prefer_ema=use_ema), what=str(path))
     codec = make_vae(config)

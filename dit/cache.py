@@ -21,11 +21,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dit.config import Config
+from dit.dataset import names_sides
 from shared.errors import UserError
 from shared.rng import keyed_generator
 
 _CHOICE = 13  # random stream
 VERSION = 1
+MANIFEST_KEYS = ("item_ids_sha256", "flips", "variants", "shards")
+TENSORS = {"latents": ("moments",), "text": ("states", "offsets", "pooled", "item_index")}
+MEND = "run dit/precompute.py again, it mends what is damaged"
 
 
 def cache_settings(config: Config) -> dict[str, Any]:
@@ -51,10 +55,15 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def as_json(tree: Any) -> str:
+    """The text of a JSON file."""
+    return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, tree: Any) -> None:
     """Write aside and rename."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(as_json(tree), encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -84,21 +93,16 @@ class CachedDataset(Dataset):
                 f"data.cache_dir {self.folder} holds another list of pictures than {pictures.root}; run "
                 "dit/precompute.py again"
             )
-        self.reads_text = config.model.text_conditioning != "none"
-        self.num_classes, self.fingerprint, self.skipped = (
-            config.model.num_classes,
-            pictures.fingerprint,
-            pictures.skipped,
-        )
+        self.reads_text, self.num_classes = config.model.text_conditioning != "none", config.model.num_classes
+        self.fingerprint, self.skipped = pictures.fingerprint, pictures.skipped
         self.labels = [item.label for item in pictures.items] if self.num_classes else []
         self.flip = config.data.flip if manifest["flips"] and pictures.may_flip else 0.0
         self.variants = manifest["variants"] if not manifest["flips"] else 1
         self.ends = np.cumsum([shard["count"] for shard in manifest["shards"]])
-        self.ids = [
-            json.loads(line)["id"]
-            for number in range(len(self.ends))
-            for line in (self.folder / f"items_{number:05d}.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
+        shards = enumerate(manifest["shards"])
+        items = [item for number, shard in shards for item in self._items(number, shard["count"])]
+        self.ids = [item["id"] for item in items]
+        self.is_spared = [bool(config.data.flip_guard) and names_sides(item["captions"]) for item in items]
         self._captions = [self._caption_rows(number) for number in range(len(self.ends))] if self.reads_text else []
         self._open: dict[tuple[int, str], Any] = {}
 
@@ -112,11 +116,9 @@ class CachedDataset(Dataset):
         return {**self.__dict__, "_open": {}}  # each process opens its own files
 
     def sample(self, index: int, epoch: int) -> dict[str, Any]:
-        """Item `index` as seen in `epoch`: which caption, and whether mirrored or which crop, follow from (seed,
-        epoch, index).
-        """
+        """Item `index` as seen in `epoch`; caption, mirroring and crop follow from (seed, epoch, index)."""
         caption, flip, variant = torch.rand(3, generator=keyed_generator(self.seed, _CHOICE, epoch, index)).tolist()
-        mirrored = flip < self.flip
+        mirrored = flip < self.flip and not self.is_spared[index]
         shard = int(np.searchsorted(self.ends, index, side="right"))
         row = index - (int(self.ends[shard - 1]) if shard else 0)
         chosen = int(mirrored) if self.flip else int(variant * self.variants)
@@ -138,6 +140,17 @@ class CachedDataset(Dataset):
         pooled = file.get_slice("pooled")[which : which + 1][0].float()
         return {"text_embeddings": states, "text_mask": torch.arange(self.length) < len(real), "text_pooled": pooled}
 
+    def _items(self, shard: int, count: int) -> list[dict]:
+        """The lines of a shard's list of items."""
+        path = self.folder / f"items_{shard:05d}.jsonl"
+        try:
+            items = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); {MEND}") from None
+        if len(items) != count:
+            raise UserError(f"{path}: holds {len(items)} items, {count} expected; {MEND}")
+        return items
+
     def _caption_rows(self, shard: int) -> list[list[int]]:
         """The captions of every item of a shard."""
         rows: list[list[int]] = [[] for _ in range(int(self.ends[shard] - (self.ends[shard - 1] if shard else 0)))]
@@ -155,19 +168,24 @@ class CachedDataset(Dataset):
     def _opened(self, shard: int, kind: str) -> Any:
         path = self.folder / f"{kind}_{shard:05d}.safetensors"
         try:
-            return safe_open(str(path), "pt")
+            file = safe_open(str(path), "pt")
         except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"{path}: cannot be read ({error}); run dit/precompute.py again, it mends what is damaged"
-            ) from None
+            raise UserError(f"{path}: cannot be read ({error}); {MEND}") from None
+        missing = set(TENSORS[kind]) - set(file.keys())
+        if missing:
+            raise UserError(f"{path}: lacks {', '.join(sorted(missing))}; {MEND}")
+        return file
 
     def _manifest(self) -> dict:
         path = self.folder / "manifest.json"
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+        except OSError:
             raise UserError(
                 f"{path}: no such file; data.cache_dir must be a folder that dit/precompute.py finished"
             ) from None
         except ValueError as error:
             raise UserError(f"{path}: not readable as JSON ({error}); run dit/precompute.py again") from None
+        if not isinstance(manifest, dict) or not set(MANIFEST_KEYS) <= set(manifest):
+            raise UserError(f"{path}: is no manifest of dit/precompute.py, which writes {', '.join(MANIFEST_KEYS)}")
+        return manifest

@@ -1,6 +1,4 @@
-"""Settings of the text-to-image DiT. Each field is one line: default, meaning, unit. No torch import, so --help is
-quick.
-"""
+"""Settings of the text-to-image DiT: default, meaning, unit. No torch import, so --help is quick."""
 
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -11,6 +9,8 @@ from shared.config import RunSection, Section, TrainingSection, setting
 
 PRESETS = Path(__file__).parent / "configs"
 SAMPLE_DATA = Path(__file__).parent / "sample_data" / "CUB_200_2011"
+FLOW_SAMPLERS = ("euler", "heun", "midpoint", "rk4", "dopri5", "sde")
+NOISE_SAMPLERS = ("ddim", "dpmpp_2m", "dpmpp_2m_karras", "ddpm")
 
 
 class DataConfig(Section):
@@ -277,6 +277,12 @@ class Config(Section):
                 f"data.image_size {self.data.image_size} must be a multiple of "
                 f"{self.vae_factor * self.model.patch_size} "
                 f"(latent cell {self.vae_factor} px x patch_size {self.model.patch_size})"
+            )
+        samplers = {"ddpm": NOISE_SAMPLERS, "flow": FLOW_SAMPLERS}[self.diffusion.objective]
+        if self.sample.sampler not in ("auto", *samplers):
+            raise ValueError(
+                f"sample.sampler {self.sample.sampler} does not belong to diffusion.objective "
+                f"{self.diffusion.objective}; use auto, {', '.join(samplers)}"
             )
         if self.model.num_classes and self.diffusion.cfg_dropout and not self.model.class_dropout:
             raise ValueError("diffusion.cfg_dropout drops labels, which needs model.class_dropout above 0 (a null row)")

@@ -3,7 +3,7 @@
 import hashlib
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from dit.config import SAMPLE_DATA, Config, DataConfig
 from dit.images import crop_to_box, decode, to_square, to_tensor
-from dit.readers import Found, Item, read
+from dit.readers import FileItems, Item, read
 from dit.sharded import ShardItems
 from shared.errors import BadSample, UserError
 from shared.rng import keyed_generator
@@ -25,9 +25,9 @@ _WORDS = re.compile("[a-z]+")
 
 
 class TextImageDataset(Dataset):
-    """Items: image float32 (3, S, S) in [-1, 1], text, image_id, index, flip, crop (top, left, resized height,
-    resized width), label,
-    and input_ids, attention_mask (77,) where `tokenize` is given."""
+    """Items: image float32 (3, S, S) in [-1, 1], text, image_id, index, flip, crop (top, left, resized height, resized
+    width), label, and input_ids, attention_mask (77,) where `tokenize` is given.
+    """
 
     def __init__(
         self,
@@ -49,26 +49,21 @@ class TextImageDataset(Dataset):
                 image_size=image_size,
                 num_samples=num_samples,
             )
-        self.settings, self.is_train, self.seed, self.num_classes, self.tokenize = (
-            settings,
-            is_train,
-            seed,
-            num_classes,
-            tokenize,
-        )
+        self.settings, self.is_train, self.seed = settings, is_train, seed
+        self.num_classes, self.tokenize = num_classes, tokenize
         if settings.dataset_path is None:
             raise UserError(
                 "data.dataset_path is not set; give the folder of the pictures with --data-root (or --data-root sample)"
             )
         self.root = SAMPLE_DATA if settings.dataset_path == "sample" else Path(settings.dataset_path)
-        found: Found = read(settings, self.root, is_train=is_train, num_classes=num_classes)
+        found = read(settings, self.root, is_train=is_train, num_classes=num_classes)
         self.skipped = found.skipped
         self.items = self._subset(found.items)
         if is_train and not self.items:
             raise UserError(
                 f"data.dataset_path {self.root}: no usable picture with a caption was found for dataset_name "
-                f"{settings.dataset_name}; "
-                f"{len(self.skipped)} were left out{f', the first: {self.skipped[0][1]}' if self.skipped else ''}"
+                f"{settings.dataset_name}; {len(self.skipped)} were left out"
+                f"{f', the first: {self.skipped[0][1]}' if self.skipped else ''}; check the layout and the captions"
             )
         self.may_flip = self._flip_rule()
         self._memory: dict[int, Image.Image] = {}
@@ -98,13 +93,11 @@ class TextImageDataset(Dataset):
         def draw() -> float:
             return torch.rand((), generator=generator).item()
 
-        caption_draw, flip_draw = (
-            draw(),
-            draw(),
-        )  # always both, so that the crop does not depend on the settings of the others
+        caption_draw, flip_draw = draw(), draw()  # both always: the crop's draws depend on no other setting
         caption = item.captions[int(caption_draw * len(item.captions)) if self.is_train else 0] if item.captions else ""
         if flip is None:
-            flip = self.may_flip and flip_draw < settings.flip and not (settings.flip_guard and _names_sides(item))
+            is_spared = settings.flip_guard and names_sides(item.captions)
+            flip = self.may_flip and flip_draw < settings.flip and not is_spared
         square, where = to_square(
             self._picture(index),
             settings.image_size,
@@ -129,22 +122,17 @@ class TextImageDataset(Dataset):
     def fingerprint(self) -> str:
         """SHA-256 of the list of ids: two runs with the same one see the same samples."""
         digest = hashlib.sha256()
-        for number, name in enumerate(self.items.ids() if isinstance(self.items, ShardItems) else self._ids()):
+        for number, name in enumerate(self.items.ids()):
             digest.update(f"\n{name}".encode() if number else name.encode())
         return digest.hexdigest()
 
-    def _ids(self) -> Iterator[str]:
-        return (item.id for item in self.items)
-
     def _flip_rule(self) -> bool:
-        """Whether training pictures may be mirrored at all; with a guard, none is where any caption speaks of left or
-        right.
-        """
+        """Whether training pictures may be mirrored at all; with the guard, not where any caption names a side."""
         if not self.is_train or self.settings.flip == 0:
             return False
-        if isinstance(self.items, ShardItems):
-            return True  # captions are read one by one there: the guard looks at each picture's own
-        if self.settings.flip_guard is True and any(_names_sides(item) for item in self.items):
+        if not self.items.captions_at_hand:
+            return True  # the guard looks at each picture's own captions
+        if self.settings.flip_guard is True and any(names_sides(item.captions) for item in self.items):
             print(
                 "warning: some captions speak of left or right, so no picture is mirrored (data.flip_guard)",
                 file=sys.stderr,
@@ -156,27 +144,19 @@ class TextImageDataset(Dataset):
         if index in self._memory:
             return self._memory[index]
         item = self.items[index]
-        image = decode(self._bytes(item), str(item.image if isinstance(item.image, Path) else item.id))
+        image = decode(*self.items.picture(item))
         if item.box is not None:
             image = crop_to_box(image, item.box)
         if self.settings.keep_in_memory:
             self._memory[index] = image
         return image
 
-    def _bytes(self, item: Item) -> bytes:
-        if isinstance(item.image, Path):
-            try:
-                return item.image.read_bytes()
-            except OSError as error:
-                raise BadSample(f"{item.image}: cannot be read ({error.strerror})") from None
-        return self.items.picture(item.image)
-
     def _label(self, item: Item) -> int:
         if item.label is None or not 0 <= item.label < self.num_classes:
             raise BadSample(f"{item.id}: class {item.label} is not in 0 .. {self.num_classes - 1} (model.num_classes)")
         return item.label
 
-    def _subset(self, items: Sequence[Item]) -> Sequence[Item]:
+    def _subset(self, items: FileItems | ShardItems) -> FileItems | ShardItems:
         wanted = self.settings.num_samples
         if wanted is None or not self.is_train:
             return items
@@ -187,12 +167,12 @@ class TextImageDataset(Dataset):
             )
             return items
         chosen = torch.randperm(len(items), generator=keyed_generator(self.settings.subset_seed, _SUBSET))[:wanted]
-        indices = sorted(chosen.tolist())
-        return items.take(indices) if isinstance(items, ShardItems) else [items[index] for index in indices]
+        return items.take(sorted(chosen.tolist()))
 
 
-def _names_sides(item: Item) -> bool:
-    return any(word in _SIDES for caption in item.captions for word in _WORDS.findall(caption.lower()))
+def names_sides(captions: Sequence[str]) -> bool:
+    """Whether a caption speaks of left or right, which mirroring would make wrong."""
+    return any(word in _SIDES for caption in captions for word in _WORDS.findall(caption.lower()))
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

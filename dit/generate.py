@@ -4,9 +4,8 @@
   python dit/generate.py --checkpoint outputs/dit --prompts captions.txt --output pictures/ --npz
   torchrun --nproc_per_node=8 dit/generate.py --captions coco:data/coco --num 30000 ...     shared over the ranks
 Without captions it draws held-out ones of the run's own data. An --output ending in .png is a grid of all pictures;
-otherwise a folder with 000000.png ... and prompts.jsonl.
-Picture i depends on
---seed + i alone, not on batch size or number of ranks.
+otherwise a folder with 000000.png ... and prompts.jsonl. Picture i depends on --seed + i alone, not on batch size or
+number of ranks.
 """
 
 import json
@@ -62,6 +61,8 @@ def requests(options: GenerateOptions, config: Config) -> list[Request]:
         wanted = [(f"class {label}", label) for label in options.labels or range(min(16, config.model.num_classes))]
     else:
         wanted = [(text, None) for text in _texts(options)]
+    if not wanted:
+        raise UserError("there is nothing to draw: --prompts and --captions name no caption; give --prompt TEXT")
     if options.num is not None and options.num < len(wanted):
         chosen = torch.randperm(len(wanted), generator=keyed_generator(options.seed, _DRAW))[: options.num]
         wanted = [wanted[index] for index in sorted(chosen.tolist())]
@@ -87,17 +88,30 @@ def _texts(options: GenerateOptions) -> list[str]:
             raise UserError(f"--captions {options.captions}: expected coco:PATH, cub:PATH or custom:PATH")
         settings = DataConfig(dataset_name=kind, dataset_path=path, image_size=64)
         return [item.captions[0] for item in read(settings, Path(path), is_train=False).items]
-    path = Path(options.prompts)
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return _prompts_of(Path(options.prompts))
+
+
+def _prompts_of(path: Path) -> list[str]:
+    """The captions of a .txt, one a line, or of a .jsonl."""
+    if not path.is_file():
+        raise UserError(f"--prompts {path}: no such file; give a .txt with one caption a line, or a .jsonl")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts {path}: not UTF-8 ({error}); save it as UTF-8") from None
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if path.suffix != ".jsonl":
-        return lines
+        return [line.strip() for _, line in numbered]
     found = []
-    for number, line in enumerate(lines, 1):
+    for number, line in numbered:
         try:
             record = json.loads(line)
-            found.append(next(record[key] for key in ("prompt", "text", "caption") if key in record))
-        except (ValueError, StopIteration, TypeError):
-            raise UserError(f"{path}:{number}: expected a JSON object with prompt, text or caption") from None
+            text = next(record[key] for key in ("prompt", "text", "caption") if key in record)
+        except (ValueError, StopIteration, TypeError, RecursionError):
+            text = None
+        if not isinstance(text, str):
+            raise UserError(f"{path}:{number}: expected a JSON object with a text under prompt, text or caption")
+        found.append(text)
     return found
 
 

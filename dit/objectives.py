@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from dit import paths
-from dit.config import DiffusionConfig, FlowConfig
+from dit.config import FLOW_SAMPLERS, NOISE_SAMPLERS, DiffusionConfig, FlowConfig
 from dit.gaussian import GaussianDiffusion
-from dit.samplers import FLOW_SAMPLERS, NOISE_SAMPLERS, sample_flow, sample_noise
+from dit.samplers import sample_flow, sample_noise
 from shared.errors import UserError
 from shared.flow import expand_like, sample_times, shift_noise_level
 

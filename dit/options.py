@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from dit.config import Config
+from dit.config import FLOW_SAMPLERS, NOISE_SAMPLERS, Config
 from shared.config import Section, setting
 
 METRICS = ("loss", "caption", "recon", "vae", "colour", "memory", "fid", "clip")
@@ -20,9 +20,7 @@ class GenerateOptions(Section):
     num: int | None = setting(None, "use so many of the captions, drawn by --seed", ge=1)
     images_per_prompt: int = setting(1, "pictures of each caption", ge=1)
     negative: str | None = setting(None, "caption to lead away from, in place of the null condition")
-    sampler: str = setting(
-        "auto", "auto, ddim, dpmpp_2m, dpmpp_2m_karras, ddpm; euler, heun, midpoint, rk4, dopri5, sde"
-    )
+    sampler: str = setting("auto", f"auto, {', '.join(NOISE_SAMPLERS)}; {', '.join(FLOW_SAMPLERS)}")
     steps: int | None = setting(None, "sampling steps; null: as trained", "num_inference_steps", ge=1)
     cfg_scale: float | None = setting(None, "guidance scale; null: as trained", "guidance_scale", ge=0)
     cfg_interval: list[float] = setting([0.0, 1.0], "noise levels, low and high, between which guidance acts")
@@ -31,7 +29,7 @@ class GenerateOptions(Section):
     shift: float | None = setting(None, "time shift of the sampling grid (flow)", gt=0)
     image_size: int | None = setting(None, "side of the pictures, pixels; null: as trained", ge=8)
     batch_size: int = setting(16, "pictures at a time", ge=1)
-    seed: int = setting(0, "seed of the first picture", ge=0)
+    seed: int = setting(0, "seed of the first picture", ge=0, le=2**63 - 1)
     ema: bool = setting(True, "use the averaged weights")
     dtype: Literal["fp32", "bf16"] = setting("fp32", "precision of the network")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
@@ -55,7 +53,7 @@ class MetricsOptions(Section):
     ema: bool = setting(True, "use the averaged weights")
     cfg_scale: float | None = setting(None, "guidance scale of drawn pictures; null: as trained", ge=0)
     steps: int | None = setting(None, "sampling steps; null: as trained", ge=1)
-    seed: int = setting(0, "seed of the drawn pictures", ge=0)
+    seed: int = setting(0, "seed of the drawn pictures", ge=0, le=2**63 - 1)
     features: Literal["inception", "random"] = setting("inception", "fid: random is for tests only")
     inception_weights: str | None = setting(None, "fid: local weights file")
     clip_path: str | None = setting(

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dit.build import CODEC_FILE, load_codec
-from dit.cache import VERSION, cache_settings, file_digest, text_settings, write_json
+from dit.cache import VERSION, as_json, cache_settings, file_digest, text_settings, write_json
 from dit.dataset import TextImageDataset
 from dit.text import make_text_encoder
 from dit.vae import make_vae
@@ -176,13 +176,10 @@ def write_cache(options: PrecomputeOptions, info: DistInfo) -> None:
 def _claim(folder: Path, made_with: dict, info: DistInfo) -> None:
     """Note the settings of a cache in the making; refuse to go on with others."""
     note, error = folder / "settings.json", None
-    if info.is_main:
-        if note.exists() and json.loads(note.read_text(encoding="utf-8")) != made_with:
-            error = UserError(
-                f"{folder} holds a cache with other settings or pictures; use another --out, or remove it"
-            )
-        elif not note.exists():
-            write_json(note, made_with)
+    if info.is_main and not note.exists():
+        write_json(note, made_with)
+    elif info.is_main and note.read_text(encoding="utf-8") != as_json(made_with):
+        error = UserError(f"{folder} holds a cache with other settings or pictures; use another --out, or remove it")
     raise_together(error)
 
 

@@ -6,18 +6,21 @@ returned beside the items, with the reason.
 
 import csv
 import hashlib
+import io
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dit.config import DataConfig
-from shared.errors import UserError
+from shared.errors import BadSample, UserError
 from shared.rng import keyed_seed
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 IMAGE_KEYS = ("file_name", "file", "image", "image_path")
 CAPTION_KEYS = ("text", "caption", "prompt", "text_prompt", "captions")
+SPLIT_FILES = ("train.jsonl", "val.jsonl")  # without the second, val_fraction holds out a share of the first
 
 
 class Item(NamedTuple):
@@ -30,6 +33,36 @@ class Item(NamedTuple):
     label: int | None = None
 
 
+class FileItems(Sequence[Item]):
+    """Items whose pictures are files. dit/sharded.py has the same for tar shards."""
+
+    captions_at_hand = True  # all captions can be looked through without reading pictures
+
+    def __init__(self, items: list[Item]) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.items[index]
+
+    def ids(self) -> Iterator[str]:
+        """The items' names."""
+        return (item.id for item in self.items)
+
+    def take(self, indices: list[int]) -> "FileItems":
+        """Only these items, in this order."""
+        return FileItems([self.items[index] for index in indices])
+
+    def picture(self, item: Item) -> tuple[bytes, str]:
+        """The encoded picture of an item, and where it lies."""
+        try:
+            return item.image.read_bytes(), str(item.image)
+        except OSError as error:
+            raise BadSample(f"{item.image}: cannot be read ({error.strerror})") from None
+
+
 class Found(NamedTuple):
     """Items in the order of their ids (shards: of the files), and (name, reason) of what was left out."""
 
@@ -39,7 +72,7 @@ class Found(NamedTuple):
 
 def read(settings: DataConfig, root: Path, *, is_train: bool, num_classes: int | None = None) -> Found:
     """Everything the layout lists for this split."""
-    if not root.exists() and not any(mark in root.name for mark in "*{"):
+    if not any(mark in root.name for mark in "*{") and not os.path.exists(root):
         raise UserError(
             f"data.dataset_path {root}: no such folder; give the folder that holds the {settings.dataset_name} data"
         )
@@ -62,11 +95,11 @@ def _usable(found: Found, num_classes: int | None) -> Found:
     for item in found.items:
         if not item.captions and not (num_classes and item.label is not None):
             skipped.append((item.id, "no caption"))
-        elif isinstance(item.image, Path) and not item.image.is_file():
+        elif not os.path.isfile(item.image):  # unlike Path's, False also for a name that no file can have
             skipped.append((item.id, f"{item.image}: no such picture"))
         else:
             items.append(item)
-    return Found(sorted(items, key=lambda item: item.id), skipped)
+    return Found(FileItems(sorted(items, key=lambda item: item.id)), skipped)
 
 
 def clean_captions(texts: Any) -> tuple[str, ...]:
@@ -130,10 +163,8 @@ def _cub(settings: DataConfig, root: Path, is_train: bool, num_classes: int | No
     names = _table(root / "images.txt", required=True)
     classes = _table(root / "classes.txt", required=False)
     labels = _table(root / "image_class_labels.txt", required=False)
-    split, boxes = (
-        _table(root / "train_test_split.txt", required=False),
-        _table(root / "bounding_boxes.txt", required=False),
-    )
+    split = _table(root / "train_test_split.txt", required=False)
+    boxes = _table(root / "bounding_boxes.txt", required=False)
     source = _CubCaptions(root, settings)
     items = []
     for number, name in names.items():
@@ -142,7 +173,7 @@ def _cub(settings: DataConfig, root: Path, is_train: bool, num_classes: int | No
             continue
         class_name = classes.get(labels.get(number, "").strip(), name.split("/")[0])
         box = _numbers(boxes[number], root / "bounding_boxes.txt") if settings.use_bbox and number in boxes else None
-        label = int(labels[number]) - 1 if number in labels else None
+        label = int(labels[number]) - 1 if labels.get(number, "").isdecimal() else None
         items.append(Item(name, root / "images" / name, source.captions(number, name, class_name), box, label))
     return Found(items, [])
 
@@ -156,10 +187,8 @@ class _CubCaptions:
         self.folder = next((folder for folder in folders if folder.is_dir()), None)
         if self.source == "text" and self.folder is None:
             raise UserError(f"{root}: no text_c10 or text folder beside or inside it; use --caption-source auto")
-        wanted = self.source in ("auto", "attributes")
-        self.attributes = (
-            _cub_attributes(root) if wanted and (self.folder is None or self.source == "attributes") else {}
-        )
+        is_wanted = self.source == "attributes" or (self.source == "auto" and self.folder is None)
+        self.attributes = _cub_attributes(root) if is_wanted else {}
         if self.source == "attributes" and not self.attributes:
             raise UserError(
                 f"{root}: no attributes.txt with attributes/image_attribute_labels.txt; use --caption-source auto"
@@ -185,18 +214,8 @@ class _CubCaptions:
 
 def _cub_attributes(root: Path) -> dict[str, list[str]]:
     """Phrases such as "red wing" of the attributes that are present for sure, by picture number."""
-    names_path = next(
-        (
-            path
-            for path in (
-                root / "attributes.txt",
-                root.parent / "attributes.txt",
-                root / "attributes" / "attributes.txt",
-            )
-            if path.is_file()
-        ),
-        None,
-    )
+    places = [folder / "attributes.txt" for folder in (root, root.parent, root / "attributes")]
+    names_path = next((path for path in places if path.is_file()), None)
     labels_path = root / "attributes" / "image_attribute_labels.txt"
     if names_path is None or not labels_path.is_file():
         return {}
@@ -227,10 +246,10 @@ def is_sharded(root: Path) -> bool:
 
 
 def _custom(settings: DataConfig, root: Path, is_train: bool, num_classes: int | None) -> Found:
-    split_file = root / ("train.jsonl" if is_train else "val.jsonl")
-    if split_file.is_file():
-        return _rows(split_file)  # the data have their own split
-    listing = next((root / name for name in ("metadata.jsonl", "metadata.csv") if (root / name).is_file()), None)
+    if all((root / name).is_file() for name in SPLIT_FILES):
+        return _rows(root / SPLIT_FILES[0 if is_train else 1])  # the data have their own split
+    names = (SPLIT_FILES[0], "metadata.jsonl", "metadata.csv")
+    listing = next((root / name for name in names if (root / name).is_file()), None)
     if listing is not None:
         found = _rows(listing)
     elif (root / "data_info.json").is_file():
@@ -245,16 +264,15 @@ def _custom(settings: DataConfig, root: Path, is_train: bool, num_classes: int |
 def _rows(listing: Path) -> Found:
     """metadata.jsonl or .csv: one picture a row."""
     if listing.suffix == ".csv":
-        with open(listing, encoding="utf-8", newline="") as file:
-            numbered = [(number, row) for number, row in enumerate(csv.DictReader(file), 2)]
+        numbered = list(enumerate(csv.DictReader(io.StringIO(_text(listing), newline="")), 2))
     else:
-        numbered = [(number, line) for number, line in enumerate(_text(listing).splitlines(), 1) if line.strip()]
+        numbered = [(number, line) for number, line in enumerate(_text(listing).split("\n"), 1) if line.strip()]
     items, skipped = [], []
     for number, row in numbered:
         try:
             record = json.loads(row) if isinstance(row, str) else row
             items.append(_from_record(record, listing.parent))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, RecursionError) as error:
             skipped.append((f"{listing}:{number}", f"not a usable row ({error})"))
     if not items and skipped:
         raise UserError(
@@ -264,21 +282,23 @@ def _rows(listing: Path) -> Found:
     return Found(items, skipped)
 
 
-def _from_record(record: dict, folder: Path) -> Item:
+def _from_record(record: Any, folder: Path) -> Item:
+    if not isinstance(record, dict):
+        raise ValueError(f"an object is expected, found {type(record).__name__}")
     name = next((record[key] for key in IMAGE_KEYS if record.get(key)), None)
     if not isinstance(name, str):
-        raise KeyError(f"none of {', '.join(IMAGE_KEYS)}")
-    captions = captions_of(record)
-    label = record.get("label", record.get("class"))
-    return Item(
-        name, folder / name, captions, label=int(label) if label not in (None, "") and str(label).isdigit() else None
-    )
+        raise ValueError(f"none of {', '.join(IMAGE_KEYS)} names a file")
+    label = str(record.get("label", record.get("class")))
+    return Item(name, folder / name, captions_of(record), label=int(label) if label.isdecimal() else None)
 
 
 def _pixart(root: Path) -> Found:
     folder = next((root / name for name in ("InternImgs", "images") if (root / name).is_dir()), root)
     items, skipped = [], []
-    for number, record in enumerate(_json(root / "data_info.json")):
+    records = _json(root / "data_info.json")
+    if not isinstance(records, list):
+        raise UserError(f"{root / 'data_info.json'}: a list of records is expected, found {type(records).__name__}")
+    for number, record in enumerate(records):
         if isinstance(record, dict) and isinstance(record.get("path"), str):
             items.append(Item(record["path"], folder / record["path"], clean_captions(record.get("prompt"))))
         else:
@@ -326,7 +346,7 @@ def _text(path: Path) -> str:
 def _json(path: Path) -> Any:
     try:
         return json.loads(_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}); copy the file again") from None
 
 

@@ -15,8 +15,6 @@ from dit.paths import PathName, euler_maruyama
 from shared.errors import UserError
 from shared.flow import guided, integrate, time_grid
 
-FLOW_SAMPLERS = ("euler", "heun", "midpoint", "rk4", "dopri5", "sde")
-NOISE_SAMPLERS = ("ddim", "dpmpp_2m", "dpmpp_2m_karras", "ddpm")
 Model = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -107,6 +105,9 @@ def sample_noise(
     where the
     model gives one.
     """
+    levels = scheduler_config["num_train_timesteps"]
+    if steps > levels:
+        raise UserError(f"--steps {steps}: the model was trained on {levels} levels of noise; use at most so many")
     if method == "ddpm":
         return _ancestral(model, noise, scheduler_config, steps, draw)
     scheduler = make_sampler(scheduler_config, method)

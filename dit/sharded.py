@@ -20,6 +20,8 @@ PICTURES = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
 class ShardItems(Sequence[Item]):
     """items[i] -> Item whose picture is the sample's number. BadSample: no caption, or a json that cannot be read."""
 
+    captions_at_hand = False
+
     def __init__(self, shards: Shards, numbers_N: np.ndarray) -> None:
         self.shards, self.numbers_N = shards, numbers_N
 
@@ -45,7 +47,7 @@ class ShardItems(Sequence[Item]):
         if not captions and "json" in sample:
             try:
                 captions = captions_of(json.loads(sample["json"]))
-            except (ValueError, AttributeError) as error:
+            except (ValueError, RecursionError, AttributeError) as error:
                 raise BadSample(f"{name}: unreadable json ({error})") from None
         if not captions:
             raise BadSample(f"{name}: no caption; a .txt, or a .json with one of {', '.join(CAPTION_KEYS)}, is wanted")
@@ -59,10 +61,10 @@ class ShardItems(Sequence[Item]):
         """Only these items, in this order."""
         return ShardItems(self.shards, self.numbers_N[indices])
 
-    def picture(self, number: int) -> bytes:
-        """The encoded picture of a sample."""
-        sample = self.shards.read(number, PICTURES)
-        return next(sample[extension] for extension in PICTURES if extension in sample)
+    def picture(self, item: Item) -> tuple[bytes, str]:
+        """The encoded picture of an item, and its name."""
+        sample = self.shards.read(item.image, PICTURES)
+        return next(sample[extension] for extension in PICTURES if extension in sample), item.id
 
 
 def tar_files(root: Path) -> list[Path]:

@@ -96,10 +96,20 @@ def test_generate_reads_files_and_every_option_acts(trained, tmp_path):
         (["--prompt", "x", "--sampler", "ddim"], "not a sampler of the flow"),
         (["--prompt", "x", "--image-size", "33"], "multiple of 8"),
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--prompts", "."], "--prompts .: no such file"),
+        (["--prompts", "empty.txt"], "nothing to draw"),
+        (["--prompts", "binary.txt"], "binary.txt: not UTF-8"),
+        (["--prompts", "number.jsonl"], "number.jsonl:2: expected a JSON object with a text"),
+        (["--prompt", "x", "--seed", str(2**63)], "seed"),
+        (["--prompt", "x", "--vae", "elsewhere"], "type pool"),
         (["--prompt", "x", "--steps", "many"], "steps"),
     ],
 )
-def test_generate_says_what_is_wrong(trained, tmp_path, capsys, arguments, message):
+def test_generate_says_what_is_wrong(trained, tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    files = {"empty.txt": b"\n", "binary.txt": b"\xff\xfe", "number.jsonl": b'{"text": "a"}\n{"text": 5}\n'}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
     with pytest.raises(SystemExit) as left:
         generate.main(["--checkpoint", str(trained), "--output", str(tmp_path / "x.png"), *arguments])
     assert left.value.code == 2 and message in capsys.readouterr().err

@@ -103,6 +103,35 @@ def test_custom_split_files_csv_pixart_sidecars_and_class_folders(tmp_path):
     assert classed[0]["label"] == 0
 
 
+def test_a_training_list_without_a_validation_list_is_divided_by_name(tmp_path):
+    rows = [{"file": str(picture(tmp_path / "pictures" / f"{n}.png")), "text": f"number {n}"} for n in range(40)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert len(dataset("custom", tmp_path / "data")) == 40
+    assert len(dataset("custom", tmp_path / "data", is_train=False)) == 0
+    parts = [dataset("custom", tmp_path / "data", is_train=flag, val_fraction=0.3) for flag in (True, False)]
+    names = [{item.id for item in part.items} for part in parts]
+    assert len(names[0] | names[1]) == 40 and not names[0] & names[1] and len(names[1]) > 4
+
+
+def test_odd_lists_are_read_or_named(tmp_path):
+    """Latin-1 tables, line separators inside captions, names that no file can have, lists that are none."""
+    picture(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_bytes("file,text\na.png,caf\xe9\n".encode("latin-1"))
+    assert dataset("custom", tmp_path).items[0].captions == ("caf\xe9",)
+    rows = [{"file": "a.png", "text": "one\u2028two"}, {"file": "x" * 5000, "text": "b"}, {"file": "\0", "text": "c"}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (tmp_path / "metadata.jsonl").write_text("\r\n".join([*lines, "5", "[" * 100_000]), encoding="utf-8")
+    found = dataset("custom", tmp_path)
+    assert [item.captions for item in found.items] == [("one two",)] and len(found.skipped) == 4
+    assert any("an object is expected, found int" in reason for _, reason in found.skipped)
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "metadata.csv").unlink()
+    (tmp_path / "data_info.json").write_text('{"path": "a.png"}')
+    with pytest.raises(UserError, match="data_info.json: a list of records is expected, found dict"):
+        dataset("custom", tmp_path)
+
+
 @pytest.fixture
 def shards(tmp_path):
     """Two tar files of three samples; the first of each has its caption in a json."""

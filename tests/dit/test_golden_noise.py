@@ -7,6 +7,7 @@ from dit.config import DiffusionConfig
 from dit.gaussian import GaussianDiffusion, kept_timesteps
 from dit.objectives import NoiseObjective
 from dit.samplers import guide, make_sampler, sample_noise
+from shared.errors import UserError
 from tests.dit.golden import MANIFEST, assert_close, cases, golden_model
 
 LINEAR = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
@@ -139,6 +140,12 @@ def test_samplers_of_diffusers_equal_the_reference(method, kind):
     assert_close(scheduler.timesteps.float(), golden[f"sample.{method}.{kind}.timesteps"])
     found = noise_objective.sample(predict, golden["noise"], method=name, steps=10)
     assert_close(found, golden[f"sample.{method}.{kind}.out"], 1e-4)
+
+
+@pytest.mark.parametrize("method", ["ddim", "dpmpp_2m", "ddpm"])
+def test_more_steps_than_levels_are_refused(method):
+    with pytest.raises(UserError, match="--steps 1001: the model was trained on 1000 levels"):
+        objective().sample(lambda x, t_B: x, torch.zeros(1, 4, 2, 2), method=method, steps=1001)
 
 
 def test_guidance_on_three_channels_is_the_public_habit():
