@@ -1,10 +1,7 @@
-"""CPU seconds of one training step at a fixed size: 11.3 M parameters, a pack of 1072 tokens, one thread, fp32.
+"""What BAGEL costs: a packed batch beside a padded one and the released form, its sampling, loader and scaling.
 
-    OMP_NUM_THREADS=1 python bagel/benchmark.py [--attention dense] [--repeats 9]
-
-The pack holds text to image at 256 x 256 (290 tokens) twice, a question about a picture of 112 x 112 (150) twice, and
-an edit at 128 x 128 (192). A step is forward, backward, clipping to norm 1 and AdamW. The figure is process time: other
-work on the machine does not count, except that it slows caches and clocks.
+python bagel/benchmark.py [--parts peers precision use start loader scaling] [--rounds 5] [--output DIR]
+bash scripts/bench.sh --system bagel
 """
 
 import sys
@@ -13,54 +10,61 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import statistics
-import time
-from typing import Any, Literal
-
-from shared.config import Section, load_config, setting
+from shared.bench import Bench, BenchOptions, Job, Row, run_benchmark
+from shared.config import load_config
 from shared.errors import command
 
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    load_config(BenchOptions, description=__doc__)
 
-class Options(Section):
-    """Command line."""
+import json
+import tempfile
+from typing import Any
 
-    attention: Literal["sliced", "dense"] = setting("sliced", "how packs attend")
-    fused: bool = setting(True, "fused AdamW, as in training")
-    repeats: int = setting(9, "timed steps, after two that are not counted", ge=1)
+import torch
+from PIL import Image
+
+from bagel.config import PRESETS, Config, LanguageConfig, ModelConfig, VisionConfig
+from bagel.dataset import UnifiedGenerationDataset
+from bagel.generation import SpecialTokens
+from bagel.layout import transforms_of
+from bagel.model import Bagel
+from bagel.objective import with_latents
+from bagel.packing import Draws, Dropout, PackBuilder, PackFormat, PlanItem
+from bagel.plan import workload
+from bagel.pretrained import build_model, load_autoencoder, read_config
+from bagel.stream import PackStream, make_packer
+from bagel.tokenizer import load_tokenizer
+from bagel.train import complete, open_dataset
+from shared.dist import DistInfo
+
+MARKS = SpecialTokens(8188, 8189, 8190, 8191)
+PACKS = 4  # of the sample data, in their first order
 
 
-def build(attention: str) -> Any:
-    """The model of the benchmark."""
-    from bagel.config import LanguageConfig, ModelConfig, VisionConfig
-    from bagel.model import Bagel
+def settings(*words: str) -> Config:
+    """A preset with changes; without data, the sample data."""
+    return complete(load_config(Config, presets=PRESETS, argv=["--config", *words]))
 
+
+def build(attention: str = "sliced", layers: int = 4, width: int = 256) -> Bagel:
+    """A model of 11.3 M parameters, or of another depth or width."""
     language = LanguageConfig(
-        vocab_size=8192,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-    )
+        vocab_size=8192, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+        num_attention_heads=width // 32, num_key_value_heads=2,
+    )  # fmt: skip
     vision = VisionConfig(
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        patch_size=14,
+        hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, patch_size=14,
         image_size=224,
-    )
+    )  # fmt: skip
     return Bagel(ModelConfig(language=language, vision=vision, max_latent_size=16, attention=attention)).initialize()
 
 
-def make_pack() -> dict[str, Any]:
-    """The pack of 1072 tokens, with latents drawn in place of encoded ones."""
-    import torch
-
-    from bagel.generation import SpecialTokens
-    from bagel.packing import Draws, Dropout, PackBuilder, PackFormat, PlanItem
-
-    layout = PackFormat(SpecialTokens(8188, 8189, 8190, 8191), 16, 16, 14, 16, False, 2, 16)
+def make_pack(repeats: int = 1) -> dict[str, Any]:
+    """1072 tokens: text to image at 256 px (290 tokens) twice, a question about a picture of 112 px (150) twice and an
+    edit at 128 px (192), with latents drawn in place of encoded ones; `repeats` times that.
+    """
+    layout = PackFormat(MARKS, 16, 16, 14, 16, False, 2, 16)
     generator = torch.Generator().manual_seed(0)
 
     def text(length: int, loss: int = 0) -> PlanItem:
@@ -73,41 +77,197 @@ def make_pack() -> dict[str, Any]:
     look = [seen(112), text(20), text(64, loss=1)]
     edit = [PlanItem("vae_image", size=(128, 128)), seen(84), text(22), PlanItem("vae_image", size=(128, 128), loss=1)]
     builder = PackBuilder(layout)
-    for items in (draw, look, edit, draw, look):
+    for items in (draw, look, edit, draw, look) * repeats:
         builder.add(items, Draws.keyed(generator, items), Dropout())
     pack = builder.pack()
     pack["packed_latents"] = torch.randn(pack["packed_noise"].shape, generator=generator)
     return pack
 
 
-@command
-def main(argv: list[str] | None = None) -> None:
-    """Time the steps and print the median."""
-    options = load_config(Options, argv=argv, description=__doc__)
-    import torch
+def step_over(model: Bagel, packs: list[dict[str, Any]]) -> Job:
+    """Forward, backward, clipping to norm 1 and AdamW on each pack."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
-    from shared.dist import keep_freed_memory
+    def step() -> None:
+        for pack in packs:
+            losses = model(pack)
+            (losses["ce"].mean() + losses["mse"].mean()).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
 
-    keep_freed_memory()  # as training does
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model, pack = build(options.attention), make_pack()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=options.fused)
-    seconds = []
-    for _ in range(options.repeats + 2):
-        began = time.process_time()
-        losses = model(pack)
-        (losses["ce"].mean() + losses["mse"].mean()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        seconds.append(time.process_time() - began)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    print(
-        f"{count:,} parameters, {pack['sequence_length']} tokens {pack['sample_lens']}, torch {torch.__version__}, "
-        f"fp32, 1 thread, {options.attention} attention: median {statistics.median(seconds[2:]):.3f} CPU s a step "
-        f"(least {min(seconds[2:]):.3f})"
+    return step
+
+
+def sample_packs(config: Config) -> tuple[list[dict], list[dict]]:
+    """The first packs of the sample data under the small preset, and the same samples padded to their longest."""
+    model = read_config(config.model)
+    tokenizer = load_tokenizer(model)
+    dataset = open_dataset(config, model, tokenizer, config.data.train_data_path)
+    packer, autoencoder = make_packer(dataset, config.data, 1), load_autoencoder(model)
+    packed, padded = [], []
+    for _ in range(PACKS):
+        samples = [dataset.sample(index, epoch) for epoch, index in packer.next_pack()]
+        lengths = [dataset.layout.length(sample["items"]) for sample in samples]
+        for target, together in ((packed, False), (padded, True)):
+            builder = PackBuilder(dataset.layout)
+            for sample, length in zip(samples, lengths, strict=True):
+                items = list(sample["items"])
+                missing = max(lengths) - length
+                if together and missing > 2:  # a text without loss, its two marks included
+                    items.append(PlanItem("text", ids=[32] * (missing - 2)))
+                builder.add(items, Draws.keyed(torch.Generator().manual_seed(length), items), Dropout())
+            target.append(with_latents(builder.pack(), autoencoder, model))
+    return packed, padded
+
+
+def peers(bench: Bench) -> None:
+    """Packed against padded on the sample data; the sliced attention against dense masks."""
+    config = settings("small")
+    packed, padded = sample_packs(config)
+    useful = sum(pack["sequence_length"] for pack in packed)
+    filled = sum(pack["sequence_length"] for pack in padded)
+    model = read_config(config.model)
+    ours = build_model(model, rows=load_tokenizer(model).vocab_size)
+    theirs = build_model(model.model_copy(update={"attention": "dense"}), rows=load_tokenizer(model).vocab_size)
+    note = f"{PACKS} packs of the sample data, small preset: {useful:,} useful tokens, {filled:,} with padding"
+    bench.pair(
+        "useful token", step_over(ours, packed), step_over(theirs, padded), peer="padded batch, dense masks", bar=0.6,
+        work=(useful, useful), note=note,
+    )  # fmt: skip
+    pack, count = make_pack(), sum(parameter.numel() for parameter in build().parameters())
+    bench.pair(
+        "step, 1072 tokens of five samples", step_over(build(), [pack]), step_over(build("dense"), [pack]),
+        peer="dense masks by sample", note=f"{count:,} parameters",
+    )  # fmt: skip
+
+
+def precision(bench: Bench) -> None:
+    """The step of 1072 tokens in bf16 and fp32."""
+    bench.precision("step, 1072 tokens", step_over(build(), [make_pack()]))
+
+
+def use(bench: Bench) -> None:
+    """A picture, a text token, reading samples."""
+    from bagel.inferencer import InterleaveInferencer
+
+    config = settings("small")
+    model_config = read_config(config.model)
+    tokenizer = load_tokenizer(model_config)
+    model = build_model(model_config, rows=tokenizer.vocab_size).eval()
+    inferencer = InterleaveInferencer(
+        model, load_autoencoder(model_config), tokenizer, *transforms_of(config.data, model_config), tokenizer.special
     )
+    side = config.data.vae_image.max_size
+    bench.time(
+        f"sampling a picture, small preset, {side} px, guided, 25 steps",
+        lambda: inferencer(text="A red apple", image_shapes=(side, side), num_timesteps=26), unit="ms a picture",
+    )  # fmt: skip
+    picture, tokens = Image.new("RGB", (side, side), (200, 30, 30)), 60
+
+    def answer() -> None:
+        inferencer(image=picture, text="What?", understanding_output=True, max_think_token_n=tokens)
+
+    bench.time("sampling text about a picture, small preset", answer, per=tokens, unit="ms a token at most")
+    dataset = open_dataset(config, model_config, tokenizer, config.data.train_data_path)
+    bench.time("loading, small preset", lambda: [dataset.sample(i, 0) for i in range(32)], per=32, unit="ms a sample")
+
+
+def start(bench: Bench) -> None:
+    """From the command to the first step."""
+    bench.startup("--config", "small")
+
+
+def loader(bench: Bench) -> None:
+    """The 7B preset's loader, with pictures of full size, beside a step of the planned length."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = settings("7b", "--train-data-path", str(write_records(Path(folder))))
+        note = f"packs of {config.data.tokens_per_batch:,} tokens, pictures of 1024 px"
+        bench.starving("7b", open_stream(config), workload(config.model_copy(deep=True)), config, note=note)
+
+
+def write_records(folder: Path, count: int = 24) -> Path:
+    """Pictures of 1024 px to draw and to describe."""
+    lines, noise = [], torch.randint(0, 255, (64, 64, 3), dtype=torch.uint8).numpy()
+    for number in range(count):
+        Image.fromarray(noise).resize((1024, 1024)).save(folder / f"{number}.jpg", quality=90)
+        if number % 2:
+            lines.append({"text_prompt": "a picture", "image_path": f"{number}.jpg"})
+        else:
+            say = [("user", "image", f"{number}.jpg"), ("user", "text", "What is it?"), ("assistant", "text", "Noise.")]
+            turns = [
+                {"role": role, "type": kind, "image_path" if kind == "image" else "content": value}
+                for role, kind, value in say
+            ]
+            lines.append({"conversations": turns})
+    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "train.jsonl"
+
+
+def open_stream(config: Config) -> PackStream:
+    """The stream of a training run, with bytes for the tokenizer that needs files."""
+    model = ModelConfig(from_scratch=True, tokenizer="bytes")
+    tokenizer = load_tokenizer(model)
+    dataset: UnifiedGenerationDataset = open_dataset(config, read_config(model), tokenizer, config.data.train_data_path)
+    from bagel.dataset import make_collate
+
+    return PackStream(
+        dataset, config.data, DistInfo(), batch_size=1, accumulation=1,
+        collate=make_collate(dataset.layout, Dropout(), 0), num_workers=config.training.num_workers,
+        prefetch_factor=config.training.prefetch_factor,
+    )  # fmt: skip
+
+
+def scaling(bench: Bench) -> None:
+    """Tokens of a pack, parameters, records on disk."""
+    model = build()
+    packs = {pack["sequence_length"]: step_over(model, [pack]) for pack in map(make_pack, (1, 2, 3, 4))}
+    meaning = "ms a training step: samples attend to themselves only, so a longer pack costs as its tokens"
+    bench.scaling("tokens of a pack", packs, meaning)
+    pack, by_size = make_pack(), {}
+    for width in (128, 256, 384):
+        network = build(width=width)
+        by_size[sum(p.numel() for p in network.parameters())] = step_over(network, [pack])
+    bench.scaling("parameters", by_size, "ms a training step: below 1, for one token meets one expert of the two")
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = {}
+        for count in (30, 120, 480):
+            path = Path(folder) / f"{count}.jsonl"
+            path.write_text(DIALOGUE * count)
+            config = settings("small", "--train-data-path", str(path))
+            jobs[count] = lambda config=config: open_stream(config)
+        bench.scaling("records on disk", jobs, "ms to open the set and fill an epoch's packs: each line is read once")
+
+
+DIALOGUE = """{"conversations": [{"role": "user", "type": "text", "content": "Why?"}, \
+{"role": "assistant", "type": "text", "content": "So."}]}
+"""
+
+
+def gpu(bench: Bench) -> None:
+    """7B width with as many layers as fit: all weights trained, AdamW in fp32, packs of the preset."""
+    from shared.bench_gpu import largest_that_fits, utilisation
+
+    def attempt(layers: int) -> None:
+        config = settings("7b", "--train-data-path", str(PRESETS / "7b.yaml"))
+        config.run.strategy, config.run.world_size = None, None
+        config.model.language.num_hidden_layers = layers
+        title = f"BAGEL, 7B width, {layers} layers, {config.data.tokens_per_batch:,} tokens"
+        utilisation(bench, title, workload(config), config, bar=0.45)
+
+    largest_that_fits([12, 10, 8, 6, 4, 2, 1], attempt)
+
+
+PARTS = {
+    "peers": peers, "precision": precision, "use": use, "start": start, "loader": loader, "scaling": scaling,
+    "gpu": gpu,
+}  # fmt: skip
+
+
+@command
+def main(argv: list[str] | None = None) -> list[Row]:
+    """Measure, print, and write the table where --output says."""
+    return run_benchmark("bagel", PARTS, argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -212,6 +212,9 @@ class DiTModel(nn.Module):
             c_BD = c_BD + self.pooled_embedder(pooled)
         if self.y_embedder is not None:
             c_BD = c_BD + self.y_embedder(labels, drop)
+        if self.text_conditioning == "cross" and mask is not None and mask.device.type == "cpu":
+            longest = _real_tokens(mask)  # on a GPU the number would have to be waited for
+            states, mask = states[:, :longest], mask[:, :longest]
         text_BTD = None if self.text_embedder is None else self.text_embedder(states)
         tokens_before, mask_BL = 0, None
         if self.text_conditioning == "joint":
@@ -321,6 +324,12 @@ class DiTModel(nn.Module):
             sin = torch.cat([torch.zeros(tokens_before, sin.shape[1]), sin])
             self._tables[key] = (cos.to(device), sin.to(device))
         return self._tables[key]
+
+
+def _real_tokens(mask_BT: Tensor) -> int:
+    """Tokens up to the last real one of the batch, at least one: what follows is masked for every sample."""
+    places = mask_BT.any(0).nonzero()
+    return int(places[-1]) + 1 if len(places) else 1
 
 
 def _text_mlp(text_dim: int, hidden_size: int, activation: nn.Module) -> nn.Sequential:
