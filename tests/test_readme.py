@@ -106,3 +106,22 @@ def test_every_linked_file_exists(guide):
     for target in re.findall(r"\]\(([^)#]+)\)", guide.read_text(encoding="utf-8")):
         if not target.startswith(("http", "mailto:")):
             assert (guide.parent / target).exists(), f"{guide} links {target}"
+
+
+@pytest.mark.parametrize("guide", ["README.md", "README.zh-CN.md"])
+def test_the_tree_has_a_line_for_every_file(guide):
+    text = (ROOT / guide).read_text(encoding="utf-8")
+    section = next(part for part in text.split("\n## ") if "\nshared/ " in part)
+    named, folder = set(), ""
+    for line in section.split("```")[1].strip("\n").splitlines():
+        name = line.split()[0]
+        folder = name if not line.startswith(" ") else folder
+        named.add(f"{folder}{name}" if line.startswith(" ") else name)
+    folders = [ROOT / name for name in (*SYSTEMS, "shared")]
+    files = {path for folder in folders for path in folder.glob("*.py") if path.name != "__init__.py"}
+    files |= {path for path in (ROOT / "scripts").iterdir() if path.is_file()}
+    found = {path.relative_to(ROOT).as_posix() for path in files}
+    listed = {
+        name for name in named if name.split("/")[0] in (*SYSTEMS, "shared", "scripts") and not name.endswith("/")
+    }
+    assert found == listed
