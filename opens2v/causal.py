@@ -114,10 +114,18 @@ def rotary_table(rope: nn.Module, frames: int, height: int, width: int, first_fr
 
 
 def rotate(x_BLHK: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding on adjacent channel pairs: (a, b) -> (a cos - b sin, a sin + b cos)."""
-    even, odd = x_BLHK.unflatten(-1, (-1, 2)).unbind(-1)
+    """Rotary embedding on adjacent channel pairs: (a, b) -> (a cos - b sin, a sin + b cos).
+
+    Outside a compiler as one product of complex numbers, which passes over the memory once.
+    """
     cos, sin = rotary[0][..., 0::2], rotary[1][..., 1::2]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).type_as(x_BLHK)
+    pairs = x_BLHK.to(cos.dtype).unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # which fuses real arithmetic, and no complex one
+        even, odd = pairs.unbind(-1)
+        turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+    return turned.flatten(-2).type_as(x_BLHK)
 
 
 @dataclass
@@ -156,13 +164,15 @@ def self_attention(
     layer: int,
     tokens_per_frame: int,
 ) -> Tensor:
-    """A Wan block's self-attention, in runs of frames or over a cache."""
+    """A Wan block's self-attention: of all tokens, in runs of frames, or over a cache."""
     heads = attention.heads
     q = rotate(attention.norm_q(attention.to_q(x_BLD)).unflatten(-1, (heads, -1)), rotary).transpose(1, 2)
     k = rotate(attention.norm_k(attention.to_k(x_BLD)).unflatten(-1, (heads, -1)), rotary).transpose(1, 2)
     v = attention.to_v(x_BLD).unflatten(-1, (heads, -1)).transpose(1, 2)
     if cache is not None:
         out = cache.attend(layer, q, k, v, tokens_per_frame)
-    else:
+    elif runs is not None:
         out = attention_in_runs(q, k, v, runs)
+    else:
+        out = functional.scaled_dot_product_attention(q, k, v)
     return attention.to_out[0](out.transpose(1, 2).flatten(2).type_as(q))

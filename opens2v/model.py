@@ -69,18 +69,15 @@ class RefWanBlock(WanTransformerBlock):
         shift1, scale1, gate1, shift2, scale2, gate2 = (per_token(part, hidden_states.shape[1]) for part in parts)
 
         normed = (self.norm1(hidden_states.float()) * (1 + scale1) + shift1).type_as(hidden_states)
-        if runs is None and cache is None:
-            attended = self.attn1(normed, None, None, rotary_emb)
-        else:
-            attended = self_attention(
-                self.attn1,
-                normed,
-                rotary_emb,
-                runs=runs,
-                cache=cache,
-                layer=self.layer,
-                tokens_per_frame=tokens_per_frame,
-            )
+        attended = self_attention(
+            self.attn1,
+            normed,
+            rotary_emb,
+            runs=runs,
+            cache=cache,
+            layer=self.layer,
+            tokens_per_frame=tokens_per_frame,
+        )
         hidden_states = (hidden_states.float() + attended * gate1).type_as(hidden_states)
 
         normed = self.norm2(hidden_states.float()).type_as(hidden_states)
