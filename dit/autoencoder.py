@@ -49,9 +49,8 @@ class PatchAutoencoder(nn.Module):
         self.mend[5].bias.zero_()
 
     def fit(self, images: Tensor, *, seed: int) -> dict[str, float]:
-        """Learn basis and decoder from images (N, 3, H, W) and their mirror images; returns the share of variance
-        kept and the
-        decoder's PSNR in dB before and after."""
+        """Learn basis and decoder from images (N, 3, H, W) and their mirror images; returns the share of variance kept
+        and the decoder's PSNR in dB before and after."""
         images = torch.cat([images, images.flip(3)])
         patches = self._cut(images).flatten(0, 1)
         self.center.copy_(patches.mean(0))

@@ -93,9 +93,7 @@ def load_trained(
     vae: str | None = None,
     text_encoder: str | None = None,
 ) -> Trained:
-    """Model, codec and text encoder of a run folder or one of its checkpoints; vae and text_encoder replace the saved
-    names.
-    """
+    """Model, codec and text encoder of a run or one of its checkpoints; vae, text_encoder: in place of saved names."""
     path = Path(path)
     config, folder = saved_settings(path)
     for flag, name, section, kind in (

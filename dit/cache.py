@@ -1,11 +1,10 @@
-"""The cache of the frozen encoders' output: what precompute.py writes and training reads in place of pictures and
-captions.
+"""The cache of the frozen encoders' output: precompute.py writes it, training reads it in place of pictures.
 
 manifest.json               settings it was made with, SHA-256 of the item list, shards with count and SHA-256
 latents_00000.safetensors   "moments" (n, V, 2C, h, w), unscaled; V variants: [original, mirrored], or k random crops
 items_00000.jsonl           {"id", "captions", "crop"} a line, in the same order
 text_00000.safetensors      "states" (sum of lengths, E), "offsets" (captions + 1,), "pooled" (captions, E),
-"item_index" (captions,)
+                            "item_index" (captions,)
 """
 
 import hashlib

@@ -51,8 +51,7 @@ def draw_latents(
     null: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """Latents (B, *shape). condition: the model's keyword arguments, B rows; null replaces the model's own null
-    condition
-    (a negative prompt). model(x, t, **condition, drop=...) is the trained network, wrapped or not.
+    condition (a negative prompt). model(x, t, **condition, drop=...) is the trained network, wrapped or not.
     """
     count = len(seeds)
     noise = PictureNoise(seeds, shape, device)

@@ -38,8 +38,7 @@ def position_table_2d(dim: int, rows: int, columns: int, *, scale: float = 1.0) 
     """The table (rows * columns, dim) float64 that DiT adds to its tokens. `dim` is a multiple of 4.
 
     The FIRST half encodes the COLUMN and the second the row, as in the public weights. `scale` multiplies the
-    coordinates
-    (PixArt divides them when the grid is larger than the one trained on).
+    coordinates (PixArt divides them when the grid is larger than the one trained on).
     """
     row, column = torch.meshgrid(torch.arange(rows) * scale, torch.arange(columns) * scale, indexing="ij")
     return torch.cat([position_table_1d(dim // 2, column), position_table_1d(dim // 2, row)], dim=1)

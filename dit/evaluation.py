@@ -83,9 +83,7 @@ def errors(
 
 
 def summary(right_LN: Tensor, shuffled_LN: Tensor | None, constant_LN: Tensor) -> dict[str, float]:
-    """loss, ratio to the constant predictor, and what shuffled captions cost in per cent with the one-sided p of a
-    paired t-test.
-    """
+    """loss, ratio to the constant predictor, what shuffled captions cost (%) and the one-sided p of a paired t-test."""
     figures = {
         "loss": right_LN.mean().item(),
         "constant_loss": constant_LN.mean().item(),
@@ -110,9 +108,7 @@ def paired_p(difference_N: Tensor) -> float:
 
 
 def _shuffled(condition: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every picture gets the caption of the picture half the set away, which is of another class in sets sorted by
-    class.
-    """
+    """Every picture gets the caption of the one half the set away: of another class, where sets are sorted by class."""
     return {name: value.roll(len(value) // 2 + len(value) % 2, 0) for name, value in condition.items()}
 
 
@@ -121,9 +117,7 @@ def _mean_latent(codec: nn.Module, images: Tensor) -> Tensor:
 
 
 def readable(dataset: Any, count: int, *, epoch: int = 0) -> list[dict]:
-    """The first `count` samples that can be read, not mirrored. (Broken ones are listed when the training stream
-    meets them.)
-    """
+    """The first `count` samples that can be read, not mirrored; broken ones are listed when training meets them."""
     samples: list[dict] = []
     for index in range(len(dataset)):
         if len(samples) == count:

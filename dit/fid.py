@@ -20,8 +20,7 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     """|m1 - m2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)) in float64. Biased upward for few pictures: compare equal numbers only.
 
     The trace of the root is the sum of the roots of the eigenvalues of sqrt(S1) S2 sqrt(S1), which is symmetric: the
-    general
-    matrix root has returned complex numbers and NaN.
+    general matrix root has returned complex numbers and NaN.
     """
     return frechet_from_moments(*_moments(first), *_moments(second))
 

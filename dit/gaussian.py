@@ -1,10 +1,8 @@
-"""The noise-prediction diffusion of the public class-conditional DiT: tables, learned variance, its bound, ancestral
-and DDIM steps.
+"""The noise-prediction diffusion of the public DiT: tables, learned variance and its bound, ancestral and DDIM steps.
 
 The ordinary training path uses diffusers' schedulers (objectives.py); this file is what they lack: the variational
-bound of
-models with a learned variance, and sampling on a subset of the steps as the public weights were evaluated.
-Ho et al. 2020 (arXiv 2006.11239); Nichol and Dhariwal 2021 (arXiv 2102.09672), equations 9 to 16. x is data at t = -1.
+bound of models with a learned variance, and sampling on a subset of the steps as the public weights were evaluated. Ho
+et al. 2020 (arXiv 2006.11239); Nichol and Dhariwal 2021 (arXiv 2102.09672), equations 9 to 16. x is data at t = -1.
 """
 
 import math
@@ -64,9 +62,7 @@ class GaussianDiffusion:
         self.betas = 1 - self.alphas_cumprod / previous
         self.posterior_variance = self.betas * (1 - previous) / (1 - self.alphas_cumprod)
         clipped = self.posterior_variance.clone()
-        clipped[0] = self.posterior_variance[
-            min(1, len(clipped) - 1)
-        ]  # the first entry is 0, its logarithm is not finite
+        clipped[0] = clipped[min(1, len(clipped) - 1)]  # the first entry is 0, its logarithm is not finite
         self.posterior_log_variance_clipped = clipped.log()
         self.posterior_mean_coef1 = self.betas * previous.sqrt() / (1 - self.alphas_cumprod)
         self.posterior_mean_coef2 = (1 - previous) * (1 - self.betas).sqrt() / (1 - self.alphas_cumprod)
@@ -171,9 +167,7 @@ class GaussianDiffusion:
 
 
 def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Log probability, in nats, of 8-bit values spread over [-1, 1] under a normal distribution (tanh form of its
-    CDF).
-    """
+    """Log probability, in nats, of 8-bit values spread over [-1, 1] under a normal distribution (CDF in tanh form)."""
 
     def cdf(value: Tensor) -> Tensor:
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (value + 0.044715 * value**3)))

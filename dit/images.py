@@ -15,9 +15,7 @@ Crop = tuple[int, int, int, int]  # top, left of the window; height, width of th
 
 
 def decode(data: bytes, name: str) -> Image.Image:
-    """RGB picture: turned upright by its EXIF note, transparency laid on white, 16 bits scaled to 8. BadSample if
-    broken.
-    """
+    """RGB picture: turned upright by EXIF, transparency laid on white, 16 bits scaled to 8. BadSample if broken."""
     try:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
         image.load()
@@ -34,9 +32,7 @@ def decode(data: bytes, name: str) -> Image.Image:
 
 
 def crop_to_box(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
-    """The square around a box (x, y, width, height; pixels) whose longer side fills three quarters of it, clipped to
-    the picture.
-    """
+    """The square, clipped to the picture, of which a box (x, y, width, height; pixels) fills three quarters a side."""
     x, y, width, height = box
     side = max(width, height) / 0.75
     left, top = x + width / 2 - side / 2, y + height / 2 - side / 2
@@ -55,10 +51,8 @@ def to_square(
     """A size x size picture and where it lay.
 
     center: the ADM rule (Dhariwal and Nichol 2021): halve by BOX while the shorter side is at least twice the size,
-    BICUBIC to the
-    size, cut the centre. random: the same, any window. random_resized: a square of 80 to 100 % of the area. resize:
-    no cutting.
-    draw() gives uniform numbers in [0, 1) for the random ones.
+    BICUBIC to the size, cut the centre. random: the same, any window. random_resized: a square of 80 to 100 % of the
+    area. resize: no cutting. draw() gives uniform numbers in [0, 1) for the random ones.
     """
     if crop == "resize":
         return image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=None), (0, 0, size, size)
@@ -87,9 +81,7 @@ def to_tensor(image: Image.Image, *, flip: bool = False) -> Tensor:
 
 
 def to_uint8(images: Tensor, *, rule: str = "round") -> np.ndarray:
-    """(B, H, W, 3) uint8 from [-1, 1]. round: nearest. adm: clamp(127.5 x + 128) and truncate, as the ADM reference
-    scripts.
-    """
+    """(B, H, W, 3) uint8 from [-1, 1]. round: nearest. adm: clamp(127.5 x + 128), truncated, as ADM's scripts do."""
     scaled = 127.5 * images.float() + (128.0 if rule == "adm" else 127.5)
     scaled = scaled if rule == "adm" else scaled.round()
     return scaled.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
@@ -104,8 +96,4 @@ def grid(pictures: np.ndarray, columns: int, *, enlarge: int = 1) -> Image.Image
         top, left = index // columns * (height + 2), index % columns * (width + 2)
         canvas[top : top + height, left : left + width] = picture
     image = Image.fromarray(canvas)
-    return (
-        image.resize((image.width * enlarge, image.height * enlarge), Image.Resampling.NEAREST)
-        if enlarge > 1
-        else image
-    )
+    return image.resize((image.width * enlarge, image.height * enlarge), Image.Resampling.NEAREST)

@@ -80,9 +80,7 @@ class CrossAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """GELU (tanh) or SwiGLU; the gated form has 8D/3 hidden units, rounded up to 256, for the same number of
-    parameters.
-    """
+    """GELU (tanh) or SwiGLU, whose 8D/3 hidden units, rounded up to 256, make about the same number of parameters."""
 
     def __init__(self, hidden_size: int, *, kind: str = "gelu", ratio: float = 4.0) -> None:
         super().__init__()

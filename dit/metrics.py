@@ -136,9 +136,7 @@ class Measurement:
         }
 
     def memory(self) -> dict:
-        """Distance of drawn pictures to the nearest training picture, beside that of held-out pictures (far smaller:
-        memorised).
-        """
+        """Distance of drawn pictures to the nearest training picture; far below that of held-out ones: memorised."""
         count = min(len(self.training_set), 2048)
         seen = torch.stack([self.training_set.sample(index, 0, flip=False)["image"] for index in range(count)]).flatten(
             1

@@ -1,9 +1,8 @@
 """The two objectives behind one small interface: noise prediction on a diffusers schedule, and rectified flow.
 
 Both answer the same questions, so that training, evaluation and sampling are written once: when (`times`), what does
-the model
-see (`noisy`, `model_time`), what is its error (`error`), which clean latent does it mean (`clean`), how does one
-sample with it.
+the model see (`noisy`, `model_time`), what is its error (`error`), which clean latent does it mean (`clean`), how does
+one sample with it.
 Shapes: B batch, then C H W of a latent.
 """
 
@@ -74,9 +73,7 @@ class NoiseObjective:
         return signal * noise - spread * clean
 
     def error(self, output: Tensor, noisy: Tensor, clean: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
-        """Per-sample loss (B,), float32: squared (or Huber) error over C H W, weighted by min-SNR, plus the
-        variance's bound.
-        """
+        """Per-sample loss (B,), float32: squared (or Huber) error, weighted by min-SNR, plus the variance's bound."""
         output, channels = output.float(), clean.shape[1]
         difference = output[:, :channels] - self.target(clean, noise, t_B)
         if self.settings.criterion == "huber":
@@ -164,9 +161,8 @@ class FlowObjective:
             self.settings.timestep_sampling, uniform_B, mean=self.settings.logit_mean, std=self.settings.logit_std
         )
         t_B = 1 - shift_noise_level(1 - t_B, self.shift)
-        return (
-            t_B.clamp(1e-5, 1 - 1e-5) if self.settings.path == "vp" or self.settings.prediction != "velocity" else t_B
-        )
+        has_ends = self.settings.path == "vp" or self.settings.prediction != "velocity"  # that are divided by
+        return t_B.clamp(1e-5, 1 - 1e-5) if has_ends else t_B
 
     def model_time(self, t_B: Tensor) -> Tensor:
         """What the model is given: t times time_scale (1 as SiT, 1000 as SD3)."""

@@ -1,9 +1,8 @@
 """Probability paths between noise and data, and the conversions between what a network may predict on them.
 
-Convention of this system (as SiT, Ma et al. 2024, arXiv 2401.08740): t = 0 is noise, t = 1 is data, x_t = alpha(t)
-data + sigma(t) noise,
-velocity = dx_t / dt. REPA, SD3, Flux and diffusers run the other way: their sigma is 1 - t here, their velocity the
-negative.
+Convention of this system (as SiT, Ma et al. 2024, arXiv 2401.08740): t = 0 is noise, t = 1 is data,
+x_t = alpha(t) data + sigma(t) noise, velocity = dx_t / dt. REPA, SD3, Flux and diffusers run the other way: their sigma
+is 1 - t here, their velocity the negative.
 Shapes: B batch; every coefficient is shaped to broadcast over a latent.
 """
 
@@ -32,9 +31,7 @@ class Coefficients(NamedTuple):
 
 
 def coefficients(path: PathName, t: Tensor) -> Coefficients:
-    """linear: alpha = t, sigma = 1 - t. gvp: sine and cosine. vp: the variance preserving diffusion in this time
-    direction.
-    """
+    """linear: alpha = t, sigma = 1 - t. gvp: sine and cosine. vp: the variance preserving diffusion, run backwards."""
     if path == "linear":
         return Coefficients(t, 1 - t, torch.ones_like(t), -torch.ones_like(t))
     if path == "gvp":
@@ -56,9 +53,7 @@ def interpolate(path: PathName, noise: Tensor, data: Tensor, t_B: Tensor) -> tup
 
 
 def _volatility(c: Coefficients) -> Tensor:
-    """sigma (sigma alpha'/alpha - sigma'): the factor of the score in the velocity, half the squared diffusion of the
-    SDE.
-    """
+    """sigma (sigma alpha'/alpha - sigma'): the score's factor in the velocity, half the SDE's squared diffusion."""
     return c.sigma * (c.sigma * c.d_alpha / c.alpha - c.d_sigma)
 
 

@@ -48,11 +48,9 @@ def write_shard(
     """Encode and write the files of one shard; returns its line of the manifest."""
     cache, folder = options.cache, Path(options.cache.out)
     variants, crops = [], []
-    plan = (
-        [(crop, None) for crop in range(cache.crops)]
-        if cache.crops
-        else [(0, False), *([(0, True)] if cache.mirrored else [])]
-    )
+    plan = [(0, False), (0, True)] if cache.mirrored else [(0, False)]  # (epoch, flip) of every variant
+    if cache.crops:
+        plan = [(crop, None) for crop in range(cache.crops)]
     for epoch, flip in plan:
         parts = []
         for first in range(rows.start, rows.stop, cache.batch):

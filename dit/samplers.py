@@ -1,8 +1,7 @@
 """From noise to latents: the flow's ODE and SDE solvers, the noise objective's samplers, guidance.
 
-Every sampler takes model(x, t_B) -> prediction, already guided, and noise drawn by the caller, one generator an
-image, so a
-picture does not depend on the batch or the rank that it is made in.
+Every sampler takes model(x, t_B) -> prediction, already guided, and noise drawn by the caller, one generator an image,
+so a picture does not depend on the batch or the rank that it is made in.
 """
 
 from collections.abc import Callable
@@ -28,9 +27,7 @@ def sample_flow(
     path: PathName = "linear",
     draw: Callable[[int], Tensor] | None = None,
 ) -> Tensor:
-    """Data at t = 1 from noise at t = 0. `steps` counts intervals (SiT's num_steps counts points: its 250 is 249
-    here).
-    """
+    """Data at t = 1 from noise at t = 0. `steps` counts intervals; SiT's num_steps counts points (250 is 249 here)."""
     if method == "sde":
         return euler_maruyama(velocity, noise, path=path, steps=steps, draw=draw)
     if method == "dopri5":
@@ -101,9 +98,8 @@ def sample_noise(
 ) -> Tensor:
     """Data from noise for the noise objective. scheduler_config is the training scheduler's `.config`.
 
-    ddim and dpmpp_2m use diffusers; ddpm is the ancestral sampler on evenly spaced steps, with a learned variance
-    where the
-    model gives one.
+    ddim and dpmpp_2m use diffusers; ddpm is the ancestral sampler on evenly spaced steps, with a learned variance where
+    the model gives one.
     """
     levels = scheduler_config["num_train_timesteps"]
     if steps > levels:
@@ -175,10 +171,9 @@ def guide(
     """Classifier-free guidance with one forward of twice the batch.
 
     condition and null are the keyword arguments of predict(x, t, **arguments), rows aligned with x. channels: guide
-    only the first
-    so many (3 is the public DiT's habit); the others, a learned variance among them, come from the conditional half.
-    rescale: share
-    by which the guided standard deviation is brought back to the conditional one's (Lin et al. 2023).
+    only the first so many (3 is the public DiT's habit); the others, a learned variance among them, come from the
+    conditional half. rescale: share by which the guided standard deviation is brought back to the conditional one's
+    (Lin et al. 2023).
     """
     if scale == 1.0:
         return predict(x, t_B, **condition)

@@ -26,9 +26,7 @@ class TextCondition(NamedTuple):
 
 
 class TextEncoder(nn.Module):
-    """CLIP's text tower, frozen. States are those after the final layer norm; pooled is the state at the first end-
-    of-text token.
-    """
+    """CLIP's text tower, frozen. States follow the final layer norm; pooled is that of the first end-of-text token."""
 
     def __init__(
         self,
@@ -82,12 +80,10 @@ _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+|[#*+&%]")
 
 
 class HashTextEncoder(nn.Module):
-    """Words as fixed vectors: the sum of random vectors of the word and of its byte 3- and 4-grams (Bojanowski et al.
-    2017).
+    """Words as fixed vectors: sums of random vectors of the word and its byte 3- and 4-grams (Bojanowski et al. 2017).
 
-    Nothing is trained and nothing is stored: a vector follows from the bytes alone, so the same caption gives the
-    same states on
-    any machine. Related spellings get related vectors; the model's own text projection learns what they mean.
+    Nothing is trained and nothing is stored: a vector follows from the bytes alone, so the same caption gives the same
+    states on any machine. Related spellings get related vectors; the model's own text projection learns what they mean.
     """
 
     def __init__(self, *, width: int = 128, length: int = 24) -> None:
@@ -127,9 +123,7 @@ class HashTextEncoder(nn.Module):
 
 
 def make_text_encoder(config: Config) -> nn.Module | None:
-    """The encoder that the settings name; None for a model that reads no text. Refuses a width that the model does
-    not expect.
-    """
+    """The encoder that the settings name; None for a model that reads no text. Refuses a width that does not fit."""
     text, model = config.text, config.model
     if model.text_conditioning == "none":
         return None

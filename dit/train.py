@@ -1,7 +1,6 @@
 """Train the text-to-image DiT.
 
-  python dit/train.py --config small --output-dir outputs/dit          on a CPU, with the pictures that ship with
-  dit/, some minutes
+  python dit/train.py --config small --output-dir outputs/dit          on a CPU with the sample pictures, some minutes
   python dit/train.py --config default --data-root data/CUB_200_2011   one GPU
   bash scripts/train_dit.sh --gpus 8 --config default --strategy fsdp  eight
   ... --dry-run --world-size 64 --gpu h100                             the plan only
@@ -264,7 +263,6 @@ def _save_inputs(dataset: TextImageDataset, folder: Path) -> None:
 
 def _refuse_many_skipped(dataset: TextImageDataset, output_dir: Path) -> None:
     """List what the readers left out; stop when it is more than one in a hundred."""
-
     if not dataset.skipped:
         return
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -293,9 +291,8 @@ def main(argv: list[str] | None = None) -> None:
         print(plan_run(workload(config), config))
         return
 
-    training_set = TextImageDataset.from_config(
-        config, is_train=True
-    )  # the data come first: they are what most often is wrong
+    # the data come first: they are what most often is wrong
+    training_set = TextImageDataset.from_config(config, is_train=True)
     validation_set = TextImageDataset.from_config(config, is_train=False)
     info = init_distributed(config.run.device, 60 * config.run.timeout_minutes)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.allow_tf32

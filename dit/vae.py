@@ -1,8 +1,7 @@
 """Pictures to latents and back: the Stable Diffusion autoencoder, and three codecs that need no weights.
 
-All offer moments(images) -> unscaled mean and log variance (B, 2C, h, w), latents(moments, noise) -> what the model
-is trained on,
-encode(images), decode(latents). Images are float32 in [-1, 1].
+All offer moments(images) -> unscaled mean and log variance (B, 2C, h, w), latents(moments, noise) -> what the model is
+trained on, encode(images), decode(latents). Images are float32 in [-1, 1].
 """
 
 from pathlib import Path
@@ -46,10 +45,8 @@ class VAEEncoder(nn.Module):
         self.posterior, self.channels = posterior, self.vae.config.latent_channels
         self.scaling_factor = float(self.vae.config.scaling_factor)
         shift = getattr(self.vae.config, "shift_factor", None)
-        mean, scale = (
-            torch.full((self.channels,), float(shift or 0.0)),
-            torch.full((self.channels,), self.scaling_factor),
-        )
+        mean = torch.full((self.channels,), float(shift or 0.0))
+        scale = torch.full((self.channels,), self.scaling_factor)
         if latent_stats is not None:
             stats = load_file(latent_stats)
             mean, scale = stats["mean"].float().flatten(), 1 / stats["std"].float().flatten()
@@ -66,9 +63,7 @@ class VAEEncoder(nn.Module):
         return self.vae.encode(images.to(self.vae.device, self.vae.dtype)).latent_dist.parameters.float()
 
     def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Scaled latents: a draw with `noise` (B, C, h, w) where the posterior is sampled and noise is given, else
-        the mean.
-        """
+        """Scaled latents: a draw with `noise` (B, C, h, w) where the posterior is sampled, else the mean."""
         mean, log_variance = moments.float().chunk(2, dim=1)
         if noise is not None and self.posterior == "sample":
             mean = mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise.to(mean.device)
