@@ -1,7 +1,7 @@
 """Sound -> one raw feature vector per video frame: wav2vec2 as released, or log-mel that needs no download.
 
-Raw features are cached on disk; only the projection behind them is trained (float/model.py). Sound: float32, mono, 16
-kHz.
+Raw features are cached on disk; only the projection behind them is trained (float/model.py). Sound: float32, mono,
+16 kHz.
 Shapes: B batch, n samples, T video frames, F raw feature width.
 """
 

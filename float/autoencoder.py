@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from float.config import CHANNELS
 from float.image_ops import ConvLayer, EqualConv2d, EqualLinear, ModulatedConv2d, ResBlock, StyledConv, Upsample
 
-CHANNELS = {4: 512, 8: 512, 16: 512, 32: 512, 64: 256, 128: 128, 256: 64, 512: 32, 1024: 16}
 FLOW_SIDE = 64  # the sampling grid of this level is handed out
 
 
@@ -185,9 +185,7 @@ class MotionAutoencoder(nn.Module):
         return self.dec(w_Bd + motion_Bd, features)[0]
 
     def relative_motion(self, target_BM: Tensor, start_BM: Tensor, source_BM: Tensor) -> Tensor:
-        """Motion of the source moved by as much as the target differs from its start: three coefficient vectors -> (B,
-        d).
-        """
+        """Coefficients -> motion (B, d) of the source, moved by as much as the target differs from its start."""
         direction = self.dec.direction
         return direction(target_BM) - direction(start_BM) + direction(source_BM)
 

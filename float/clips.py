@@ -1,13 +1,14 @@
 """Finding clips on disk: a metadata.csv, or datasets/{train,test}/<identity>/<clip>.mp4 of HDTF, RAVDESS and MEAD."""
 
 import csv
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from float.emotion import MEAD_CLASSES, ravdess_emotion
+from float.media import VIDEO_SUFFIXES
 from shared.errors import UserError
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".mpg", ".webm")
 AUDIO_SUFFIXES = (".wav", ".m4a", ".mp3", ".flac")
 # the same split under the names in use
 SPLIT_NAMES = {"test": ("test", "val"), "val": ("val", "test")}
@@ -32,26 +33,39 @@ def find_clips(root: Path, split: str) -> list[Clip]:
             f"--data-root {root}: no such folder; give one with metadata.csv, or with {split}/<identity>/<clip>.mp4"
         )
     names = SPLIT_NAMES.get(split, (split,))
-    clips = _from_table(root, names) if (root / "metadata.csv").exists() else _from_folders(root, names)
+    clips = _from_table(root, names) if (root / "metadata.csv").is_file() else _from_folders(root, names)
     if not clips:
         raise UserError(
             f"{root}: no clips of split '{split}'; rows with that split in metadata.csv, "
             f"or {split}/<identity>/<clip>.mp4 expected"
         )
-    repeated = {clip.clip_id for clip in clips if sum(other.clip_id == clip.clip_id for other in clips) > 1}
+    counts = Counter(clip.clip_id for clip in clips)
+    repeated = sorted(name for name, count in counts.items() if count > 1)
     if repeated:
-        raise UserError(f"{root}: clip ids occur twice: {', '.join(sorted(repeated)[:5])}; rename them")
+        raise UserError(f"{root}: clip ids occur twice: {', '.join(repeated[:5])}; rename them")
+    unfit = [name for name in counts if name != Path(name).name]
+    if unfit:
+        raise UserError(f"{root}: clip id {unfit[0]!r} cannot name a file of the cache; use one without a slash")
     return sorted(clips, key=lambda clip: clip.clip_id)
+
+
+def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    """The rows of a csv file in UTF-8; UserError when it is not one, or lacks one of the columns."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            lacking = sorted(set(columns) - set(reader.fieldnames or ()))
+            rows = list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not a table in UTF-8 ({error}); save it as CSV UTF-8") from None
+    if lacking:
+        raise UserError(f"{path}: columns {', '.join(lacking)} are missing")
+    return rows
 
 
 def _from_table(root: Path, splits: tuple[str, ...]) -> list[Clip]:
     path, clips = root / "metadata.csv", []
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        lacking = {"clip_id", "video", "split"} - set(reader.fieldnames or ())
-        if lacking:
-            raise UserError(f"{path}: columns {', '.join(sorted(lacking))} are missing")
-        rows = list(reader)
+    rows = read_table(path, ("clip_id", "video", "split"))
     chosen = next((name for name in splits if any(row["split"] == name for row in rows)), splits[0])
     for row in rows:
         if row["split"] != chosen:

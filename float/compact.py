@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from float.autoencoder import Direction, levels
 from float.autoencoder_losses import box_slices
+from float.config import MOUTH_BOX
 
 CODE_SIDE = 4  # the encoder goes down to this side
 CODE_WIDTH = 128
@@ -20,7 +21,6 @@ FOLDED_RGB = 12  # channels of a picture folded to half its side
 GROUP_CHANNELS = 8
 MOTION_GAIN = 3.0
 REFINE_CHANNELS = 32
-MOUTH_BOX = [0.28, 0.47, 0.72, 0.82]  # left, top, right, bottom as shares of the side
 
 
 def _fold(x: Tensor) -> Tensor:

@@ -1,6 +1,4 @@
-"""Settings of FLOAT: phase 1 (AutoencoderConfig, configs/autoencoder/) and phase 2 (Config, configs/). No torch
-here.
-"""
+"""Settings of FLOAT: phase 1 (AutoencoderConfig, configs/autoencoder/), phase 2 (Config, configs/). No torch here."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +12,7 @@ AUTOENCODER_PRESETS = PRESETS / "autoencoder"
 SAMPLE_DATA = Path(__file__).parent / "sample_data"
 CHANNELS = {4: 512, 8: 512, 16: 512, 32: 512, 64: 256, 128: 128, 256: 64, 512: 32, 1024: 16}
 Box = list[float]  # left, top, right, bottom as shares of the picture side
+MOUTH_BOX: Box = [0.28, 0.47, 0.72, 0.82]
 
 
 class ModelConfig(Section):
@@ -112,7 +111,9 @@ class DataConfig(Section):
         False, "crop to the face before encoding (boxes.json or the centre square); false: clips are cropped already"
     )
     mouth_box: Box = setting(
-        [0.28, 0.47, 0.72, 0.82], "mouth in a cropped picture: left, top, right, bottom as shares of the side"
+        MOUTH_BOX,
+        "mouth in a cropped picture: left, top, right, bottom as shares of the side (for losses and scores; the mouth "
+        "branch of the compact auto-encoder keeps the default box)",
     )
     eye_box: Box = setting([0.2, 0.3, 0.8, 0.52], "eyes and brows in a cropped picture")
     feature_dtype: Literal["float32", "float16"] = setting("float32", "number type of cached raw audio features")

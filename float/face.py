@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from float.media import resize
 from shared.errors import UserError
@@ -26,23 +27,15 @@ def detect_face(picture: np.ndarray, detector: Detector, name: str = "picture") 
     """The first box with a score above 0.95, found at height 360 and mapped back. UserError when there is no face."""
     scale = DETECTION_HEIGHT / picture.shape[0]
     width = max(1, round(picture.shape[1] * scale))
-    small = np.asarray(_image(picture).resize((width, DETECTION_HEIGHT)))
+    small = np.asarray(Image.fromarray(picture).resize((width, DETECTION_HEIGHT)))
     for left, top, right, bottom, score in np.asarray(detector(small)).reshape(-1, 5):
         if score > MIN_SCORE:
             return left / scale, top / scale, right / scale, bottom / scale
     raise UserError(f"{name}: no face found; use another picture, give --face-box left,top,right,bottom, or --no-crop")
 
 
-def _image(picture: np.ndarray):
-    from PIL import Image
-
-    return Image.fromarray(picture)
-
-
 def crop_to_box(picture: np.ndarray, box: FaceBox, size: int) -> np.ndarray:
-    """A square of 1.6 times the box's longer half side around its centre, zeros outside the picture, resized to size x
-    size.
-    """
+    """A square around the box's centre, 1.6 times its longer half side each way, zeros outside, to size x size."""
     left, top, right, bottom = box
     if not (right > left and bottom > top):
         raise UserError(
@@ -78,9 +71,7 @@ def prepare_picture(
     detector: Detector | None = None,
     name: str = "picture",
 ) -> np.ndarray:
-    """The picture as the encoders want it, uint8 (size, size, 3). crop=False: the whole picture, squeezed to a
-    square.
-    """
+    """The picture as the encoders want it, uint8 (size, size, 3). crop=False: the whole one, squeezed to a square."""
     if not crop:
         return resize(picture, size)
     if box is None and detector is not None:
@@ -94,13 +85,15 @@ def prepare_picture(
 
 
 def read_boxes(root: Path) -> dict[str, FaceBox]:
-    """boxes.json of a data folder: clip id -> [left, top, right, bottom] in pixels of its frames; empty without the
-    file.
-    """
+    """boxes.json of a data folder: clip id -> left, top, right, bottom in pixels of its frames; {} without the file."""
     path = root / "boxes.json"
     if not path.exists():
         return {}
     try:
-        return {clip: tuple(float(edge) for edge in box) for clip, box in json.loads(path.read_text()).items()}
+        boxes = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            clip: tuple(float(edge) for edge in (left, top, right, bottom))
+            for clip, (left, top, right, bottom) in boxes.items()
+        }
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: expected {{clip id: [left, top, right, bottom]}} ({error})") from None

@@ -151,11 +151,17 @@ def write_features(path: Path, tensors: dict[str, Tensor], clip: Clip, encoder_h
     os.replace(temporary, path)
 
 
+def remove_unlisted(clips: list[Clip], folder: Path) -> None:
+    """Remove features of clips that are not among these."""
+    listed = {feature_path(folder, clip.clip_id) for clip in clips}
+    for path in set(folder.glob("*.safetensors")) - listed:
+        path.unlink()
+
+
 def encode_clips(
     encoder: ClipEncoder, clips: list[Clip], boxes: dict[str, FaceBox], folder: Path, *, rank: int = 0, world: int = 1
 ) -> dict[str, list[str]]:
-    """Encode what is missing; every rank takes its share. -> {"encoded": ids, "kept": ids, "bad": sentences, "notes":
-    sentences}.
+    """Encode what is missing; every rank takes its share. -> encoded, kept: ids; bad, notes: sentences.
 
     A clip that cannot be used is left out and listed; files of other encoders are replaced.
     """

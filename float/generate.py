@@ -1,12 +1,10 @@
 """Make a portrait speak: picture + sound -> mp4 with sound, of any length, window by window.
 
-python float/generate.py --checkpoint outputs/float --ref-path float/sample_data/video/th006.mp4 --aud-path speech.wav
---output talk.mp4
-python float/generate.py --checkpoint outputs/float --output talk.mp4            the run's first held-out clip speaks
-its own sound
+python float/generate.py --checkpoint outputs/float --ref-path face.png --aud-path speech.wav --output talk.mp4
+python float/generate.py --checkpoint outputs/float --output talk.mp4   the first held-out clip speaks its own sound
 python float/generate.py --ckpt-path float.pth --ref-path face.png --aud-path speech.mp3 --emo happy --e-cfg-scale 5
-... --stream          sound is encoded in pieces, so that memory does not grow with the length
-... --set-direction 3=1.5   every frame gets coefficient 1.5 along direction 3;   --shift-direction 3=0.5 adds 0.5
+... --stream                 sound is encoded in pieces, so that memory does not grow with the length
+... --set-direction 3=1.5    every frame gets coefficient 1.5 along direction 3; --shift-direction 3=0.5 adds 0.5
 """
 
 import sys
@@ -39,7 +37,7 @@ class GenerateOptions(Section):
     emo: str = setting("S2E", "angry, disgust, fear, happy, neutral, sad, surprise; S2E: from the voice")
     no_crop: bool = setting(False, "take the whole picture, squeezed to a square")
     face_box: list[float] | None = setting(None, "face in the picture: left, top, right, bottom, pixels")
-    seed: int = setting(15, "seed of the noise", ge=0)
+    seed: int = setting(15, "seed of the noise", ge=0, le=2**63 - 1)
     fix_noise_seed: bool = setting(False, "the same noise in every window, as the released tool")
     nfe: int | None = setting(None, "time points of the solver, one more than steps; null: the checkpoint's", ge=2)
     steps: int | None = setting(None, "steps of the solver, in place of nfe", ge=1)

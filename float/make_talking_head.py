@@ -54,8 +54,9 @@ def mouth_from_audio(wave: np.ndarray, fps: int, frames: int) -> tuple[np.ndarra
       first  = power-weighted mean frequency of 250..1000 Hz, 330 -> 0, 700 -> 1
       second = power-weighted mean frequency of 900..2800 Hz, 1200 -> 0, 2000 -> 1
       hiss   = E(3500, 7600) / (E(3500, 7600) + E(80, 3500))
-      open   = loud^1.3 (0.35 + 0.65 first) (1 - 0.7 hiss);  wide = 0.5 + (second - 0.5) min(1, 2 loud);  teeth =
-      max(hiss, 0.6 open)
+      open   = loud^1.3 (0.35 + 0.65 first) (1 - 0.7 hiss)
+      wide   = 0.5 + (second - 0.5) min(1, 2 loud)
+      teeth  = max(hiss, 0.6 open)
     Each curve is then smoothed over three frames with weights 1/4, 1/2, 1/4.
     """
     padded = np.concatenate([np.zeros(WINDOW), wave, np.zeros(WINDOW + SAMPLE_RATE // fps)])
@@ -144,6 +145,8 @@ def render_clip(wave: np.ndarray, row: dict[str, str], out: Path, *, size: int, 
     from float.media import write_video
 
     frames = int(len(wave) * fps / SAMPLE_RATE)
+    if frames < 1:
+        raise UserError(f"clip {row['clip_id']}: {len(wave)} samples of sound are shorter than a frame")
     wave = wave[: frames * SAMPLE_RATE // fps]
     track = motion_track(wave, frames, fps, row["emotion"], int(row.get("seed") or 0))
     face, pictures, rows = Face(IDENTITIES[row["identity"]], size), [], []
@@ -172,11 +175,14 @@ def _write_table(path: Path, rows: list[dict]) -> None:
 
 def read_list(path: Path) -> list[dict[str, str]]:
     """The rows of speech.csv; UserError names what is wrong with it."""
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    from float.clips import read_table
+
+    rows = read_table(path, ("clip_id", "audio", "identity", "emotion"))
     if not rows:
         raise UserError(f"--list {path}: holds no rows")
     for number, row in enumerate(rows, 2):
+        if not (row.get("seed") or "0").isdecimal():
+            raise UserError(f"--list {path}, line {number}: seed {row['seed']!r} is not a whole number")
         lacking = [name for name in ("clip_id", "audio", "identity", "emotion") if not row.get(name)]
         if lacking:
             raise UserError(f"--list {path}, line {number}: {', '.join(lacking)} missing")

@@ -11,12 +11,13 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from float.audio import SAMPLE_RATE
 from shared.errors import BadSample
 
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".mpg", ".webm")
 SILENCE = 1e-4  # peak below which a sound counts as silent
 AUDIO_CHUNK = 1024
 VIDEO_CRF = "18"
@@ -76,18 +77,21 @@ def iterate_frames(path: Path | str, fps: float) -> Iterator[np.ndarray]:
 
 
 def read_image(path: Path | str) -> np.ndarray:
-    """A picture, or the first frame of a video, as RGB."""
-    if Path(path).suffix.lower() in (".mp4", ".mov", ".mkv", ".avi", ".webm", ".mpg"):
+    """A picture, turned upright by its EXIF note, or the first frame of a video, as RGB."""
+    if Path(path).suffix.lower() in VIDEO_SUFFIXES:
         frame = next(iterate_frames(path, 25), None)
         if frame is None:
             raise BadSample(f"{path}: holds no frame")
         return frame
     try:
         with Image.open(path) as picture:
-            return np.asarray(picture.convert("RGB"))
+            upright = ImageOps.exif_transpose(picture)
+            if upright.mode.startswith("I"):  # 16 bits: convert("RGB") would clip them to white
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            return np.asarray(upright.convert("RGB"))
     except FileNotFoundError:
         raise BadSample(f"{path}: no such file") from None
-    except (UnidentifiedImageError, OSError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadSample(f"{path}: cannot be read as a picture ({error})") from None
 
 

@@ -2,11 +2,9 @@
 
   python float/metrics.py --checkpoint outputs/float --output outputs/float/metrics.json
   python float/metrics.py --checkpoint outputs/float --data-root ../talking_head --split val
-  python float/metrics.py --features-real real.npy --features-made made.npy        Frechet distance of extracted
-  features (FID, FVD, ...)
-  python float/metrics.py --video-embeddings v.npy --audio-embeddings a.npy        LSE-D and LSE-C of SyncNet-like
-  embeddings
-  python float/metrics.py --frame-embeddings f.npy --source-embedding s.npy        CSIM
+  python float/metrics.py --features-real real.npy --features-made made.npy    Frechet distance (FID, FVD, ...)
+  python float/metrics.py --video-embeddings v.npy --audio-embeddings a.npy    LSE-D, LSE-C of SyncNet-like embeddings
+  python float/metrics.py --frame-embeddings f.npy --source-embedding s.npy    CSIM
 Rendered clips carry the true mouth opening: a small meter, trained on true frames, reads it off generated frames.
 Other clips are scored by how much the mouth moves. Writes the numbers, and report.json, report.md, report.html with
 videos beside the checkpoint.
@@ -73,7 +71,7 @@ def _load_pair(options: MetricsOptions, first: str, second: str) -> list:
             raise UserError(f"{flag} {path}: no such file; give both {flags[0]} and {flags[1]}")
         try:
             arrays.append(np.load(path, allow_pickle=False))
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, EOFError) as error:
             raise UserError(f"{flag} {path}: not a readable .npy file ({error})") from None
     return arrays
 
@@ -179,6 +177,8 @@ def _report(
 def main(argv: list[str] | None = None) -> dict:
     """Read the flags, score, write and print."""
     options = load_config(MetricsOptions, argv=argv, description=__doc__)
+    if not options.seeds:
+        raise UserError("--seeds is empty; give one seed or more")
     scores: dict = feature_scores(options)
     if options.checkpoint is not None:
         if not Path(options.checkpoint).exists():

@@ -185,10 +185,9 @@ class FlowMatchingTransformer(nn.Module):
     ) -> Tensor:
         """-> velocity (B, N, d); callers use the last L frames.
 
-        t: (B,) in [0, 1], 0 is noise; x: noisy motion; wa: projected audio features; wr: motion latent of the
-        reference picture;
-        we: emotion probabilities. prev_*: the P frames before the window; None means zeros, unless x and wa hold all N
-        frames already.
+        t: (B,) in [0, 1], 0 is noise; x: noisy motion; wa: projected audio features; wr: motion latent of the reference
+        picture; we: emotion probabilities. prev_*: the P frames before the window; None means zeros, unless x and wa
+        hold all N frames already.
         """
         x, wa = self._with_previous(x_BLd, prev_x_BPd), self._with_previous(wa_BLa, prev_wa_BPa)
         tokens = x.shape[1]

@@ -4,16 +4,17 @@ It scores generated frames: what counts is what can be seen. Truth: mouth_open_p
 pixels of the rendered picture. Pictures: float32 (B, 3, S, S) in [-1, 1].
 """
 
-import csv
 import math
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from float.clips import Clip
+from float.clips import Clip, read_table
 from float.media import to_tensor
 from shared.errors import UserError
 from shared.rng import keyed_generator
@@ -72,11 +73,10 @@ def read_truth(clip: Clip) -> np.ndarray | None:
     """mouth_open_px of every frame, None for a clip without a motion table."""
     if clip.motion is None or not clip.motion.exists():
         return None
-    with open(clip.motion, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or "mouth_open_px" not in rows[0]:
-        raise UserError(f"{clip.motion}: no column mouth_open_px")
-    return np.array([float(row["mouth_open_px"]) for row in rows])
+    try:
+        return np.array([float(row["mouth_open_px"]) for row in read_table(clip.motion, ("mouth_open_px",))])
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{clip.motion}: mouth_open_px must hold a number in every row ({error})") from None
 
 
 def train_meter(frames: list[np.ndarray], truths: list[np.ndarray], box: list[float], *, seed: int = 0) -> MouthMeter:
@@ -115,19 +115,16 @@ def _augmented(meter: MouthMeter, image: Tensor, generator: torch.Generator) -> 
 
 
 def meter_for(clips: list[Clip], frames: list[np.ndarray], box: list[float], cache: Path, key: str) -> MouthMeter:
-    """A meter trained on these clips; kept in `cache` and used again while `key` (what it was trained on) is the
-    same.
-    """
-    from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
-
-    if cache.exists():
+    """A meter trained on these clips; kept in `cache` and used again while `key` (what it is made of) is the same."""
+    try:
         with safe_open(str(cache), "pt") as file:
             same = (file.metadata() or {}).get("key") == key
-        if same:
-            meter = MouthMeter(box)
-            meter.load_state_dict(load_file(cache))
-            return meter.eval()
+    except (OSError, SafetensorError):
+        same = False  # none yet, or a damaged one
+    if same:
+        meter = MouthMeter(box)
+        meter.load_state_dict(load_file(cache))
+        return meter.eval()
     meter = train_meter(frames, [read_truth(clip) for clip in clips], box)
     temporary = cache.with_name(f".{cache.name}")
     save_file({name: value.contiguous() for name, value in meter.state_dict().items()}, temporary, {"key": key})

@@ -1,7 +1,6 @@
 """Encode clips once with the frozen encoders: motion latents, raw audio features, emotion.
 
-  python float/precompute.py --config official --autoencoder-path float.pth --data-root datasets --features-dir
-  datasets/features
+  python float/precompute.py --config official --autoencoder-path float.pth --data-root datasets --features-dir CACHE
   torchrun --nproc_per_node=8 float/precompute.py ...        the clips are shared out over the ranks
 The same command again goes on where it stopped; clips of other encoders' weights are encoded anew. float/train.py does
 this itself.
@@ -31,18 +30,21 @@ def features_dir(config: Config) -> Path:
 
 
 def precompute(config: Config, encoder: "ClipEncoder", info: "DistInfo") -> dict[str, int]:
-    """Fill the cache for both splits: features_dir/{train,val}/<clip>.safetensors. -> counts. UserError when over 1 %
-    is bad.
+    """Fill the cache of both splits, features_dir/{train,val}/<clip>.safetensors; -> counts. Over 1 % bad: UserError.
+
+    Files of clips that the split does not list (any more) are removed: every file of the folder is trained on.
     """
     from float.clips import find_clips
     from float.face import read_boxes
-    from float.features import encode_clips
+    from float.features import encode_clips, remove_unlisted
     from shared.dist import gather_objects
 
     root, folder = data_root(config.data), features_dir(config)
     boxes, counts = read_boxes(root), {}
     for name, split in (("train", config.data.train_split), ("val", config.data.val_split)):
         clips = find_clips(root, split)
+        if info.is_main:
+            remove_unlisted(clips, folder / name)
         mine = encode_clips(encoder, clips, boxes, folder / name, rank=info.rank, world=info.world)
         parts = gather_objects(mine)
         total = {key: [entry for part in parts for entry in part[key]] for key in mine}

@@ -1,7 +1,6 @@
-"""Rectified flow on motion latents (Liu et al. 2022; Lipman et al. 2022): path, losses, sampling. t = 0 is noise, t =
-1 is data.
+"""Rectified flow on motion latents (Liu et al. 2022; Lipman et al. 2022): path, losses, sampling.
 
-Shapes: B batch, L frames of the window, P frames before it, d motion width.
+t = 0 is noise, t = 1 is data. Shapes: B batch, L frames of the window, P frames before it, d motion width.
 """
 
 from collections.abc import Callable
@@ -11,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.flow import expand_like, sample_times
+from shared.errors import UserError
+from shared.flow import expand_like, integrate, sample_times
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x, t_B) -> velocity of the same shape as x
 FIXED_GRID = ("euler", "midpoint", "heun", "rk4")
@@ -67,8 +67,8 @@ class RectifiedFlow:
         """Solve dx/dt = velocity(x, t) from noise at t = 0 to data at t = 1.
 
         nfe counts time points as the released sampler does: nfe 10 is 9 steps of 1/9. `steps` counts steps and
-        overrides nfe.
-        method: euler, midpoint, heun, rk4 on that grid; any other name goes to torchdiffeq with atol and rtol.
+        overrides nfe. method: euler, midpoint, heun, rk4 on that grid; any other name goes to torchdiffeq with atol and
+        rtol.
         """
         intervals = nfe - 1 if steps is None else steps
         if intervals < 1:
@@ -76,35 +76,29 @@ class RectifiedFlow:
         times = torch.linspace(0, 1, intervals + 1)
         if self.sigma_max != 1.0:
             noise = self.sigma_max * noise
+        if method == "rk4":
+            return _rk4(velocity, noise, times.tolist())
         if method in FIXED_GRID:
-            return _solve(velocity, noise, times.tolist(), method)
+            return integrate(velocity, noise, times, method)
         return _solve_adaptive(velocity, noise, times, method, atol, rtol)
 
 
-def _solve(velocity: Velocity, x: Tensor, times: list[float], method: str) -> Tensor:
+def _rk4(velocity: Velocity, x: Tensor, times: list[float]) -> Tensor:
+    """The classic tableau, fourth order, four evaluations a step."""
+
     def slope(x: Tensor, t: float) -> Tensor:
         return velocity(x, torch.full((len(x),), t, dtype=x.dtype, device=x.device))
 
     for now, then in zip(times[:-1], times[1:], strict=True):
         step, middle = then - now, (now + then) / 2
         first = slope(x, now)
-        if method == "euler":
-            change = first
-        elif method == "midpoint":
-            change = slope(x + step / 2 * first, middle)
-        elif method == "heun":
-            change = (first + slope(x + step * first, then)) / 2
-        else:  # rk4, the classic tableau
-            second = slope(x + step / 2 * first, middle)
-            third = slope(x + step / 2 * second, middle)
-            change = (first + 2 * second + 2 * third + slope(x + step * third, then)) / 6
-        x = x + step * change
+        second = slope(x + step / 2 * first, middle)
+        third = slope(x + step / 2 * second, middle)
+        x = x + step / 6 * (first + 2 * second + 2 * third + slope(x + step * third, then))
     return x
 
 
 def _solve_adaptive(velocity: Velocity, x: Tensor, times: Tensor, method: str, atol: float, rtol: float) -> Tensor:
-    from shared.errors import UserError
-
     try:
         from torchdiffeq import odeint
     except ImportError:
@@ -168,8 +162,8 @@ class RectifiedFlowLoss(nn.Module):
         """-> loss, loss_flow, loss_vel, loss_prev (scalars) and loss_B, the total per sample.
 
         model_output: (B, P + L, d) or (B, L, d); target: velocity (B, L, d). prev_target: clean previous motion (B, P,
-        d);
-        prev_valid_B: rows whose previous motion was given to the model (not dropped, and not before the clip's start).
+        d); prev_valid_B: rows whose previous motion was given to the model (not dropped, and not before the clip's
+        start).
         """
         frames = target.shape[1]
         current = model_output[:, -frames:]

@@ -58,8 +58,7 @@ def load_released_checkpoint(path: str | Path, autoencoder: "Autoencoder", gener
     shape.
 
     Buffers are computed here and need not be in the file; unknown names are reported, not refused. A pos_embed of
-    another window
-    length is not copied: it is a fixed table.
+    another window length is not copied: it is a fixed table.
     """
     from shared.checkpoint import load_weights
 

@@ -90,10 +90,9 @@ def sample_windows(
 ) -> Iterator[Tensor]:
     """Motion (B, L, d) of one window after another; memory does not grow with the number of windows.
 
-    wa_windows yields projected features (B, n, a) with n = L, less only in the last window, which is padded by its
-    last frame.
-    we: constant, or one (B, 1, E) per window. noise: start states (B, L, d); drawn from options.seed when None. Each
-    window sees the last P frames of the sample before it and of that window's features; the first sees zeros.
+    wa_windows yields projected features (B, n, a) with n = L, less only in the last window, which is padded by its last
+    frame. we: constant, or one (B, 1, E) per window. noise: start states (B, L, d); drawn from options.seed when None.
+    Each window sees the last P frames of the sample before it and of that window's features; the first sees zeros.
     """
     flow, noise = RectifiedFlow(), noise if noise is not None else _noise(wr_Bd, num_frames, options)
     previous: tuple[Tensor, Tensor] | None = None

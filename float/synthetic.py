@@ -25,10 +25,8 @@ def synthetic_clip(index: int, dim_w: int, audio_width: int, seed: int) -> dict[
     """
     generator = keyed_generator(seed, _CLIPS, index)
     time = torch.arange(FRAMES)[:, None] / 25
-    hertz, phase = (
-        0.5 + 2 * torch.rand(1, dim_w, generator=generator),
-        6.283 * torch.rand(1, dim_w, generator=generator),
-    )
+    hertz = 0.5 + 2 * torch.rand(1, dim_w, generator=generator)
+    phase = 6.283 * torch.rand(1, dim_w, generator=generator)
     motion = torch.sin(6.283 * hertz * time + phase)
     mixture = torch.randn(dim_w, audio_width, generator=keyed_generator(seed, _CLIPS)) / dim_w**0.5
     audio = motion @ mixture + 0.1 * torch.randn(FRAMES, audio_width, generator=generator)

@@ -1,5 +1,4 @@
-"""Train FLOAT: phase 1 (motion auto-encoder) if none is given, features of all clips, phase 2 (rectified flow on
-motion).
+"""Train FLOAT: phase 1 (motion auto-encoder) if none is given, features of the clips, phase 2 (flow on motion).
 
   python float/train.py --config small --output-dir outputs/float           a CPU, the sample clips, about 6 minutes
   python float/train.py --config default --autoencoder-path float.pth --data-root datasets        one GPU

@@ -1,7 +1,6 @@
 """Phase 1 of FLOAT: train the motion auto-encoder on pairs of frames.
 
-  python float/train_autoencoder.py --config small --output-dir outputs/float_autoencoder      a CPU, the sample clips,
-  minutes
+  python float/train_autoencoder.py --config small --output-dir outputs/float_autoencoder      a CPU, minutes
   torchrun --nproc_per_node=8 float/train_autoencoder.py --config official --data-root datasets --vgg-path vgg19.pth
 The same command again resumes. float/train.py does this phase itself when it is given no auto-encoder.
 """

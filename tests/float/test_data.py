@@ -1,20 +1,22 @@
 """Reading clips, sound, pictures and cached features; what is refused, and in which words."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from PIL import Image
 
 from float.audio import frames_of
 from float.build import make_autoencoder
-from float.clips import find_clips
+from float.clips import Clip, find_clips
 from float.config import DataConfig, ModelConfig
 from float.dataset import FLOATDataset, collate_windows, create_dataloader
 from float.emotion import emotion_index, ravdess_emotion
 from float.face import crop_centre, crop_to_box, detect_face, prepare_picture, read_boxes
-from float.features import ClipEncoder, encode_clips, is_encoded
+from float.features import ClipEncoder, encode_clips, is_encoded, remove_unlisted
 from float.frames import FramePairs, FrameStore, seek_frame
 from float.media import is_silent, iterate_frames, read_audio, read_image, write_video
 from shared.errors import BadSample, UserError
@@ -129,6 +131,20 @@ def test_folder_layouts_of_the_public_sets(tmp_path):
             ),
             "occur twice: a",
         ),
+        (
+            lambda root: (
+                root.mkdir(),
+                (root / "metadata.csv").write_text("clip_id,video,split\n../../up,b,train\n"),
+            ),
+            "clip id '../../up' cannot name a file",
+        ),
+        (
+            lambda root: (
+                root.mkdir(),
+                (root / "metadata.csv").write_bytes("clip_id,video,split\n\xe9,b,train\n".encode("latin-1")),
+            ),
+            "metadata.csv: not a table in UTF-8",
+        ),
     ],
 )
 def test_faulty_data_folders_are_explained(tmp_path, make, words):
@@ -161,13 +177,28 @@ def test_a_picture_without_a_face():
     assert crop_centre(picture, 16).shape == (16, 16, 3)
 
 
+def test_a_table_with_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / "metadata.csv").write_bytes(b"\xef\xbb\xbfclip_id,video,split\r\na,a.mp4,train\r\n")
+    assert [clip.clip_id for clip in find_clips(tmp_path, "train")] == ["a"]
+
+
+def test_pictures_are_turned_upright_and_16_bits_keep_their_grey(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held sideways
+    Image.new("RGB", (8, 4)).save(tmp_path / "turned.jpg", exif=exif)
+    assert read_image(tmp_path / "turned.jpg").shape == (8, 4, 3)
+    Image.fromarray(np.full((4, 4), 32896, np.uint16)).save(tmp_path / "wide.png")
+    assert read_image(tmp_path / "wide.png")[0, 0].tolist() == [128, 128, 128]
+
+
 def test_boxes_file(tmp_path):
     assert read_boxes(tmp_path) == {}
     (tmp_path / "boxes.json").write_text(json.dumps({"a": [1, 2, 3, 4]}))
     assert read_boxes(tmp_path) == {"a": (1.0, 2.0, 3.0, 4.0)}
-    (tmp_path / "boxes.json").write_text("[1]")
-    with pytest.raises(UserError, match="boxes.json"):
-        read_boxes(tmp_path)
+    for wrong in ("[1]", "", '{"a": [1, 2, 3]}', '{"a": "abcd"}'):
+        (tmp_path / "boxes.json").write_text(wrong)
+        with pytest.raises(UserError, match="boxes.json"):
+            read_boxes(tmp_path)
 
 
 def test_emotion_names():
@@ -193,6 +224,13 @@ def test_encoding_resumes_and_follows_the_encoders(tmp_path, encoder):
     other = ClipEncoder(model, data, make_autoencoder(model).eval(), torch.device("cpu"))
     assert not is_encoded(folder / "a__one.safetensors", other.hash)
     assert encode_clips(other, clips, {}, folder)["encoded"] == ["a__one", "b__two"]
+
+
+def test_features_of_clips_that_are_listed_no_more_are_removed(tmp_path):
+    for name in ("kept", "moved"):
+        write_feature_clip(tmp_path, name, 20)
+    remove_unlisted([Clip("kept", Path(), Path(), "nobody")], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.safetensors"]
 
 
 def test_rules_for_odd_clips(tmp_path, encoder):
@@ -309,6 +347,8 @@ def test_frame_pairs_come_from_one_clip_and_by_key(tmp_path):
     for index in range(16):
         pair = pairs.sample(index, 0)
         assert (pair["source"][:, :20] - pair["driving"][:, :20]).abs().mean() < 0.05  # the same background
+    changed = [not torch.equal(pair["source"], pair["driving"]) for pair in map(pairs.__getitem__, range(16))]
+    assert sum(changed) > 8  # as a rule two different frames
     store.in_memory, kept = False, store.frame(1, 7)
     store._frames.clear()
     assert np.abs(store.frame(1, 7).astype(int) - kept).mean() < 2

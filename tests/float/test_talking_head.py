@@ -34,10 +34,17 @@ def test_a_rendered_clip_is_a_data_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "row, words", [("one,a.wav,id09,happy", "identity 'id09'"), ("one,,id01,happy", "audio missing")]
+    "row, words",
+    [
+        ("one,a.wav,id09,happy,1", "identity 'id09'"),
+        ("one,,id01,happy,1", "audio missing"),
+        ("one,a.wav,id01,happy,x", "line 2: seed 'x' is not a whole number"),
+        ("one,a.wav,id01,happy,1", "3 samples of sound are shorter than a frame"),
+    ],
 )
 def test_a_faulty_list_is_explained(tmp_path, row, words, capsys):
-    (tmp_path / "list.csv").write_text(f"clip_id,audio,identity,emotion\n{row}\n")
+    (tmp_path / "list.csv").write_text(f"clip_id,audio,identity,emotion,seed\n{row}\n")
+    soundfile.write(tmp_path / "a.wav", np.ones(3) * 0.5, 16000)
     with pytest.raises(SystemExit) as stopped:
         main(["--list", str(tmp_path / "list.csv"), "--out", str(tmp_path / "clips")])
     assert stopped.value.code == 2 and words in capsys.readouterr().err

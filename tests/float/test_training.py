@@ -357,7 +357,8 @@ def test_wrong_settings_end_with_one_sentence(flags, words, capsys):
 
 
 def test_missing_things_end_with_one_sentence(tmp_path, capsys):
-    out = ["--output-dir", str(tmp_path / "out"), "--device", "cpu"]
+    out, empty = ["--output-dir", str(tmp_path / "out"), "--device", "cpu"], tmp_path / "empty.npy"
+    empty.write_bytes(b"")
     for command, flags, words in [
         (train, ["--config", "small", "--data-root", str(tmp_path / "none"), *out], "no such folder"),
         (train, ["--config", "small", "--autoencoder-path", str(tmp_path / "none"), *out], "no such checkpoint"),
@@ -366,6 +367,8 @@ def test_missing_things_end_with_one_sentence(tmp_path, capsys):
         (generate, ["--checkpoint", str(tmp_path / "none")], "no such file or folder"),
         (metrics, [], "nothing to score"),
         (metrics, ["--features-real", str(tmp_path / "a.npy")], "no such file"),
+        (metrics, ["--features-real", str(empty), "--features-made", str(empty)], "not a readable .npy file"),
+        (metrics, ["--set", "seeds=[]"], "--seeds is empty"),
         (precompute, ["--config", "default"], "--autoencoder-path is not given"),
     ]:
         with pytest.raises(SystemExit) as stopped:
