@@ -29,20 +29,21 @@ class ReferenceTokens:
     memory: dict[int, list] | None = field(default=None)
 
 
+def sincos_1d(count: int, dim: int, first: int = 0) -> Tensor:
+    """Fixed positions (count, D), float64: [sin, cos] of first, first + 1, ..., frequencies 10000^(-i / (D / 2))."""
+    omega = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
+    angle = torch.arange(first, first + count, dtype=torch.float64)[:, None] * omega
+    return torch.cat([angle.sin(), angle.cos()], 1)
+
+
 def sincos_2d(height: int, width: int, dim: int) -> Tensor:
     """Fixed positions (h w, D), float32: [sin, cos] of the row, then of the column, frequencies 10000^(-i / (D /
     4)).
     """
     if dim % 4:
         raise ValueError(f"2-D sine positions need a width divisible by 4, got {dim}")
-    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-
-    def axis(count: int) -> Tensor:
-        angle = torch.arange(count, dtype=torch.float64)[:, None] * omega
-        return torch.cat([angle.sin(), angle.cos()], 1)
-
-    row = axis(height)[:, None].expand(-1, width, -1)
-    column = axis(width)[None].expand(height, -1, -1)
+    row = sincos_1d(height, dim // 2)[:, None].expand(-1, width, -1)
+    column = sincos_1d(width, dim // 2)[None].expand(height, -1, -1)
     return torch.cat([row, column], -1).flatten(0, 1).float()
 
 

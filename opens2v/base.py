@@ -33,7 +33,8 @@ def transformer_settings(config: Config) -> dict[str, Any]:
     model = config.model
     return dict(
         patch_size=(1, model.patch_size, model.patch_size), num_attention_heads=model.num_attention_heads,
-        attention_head_dim=model.attention_head_dim, in_channels=16, out_channels=16, text_dim=model.text_dim,
+        attention_head_dim=model.attention_head_dim, in_channels=16,
+        out_channels=32 if model.prediction == "gaussian" else 16, text_dim=model.text_dim,
         freq_dim=model.freq_dim, ffn_dim=model.ffn_dim, num_layers=model.num_layers, rope_max_seq_len=1024,
         ref_clip_dim=clip_token_width(config), clip_path=model.clip_path, clip_proj_type=model.clip_proj_type,
         vae_pos_embed=model.vae_pos_embed, fused_path=model.train_fused_path,
@@ -178,12 +179,11 @@ def write_base(path: Path, weights: dict[str, Tensor], steps: int) -> None:
 
 
 def fit_codec(dataset: Any, path: Path, seed: int, info: DistInfo) -> PatchCodec:
-    """The patch codec of a data set; made once, by rank 0, from the first frames and others of some clips."""
+    """The patch codec of a data set; made once, by rank 0, from a window of some clips."""
     codec = PatchCodec()
     if info.is_main and not path.exists():
         order = torch.randperm(len(dataset), generator=keyed_generator(seed, _CODEC_FRAMES))[:_CODEC_CLIPS].tolist()
-        frames = [dataset.sample(index, 0)["frames"].transpose(0, 1) for index in order]
-        codec.fit(torch.cat(frames))
+        codec.fit(torch.stack([dataset.sample(index, 0)["frames"] for index in order]))
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         save_file({name: value.contiguous() for name, value in codec.state_dict().items()}, temporary)

@@ -122,11 +122,11 @@ class ModelConfig(Section):
     text_dim: int = setting(4096, "width of the text rows", ge=1)
     text_rows: int = setting(512, "text rows, padding included", ge=1)
     patch_size: int = setting(2, "latent pixels along each side of a token", ge=1)
-    prediction: Literal["velocity", "preconditioned"] = setting(
-        "velocity", "what the base gives: the velocity (Wan), or what the best linear denoiser misses (small base)"
+    prediction: Literal["velocity", "gaussian"] = setting(
+        "velocity", "what the base gives: the velocity (Wan), or mean and variance of the clean video (small base)"
     )
     absolute_positions: bool = setting(
-        False, "add fixed positions to the video tokens (small base: learns a scene sooner)"
+        False, "add fixed positions in frame, row and column to the video tokens (small base: learns a scene sooner)"
     )
     clip_path: Literal["shared", "separate", "off"] = setting(
         "shared", "keys and values of the CLIP path: the text's, own ones, or no path"
@@ -324,7 +324,7 @@ def _guide_key(name: str, value: Any, homes: dict[str, tuple[str, str]]) -> tupl
 
 def codec_factors(model: ModelConfig) -> tuple[int, int]:
     """(temporal, spatial) reduction of the codec."""
-    return (4, 8) if model.codec == "wan" else (1, 4)
+    return (4, 8) if model.codec == "wan" else (4, 4)
 
 
 def pixel_frames(config: Config) -> int:

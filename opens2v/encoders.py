@@ -27,7 +27,7 @@ class VideoCodec(Protocol):
 
     temporal: int  # pixel frames per latent frame after the first
     spatial: int  # pixels per latent pixel along each side
-    variance: Tensor | None  # of the latent channels (C,), where the generator's prediction needs it
+    variance: Tensor | None  # (2, C): of the channels in the first latent frame, and in later ones; None: not known
 
     def encode(self, frames: Tensor) -> Tensor:
         """(B, 3, F, H, W) in [-1, 1] -> (B, 16, (F - 1) / temporal + 1, H / spatial, W / spatial)."""
@@ -79,60 +79,79 @@ class WanVAE:
 
 
 class PatchCodec(nn.Module):
-    """A codec without pretrained weights: the leading principal components of 4 x 4 pixel patches, frame by frame.
+    """A codec without pretrained weights, with the frames of Wan's VAE: one alone, then four to a latent frame.
 
-    16 of 48 components keep most of a smooth picture.
+    The first frame becomes the 16 leading principal components of its 4 x 4 pixel patches; four later ones become the
+    16 leading components of how their patches differ from the first frame's. What stands still is zero in every later
+    latent frame, so that a drawn background cannot flicker.
     """
 
-    temporal, spatial, channels = 1, 4, 16
+    temporal, spatial, channels = 4, 4, 16
 
     def __init__(self) -> None:
         super().__init__()
         size = 3 * self.spatial**2
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("basis", torch.zeros(size, self.channels))
+        self.register_buffer("change_basis", torch.zeros(self.temporal * size, self.channels))
         self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("variance", torch.ones(self.channels))
+        self.register_buffer("variance", torch.ones(2, self.channels))
 
     @torch.no_grad()
-    def fit(self, frames: Tensor) -> "PatchCodec":
-        """Take the components from frames (M, 3, H, W) in [-1, 1].
+    def fit(self, clips: Tensor) -> "PatchCodec":
+        """Take the components from clips (M, 3, 4k + 1, H, W) in [-1, 1].
 
-        All channels share one scale, for a mean square of 1: strong components stay strong, so that noise hides faint
-        detail first, as it does in pictures.
+        All channels share one scale, for a mean square of 1 in the first frame: strong components stay strong, so that
+        noise hides faint detail first, as it does in pictures.
         """
-        patches = self._patches(frames.unsqueeze(2)).flatten(2).transpose(1, 2).flatten(0, 1).double()
-        mean = patches.mean(0)
-        values, vectors = torch.linalg.eigh(torch.cov((patches - mean).T))
-        order = values.argsort(descending=True)[: self.channels]
-        vectors = vectors[:, order]
-        self.mean.copy_(mean)
-        self.basis.copy_(vectors * torch.sign(vectors.sum(0) + 1e-12))  # signs do not depend on the solver
-        values = values[order].clamp(min=1e-8)
-        self.scale.copy_(values.mean().sqrt())
-        self.variance.copy_(values / values.mean())
+        first, changes = self._patches(clips.float())
+        self.mean.copy_(first.mean((0, 1, 2, 3)))
+        self.basis.copy_(_principal_components(first - self.mean, self.channels))
+        self.change_basis.copy_(_principal_components(changes, self.channels))
+        squares = [(x @ basis).square().mean((0, 1, 2, 3)) for x, basis in self._parts(first, changes)]
+        self.scale.copy_(squares[0].mean().sqrt())
+        self.variance.copy_((torch.stack(squares) / squares[0].mean()).clamp(min=1e-4))
         return self
 
-    def _patches(self, frames: Tensor) -> Tensor:
-        """(B, 3, F, H, W) -> (B, 48, F, H / 4, W / 4)."""
-        batch, _, count, height, width = frames.shape
-        flat = frames.transpose(1, 2).flatten(0, 1)
-        return functional.pixel_unshuffle(flat, self.spatial).unflatten(0, (batch, count)).transpose(1, 2)
+    def _patches(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, 4k + 1, H, W) -> patches (B, 1, h, w, 48) of the first frame, changes (B, k, h, w, 192) of the
+        others.
+        """
+        batch, _, count, _, _ = frames.shape
+        check_frames(count, "the video")
+        flat = functional.pixel_unshuffle(frames.transpose(1, 2).flatten(0, 1), self.spatial)
+        patches = flat.unflatten(0, (batch, count)).movedim(2, -1)
+        changes = (patches[:, 1:] - patches[:, :1]).unflatten(1, (count // self.temporal, self.temporal))
+        return patches[:, :1], changes.movedim(2, -2).flatten(-2)
+
+    def _parts(self, first: Tensor, changes: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        return (first - self.mean, self.basis), (changes, self.change_basis)
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
         """See VideoCodec.encode."""
-        centred = self._patches(frames.float()).movedim(1, -1) - self.mean
-        return (centred @ self.basis / self.scale).movedim(-1, 1)
+        parts = self._parts(*self._patches(frames.float()))
+        return torch.cat([x @ basis / self.scale for x, basis in parts], 1).movedim(-1, 1)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """See VideoCodec.decode."""
-        patches = (latents.float().movedim(1, -1) * self.scale) @ self.basis.T + self.mean
-        batch, count = patches.shape[:2]
-        flat = patches.permute(0, 1, 4, 2, 3).flatten(0, 1)
-        pictures = functional.pixel_shuffle(flat, self.spatial).unflatten(0, (batch, count))
+        first, later = (latents.float().movedim(1, -1) * self.scale).tensor_split([1], 1)
+        first = first @ self.basis.T + self.mean
+        changes = (later @ self.change_basis.T).unflatten(-1, (self.temporal, -1)).movedim(-2, 2).flatten(1, 2)
+        patches = torch.cat([first, first + changes], 1).movedim(-1, 2)
+        pictures = functional.pixel_shuffle(patches.flatten(0, 1), self.spatial).unflatten(0, patches.shape[:2])
         return pictures.transpose(1, 2).clamp(-1, 1)
+
+
+def _principal_components(x: Tensor, count: int) -> Tensor:
+    """The `count` directions (D, count) of largest mean square of vectors (..., D); signs do not depend on the
+    solver.
+    """
+    rows = x.flatten(0, -2).double()
+    values, vectors = torch.linalg.eigh(rows.T @ rows / max(1, len(rows)))
+    vectors = vectors[:, values.argsort(descending=True)[:count]]
+    return (vectors * torch.sign(vectors.sum(0) + 1e-12)).float()
 
 
 # --- text -------------------------------------------------------------------------------------------------------------

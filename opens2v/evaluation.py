@@ -73,7 +73,7 @@ def paired_errors(
     region_BFhw: Tensor | None,
     scheduler: FlowMatchScheduler,
     prediction: str,
-    variance_C: Tensor | None = None,
+    variance_2C: Tensor | None = None,
     *,
     sigmas: tuple[float, ...] = SIGMAS,
     seed: int = 0,
@@ -82,7 +82,7 @@ def paired_errors(
 ) -> PairedErrors:
     """The errors of every clip under every reference, its own, and none, with the same noise.
 
-    prediction, variance_C: see velocity_of.
+    prediction, variance_2C: see velocity_of.
     references: "all", or "next": besides the own only that of the next clip (the rest of the matrix is NaN).
     """
     clean = conditions.latents_BCFhw
@@ -113,7 +113,7 @@ def paired_errors(
             return_dict=False,
             **given.reference(),
         )[0]
-        velocity = velocity_of(output.float(), noisy, sigma, prediction, variance_C)
+        velocity = velocity_of(output.float(), noisy, sigma, prediction, variance_2C)
         error = (velocity - (noise - own)).square().mean(1)
         inside = region[clip]
         by_region = (error * inside).sum((1, 2, 3)) / inside.sum((1, 2, 3)).clamp(min=1)

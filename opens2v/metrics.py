@@ -87,8 +87,8 @@ def loss_figures(generator: Any, samples: list[list[dict]], unseen: list[int]) -
                 region = subject_region(batch["frames"], batch["background_pixels"], size).to(
                     conditions.latents_BCFhw.device
                 )
-            variance_C = generator.encoders.codec.variance
-            arguments = (generator.module, conditions, region, scheduler, config.model.prediction, variance_C)
+            variance_2C = generator.encoders.codec.variance
+            arguments = (generator.module, conditions, region, scheduler, config.model.prediction, variance_2C)
             found.append(paired_errors(*arguments, seed=window))
             if window == 0:
                 for sigma in (0.3, 0.5, 0.7):

@@ -15,7 +15,14 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
-from opens2v.adapter import DualPathCrossAttention, ReferenceTokens, clip_projection, sincos_2d, subject_mask
+from opens2v.adapter import (
+    DualPathCrossAttention,
+    ReferenceTokens,
+    clip_projection,
+    sincos_1d,
+    sincos_2d,
+    subject_mask,
+)
 from opens2v.causal import KeyValueCache, attention_runs, rotary_table, self_attention
 
 WAN_1_3B = dict(
@@ -255,7 +262,8 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
             hidden_states = torch.cat([clean_hidden_states, hidden_states], 2)
         x_BLD = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
         if self.config.absolute_positions:
-            x_BLD = x_BLD + sincos_2d(*grid, x_BLD.shape[-1]).to(x_BLD).repeat(x_BLD.shape[1] // tokens_per_frame, 1)
+            positions = absolute_positions(frames, grid, x_BLD.shape[-1], 0 if cache is None else cache.frames)
+            x_BLD = x_BLD + positions.to(x_BLD).repeat(x_BLD.shape[1] // len(positions), 1)
         temb, modulation, text_BSD = self._conditions(timestep, encoder_hidden_states)
         if references is None and (ref_clip is not None or ref_latents is not None):
             references = self.project_references(ref_clip, ref_latents, ref_mask)
@@ -311,6 +319,11 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
         patch_f, patch_h, patch_w = self.config.patch_size
         x = x_BLP.reshape(len(x_BLP), frames, *grid, patch_f, patch_h, patch_w, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
         return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def absolute_positions(frames: int, grid: tuple[int, int], dim: int, first_frame: int = 0) -> Tensor:
+    """Fixed positions (L, D) of the tokens: the sum of those of frame and place."""
+    return (sincos_1d(frames, dim, first_frame).float()[:, None] + sincos_2d(*grid, dim)).flatten(0, 1)
 
 
 def _by_frame(timestep: Tensor, frames: int) -> Tensor:

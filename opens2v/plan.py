@@ -62,7 +62,7 @@ def symbolic_loss(config: Config, model: nn.Module) -> Tensor:
         return_dict=False,
         **arguments,
     )[0]
-    return (output.float() - latents).square().mean()
+    return (output.float()[:, :channels] - latents).square().mean()
 
 
 def frozen_parts(config: Config) -> list[FrozenPart]:

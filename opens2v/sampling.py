@@ -53,7 +53,7 @@ class VideoSampler:
 
     model: called as the transformer. module: the transformer itself, so that the references are worked out once per
     video;
-    None while its weights are sharded, when only calls of the whole model may touch them. variance_C: of the codec.
+    None while its weights are sharded, when only calls of the whole model may touch them. variance_2C: of the codec.
     """
 
     def __init__(
@@ -62,12 +62,12 @@ class VideoSampler:
         module: Any | None,
         settings: ModelConfig,
         sampler: SamplerSettings,
-        variance_C: Tensor | None = None,
+        variance_2C: Tensor | None = None,
     ):
         if module is None and sampler.ref_scale != 1:
             raise ValueError(f"ref_scale {sampler.ref_scale} needs the transformer itself")
         self.model, self.module, self.settings, self.sampler = model, module, settings, sampler
-        self.scheduler, self.variance_C = FlowMatchScheduler(sampler.shift), variance_C
+        self.scheduler, self.variance_2C = FlowMatchScheduler(sampler.shift), variance_2C
 
     @torch.no_grad()
     def sample(
@@ -128,8 +128,9 @@ class VideoSampler:
         velocities = []
         for one in passes:
             cache = None if cache_name is None else one.caches[cache_name]
-            output = self.model(x, timestep, one.text, cache=cache, return_dict=False, **one.arguments)[0]
-            velocities.append(velocity_of(output.float(), x, sigma_B, self.settings.prediction, self.variance_C))
+            first = 0 if cache is None else cache.frames
+            output = self.model(x, timestep, one.text, cache=cache, return_dict=False, **one.arguments)[0].float()
+            velocities.append(velocity_of(output, x, sigma_B, self.settings.prediction, self.variance_2C, first))
         return self._combined(velocities)
 
     def _denoise(self, x: Tensor, velocity: Callable[[Tensor, float], Tensor]) -> Tensor:

@@ -81,23 +81,32 @@ class FlowMatchScheduler:
 
 
 def velocity_of(
-    output: Tensor, noisy: Tensor, sigma: Tensor, prediction: str, variance_C: Tensor | None = None
+    output: Tensor,
+    noisy: Tensor,
+    sigma: Tensor,
+    prediction: str,
+    variance_2C: Tensor | None = None,
+    first_frame: int = 0,
 ) -> Tensor:
-    """The velocity of a network's output F: F itself, or for prediction "preconditioned"
+    """The velocity that a network's output stands for: the output itself, or for prediction "gaussian"
 
-        v = ((sigma - a V) x_t - sqrt(V) sqrt(d) F) / d,   a = 1 - sigma,   d = a^2 V + sigma^2.
+        v = ((sigma - a W) x_t - sigma m) / d,   a = 1 - sigma,   d = a^2 W + sigma^2.
 
-    Then F = 0 is the best linear denoiser of channels with variance V, and the F that is wanted has variance 1 at every
-    noise level (the preconditioning of Karras et al. 2022 on the linear path, by channel). A small network that gives
-    the velocity itself leaves noise in weak channels.
+    It leads to x0 = m + a W (x_t - a m) / d, the mean of the clean value given the noisy one when the network holds it
+    for normal with mean m = sqrt(V) F and variance W = V exp(10 tanh(G / 10)). Output 0 is the best linear denoiser of
+    channels with variance V. Where a picture is flat the network makes W small and the noise is gone; a small network
+    that gives the velocity, or what a fixed denoiser misses, must carry the noise through itself and leaves a speckle.
 
-    output, noisy: (B, C, F, h, w); sigma: (B,) or (B, F); variance_C: (C,), for "preconditioned".
+    output: velocity (B, C, F, h, w), or F and G (B, 2 C, F, h, w); noisy: (B, C, F, h, w); sigma: (B,) or (B, F).
+    variance_2C: V of the first latent frame and of later ones; first_frame: number of the first one of noisy.
     """
     if prediction == "velocity":
         return output
-    if variance_C is None:
-        raise ValueError('prediction "preconditioned" needs the variances of the latent channels')
+    if variance_2C is None:
+        raise ValueError('prediction "gaussian" needs the variances of the latent channels')
+    kind = (torch.arange(noisy.shape[2]) + first_frame).clamp(max=1)
+    base = variance_2C.to(noisy)[kind].T[:, :, None, None]
     sigma = expand_like(sigma, noisy) if sigma.ndim == 1 else sigma[:, None, :, None, None]
-    variance, rest = variance_C.to(noisy)[:, None, None, None], 1 - sigma
-    total = rest.square() * variance + sigma.square()
-    return (sigma - rest * variance) / total * noisy - (variance / total).sqrt() * output.to(noisy.dtype)
+    mean, spread = output.to(noisy.dtype).chunk(2, 1)
+    mean, variance, rest = base.sqrt() * mean, base * torch.exp(10 * torch.tanh(spread / 10)), 1 - sigma
+    return ((sigma - rest * variance) * noisy - sigma * mean) / (rest.square() * variance + sigma.square())

@@ -146,22 +146,33 @@ def test_schedule(shift):
         torch.testing.assert_close(x, case[f"infer{steps}.euler_end"], atol=1e-5, rtol=0)
 
 
-def test_preconditioned_output_is_the_linear_denoiser_and_a_rest_of_variance_one():
-    variance = torch.tensor([12.0, 1.0, 0.02])
+def test_gaussian_output_leads_to_the_posterior_mean_of_each_pixel():
+    variance = torch.tensor([[12.0, 1.0, 0.02], [0.5, 0.1, 0.01]])  # of the first frame, of later ones
     draw = torch.Generator().manual_seed(0)
-    clean = torch.randn(1, 3, 1, 200, 200, generator=draw) * variance[:, None, None, None].sqrt()
-    noise = torch.randn(clean.shape, generator=draw)
-    for sigma in (0.1, 0.5, 0.95):
-        noisy = (1 - sigma) * clean + sigma * noise
-        zero, one = (
-            velocity_of(output, noisy, torch.tensor([sigma]), "preconditioned", variance)
-            for output in (torch.zeros_like(noisy), torch.ones_like(noisy))
-        )
-        rest = noise - clean - zero
-        correlation = (rest * noisy).mean((0, 2, 3, 4)) / (rest.std() * noisy.std())
-        assert correlation.abs().max() < 0.02, "nothing linear is left to predict"
-        wanted = rest / (one - zero)
-        torch.testing.assert_close(wanted.std((0, 2, 3, 4)), torch.ones(3), atol=0.02, rtol=0)
+    by_frame = variance[[0, 1, 1]].T[None, :, :, None, None]
+    wanted_mean, spread = torch.tensor([0.7, -0.2, 0.1])[:, None, None, None], -1.5
+    wanted_variance = by_frame * torch.exp(10 * torch.tanh(torch.tensor(spread) / 10))
+    for mean, inside, output in ((0.0, by_frame, (0.0, 0.0)), (wanted_mean, wanted_variance, (wanted_mean, spread))):
+        clean = torch.randn(1, 3, 3, 100, 100, generator=draw) * inside.sqrt() + mean
+        noise = torch.randn(clean.shape, generator=draw)
+        given = torch.cat([output[0] / by_frame.sqrt() + 0 * clean, output[1] + 0 * clean], 1)
+        for sigma in (0.1, 0.5, 0.95):
+            noisy = (1 - sigma) * clean + sigma * noise
+            rest = noise - clean - velocity_of(given, noisy, torch.tensor([sigma]), "gaussian", variance)
+            centred = noisy - noisy.mean((3, 4), keepdim=True)
+            correlation = (rest * centred).mean((0, 3, 4)) / (rest.std((0, 3, 4)) * centred.std((0, 3, 4)))
+            assert correlation.abs().max() < 0.04, "nothing linear is left to predict"
+            assert (rest.mean((0, 3, 4)) / rest.std((0, 3, 4))).abs().max() < 0.04, "nor a mean"
+    later = velocity_of(given[:, :, 1:], noisy[:, :, 1:], torch.tensor([0.95]), "gaussian", variance, first_frame=1)
+    assert torch.equal(later, velocity_of(given, noisy, torch.tensor([0.95]), "gaussian", variance)[:, :, 1:])
+
+
+def test_gaussian_output_of_no_spread_gives_its_mean_whatever_the_noise():
+    noisy = torch.randn(2, 3, 1, 4, 4)
+    output = torch.cat([torch.full_like(noisy, 0.4), torch.full_like(noisy, -60.0)], 1)
+    velocity = velocity_of(output, noisy, torch.tensor([0.9, 0.3]), "gaussian", torch.ones(2, 3))
+    clean = noisy - torch.tensor([0.9, 0.3])[:, None, None, None, None] * velocity
+    torch.testing.assert_close(clean, torch.full_like(noisy, 0.4), atol=2e-3, rtol=0)
 
 
 def test_rotary_embedding():

@@ -255,6 +255,8 @@ def test_causal_teacher_forced_run(tmp_path, run_folder):
     base = ["--generator-ckpt", str(run_folder / "base/generator.safetensors")]
     causal = [
         "--causal",
+        "--num-training-frames",
+        "9",
         "--num-frame-per-block",
         "2",
         "--independent-first-frame",

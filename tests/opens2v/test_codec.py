@@ -1,0 +1,43 @@
+"""The small preset's codec: one latent frame for the first frame, one for every four later ones."""
+
+import pytest
+import torch
+
+from opens2v.encoders import PatchCodec
+from shared.errors import UserError
+
+
+def smooth_clips(count: int, frames: int) -> torch.Tensor:
+    """(count, 3, frames, 16, 24) in [-1, 1]: a colour wave that moves."""
+    draw = torch.Generator().manual_seed(1)
+    phase = torch.rand(count, 3, 1, 1, 1, generator=draw) * 6
+    rows, columns = torch.arange(16.0)[:, None], torch.arange(24.0)
+    return 0.8 * torch.sin(0.25 * rows + 0.15 * columns + 0.2 * torch.arange(frames)[:, None, None] + phase)
+
+
+def test_frames_of_a_clip_come_back_and_the_first_latent_frame_is_unit_scale():
+    clips = smooth_clips(6, 9)
+    codec = PatchCodec().fit(clips)
+    latents = codec.encode(clips)
+    assert latents.shape == (6, 16, 3, 4, 6)
+    assert abs(latents[:, :, 0].square().mean().item() - 1) < 1e-4
+    torch.testing.assert_close(latents[:, :, 0].square().mean((0, 2, 3)), codec.variance[0], atol=1e-3, rtol=1e-3)
+    assert (codec.decode(latents) - clips).abs().max() < 0.02
+
+
+def test_what_stands_still_is_zero_in_later_latent_frames():
+    codec = PatchCodec().fit(smooth_clips(6, 5))
+    still = smooth_clips(2, 1).expand(-1, -1, 5, -1, -1)
+    latents = codec.encode(still)
+    assert latents[:, :, 1].abs().max() == 0
+    frames = codec.decode(latents)
+    assert torch.equal(frames, frames[:, :, :1].expand_as(frames))
+
+
+def test_a_picture_is_a_video_of_one_frame_and_other_lengths_are_refused():
+    codec = PatchCodec().fit(smooth_clips(6, 5))
+    picture = smooth_clips(2, 1)
+    assert codec.encode(picture).shape == (2, 16, 1, 4, 6)
+    assert codec.decode(codec.encode(picture)).shape == picture.shape
+    with pytest.raises(UserError, match="4k \\+ 1 frames"):
+        codec.encode(smooth_clips(2, 4))
