@@ -73,9 +73,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x_BNh: Tensor, allowed_NN: Tensor) -> Tensor:
-        q, k, v = rearrange(self.qkv(x_BNh), "b n (three heads k) -> three b heads n k", three=3, heads=self.heads)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed_NN)
+    def forward(self, x_BNh: Tensor, mask_NN: Tensor) -> Tensor:
+        """mask: 0 where a frame is seen, -inf elsewhere."""
+        qkv = rearrange(self.qkv(x_BNh), "b n (three heads k) -> b n three heads k", three=3, heads=self.heads)
+        # unbound where they lie, so that their gradients are stacked in the order of memory
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_NN.to(q.dtype))
         return self.proj(rearrange(out, "b heads n k -> b n (heads k)"))
 
 
@@ -93,7 +96,7 @@ class FeedForward(nn.Module):
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm without weights of its own, then scale and shift per frame."""
-    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPSILON) * (1 + scale) + shift
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPSILON), 1 + scale)
 
 
 def _adaptive(width: int, parts: int) -> nn.Sequential:
@@ -109,10 +112,11 @@ class FMTBlock(nn.Module):
         self.mlp = FeedForward(width, int(width * mlp_ratio))
         self.adaLN_modulation = _adaptive(width, 6)
 
-    def forward(self, x: Tensor, condition: Tensor, allowed_NN: Tensor) -> Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition).chunk(6, -1)
-        x = x + gate_a * self.attn(modulated_norm(x, shift_a, scale_a), allowed_NN)
-        return x + gate_m * self.mlp(modulated_norm(x, shift_m, scale_m))
+    def forward(self, x: Tensor, activated: Tensor, mask_NN: Tensor) -> Tensor:
+        """activated: the condition behind adaLN_modulation's SiLU, which all blocks share."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation[1](activated).chunk(6, -1)
+        x = torch.addcmul(x, gate_a, self.attn(modulated_norm(x, shift_a, scale_a), mask_NN))
+        return torch.addcmul(x, gate_m, self.mlp(modulated_norm(x, shift_m, scale_m)))
 
 
 class Decoder(nn.Module):
@@ -123,8 +127,8 @@ class Decoder(nn.Module):
         self.adaLN_modulation = _adaptive(width, 2)
         self.linear = nn.Linear(width, dim_w)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(condition).chunk(2, -1)
+    def forward(self, x: Tensor, activated: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation[1](activated).chunk(2, -1)
         return self.linear(modulated_norm(x, shift, scale))
 
 
@@ -194,15 +198,15 @@ class FlowMatchingTransformer(nn.Module):
         if tokens != self.pos_embed.shape[1] or wa.shape[1] != tokens:
             raise ValueError(f"{tokens} motion and {wa.shape[1]} audio frames, {self.pos_embed.shape[1]} expected")
         condition = torch.cat([wr_Bd[:, None].expand(-1, tokens, -1), wa, we_B1E.expand(-1, tokens, -1)], -1)
-        condition = self.c_embedder(condition) + self.t_embedder(t_B)[:, None]
+        activated = F.silu(self.c_embedder(condition) + self.t_embedder(t_B)[:, None])
         x = self.x_embedder(x) + self.pos_embed
-        allowed_NN = ~self.alignment_mask
+        mask_NN = x.new_zeros(tokens, tokens).masked_fill_(self.alignment_mask, float("-inf"))
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, condition, allowed_NN, use_reentrant=False)
+                x = checkpoint(block, x, activated, mask_NN, use_reentrant=False)
             else:
-                x = block(x, condition, allowed_NN)
-        return self.decoder(x, condition)
+                x = block(x, activated, mask_NN)
+        return self.decoder(x, activated)
 
     def _with_previous(self, current: Tensor, previous: Tensor | None) -> Tensor:
         if previous is None:
