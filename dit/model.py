@@ -1,9 +1,8 @@
 """The diffusion transformer: noisy latent, time and text (or class) in; noise, clean latent or velocity out.
 
 Tensor names are those of the public class-conditional DiT and SiT, so their weights load; text enters by cross-
-attention whose
-last projection starts at zero, so a loaded model starts as the function that it was. Peebles and Xie 2022, arXiv
-2212.09748.
+attention whose last projection starts at zero, so a loaded model starts as the function that it was. Peebles and Xie
+2022, arXiv 2212.09748.
 
 Shapes: B batch, N image tokens, T text tokens, L all tokens of a block, D width, K head width, C channels, H W latent
 size.
@@ -122,9 +121,7 @@ class FinalLayer(nn.Module):
 
 
 class DiTModel(nn.Module):
-    """`DiTModel(noisy_latents, timesteps, text_embeddings)` -> a tensor of the latents' size with `out_channels`
-    channels.
-    """
+    """`DiTModel(noisy_latents, timesteps, text_embeddings)` -> `out_channels` channels of the latents' size."""
 
     def __init__(
         self,
@@ -198,9 +195,8 @@ class DiTModel(nn.Module):
         drop: Tensor | None = None,
     ) -> Tensor:
         """noisy_latents (B, C, H, W), timesteps (B,), text_embeddings (B, T, text_dim), text_mask (B, T) True at real
-        tokens,
-        text_pooled (B, text_dim), labels (B,). Where drop (B,) is True the null condition takes the place of text or
-        label.
+        tokens, text_pooled (B, text_dim), labels (B,). Where drop (B,) is True the null condition takes the place of
+        text or label.
         """
         grid = (noisy_latents.shape[2] // self.patch_size, noisy_latents.shape[3] // self.patch_size)
         states, mask, pooled = self._with_null_text(text_embeddings, text_mask, text_pooled, drop)
@@ -245,9 +241,7 @@ class DiTModel(nn.Module):
         self.null_text_pooled.copy_(pooled_D)
 
     def initialize_weights(self) -> None:
-        """Xavier everywhere, zeros where a branch joins: every block starts as the identity and the output as exactly
-        0.
-        """
+        """Xavier; zeros where a branch joins, every block starts as the identity and the output as exactly 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -283,9 +277,7 @@ class DiTModel(nn.Module):
     def _with_null_text(
         self, states: Tensor | None, mask: Tensor | None, pooled: Tensor | None, drop: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """States, mask and pooled vector with the null condition in the dropped rows; no mask where padding may be
-        seen.
-        """
+        """States, mask and pooled vector with the null condition in dropped rows; no mask where padding may be seen."""
         if self.text_conditioning == "none":
             return None, None, None
         if self.text_embedder is not None:

@@ -83,11 +83,3 @@ class PrecomputeOptions(Config):
     """The run's settings, and the cache's."""
 
     cache: CacheSection = CacheSection()
-
-
-class BenchmarkOptions(Section):
-    """How long to measure."""
-
-    rounds: int = setting(10, "measured steps of each model", ge=1)
-    batch_size: int = setting(4, "pictures a step", ge=1)
-    threads: int = setting(1, "CPU threads", ge=1)

@@ -9,6 +9,7 @@ from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 from dit.build import build_model
 from dit.config import PRESETS, Config
 from dit.convert import load_pretrained
+from dit.embeddings import position_table_1d
 from dit.model import DiTModel
 from shared.config import load_config
 from shared.errors import UserError
@@ -97,10 +98,23 @@ def test_the_guides_positional_call_works():
     assert model(given["noisy_latents"], given["timesteps"].long(), given["text_embeddings"]).shape == (3, 4, 8, 8)
 
 
-def test_other_sizes_use_their_own_position_table():
-    model, given = randomised(DiTModel(32, 2, 4, **SMALL)), inputs()
+def test_other_sizes_use_their_own_tables_by_row_and_column():
+    model, given = randomised(DiTModel(32, 2, 4, **SMALL, pos="sincos+rope2d")), inputs()
     given["noisy_latents"] = torch.randn(3, 4, 6, 12)
     assert model(**given).shape == (3, 4, 6, 12)
+    (cos, _), token = model._rotation((3, 6), 0, torch.device("cpu")), 1 * 6 + 2  # second row, third column
+    expected = torch.cat([position_table_1d(16, torch.tensor([place])) for place in (2, 1)], dim=1).float()
+    assert_close(model._position_table((3, 6))[0, token], expected[0])
+    assert_close(cos[token, [0, 4]], torch.tensor([1.0, 2.0]).cos())  # half of a head turns with the row, half after it
+
+
+def test_joint_text_tokens_are_not_the_picture():
+    """The picture comes from its own tokens: what the last text tokens hold reaches it through attention alone."""
+    model, given = randomised(DiTModel(32, 1, 4, **SMALL, text_conditioning="joint")), inputs()
+    for block in model.blocks:
+        torch.nn.init.zeros_(block.attn.proj.weight)
+    changed = {**given, "text_embeddings": given["text_embeddings"] + 1.0}
+    assert_close(model(**changed), model(**given), 1e-6)
 
 
 @pytest.mark.parametrize("every", [True, 2])

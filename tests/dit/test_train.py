@@ -254,6 +254,8 @@ def test_held_out_errors_repeat_and_constant_is_the_baseline():
     held = prepare(held_out, dataset, PoolCodec(), trainer.text_encoder, count=8, device=torch.device("cpu"))
     first, second = (errors(trainer.model, trainer.objective, held, DistInfo(), batch_size=size) for size in (8, 3))
     assert first.shape == (10, 8) and torch.allclose(first, second, rtol=1e-4)
+    shuffled = errors(trainer.model, trainer.objective, held, DistInfo(), kind="shuffled")
+    assert not torch.allclose(shuffled, first, rtol=1e-4)
     constant = errors(None, trainer.objective, held, DistInfo(), kind="constant")
     expected = 1 + (held.latents - held.mean_latent).square().mean()
     assert abs(constant.mean() - expected) < 0.3

@@ -88,6 +88,13 @@ def test_unreadable_files_are_named(tmp_path):
         list(iterate_frames(tmp_path / "a.png", 25))
 
 
+def test_another_rate_takes_the_frame_shown_in_the_middle(tmp_path):
+    write_video(tmp_path / "a.mp4", (np.full((SIDE, SIDE, 3), 8 * index, np.uint8) for index in range(30)), fps=25)
+    for fps, wanted in ((12.5, [1, 3, 5, 7]), (50, [0, 0, 1, 1]), (25, [0, 1, 2, 3])):
+        found = [frame.mean() / 8 for frame in iterate_frames(tmp_path / "a.mp4", fps)][:4]
+        assert np.abs(np.array(found) - wanted).max() < 0.5, fps
+
+
 def test_seeking_finds_the_frame(tmp_path):
     write_video(tmp_path / "a.mp4", (np.full((SIDE, SIDE, 3), 8 * index, np.uint8) for index in range(30)), fps=25)
     for index in (0, 13, 29):

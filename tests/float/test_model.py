@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from float.audio import LogMelEncoder, normalise_waveform, pad_to_samples, rename_weight_norm
+from float.animate import Animator, audio_windows
+from float.audio import AudioEncoder, LogMelEncoder, normalise_waveform, pad_to_samples, rename_weight_norm
 from float.autoencoder import MotionAutoencoder, edit_motion
 from float.autoencoder_model import AutoencoderWithJudges
 from float.build import chosen_checkpoint, load_autoencoder, make_autoencoder, make_generator
@@ -13,6 +14,7 @@ from float.compact import CompactAutoencoder
 from float.config import PRESETS, Config, DataConfig, ModelConfig
 from float.model import FlowMatchingTransformer, MotionGenerator
 from float.released import export_released_layout, load_released_checkpoint, released_state
+from float.sampling import SamplingOptions, sample_motion
 from shared.config import load_saved
 from shared.errors import UserError
 from tests.float.golden import FOLDER, small_transformer
@@ -265,8 +267,44 @@ def test_other_window_lengths_keep_their_own_position_table(tmp_path):
     assert torch.equal(longer.fmt.pos_embed, table)
 
 
+@torch.no_grad()
+def test_a_clip_is_animated_as_its_windows_are_sampled_by_hand():
+    """Raw sound in, with no sound and no previous sound as zeros after the projection."""
+    model, data = tiny_settings(dim_w=8, dim_m=3)[0], DataConfig(sequence_length=6, prev_frames=2, wav2vec_sec=0.24)
+    generator = MotionGenerator(small_transformer(), 5)
+    torch.nn.init.normal_(generator.audio_encoder.audio_projection[1].bias)  # so that silence is not zero
+    animator = Animator(generator, make_autoencoder(model), Config(model=model, data=data), torch.device("cpu"))
+    raw, motion, emotion = torch.randn(1, 12, 5), torch.randn(1, 8), torch.rand(7)
+    options = SamplingOptions(nfe=3, a_cfg_scale=2.0, e_cfg_scale=1.5)
+    windows = animator.motion_windows(iter(raw.split(6, 1)), motion, emotion, options)
+    sound, sizes = generator.audio_encoder(raw), {"num_frames": 6, "num_prev_frames": 2}
+    expected = sample_motion(generator.fmt, sound, motion, emotion[None, None], options=options, **sizes)
+    assert torch.allclose(torch.cat(list(windows), 1), expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_streamed_sound_is_that_of_the_whole_clip_where_the_context_covers_it():
+    from transformers import Wav2Vec2Config
+
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    convolutions = {"conv_dim": (8, 8), "conv_kernel": (10, 3), "conv_stride": (5, 2), "num_conv_pos_embeddings": 4}
+    config = Wav2Vec2Config(**small, **convolutions, num_conv_pos_embedding_groups=2)
+    encoder, wave = AudioEncoder.from_config(config, only_last_features=True), torch.randn(16000)
+    whole, streamed = (
+        list(audio_windows(encoder, wave, fps=25.0, length=10, stream=stream)) for stream in (False, True)
+    )
+    assert [len(window[0]) for window in streamed] == [10, 10, 5] == [len(window[0]) for window in whole]
+    assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(whole, streamed, strict=True))
+
+
 def test_sound_features_line_up_with_the_frames():
     encoder = LogMelEncoder()
+    for frame in (3, 20):
+        tone = torch.zeros(16000)
+        tone[640 * frame : 640 * (frame + 1)] = torch.sin(torch.arange(640) / 2)
+        level = encoder.encode_clip(tone, 25.0).mean(1)
+        level = level - level.min()
+        assert level.argmax() == frame and abs(level[frame - 1] - level[frame + 1]) < 0.1 * level[frame]
     wave = torch.zeros(16000 * 2)
     wave[16000:17600] = torch.randn(1600)  # frames 25.0 to 27.5
     features = encoder.encode_clip(wave, 25.0).mean(1)

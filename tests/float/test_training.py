@@ -24,38 +24,10 @@ from shared.dist import DistInfo
 from tests.float.material import write_clip
 from tests.launching import ROOT, final_tensors, losses, run, same_bits
 
-TINY = [
-    "--config",
-    "small",
-    "--dim-h",
-    "32",
-    "--fmt-depth",
-    "1",
-    "--num-heads",
-    "2",
-    "--batch-size",
-    "4",
-    "--device",
-    "cpu",
-    "--eval-steps",
-    "3",
-    "--save-steps",
-    "3",
-    "--logging-steps",
-    "1",
-    "--precision",
-    "fp32",
-]
-TINY_PICTURES = [
-    "--input-size",
-    "32",
-    "--dim-w",
-    "12",
-    "--dim-m",
-    "4",
-    "--set",
-    "model.channels={4: 8, 8: 8, 16: 8, 32: 8}",
-]
+TINY = "--config small --dim-h 32 --fmt-depth 1 --num-heads 2 --batch-size 4 --device cpu --precision fp32".split()
+TINY += "--eval-steps 3 --save-steps 3 --logging-steps 1".split()
+TINY_PICTURES = "--input-size 32 --dim-w 12 --dim-m 4".split()
+TINY_PICTURES += ["--set", "model.channels={4: 8, 8: 8, 16: 8, 32: 8}"]
 
 
 @pytest.fixture
@@ -273,6 +245,32 @@ def test_trainer_steps_callbacks_and_what_moves(tmp_path):
     assert moved == {name for name, value in generator.named_parameters() if value.requires_grad}
     trainer.train(tmp_path / "run")
     assert [epoch for epoch, _ in seen] == [1, 2] and "train/loss" in seen[0][1]
+
+
+def test_each_condition_is_dropped_as_often_as_its_own_setting_says(tmp_path):
+    """And a window at the start of its clip is given no previous motion, whatever whitening makes of zeros."""
+    from float.build import make_generator
+    from float.trainer import FlowMatchingTrainer
+
+    config = load_config(Config, presets=PRESETS, argv=[*TINY, "--output-dir", str(tmp_path)], default="small")
+    write_synthetic_features(config, DistInfo())
+    dataset = FLOATDataset(tmp_path / "features" / "train", config.data, train=False)
+    batch = {**collate_windows([dataset[index] for index in range(4)]), "slot": torch.arange(4)}
+    generator = make_generator(config.model, config.data)
+    generator.set_motion_statistics(dataset.all_motion() + 3.0)
+    names = ("audio_dropout_prob", "ref_dropout_prob", "emotion_dropout_prob", "prev_frame_dropout_prob")
+    for chosen, expected in zip(names, ([0], [1], [2], [3, 4]), strict=True):
+        for name in names:
+            setattr(config.model, name, float(name == chosen))
+        seen = []
+        generator.register_forward_hook(
+            lambda _, args, kwargs, __, seen=seen: seen.append((args[5], kwargs["drop_B5"])), with_kwargs=True
+        )
+        next(FlowMatchingTrainer(config, generator, dataset).losses(generator, [batch], 0))
+        previous, drop_B5 = seen[0]
+        assert drop_B5.all(0).nonzero().flatten().tolist() == expected == drop_B5.any(0).nonzero().flatten().tolist()
+        starts = ~batch["has_previous"]
+        assert starts.any() and previous[starts].abs().max() == 0 and previous[~starts].abs().max() > 0
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
