@@ -11,25 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shared.errors import UserError
-
-
-class _ScaledNorm(torch.autograd.Function):
-    """x / rms(x) * weight in fp32 with a hand-written gradient: about 0.6 of the time of the composed one on a CPU."""
-
-    @staticmethod
-    def forward(context, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        normed = x * inverse
-        context.save_for_backward(normed, inverse, weight)
-        return normed * weight
-
-    @staticmethod
-    def backward(context, grad: Tensor):
-        normed, inverse, weight = context.saved_tensors
-        grad_weight = (grad * normed).flatten(0, -2).sum(0)
-        grad = grad * weight
-        along = torch.linalg.vecdot(grad, normed).div_(normed.shape[-1]).unsqueeze(-1)
-        return torch.addcmul(grad, normed, along, value=-1).mul_(inverse), grad_weight, None
+from shared.norm import ScaledNorm, is_plain_fp32
 
 
 class RMSNorm(nn.Module):
@@ -41,8 +23,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == self.weight.dtype == torch.float32 and x.device.type == "cpu":
-            return _ScaledNorm.apply(x, self.weight, self.eps)
+        if is_plain_fp32(x, self.weight):
+            return ScaledNorm.apply(x, self.weight, self.eps)
         return self.weight * F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
 
 
