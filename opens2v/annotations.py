@@ -71,6 +71,16 @@ class Annotations:
             return entry
         return json.loads(self._bytes(*self.table[index, 2:4]))
 
+    def item(self, index: int) -> tuple[str, dict]:
+        """(key, entry) at a position, in one read of the file."""
+        if self.files is not None:
+            return self.key(index), self.entry(index)
+        key_at, key_length, entry_at, entry_length = (int(value) for value in self.table[index, :4])
+        first = min(key_at, entry_at)
+        text = self._bytes(first, max(key_at + key_length, entry_at + entry_length) - first)
+        key_at, entry_at = key_at - first, entry_at - first
+        return json.loads(text[key_at : key_at + key_length]), json.loads(text[entry_at : entry_at + entry_length])
+
     def find(self, key: str) -> int | None:
         """The position of a key, or None."""
         if self._order is None:

@@ -84,8 +84,7 @@ class Part:
     def entry(self, index: int) -> tuple[str, dict]:
         """(key, entry); BadSample when the entry lacks what every entry has."""
         try:
-            key = self.annotations.key(index)
-            entry = self.annotations.entry(index)
+            key, entry = self.annotations.item(index)
         except ValueError as error:
             raise BadSample(f"{self.name}, entry {index}: no valid JSON ({error})") from None
         if (

@@ -27,6 +27,7 @@ def test_json_jsonl_and_folder_give_the_same_entries(tmp_path):
         assert len(found) == 2
         for key, entry in tree.items():
             read = found.entry(found.find(key))
+            assert found.item(found.find(key)) == (key, read)
             assert {name: read[name] for name in entry} == entry
         assert found.find("nothing") is None
 
@@ -44,7 +45,7 @@ def test_index_streams_over_small_windows_and_follows_changes(tmp_path, monkeypa
         found = Annotations(path)
         assert isinstance(found.table, np.memmap)
         assert [found.key(i) for i in range(40)] == list(tree) and all(
-            found.entry(found.find(key)) == tree[key] for key in tree
+            found.item(found.find(key)) == (key, tree[key]) for key in tree
         )
     path.write_text(json.dumps({"other": {"metadata": {}}}))
     assert len(Annotations(path)) == 1  # the index was made anew
