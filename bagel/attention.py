@@ -2,8 +2,8 @@
 
 A sample is a row of splits. Causal splits are text; a full split is a clean image; a noise split is an image to be
 generated. Query q sees key k if both are in one sample and (k <= q, or both are in one full or noise split), unless k
-is in a noise split and q is not in that same split.  Letters of shapes: L tokens, H heads, K head width, Q queries, S
-keys.
+is in a noise split and q is not in that same split.
+Letters of shapes: L tokens, H heads, K head width, Q queries, S keys.
 """
 
 from collections.abc import Sequence
@@ -159,8 +159,7 @@ def scaled_dot_product(
 
 
 def _sliced(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout) -> Tensor:
-    # Splitting by sample first keeps the backward pass short: a split's gradient is one concatenation, while the
-    # gradient of
+    # Splitting by sample first keeps the backward pass short: a split's gradient is one concatenation, while that of
     # every plain slice would be a zero tensor as long as the pack.
     parts = zip(layout.segments(), *(x.split(layout.sample_lens) for x in (query, key, value)), strict=True)
     outputs = [

@@ -15,7 +15,7 @@ from typing import Any
 SCHEMA_VERSION = 1
 COMMON = {
     "id": "string; shown in error messages",
-    "weight": "number above 0; how often the record comes in an epoch on average",
+    "weight": "number above 0, at most 1000; how often the record comes in an epoch on average",
 }
 PATH = "string; absolute, or relative to --image-root, else to the record file's folder"
 

@@ -162,15 +162,18 @@ class UnifiedGenerationDataset:
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.sample(index, 0)
 
+    def weights(self) -> np.ndarray:
+        """How often every record comes in an epoch, on average."""
+        rows = self.records.rows
+        return np.where(rows["asks"], rows["weight"] * self.question_weight, rows["weight"])
+
     def order(self, epoch: int) -> list[int]:
         """The indices of one epoch, shuffled by (seed, epoch). A record of weight w comes w times on average, as index
         + k * len for its k-th repetition, so that repetitions have noise of their own.
         """
         count, indices = len(self), []
         draw = keyed_generator(self.seed, _WEIGHT, epoch)
-        rows = self.records.rows
-        weights = np.where(rows["asks"], rows["weight"] * self.question_weight, rows["weight"])
-        for index, weight in enumerate(weights.tolist()):
+        for index, weight in enumerate(self.weights().tolist()):
             times = int(weight) + (weight % 1 > 0 and torch.rand((), generator=draw).item() < weight % 1)
             indices += [index + copy * count for copy in range(times)]
         shuffle = torch.randperm(len(indices), generator=keyed_generator(self.seed, _CHOICE, epoch))

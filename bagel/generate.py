@@ -48,7 +48,7 @@ class Options(Section):
     output: str = setting("generated.png", ".png, .txt or .json")
     height: int | None = setting(None, "pixels; null: 1024, or the largest that the model's tables hold", ge=1)
     width: int | None = setting(None, "pixels; null: as height", ge=1)
-    seed: int = setting(0, "seed of noise and sampling", ge=0)
+    seed: int = setting(0, "seed of noise and sampling", ge=0, le=2**63 - 1)
     think: bool = setting(False, "write a thought first (for models tuned with it)")
     max_length: int = setting(512, "longest text, tokens", ge=1)
     do_sample: bool = setting(False, "sample text instead of taking the likeliest token")
@@ -140,7 +140,13 @@ def check(options: Options) -> list[str] | None:
         )
     if options.prompts is None:
         return None
-    lines = [line.strip() for line in Path(options.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not Path(options.prompts).is_file():
+        raise UserError(f"--prompts {options.prompts}: no such file; give a text file with one prompt a line")
+    try:
+        text = Path(options.prompts).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts {options.prompts}: not UTF-8 ({error}); save it as UTF-8") from None
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines:
         raise UserError(f"--prompts {options.prompts}: no line with a prompt")
     return lines

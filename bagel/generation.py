@@ -245,8 +245,7 @@ def draw(
     """Latent tokens (N, C) of every drawing, by num_timesteps - 1 Euler steps from noise at t = 1 to data at t = 0.
 
     All branches of all drawings go through the model in one call a step. A branch that equals the main one is not
-    computed
-    again: without a condition picture the image branch is the main branch.
+    computed again: without a condition picture the image branch is the main branch.
     """
     times = sampling_times(guidance.num_timesteps, guidance.timestep_shift).tolist()
     latents = [drawing.noise for drawing in drawings]

@@ -1,7 +1,6 @@
-"""Pictures from files to tensors: safe opening, the resize rule, normalisation.  Tensors are float32 (3, H, W) in [-1,
-1].
-"""
+"""Pictures from files to tensors: safe opening, the resize rule, normalisation. Tensors: float32 (3, H, W), [-1, 1]."""
 
+import os
 from pathlib import Path
 from typing import BinaryIO
 
@@ -41,8 +40,8 @@ def load_image(source: Path | BinaryIO) -> Image.Image:
 
 
 def _opened(source: Path | BinaryIO) -> Image.Image:
-    if isinstance(source, Path) and not source.is_file():
-        raise ImageFault("E_IMAGE_MISSING", f"{source} is {'a folder' if source.is_dir() else 'not there'}")
+    if isinstance(source, Path) and not os.path.isfile(source):  # unlike Path's, False also for an impossible name
+        raise ImageFault("E_IMAGE_MISSING", f"{source} is {'a folder' if os.path.isdir(source) else 'not there'}")
     try:
         image = Image.open(source)
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
@@ -59,7 +58,9 @@ def _name(source: Path | BinaryIO) -> str:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB; transparent pixels become white."""
+    """RGB; transparent pixels become white, 16 bits become 8."""
+    if image.mode.startswith("I"):  # convert("RGB") would clip them to white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         ground = Image.new("RGB", image.size, (255, 255, 255))

@@ -35,7 +35,7 @@ class Options(Section):
     num_timesteps: int = setting(25, "points of the time grid of drawn pictures", ge=2)
     cfg_text_scale: float = setting(3.0, "guidance by the text")
     max_length: int = setting(64, "longest answer, tokens", ge=1)
-    seed: int = setting(0, "seed of noise", ge=0)
+    seed: int = setting(0, "seed of noise", ge=0, le=2**63 - 1)
     ema: bool = setting(True, "use averaged weights where there are some")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     nltk_data: str | None = setting(None, "folder with the WordNet corpus, for METEOR")

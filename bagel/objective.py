@@ -1,6 +1,4 @@
-"""The joint objective: cross entropy of text and squared error of velocities, as means over all tokens of an optimizer
-step.
-"""
+"""The joint objective: cross entropy of text and squared error of velocities, means over a whole step's tokens."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any

@@ -102,8 +102,7 @@ class ReferencePacker(Packer):
 
     Samples longer than `max_sample` are skipped; below `prefer_buffer_before` tokens the buffer comes first; a sample
     that does not fit goes to the buffer if it came from the stream and there is room, else it closes the pack and is
-    lost.
-    written: tokens that a sample really takes, where that differs from the length that decides whether it fits.
+    lost. written: tokens that a sample really takes, where that differs from the length that decides whether it fits.
     """
 
     def __init__(
@@ -142,7 +141,7 @@ class ReferencePacker(Packer):
         return pack
 
     def _draw(self) -> Key:
-        if self.cursor >= len(self._indices(self.epoch)):
+        while self.cursor >= len(self._indices(self.epoch)):
             self.epoch, self.cursor = self.epoch + 1, 0
         self.cursor += 1
         return (self.epoch, int(self._indices(self.epoch)[self.cursor - 1]))

@@ -1,6 +1,4 @@
-"""Folders of released form (llm_config.json, vit_config.json, ae.safetensors, ema.safetensors, tokenizer): reading and
-writing.
-"""
+"""Reading and writing folders of released form: llm_config, vit_config, ae.safetensors, ema.safetensors, tokenizer."""
 
 import json
 import os
@@ -42,20 +40,21 @@ def read_config(config: ModelConfig) -> ModelConfig:
             f"--model-path {folder}: no such folder; give one with llm_config.json, vit_config.json, ae.safetensors "
             f"and ema.safetensors"
         )
-    language, vision = _read_json(folder / "llm_config.json"), _read_json(folder / "vit_config.json")
-    vision = {
-        **vision,
-        "num_hidden_layers": vision.get("num_hidden_layers", 27) - 1,
-    }  # features of the second-last layer
+    language = _section(LanguageConfig, _read_json(folder / "llm_config.json"), folder / "llm_config.json")
+    vision = {"num_hidden_layers": 27, **_read_json(folder / "vit_config.json")}
+    vision = _section(VisionConfig, vision, folder / "vit_config.json")
+    running = vision.num_hidden_layers - 1  # features of the second-last layer
+    if running < 1:
+        raise UserError(f"{folder / 'vit_config.json'}: num_hidden_layers must be 2 or more, for the last does not run")
     changes: dict[str, Any] = {
-        "language": _section(LanguageConfig, language, folder / "llm_config.json"),
-        "vision": _section(VisionConfig, vision, folder / "vit_config.json"),
+        "language": language,
+        "vision": vision.model_copy(update={"num_hidden_layers": running}),
     }
     extra = folder / "bagel_config.json"  # written by export_folder; the released folder has none
     if extra.is_file():
-        saved = _read_json(extra)
-        changes["autoencoder"] = AutoencoderConfig(**saved.pop("autoencoder"))
-        changes.update({name: value for name, value in saved.items() if value is not None})
+        saved = {name: value for name, value in _read_json(extra).items() if value is not None}
+        own = _section(ModelConfig, saved, extra)
+        changes |= {name: own[name] for name in {*saved, "autoencoder"} if name in ModelConfig.model_fields}
     else:
         changes["autoencoder"] = _autoencoder_sizes(folder / "ae.safetensors", config.autoencoder)
     if changes["autoencoder"].kind == "flux" and not (folder / "ae.safetensors").is_file():

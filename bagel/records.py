@@ -12,6 +12,7 @@ import torch
 
 from bagel.packing import PlanItem
 
+MAX_WEIGHT = 1000
 SPECIAL_STRINGS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 
 
@@ -145,8 +146,8 @@ def steps_of(record: dict, kind: str, draw: Draw) -> list[Step]:
     if not isinstance(record.get("id", ""), (str, int)) or isinstance(record.get("id"), bool):
         raise RecordFault("E_TYPE", f"'id' must be a string, found {type(record['id']).__name__}")
     weight = record.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight > 0:
-        raise RecordFault("E_TYPE", f"'weight' must be a number above 0, found {weight!r}")
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight <= MAX_WEIGHT:
+        raise RecordFault("E_TYPE", f"'weight' must be a number above 0 and at most {MAX_WEIGHT}, found {weight!r}")
     steps = [step for step in _READERS[kind](record, draw) if step.image is not None or step.text.strip()]
     if not any(step.target for step in steps):
         raise RecordFault("E_NO_TARGET", "nothing to learn: no text or picture of the assistant")

@@ -69,7 +69,12 @@ def open_model(
         raise UserError(
             f"--checkpoint {source}: no such folder; give a run's output folder, a checkpoint or a model folder"
         )
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    except RuntimeError:
+        raise UserError(f"--device {device}: not a device; use auto, cpu, cuda or cuda:N") from None
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {device}: there are {torch.cuda.device_count()} GPUs; use --device cpu")
     if (source / "llm_config.json").is_file():
         model_config = read_config(ModelConfig(model_path=str(source)))
         tokenizer = load_tokenizer(model_config)

@@ -127,7 +127,10 @@ class ParquetFile(RecordFile):
         import pyarrow.parquet
 
         if self._table is None:
-            self._table = pyarrow.parquet.read_table(self.path, columns=self.plain)
+            try:
+                self._table = pyarrow.parquet.read_table(self.path, columns=self.plain)
+            except (pyarrow.ArrowException, OSError) as error:
+                raise UserError(f"{self.path}: damaged ({error}); copy it again") from None
             if not self.plain:
                 count = pyarrow.parquet.read_metadata(self.path).num_rows
                 self._table = pyarrow.table({"": pyarrow.nulls(count)})

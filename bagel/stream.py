@@ -1,6 +1,4 @@
-"""The training stream of packs: every rank fills the same packs and loads its own; resumes with samples waiting in the
-buffer.
-"""
+"""The training stream of packs: every rank fills the same and loads its own; resumes with samples still waiting."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -80,6 +78,12 @@ class PackStream:
         prefetch_factor: int = 2,
         bad_samples: Path | None = None,
     ):
+        expected = float(dataset.weights().sum())
+        if expected < 1:
+            raise UserError(
+                f"{dataset.data_path}: the records' weights (times data.question_weight) sum up to {expected:.3g}: an "
+                "epoch would hold no sample; raise them"
+            )
         self.dataset, self.data, self.info = dataset, data, info
         self.batch_size, self.accumulation = batch_size, accumulation
         self.packs_each = 1 if data.packing == "samples" else batch_size
@@ -88,9 +92,8 @@ class PackStream:
         self.fingerprint = dataset.fingerprint()
         packs_a_step = self.packs_each * accumulation * info.world
         by_samples = data.packing == "samples"
-        self.samples_per_step = packs_a_step * (
-            batch_size if by_samples else 1
-        )  # packs, where packs are what is counted
+        # packs are counted in place of samples, unless a pack is a number of samples
+        self.samples_per_step = packs_a_step * (batch_size if by_samples else 1)
         if by_samples:
             self.steps_per_epoch = -(-len(dataset.order(0)) // self.samples_per_step)
         else:

@@ -34,7 +34,7 @@ class ByteTokenizer:
     identity = "bytes"
 
     def encode(self, text: str) -> list[int]:
-        return list(text.encode("utf-8"))
+        return list(text.encode("utf-8", errors="replace"))  # half a surrogate pair, which JSON allows, becomes "?"
 
     def decode(self, ids: list[int]) -> str:
         return bytes(token for token in ids if token < 256).decode("utf-8", errors="replace")

@@ -22,7 +22,7 @@ class Embeddings(nn.Module):
         self.position_embedding = None if config.rope else nn.Embedding(config.patches_per_side**2, config.hidden_size)
 
     def forward(self, patches: Tensor, position_N: Tensor) -> Tensor:
-        embedded = self.patch_embedding(patches)
+        embedded = self.patch_embedding(patches.to(self.patch_embedding.weight.dtype))
         return embedded if self.position_embedding is None else embedded + self.position_embedding(position_N)
 
 

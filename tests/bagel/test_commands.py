@@ -1,13 +1,16 @@
 """The commands end to end on a tiny model: train, draw, describe, evaluate, check data."""
 
 import json
+import shutil
 
 import pytest
 from PIL import Image
 
 from bagel import check_data, generate, metrics
+from bagel.runs import open_model
 from bagel.train import main as train
-from tests.bagel.conftest import TINY
+from shared.errors import UserError
+from tests.bagel.conftest import SAMPLE, TINY
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +70,34 @@ def test_a_run_and_its_exported_folder_draw_the_same(trained, tmp_path):
     assert pictures[0] == pictures[1] == pictures[2]
 
 
+def test_half_precision_reads_and_draws(trained, tmp_path):
+    """As on a GPU, where bf16 is the default."""
+    Image.new("RGB", (60, 60), (200, 20, 20)).save(tmp_path / "in.png")
+    common = ["--checkpoint", trained, "--device", "cpu", "--precision", "bf16", "--num-timesteps", "3"]
+    question = ["--prompt", "What?", "--image", str(tmp_path / "in.png"), "--max-length", "4"]
+    generate.main([*common, *question, "--output", str(tmp_path / "answer.json")])
+    generate.main([*common, *question, "--task", "edit", "--output", str(tmp_path / "edited.png")])
+    generate.main([*common, "--prompt", "A red apple", "--output", str(tmp_path / "drawn.png")])
+    assert Image.open(tmp_path / "drawn.png").size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    "file, change, message",
+    [
+        ("vit_config.json", {"num_hidden_layers": "many"}, "vit_config.json: num_hidden_layers"),
+        ("vit_config.json", {"num_hidden_layers": 1}, "num_hidden_layers must be 2 or more"),
+        ("bagel_config.json", {"autoencoder": {"kind": "x"}}, "bagel_config.json: autoencoder.kind"),
+        ("bagel_config.json", {"max_latent_size": "wide"}, "bagel_config.json: max_latent_size"),
+    ],
+)
+def test_a_model_folder_with_odd_settings_is_refused_by_file(trained, tmp_path, file, change, message):
+    shutil.copytree(f"{trained}/model", tmp_path / "model")
+    path = tmp_path / "model" / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError, match=message):
+        open_model(str(tmp_path / "model"), device="cpu")
+
+
 def test_text_batches_and_edits(trained, tmp_path):
     Image.new("RGB", (60, 60), (200, 20, 20)).save(tmp_path / "in.png")
     common = ["--checkpoint", trained, "--device", "cpu", "--num-timesteps", "3", "--max-length", "8"]
@@ -102,6 +133,9 @@ def test_text_batches_and_edits(trained, tmp_path):
         (["--prompt", "a", "--checkpoint", "nowhere"], "no such folder"),
         (["--prompt", "a", "--prompts", "b.txt"], "not both"),
         (["--prompts", "b.txt", "--think"], "no --think"),
+        (["--prompts", "."], "--prompts .: no such file"),
+        (["--prompts", str(SAMPLE.parent / "images" / "1f34e.jpg")], "not UTF-8"),
+        (["--prompt", "a", "--device", "abacus"], "--device abacus: not a device"),
         (["--prompt", "a", "--output", "x.bmp"], "unknown kind"),
         (["--prompt", "a", "--image", "none.png"], "not there"),
         (["--prompt", "a", "--height", "30"], "multiples of 4"),

@@ -130,6 +130,7 @@ MALFORMED = {
         '"text"',
         {**GOOD, "id": 1.5},
         {**GOOD, "weight": 0},
+        '{"text_prompt": "a", "image_path": "images/apple.png", "weight": 1e999}',
         {"text_prompt": "a", "image_path": 7},
         {"conversations": "hello"},
         {"sequence": [{"type": "text", "content": "a", "loss": 2}]},
@@ -154,7 +155,9 @@ MALFORMED = {
         {"sequence": [{"type": "text", "content": "a"}]},
         {"conversations": [TURN, {"role": "assistant", "type": "text", "content": "  "}]},
     ],
-    "E_IMAGE_MISSING": [{**GOOD, "image_path": "images/none.png"}, {**GOOD, "image_path": "images"}],
+    "E_IMAGE_MISSING": [
+        {**GOOD, "image_path": name} for name in ("images/none.png", "images", "x" * 5000, "images/\0.png")
+    ],
     "E_IMAGE_DECODE": [{**GOOD, "image_path": "images/text.png"}],
     "E_IMAGE_SIZE": [{**GOOD, "image_path": "images/line.png"}],
     "E_IMAGE_COUNT": [
@@ -225,6 +228,19 @@ def test_every_record_comes_once_an_epoch_and_weights_count(open_records):
     assert set(counts) == {2, 3} and sum(counts) / 40 == pytest.approx(2.5, abs=0.3)
     assert sorted(index for index in dataset.order(3) if index % 6 != 5) == [0, 1, 2, 3, 4]
     assert dataset.order(1) == dataset.order(1) != dataset.order(2)
+
+
+def test_weights_that_make_no_sample_an_epoch_are_refused(open_records):
+    dataset = open_records([{**GOOD, "weight": 0.01}] * 50)
+    with pytest.raises(UserError, match="sum up to 0.5: an epoch would hold no sample"):
+        PackStream(
+            dataset, DataConfig(), DistInfo(), batch_size=1, accumulation=1, collate=make_collate(LAYOUT, Dropout(), 0)
+        )
+
+
+def test_half_a_surrogate_pair_becomes_a_question_mark(open_records):
+    dataset = open_records(['{"text_prompt": "a \\ud800", "image_path": "images/apple.png"}'])
+    assert bytes(dataset.plan(0, 0)[0].ids) == b"a ?"
 
 
 def test_questions_about_pictures_can_come_more_often(open_records):
