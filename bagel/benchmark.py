@@ -39,7 +39,6 @@ from bagel.train import complete, open_dataset
 from shared.dist import DistInfo
 
 MARKS = SpecialTokens(8188, 8189, 8190, 8191)
-PACKS = 4  # of the sample data, in their first order
 
 
 def settings(*words: str) -> Config:
@@ -99,14 +98,14 @@ def step_over(model: Bagel, packs: list[dict[str, Any]]) -> Job:
     return step
 
 
-def sample_packs(config: Config) -> tuple[list[dict], list[dict]]:
-    """The first packs of the sample data under the small preset, and the same samples padded to their longest."""
+def sample_packs(config: Config, count: int) -> tuple[list[dict], list[dict]]:
+    """The first packs of the sample data under these settings, and the same samples padded to their longest."""
     model = read_config(config.model)
     tokenizer = load_tokenizer(model)
     dataset = open_dataset(config, model, tokenizer, config.data.train_data_path)
     packer, autoencoder = make_packer(dataset, config.data, 1), load_autoencoder(model)
     packed, padded = [], []
-    for _ in range(PACKS):
+    for _ in range(count):
         samples = [dataset.sample(index, epoch) for epoch, index in packer.next_pack()]
         lengths = [dataset.layout.length(sample["items"]) for sample in samples]
         for target, together in ((packed, False), (padded, True)):
@@ -123,18 +122,21 @@ def sample_packs(config: Config) -> tuple[list[dict], list[dict]]:
 
 def peers(bench: Bench) -> None:
     """Packed against padded on the sample data; the sliced attention against dense masks."""
-    config = settings("small")
-    packed, padded = sample_packs(config)
-    useful = sum(pack["sequence_length"] for pack in packed)
-    filled = sum(pack["sequence_length"] for pack in padded)
-    model = read_config(config.model)
-    ours = build_model(model, rows=load_tokenizer(model).vocab_size)
-    theirs = build_model(model.model_copy(update={"attention": "dense"}), rows=load_tokenizer(model).vocab_size)
-    note = f"{PACKS} packs of the sample data, small preset: {useful:,} useful tokens, {filled:,} with padding"
-    bench.pair(
-        "useful token", step_over(ours, packed), step_over(theirs, padded), peer="padded batch, dense masks", bar=0.6,
-        work=(useful, useful), note=note,
-    )  # fmt: skip
+    for budget, count in ((1024, 4), (4096, 1)):
+        config = settings("small", "--tokens-per-batch", str(budget))
+        packed, padded = sample_packs(config, count)
+        useful, filled = (sum(pack["sequence_length"] for pack in packs) for packs in (packed, padded))
+        model = read_config(config.model)
+        rows = load_tokenizer(model).vocab_size
+        ours, theirs = (
+            build_model(model.model_copy(update={"attention": attention}), rows=rows)
+            for attention in ("sliced", "dense")
+        )
+        note = f"{count} packs of the sample data, small preset: {useful:,} useful tokens, {filled:,} with padding"
+        bench.pair(
+            f"useful token, packs of {budget:,}", step_over(ours, packed), step_over(theirs, padded),
+            peer="padded batch, dense masks", bar=0.6, work=(useful, useful), note=note,
+        )  # fmt: skip
     pack, count = make_pack(), sum(parameter.numel() for parameter in build().parameters())
     bench.pair(
         "step, 1072 tokens of five samples", step_over(build(), [pack]), step_over(build("dense"), [pack]),
