@@ -1,6 +1,6 @@
 """Measurements for the benchmarks: alternated pairs, medians, fitted slopes, loaders under fake compute, start-up.
 
-    bash scripts/bench.sh [--system dit float] [--parts peers] [--rounds 5] [--output DIR] [--gpu]
+    bash scripts/bench.sh [--system dit float] [--parts peers] [--rounds 5] [--output DIR] [--gpu] [--record]
 
 Every SYSTEM/benchmark.py offers its measurements as functions of a Bench (PARTS); this command runs each in a process
 of its own, one after another, and joins what they found into one bench.json and one bench.md. Times on a CPU are
@@ -47,6 +47,7 @@ class BenchOptions(Section):
     rounds: int = setting(5, "timed rounds of every measurement", ge=1)
     output: str | None = setting(None, "folder for bench.json and bench.md; null: a new one that is named at the end")
     gpu: bool = setting(False, "utilisation of a GPU in place of the table for the CPU")
+    record: bool = setting(False, "also write the table to scripts/BENCHMARKS.md")
 
 
 @dataclass
@@ -338,6 +339,8 @@ def main(argv: list[str] | None = None) -> None:
         elif (part / "bench.json").exists():
             tables |= json.loads((part / "bench.json").read_text())["systems"]
     write_tables(folder, tables, minutes=(time.perf_counter() - began) / 60)
+    if options.record:
+        (ROOT / "scripts" / "BENCHMARKS.md").write_text((folder / "bench.md").read_text())
     print(f"wrote {folder / 'bench.md'} and {folder / 'bench.json'}")
     if failed:
         raise UserError(f"{', '.join(failed)}: the benchmark failed, see above; the table holds the others")
