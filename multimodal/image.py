@@ -45,8 +45,8 @@ def read_image(source: Path | bytes, *, max_side: int | None = None) -> Image.Im
 
 def to_tensor(picture: Image.Image) -> Tensor:
     """(3, H, W) float32: [0, 1] less CLIP's mean over its std."""
-    pixels = torch.from_numpy(np.array(picture, np.float32) / 255)
-    return ((pixels - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1).contiguous()
+    pixels = torch.from_numpy(np.asarray(picture).transpose(2, 0, 1).astype(np.float32, order="C"))
+    return pixels.div_(255).sub_(torch.tensor(MEAN)[:, None, None]).div_(torch.tensor(STD)[:, None, None])
 
 
 def from_tensor(pixels_CHW: Tensor) -> Image.Image:
