@@ -57,9 +57,7 @@ class DataConfig(Section):
     align_flip: float = setting(
         0.0, "stages 2 and 3: probability of mirroring (captions say left and right)", ge=0, le=1
     )
-    caption_noise: float = setting(
-        0.0, "stages 2 and 3: probability of replacing each token of a caption by a random one", ge=0, lt=1
-    )
+    caption_drop: float = setting(0.0, "stages 2 and 3: probability of leaving out each token of a caption", ge=0, lt=1)
     mel_cache: str | None = setting(None, "folder for log-mel spectrograms as fp16 .npy, written at first use")
     keep_in_memory: bool = setting(False, "keep decoded pictures and spectrograms in memory (small sets)")
     synthetic_items: int = setting(256, "synthetic: pairs of each kind", ge=8)
@@ -106,6 +104,7 @@ class TrainingConfig(TrainingSection):
     )
     word_embeddings: str = setting("auto", "GloVe text file; auto: data_root/glove when present; none: random")
     train_words: bool = setting(False, "stage 2 trains the word table too; for runs without pre-trained word vectors")
+    word_lr_scale: float = setting(1.0, "learning rate of the word table relative to the text tower's", ge=0)
     tower_lr_scale: float = setting(0.3, "stage 3: learning rate of the towers relative to fusion and heads", ge=0)
     init_from: str | None = setting(None, "start the first stage from these weights")
     reset_head: bool = setting(False, "with init_from: leave out the classifier when its size differs")

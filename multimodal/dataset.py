@@ -1,7 +1,7 @@
 """Records to tensors: keyed crops and masks, captions to ids, and the collating of batches."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from multimodal.audio import SAMPLE_RATE, compress, fit_frames, log_power, read_
 from multimodal.config import DataConfig
 from multimodal.image import center_crop, random_resized_crop, read_image, to_tensor
 from multimodal.records import Record, Source
+from multimodal.sharded import names_of
 from multimodal.text import SPECIAL_TOKENS, TextTokenizer, pad_ids
 from shared.errors import BadSample, UserError
 from shared.rng import keyed_generator
@@ -30,7 +31,7 @@ class Augmentation:
     crop_scale: float = 0.2
     flip: float = 0.5
     spec_augment: bool = True
-    caption_noise: float = 0.0
+    caption_drop: float = 0.0
 
 
 class CaptionedDataset:
@@ -43,7 +44,7 @@ class CaptionedDataset:
 
     def __init__(
         self,
-        records: list[Record],
+        records: Sequence[Record],
         data: DataConfig,
         tokenizer: TextTokenizer,
         *,
@@ -55,8 +56,7 @@ class CaptionedDataset:
         self.records, self.data, self.tokenizer, self.image_size, self.seed = records, data, tokenizer, image_size, seed
         self.augmentation, self.num_classes = augmentation, num_classes
         self._memory: dict[str, Any] = {}
-        text = "\n".join(record.id for record in records)
-        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.fingerprint = list_fingerprint(records)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -94,7 +94,9 @@ class CaptionedDataset:
             item["audio"], item["audio_mask"] = self._audio(record.source, generator, position, seconds)
             if record.video is not None:
                 item["images"] = self._frame(record.video, generator)
-        if self.num_classes and record.labels is not None:
+        if self.num_classes:
+            if record.labels is None:
+                raise BadSample(f"{record.id}: no labels, others have some")
             item["labels"] = torch.zeros(self.num_classes)
             if max(record.labels, default=0) >= self.num_classes:
                 raise BadSample(f"{record.id}: label {max(record.labels)} with num_classes {self.num_classes}")
@@ -102,16 +104,12 @@ class CaptionedDataset:
         return item
 
     def _vary(self, ids: list[int], generator: torch.Generator | None) -> list[int]:
-        """Some tokens replaced by random ones, which look as words do that training never saw."""
-        rate = self.augmentation.caption_noise if self.augmentation and generator else 0.0
+        """Some tokens left out, so that each word learns to stand for itself."""
+        rate = self.augmentation.caption_drop if self.augmentation and generator else 0.0
         if not rate:
             return ids
-        plain = self.tokenizer.vocabulary - SPECIAL_TOKENS
-        draws = torch.rand(2, len(ids), generator=generator).tolist()
-        return [
-            SPECIAL_TOKENS + int(other * plain) if number >= SPECIAL_TOKENS and draw < rate else number
-            for number, draw, other in zip(ids, *draws, strict=True)
-        ]
+        draws = torch.rand(len(ids), generator=generator).tolist()
+        return [number for number, draw in zip(ids, draws, strict=True) if number < SPECIAL_TOKENS or draw >= rate]
 
     # --- pictures -----------------------------------------------------------------------------------------------------
 
@@ -209,6 +207,15 @@ def collate(items: list[dict]) -> dict[str, Any]:
     keys = [[item.get("caption_key", item["item_key"]), item["item_key"]] for item in items]
     batch["keys"] = torch.tensor(keys, dtype=torch.int64)
     return batch
+
+
+def list_fingerprint(records: Sequence[Record]) -> str:
+    """Stands for the names of all records and their order."""
+    digest, names = hashlib.sha256(), names_of(records)
+    digest.update(next(names, "").encode())
+    for name in names:
+        digest.update(b"\n" + name.encode())
+    return digest.hexdigest()[:16]
 
 
 def stable_hash(text: str) -> int:

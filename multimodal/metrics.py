@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
 def measure_sets(embedder: Any, options: Options, found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Retrieval and classification of each data set into `found`; the embedded splits by name, and records by id."""
     from multimodal.records import KINDS
-    from multimodal.sources import all_labelled
+    from multimodal.sharded import all_labelled
 
     splits, sources = {}, {}
     for name, records in records_of(embedder, options).items():
@@ -137,6 +137,7 @@ def measure_sets(embedder: Any, options: Options, found: dict[str, Any]) -> tupl
 def records_of(embedder: Any, options: Options) -> dict[str, list]:
     """Records by data set."""
     from multimodal.records import read_records
+    from multimodal.sharded import readable
     from multimodal.sources import data_folder
     from multimodal.synthetic import synthetic_records
 
@@ -155,9 +156,10 @@ def records_of(embedder: Any, options: Options) -> dict[str, list]:
             continue
         split, karpathy = ("test", True) if options.protocol == "karpathy" else (options.split, config.data.karpathy)
         read = read_records(name, folder, split, karpathy=karpathy and name == "coco")
-        print(f"{name} {split}: {len(read.records)} of {len(read.records) + read.missing} present")
-        if read.records:
-            records[name] = read.records
+        present = readable(read.records)
+        print(f"{name} {split}: {len(present)} of {len(read.records) + read.missing} present")
+        if present:
+            records[name] = present
     return records
 
 

@@ -1,10 +1,8 @@
-"""What lies on disk: COCO, Clotho, AudioCaps, VoxCeleb, captions in JSON lines and webdataset shards, as lists of
-records.
-"""
+"""What lies on disk: COCO, Clotho, AudioCaps, VoxCeleb and captions in JSON lines, as lists of records."""
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -13,7 +11,6 @@ from multimodal.audio import AUDIO_SUFFIXES
 from multimodal.image import IMAGE_SUFFIXES
 from multimodal.tables import clean, names_in, read_csv, read_json
 from shared.errors import UserError
-from shared.shards import Shards
 
 Kind = Literal["image", "audio", "voice"]
 KINDS: tuple[Kind, ...] = ("image", "audio", "voice")
@@ -26,22 +23,6 @@ class Source(Protocol):
 
     def read(self) -> bytes:
         """The encoded picture or sound."""
-
-
-@dataclass(frozen=True)
-class Member:
-    """A file inside a shard."""
-
-    shards: Shards
-    index: int
-    extension: str
-
-    def read(self) -> bytes:
-        """Its bytes."""
-        return self.shards.read(self.index, (self.extension,))[self.extension]
-
-    def __str__(self) -> str:
-        return f"{self.shards.paths[0].parent}: sample {self.index}.{self.extension}"
 
 
 @dataclass(frozen=True)
@@ -61,7 +42,7 @@ class Record:
 class Found:
     """The records of one split, and how many the set lists whose file is not there."""
 
-    records: list[Record]
+    records: Sequence[Record]
     missing: int = 0
 
 
@@ -70,8 +51,10 @@ def read_records(name: str, folder: Path, split: str, *, karpathy: bool = False)
 
     Raises UserError naming the folder and the download command when the set is not there.
     """
+    from multimodal.sharded import read_shards
+
     if not folder.is_dir():
-        raise UserError(f"data set {name}: no folder {folder}; {_remedy(name, folder)}")
+        raise UserError(f"data set {name}: no folder {folder}; {remedy(name, folder)}")
     readers: dict[str, Callable[[Path, str], Found]] = {
         "coco": read_karpathy if karpathy else read_coco,
         "clotho": read_clotho,
@@ -83,11 +66,12 @@ def read_records(name: str, folder: Path, split: str, *, karpathy: bool = False)
     found = readers[name](folder, split)
     if split == "train" and not found.records:
         missing = f" ({found.missing} are listed, their files are not there)" if found.missing else ""
-        raise UserError(f"data set {name}: {folder} holds no training sample{missing}; {_remedy(name, folder)}")
+        raise UserError(f"data set {name}: {folder} holds no training sample{missing}; {remedy(name, folder)}")
     return found
 
 
-def _remedy(name: str, folder: Path) -> str:
+def remedy(name: str, folder: Path) -> str:
+    """How to get a data set that is not there."""
     if name in ("jsonl", "shards"):
         return f"give its place with --set data.paths='{{{name}: FOLDER}}'"
     return (
@@ -106,7 +90,7 @@ def read_coco(folder: Path, split: str) -> Found:
     path = folder / "annotations" / f"captions_{year}.json"
     if not path.exists():
         if split == "train":
-            raise UserError(f"data set coco: no file {path}; {_remedy('coco', folder)}")
+            raise UserError(f"data set coco: no file {path}; {remedy('coco', folder)}")
         return Found([])
     tree = read_json(path, ("images", "annotations"))
     captions: dict[int, list[str]] = {}
@@ -180,7 +164,7 @@ def read_clotho(folder: Path, split: str) -> Found:
     path = folder / f"clotho_captions_{name}.csv"
     if not path.exists():
         if split == "train":
-            raise UserError(f"data set clotho: no file {path}; {_remedy('clotho', folder)}")
+            raise UserError(f"data set clotho: no file {path}; {remedy('clotho', folder)}")
         return Found([])
     rows = read_csv(path, ("file_name", "caption_1"))
     present, records = names_in(folder / name), []
@@ -208,7 +192,7 @@ def read_audiocaps(folder: Path, split: str) -> Found:
     path = folder / f"{split}.csv"
     if not path.exists():
         if split == "train":
-            raise UserError(f"data set audiocaps: no file {path}; {_remedy('audiocaps', folder)}")
+            raise UserError(f"data set audiocaps: no file {path}; {remedy('audiocaps', folder)}")
         return Found([])
     captions: dict[tuple[str, str], list[str]] = {}
     for row in read_csv(path, ("youtube_id", "start_time", "caption")):
@@ -237,7 +221,7 @@ def read_voxceleb(folder: Path, split: str) -> Found:
     """
     root = next((place for place in (folder / "wav", folder / "dev" / "aac", folder / "aac") if place.is_dir()), None)
     if root is None:
-        raise UserError(f"data set voxceleb: neither wav/ nor dev/aac/ in {folder}; {_remedy('voxceleb', folder)}")
+        raise UserError(f"data set voxceleb: neither wav/ nor dev/aac/ in {folder}; {remedy('voxceleb', folder)}")
     speakers = {path.name: rank for rank, path in enumerate(sorted(p for p in root.iterdir() if p.is_dir()))}
     listed = _identification_split(folder / "iden_split.txt")
     records = []
@@ -290,7 +274,7 @@ def read_jsonl(folder: Path, split: str) -> Found:
     path = folder / f"{split}.jsonl"
     if not path.exists():
         if split == "train":
-            raise UserError(f"data set jsonl: no file {path}; {_remedy('jsonl', folder)}")
+            raise UserError(f"data set jsonl: no file {path}; {remedy('jsonl', folder)}")
         return Found([])
     records, missing = [], 0
     with open(path, "rb") as file:
@@ -299,7 +283,7 @@ def read_jsonl(folder: Path, split: str) -> Found:
                 continue
             try:
                 row = json.loads(line)
-                source, captions = folder / row["file"], _captions(row)
+                source, captions = folder / row["file"], captions_of(row)
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise UserError(
                     f"{path}: line {number} is not an object with file and captions; mend that line"
@@ -307,45 +291,13 @@ def read_jsonl(folder: Path, split: str) -> Found:
             if not source.is_file():
                 missing += 1
                 continue
-            labels = _labels(row, f"{path}: line {number}")
+            labels = labels_of(row, f"{path}: line {number}")
             name = f"{split}/{row['file']}"
             records.append(Record(name, source, captions, "jsonl", kind_of(source.suffix, path), labels))
     return Found(records, missing)
 
 
-def read_shards(folder: Path, split: str) -> Found:
-    """{train,val,test}*.tar in the webdataset layout: a picture or sound, and txt (captions by line) or json (as in
-    jsonl).
-    """
-    paths = sorted(folder.glob(f"{split}*.tar"))
-    if not paths:
-        if split == "train":
-            raise UserError(f"data set shards: no file {folder}/train*.tar; {_remedy('shards', folder)}")
-        return Found([])
-    shards, records = Shards(paths), []
-    for index in range(len(shards)):
-        sample, extensions = shards.read(index, ("txt", "json")), shards.names(index)[1]
-        media = next((name for name in extensions if f".{name}" in (*IMAGE_SUFFIXES, *AUDIO_SUFFIXES)), None)
-        where = f"{folder}: sample {sample['__key__']}"
-        if media is None:
-            raise UserError(f"{where} holds no picture or sound; its members are {', '.join(sorted(extensions))}")
-        captions, labels = _shard_text(sample, where)
-        name, source = f"{split}/{sample['__key__']}", Member(shards, index, media)
-        records.append(Record(name, source, captions, "shards", kind_of(f".{media}", folder), labels))
-    return Found(records)
-
-
-def _shard_text(sample: dict, where: str) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
-    """Captions and labels of a sample."""
-    try:
-        row = json.loads(sample["json"]) if "json" in sample else {"captions": sample["txt"].decode().splitlines()}
-        captions = _captions(row)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{where} has no caption: a .txt with lines or a .json with captions is wanted") from None
-    return captions, _labels(row, where)
-
-
-def _captions(row: dict) -> tuple[str, ...]:
+def captions_of(row: dict) -> tuple[str, ...]:
     """The captions of a row that are not blank; ValueError where there is none, TypeError where one is no text."""
     captions = tuple(filter(None, (clean(text) for text in row.get("captions") or [row["caption"]])))
     if not captions:
@@ -362,7 +314,8 @@ def kind_of(suffix: str, where: Path) -> Kind:
     raise UserError(f"{where}: {suffix} is neither a picture nor a sound that can be read")
 
 
-def _labels(row: dict, where: str) -> tuple[int, ...] | None:
+def labels_of(row: dict, where: str) -> tuple[int, ...] | None:
+    """The class numbers of a row, None where it has none; UserError naming the place where they are no numbers."""
     if row.get("labels") is None:
         return None
     try:

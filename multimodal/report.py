@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from multimodal.config import Config
+from multimodal.model import MultimodalModel
 from multimodal.records import KINDS
 from multimodal.sources import Data
 from shared.dist import DistInfo
@@ -22,9 +23,18 @@ PARTS = ("image", "text", "audio", "fusion")
 
 
 def write_reports(
-    config: Config, data: Data, info: DistInfo, *, reason: str, seconds: float, epochs: dict[int, int]
+    config: Config,
+    data: Data,
+    info: DistInfo,
+    network: MultimodalModel,
+    *,
+    reason: str,
+    seconds: float,
+    epochs: dict[int, int],
 ) -> Path:
-    """Write the JSON and the Markdown report of a run as it stands; returns the JSON's path."""
+    """Write the JSON and the Markdown report of a run as it stands; returns the JSON's path. network: of meta tensors
+    will do.
+    """
     output_dir = Path(config.run.output_dir)
     folder = output_dir / "reports"
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +51,7 @@ def write_reports(
             "ranks": info.world,
         },
         "environment": environment(info),
-        "model": model_facts(config),
+        "model": model_facts(network),
         "data": [{**row, "bad": count_bad(output_dir)} for row in data.counts],
         "notes": data.notes,
         "epochs": [entry for stage, found in rows.items() for entry in epoch_rows(stage, found)],
@@ -98,24 +108,12 @@ def environment(info: DistInfo) -> dict[str, Any]:
     }
 
 
-def model_facts(config: Config) -> dict[str, Any]:
+def model_facts(network: MultimodalModel) -> dict[str, Any]:
     """The size and the parameters of each part."""
-    import torch
-
-    from multimodal.model import create_model
-
-    with torch.device("meta"):
-        network = create_model(
-            config.model.size,
-            config.model.num_classes,
-            embed_dim=config.model.embed_dim,
-            image_size=config.model.image_size,
-            image_patch=config.model.image_patch,
-        )
     towers = {f"{part}_tower": sum(p.numel() for p in getattr(network, f"{part}_tower").parameters()) for part in PARTS}
     total = network.num_parameters()
     return {
-        "size": config.model.size,
+        "size": network.config["size"],
         "parameters": total,
         **towers,
         "word_table": network.words.weight.numel(),

@@ -101,11 +101,14 @@ class Run:
             raise
         finally:
             if self.info.is_main:
-                write_reports(
-                    self.config, self.data, self.info, reason=reason, seconds=time.time() - began, epochs=self.epochs
-                )
+                self._report(reason, time.time() - began)
         shutdown()
         return results
+
+    def _report(self, reason: str, seconds: float) -> None:
+        with torch.device("meta"):
+            network = make_network(self.config, self.tokenizer.vocabulary)
+        write_reports(self.config, self.data, self.info, network, reason=reason, seconds=seconds, epochs=self.epochs)
 
     # --- one stage ----------------------------------------------------------------------------------------------------
 
@@ -141,7 +144,11 @@ class Run:
             output_dir=folder,
             wrap_classes=(Block,),
             groups=parameter_groups(
-                module, stage, weight_decay=config.training.weight_decay, tower_scale=config.training.tower_lr_scale
+                module,
+                stage,
+                weight_decay=config.training.weight_decay,
+                tower_scale=config.training.tower_lr_scale,
+                word_scale=config.training.word_lr_scale,
             ),
             checkpoint_name="step_{step:08d}",
             epoch_checkpoint_name="epoch_{epoch:04d}",

@@ -1,14 +1,17 @@
 """From the settings to data sets, batch streams and placements: which pictures, sounds and voices a run trains on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from multimodal.config import SAMPLE_DATA, Config
 from multimodal.dataset import Augmentation, CaptionedDataset, PlainImages, collate, stable_hash
 from multimodal.records import KINDS, Kind, Record, coco_class_names, read_records
+from multimodal.sharded import all_labelled, by_kind, joined, names_of, take
 from multimodal.synthetic import synthetic_records
 from multimodal.text import TextTokenizer
 from shared.config import accumulation_steps
@@ -23,8 +26,8 @@ HELD_OUT = 20  # one record of so many, where a kind has no validation split
 class Data:
     """Records by kind, and sentences on what was found."""
 
-    train: dict[Kind, list[Record]] = field(default_factory=dict)
-    val: dict[Kind, list[Record]] = field(default_factory=dict)
+    train: dict[Kind, Sequence[Record]] = field(default_factory=dict)
+    val: dict[Kind, Sequence[Record]] = field(default_factory=dict)
     counts: list[dict[str, Any]] = field(default_factory=list)  # one row a data set and split
     notes: list[str] = field(default_factory=list)
 
@@ -42,11 +45,6 @@ class Data:
     def framed(self) -> bool:
         """Whether voices come with video frames."""
         return "voice" in self.train and self.train["voice"][0].video is not None
-
-
-def all_labelled(records: list[Record]) -> bool:
-    """Whether each record has class labels, which a batch needs."""
-    return all(record.labels is not None for record in records)
 
 
 def data_folder(config: Config, name: str) -> Path:
@@ -96,22 +94,21 @@ def _add(config: Config, data: Data, name: str, folder: Path) -> None:
         if found.records:
             data.counts.append({"dataset": name, "split": split, "items": len(found.records), "missing": found.missing})
             data.notes.append(f"{name} {split}: {len(found.records)} of {len(found.records) + found.missing} present")
-        for record in found.records:
-            target.setdefault(record.kind, []).append(record)
+        for kind, records in by_kind(found.records).items():
+            target[kind] = joined(target[kind], records) if kind in target else records
 
 
 def _hold_out(data: Data) -> None:
     for kind in data.kinds:
         if not data.val.get(kind):
-            held = [record for record in data.train[kind] if stable_hash(record.id) % HELD_OUT == 0] or data.train[
-                kind
-            ][-1:]
-            names = {record.id for record in held}
-            rest = [record for record in data.train[kind] if record.id not in names]
-            if not rest:
+            records = data.train[kind]
+            is_held = np.array([stable_hash(name) % HELD_OUT == 0 for name in names_of(records)])
+            is_held[-1] |= not is_held.any()
+            if is_held.all():
                 raise UserError(
-                    f"{len(held)} {kind} sample is too little to train on and validate with; give more data"
+                    f"{len(records)} {kind} sample is too little to train on and validate with; give more data"
                 )
+            rest, held = (take(records, np.flatnonzero(chosen)) for chosen in (~is_held, is_held))
             data.train[kind], data.val[kind] = rest, held
             data.notes.append(
                 f"{kind}: no validation split; {len(held)} training samples are held out by the hash of their name"
@@ -144,7 +141,7 @@ def _check_voice(config: Config, data: Data) -> None:
 
 
 def make_datasets(
-    config: Config, records: dict[Kind, list[Record]], tokenizer: TextTokenizer, *, stage: int, training: bool
+    config: Config, records: dict[Kind, Sequence[Record]], tokenizer: TextTokenizer, *, stage: int, training: bool
 ) -> dict[Kind, CaptionedDataset]:
     """One data set a kind, with the augmentation of the stage while training."""
     augmentation = None
@@ -153,7 +150,7 @@ def make_datasets(
             crop_scale=0.2 if stage == 1 else config.data.align_crop_scale,
             flip=0.5 if stage == 1 else config.data.align_flip,
             spec_augment=config.data.spec_augment and stage < 3,
-            caption_noise=config.data.caption_noise if stage > 1 else 0.0,
+            caption_drop=config.data.caption_drop if stage > 1 else 0.0,
         )
     plain = stage == 1 and config.training.text_pretraining == "embeddings"
     kinds = [kind for kind in KINDS if kind in records and not (stage == 1 and kind == "voice")]

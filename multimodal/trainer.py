@@ -98,8 +98,13 @@ def choose_trainable(
         module.audio_decoder.requires_grad_("audio" in kinds)
 
 
-def parameter_groups(module: nn.Module, stage: int, *, weight_decay: float, tower_scale: float) -> list[dict]:
-    """Groups for the optimizer: no decay for vectors, tables and tokens; in stage 3 a lower rate for the towers."""
+def parameter_groups(
+    module: nn.Module, stage: int, *, weight_decay: float, tower_scale: float, word_scale: float
+) -> list[dict]:
+    """Groups for the optimizer: no decay for vectors, tables and tokens; in stage 3 a lower rate for the towers.
+
+    word_scale: rate of the word table relative to the text tower's.
+    """
     free = {PREFIX + name for name in module.network.no_weight_decay()}
     heads = tuple(PREFIX + name for name in ("fus", "to_fusion", "modality_vectors", "classifier", "match_head"))
     groups: dict[tuple[float, float], list[str]] = {}
@@ -107,6 +112,7 @@ def parameter_groups(module: nn.Module, stage: int, *, weight_decay: float, towe
         if parameter.requires_grad:
             decay = 0.0 if name in free or parameter.ndim < 2 or "token" in name.split(".")[-1] else weight_decay
             scale = tower_scale if stage == 3 and not name.startswith(heads) else 1.0
+            scale *= word_scale if name == PREFIX + "words.weight" else 1.0
             groups.setdefault((decay, scale), []).append(name)
     return [{"names": names, "weight_decay": decay, "lr_scale": scale} for (decay, scale), names in groups.items()]
 

@@ -9,7 +9,7 @@ from multimodal import benchmark
 from multimodal.blocks import Attention, Block
 from multimodal.config import Config
 from multimodal.model import SIZES, create_model
-from multimodal.trainer import choose_trainable, make_stage_module
+from multimodal.trainer import choose_trainable, make_stage_module, parameter_groups
 
 TOTALS = {"tiny": 14_784_789, "small": 35_593_493, "base": 80_128_597, "large": 200_918_869}
 BASE_PARTS = {
@@ -253,6 +253,9 @@ def test_stage_2_trains_the_word_table_on_request_alone(train_words):
     trained = {name for name, parameter in module.network.named_parameters() if parameter.requires_grad}
     assert ("words.weight" in trained) == train_words and "word_projection.weight" in trained
     assert not [name for name in trained if name.startswith(("fus", "to_fusion", "audio", "classifier"))]
+    groups = parameter_groups(module, 2, weight_decay=0.1, tower_scale=0.3, word_scale=6.0)
+    rates = {name: group["lr_scale"] for group in groups for name in group["names"]}
+    assert rates.pop("network.words.weight", 6.0) == 6.0 and set(rates.values()) == {1.0}
 
 
 def test_initial_values():

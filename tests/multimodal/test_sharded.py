@@ -1,0 +1,125 @@
+"""Shards stay on disk: opened by their index, captions read when asked for, mixed with lists without a difference."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from multimodal.config import Config
+from multimodal.dataset import list_fingerprint
+from multimodal.records import Record, read_records
+from multimodal.sharded import Joined, ShardRecords, all_labelled, by_kind, names_of, readable, take
+from multimodal.sources import HELD_OUT, open_data, stable_hash
+from multimodal.text import TextTokenizer
+from shared.errors import BadSample, UserError
+from shared.shards import Shards
+from tests.multimodal.files import dataset, picture
+
+PIXELS = io.BytesIO()
+Image.new("RGB", (8, 8), 120).save(PIXELS, "PNG")
+
+
+def write_shard(path: Path, members: dict[str, bytes]) -> Path:
+    """One tar file of these members; returns its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path.parent
+
+
+def pictures(first: int, count: int, text: str = "picture") -> dict[str, bytes]:
+    """Samples of a picture and a caption each."""
+    numbers = range(first, first + count)
+    return {
+        f"k{n:03d}.{part}": data
+        for n in numbers
+        for part, data in (("png", PIXELS.getvalue()), ("txt", f"{text} {n}".encode()))
+    }
+
+
+def test_opening_reads_one_caption_and_training_reads_the_rest(tmp_path, monkeypatch):
+    folder = write_shard(tmp_path / "train-0.tar", pictures(0, 40))
+    write_shard(tmp_path / "train-1.tar", pictures(40, 20))
+    reads, read = [], Shards.read
+    monkeypatch.setattr(
+        Shards, "read", lambda self, index, wanted: (reads.append(wanted), read(self, index, wanted))[1]
+    )
+    config = Config(data={"datasets": ["shards"], "paths": {"shards": str(folder)}})
+    data = open_data(config)
+    assert reads == [("txt", "json")]
+    names = [f"train/k{n:03d}" for n in range(60)]
+    held = [name for name in names if stable_hash(name) % HELD_OUT == 0]
+    assert list(names_of(data.val["image"])) == held and held
+    assert list(names_of(data.train["image"])) == [name for name in names if name not in held]
+    for records in (data.train["image"], data.val["image"]):
+        as_list = [Record(name, tmp_path, (), "", "image") for name in names_of(records)]
+        assert list_fingerprint(records) == list_fingerprint(as_list)
+        assert [record.id for record in records] == [record.id for record in as_list]
+
+
+def test_shards_and_lists_are_read_as_one(tmp_path):
+    tokenizer = TextTokenizer()
+    folder = write_shard(tmp_path / "shards" / "train-0.tar", pictures(0, 5))
+    rows = [{"file": f"{n}.png", "caption": f"drawing {n}"} for n in range(4)]
+    for row in rows:
+        picture(tmp_path / "jsonl" / row["file"])
+    (tmp_path / "jsonl" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    paths = {"jsonl": str(tmp_path / "jsonl"), "shards": str(folder)}
+    both = open_data(Config(data={"datasets": ["jsonl", "shards"], "paths": paths}))
+    records = Joined(
+        [read_records("jsonl", tmp_path / "jsonl", "train").records, read_records("shards", folder, "train").records]
+    )
+    found = {record.id: record.captions for part in (both.train, both.val) for record in part["image"]}
+    assert found == {record.id: record.captions for record in records} and len(found) == 9
+    places = np.array([0, 3, 4, 8])
+    assert [record.captions[0] for record in take(records, places)] == [
+        "drawing 0",
+        "drawing 3",
+        "picture 0",
+        "picture 4",
+    ]
+    assert dataset(records, tokenizer)[8]["caption"] == "picture 4"
+    with pytest.raises(IndexError):
+        records[9]
+
+
+def test_broken_samples_stop_at_the_opening_or_when_they_are_read(tmp_path):
+    tokenizer, whole = TextTokenizer(), pictures(0, 4)
+    for name, member, reason in (
+        ("blank", {"k002.txt": b" \n"}, "no caption"),
+        ("labels", {"k002.txt": b"{", "k002.json": b'{"caption": "a", "labels": [-1]}'}, "class numbers"),
+        ("json", {"k002.json": b"not json"}, "no caption"),
+    ):
+        folder = write_shard(tmp_path / name / "train.tar", dict(sorted({**whole, **member}.items())))
+        records = read_records("shards", folder, "train").records
+        with pytest.raises(BadSample, match=f"k002.*{reason}"):
+            dataset(records, tokenizer)[2]
+        assert [record.captions for record in readable(records)] == [("picture 0",), ("picture 1",), ("picture 3",)]
+    folder = write_shard(tmp_path / "first" / "train.tar", {**whole, "k000.txt": b""})
+    with pytest.raises(UserError, match="k000 has no caption"):
+        read_records("shards", folder, "train")
+    folder = write_shard(tmp_path / "media" / "train.tar", {**whole, "k004.txt": b"no picture"})
+    with pytest.raises(UserError, match="k004 holds no picture or sound; its members are txt"):
+        read_records("shards", folder, "train")
+
+
+def test_labels_of_shards_are_those_of_the_first_sample(tmp_path):
+    rows = [{"caption": "a", "labels": [1]}, {"caption": "b"}]
+    members = {
+        f"k{n}.{part}": data
+        for n in range(2)
+        for part, data in (("png", PIXELS.getvalue()), ("json", json.dumps(rows[n]).encode()))
+    }
+    records = by_kind(read_records("shards", write_shard(tmp_path / "train.tar", members), "train").records)["image"]
+    assert isinstance(records, ShardRecords) and all_labelled(records)
+    items = dataset(records, TextTokenizer(), num_classes=2)
+    assert items[0]["labels"].tolist() == [0, 1]
+    with pytest.raises(BadSample, match="k1: no labels"):
+        items[1]
