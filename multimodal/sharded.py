@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, compress
 from pathlib import Path
 
 import numpy as np
@@ -71,11 +71,13 @@ class ShardRecords(Sequence[Record]):
         return Record(f"{self.split}/{sample['__key__']}", source, captions, "shards", self.kind, labels)
 
     def names(self) -> Iterator[str]:
-        """The ids of the records, from the shards' index alone."""
-        return (f"{self.split}/{self.shards.names(int(number))[0]}" for number in self.numbers_N)
+        """The ids of the records, which ascend, from the shards' index alone."""
+        chosen = np.zeros(len(self.shards), dtype=bool)
+        chosen[self.numbers_N] = True
+        return (f"{self.split}/{key}" for key, _ in compress(self.shards.listing(), chosen.tobytes()))
 
     def take(self, places_N: np.ndarray) -> "ShardRecords":
-        """Only these records, in this order."""
+        """Only these records; the places ascend."""
         return ShardRecords(self.shards, self.split, self.kind, self.numbers_N[places_N])
 
 

@@ -102,7 +102,7 @@ def _hold_out(data: Data) -> None:
     for kind in data.kinds:
         if not data.val.get(kind):
             records = data.train[kind]
-            is_held = np.array([stable_hash(name) % HELD_OUT == 0 for name in names_of(records)])
+            is_held = np.fromiter((stable_hash(name) % HELD_OUT == 0 for name in names_of(records)), dtype=bool)
             is_held[-1] |= not is_held.any()
             if is_held.all():
                 raise UserError(
