@@ -28,6 +28,7 @@ from torch import nn
 
 from dit.config import PRESETS, Config
 from dit.model import DiTModel
+from dit.train import workload
 from shared.data import BatchPlan, MapStream
 from shared.dist import DistInfo
 
@@ -197,7 +198,6 @@ def start(bench: Bench) -> None:
 def loader(bench: Bench) -> None:
     """The default preset's loader beside a step of the planned length."""
     from dit.dataset import TextImageDataset, collate
-    from dit.train import workload
 
     with tempfile.TemporaryDirectory() as folder:
         config, cached = cached_dataset(Path(folder))
@@ -260,7 +260,6 @@ def open_pictures(folder: Path, count: int):
 
 def gpu(bench: Bench) -> None:
     """DiT-XL/2 at 256 px from cached latents."""
-    from dit.train import workload
     from shared.bench_gpu import utilisation
 
     config = settings("xl")

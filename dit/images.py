@@ -76,8 +76,7 @@ def to_square(
 
 def to_tensor(image: Image.Image, *, flip: bool = False) -> Tensor:
     """float32 (3, H, W) in [-1, 1]."""
-    pixels = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).astype(np.float32, order="C"))
-    pixels = pixels.div_(127.5).sub_(1.0)
+    pixels = torch.from_numpy(np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1.0)
     return pixels.flip(2) if flip else pixels
 
 

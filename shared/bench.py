@@ -189,8 +189,9 @@ class Bench:
         for _ in range(1 + worker_count):  # starting the loader's processes is no step's wait
             stream.next_step()
         sleep = min(step_seconds, LONGEST_FAKE_STEP)
-        steps, waited, began = max(3, min(200, int(STARVING_SECONDS / sleep))), 0.0, time.perf_counter()
+        steps, waited = max(3, min(200, int(STARVING_SECONDS / sleep))), 0.0
         time.sleep(sleep)
+        began = time.perf_counter()
         for _ in range(steps):
             asked = time.perf_counter()
             stream.next_step()

@@ -61,7 +61,7 @@ def make_step(workload: Workload, config: Any, device: torch.device, compiled: b
         if value.is_floating_point():  # zero weights would make a step of zeros
             torch.nn.init.trunc_normal_(value.data, std=0.02) if value.ndim > 1 else None
     strategy = make_strategy("none", info, "bf16" if device.type == "cuda" else "fp32", training)
-    strategy.prepare(model.train(), decay_groups(model, training.weight_decay), workload.blocks)
+    strategy.prepare(model.train(), decay_groups(model, training.weight_decay or 0.0), workload.blocks)
     with torch.device(device):
         loss_of = workload.step(config)
 
