@@ -218,6 +218,16 @@ def test_adm_centre_crop_halves_then_scales_then_cuts():
     assert where == (0, left, 16, by_hand.width)
 
 
+@pytest.mark.parametrize(("size", "window"), [((40, 25), (10, 0, 26, 16)), ((25, 40), (0, 10, 16, 26))])
+def test_a_random_window_lies_where_it_says(size, window):
+    """On wide and on tall pictures: the first draw goes across, the second down."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
+    draws = iter([0.99, 0.0] if size[0] > size[1] else [0.0, 0.99])
+    square, (top, left, height, width) = to_square(image, 16, crop="random", draw=lambda: next(draws))
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    assert (left, top) == window[:2] and np.array_equal(np.asarray(square), np.asarray(resized.crop(window)))
+
+
 @pytest.mark.parametrize("crop", ["center", "random", "random_resized", "resize"])
 def test_every_crop_gives_the_size(crop):
     for size in ((40, 25), (16, 16), (9, 30)):

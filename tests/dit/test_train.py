@@ -115,6 +115,23 @@ def test_draws_follow_the_slot_and_not_the_rank():
     assert all(torch.equal(whole[2:], part) for whole, part in zip(*found, strict=True))
 
 
+def test_the_posterior_is_drawn_anew_by_step_and_slot():
+    class Noisy(PoolCodec):
+        posterior = "sample"
+
+        def latents(self, moments, noise=None):
+            return moments[:, :4] + noise
+
+    trainer, dataset = make_trainer(tiny())
+    plain = trainer.latents(batch_of(dataset, range(4)), 0)
+    trainer.vae_encoder = Noisy()
+    first, again, later = (trainer.latents(batch_of(dataset, range(4)), step) - plain for step in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, later)
+    assert 0.8 < first.std() < 1.2 and not torch.equal(first[0], first[1])
+    part = trainer.latents(batch_of(dataset, range(2, 4)), 0) - plain[2:]
+    assert torch.allclose(part, first[2:], atol=1e-6)
+
+
 def test_resume_is_bit_exact(settings, tmp_path):
     arguments = settings(training={"total_steps": 6})
     train.main([*arguments, "--output-dir", str(tmp_path / "straight")])
