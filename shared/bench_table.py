@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from shared.files import write_text
+
 PARTS = {
     "peers": "Against peers: the same work, alternated in one process (ratio: ours / theirs)",
     "precision": "bf16 autocast against fp32 on this processor",
@@ -51,8 +53,8 @@ def write_tables(folder: Path, systems: dict[str, list[dict]], minutes: float | 
     """bench.json and bench.md; rows are those of shared/bench.py as dicts with `met`."""
     about = machine()
     tree = {"machine": about, "minutes": minutes, "systems": systems}
-    _write(folder / "bench.json", json.dumps(tree, indent=1) + "\n")
-    _write(folder / "bench.md", markdown(about, systems, minutes))
+    write_text(folder / "bench.json", json.dumps(tree, indent=1) + "\n")
+    write_text(folder / "bench.md", markdown(about, systems, minutes))
 
 
 def markdown(about: dict[str, Any], systems: dict[str, list[dict]], minutes: float | None = None) -> str:
@@ -108,9 +110,3 @@ def _commit() -> str:
 
 def _lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

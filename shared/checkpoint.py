@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from shared.dist import DistInfo, from_main, raise_together
 from shared.errors import CheckpointError, UserError
+from shared.files import write_text
 from shared.tensorfile import write_safetensors
 
 FORMAT = 1
@@ -106,14 +107,17 @@ class CheckpointStore:
 
     def _make_room(self, temporary: Path) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
-        for left in self.root.glob(".tmp-*"):
-            shutil.rmtree(left, ignore_errors=True)
+        for left in self.root.glob(".*"):  # of a run that was killed while it wrote
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
         temporary.mkdir()
 
     def _write_rest(
         self, folder: Path, trainer: dict, meta: dict, step: int, extra: Callable | None, files: dict
     ) -> None:
-        _write_text(folder / "trainer.json", json.dumps(trainer, indent=1))
+        write_text(folder / "trainer.json", json.dumps(trainer, indent=1), sync=True)
         if extra is not None:
             extra(folder)
         for path in sorted(folder.rglob("*")):
@@ -121,19 +125,21 @@ class CheckpointStore:
                 files[str(path.relative_to(folder))] = _describe(path)
         manifest = {"format": FORMAT, "step": step, **meta, "files": files}
         manifest["sha256"] = _digest(manifest)
-        _write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
+        write_text(folder / "manifest.json", json.dumps(manifest, indent=1), sync=True)
 
     def _commit(self, temporary: Path, final: Path) -> None:
+        damaged = self.root / f".tmp-damaged-{final.name}-{os.getpid()}"
         if final.exists():  # found damaged above
-            final.rename(self.root / f".tmp-damaged-{final.name}-{os.getpid()}")
+            final.rename(damaged)
         _sync_folder(temporary)
         os.rename(temporary, final)
         _sync_folder(self.root)
+        shutil.rmtree(damaged, ignore_errors=True)
 
     def _point(self, name: str, best: str | None) -> None:
         for mark, target in (("latest", name), ("best", best)):
             if target is not None:
-                _write_text(self.root / mark, target + "\n")
+                write_text(self.root / mark, target + "\n", sync=True)
 
     def _prune(self, best: str | None) -> None:
         found = self.listed()
@@ -336,15 +342,6 @@ def _describe(path: Path) -> dict:
 
 def _digest(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _sync_folder(path: Path) -> None:

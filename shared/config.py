@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shared.errors import UserError
+from shared.files import write_text
 from shared.flags import Leaf as Leaf
 from shared.flags import (
     StrictLoader,
@@ -280,11 +281,7 @@ def validate(schema: type[T], tree: dict, where: str, *, flags: Collection[str] 
 
 def save_config(config: BaseModel, path: Path) -> None:
     """Write the resolved settings as YAML, aside and renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(
-        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), encoding="utf-8"
-    )
-    os.replace(temporary, path)
+    write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
 def load_saved(schema: type[T], path: Path) -> T:

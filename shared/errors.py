@@ -33,10 +33,12 @@ def command(main: Callable) -> Callable:
         except PermissionError as error:
             _leave(f"error: {error.filename}: permission denied; choose a place that you can read and write")
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                place = error.filename or "output folder"
+                _leave(f"error: {place}: the disk is full; free some space and run the same command again")
+            if error.filename is None:
                 raise
-            place = error.filename or "output folder"
-            _leave(f"error: {place}: the disk is full; free some space and run the same command again")
+            _leave(f"error: {error.filename}: {error.strerror}; give another path")
 
     return run
 

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from shared.errors import UserError, command
+from shared.files import written_aside
 
 WIDTH, MARGIN, TITLE_HEIGHT = 1000, 12, 50  # pixels
 TALLEST = 0.36  # height over width; what is taller is cut below
@@ -79,10 +80,8 @@ def write_figure(reports: list[Path], output: Path) -> None:
         draw.text((MARGIN, top + 28), short(caption), fill="#666666", font=ImageFont.load_default(size=13))
         page.paste(picture, (MARGIN, top + TITLE_HEIGHT))
         top += TITLE_HEIGHT + picture.height + MARGIN
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}")
-    page.save(temporary, quality=85)
-    temporary.replace(output)
+    with written_aside(output) as temporary:
+        page.save(temporary, quality=85)
 
 
 @command

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 from shared.config import RunSection
 from shared.dist import DistInfo, mean_over_ranks, sum_over_ranks
 from shared.errors import UserError
+from shared.files import write_text
 
 TIME_BINS = 10  # bins of a loss over t in [0, 1]
 
@@ -140,9 +140,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
     """A resumed run writes the lines after its checkpoint again."""
     if path.exists():
         rows = [row for row in read_metrics(path) if row.get("step", 0) <= step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _tensorboard(output_dir: Path, resume_step: int):

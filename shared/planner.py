@@ -34,9 +34,7 @@ class Workload:
     def plan(self, config: Any) -> Plan:
         """The plan of exactly these settings."""
         parts = self.frozen_parts(config)
-        return make_plan(
-            self.title, self.measure(config), run=config.run, training=config.training, frozen_parts=parts
-        )
+        return make_plan(self.title, self.measure(config), run=config.run, training=config.training, frozen_parts=parts)
 
 
 def plan_run(workload: Workload, config: Any, *, steps: int | None = None) -> str:

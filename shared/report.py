@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from shared.errors import UserError, command
+from shared.files import write_text
 
 MAX_EMBEDDED = 4_000_000  # bytes of one embedded sample
 
@@ -81,9 +82,9 @@ def write_report(
     }
     path = output_dir / "report.json"
     report = _plain(report)
-    _write(path, json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False))
-    _write(output_dir / "report.md", _markdown(report))
-    _write(output_dir / "report.html", _page(title, [_section(report, output_dir)]))
+    write_text(path, json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False))
+    write_text(output_dir / "report.md", _markdown(report))
+    write_text(output_dir / "report.html", _page(title, [_section(report, output_dir)]))
     return path
 
 
@@ -109,7 +110,7 @@ def write_index(
     remarks = "".join(f"<p class=note>{html.escape(note)}</p>" for note in notes or ())
     heads = "<tr><th>system<th>figure<th>value<th>baseline<th>target<th>reached"
     overview = f"<table>{heads}{''.join(rows)}</table>" if rows else ""
-    _write(Path(output), _page(title, [remarks, overview, *sections]))
+    write_text(Path(output), _page(title, [remarks, overview, *sections]))
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
@@ -320,13 +321,6 @@ def _cells(bar: dict) -> str:
 
 def _remark(bar: dict) -> str:
     return f"<small>{html.escape(bar['note'])}</small>" if bar["note"] else ""
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 @command

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from shared.errors import BadSample, UserError
+from shared.files import written_aside
 
 LISTED = 4096  # samples whose names are in memory at a time
 
@@ -109,12 +110,9 @@ def _open_index(path: Path, cache_dir: Path | None) -> tuple[np.ndarray, np.ndar
     if not all(name.exists() for name in names):
         arrays = _read_headers(path)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             for name, array in zip(names, arrays, strict=True):
-                temporary = name.with_name(f"{name.name}.{os.getpid()}.tmp")
-                with open(temporary, "wb") as file:
-                    np.save(file, array)
-                os.replace(temporary, name)
+                with written_aside(name) as temporary:
+                    np.save(temporary, array)
         except OSError:
             return arrays  # a read-only data folder: index again next time
     return np.load(names[0], mmap_mode="r"), np.load(names[1], mmap_mode="r")

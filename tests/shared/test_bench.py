@@ -68,7 +68,7 @@ def fresh(rounds=2):
 
 
 def planned(seconds):
-    plan = SimpleNamespace(seconds_per_step=seconds, measured=SimpleNamespace(trainable=0))
+    plan = SimpleNamespace(seconds_per_step=seconds, measured=SimpleNamespace(trainable=0), world=1)
     return SimpleNamespace(plan=lambda config: plan)
 
 
