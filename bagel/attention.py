@@ -146,13 +146,19 @@ def attend(query_LHK: Tensor, key_LHK: Tensor, value_LHK: Tensor, layout: PackLa
 def scaled_dot_product(
     query_QHK: Tensor, key_SHK: Tensor, value_SHK: Tensor, *, mask: Tensor | None = None, causal: bool = False
 ) -> Tensor:
-    """One unbatched call of the fused kernel; every group of query heads shares a head of keys and values."""
+    """One unbatched call of the fused kernel; every group of query heads shares a head of keys and values.
+
+    causal: the last query sees every key, the one before it all but the last, and so on.
+    """
+    older = len(key_SHK) - len(query_QHK)
+    if causal and older:  # torch aligns is_causal to the upper left
+        mask = torch.ones(len(query_QHK), len(key_SHK), dtype=torch.bool, device=query_QHK.device).tril(older)
     out = F.scaled_dot_product_attention(
         query_QHK.transpose(0, 1)[None],
         key_SHK.transpose(0, 1)[None],
         value_SHK.transpose(0, 1)[None],
         attn_mask=mask,
-        is_causal=causal,
+        is_causal=causal and not older,
         enable_gqa=query_QHK.shape[1] != key_SHK.shape[1],
     )
     return out[0].transpose(0, 1)
@@ -179,10 +185,7 @@ def _queries(segments: list[Segment], query: Tensor, key: Tensor, value: Tensor)
 def _segment(segment: Segment, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     if segment.num_keys < len(key):
         key, value = (_take(x, segment.key_spans) for x in (key, value))
-    mask, square = None, len(query) == len(key)
-    if segment.causal and not square:  # torch aligns is_causal to the upper left; the last query must see every key
-        mask = torch.ones(len(query), len(key), dtype=torch.bool, device=query.device).tril(len(key) - len(query))
-    return scaled_dot_product(query, key, value, mask=mask, causal=segment.causal and square)
+    return scaled_dot_product(query, key, value, causal=segment.causal)
 
 
 def _take(x: Tensor, spans: list[tuple[int, int]]) -> Tensor:

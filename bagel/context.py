@@ -61,14 +61,7 @@ class CachedAttention:
             if self.store:
                 _put(context.keys, layer, key)
                 _put(context.values, layer, value)
-            mask, square = None, len(query) == len(key)
-            if self.causal and not square:
-                mask = torch.ones(len(query), len(key), dtype=torch.bool, device=query.device).tril(
-                    len(key) - len(query)
-                )
-            outputs.append(
-                scaled_dot_product(query.to(key.dtype), key, value, mask=mask, causal=self.causal and square)
-            )
+            outputs.append(scaled_dot_product(query.to(key.dtype), key, value, causal=self.causal))
         return self.rows.part(torch.cat(outputs).to(kind))
 
 

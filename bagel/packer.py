@@ -1,6 +1,6 @@
 """Which samples share a pack: ours, which loses none; a fixed number of samples; the released loop, to compare."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 Key = tuple[int, int]  # (epoch, index)
@@ -145,9 +145,3 @@ class ReferencePacker(Packer):
             self.epoch, self.cursor = self.epoch + 1, 0
         self.cursor += 1
         return (self.epoch, int(self._indices(self.epoch)[self.cursor - 1]))
-
-
-def padding_share(lengths: Iterable[int], capacity: int) -> float:
-    """Share of padding when packs of these lengths are padded to `capacity`."""
-    lengths = list(lengths)
-    return 1 - sum(lengths) / (capacity * len(lengths)) if lengths else 0.0

@@ -46,6 +46,12 @@ def prepare(
     return HeldOut(latents, condition_of(captions, labels, encoder, device), captions, images, prompts, mean)
 
 
+def held_out_noise(latents: Tensor, level: int, pictures: Tensor) -> Tensor:
+    """The noise (B, C, H, W) of a level that belongs to these pictures, by number, on the latents' device."""
+    key = (EVALUATION_SEED, _HELD_OUT_NOISE, level)
+    return keyed_randn(latents.shape[1:], key=key, slots=pictures).to(latents.device)
+
+
 @torch.no_grad()
 def errors(
     model: Any, objective: Any, held: HeldOut, info: DistInfo, *, kind: str = "right", batch_size: int = 64
@@ -71,7 +77,7 @@ def errors(
         clean = held.latents[mine]
         for row, level in enumerate(objective.levels):
             t_B = torch.full((len(mine),), level, device=device)
-            noise = keyed_randn(clean.shape[1:], key=(EVALUATION_SEED, _HELD_OUT_NOISE, row), slots=mine).to(device)
+            noise = held_out_noise(clean, row, mine)
             noisy = objective.noisy(clean, noise, t_B)
             output = (
                 objective.constant_prediction(held.mean_latent, t_B)

@@ -31,11 +31,10 @@ from dit.build import Trained, condition_of, load_trained
 from dit.colours import agreement
 from dit.dataset import TextImageDataset
 from dit.drawing import Drawing, draw_pictures
-from dit.evaluation import EVALUATION_SEED, HeldOut, errors, paired_p, prepare
+from dit.evaluation import HeldOut, errors, held_out_noise, paired_p, prepare
 from dit.images import grid, to_uint8
 from shared.dist import DistInfo, init_distributed
 from shared.report import Bar, Sample, write_report
-from shared.rng import keyed_randn
 
 
 class Measurement:
@@ -101,9 +100,7 @@ class Measurement:
         objective, held, found = self.trained.objective, self.held, {}
         for row, level in enumerate(objective.levels):
             t_B = torch.full((len(held.latents),), level, device=held.latents.device)
-            noise = keyed_randn(
-                held.latents.shape[1:], key=(EVALUATION_SEED, 31, row), slots=torch.arange(len(held.latents))
-            ).to(held.latents.device)
+            noise = held_out_noise(held.latents, row, torch.arange(len(held.latents)))
             noisy = objective.noisy(held.latents, noise, t_B)
             clean = torch.cat(
                 [

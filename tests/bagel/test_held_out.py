@@ -4,10 +4,12 @@ import types
 
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 
 from bagel import evaluation
 from bagel.evaluation import ranking_figures
+from bagel.images import load_image, to_tensor
 from bagel.layers import training_times
 from bagel.validation import TIMES, fixed_pack
 
@@ -53,11 +55,12 @@ def test_the_right_caption_counts_when_it_is_the_likeliest_of_ten(open_records, 
     assert all(asked.count(index) == evaluation.CANDIDATES for index in range(12))
 
 
-def test_pictures_have_their_planned_size_and_are_mirrored_as_often_as_asked(open_records):
+def test_pictures_have_their_planned_size_and_are_mirrored_as_often_as_asked(open_records, pictures):
     plain, mirrored, some = (open_records([GOOD], flip_probability=share) for share in (0.0, 1.0, 0.5))
     item = plain.sample(0, 0)["items"][1]
     assert tuple(item.image.shape[1:]) == item.size and item.size[0] != item.size[1]
-    assert not torch.equal(item.image, item.image.flip(2))
+    upright = load_image(pictures / "images" / "apple.png").resize(item.size[::-1], Image.Resampling.BICUBIC)
+    assert torch.equal(item.image, to_tensor(upright)) and not torch.equal(item.image, item.image.flip(2))
     for epoch in range(4):
         assert torch.equal(plain.sample(0, epoch)["items"][1].image, item.image)
         assert torch.equal(mirrored.sample(0, epoch)["items"][1].image, item.image.flip(2))

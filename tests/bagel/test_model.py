@@ -230,3 +230,9 @@ def test_renormalisation_is_per_picture_and_never_raises_a_norm():
     single = guide(main, text, main, Guidance(cfg_text_scale=5.5, cfg_img_scale=1.0, cfg_renorm_min=1.0))
     assert_close(both, single, atol=1e-5, rtol=1e-5)
     assert Block([1, 2]).length == 2
+
+
+def test_guidance_counts_from_above_the_interval_to_its_end():
+    guidance = Guidance(cfg_text_scale=4.0, cfg_interval=(0.4, 0.9))
+    assert [guidance.active(t) for t in (0.39, 0.4, 0.41, 0.9, 0.91)] == [False, False, True, True, False]
+    assert not Guidance(cfg_text_scale=1.0).active(0.5)
