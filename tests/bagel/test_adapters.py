@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from bagel.config import PRESETS, Config
 from bagel.layout import layout_of, transforms_of
-from bagel.lora import adapters, add_adapters, merge_adapters
+from bagel.lora import LoRALinear, adapters, add_adapters, merge_adapters
 from bagel.pretrained import build_model, export_folder, load_autoencoder, read_config
 from bagel.quantization import QuantizedLinear, error_table, quantize_projections
 from bagel.tokenizer import ByteTokenizer
@@ -45,6 +45,14 @@ def test_adapters_merge_and_unmerge(tiny):
     merged = merge_adapters(model)
     assert merged.state_dict().keys() == tiny[1].state_dict().keys()
     assert_close(merged(pack), adapted, atol=1e-5, rtol=1e-4)
+
+
+def test_an_adapter_adds_alpha_over_rank_times_its_product():
+    adapter = LoRALinear(torch.nn.Linear(6, 5), rank=4, alpha=8.0, dropout=0.0)
+    torch.nn.init.normal_(adapter.lora_B)
+    x = torch.randn(3, 6)
+    assert_close(adapter(x), adapter.base(x) + 2.0 * (x @ adapter.lora_A.T) @ adapter.lora_B.T)
+    assert_close(adapter.delta(), 2.0 * adapter.lora_B @ adapter.lora_A)
 
 
 def test_one_expert_can_be_adapted_alone(tiny):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from bagel import objective
 from bagel.config import TrainingConfig
 from bagel.objective import with_latents
 from bagel.pretrained import build_model
@@ -30,6 +31,17 @@ def test_micro_packs_give_the_gradient_of_one_pack(tiny, reweighting):
         model, packs_of(config, [[2, 6], [], [0], [3, 4]]), training.model_copy(update={"loss_normalization": "micro"})
     )
     assert abs(other[0] - whole[0]) > 1e-3
+
+
+def test_the_mean_over_ranks_is_the_loss_of_one_rank(tiny, monkeypatch):
+    """Two ranks with unequal counts of tokens; the second half of the step's counts comes from the other rank."""
+    config, model = tiny
+    training, packs = TrainingConfig(), packs_of(config, [[2, 6, 0], [3, 4]])
+    alone = sum(loss.item() for loss, _ in objective.joint_losses(model, packs, training, 1))
+    whole = objective.count_targets(packs, training.ce_loss_reweighting)
+    monkeypatch.setattr(objective, "sum_over_ranks", lambda own: whole)
+    ranks = [next(objective.joint_losses(model, [pack], training, 2))[0].item() for pack in packs]
+    assert sum(ranks) / 2 == pytest.approx(alone, rel=1e-5)
 
 
 def test_a_step_without_text_or_pictures_counts_zero_not_nan(tiny):
