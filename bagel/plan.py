@@ -19,6 +19,7 @@ from bagel.quantization import QuantizedLinear, quantize_projections
 from bagel.transformer import MoTDecoderLayer
 from bagel.vae import FluxAutoencoder
 from bagel.vit import EncoderLayer
+from shared.data import to_device
 from shared.plan import FrozenPart
 from shared.planner import Workload, plan_run
 
@@ -112,7 +113,7 @@ def workload(config: Config) -> Workload:
         pack = representative_pack(config, model)[0]
 
         def loss(net: nn.Module) -> Tensor:
-            losses = net(pack)
+            losses = net(to_device(pack, next(net.parameters()).device))
             return losses["ce"].sum() + losses["mse"].sum()
 
         return loss

@@ -11,7 +11,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from shared.bench import Bench, BenchOptions, Row, run_benchmark, training_step
+from shared.bench import Bench, BenchOptions, Row, planned_step, run_benchmark, training_step
 from shared.config import load_config
 from shared.errors import command
 
@@ -211,7 +211,7 @@ def loader(bench: Bench) -> None:
                 prefetch_factor=training.prefetch_factor,
             )  # fmt: skip
             note = f"batch {training.batch_size}, 256 px"
-            bench.starving(f"default, {name}", stream, workload(source), source, note=note)
+            bench.starving(f"default, {name}", stream, planned_step(workload(source), source), note=note)
 
 
 def scaling(bench: Bench) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from shared.bench import Bench, BenchOptions, Job, Row, run_benchmark, training_step
+from shared.bench import Bench, BenchOptions, Job, Row, planned_step, run_benchmark, training_step
 from shared.config import load_config
 from shared.errors import command
 
@@ -167,7 +167,12 @@ def loader(bench: Bench) -> None:
             synthetic_windows(config), batch_size=training.batch_size, num_workers=training.num_workers,
             prefetch_factor=training.prefetch_factor,
         )  # fmt: skip
-        bench.starving("default, cached windows", stream, workload(config), config, note=f"batch {training.batch_size}")
+        bench.starving(
+            "default, cached windows",
+            stream,
+            planned_step(workload(config), config),
+            note=f"batch {training.batch_size}",
+        )
 
 
 def scaling(bench: Bench) -> None:

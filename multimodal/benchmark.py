@@ -14,7 +14,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from shared.bench import Bench, BenchOptions, Job, Row, run_benchmark, training_step
+from shared.bench import Bench, BenchOptions, Job, Row, planned_step, run_benchmark, training_step
 from shared.config import load_config
 from shared.errors import command
 
@@ -170,7 +170,7 @@ def loader(bench: Bench) -> None:
                     dataset.sample(index, 0)  # fills the cache
             stream, training = PairedStream(datasets, config, DistInfo(), Path(folder) / "bad.jsonl"), config.training
             note = f"{training.gradient_accumulation_steps} x {training.batch_size} pictures and as many sounds"
-            bench.starving(f"default, {name}", stream, workload(config), config, note=note)
+            bench.starving(f"default, {name}", stream, planned_step(workload(config), config), note=note)
 
 
 def scaling(bench: Bench) -> None:

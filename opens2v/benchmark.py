@@ -11,7 +11,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from shared.bench import Bench, BenchOptions, Job, Row, alternate, run_benchmark, training_step
+from shared.bench import Bench, BenchOptions, Job, Row, alternate, planned_step, run_benchmark, training_step
 from shared.config import load_config
 from shared.errors import command
 
@@ -150,7 +150,7 @@ def loader(bench: Bench) -> None:
         dataset, plan, DistInfo(), collate=collate_opens2v_batch, num_workers=training.num_workers,
         prefetch_factor=training.prefetch_factor,
     )  # fmt: skip
-    bench.starving("default, clips from files", stream, workload(config), config)
+    bench.starving("default, clips from files", stream, planned_step(workload(config), config))
 
 
 def scaling(bench: Bench) -> None:

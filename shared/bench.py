@@ -31,7 +31,8 @@ from shared.config import Section, load_config, setting
 from shared.errors import UserError, command
 
 ROOT = Path(__file__).resolve().parent.parent
-PLANNED_GPU, MEMORY_RATE = "4090", 1.0e12  # the card that the default presets name, and its bytes a second
+PLANNED_GPU = "4090"  # where a preset names no card
+MEMORY_RATES = {"4090": 1.0e12, "a100": 2.0e12, "h100": 3.3e12}  # bytes a second
 ADAMW_BYTES = 28  # read and written for each trained parameter
 LONGEST_FAKE_STEP = 1.0  # seconds; a shorter step asks more of a loader
 STARVING_SECONDS = 6.0  # how long a loader is watched
@@ -174,11 +175,11 @@ class Bench:
         series = {f"{size:,}": value for size, value in values.items()}
         self.add(Row(self.part, name, exponent, unit=unit, note=meaning, series=series))
 
-    def starving(self, name: str, stream: Any, workload: Any, config: Any, *, note: str = "") -> None:
-        """The share of time that a loop waits for `stream` when its compute sleeps as long as the step of `workload` is
-        planned to take on a GPU of the class that the presets name.
+    def starving(self, name: str, stream: Any, step: tuple[float, str], *, note: str = "") -> None:
+        """The share of time that a loop waits for `stream` when its compute sleeps; step: seconds of one, and the card
+        that would take them (see planned_step).
         """
-        step_seconds = planned_step(workload, config)
+        step_seconds, card = step
         worker_count = set_workers(stream, 0)
         stream.start(0, None)
         began = time.process_time()
@@ -199,7 +200,7 @@ class Bench:
             time.sleep(sleep)
         total = time.perf_counter() - began
         stream.close()
-        text = f"step of {1000 * step_seconds:.0f} ms planned on a {PLANNED_GPU}, {worker_count} loader processes; "
+        text = f"step of {1000 * step_seconds:.0f} ms planned on {card}, {worker_count} loader processes; "
         text += f"the data of a step take {1000 * processor:.0f} ms of one core{f'; {note}' if note else ''}"
         self.add(Row(self.part, name, waited / total, 0.02, ours=1000 * waited / steps, unit="ms a step", note=text))
 
@@ -217,12 +218,15 @@ class Bench:
         self.add(Row(self.part, f"peak memory at the first step, {shown}", ours=statistics.median(memory), unit="GB"))
 
 
-def planned_step(workload: Any, config: Any) -> float:
-    """Seconds of an optimizer step on PLANNED_GPU: its products at the planner's utilisation, and AdamW's memory."""
+def planned_step(workload: Any, config: Any) -> tuple[float, str]:
+    """Seconds of an optimizer step on the preset's card, and the card: its products at the planner's utilisation, and
+    AdamW's memory.
+    """
     config = config.model_copy(deep=True)
-    config.run.gpu = PLANNED_GPU
+    config.run.gpu = config.run.gpu or PLANNED_GPU
     plan = workload.plan(config)
-    return plan.seconds_per_step + ADAMW_BYTES * plan.measured.trainable / MEMORY_RATE
+    optimizer_bytes = ADAMW_BYTES * plan.measured.trainable / plan.world
+    return plan.seconds_per_step + optimizer_bytes / MEMORY_RATES[config.run.gpu], config.run.gpu
 
 
 def set_workers(stream: Any, count: int) -> int:

@@ -62,8 +62,7 @@ def make_step(workload: Workload, config: Any, device: torch.device, compiled: b
             torch.nn.init.trunc_normal_(value.data, std=0.02) if value.ndim > 1 else None
     strategy = make_strategy("none", info, "bf16" if device.type == "cuda" else "fp32", training)
     strategy.prepare(model.train(), decay_groups(model, training.weight_decay or 0.0), workload.blocks)
-    with torch.device(device):
-        loss_of = workload.step(config)
+    loss_of = workload.step(config)
 
     def step() -> None:
         with torch.device(device):

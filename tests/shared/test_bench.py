@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from shared import bench as bench_module
-from shared.bench import Bench, BenchOptions, Row, alternate, run_benchmark, slope, training_step
+from shared.bench import Bench, BenchOptions, Row, alternate, planned_step, run_benchmark, slope, training_step
 from shared.bench_gpu import breakdown, kind_of, make_step, matrix_peak, utilisation
 from shared.bench_table import find_systems, markdown, number, write_tables
 from shared.config import RunSection, Section, TrainingSection
@@ -112,7 +112,7 @@ def test_a_loader_that_is_late_starves_the_step(monkeypatch, seconds, share):
     clock = FakeClock()
     monkeypatch.setattr(bench_module, "time", clock)
     made = fresh()
-    made.starving("loader", FakeStream(seconds, clock), planned(0.1), Config())
+    made.starving("loader", FakeStream(seconds, clock), planned_step(planned(0.1), Config()))
     (row,) = made.rows
     assert row.ratio == pytest.approx(share, abs=2e-3) and row.met is (share < 0.02) and "100 ms planned" in row.note
 
