@@ -133,6 +133,8 @@ class Bench:
         ratios = [b / a if direction == "at least" else a / b for a, b in zip(own, other, strict=True)]
         found = Row(self.part, name, statistics.median(ratios), bar, direction, statistics.median(own), unit)
         found.theirs, found.peer, found.note = statistics.median(other), peer, note
+        if found.met is False:
+            found.note += f"; {spent(ours)}"
         return self.add(found)
 
     def training_pair(self, name: str, ours: Job, theirs: Job, *, peer: str, bar: float = 0.95, note: str = "") -> None:
@@ -146,7 +148,8 @@ class Bench:
         if chosen == "bf16":
             self.pair(label, in_bf16(ours), theirs, peer=peer, bar=0.70, note="ours in bf16, the peer in fp32")
             return
-        reason = "no bf16 arithmetic in this processor: fp32 is the default, and the line above is the comparison"
+        reason = "no bf16 arithmetic in this processor, so fp32 is the default and the line above the comparison; "
+        reason += f"both do the same matrix products; {spent(ours)}"
         self.add(Row(self.part, label, fp32.ratio, 0.70, "at most", fp32.ours, fp32.unit, fp32.theirs, peer, reason))
 
     def precision(self, name: str, step: Job) -> None:
@@ -236,6 +239,15 @@ def set_workers(stream: Any, count: int) -> int:
     for part in parts:
         part.num_workers = count
     return before
+
+
+def spent(job: Job) -> str:
+    """What our time goes to, for a line that misses its bar."""
+    import torch
+
+    from shared.bench_gpu import breakdown
+
+    return f"ours: {breakdown(job, torch.device('cpu'))}"
 
 
 def in_bf16(job: Job) -> Job:
