@@ -28,7 +28,7 @@ KINDS = (  # part of a kernel's or operator's name -> what it does; the first th
     ("norms and reductions", ("norm", "reduce", "sum", "softmax", "mean")),
     ("copies and casts", ("copy", "memcpy", "memset", "cat", "fill")),
     ("pointwise", ("elementwise", "gelu", "silu", "mul", "add", "vectorized", "sigmoid", "div", "sub")),
-    ("views and bookkeeping", ("autograd", "backward", "view", "transpose", "aten::t", "expand", "slice", "as_strided")),
+    ("views and bookkeeping", ("autograd", "backward", "view", "transpose", "aten::t", "expand", "slice", "strided")),
 )
 
 
