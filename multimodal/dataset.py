@@ -17,6 +17,7 @@ from multimodal.records import Record, Source
 from multimodal.sharded import names_of
 from multimodal.text import SPECIAL_TOKENS, TextTokenizer, pad_ids
 from shared.errors import BadSample, UserError
+from shared.files import written_aside
 from shared.rng import keyed_generator
 
 VOICE_SECONDS = 3.0
@@ -160,7 +161,8 @@ class CaptionedDataset:
             return torch.from_numpy(np.load(path)).float()
         power = log_power(torch.from_numpy(read_audio(_bytes_or_path(source)))).half()
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_aside(path, power.numpy())
+        with written_aside(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, power.numpy())
         return power.float()
 
     def _remember(self, key: str, make: Callable[[], Any]) -> Any:
@@ -232,16 +234,6 @@ def read_frame(path: Path) -> Any:
             return next(container.decode(video=0)).to_image().convert("RGB")
     except Exception as error:  # PyAV raises many kinds for broken files
         raise BadSample(f"{path}: no frame can be read ({error})") from None
-
-
-def save_aside(path: Path, array: np.ndarray) -> None:
-    """Write under another name, then rename: readers never see half a file."""
-    import os
-
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        np.save(file, array)
-    os.replace(temporary, path)
 
 
 def _bytes_or_path(source: Path | Source) -> Path | bytes:

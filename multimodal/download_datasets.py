@@ -25,6 +25,7 @@ from multimodal.catalogue import AUDIOCAPS_2, SETS, SPLITS, ManualFile, RemoteFi
 from multimodal.fetch import DownloadError, Policy, digest, fetch  # noqa: E402
 from shared.config import Section, load_config, setting  # noqa: E402
 from shared.errors import UserError, command  # noqa: E402
+from shared.files import write_text, written_aside
 
 MARKER = ".complete.json"
 FAILED, MANUAL = 3, 4
@@ -195,12 +196,10 @@ def joined(file: ManualFile, folder: Path) -> Path | None:
         for part, (name, md5) in zip(parts, file.parts, strict=True):
             if (seen := digest(part, "md5")) != md5:
                 raise DownloadError(f"{folder / name}: md5 is {seen}, expected {md5}; fetch this part again")
-        temporary = archive.with_name(f".{archive.name}.{os.getpid()}")
-        with open(temporary, "wb") as target:
+        with written_aside(archive) as temporary, open(temporary, "wb") as target:
             for part in parts:
                 with open(part, "rb") as source:
                     shutil.copyfileobj(source, target, 1 << 22)
-        os.replace(temporary, archive)
     if file.md5 and (seen := digest(archive, "md5")) != file.md5:
         raise DownloadError(f"{archive}: md5 is {seen}, expected {file.md5}; fetch it again")
     return archive
@@ -236,12 +235,9 @@ def read_marker(folder: Path) -> dict[str, dict]:
 
 def write_marker(folder: Path, record: dict[str, dict]) -> None:
     """Say what is complete, with file counts."""
-    temporary = folder / f"{MARKER}.{os.getpid()}"
     entries = {**read_marker(folder), **record}
-    temporary.write_text(
-        json.dumps({"files": entries, "date": datetime.datetime.now(datetime.UTC).isoformat()}, indent=1)
-    )
-    os.replace(temporary, folder / MARKER)
+    tree = {"files": entries, "date": datetime.datetime.now(datetime.UTC).isoformat()}
+    write_text(folder / MARKER, json.dumps(tree, indent=1))
 
 
 def is_complete(folder: Path, found: RemoteSet, options: Options) -> bool:

@@ -6,7 +6,6 @@ python multimodal/embed.py search --checkpoint OUT --index pictures.safetensors 
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +15,7 @@ if not __package__:
 
 from shared.config import Section, load_config, setting  # noqa: E402
 from shared.errors import UserError, command  # noqa: E402
+from shared.files import written_aside
 
 
 class _Common(Section):
@@ -77,14 +77,10 @@ def encode(options: EncodeOptions) -> Path:
         vectors, good = (embedder.images if given[0] == "images" else embedder.sounds)(paths)
         ids = [str(path) for path in good]
     output = Path(options.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
-    save_file(
-        {"embeddings": vectors.to(torch.float16 if options.dtype == "fp16" else torch.float32).contiguous()},
-        temporary,
-        {"ids": json.dumps(ids, ensure_ascii=False), "kind": given[0], "model": weights_mark(embedder)},
-    )
-    os.replace(temporary, output)
+    embeddings = vectors.to(torch.float16 if options.dtype == "fp16" else torch.float32).contiguous()
+    notes = {"ids": json.dumps(ids, ensure_ascii=False), "kind": given[0], "model": weights_mark(embedder)}
+    with written_aside(output) as temporary:
+        save_file({"embeddings": embeddings}, temporary, notes)
     print(f"{output}: {len(ids)} vectors of width {vectors.shape[1]}")
     return output
 

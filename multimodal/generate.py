@@ -17,6 +17,7 @@ if not __package__:
 from multimodal.config import DATASETS  # noqa: E402
 from shared.config import Section, load_config, setting  # noqa: E402
 from shared.errors import UserError, command  # noqa: E402
+from shared.files import write_text
 
 
 class Options(Section):
@@ -68,7 +69,6 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--output {output}: data set {name} holds sounds; give a .json file")
     split = with_prompts(embedder, embedder.split(records, kind), options.prompt)
     output.parent.mkdir(parents=True, exist_ok=True)
-    from multimodal.report import write_aside
     from multimodal.showing import best_items, picture_sheet, table
 
     if output.suffix == ".png":
@@ -80,9 +80,9 @@ def main(argv: list[str] | None = None) -> None:
             {"query_text": text, "found_items": [split.ids[place] for place in best_items(split, index)]}
             for index, text in enumerate(options.prompt)
         ]
-        write_aside(output, json.dumps(rows, indent=1, ensure_ascii=False))
+        write_text(output, json.dumps(rows, indent=1, ensure_ascii=False))
     else:
-        write_aside(output, json.dumps(table(split, rows=options.rows), indent=1, ensure_ascii=False))
+        write_text(output, json.dumps(table(split, rows=options.rows), indent=1, ensure_ascii=False))
     print(output)
 
 

@@ -17,6 +17,7 @@ if not __package__:
 from multimodal.config import DATASETS  # noqa: E402
 from shared.config import Section, load_config, setting  # noqa: E402
 from shared.errors import UserError, command  # noqa: E402
+from shared.files import write_text
 
 # What the small preset is meant to reach on the sample data, text to item (40 pictures, 16 sounds held out).
 SAMPLE_TARGETS = {("coco", "R@10"): 0.45, ("clotho", "R@5"): 0.50}
@@ -77,9 +78,8 @@ def main(argv: list[str] | None = None) -> None:
         splits, sources = measure_sets(embedder, options, found)
     output = Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    from multimodal.report import write_aside
 
-    write_aside(output, json.dumps(found, indent=1))
+    write_text(output, json.dumps(found, indent=1))
     print_found(found)
     run = Path(options.checkpoint)
     run = run.parent.parent if run.is_file() else run  # OUT/checkpoints/final_model.pt belongs to OUT

@@ -16,6 +16,7 @@ from multimodal.model import MultimodalModel
 from multimodal.records import KINDS
 from multimodal.sources import Data
 from shared.dist import DistInfo
+from shared.files import write_text
 from shared.log import read_metrics
 
 STAGES = {1: "stage1_single", 2: "stage2_align", 3: "stage3_finetune"}
@@ -64,8 +65,8 @@ def write_reports(
         "plots": draw_plots(folder, stamp, rows),
     }
     path = folder / f"report_{stamp}.json"
-    write_aside(path, json.dumps(report, indent=1, ensure_ascii=False, default=str))
-    write_aside(path.with_suffix(".md"), markdown(report))
+    write_text(path, json.dumps(report, indent=1, ensure_ascii=False, default=str))
+    write_text(path.with_suffix(".md"), markdown(report))
     return path
 
 
@@ -276,10 +277,3 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         *("| " + " | ".join(row) + " |" for row in shown),
         "",
     ]
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Write under another name, then rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -12,6 +12,7 @@ from multimodal.model import MultimodalModel, create_model
 from multimodal.text import TextTokenizer
 from shared.checkpoint import load_strict
 from shared.errors import UserError
+from shared.files import written_aside
 
 FORMAT_VERSION = 1
 NAMES = ("best_model.pt", "final_model.pt")
@@ -19,28 +20,20 @@ NAMES = ("best_model.pt", "final_model.pt")
 
 def save_aside(payload: dict[str, Any], path: Path) -> None:
     """Write to a temporary name, sync, rename: what is visible is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(payload, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_aside(path) as temporary, open(temporary, "wb") as file:
+        torch.save(payload, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def put(source: Path, target: Path) -> None:
     """Let `target` be the same file as `source` (a hard link where the file system has them), replacing it whole."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
+    with written_aside(target) as temporary:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
 
 
 def read_payload(path: Path | str) -> tuple[dict[str, Any], Path]:

@@ -21,6 +21,7 @@ import numpy as np
 
 from shared.config import Section, load_config, setting
 from shared.errors import UserError, command
+from shared.files import written_aside
 
 INDEX_ABOVE_BYTES = 512 << 20  # larger files get an index file by themselves
 _CHUNK = 8 << 20
@@ -117,10 +118,8 @@ def write_index(path: Path, out: Path | None = None) -> Path:
     out = out or path.with_name(path.name + ".idx")
     stamp = _stamp(path)
     rows = np.fromiter(_rows(path), dtype=(np.int64, _COLUMNS))
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
+    with written_aside(out) as temporary, open(temporary, "wb") as file:
         np.save(file, np.concatenate([np.array([stamp], np.int64), rows]))
-    os.replace(temporary, out)
     return out
 
 

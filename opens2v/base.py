@@ -1,7 +1,7 @@
 """The generator of a run, and the small text-to-video base that is trained first when no base weights are given."""
 
 import json
-import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from opens2v.wan import cast_base, load_generator_checkpoint
 from shared.data import BatchPlan, MapStream
 from shared.dist import DistInfo, barrier
 from shared.errors import UserError
+from shared.files import written_aside
 from shared.loop import fit
 from shared.rng import keyed_generator, seed_everything
 
@@ -162,14 +163,9 @@ def train_base(config: Config, info: DistInfo, path: Path, steps: int) -> None:
     if result.step < steps:
         raise UserError(f"the base was stopped at step {result.step} of {steps}; the same command goes on from there")
     if info.is_main:
-        os.replace(_copied(result.checkpoint / "generator.safetensors", path), path)
+        with written_aside(path) as temporary:
+            shutil.copyfile(result.checkpoint / "generator.safetensors", temporary)
     barrier()
-
-
-def _copied(source: Path, target: Path) -> Path:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.write_bytes(source.read_bytes())
-    return temporary
 
 
 def write_base(path: Path, weights: dict[str, Tensor], steps: int) -> None:
@@ -184,10 +180,8 @@ def fit_codec(dataset: Any, path: Path, seed: int, info: DistInfo) -> PatchCodec
     if info.is_main and not path.exists():
         order = torch.randperm(len(dataset), generator=keyed_generator(seed, _CODEC_FRAMES))[:_CODEC_CLIPS].tolist()
         codec.fit(torch.stack([dataset.sample(index, 0)["frames"] for index in order]))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file({name: value.contiguous() for name, value in codec.state_dict().items()}, temporary)
-        os.replace(temporary, path)
+        with written_aside(path) as temporary:
+            save_file({name: value.contiguous() for name, value in codec.state_dict().items()}, temporary)
     barrier()
     return load_patch_codec(path.parent)
 

@@ -4,7 +4,6 @@ under.
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from shared.errors import BadSample, UserError
+from shared.files import written_aside
 
 EMPTY_PROMPT = ("_", "empty_prompt")  # part and key of the text that dropped samples get
 
@@ -90,11 +90,9 @@ class FeatureCache:
     def write(self, part: str, key: str, variants: list[Tensor]) -> None:
         """Store the variants of a clip, aside and renamed."""
         path = self.path(part, key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         tensors = {str(place): value.contiguous().cpu() for place, value in enumerate(variants)}
-        save_file(tensors, temporary, metadata={"settings": self.settings})
-        os.replace(temporary, path)
+        with written_aside(path) as temporary:
+            save_file(tensors, temporary, metadata={"settings": self.settings})
 
     def read(self, part: str, key: str, epoch: int) -> Tensor:
         """The variant of an epoch, float32."""

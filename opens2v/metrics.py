@@ -21,6 +21,7 @@ from typing import Any
 
 from shared.config import Section, load_config, setting
 from shared.errors import UserError, command
+from shared.files import write_text, written_aside
 
 
 class MetricsOptions(Section):
@@ -243,7 +244,7 @@ def write_samples(drawn: Drawn, folder: Path, unseen: list[int], fps: float) -> 
     from PIL import Image
 
     from opens2v.preview import side_by_side
-    from opens2v.video import write_aside, write_video
+    from opens2v.video import write_video
     from shared.report import Sample
 
     samples, rows = [], []
@@ -269,7 +270,8 @@ def write_samples(drawn: Drawn, folder: Path, unseen: list[int], fps: float) -> 
         )
         samples.append(Sample(path, f"{name}: {item['prompts'][:90]}", group))
     sheet = np.concatenate(rows).repeat(zoom // 2 or 1, 0).repeat(zoom // 2 or 1, 1)
-    write_aside(folder / "sheet.png", lambda target: Image.fromarray(sheet).save(target, format="PNG"))
+    with written_aside(folder / "sheet.png") as temporary:
+        Image.fromarray(sheet).save(temporary, format="PNG")
     return [
         Sample(folder / "sheet.png", "rows: two true frames, the reference, the generated frames", "overview"),
         *samples,
@@ -315,7 +317,6 @@ def main(argv: list[str] | None = None) -> dict[str, float] | list[Path]:
     if options.eval_json is not None:
         return draw_benchmark(options)
     from opens2v.generate import GenerateOptions, Generator
-    from opens2v.video import write_aside
     from shared.report import write_report
 
     generator = Generator(GenerateOptions(**_shared_options(options), sampler="euler"))
@@ -328,7 +329,7 @@ def main(argv: list[str] | None = None) -> dict[str, float] | list[Path]:
     output = Path(options.output or Path(options.checkpoint) / "metrics.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"checkpoint": str(generator.weights), **figures}, indent=1)
-    write_aside(output, lambda target: target.write_text(text, encoding="utf-8"))
+    write_text(output, text)
     run_folder = output.parent
     shown = write_samples(drawn, run_folder / "samples" / "metrics", unseen, 8 if generator.is_small else 16)
     write_report(

@@ -20,9 +20,10 @@ from opens2v.evaluation import paired_errors
 from opens2v.sampling import SamplerSettings, VideoSampler
 from opens2v.scheduler import FlowMatchScheduler
 from opens2v.subjects import clip_pixels, on_white, reference_pixels
-from opens2v.video import to_uint8, write_aside, write_video
+from opens2v.video import to_uint8, write_video
 from shared.dist import DistInfo
 from shared.errors import UserError
+from shared.files import write_text
 
 VALIDATION_SIGMAS = tuple((place + 0.5) / 10 for place in range(10))  # ten fixed noise levels
 _VALIDATION_SEED = 551
@@ -161,4 +162,4 @@ class Preview:
         listed = json.dumps(
             {f"step_{step:06d}_{place}": text for place, text in enumerate(captions)}, ensure_ascii=False, indent=1
         )
-        write_aside(folder / f"step_{step:06d}.json", lambda target: target.write_text(listed, encoding="utf-8"))
+        write_text(folder / f"step_{step:06d}.json", listed)

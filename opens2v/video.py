@@ -1,11 +1,9 @@
 """Single frames out of a video file, and frames into an mp4, with PyAV."""
 
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -15,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from shared.errors import BadSample
+from shared.files import write_text, written_aside
 
 
 def read_frames(path: str | Path, indices: Sequence[int]) -> np.ndarray:
@@ -115,32 +114,16 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float = 16, settings:
     Odd sizes lose their last row or column, since yuv420p needs even ones. Written aside and renamed.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.mp4")
-    try:
-        with av.open(str(temporary), "w") as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-            stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
-            stream.options = {"crf": "16"}
-            for picture in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
-            container.mux(stream.encode())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    write_aside(path.with_suffix(".png"), lambda target: Image.fromarray(frames[0]).save(target, format="PNG"))
+    with written_aside(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        stream.options = {"crf": "16"}
+        for picture in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
+        container.mux(stream.encode())
+    with written_aside(path.with_suffix(".png")) as temporary:
+        Image.fromarray(frames[0]).save(temporary, format="PNG")
     if settings is not None:
-        text = json.dumps(settings, indent=1, ensure_ascii=False, default=str)
-        write_aside(path.with_suffix(".json"), lambda target: target.write_text(text, encoding="utf-8"))
+        write_text(path.with_suffix(".json"), json.dumps(settings, indent=1, ensure_ascii=False, default=str))
     return path
-
-
-def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call write(temporary path) and rename what it wrote."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

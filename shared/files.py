@@ -8,12 +8,12 @@ from pathlib import Path
 
 @contextmanager
 def written_aside(path: Path | str) -> Iterator[Path]:
-    """Yield a hidden name beside `path`, of the same suffix, to write to; it is renamed to `path` at the end, and
-    removed when writing fails. The folder is made.
+    """Yield a hidden name beside `path` to write to; it is renamed to `path` at the end, and removed when writing
+    fails. It ends in .part, so that no reader of a folder takes it for data. The folder is made.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield temporary
         os.replace(temporary, path)

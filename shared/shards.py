@@ -111,8 +111,8 @@ def _open_index(path: Path, cache_dir: Path | None) -> tuple[np.ndarray, np.ndar
         arrays = _read_headers(path)
         try:
             for name, array in zip(names, arrays, strict=True):
-                with written_aside(name) as temporary:
-                    np.save(temporary, array)
+                with written_aside(name) as temporary, open(temporary, "wb") as file:
+                    np.save(file, array)
         except OSError:
             return arrays  # a read-only data folder: index again next time
     return np.load(names[0], mmap_mode="r"), np.load(names[1], mmap_mode="r")

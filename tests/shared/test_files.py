@@ -13,7 +13,7 @@ def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
     write_text(path, "old 一")
     with pytest.raises(KeyboardInterrupt), written_aside(path) as temporary:
         temporary.write_text("ne")
-        assert temporary.suffix == ".txt" and temporary.parent == path.parent and path.read_text() == "old 一"
+        assert temporary.suffix == ".part" and temporary.parent == path.parent and path.read_text() == "old 一"
         raise KeyboardInterrupt
     assert path.read_text(encoding="utf-8") == "old 一" and os.listdir(path.parent) == ["notes.txt"]
     write_text(path, "new", sync=True)
