@@ -24,6 +24,7 @@ from bagel.records import FORMATS, RecordFault, Step, check_texts, format_of, im
 from bagel.sources import RawRecord, RecordFile, open_records, picture_names
 from bagel.tokenizer import Tokenizer
 from shared.errors import BadSample, UserError
+from shared.files import write_text
 from shared.rng import keyed_generator
 
 _CHOICE, _FLIP, _PACK, _WEIGHT = 301, 302, 303, 304  # random streams
@@ -297,9 +298,7 @@ class UnifiedGenerationDataset:
     def write_errors(self, path: Path) -> None:
         """All faults, one JSON object a line."""
         lines = [json.dumps(asdict(error), ensure_ascii=False) + "\n" for error in self.errors]
-        temporary = path.with_name(f".{path.name}")
-        temporary.write_text("".join(lines), encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, "".join(lines))
 
     def describe(self) -> dict[str, Any]:
         """Counts by format and kind of target, tokens to learn, and percentiles of the length."""

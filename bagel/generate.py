@@ -17,11 +17,11 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import json
-import os
 from typing import TYPE_CHECKING, Any, Literal
 
 from shared.config import Section, load_config, setting
 from shared.errors import UserError, command
+from shared.files import write_text, written_aside
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -89,12 +89,10 @@ def settings_of(options: Options, shape: tuple[int, int]) -> dict[str, Any]:
     return given
 
 
-def write_atomically(path: Path, write: Any) -> None:
-    """Write beside `path` under another name of the same kind, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{os.getpid()}.{path.name}")
-    write(aside)
-    os.replace(aside, path)
+def write_picture(path: Path, picture: "Image.Image") -> None:
+    """Write aside and rename."""
+    with written_aside(path) as temporary:
+        picture.save(temporary, format="PNG")
 
 
 def write_result(path: Path, result: dict[str, Any], prompt: str) -> None:
@@ -103,15 +101,15 @@ def write_result(path: Path, result: dict[str, Any], prompt: str) -> None:
     if path.suffix == ".png":
         if image is None:
             raise UserError(f"--output {path}: task {result['task']} gives a text; use .txt or .json")
-        write_atomically(path, image.save)
+        write_picture(path, image)
     elif path.suffix == ".txt":
         if text is None:
             raise UserError(f"--output {path}: task {result['task']} gives a picture; use .png or .json")
-        write_atomically(path, lambda aside: aside.write_text(text + "\n", encoding="utf-8"))
+        write_text(path, text + "\n")
     else:
         picture = path.with_suffix(".png") if image is not None else None
         if picture is not None:
-            write_atomically(picture, image.save)
+            write_picture(picture, image)
         record = {
             "prompt": prompt,
             "task": result["task"],
@@ -119,10 +117,7 @@ def write_result(path: Path, result: dict[str, Any], prompt: str) -> None:
             "text": text,
             "image": picture and picture.name,
         }
-        write_atomically(
-            path,
-            lambda aside: aside.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"),
-        )
+        write_text(path, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
 
 
 def check(options: Options) -> list[str] | None:
@@ -221,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(options.output)
     if options.prompt is None:
         prompts = prompts or held_out_prompts(opened)
-        write_atomically(output, draw_all(inferencer, prompts, options, shape).save)
+        write_picture(output, draw_all(inferencer, prompts, options, shape))
     else:
         wanted = "text" if output.suffix == ".txt" and not images else "auto"
         result = inferencer.unified_generate(

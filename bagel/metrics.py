@@ -13,10 +13,10 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import json
-import os
 
 from shared.config import Section, load_config, setting
 from shared.errors import UserError, command
+from shared.files import write_text
 
 
 class Options(Section):
@@ -59,9 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     opened = open_model(options.checkpoint, model_path=options.base, prefer_ema=options.ema, device=options.device)
     output.parent.mkdir(parents=True, exist_ok=True)
     figures, samples = evaluate(opened, options, output.parent / "report_samples")
-    aside = output.with_name(f".{output.name}.{os.getpid()}")
-    aside.write_text(json.dumps(figures, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, output)
+    write_text(output, json.dumps(figures, ensure_ascii=False, indent=1) + "\n")
     write_bagel_report(output.parent, figures, samples, " ".join(["python bagel/metrics.py", *(argv or sys.argv[1:])]))
     for name, value in figures.items():
         print(f"{name}: {value if not isinstance(value, float) else round(value, 4)}")

@@ -1,7 +1,6 @@
 """From settings to the parts of a run: the network, the codec of the latents, a model to draw with."""
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +18,7 @@ from shared.checkpoint import find_checkpoint, load_strict, load_weights
 from shared.config import load_saved
 from shared.dist import DistInfo, barrier
 from shared.errors import UserError
+from shared.files import written_aside
 
 CODEC_FILE = "autoencoder.safetensors"
 CODEC_PICTURES = 2048  # training pictures that a codec is fitted on
@@ -42,10 +42,8 @@ def fit_codec(
         count = min(len(dataset), CODEC_PICTURES)
         images = torch.stack([dataset.sample(index, 0, flip=False)["image"] for index in range(count)])
         figures = codec.fit(images, seed=seed)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(codec.state_dict(), temporary, metadata={"figures": json.dumps(figures)})
-        os.replace(temporary, path)
+        with written_aside(path) as temporary:
+            save_file(codec.state_dict(), temporary, metadata={"figures": json.dumps(figures)})
         print(
             f"fitted the latents' codec on {count} training pictures in {time.perf_counter() - began:.0f} s: "
             + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()),

@@ -55,15 +55,8 @@ def file_digest(path: Path) -> str:
 
 
 def as_json(tree: Any) -> str:
-    """The text of a JSON file."""
+    """The text of a JSON file of the cache."""
     return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
-
-
-def write_json(path: Path, tree: Any) -> None:
-    """Write aside and rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(as_json(tree), encoding="utf-8")
-    os.replace(temporary, path)
 
 
 class CachedDataset(Dataset):

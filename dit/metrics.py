@@ -7,7 +7,6 @@ weights, clip a CLIP model; both say what to provide.
 """
 
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -34,6 +33,7 @@ from dit.drawing import Drawing, draw_pictures
 from dit.evaluation import HeldOut, errors, held_out_noise, paired_p, prepare
 from dit.images import grid, to_uint8
 from shared.dist import DistInfo, init_distributed
+from shared.files import write_text
 from shared.report import Bar, Sample, write_report
 
 
@@ -303,10 +303,7 @@ def main(argv: list[str] | None = None) -> dict:
         "steps": options.steps or trained.config.sample.steps,
     }
     output = Path(options.output) if options.output else run_folder / "metrics.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
-    temporary.write_text(json.dumps({"about": about, **found}, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, output)
+    write_text(output, json.dumps({"about": about, **found}, indent=1) + "\n")
     report(measurement, found, options, run_folder)
     for name, group in found.items():
         print(

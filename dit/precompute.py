@@ -27,11 +27,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dit.build import CODEC_FILE, load_codec
-from dit.cache import VERSION, as_json, cache_settings, file_digest, text_settings, write_json
+from dit.cache import VERSION, as_json, cache_settings, file_digest, text_settings
 from dit.dataset import TextImageDataset
 from dit.text import make_text_encoder
 from dit.vae import make_vae
 from shared.dist import DistInfo, barrier, init_distributed, raise_together, shutdown
+from shared.files import write_text, written_aside
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -72,20 +73,15 @@ def write_shard(
         )
     line = {"file": f"latents_{number:05d}.safetensors", "count": len(items), "sha256": {}}
     for name, tensors in files.items():
-        temporary = folder / f".{name}"
-        save_file(tensors, temporary)
-        line["sha256"][name] = file_digest(temporary)
-        temporary.rename(folder / name)
-    listing = folder / f".items_{number:05d}.jsonl"
-    listing.write_text(
-        "".join(
-            json.dumps({"id": item.id, "captions": item.captions, "crop": crop}, ensure_ascii=False) + "\n"
-            for item, crop in zip(items, crops, strict=True)
-        ),
-        encoding="utf-8",
-    )
-    listing.rename(folder / listing.name[1:])
-    write_json(folder / f"shard_{number:05d}.json", line)
+        with written_aside(folder / name) as temporary:
+            save_file(tensors, temporary)
+            line["sha256"][name] = file_digest(temporary)
+    listing = [
+        json.dumps({"id": item.id, "captions": item.captions, "crop": crop}, ensure_ascii=False) + "\n"
+        for item, crop in zip(items, crops, strict=True)
+    ]
+    write_text(folder / f"items_{number:05d}.jsonl", "".join(listing))
+    write_text(folder / f"shard_{number:05d}.json", as_json(line))
     return line
 
 
@@ -157,17 +153,9 @@ def write_cache(options: PrecomputeOptions, info: DistInfo) -> None:
     if info.is_main:
         shards = [finished(number, folder) for number in range(count)]
         factor = getattr(codec, "scaling_factor", None)
-        write_json(
-            folder / "manifest.json",
-            {
-                "version": VERSION,
-                "scaling_factor": factor,
-                "moments": True,
-                **made_with,
-                "num_items": len(dataset),
-                "shards": shards,
-            },
-        )
+        head = {"version": VERSION, "scaling_factor": factor, "moments": True}
+        manifest = {**head, **made_with, "num_items": len(dataset), "shards": shards}
+        write_text(folder / "manifest.json", as_json(manifest))
         print(f"{len(dataset)} pictures cached in {folder}")
 
 
@@ -175,7 +163,7 @@ def _claim(folder: Path, made_with: dict, info: DistInfo) -> None:
     """Note the settings of a cache in the making; refuse to go on with others."""
     note, error = folder / "settings.json", None
     if info.is_main and not note.exists():
-        write_json(note, made_with)
+        write_text(note, as_json(made_with))
     elif info.is_main and note.read_text(encoding="utf-8") != as_json(made_with):
         error = UserError(f"{folder} holds a cache with other settings or pictures; use another --out, or remove it")
     raise_together(error)

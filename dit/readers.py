@@ -308,7 +308,7 @@ def _pixart(root: Path) -> Found:
 
 def _sidecars(root: Path) -> Found:
     items = []
-    for path in sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES):
+    for path in sorted(path for path in root.rglob("[!.]*") if path.suffix.lower() in IMAGE_SUFFIXES):
         note = next((side for suffix in (".txt", ".caption") if (side := path.with_suffix(suffix)).is_file()), None)
         items.append(Item(str(path.relative_to(root)), path, clean_captions(_text(note).splitlines()) if note else ()))
     if not items:
@@ -325,7 +325,7 @@ def _class_folders(root: Path) -> Found:
         [
             Item(f"{folder.name}/{path.name}", path, (folder.name.replace("_", " "),), label=label)
             for label, folder in enumerate(folders)
-            for path in sorted(folder.iterdir())
+            for path in sorted(folder.glob("[!.]*"))
             if path.suffix.lower() in IMAGE_SUFFIXES
         ],
         [],

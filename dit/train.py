@@ -40,6 +40,7 @@ from dit.vae import make_vae
 from shared.checkpoint import load_strict, load_weights
 from shared.data import BatchPlan, MapStream
 from shared.dist import DistInfo, init_distributed, shutdown
+from shared.files import written_aside
 from shared.loop import FitResult, fit
 from shared.plan import FrozenPart
 from shared.planner import Workload, plan_run
@@ -158,12 +159,9 @@ class Trainer:
     def save_checkpoint(self, path: str | Path) -> None:
         """Write the weights and the settings into a folder. (The loop's own hold all that resuming needs.)"""
         folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: value.detach().cpu().contiguous() for name, value in self.model.state_dict().items()},
-            folder / ".model.tmp",
-        )
-        (folder / ".model.tmp").rename(folder / "model.safetensors")
+        weights = {name: value.detach().cpu().contiguous() for name, value in self.model.state_dict().items()}
+        with written_aside(folder / "model.safetensors") as temporary:
+            save_file(weights, temporary)
         save_config(self.config, folder / "config.yaml")
 
     def load_checkpoint(self, path: str | Path) -> None:

@@ -90,7 +90,7 @@ def _from_folders(root: Path, splits: tuple[str, ...]) -> list[Clip]:
     folder = next((root / name for name in splits if (root / name).is_dir()), None)
     clips = []
     for video in sorted(folder.rglob("*")) if folder else ():
-        if video.suffix.lower() not in VIDEO_SUFFIXES:
+        if video.suffix.lower() not in VIDEO_SUFFIXES or video.name.startswith("."):
             continue
         inside = video.relative_to(folder)
         clips.append(

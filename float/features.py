@@ -7,7 +7,6 @@ encode again.
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from float.face import FaceBox
 from float.frames import clip_frames
 from float.media import is_silent, read_audio, to_tensor
 from shared.errors import BadSample, UserError
+from shared.files import written_aside
 
 ENCODE_BATCH = 32
 MAX_SHIFT_SECONDS = 0.1  # sound and picture may differ by so much; more is cut to the shorter one with a note
@@ -144,11 +144,9 @@ def is_encoded(path: Path, encoder_hash: str) -> bool:
 
 def write_features(path: Path, tensors: dict[str, Tensor], clip: Clip, encoder_hash: str) -> None:
     """Write aside and rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     metadata = {"encoders": encoder_hash, "clip_id": clip.clip_id, "identity": clip.identity}
-    save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, metadata)
-    os.replace(temporary, path)
+    with written_aside(path) as temporary:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, metadata)
 
 
 def remove_unlisted(clips: list[Clip], folder: Path) -> None:

@@ -11,7 +11,6 @@ videos beside the checkpoint.
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ if not __package__:
 
 from shared.config import Section, load_config, setting
 from shared.errors import UserError, command
+from shared.files import write_text
 
 TARGET_GAIN, TARGET_RECONSTRUCTION, TARGET_MOUTH, TARGET_MARGIN = 3.0, 0.75, 0.65, 0.5
 
@@ -190,10 +190,7 @@ def main(argv: list[str] | None = None) -> dict:
         from float.animate import run_folder
 
         path = Path(options.output) if options.output else run_folder(Path(options.checkpoint)) / "metrics.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(scores, indent=1))
-        os.replace(temporary, path)
+        write_text(path, json.dumps(scores, indent=1))
     for name, value in scores.items():
         if isinstance(value, (int, float)):
             print(f"{name:28s} {value:.4f}")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from float.clips import Clip, read_table
 from float.media import to_tensor
 from shared.errors import UserError
+from shared.files import written_aside
 from shared.rng import keyed_generator
 
 HEIGHT, WIDTH = 22, 28  # of the mouth as the meter sees it
@@ -126,7 +127,6 @@ def meter_for(clips: list[Clip], frames: list[np.ndarray], box: list[float], cac
         meter.load_state_dict(load_file(cache))
         return meter.eval()
     meter = train_meter(frames, [read_truth(clip) for clip in clips], box)
-    temporary = cache.with_name(f".{cache.name}")
-    save_file({name: value.contiguous() for name, value in meter.state_dict().items()}, temporary, {"key": key})
-    temporary.replace(cache)
+    with written_aside(cache) as temporary:
+        save_file({name: value.contiguous() for name, value in meter.state_dict().items()}, temporary, {"key": key})
     return meter

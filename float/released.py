@@ -15,6 +15,7 @@ if not __package__:
 
 from shared.config import Section, load_config, setting
 from shared.errors import UserError, command
+from shared.files import written_aside
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -97,17 +98,13 @@ def released_state(autoencoder: "Autoencoder", generator: "MotionGenerator") -> 
 
 def export_released_layout(path: str | Path, autoencoder: "Autoencoder", generator: "MotionGenerator") -> int:
     """Write both modules as one flat file that the released tool can read; returns the number of tensors."""
-    import os
-
     import torch
 
     if generator.motion_mean.shape[0] != generator.fmt.dim_w or generator.motion_mean.any():
         raise UserError("a run with whiten_motion has a flow space of its own, which the released layout cannot hold")
     path, state = Path(path), released_state(autoencoder, generator)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    with written_aside(path) as temporary:
+        torch.save(state, temporary)
     return len(state)
 
 

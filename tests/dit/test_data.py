@@ -101,6 +101,9 @@ def test_custom_split_files_csv_pixart_sidecars_and_class_folders(tmp_path):
     assert dataset("custom", tmp_path / "t").items[0].captions == ("one", "two")
     classed = dataset("custom", tmp_path / "k", num_classes=3)
     assert classed[0]["label"] == 0
+    for name in ("t", "k"):
+        (tmp_path / name / "images" / "._x.png").write_bytes(b"a note of the file system")
+    assert [len(dataset("custom", tmp_path / name, num_classes=3)) for name in ("t", "k")] == [1, 1]
 
 
 def test_a_training_list_without_a_validation_list_is_divided_by_name(tmp_path):

@@ -108,6 +108,7 @@ def test_folder_layouts_of_the_public_sets(tmp_path):
     write_clip(tmp_path / "train" / "Actor_01", "02-01-06-01-02-01-01_processed", frames=2)
     write_clip(tmp_path / "train" / "RD_Radio1", "RD_Radio1_000_processed", frames=2, sound="track")
     write_clip(tmp_path / "test" / "M003" / "disgusted", "001", frames=2)
+    (tmp_path / "test" / "M003" / "disgusted" / "._001.mp4").write_bytes(b"a note of the file system")
     train, test = find_clips(tmp_path, "train"), find_clips(tmp_path, "test")
     assert {clip.identity: clip.emotion for clip in train} == {"Actor_01": 2, "RD_Radio1": None}
     assert {clip.audio.suffix for clip in train} == {".wav", ".mp4"}
