@@ -151,7 +151,7 @@ def use(bench: Bench) -> None:
     config = settings("small")
     model = build_model(config).eval()
     objective = make_objective(config.diffusion, config.flow, learn_sigma=False, latent_size=config.latent_size)
-    count, sample = 8, config.sample
+    count, sample = 4, config.sample
     condition = {
         "text_embeddings": torch.randn(count, config.model.text_len, config.model.text_dim),
         "text_pooled": torch.randn(count, config.model.text_dim),

@@ -68,7 +68,7 @@ def peers(bench: Bench) -> None:
     cached_pair(bench)
 
 
-def cached_pair(bench: Bench, frames: int = 21, height: int = 96, width: int = 160) -> None:
+def cached_pair(bench: Bench, frames: int = 9, height: int = 96, width: int = 160) -> None:
     """Rate with cached latents over the rate with Wan's VAE in the loop, for the 30 blocks of the 1.3B base."""
     from diffusers import AutoencoderKLWan
 
