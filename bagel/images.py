@@ -9,6 +9,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from shared.pictures import as_rgb
+
 MAX_AREA = 200_000_000  # pixels; larger files are refused before they are decoded
 DEFAULT_MAX_PIXELS = 14 * 14 * 9 * 1024
 
@@ -33,10 +35,9 @@ def load_image(source: Path | BinaryIO) -> Image.Image:
     """
     with _opened(source) as image:
         try:
-            image.load()
+            return as_rgb(image, upright=False)  # as the released loader, whose sizes come from the header
         except (OSError, SyntaxError, ValueError) as error:
             raise ImageFault("E_IMAGE_DECODE", f"{_name(source)} is damaged or cut short ({error})") from None
-        return to_rgb(image)
 
 
 def _opened(source: Path | BinaryIO) -> Image.Image:
@@ -55,18 +56,6 @@ def _opened(source: Path | BinaryIO) -> Image.Image:
 
 def _name(source: Path | BinaryIO) -> str:
     return str(source) if isinstance(source, Path) else "the embedded picture"
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB; transparent pixels become white, 16 bits become 8."""
-    if image.mode.startswith("I"):  # convert("RGB") would clip them to white
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        ground = Image.new("RGB", image.size, (255, 255, 255))
-        ground.paste(image, mask=image.getchannel("A"))
-        return ground
-    return image.convert("RGB")
 
 
 def resized_sides(

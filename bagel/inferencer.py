@@ -25,10 +25,11 @@ from bagel.generation import (
     text_block,
     vit_block,
 )
-from bagel.images import ImageTransform, to_rgb
+from bagel.images import ImageTransform
 from bagel.layers import unpatchify
 from bagel.vae import Autoencoder, to_uint8
 from shared.errors import UserError
+from shared.pictures import as_rgb
 from shared.rng import keyed_generator
 
 # The two prompts that the released weights were tuned with.
@@ -228,7 +229,8 @@ class InterleaveInferencer:
                 found.main = self.update_context_text(item, found.main)
                 found.cfg_img = self.update_context_text(item, found.cfg_img)
             elif isinstance(item, Image.Image):
-                image = self.vae_transform.resize_transform(to_rgb(item))  # the ViT sees the resized picture too
+                picture = as_rgb(item, upright=False)
+                image = self.vae_transform.resize_transform(picture)  # the ViT sees the resized picture too
                 found.main = self.update_context_image(image, found.main, vae=not understanding_output)
                 found.image_shape = (image.height, image.width)
                 found.cfg_text = found.main.copy()

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from shared.errors import BadSample
+from shared.pictures import as_rgb
 
 Crop = tuple[int, int, int, int]  # top, left of the window; height, width of the resized picture it was cut from
 
@@ -17,16 +18,7 @@ Crop = tuple[int, int, int, int]  # top, left of the window; height, width of th
 def decode(data: bytes, name: str) -> Image.Image:
     """RGB picture: turned upright by EXIF, transparency laid on white, 16 bits scaled to 8. BadSample if broken."""
     try:
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-        image.load()
-        if image.mode.startswith("I") or image.mode == "F":  # 16-bit greyscale; convert("RGB") would clip it to white
-            wide = np.asarray(image, dtype=np.float32)
-            image = Image.fromarray((wide / (257.0 if wide.max() > 255 else 1.0)).round().clip(0, 255).astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-            image = Image.alpha_composite(white, image)
-        return image.convert("RGB")
+        return as_rgb(Image.open(io.BytesIO(data)))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadSample(f"{name}: not a readable picture ({error})") from None
 

@@ -11,11 +11,12 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from float.audio import SAMPLE_RATE
 from shared.errors import BadSample
+from shared.pictures import as_rgb
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".mpg", ".webm")
 SILENCE = 1e-4  # peak below which a sound counts as silent
@@ -85,10 +86,7 @@ def read_image(path: Path | str) -> np.ndarray:
         return frame
     try:
         with Image.open(path) as picture:
-            upright = ImageOps.exif_transpose(picture)
-            if upright.mode.startswith("I"):  # 16 bits: convert("RGB") would clip them to white
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            return np.asarray(upright.convert("RGB"))
+            return np.asarray(as_rgb(picture))
     except FileNotFoundError:
         raise BadSample(f"{path}: no such file") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

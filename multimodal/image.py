@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from shared.errors import BadSample
+from shared.pictures import as_rgb
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -19,7 +20,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 
 
 def read_image(source: Path | bytes, *, max_side: int | None = None) -> Image.Image:
-    """An RGB picture; grey, palette, CMYK and transparent ones (over white) are converted.
+    """An RGB picture, turned upright; grey, palette, CMYK, 16-bit and transparent ones (over white) are converted.
 
     max_side: a JPEG may be decoded at a smaller scale while its shorter side stays at least this (faster).
     Raises BadSample for what does not decode, is cut short, or has more than 100 million pixels.
@@ -33,10 +34,7 @@ def read_image(source: Path | bytes, *, max_side: int | None = None) -> Image.Im
                 raise BadSample(f"{name}: {picture.width} x {picture.height} pixels, more than {MAX_PIXELS:,}")
             if max_side is not None:
                 picture.draft("RGB", (max_side, max_side))
-            if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-                picture = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-            return picture.convert("RGB")
+            return as_rgb(picture)
     except BadSample:
         raise
     except Exception as error:  # Pillow raises many kinds for broken files

@@ -14,6 +14,7 @@ from opens2v.annotations import Annotations
 from opens2v.subjects import Subject, find_subjects
 from opens2v.video import crop_window, read_frames
 from shared.errors import BadSample
+from shared.pictures import as_rgb
 
 OTHER_CAPTIONS = ("face_cap_qwen", "face_cap_glm", "face_cap_Aria", "caption")
 
@@ -132,7 +133,7 @@ class Part:
         if path is None:
             return None
         try:
-            pixels = np.array(Image.open(path).convert("RGB"))
+            pixels = np.array(as_rgb(Image.open(path)))
         except OSError as error:
             raise BadSample(f"background {path}: cannot be read ({error})") from None
         return _crop_background(pixels, entry["metadata"])

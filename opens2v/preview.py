@@ -19,11 +19,12 @@ from opens2v.dataset import collate_opens2v_batch, create_dataset
 from opens2v.evaluation import paired_errors
 from opens2v.sampling import SamplerSettings, VideoSampler
 from opens2v.scheduler import FlowMatchScheduler
-from opens2v.subjects import clip_pixels, on_white, reference_pixels
+from opens2v.subjects import clip_pixels, reference_pixels
 from opens2v.video import to_uint8, write_video
 from shared.dist import DistInfo
 from shared.errors import UserError
 from shared.files import write_text
+from shared.pictures import as_rgb
 
 VALIDATION_SIGMAS = tuple((place + 0.5) / 10 for place in range(10))  # ten fixed noise levels
 _VALIDATION_SEED = 551
@@ -32,7 +33,7 @@ _VALIDATION_SEED = 551
 def open_picture(path: str | Path) -> Image.Image:
     """A reference picture, RGB on white; UserError for what is not one."""
     try:
-        return on_white(Image.open(path))
+        return as_rgb(Image.open(path))
     except FileNotFoundError:
         raise UserError(f"reference picture {path}: not found") from None
     except OSError as error:

@@ -139,15 +139,6 @@ def select_subjects(subjects: list[Subject], strategy: str, count: int, rng: ran
 # --- the two input forms ----------------------------------------------------------------------------------------------
 
 
-def on_white(image: Image.Image) -> Image.Image:
-    """RGB; transparent parts become white."""
-    if image.mode in ("RGBA", "LA", "P"):
-        image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, (*WHITE, 255))
-        return Image.alpha_composite(ground, image).convert("RGB")
-    return image.convert("RGB")
-
-
 def reference_pixels(image: Image.Image, height: int, width: int, scale: float = 1.0) -> Tensor:
     """float32 (3, height, width) in [-1, 1]: fitted inside the canvas (Lanczos, aspect kept), centred on white."""
     factor = scale * min(height / image.height, width / image.width)

@@ -90,7 +90,9 @@ class Section(BaseModel):
 
 
 class RunSection(Section):
-    """Where and how a run executes; nothing here changes what is learned, except the seed."""
+    """Where and how a run executes. The seed decides its draws, precision and strategy its rounding; the rest changes
+    nothing that is learned.
+    """
 
     output_dir: str = setting(
         "outputs/run", "folder that receives the run: config, logs, checkpoints, samples, report", "logdir"
@@ -132,7 +134,7 @@ class RunSection(Section):
 class TrainingSection(Section):
     """The loop's settings; each system subclasses it to set its defaults and add its own."""
 
-    batch_size: int = setting(32, "samples per rank and micro-step", fixed=False, ge=1)
+    batch_size: int = setting(32, "samples per rank and micro-step", ge=1)
     global_batch_size: int | None = setting(
         None, "samples of one optimizer step over all ranks; fixes the accumulation", ge=1
     )

@@ -267,11 +267,8 @@ def _log_line(
     began: float,
     began_step: int,
 ) -> dict[str, float]:
-    elapsed, waited, steps = (
-        time.perf_counter() - log.started,
-        log.waited,
-        log.counts.get("train/micro_loss", 0) // micro_steps,
-    )
+    elapsed, waited = time.perf_counter() - log.started, log.waited
+    steps = log.counts.get("train/micro_loss", 0) // micro_steps
     if hasattr(stream, "agree"):
         stream.agree()
     means = log.close_window()
@@ -290,11 +287,8 @@ def _log_line(
         "perf/memory_gb": memory_gb(info.device),
     }
     log.write(state.step, row)
-    left = (
-        (time.perf_counter() - began)
-        / (state.step - began_step)
-        * (min(last_step, training.max_steps or last_step) - state.step)
-    )
+    seconds_per_step = (time.perf_counter() - began) / (state.step - began_step)
+    left = seconds_per_step * (min(last_step, training.max_steps or last_step) - state.step)
     log.say(
         f"Step {state.step}, Loss: {loss:.4f} | of {last_step} | epoch {epoch:.2f} | lr {learning_rate:.2e} | "
         f"grad norm {means.get('train/grad_norm', float('nan')):.3f} | {rate:.1f} samples/s | "

@@ -73,10 +73,8 @@ def restore(folder: Path, trainer: dict, strategy: Strategy, ema: EMA | None, sa
         for kind in MOMENTS:
             if f"{name}.{kind}" in optimizer.names:
                 strategy.load_full(kind, name, optimizer[f"{name}.{kind}"])
-    strategy.scale.value, strategy.scale.good_steps = (
-        trainer["loss_scale"]["value"],
-        trainer["loss_scale"]["good_steps"],
-    )
+    strategy.scale.value = trainer["loss_scale"]["value"]
+    strategy.scale.good_steps = trainer["loss_scale"]["good_steps"]
     if ema is None:
         return
     if (folder / "ema.safetensors").exists():

@@ -1,0 +1,22 @@
+"""Pictures as people have them, turned into plain RGB."""
+
+import numpy as np
+from PIL import Image, ImageOps
+
+
+def as_rgb(image: Image.Image, *, upright: bool = True) -> Image.Image:
+    """RGB of 8 bits: turned by its EXIF note when `upright`, 16 bits scaled to 8, transparency laid on white.
+
+    Decodes the picture, so Pillow's errors for broken files (OSError, ValueError, SyntaxError) come up here.
+    """
+    image.load()
+    if upright:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":  # convert("RGB") would clip these to white
+        values = np.asarray(image, dtype=np.float32)
+        scale = 257.0 if values.max() > 255 else 1.0
+        image = Image.fromarray((values / scale).round().clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")

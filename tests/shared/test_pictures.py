@@ -1,0 +1,51 @@
+"""Every kind of picture becomes the RGB that a person would see."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shared.pictures import as_rgb
+
+
+def saved(image: Image.Image, kind: str, **options) -> Image.Image:
+    """The picture, written and opened again."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return Image.open(io.BytesIO(buffer.getvalue()))
+
+
+def test_sixteen_bits_are_scaled():
+    ramp = np.arange(256, dtype=np.uint16)[None].repeat(2, 0)
+    for picture in (saved(Image.fromarray(ramp * 257), "PNG"), saved(Image.fromarray(ramp.astype(np.uint8)), "PNG")):
+        assert np.array_equal(np.asarray(as_rgb(picture))[..., 0], ramp)
+
+
+def test_a_turned_picture_is_put_upright_on_request():
+    image = Image.new("RGB", (30, 10), "red")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert as_rgb(saved(image, "JPEG", exif=exif)).size == (10, 30)
+    assert as_rgb(saved(image, "JPEG", exif=exif), upright=False).size == (30, 10)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_becomes_white(mode):
+    image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (0, 0, 2, 4))
+    options = {"transparency": image.convert("P").getpixel((3, 0))} if mode == "P" else {}
+    pixels = np.asarray(as_rgb(saved(image.convert(mode), "PNG", **options)))
+    assert (pixels[:, 3] == 255).all() and (mode == "P" or (pixels[:, 0] == 0).all())
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "CMYK", "RGB"])
+def test_other_modes_keep_their_colour(mode):
+    assert as_rgb(Image.new("RGB", (3, 3), "white").convert(mode)).getpixel((1, 1)) == (255, 255, 255)
+
+
+def test_a_picture_that_is_cut_short_raises():
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 90).save(buffer, "PNG")
+    with pytest.raises(OSError):
+        as_rgb(Image.open(io.BytesIO(buffer.getvalue()[:500])))
