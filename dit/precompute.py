@@ -108,7 +108,7 @@ def finished(number: int, folder: Path) -> dict | None:
     try:
         line = json.loads((folder / f"shard_{number:05d}.json").read_text(encoding="utf-8"))
         whole = all(file_digest(folder / name) == digest for name, digest in line["sha256"].items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return line if whole and (folder / f"items_{number:05d}.jsonl").exists() else None
 
