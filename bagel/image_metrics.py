@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from bagel.text_metrics import Unavailable, rouge
+from shared.measures import frechet_gaussians, gaussian_of
 
 Features = Callable[[Sequence[Image.Image]], Tensor]  # pictures -> (N, D)
 
@@ -24,23 +25,8 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
         raise Unavailable(
             f"a Frechet distance needs two or more pictures on each side, found {len(first)} and {len(second)}"
         )
-    first, second = first.double(), second.double()
-    return gaussian_distance(
-        first.mean(0),
-        torch.cov(first.T).reshape(first.shape[1], -1),
-        second.mean(0),
-        torch.cov(second.T).reshape(first.shape[1], -1),
-    )
-
-
-def gaussian_distance(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tensor) -> float:
-    """The Frechet distance of two Gaussians. The trace of the root of S1 S2 is that of the symmetric S1^(1/2) S2
-    S1^(1/2).
-    """
-    values, vectors = torch.linalg.eigh(cov_1)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    inner = torch.linalg.eigvalsh(root @ cov_2 @ root).clamp(min=0).sqrt().sum()
-    return float((mean_1 - mean_2).square().sum() + cov_1.trace() + cov_2.trace() - 2 * inner)
+    gaussians = [gaussian_of(features.double().numpy()) for features in (first, second)]
+    return frechet_gaussians(*gaussians[0], *gaussians[1])
 
 
 def fid(

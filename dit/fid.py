@@ -11,31 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import UserError
+from shared.measures import frechet_gaussians, gaussian_of
 from shared.rng import keyed_generator
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth (or pt_inception-2015-12-05-6726825d.pth)"
 
 
 def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)) in float64. Biased upward for few pictures: compare equal numbers only.
-
-    The trace of the root is the sum of the roots of the eigenvalues of sqrt(S1) S2 sqrt(S1), which is symmetric: the
-    general matrix root has returned complex numbers and NaN.
-    """
-    return frechet_from_moments(*_moments(first), *_moments(second))
-
-
-def frechet_from_moments(
-    mean1: np.ndarray, covariance1: np.ndarray, mean2: np.ndarray, covariance2: np.ndarray
-) -> float:
-    """The same from means (F,) and covariances (F, F), such as the ADM suite's reference files hold."""
-    values, vectors = np.linalg.eigh(covariance1.astype(np.float64))
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    inner = np.linalg.eigvalsh(root @ covariance2.astype(np.float64) @ root)
-    difference = mean1.astype(np.float64) - mean2.astype(np.float64)
-    return float(
-        difference @ difference + np.trace(covariance1) + np.trace(covariance2) - 2 * np.sqrt(inner.clip(0)).sum()
-    )
+    """The Frechet distance of two sets of features (N, F). UserError for fewer than two rows a side."""
+    try:
+        return frechet_gaussians(*gaussian_of(first), *gaussian_of(second))
+    except ValueError as error:
+        raise UserError(f"a Frechet distance cannot be taken: {error}; give more pictures") from None
 
 
 def kernel_distance(
@@ -126,10 +113,3 @@ def features(network: nn.Module, pictures: np.ndarray, *, device: torch.device, 
 def set_digest(pictures: np.ndarray) -> str:
     """SHA-256 of a set of pictures, so that a report names its reference exactly."""
     return hashlib.sha256(np.ascontiguousarray(pictures).tobytes()).hexdigest()
-
-
-def _moments(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    if len(rows) < 2:
-        raise UserError(f"a Frechet distance needs at least 2 pictures a side, got {len(rows)}")
-    rows = rows.astype(np.float64)
-    return rows.mean(0), np.cov(rows, rowvar=False)

@@ -7,40 +7,22 @@ Features come from any extractor, as matrices (n, F). All sums in float64.
 import numpy as np
 
 from float.audio import SAMPLE_RATE
+from shared.measures import frechet_gaussians, gaussian_of
 
 EPSILON = 1e-6
 LSE_OFFSETS = 15  # frames to either side
 LAGS = 5
 
 
-def _symmetric_root(matrix: np.ndarray) -> np.ndarray:
-    """The square root of a positive semi-definite matrix; small negative eigenvalues from rounding count as zero."""
-    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
-    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-
-
-def frechet_gaussians(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np.ndarray) -> float:
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2) (Dowson and Landau 1982)."""
-    root = _symmetric_root(cov_a)
-    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(min=0)).sum()
-    distance = np.square(mean_a - mean_b).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross
-    return float(max(distance, 0.0))
-
-
 def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
     """Frechet distance of two sets of features (n, F): FID on frames, FVD on clips, E-FID on expressions, P-FID on
     head poses.
     """
-    sets = [np.asarray(features, np.float64) for features in (features_a, features_b)]
-    for features in sets:
-        if features.ndim != 2 or len(features) < 2:
-            raise ValueError(f"features of shape {features.shape}; (n, width) with n of at least 2 expected")
-        if not np.isfinite(features).all():
-            raise ValueError("features hold numbers that are not finite")
-    if sets[0].shape[1] != sets[1].shape[1]:
-        raise ValueError(f"features are {sets[0].shape[1]} and {sets[1].shape[1]} wide; use one extractor for both")
-    moments = [(features.mean(0), np.atleast_2d(np.cov(features, rowvar=False))) for features in sets]
-    return frechet_gaussians(*moments[0], *moments[1])
+    gaussians = [gaussian_of(features) for features in (features_a, features_b)]
+    widths = [len(mean) for mean, _ in gaussians]
+    if widths[0] != widths[1]:
+        raise ValueError(f"features are {widths[0]} and {widths[1]} wide; use one extractor for both")
+    return frechet_gaussians(*gaussians[0], *gaussians[1])
 
 
 def cosine_similarity(embeddings: np.ndarray, reference: np.ndarray) -> float:
