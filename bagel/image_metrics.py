@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bagel.text_metrics import Unavailable, rouge
+from bagel.text_metrics import Unavailable, from_folder, rouge
 from shared.measures import frechet_gaussians, gaussian_of
 
 Features = Callable[[Sequence[Image.Image]], Tensor]  # pictures -> (N, D)
@@ -78,14 +78,8 @@ class ClipScorer:
     """Cosines of texts and pictures under a CLIP model in a local folder."""
 
     def __init__(self, folder: str | None):
-        if folder is None:
-            raise Unavailable("the CLIP score needs a local model: --clip-model FOLDER")
-        if not Path(folder).is_dir():
-            raise Unavailable(f"CLIP score: {folder} is not a folder")
-        from transformers import AutoProcessor, CLIPModel
-
-        self.model = CLIPModel.from_pretrained(folder, local_files_only=True).eval()
-        self.processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        self.model, self.processor = from_folder("CLIP score", folder, "--clip-model", "CLIPModel", "AutoProcessor")
+        self.model.eval()
 
     @torch.no_grad()
     def cosines(self, texts: Sequence[str], pictures: Sequence[Image.Image]) -> list[float]:

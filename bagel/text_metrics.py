@@ -11,9 +11,26 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 
 class Unavailable(Exception):
     """A metric that cannot be computed here, and why."""
+
+
+def from_folder(metric: str, folder: str | None, option: str, *kinds: str) -> list[Any]:
+    """Classes of transformers (by name), each read from a local folder; makes no download."""
+    if folder is None:
+        raise Unavailable(f"{metric} needs a local model: {option} FOLDER")
+    if not Path(folder).is_dir():
+        raise Unavailable(f"{metric}: {folder} is not a folder")
+    import transformers
+
+    try:
+        return [getattr(transformers, kind).from_pretrained(folder, local_files_only=True) for kind in kinds]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise Unavailable(f"{metric}: {folder} holds no such model ({reason})") from None
 
 
 def is_cjk(character: str) -> bool:
@@ -114,23 +131,21 @@ def bert_score(
 
     layer: hidden layer whose states are compared; null: the last. Needs no download and never makes one.
     """
-    if model is None:
-        raise Unavailable("BERTScore needs a local model: --bertscore-model FOLDER")
-    if not Path(model).is_dir():
-        raise Unavailable(f"BERTScore: {model} is not a folder")
     import torch
-    from transformers import AutoModel, AutoTokenizer
 
+    tokenizer, encoder = from_folder("BERTScore", model, "--bertscore-model", "AutoTokenizer", "AutoModel")
+    encoder.eval()
     checked(hypotheses, references)
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    encoder = AutoModel.from_pretrained(model, local_files_only=True).eval()
 
     def embed(text: str) -> torch.Tensor:
         with torch.no_grad():
             states = encoder(
                 **tokenizer(text, return_tensors="pt", truncation=True), output_hidden_states=True
             ).hidden_states
-        return torch.nn.functional.normalize(states[-1 if layer is None else layer][0], dim=-1)
+        chosen = -1 if layer is None else layer
+        if not -len(states) <= chosen < len(states):
+            raise Unavailable(f"BERTScore: {model} has no layer {layer}; give 0 to {len(states) - 1}")
+        return torch.nn.functional.normalize(states[chosen][0], dim=-1)
 
     scores = []
     for hypothesis, reference in zip(hypotheses, references, strict=True):

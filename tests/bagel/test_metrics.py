@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from bagel.image_metrics import (
+    ClipScorer,
     clip_score,
     colour_agreement,
     colours_named,
@@ -65,6 +66,17 @@ def test_bertscore_with_a_tiny_local_model(tmp_path):
     ).save_pretrained(tmp_path)
     assert bert_score(["a cat"], ["a cat"], str(tmp_path))["bertscore_f1"] == pytest.approx(1, abs=1e-5)
     assert bert_score(["a cat", ""], ["a dog", "a"], str(tmp_path), 0)["bertscore_f1"] < 0.5
+    with pytest.raises(Unavailable, match="no layer 2"):
+        bert_score(["a cat"], ["a cat"], str(tmp_path), 2)
+    (tmp_path / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(Unavailable, match="holds no such model"):
+        bert_score(["a cat"], ["a cat"], str(tmp_path))
+
+
+def test_a_folder_that_holds_no_clip_model_is_named(tmp_path):
+    for folder, message in ((None, "--clip-model"), (tmp_path / "none", "not a folder"), (tmp_path, "no such model")):
+        with pytest.raises(Unavailable, match=message):
+            ClipScorer(folder and str(folder))
 
 
 def test_ngrams_count():
