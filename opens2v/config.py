@@ -29,7 +29,11 @@ class OpenS2VRunSection(RunSection):
     visualize: bool = setting(True, "write sample videos; --no-visualize: none")
     disable_wandb: bool = setting(False, "do not log to Weights & Biases, whatever the file says")
     seed: int = setting(
-        42, "seed of data order, noise and new weights; 0: draw one, the same on all ranks", fixed=True, ge=0
+        42,
+        "seed of data order, noise and new weights; 0: draw one, the same on all ranks",
+        fixed=True,
+        ge=0,
+        le=2**63 - 1,
     )
 
 
@@ -161,7 +165,7 @@ class AdapterConfig(Section):
 
     fixed_on_resume = True
 
-    adapter_type: Literal["lora"] = setting("lora", "kind of adapter", "type")
+    adapter_type: Literal["lora"] = setting("lora", "the guide's key; LoRA is the only kind", "type")
     r: int = setting(64, "LoRA rank", "rank", ge=1)
     lora_alpha: float = setting(64, "LoRA strength times rank", "alpha", gt=0)
     lora_dropout: float = setting(0.0, "dropout in front of the LoRA layers", "dropout", ge=0, lt=1)
@@ -199,7 +203,9 @@ class TrainingConfig(TrainingSection):
     num_train_timestep: int = setting(1000, "entries of the table of noise levels", ge=2)
     loss_weighting: Literal["gaussian", "none"] = setting("gaussian", "weight of a timestep: a bell around 500, or 1")
     timestep_sampling: Literal["uniform", "logit_normal"] = setting("uniform", "how timesteps are drawn from the table")
-    denoising_loss_type: Literal["flow"] = setting("flow", "the loss: squared error of the velocity")
+    denoising_loss_type: Literal["flow"] = setting(
+        "flow", "the guide's key; the squared error of the velocity is the only loss"
+    )
     save_full_generator: bool = setting(False, "model.pt holds the frozen base as well")
     gc_interval: int = setting(100, "steps between runs of Python's garbage collector; 0: leave it alone", ge=0)
     val_prompts: list[str] = setting([], "prompts of sample videos; empty: those of held-back samples")

@@ -46,7 +46,7 @@ class GenerateOptions(Section):
     img_guidance_scale: float = setting(3.0, "strength of subject guidance, mode dual", ge=0)
     negative_prompt: str | None = setting(None, "what to steer away from; null: that of the run")
     fps: float | None = setting(None, "frames per second of the file; null: 16, small presets 8", gt=0)
-    seed: int = setting(42, "noise", ge=0)
+    seed: int = setting(42, "noise", ge=0, le=2**63 - 1)
     rembg: Literal["none", "white"] = setting("none", "white: take off a plain ground of the subject picture")
     lora_scale: float = setting(1.0, "factor on the LoRA layers", ge=0)
     ref_scale: float = setting(1.0, "factor on what the subject adds; 0 gives the base", ge=0)
@@ -82,7 +82,11 @@ def _listed(options: GenerateOptions) -> list[Request]:
     if not path.exists():
         raise UserError(f"--prompt-file {path}: not found")
     folder = Path(options.output_dir or Path(options.output).parent)
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt-file {path}: not UTF-8 ({error}); save it as UTF-8") from None
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

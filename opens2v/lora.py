@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from opens2v.model import is_reference_name
 from shared.errors import UserError
@@ -42,13 +42,6 @@ def add_lora(
     )
     inject_adapter_in_model(config, model)
     return sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" in name)
-
-
-def lora_state(model: nn.Module) -> dict[str, Tensor]:
-    """The LoRA tensors under the names that peft's tools read."""
-    from peft import get_peft_model_state_dict
-
-    return get_peft_model_state_dict(model)
 
 
 def scale_lora(model: nn.Module, factor: float) -> None:

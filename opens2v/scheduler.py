@@ -71,10 +71,6 @@ class FlowMatchScheduler:
         """The velocity noise - x0."""
         return noise - clean
 
-    def clean_of(self, noisy: Tensor, velocity: Tensor, timestep: Tensor) -> Tensor:
-        """x0 = x_t - sigma v; timestep (B,)."""
-        return noisy - expand_like(self.sigma_of(timestep), noisy) * velocity
-
     def step(self, velocity: Tensor, sample: Tensor, sigma: float, next_sigma: float) -> Tensor:
         """One Euler step, x + v (sigma_next - sigma)."""
         return sample + velocity * (next_sigma - sigma)

@@ -111,11 +111,6 @@ def from_main(value: Any) -> Any:
     return box[0]
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on any rank; the same answer everywhere, so that all ranks turn together."""
-    return bool(max_over_ranks(float(flag)))
-
-
 def max_over_ranks(value: float) -> float:
     """The largest value over the ranks."""
     if not is_distributed():
@@ -143,13 +138,14 @@ def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
 
 
 def same_on_all_ranks(value: Any, what: str) -> None:
-    """Raise a RuntimeError that names the ranks where `value` differs from rank 0's."""
+    """Raise a UserError on every rank, which names the first one whose value is not rank 0's."""
     values = gather_objects(value)
-    differing = [rank for rank, other in enumerate(values) if other != values[0]]
-    if differing:
-        raise RuntimeError(
-            f"{what} differs between ranks: rank 0 has {values[0]!r}, rank {differing[0]} has {values[differing[0]]!r}"
-        )
+    for rank, other in enumerate(values):
+        if other != values[0]:
+            raise UserError(
+                f"rank {rank} has other {what} than rank 0 ({other} instead of {values[0]}); start every node with the "
+                "same command, code and data"
+            )
 
 
 def raise_together(error: Exception | None) -> None:

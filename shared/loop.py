@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from shared.checkpoint import CheckpointStore, frozen_digest
-from shared.config import save_config
+from shared.config import config_digest, save_config
 from shared.data import Stream, to_device
 from shared.dist import (
     DistInfo,
@@ -22,6 +22,7 @@ from shared.dist import (
     mean_over_ranks,
     naming_late_ranks,
     raise_together,
+    same_on_all_ranks,
 )
 from shared.ema import EMA
 from shared.errors import UserError
@@ -95,6 +96,8 @@ def fit(
     same order. Raises UserError for unreadable data, settings that do not fit the checkpoint, and lasting overflow.
     """
     run, training = config.run, config.training
+    same_on_all_ranks(config_digest(config), "settings")
+    same_on_all_ranks(getattr(stream, "fingerprint", None), "samples")
     output_dir = Path(output_dir or run.output_dir)
     precision = choose_precision(run.precision, info.device)
     strategy = make_strategy(run.strategy, info, precision, training, run.cpu_offload)

@@ -131,6 +131,15 @@ def test_ranks_that_run_other_modules_are_caught(tmp_path, branches):
         assert max(abs(found[step] - expected[step]) / expected[step] for step in expected) < 1e-6
 
 
+def test_ranks_with_other_settings_or_data_are_refused(tmp_path):
+    kinds = {"other_settings": "settings", "other_data": "samples"}
+    toy(tmp_path, 2, [{"output_dir": str(tmp_path / kind), kind: True, "expect": True} for kind in kinds])
+    for kind, word in kinds.items():
+        for rank in (0, 1):
+            text = (tmp_path / kind / f"error_{rank}.txt").read_text()
+            assert f"rank 1 has other {word} than rank 0" in text and "same command" in text
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_gradient_that_is_not_finite_is_skipped_by_all(tmp_path, strategy):
     toy(

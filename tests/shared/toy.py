@@ -19,7 +19,7 @@ from torch import nn
 from shared.config import RunSection, Section, TrainingSection, accumulation_steps
 from shared.data import BatchPlan, MapStream
 from shared.dist import init_distributed
-from shared.errors import command
+from shared.errors import UserError, command
 from shared.loop import fit
 from shared.rng import keyed_randn
 from shared.strategy import ensure_group
@@ -72,8 +72,10 @@ class Toy(nn.Module):
 class Tokens:
     fingerprint = "toy"
 
-    def __init__(self, bad=()):
+    def __init__(self, bad=(), mark=""):
         self.bad = set(bad)
+        if mark:
+            self.fingerprint = f"toy {mark}"
 
     def __len__(self):
         return 101
@@ -139,13 +141,14 @@ def run_case(case, info):
             "precision": "fp32",
             "device": "cpu",
             "output_dir": case["output_dir"],
+            **({"seed": info.rank} if case.get("other_settings") else {}),
             **case.get("run", {}),
         },
         training=training,
     )
     plan = BatchPlan(101, config.training.batch_size, info.world, accumulation_steps(config.training, info.world), 11)
     stream = MapStream(
-        Tokens(case.get("bad", ())),
+        Tokens(case.get("bad", ()), info.rank if case.get("other_data") else ""),
         plan,
         info,
         collate=collate,
@@ -171,7 +174,7 @@ def main(argv=None):
     for case in cases:
         try:
             run_case(case, info)
-        except RuntimeError as error:
+        except (RuntimeError, UserError) as error:
             if not case.get("expect"):
                 raise
             Path(case["output_dir"]).mkdir(parents=True, exist_ok=True)
