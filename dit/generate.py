@@ -55,10 +55,17 @@ def requests(options: GenerateOptions, config: Config) -> list[Request]:
     sources = [bool(options.prompt), options.prompts is not None, options.captions is not None, bool(options.labels)]
     if sum(sources) > 1:
         raise UserError("say what to draw with one of --prompt, --prompts, --captions, --labels, not with several")
-    if not any(sources) and config.model.num_classes is None:
+    classes = config.model.num_classes
+    if classes is None and options.labels:
+        raise UserError("this model is not class-conditional: give --prompt")
+    if classes is not None and (any(sources[:3]) or options.negative is not None):
+        raise UserError("this model is class-conditional: give --labels, without --prompt and --negative")
+    if strange := [label for label in options.labels if not 0 <= label < classes]:
+        raise UserError(f"--labels {strange[0]}: the model knows the classes 0 to {classes - 1}")
+    if not any(sources) and classes is None:
         wanted: list[tuple[str, int | None]] = [(text, None) for text in held_out_captions(config)]
     elif not any(sources) or options.labels:
-        wanted = [(f"class {label}", label) for label in options.labels or range(min(16, config.model.num_classes))]
+        wanted = [(f"class {label}", label) for label in options.labels or range(min(16, classes))]
     else:
         wanted = [(text, None) for text in _texts(options)]
     if not wanted:
@@ -141,11 +148,6 @@ def draw(
     for first in range(0, len(wanted), options.batch_size):
         part = wanted[first : first + options.batch_size]
         labels = torch.tensor([request.label for request in part]) if part[0].label is not None else None
-        if (labels is None) != (config.model.num_classes is None):
-            raise UserError(
-                "this model is "
-                f"{'class-conditional: give --labels' if labels is None else 'not class-conditional: give --prompt'}"
-            )
         condition = condition_of([request.text for request in part], labels, trained.text_encoder, device)
         null = (
             None

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from dit import generate, metrics, train
 from shared.config import save_config
+from shared.errors import UserError
 from tests.dit.small import tiny
 
 
@@ -114,6 +115,23 @@ def test_generate_says_what_is_wrong(trained, tmp_path, capsys, monkeypatch, arg
         generate.main(["--checkpoint", str(trained), "--output", str(tmp_path / "x.png"), *arguments])
     assert left.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"prompt": ["a"]}, "give --labels"),
+        ({"labels": [0], "negative": "b"}, "without --prompt and --negative"),
+        ({"labels": [1, 3]}, "--labels 3: the model knows the classes 0 to 2"),
+        ({"labels": [-1]}, "--labels -1"),
+    ],
+)
+def test_a_class_conditional_model_is_asked_for_its_classes(asked, message):
+    config = tiny(model={"text_conditioning": "none", "num_classes": 3})
+    with pytest.raises(UserError, match=message):
+        generate.requests(generate.GenerateOptions(checkpoint="x", **asked), config)
+    drawn = generate.requests(generate.GenerateOptions(checkpoint="x"), config)
+    assert [request.label for request in drawn] == [0, 1, 2]
 
 
 def test_metrics_write_figures_and_a_report(trained, tmp_path):
