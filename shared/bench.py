@@ -14,19 +14,22 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import contextlib
 import json
 import math
 import os
+import queue
 import signal
 import statistics
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from shared.bench_table import find_systems, number, write_tables
+from shared.bench_table import PARTS, find_systems, number, write_tables
 from shared.config import Section, load_config, setting
 from shared.errors import UserError, command
 
@@ -148,8 +151,7 @@ class Bench:
         if chosen == "bf16":
             self.pair(label, in_bf16(ours), theirs, peer=peer, bar=0.70, note="ours in bf16, the peer in fp32")
             return
-        reason = "no bf16 arithmetic in this processor, so fp32 is the default and the line above the comparison; "
-        reason += f"both do the same matrix products; {spent(ours)}"
+        reason = f"no bf16 arithmetic here, so fp32 is the default; both do the same matrix products; {spent(ours)}"
         self.add(Row(self.part, label, fp32.ratio, 0.70, "at most", fp32.ours, fp32.unit, fp32.theirs, peer, reason))
 
     def precision(self, name: str, step: Job) -> None:
@@ -163,14 +165,14 @@ class Bench:
 
     def time(self, name: str, job: Job, *, per: float = 1.0, unit: str = "ms", note: str = "") -> Row:
         """Milliseconds of processor time for each of `per` things that the job makes."""
-        values = alternate([job], self.rounds)[0]
-        return self.add(Row(self.part, name, ours=1000 * statistics.median(values) / per, unit=unit, note=note))
+        middle = statistics.median(alternate([job], self.rounds)[0])
+        return self.add(Row(self.part, name, ours=1000 * middle / per, unit=unit, note=note))
 
     def scaling(self, name: str, jobs: dict[int, Job], meaning: str, *, unit: str = "ms") -> None:
         """Cost against size, with the slope of the fitted power law; `meaning` is what to expect of it."""
         times = alternate(list(jobs.values()), self.rounds)
-        self.series(name, {size: 1000 * statistics.median(row) for size, row in zip(jobs, times, strict=True)},
-                    meaning, unit=unit)  # fmt: skip
+        values = {size: 1000 * statistics.median(row) for size, row in zip(jobs, times, strict=True)}
+        self.series(name, values, meaning, unit=unit)
 
     def series(self, name: str, values: dict[int, float], meaning: str, *, unit: str = "ms") -> None:
         """A scaling row from values that were measured elsewhere."""
@@ -190,19 +192,20 @@ class Bench:
         processor = time.process_time() - began
         set_workers(stream, worker_count)
         stream.start(0, None)
+        source = ReadAhead(stream) if worker_count else stream
         for _ in range(1 + worker_count):  # starting the loader's processes is no step's wait
-            stream.next_step()
+            source.next_step()
         sleep = min(step_seconds, LONGEST_FAKE_STEP)
         steps, waited = max(3, min(200, int(STARVING_SECONDS / sleep))), 0.0
         time.sleep(sleep)
         began = time.perf_counter()
         for _ in range(steps):
             asked = time.perf_counter()
-            stream.next_step()
+            source.next_step()
             waited += time.perf_counter() - asked
             time.sleep(sleep)
         total = time.perf_counter() - began
-        stream.close()
+        source.close()
         text = f"step of {1000 * step_seconds:.0f} ms planned on {card}, {worker_count} loader processes; "
         text += f"the data of a step take {1000 * processor:.0f} ms of one core{f'; {note}' if note else ''}"
         self.add(Row(self.part, name, waited / total, 0.02, ours=1000 * waited / steps, unit="ms a step", note=text))
@@ -219,6 +222,38 @@ class Bench:
         shown = " ".join((f"{self.system}/{script}", *arguments))
         self.add(Row(self.part, f"start-up to first step, {shown}", ours=statistics.median(seconds), unit="s"))
         self.add(Row(self.part, f"peak memory at the first step, {shown}", ours=statistics.median(memory), unit="GB"))
+
+
+class ReadAhead:
+    """A stream's steps taken in a thread, as the loader's own pinning thread does beside a GPU."""
+
+    def __init__(self, stream: Any):
+        self.stream, self.steps, self.closed = stream, queue.Queue(1), False
+        self.thread = threading.Thread(target=self._read, daemon=True)
+        self.thread.start()
+
+    def _read(self) -> None:
+        while not self.closed:
+            try:
+                self.steps.put(self.stream.next_step())
+            except Exception as error:
+                self.steps.put(error)
+                return
+
+    def next_step(self) -> Any:
+        """The next step; raises what reading raised."""
+        step = self.steps.get()
+        if isinstance(step, Exception):
+            raise step
+        return step
+
+    def close(self) -> None:
+        """Let the thread end, then the stream."""
+        self.closed = True
+        while self.thread.is_alive():
+            with contextlib.suppress(queue.Empty):
+                self.steps.get(timeout=0.1)
+        self.stream.close()
 
 
 def planned_step(workload: Any, config: Any) -> tuple[float, str]:
@@ -281,9 +316,8 @@ def _first_step(command_line: list[str], folder: Path) -> tuple[float, dict]:
     try:
         while time.perf_counter() - began < START_LIMIT:
             for path in folder.rglob("metrics.jsonl"):
-                line = path.read_text().partition("\n")
-                if line[1]:
-                    return time.perf_counter() - began, json.loads(line[0])
+                if "\n" in (text := path.read_text()):
+                    return time.perf_counter() - began, json.loads(text.partition("\n")[0])
             if child.poll() is not None:
                 raise UserError(f"{' '.join(command_line)} ended before its first step: {child.stderr.read()[-300:]!r}")
             time.sleep(0.02)
@@ -299,8 +333,7 @@ def run_benchmark(
 ) -> list[Row]:
     """The main() of a SYSTEM/benchmark.py: measure the chosen parts; --output writes them as JSON for the table."""
     options = load_config(BenchOptions, argv=argv, description=description)
-    unknown = [name for name in options.parts if name not in parts and name not in KNOWN_PARTS]
-    if unknown:
+    if unknown := [name for name in options.parts if name not in PARTS]:
         raise UserError(f"--parts {unknown[0]}: unknown; {system} has {', '.join(parts)}")
     import torch
 
@@ -324,7 +357,6 @@ def run_benchmark(
     return bench.rows
 
 
-KNOWN_PARTS = ("peers", "precision", "use", "start", "loader", "scaling", "gpu")
 NO_GPU = "--gpu needs a CUDA device and none was found; leave it out to measure on the CPU"
 
 
@@ -335,8 +367,8 @@ def main(argv: list[str] | None = None) -> None:
     found = find_systems(ROOT)
     if wrong := [name for name in options.system if name not in found]:
         raise UserError(f"--system {wrong[0]}: no {wrong[0]}/benchmark.py; there are {', '.join(found)}")
-    if wrong := [name for name in options.parts if name not in KNOWN_PARTS]:
-        raise UserError(f"--parts {wrong[0]}: unknown; there are {', '.join(KNOWN_PARTS)}")
+    if wrong := [name for name in options.parts if name not in PARTS]:
+        raise UserError(f"--parts {wrong[0]}: unknown; there are {', '.join(PARTS)}")
     if options.gpu:
         import torch
 

@@ -13,7 +13,17 @@ import torch
 from torch import nn
 
 from shared import bench as bench_module
-from shared.bench import Bench, BenchOptions, Row, alternate, planned_step, run_benchmark, slope, training_step
+from shared.bench import (
+    Bench,
+    BenchOptions,
+    ReadAhead,
+    Row,
+    alternate,
+    planned_step,
+    run_benchmark,
+    slope,
+    training_step,
+)
 from shared.bench_gpu import breakdown, kind_of, make_step, matrix_peak, utilisation
 from shared.bench_table import find_systems, markdown, number, write_tables
 from shared.config import RunSection, Section, TrainingSection
@@ -115,6 +125,24 @@ def test_a_loader_that_is_late_starves_the_step(monkeypatch, seconds, share):
     made.starving("loader", FakeStream(seconds, clock), planned_step(planned(0.1), Config()))
     (row,) = made.rows
     assert row.ratio == pytest.approx(share, abs=2e-3) and row.met is (share < 0.02) and "100 ms planned" in row.note
+
+
+def test_steps_read_ahead_come_in_order_and_with_their_errors():
+    class Three:
+        left, closed = [1, 2, 3], False
+
+        def next_step(self):
+            return self.left.pop(0)
+
+        def close(self):
+            self.closed = True
+
+    ahead = ReadAhead(Three())
+    assert [ahead.next_step() for _ in range(3)] == [1, 2, 3]
+    with pytest.raises(IndexError):
+        ahead.next_step()
+    ahead.close()
+    assert ahead.stream.closed
 
 
 def test_tables_hold_every_row(tmp_path):
