@@ -4,7 +4,8 @@ import argparse
 
 import pytest
 
-from tests.survival import kills, memory, precompute, strategies
+from tests.launching import ROOT
+from tests.survival import breakages, kills, memory, precompute, strategies
 from tests.survival.systems import SYSTEMS, chosen
 
 BY_NAME = {system.name: system for system in SYSTEMS}
@@ -42,3 +43,11 @@ def test_the_planned_memory_is_what_real_steps_take():
 def test_an_unknown_system_is_refused():
     with pytest.raises(SystemExit, match="unknown systems"):
         chosen(["dat"])
+
+
+def test_every_listed_breakage_still_has_its_place():
+    found = breakages.breakages()
+    assert len(found) >= 10 and len({breakage.name for breakage in found}) == len(found)
+    for breakage in found:
+        text = (ROOT / breakage.file).read_text(encoding="utf-8")
+        assert text.count(breakage.old) == 1, f"{breakage.name}: {breakage.file} has changed; name the new place"
