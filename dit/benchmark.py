@@ -253,7 +253,7 @@ def open_pictures(folder: Path, count: int):
     for number in range(count):
         (folder / "images" / f"{number}.jpg").write_bytes(picture.getvalue())
         lines.append(json.dumps({"image": f"images/{number}.jpg", "caption": f"picture {number}"}))
-    (folder / "captions.jsonl").write_text("\n".join(lines))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
     config = settings("default", "--set", "data.dataset_name=custom", "--data-root", str(folder))
     return lambda: TextImageDataset.from_config(config, is_train=True)
 
