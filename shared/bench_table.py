@@ -38,7 +38,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": name,
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") is None else 1,
+        "threads": 1,  # which every benchmark sets
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "bf16": bf16,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
