@@ -119,8 +119,8 @@ class DualPathCrossAttention(WanAttention):
         """The initial values under which the output equals the base's; called when norm_k holds the base weights.
 
         Value layers are zero, so their path adds exactly 0 while they receive a full gradient; keys are Xavier with the
-        base's
-        key norm, which keeps q.k at the scale that the base's queries expect. Never zero both factors of a product.
+        base's key norm, which keeps q.k at the scale that the base's queries expect. Never zero both factors of a
+        product.
         """
         for key, value, norm in self.new_paths():
             nn.init.xavier_uniform_(key.weight)

@@ -33,8 +33,7 @@ def causal_frame_mask(
     """Which frame (row) may attend to which (column), bool (F, F); (2F, 2F) over [clean | noisy] with teacher forcing.
 
     A frame sees its own and earlier blocks; a noisy frame sees the noisy frames of its own block and the clean frames
-    of
-    earlier ones. local_window: frames counted back from the end of the own block, -1 for all.
+    of earlier ones. local_window: frames counted back from the end of the own block, -1 for all.
     """
     lengths = frame_blocks(frames, frames_per_block, independent_first_frame)
     block_F = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))

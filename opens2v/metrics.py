@@ -6,8 +6,8 @@
                                                                                      videos <id>.mp4 for OpenS2V-Eval
 
 The clips are the held-back part of every clip of the run (all of it where nothing is held back); the captions call the
-subject `subject`, so that only the picture says what it is. "Unseen" are the
-entries that training left out by without_keys.
+subject `subject`, so that only the picture says what it is. "Unseen" are the entries that training left out by
+without_keys.
 """
 
 import sys

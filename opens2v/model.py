@@ -249,9 +249,8 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
 
         timestep: 1000 sigma, (B,), (B, F) or (B, L). encoder_hidden_states: (B, 512, text_dim), padding rows zero.
         frame_mask: bool (F, F); with clean_hidden_states (teacher forcing) (2F, 2F) over [clean | noisy],
-        clean_timestep (B, F)
-        or None for 0. references: from project_references, in place of the three ref arguments. cache: generation by
-        blocks.
+        clean_timestep (B, F) or None for 0. references: from project_references, in place of the three ref arguments.
+        cache: generation by blocks.
         """
         batch, _, frames, height, width = hidden_states.shape
         _, patch_h, patch_w = self.config.patch_size

@@ -52,8 +52,8 @@ class VideoSampler:
     """Draws latents from a generator.
 
     model: called as the transformer. module: the transformer itself, so that the references are worked out once per
-    video;
-    None while its weights are sharded, when only calls of the whole model may touch them. variance_2C: of the codec.
+    video; None while its weights are sharded, when only calls of the whole model may touch them. variance_2C: of the
+    codec.
     """
 
     def __init__(
