@@ -182,11 +182,7 @@ class UnifiedGenerationDataset:
 
     def plan(self, index: int, epoch: int) -> list[PlanItem]:
         """The items of a sample without pixels."""
-        record = self.records[index % len(self)]
-        try:
-            return self._plan(record, index, epoch)
-        except RecordFault:  # a paraphrase of this epoch is too long: the one that was checked at the start is not
-            return self._plan(record, index, 0)
+        return self._plan_of_epoch(self.records[index % len(self)], index, epoch)
 
     def length(self, index: int, epoch: int) -> int:
         """Tokens of a sample when nothing is left out."""
@@ -204,7 +200,7 @@ class UnifiedGenerationDataset:
         flip = torch.rand((), generator=keyed_generator(self.seed, _FLIP, epoch, index)).item() < self.flip_probability
         loaded: dict[str, Any] = {}
         try:
-            items = self.plan(index, epoch)
+            items = self._plan_of_epoch(record, index, epoch)
             for item in items:
                 if item.source and item.source not in loaded:
                     image = load_image(record.source.picture(item.source))
@@ -219,6 +215,12 @@ class UnifiedGenerationDataset:
         """The picture at the planned size."""
         size = item.size[::-1]
         return to_tensor(image if image.size == size else image.resize(size, Image.Resampling.BICUBIC))
+
+    def _plan_of_epoch(self, record: Record, index: int, epoch: int) -> list[PlanItem]:
+        try:
+            return self._plan(record, index, epoch)
+        except RecordFault:  # a paraphrase of this epoch is too long: the one that was checked at the start is not
+            return self._plan(record, index, 0)
 
     def _plan(self, record: Record, index: int, epoch: int) -> list[PlanItem]:
         draw = keyed_draw(keyed_generator(self.seed, _CHOICE, epoch, index))

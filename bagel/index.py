@@ -6,9 +6,9 @@ what was found is stored beside the first of them, and the next start reads that
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ import numpy as np
 from bagel.records import FORMATS
 from bagel.sources import RecordFile, picture_names
 from shared.errors import BadSample
+from shared.files import written_aside
 
 VERSION = 1
 STORED_FROM = 10_000  # records: fewer are read anew in a moment
@@ -90,16 +91,11 @@ class Index(NamedTuple):
         return cls(rows, sizes, errors, notes["targets"], notes["digest"])
 
     def save(self, path: Path) -> None:
-        """Write aside and rename; a folder that cannot be written is left as it is."""
+        """Write it; a folder that cannot be written is left as it is."""
         notes = {"errors": [asdict(error) for error in self.errors], "targets": self.targets, "digest": self.digest}
         encoded = np.frombuffer(json.dumps(notes).encode(), dtype=np.uint8)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                np.savez(file, rows=self.rows, sizes=self.sizes, notes=encoded)
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
+        with suppress(OSError), written_aside(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, rows=self.rows, sizes=self.sizes, notes=encoded)
 
 
 class IndexBuilder:
