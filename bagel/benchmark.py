@@ -264,10 +264,7 @@ def gpu(bench: Bench) -> None:
     largest_that_fits([12, 10, 8, 6, 4, 2, 1], attempt)
 
 
-PARTS = {
-    "peers": peers, "precision": precision, "use": use, "start": start, "loader": loader, "scaling": scaling,
-    "gpu": gpu,
-}  # fmt: skip
+PARTS = {part.__name__: part for part in (peers, precision, use, start, loader, scaling, gpu)}
 
 
 @command

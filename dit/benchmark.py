@@ -271,10 +271,7 @@ def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-PARTS = {
-    "peers": peers, "precision": precision, "use": use, "start": start, "loader": loader, "scaling": scaling,
-    "gpu": gpu,
-}  # fmt: skip
+PARTS = {part.__name__: part for part in (peers, precision, use, start, loader, scaling, gpu)}
 
 
 @command

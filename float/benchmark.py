@@ -215,10 +215,7 @@ def gpu(bench: Bench) -> None:
     utilisation(bench, "FLOAT official, batch 256", workload(config), config, bar=0.45)
 
 
-PARTS = {
-    "peers": peers, "precision": precision, "use": use, "start": start, "loader": loader, "scaling": scaling,
-    "gpu": gpu,
-}  # fmt: skip
+PARTS = {part.__name__: part for part in (peers, precision, use, start, loader, scaling, gpu)}
 
 
 @command

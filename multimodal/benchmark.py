@@ -221,10 +221,7 @@ def gpu(bench: Bench) -> None:
     utilisation(bench, f"multimodal large, stage {stage}, batch 64", workload(config), config)
 
 
-PARTS = {
-    "peers": peers, "precision": precision, "use": use, "start": start, "loader": loader, "scaling": scaling,
-    "gpu": gpu,
-}  # fmt: skip
+PARTS = {part.__name__: part for part in (peers, precision, use, start, loader, scaling, gpu)}
 
 
 @command
