@@ -14,16 +14,13 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import contextlib
 import json
 import math
 import os
-import queue
 import signal
 import statistics
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -184,6 +181,10 @@ class Bench:
         """The share of time that a loop waits for `stream` when its compute sleeps; step: seconds of one, and the card
         that would take them (see planned_step).
         """
+        import torch
+
+        from shared.data import ReadAhead
+
         step_seconds, card = step
         worker_count = set_workers(stream, 0)
         stream.start(0, None)
@@ -192,7 +193,7 @@ class Bench:
         processor = time.process_time() - began
         set_workers(stream, worker_count)
         stream.start(0, None)
-        source = ReadAhead(stream) if worker_count else stream
+        source = ReadAhead(stream, torch.device("cpu"))
         for _ in range(1 + worker_count):  # starting the loader's processes is no step's wait
             source.next_step()
         sleep = min(step_seconds, LONGEST_FAKE_STEP)
@@ -222,38 +223,6 @@ class Bench:
         shown = " ".join((f"{self.system}/{script}", *arguments))
         self.add(Row(self.part, f"start-up to first step, {shown}", ours=statistics.median(seconds), unit="s"))
         self.add(Row(self.part, f"peak memory at the first step, {shown}", ours=statistics.median(memory), unit="GB"))
-
-
-class ReadAhead:
-    """A stream's steps taken in a thread, as the loader's own pinning thread does beside a GPU."""
-
-    def __init__(self, stream: Any):
-        self.stream, self.steps, self.closed = stream, queue.Queue(1), False
-        self.thread = threading.Thread(target=self._read, daemon=True)
-        self.thread.start()
-
-    def _read(self) -> None:
-        while not self.closed:
-            try:
-                self.steps.put(self.stream.next_step())
-            except Exception as error:
-                self.steps.put(error)
-                return
-
-    def next_step(self) -> Any:
-        """The next step; raises what reading raised."""
-        step = self.steps.get()
-        if isinstance(step, Exception):
-            raise step
-        return step
-
-    def close(self) -> None:
-        """Let the thread end, then the stream."""
-        self.closed = True
-        while self.thread.is_alive():
-            with contextlib.suppress(queue.Empty):
-                self.steps.get(timeout=0.1)
-        self.stream.close()
 
 
 def planned_step(workload: Any, config: Any) -> tuple[float, str]:

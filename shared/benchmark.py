@@ -48,10 +48,6 @@ class NoStream:
 
     steps_per_epoch, samples_per_step, fingerprint = None, 1, None
 
-    def state(self) -> dict:
-        """Nothing."""
-        return {}
-
 
 def stack(width: int, depth: int) -> nn.Sequential:
     """Square linear layers."""
@@ -85,7 +81,7 @@ def peers(bench: Bench) -> None:
 
         def save() -> None:
             name = f"step_{next(numbers)}"
-            save_run(name, config, RunState(), strategy, None, store, NoStream(), None, None)
+            save_run(name, config, RunState(), strategy, None, store, None, None)
 
         def save_plain() -> None:
             torch.save({"model": module.state_dict(), "optimizer": optimizer.state_dict()}, plain)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -91,7 +92,7 @@ class BatchPlan:
 
 
 class Stream(Protocol):
-    """What the loop reads from. MapStream is one; a system with packing writes its own."""
+    """What the loop reads from, one step ahead in a thread. MapStream is one; a system with packing writes its own."""
 
     steps_per_epoch: int | None
     samples_per_step: int  # over all ranks
@@ -184,7 +185,7 @@ class BadSamples:
 
     def agree(self) -> None:
         """Count those of all ranks together, since each rank meets its own; a collective."""
-        for found in gather_objects(self.reasons):
+        for found in gather_objects(dict(self.reasons)):  # a copy: the thread that reads ahead may add to them
             self.reasons.update(found)
         self._refuse_too_many()
 
@@ -260,6 +261,46 @@ class MapStream:
         self.bad.agree()
 
 
+class ReadAhead:
+    """A started stream's steps on the device: while one is computed, a thread reads the next and copies it there.
+
+    On CUDA the copy has a stream of its own, so it runs beside the products; from pinned memory nothing waits for it.
+    """
+
+    def __init__(self, stream: Stream, device: torch.device):
+        self.stream, self.device = stream, device
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._position = stream.state()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self._next: Future = self._thread.submit(self._read)
+
+    def _read(self) -> tuple[list[Any], dict]:
+        batches = self.stream.next_step()
+        with torch.cuda.stream(self._copies):  # does nothing for None
+            batches = [to_device(batch, self.device) for batch in batches]
+        return batches, self.stream.state()
+
+    def next_step(self) -> list[Any]:
+        """The micro-batches of the next optimizer step; raises what reading them raised."""
+        batches, self._position = self._next.result()
+        if self._copies is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._copies)
+            for tensor in _tensors(batches):  # their memory is not given to others before this step has used it
+                tensor.record_stream(torch.cuda.current_stream(self.device))
+        self._next = self._thread.submit(self._read)
+        return batches
+
+    def state(self) -> dict:
+        """The stream's state after the step handed out last: the one read ahead is not counted."""
+        return self._position
+
+    def close(self) -> None:
+        """Let the thread end, and the stream after it."""
+        self._thread.shutdown(cancel_futures=True)
+        if hasattr(self.stream, "close"):
+            self.stream.close()
+
+
 def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
 
@@ -273,3 +314,12 @@ def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
         return type(value)(to_device(item, device) for item in value)
     return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)

@@ -13,7 +13,7 @@ from torch import nn
 
 from shared.checkpoint import CheckpointStore, frozen_digest
 from shared.config import config_digest, save_config
-from shared.data import Stream, to_device
+from shared.data import ReadAhead, Stream
 from shared.dist import (
     DistInfo,
     barrier,
@@ -115,6 +115,7 @@ def fit(
     log = RunLog(output_dir, run, info, resume_step=state.step, settings=config.model_dump(mode="json"))
     _announce(log, notes, strategy, config, state, stop_at, last_step, stream, output_dir, title)
     stream.start(state.data_step, state.stream)
+    reader = ReadAhead(stream, info.device)
     log.start_bar(state.step, stop_at)
     metrics: dict[str, float] = {}
     checkpoint, reason, error, checked = None, None, None, False
@@ -124,7 +125,7 @@ def fit(
         if not training.save:
             return None
         name = checkpoint_folder_name(state, stream, checkpoint_name, epoch_checkpoint_name)
-        return save_run(name, config, state, strategy, ema, store, stream, frozen, export)
+        return save_run(name, config, state, strategy, ema, store, frozen, export)
 
     with StopFlag(run.time_limit_minutes) as stop, naming_late_ranks():
         while state.step < stop_at and reason is None:
@@ -132,7 +133,7 @@ def fit(
             beat(state.step)
             waiting = time.perf_counter()
             try:
-                batches = [to_device(batch, info.device) for batch in stream.next_step()]
+                batches = reader.next_step()
             except (UserError, OSError) as problem:
                 error, batches = problem, []
             log.waited += time.perf_counter() - waiting
@@ -159,7 +160,7 @@ def fit(
                 ema.update()
             if after_step is not None:
                 after_step(strategy.module, state.step)
-            state.step, state.data_step = state.step + 1, state.data_step + 1
+            state.step, state.data_step, state.stream = state.step + 1, state.data_step + 1, reader.state()
             state.samples_seen += samples_per_step
             log.add({"train/grad_norm": done.grad_norm} if done.applied else {"train/skipped": 1.0})
             log.step_done()
@@ -183,7 +184,8 @@ def fit(
         checkpoint = save()
     store.wait()
     finished = state.step >= stop_at or (reason or "").startswith("no better")
-    _leave(log, output_dir, info, state, finished, reason, stream)
+    reader.close()
+    _leave(log, output_dir, info, state, finished, reason)
     return FitResult(state.step, finished, reason, metrics, state.best, checkpoint)
 
 
@@ -334,11 +336,7 @@ def _announce(
         log.say(note)
 
 
-def _leave(
-    log: RunLog, output_dir: Path, info: DistInfo, state: RunState, finished: bool, reason: str | None, stream: Stream
-) -> None:
-    if hasattr(stream, "close"):
-        stream.close()
+def _leave(log: RunLog, output_dir: Path, info: DistInfo, state: RunState, finished: bool, reason: str | None) -> None:
     if reason is not None:
         log.say(f"stopped at step {state.step} by {reason}; the same command goes on from here")
     if finished and info.is_main:

@@ -119,12 +119,10 @@ def save_run(
     strategy: Strategy,
     ema: EMA | None,
     store: CheckpointStore,
-    stream: Stream,
     frozen: str | None,
     export: Callable | None,
 ) -> Path:
     """Write a checkpoint of the run as it is; a collective."""
-    state.stream = stream.state()
     trainer = {**trainer_state(strategy, ema), "run_state": vars(state) | {}, "fixed_settings": fixed_settings(config)}
     whole = None
     if export is not None:  # a guide's own files want all weights at once

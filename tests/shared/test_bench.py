@@ -16,7 +16,6 @@ from shared import bench as bench_module
 from shared.bench import (
     Bench,
     BenchOptions,
-    ReadAhead,
     Row,
     alternate,
     planned_step,
@@ -121,28 +120,11 @@ def test_the_default_precision_has_a_line_of_its_own():
 def test_a_loader_that_is_late_starves_the_step(monkeypatch, seconds, share):
     clock = FakeClock()
     monkeypatch.setattr(bench_module, "time", clock)
+    monkeypatch.setattr("shared.data.ReadAhead", lambda stream, device: stream)  # its thread would not see this clock
     made = fresh()
     made.starving("loader", FakeStream(seconds, clock), planned_step(planned(0.1), Config()))
     (row,) = made.rows
     assert row.ratio == pytest.approx(share, abs=2e-3) and row.met is (share < 0.02) and "100 ms planned" in row.note
-
-
-def test_steps_read_ahead_come_in_order_and_with_their_errors():
-    class Three:
-        left, closed = [1, 2, 3], False
-
-        def next_step(self):
-            return self.left.pop(0)
-
-        def close(self):
-            self.closed = True
-
-    ahead = ReadAhead(Three())
-    assert [ahead.next_step() for _ in range(3)] == [1, 2, 3]
-    with pytest.raises(IndexError):
-        ahead.next_step()
-    ahead.close()
-    assert ahead.stream.closed
 
 
 def test_tables_hold_every_row(tmp_path):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from shared.data import BatchPlan, MapStream, to_device
+from shared.data import BatchPlan, MapStream, ReadAhead, to_device
 from shared.dist import DistInfo
 from shared.errors import BadSample, UserError
 from shared.rng import keyed_generator
@@ -128,6 +128,39 @@ def test_loader_processes_change_nothing():
     assert same(
         draw(stream_of(Numbers(bad=[7], length=200)), 12), draw(stream_of(Numbers(bad=[7], length=200), workers=2), 12)
     )
+
+
+def test_reading_ahead_changes_nothing_and_counts_only_what_was_handed_out():
+    class Counted:
+        """Steps 1, 2, 3, and a UserError in place of the fourth."""
+
+        count, closed = 0, False
+
+        def next_step(self):
+            self.count += 1
+            if self.count == 4:
+                raise UserError("no more")
+            return [{"value": torch.tensor(self.count)}]
+
+        def state(self):
+            return {"count": self.count}
+
+        def close(self):
+            self.closed = True
+
+    ahead = ReadAhead(Counted(), torch.device("cpu"))
+    assert ahead.state() == {"count": 0}
+    for number in (1, 2, 3):
+        assert ahead.next_step()[0]["value"] == number and ahead.state() == {"count": number}
+    with pytest.raises(UserError, match="no more"):
+        ahead.next_step()
+    ahead.close()
+    assert ahead.stream.closed and ahead.state() == {"count": 3}
+    stream = stream_of(Numbers(), accumulation=2)
+    stream.start(0, None)
+    ahead = ReadAhead(stream, torch.device("cpu"))
+    assert same([ahead.next_step() for _ in range(9)], draw(stream_of(Numbers(), accumulation=2), 9))
+    ahead.close()
 
 
 def test_starting_at_a_step_equals_running_to_it():

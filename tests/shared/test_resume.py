@@ -121,6 +121,35 @@ def test_the_time_limit_stops_like_a_signal(tmp_path):
     assert result.stopped_by == "the time limit" and not result.finished
 
 
+def test_a_stop_loses_no_step_of_a_stream_that_knows_its_own_place(tmp_path, monkeypatch):
+    class Counted(toy.MapStream):
+        """Goes on from its state alone, and asks the run to stop when it reads its fifth step."""
+
+        stops, count = False, 0
+
+        def start(self, step, state=None):
+            self.count = state["count"] if state else 0
+            super().start(self.count)
+
+        def next_step(self):
+            self.count += 1
+            if self.stops and self.count == 5:
+                signal.raise_signal(signal.SIGTERM)
+            return super().next_step()
+
+        def state(self):
+            return {"count": self.count}
+
+    monkeypatch.setattr(toy, "MapStream", Counted)
+    run_here(case(tmp_path / "whole"))
+    monkeypatch.setattr(Counted, "stops", True)
+    stopped = run_here(case(tmp_path / "stopped"))
+    assert stopped.stopped_by == "SIGTERM" and stopped.step in (3, 4, 5)
+    monkeypatch.setattr(Counted, "stops", False)
+    run_here(case(tmp_path / "stopped"))
+    assert same_bits(final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "stopped"))
+
+
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_a_restarted_worker_ends_with_the_same_weights(tmp_path):
