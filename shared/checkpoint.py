@@ -34,6 +34,7 @@ class CheckpointStore:
         self.root, self.info, self.keep_last, self.keep_every = Path(root), info, keep_last, keep_every
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
+        self._copied: dict[str, list[Tensor]] = {}  # kept from save to save: fresh memory costs more than the copying
 
     def save(
         self,
@@ -51,8 +52,8 @@ class CheckpointStore:
 
         tensors: file name -> (specs [(name, shape, dtype)], values in that order); drawing a value may be a collective.
         extra(folder): rank 0 writes further files. best: the best checkpoint so far, which is kept.
-        background: copy the values now (rank 0 holds all of them at once) and write in a thread; an error comes up in
-        the next save() or wait().
+        background: copy the values now (into memory that rank 0 keeps for all of them) and write in a thread; an error
+        comes up in the next save() or wait().
         """
         self.wait()
         final = self.root / name
@@ -61,7 +62,7 @@ class CheckpointStore:
         drawn = {file: (specs, iter(values)) for file, (specs, values) in tensors.items()}
         error: Exception | None = None
         if background:
-            drawn = {file: (specs, iter(self._copies(values))) for file, (specs, values) in drawn.items()}
+            drawn = {file: (specs, iter(self._copies(file, values))) for file, (specs, values) in drawn.items()}
         if self.info.is_main:
             job = functools.partial(self._write, final, step, trainer, drawn, meta, extra, best)
             if background:
@@ -81,13 +82,20 @@ class CheckpointStore:
         self._pending = None
         raise_together(error)
 
-    def _copies(self, values: Iterator[Tensor]) -> list[Tensor]:
+    def _copies(self, file: str, values: Iterator[Tensor]) -> list[Tensor]:
         """Rank 0's own copies of the values, safe from the next optimizer step."""
-        if self.info.is_main:
-            return [value.detach().to("cpu", copy=True) for value in values]
-        for _ in values:
-            pass
-        return []
+        if not self.info.is_main:
+            for _ in values:
+                pass
+            return []
+        before, copies = iter(self._copied.get(file, [])), []
+        for value in values:
+            place = next(before, None)
+            if place is None or (place.shape, place.dtype) != (value.shape, value.dtype):
+                place = torch.empty_like(value, device="cpu")
+            copies.append(place.copy_(value.detach()))
+        self._copied[file] = copies
+        return copies
 
     def _write(
         self, final: Path, step: int, trainer: dict, drawn: dict, meta: dict, extra: Callable | None, best: str | None
