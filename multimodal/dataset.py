@@ -1,7 +1,7 @@
 """Records to tensors: keyed crops and masks, captions to ids, and the collating of batches."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,9 @@ from torch import Tensor
 from multimodal.audio import SAMPLE_RATE, compress, fit_frames, log_power, read_audio, spec_augment
 from multimodal.config import DataConfig
 from multimodal.image import center_crop, random_resized_crop, read_image, to_tensor
-from multimodal.records import Record, Source
-from multimodal.sharded import names_of
+from multimodal.records import Record, Records, Source
 from multimodal.text import SPECIAL_TOKENS, TextTokenizer, pad_ids
-from shared.errors import BadSample, UserError
+from shared.errors import BadSample
 from shared.files import written_aside
 from shared.rng import keyed_generator
 
@@ -45,7 +44,7 @@ class CaptionedDataset:
 
     def __init__(
         self,
-        records: Sequence[Record],
+        records: Records,
         data: DataConfig,
         tokenizer: TextTokenizer,
         *,
@@ -211,9 +210,9 @@ def collate(items: list[dict]) -> dict[str, Any]:
     return batch
 
 
-def list_fingerprint(records: Sequence[Record]) -> str:
+def list_fingerprint(records: Records) -> str:
     """Stands for the names of all records and their order."""
-    digest, names = hashlib.sha256(), names_of(records)
+    digest, names = hashlib.sha256(), records.names()
     digest.update(next(names, "").encode())
     for name in names:
         digest.update(b"\n" + name.encode())
@@ -238,10 +237,3 @@ def read_frame(path: Path) -> Any:
 
 def _bytes_or_path(source: Path | Source) -> Path | bytes:
     return source if isinstance(source, Path) else source.read()
-
-
-def require_some(records: list[Record], what: str) -> list[Record]:
-    """The records, or a UserError when there are none."""
-    if not records:
-        raise UserError(f"no {what}; check data.datasets and the folders")
-    return records

@@ -14,7 +14,7 @@ from multimodal.dataset import CaptionedDataset
 from multimodal.evaluation import Split, embed_split
 from multimodal.image import IMAGE_SUFFIXES, center_crop, read_image, to_tensor
 from multimodal.objectives import AlignModel, FinetuneModel
-from multimodal.records import Kind, Record
+from multimodal.records import Kind, Records
 from multimodal.text import TextTokenizer
 from multimodal.weights import load_model
 from shared.config import validate
@@ -54,7 +54,7 @@ class Embedder:
         """The stage module's outputs."""
         return self.model(batch)
 
-    def dataset(self, records: list[Record], *, num_classes: int | None = None) -> CaptionedDataset:
+    def dataset(self, records: Records, *, num_classes: int | None = None) -> CaptionedDataset:
         """The evaluation view of records."""
         data = self.config.data.model_copy(update={"keep_in_memory": False, "mel_cache": None})
         return CaptionedDataset(
@@ -62,7 +62,7 @@ class Embedder:
         )
 
     def split(
-        self, records: list[Record], kind: Kind, *, audio_crops: int = 1, num_classes: int | None = None
+        self, records: Records, kind: Kind, *, audio_crops: int = 1, num_classes: int | None = None
     ) -> Split:
         """All items and captions of one kind; audio_crops 3: start, middle and end of long sounds, averaged."""
         positions = (0.0,) if audio_crops == 1 else tuple(i / (audio_crops - 1) for i in range(audio_crops))

@@ -8,6 +8,7 @@ python multimodal/metrics.py --checkpoint OUT --zeroshot ESC-50 --output esc50.j
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,20 +102,17 @@ def main(argv: list[str] | None = None) -> None:
 
 def measure_sets(embedder: Any, options: Options, found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Retrieval and classification of each data set into `found`; the embedded splits by name, and records by id."""
-    from multimodal.records import KINDS
-    from multimodal.sharded import all_labelled
+    from multimodal.records import ListRecords
 
     splits, sources = {}, {}
     for name, records in records_of(embedder, options).items():
         sources |= {record.id: record for record in records}
-        for kind in KINDS:
-            own = [record for record in records if record.kind == kind]
-            if not own:
-                continue
-            title = name if len({record.kind for record in records}) == 1 else f"{name}_{kind}"
+        kinds = records.by_kind()
+        for kind, own in kinds.items():
+            title = name if len(kinds) == 1 else f"{name}_{kind}"
             if options.protocol in ("first5", "1k"):
-                own = [type(record)(**{**vars(record), "captions": record.captions[:5]}) for record in own]
-            labels = embedder.config.model.num_classes if all_labelled(own) else None
+                own = ListRecords(replace(record, captions=record.captions[:5]) for record in own)
+            labels = embedder.config.model.num_classes if own.all_labelled() else None
             split = embedder.split(own, kind, audio_crops=options.audio_crops, num_classes=labels)
             splits[title] = split
             if split.captions_CE is not None:
@@ -134,7 +132,7 @@ def measure_sets(embedder: Any, options: Options, found: dict[str, Any]) -> tupl
     return splits, sources
 
 
-def records_of(embedder: Any, options: Options) -> dict[str, list]:
+def records_of(embedder: Any, options: Options) -> dict[str, Any]:
     """Records by data set."""
     from multimodal.records import read_records
     from multimodal.sharded import readable

@@ -2,10 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
+
+import numpy as np
 
 from multimodal.audio import AUDIO_SUFFIXES
 from multimodal.image import IMAGE_SUFFIXES
@@ -38,16 +41,52 @@ class Record:
     video: Path | None = None  # voice: the video that a frame is read from
 
 
+class Records(Sequence[Record]):
+    """Records that are at hand, on disk, or both. What is asked here of all of them reads no caption from a shard."""
+
+    @abstractmethod
+    def names(self) -> Iterator[str]:
+        """Their ids."""
+
+    @abstractmethod
+    def take(self, places_N: np.ndarray) -> "Records":
+        """Those at these places, which ascend."""
+
+    @abstractmethod
+    def by_kind(self) -> dict[Kind, "Records"]:
+        """Pictures, sounds and voices apart."""
+
+    @abstractmethod
+    def all_labelled(self) -> bool:
+        """Whether each has class labels, which a batch needs; of a shard set the first sample speaks for all."""
+
+
+class ListRecords(list[Record], Records):
+    """Records at hand."""
+
+    def names(self) -> Iterator[str]:
+        return (record.id for record in self)
+
+    def take(self, places_N: np.ndarray) -> "ListRecords":
+        return ListRecords(self[place] for place in places_N)
+
+    def by_kind(self) -> dict[Kind, Records]:
+        return {kind: own for kind in KINDS if (own := ListRecords(record for record in self if record.kind == kind))}
+
+    def all_labelled(self) -> bool:
+        return all(record.labels is not None for record in self)
+
+
 @dataclass(frozen=True)
 class Found:
     """The records of one split, and how many the set lists whose file is not there."""
 
-    records: Sequence[Record]
+    records: Records
     missing: int = 0
 
 
 def read_records(name: str, folder: Path, split: str, *, karpathy: bool = False) -> Found:
-    """The records of one data set and split (train, val or test); Found([]) where the set has no such split.
+    """The records of one data set and split (train, val or test); Found(ListRecords()) where the set has no such split.
 
     Raises UserError naming the folder and the download command when the set is not there.
     """
@@ -91,7 +130,7 @@ def read_coco(folder: Path, split: str) -> Found:
     if not path.exists():
         if split == "train":
             raise UserError(f"data set coco: no file {path}; {remedy('coco', folder)}")
-        return Found([])
+        return Found(ListRecords())
     tree = read_json(path, ("images", "annotations"))
     captions: dict[int, list[str]] = {}
     for entry in tree["annotations"]:
@@ -112,7 +151,7 @@ def read_coco(folder: Path, split: str) -> Found:
         for key, file in sorted(listed)
         if file.name in present
     ]
-    return Found(records, len(listed) - len(records))
+    return Found(ListRecords(records), len(listed) - len(records))
 
 
 def read_coco_labels(path: Path) -> dict[int, tuple[int, ...]] | None:
@@ -152,7 +191,7 @@ def read_karpathy(folder: Path, split: str) -> Found:
         captions = tuple(filter(None, (clean(sentence["raw"]) for sentence in image["sentences"])))
         if file is not None and captions:
             records.append(Record(f"coco/{image['cocoid']:012d}", file, captions, "coco", "image"))
-    return Found(records, len(listed) - len(records))
+    return Found(ListRecords(records), len(listed) - len(records))
 
 
 # --- sound ------------------------------------------------------------------------------------------------------------
@@ -165,7 +204,7 @@ def read_clotho(folder: Path, split: str) -> Found:
     if not path.exists():
         if split == "train":
             raise UserError(f"data set clotho: no file {path}; {remedy('clotho', folder)}")
-        return Found([])
+        return Found(ListRecords())
     rows = read_csv(path, ("file_name", "caption_1"))
     present, records = names_in(folder / name), []
     for row in rows:
@@ -174,7 +213,7 @@ def read_clotho(folder: Path, split: str) -> Found:
         if row["file_name"] in present and captions:
             file = folder / name / row["file_name"]
             records.append(Record(f"clotho/{name}/{file.name}", file, captions, "clotho", "audio"))
-    return Found(records, len(rows) - len(records))
+    return Found(ListRecords(records), len(rows) - len(records))
 
 
 def read_clotho_keywords(folder: Path, split: str) -> dict[str, list[str]]:
@@ -193,7 +232,7 @@ def read_audiocaps(folder: Path, split: str) -> Found:
     if not path.exists():
         if split == "train":
             raise UserError(f"data set audiocaps: no file {path}; {remedy('audiocaps', folder)}")
-        return Found([])
+        return Found(ListRecords())
     captions: dict[tuple[str, str], list[str]] = {}
     for row in read_csv(path, ("youtube_id", "start_time", "caption")):
         if text := clean(row["caption"]):
@@ -210,7 +249,7 @@ def read_audiocaps(folder: Path, split: str) -> Found:
         file = next((files[name] for name in (f"{key}_{start}", key, f"Y{key}") if name in files), None)
         if file is not None:
             records.append(Record(f"audiocaps/{split}/{key}_{start}", file, tuple(texts), "audiocaps", "audio"))
-    return Found(records, len(captions) - len(records))
+    return Found(ListRecords(records), len(captions) - len(records))
 
 
 def read_voxceleb(folder: Path, split: str) -> Found:
@@ -243,7 +282,7 @@ def read_voxceleb(folder: Path, split: str) -> Found:
             records.append(
                 Record(f"voxceleb/{name}", file, (), "voxceleb", "voice", (speakers[Path(name).parts[0]],), video)
             )
-    return Found(records)
+    return Found(ListRecords(records))
 
 
 def _identification_split(path: Path) -> dict[str, str]:
@@ -275,7 +314,7 @@ def read_jsonl(folder: Path, split: str) -> Found:
     if not path.exists():
         if split == "train":
             raise UserError(f"data set jsonl: no file {path}; {remedy('jsonl', folder)}")
-        return Found([])
+        return Found(ListRecords())
     records, missing = [], 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -294,7 +333,7 @@ def read_jsonl(folder: Path, split: str) -> Found:
             labels = labels_of(row, f"{path}: line {number}")
             name = f"{split}/{row['file']}"
             records.append(Record(name, source, captions, "jsonl", kind_of(source.suffix, path), labels))
-    return Found(records, missing)
+    return Found(ListRecords(records), missing)
 
 
 def captions_of(row: dict) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from multimodal.audio import AUDIO_SUFFIXES
 from multimodal.image import IMAGE_SUFFIXES
-from multimodal.records import KINDS, Found, Kind, Record, captions_of, labels_of, remedy
+from multimodal.records import KINDS, Found, Kind, ListRecords, Record, Records, captions_of, labels_of, remedy
 from shared.errors import BadSample, UserError
 from shared.shards import Shards
 
@@ -41,7 +41,7 @@ class Member:
         return f"{self.shards.paths[0].parent}: sample {self.index}.{self.extension}"
 
 
-class ShardRecords(Sequence[Record]):
+class ShardRecords(Records):
     """records[i] -> Record of the i-th of the chosen samples, all of one kind, read when asked for.
 
     BadSample: no caption, labels that are no class numbers, or a json that cannot be read.
@@ -71,20 +71,24 @@ class ShardRecords(Sequence[Record]):
         return Record(f"{self.split}/{sample['__key__']}", source, captions, "shards", self.kind, labels)
 
     def names(self) -> Iterator[str]:
-        """The ids of the records, which ascend, from the shards' index alone."""
         chosen = np.zeros(len(self.shards), dtype=bool)
         chosen[self.numbers_N] = True
         return (f"{self.split}/{key}" for key, _ in compress(self.shards.listing(), chosen.tobytes()))
 
     def take(self, places_N: np.ndarray) -> "ShardRecords":
-        """Only these records; the places ascend."""
         return ShardRecords(self.shards, self.split, self.kind, self.numbers_N[places_N])
 
+    def by_kind(self) -> dict[Kind, Records]:
+        return {self.kind: self}
 
-class Joined(Sequence[Record]):
+    def all_labelled(self) -> bool:
+        return self[0].labels is not None
+
+
+class Joined(Records):
     """The records of several parts one after another."""
 
-    def __init__(self, parts: list[Sequence[Record]]):
+    def __init__(self, parts: Sequence[Records]):
         self.parts, self.ends = parts, np.cumsum([len(part) for part in parts])
 
     def __len__(self) -> int:
@@ -96,6 +100,24 @@ class Joined(Sequence[Record]):
         part = int(np.searchsorted(self.ends, index, side="right"))
         return self.parts[part][index - (int(self.ends[part - 1]) if part else 0)]
 
+    def names(self) -> Iterator[str]:
+        return chain.from_iterable(part.names() for part in self.parts)
+
+    def take(self, places_N: np.ndarray) -> "Joined":
+        inside = np.split(places_N, np.searchsorted(places_N, self.ends[:-1]))
+        starts = [0, *self.ends[:-1]]
+        return Joined([part.take(own - start) for part, own, start in zip(self.parts, inside, starts, strict=True)])
+
+    def by_kind(self) -> dict[Kind, Records]:
+        found: dict[Kind, list[Records]] = {}
+        for part in self.parts:
+            for kind, own in part.by_kind().items():
+                found.setdefault(kind, []).append(own)
+        return {kind: Joined(parts) for kind, parts in found.items()}
+
+    def all_labelled(self) -> bool:
+        return all(part.all_labelled() for part in self.parts)
+
 
 def read_shards(folder: Path, split: str) -> Found:
     """{train,val,test}*.tar in the webdataset layout: a picture or sound, and txt (captions by line) or json (as in
@@ -105,7 +127,7 @@ def read_shards(folder: Path, split: str) -> Found:
     if not paths:
         if split == "train":
             raise UserError(f"data set shards: no file {folder}/train*.tar; {remedy('shards', folder)}")
-        return Found([])
+        return Found(ListRecords())
     shards, numbers = Shards(paths), {kind: array("q") for kind in KINDS}
     for number, (key, extensions) in enumerate(shards.listing()):
         kind = next((MEDIA[name] for name in extensions if name in MEDIA), None)
@@ -122,48 +144,9 @@ def read_shards(folder: Path, split: str) -> Found:
     return Found(Joined(parts))
 
 
-# --- lists and shards alike -------------------------------------------------------------------------------------------
-
-
-def names_of(records: Sequence[Record]) -> Iterator[str]:
-    """The ids of records, without reading a caption from a shard."""
-    if isinstance(records, Joined):
-        return chain.from_iterable(map(names_of, records.parts))
-    return records.names() if isinstance(records, ShardRecords) else (record.id for record in records)
-
-
-def take(records: Sequence[Record], places_N: np.ndarray) -> Sequence[Record]:
-    """The records at these places, which ascend."""
-    if isinstance(records, Joined):
-        inside = np.split(places_N, np.searchsorted(places_N, records.ends[:-1]))
-        starts = [0, *records.ends[:-1]]
-        return Joined([take(part, own - start) for part, own, start in zip(records.parts, inside, starts, strict=True)])
-    return records.take(places_N) if isinstance(records, ShardRecords) else [records[place] for place in places_N]
-
-
-def by_kind(records: Sequence[Record]) -> dict[Kind, Sequence[Record]]:
-    """Pictures, sounds and voices apart."""
-    if isinstance(records, Joined):
-        return {part.kind: part for part in records.parts}
-    return {kind: own for kind in KINDS if (own := [record for record in records if record.kind == kind])}
-
-
-def joined(first: Sequence[Record], second: Sequence[Record]) -> Sequence[Record]:
-    """Both, as a list where both are lists."""
-    return [*first, *second] if isinstance(first, list) and isinstance(second, list) else Joined([first, second])
-
-
-def all_labelled(records: Sequence[Record]) -> bool:
-    """Whether each record has class labels, which a batch needs; of shards the first sample speaks for all."""
-    if isinstance(records, Joined):
-        return all(map(all_labelled, records.parts))
-    looked_at = [records[0]] if isinstance(records, ShardRecords) else records
-    return all(record.labels is not None for record in looked_at)
-
-
-def readable(records: Sequence[Record]) -> list[Record]:
+def readable(records: Records) -> ListRecords:
     """All that can be read, in memory."""
-    found = []
+    found = ListRecords()
     for index in range(len(records)):
         with suppress(BadSample):
             found.append(records[index])

@@ -1,6 +1,5 @@
 """From the settings to data sets, batch streams and placements: which pictures, sounds and voices a run trains on."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ from torch import Tensor
 
 from multimodal.config import SAMPLE_DATA, Config
 from multimodal.dataset import Augmentation, CaptionedDataset, PlainImages, collate, stable_hash
-from multimodal.records import KINDS, Kind, Record, coco_class_names, read_records
-from multimodal.sharded import all_labelled, by_kind, joined, names_of, take
+from multimodal.records import KINDS, Kind, ListRecords, Record, Records, coco_class_names, read_records
+from multimodal.sharded import Joined
 from multimodal.synthetic import synthetic_records
 from multimodal.text import TextTokenizer
 from shared.config import accumulation_steps
@@ -26,8 +25,8 @@ HELD_OUT = 20  # one record of so many, where a kind has no validation split
 class Data:
     """Records by kind, and sentences on what was found."""
 
-    train: dict[Kind, Sequence[Record]] = field(default_factory=dict)
-    val: dict[Kind, Sequence[Record]] = field(default_factory=dict)
+    train: dict[Kind, Records] = field(default_factory=dict)
+    val: dict[Kind, Records] = field(default_factory=dict)
     counts: list[dict[str, Any]] = field(default_factory=list)  # one row a data set and split
     notes: list[str] = field(default_factory=list)
 
@@ -38,8 +37,8 @@ class Data:
 
     def labelled(self, label_set: str) -> bool:
         """Whether every training sample of the kind that the label set speaks of has class labels."""
-        records = self.train.get({"voxceleb1": "voice", "none": None}.get(label_set, "image"), [])
-        return bool(records) and all_labelled(records)
+        records = self.train.get({"voxceleb1": "voice", "none": None}.get(label_set, "image"))
+        return records is not None and records.all_labelled()
 
     @property
     def framed(self) -> bool:
@@ -94,21 +93,21 @@ def _add(config: Config, data: Data, name: str, folder: Path) -> None:
         if found.records:
             data.counts.append({"dataset": name, "split": split, "items": len(found.records), "missing": found.missing})
             data.notes.append(f"{name} {split}: {len(found.records)} of {len(found.records) + found.missing} present")
-        for kind, records in by_kind(found.records).items():
-            target[kind] = joined(target[kind], records) if kind in target else records
+        for kind, records in found.records.by_kind().items():
+            target[kind] = Joined([target[kind], records]) if kind in target else records
 
 
 def _hold_out(data: Data) -> None:
     for kind in data.kinds:
         if not data.val.get(kind):
             records = data.train[kind]
-            is_held = np.fromiter((stable_hash(name) % HELD_OUT == 0 for name in names_of(records)), dtype=bool)
+            is_held = np.fromiter((stable_hash(name) % HELD_OUT == 0 for name in records.names()), dtype=bool)
             is_held[-1] |= not is_held.any()
             if is_held.all():
                 raise UserError(
                     f"{len(records)} {kind} sample is too little to train on and validate with; give more data"
                 )
-            rest, held = (take(records, np.flatnonzero(chosen)) for chosen in (~is_held, is_held))
+            rest, held = (records.take(np.flatnonzero(chosen)) for chosen in (~is_held, is_held))
             data.train[kind], data.val[kind] = rest, held
             data.notes.append(
                 f"{kind}: no validation split; {len(held)} training samples are held out by the hash of their name"
@@ -120,13 +119,12 @@ def _check_voice(config: Config, data: Data) -> None:
     if "voice" not in data.train:
         return
     for split in (data.train, data.val):
-        with_frame = [record for record in split.get("voice", []) if record.video is not None]
-        if with_frame:
+        if with_frame := ListRecords(record for record in split.get("voice", []) if record.video is not None):
             split["voice"] = with_frame
     framed = all(record.video is not None for split in (data.train, data.val) for record in split["voice"])
     if not framed:
         for split in (data.train, data.val):
-            split["voice"] = [Record(**{**vars(record), "video": None}) for record in split["voice"]]
+            split["voice"] = ListRecords(Record(**{**vars(record), "video": None}) for record in split["voice"])
         if config.training.label_set != "voxceleb1":
             raise UserError(
                 "voxceleb: no videos (mp4/) beside the sounds, so nothing to contrast the voices with; add the "
@@ -141,7 +139,7 @@ def _check_voice(config: Config, data: Data) -> None:
 
 
 def make_datasets(
-    config: Config, records: dict[Kind, Sequence[Record]], tokenizer: TextTokenizer, *, stage: int, training: bool
+    config: Config, records: dict[Kind, Records], tokenizer: TextTokenizer, *, stage: int, training: bool
 ) -> dict[Kind, CaptionedDataset]:
     """One data set a kind, with the augmentation of the stage while training."""
     augmentation = None
@@ -167,7 +165,7 @@ def make_datasets(
             image_size=config.model.image_size,
             seed=config.run.seed,
             augmentation=augmentation,
-            num_classes=config.model.num_classes if kind == labelled and all_labelled(records[kind]) else None,
+            num_classes=config.model.num_classes if kind == labelled and records[kind].all_labelled() else None,
         )
         for kind in kinds
     }
@@ -215,6 +213,11 @@ class PairedStream:
     def state(self) -> dict:
         """Nothing: the position is the step."""
         return {}
+
+    def agree(self) -> None:
+        """Count the broken samples of all ranks together, each kind of its own set; a collective."""
+        for stream in self.streams.values():
+            stream.agree()
 
     def close(self) -> None:
         """End the loaders' processes."""

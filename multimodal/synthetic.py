@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from multimodal.audio import SAMPLE_RATE
-from multimodal.records import Found, Record
+from multimodal.records import Found, ListRecords, Record
 
 COLOURS = {
     "red": (214, 40, 40),
@@ -98,7 +98,7 @@ def synthetic_records(split: str, items: int, seed: int = 0) -> Found:
     """
     held_out = split != "train"
     pictures, tones = [*product(COLOURS, SHAPES, PLACES, GROUNDS)], [*product(PITCHES, PATTERNS, TIMBRES)]
-    records: list[Record] = []
+    records = ListRecords()
     for number in range(min(items, len(pictures)) if held_out else items):
         colour, shape, place, ground = pictures[number % len(pictures)]
         caption = f"a {colour} {shape} on the {place} of a {ground} ground"

@@ -1,5 +1,7 @@
 """Small files and data sets for the tests."""
 
+import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +10,11 @@ from PIL import Image
 
 from multimodal.config import DataConfig
 from multimodal.dataset import CaptionedDataset
-from multimodal.records import Record
+from multimodal.records import Records
 from multimodal.text import TextTokenizer
 
 
-def dataset(records: list[Record], tokenizer: TextTokenizer, **settings) -> CaptionedDataset:
+def dataset(records: Records, tokenizer: TextTokenizer, **settings) -> CaptionedDataset:
     data = DataConfig(audio_frames=64, **settings.pop("data", {}))
     return CaptionedDataset(records, data, tokenizer, image_size=32, **settings)
 
@@ -28,3 +30,14 @@ def picture(path: Path, mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, 120).save(path)
     return path
+
+
+def write_shard(path: Path, members: dict[str, bytes]) -> Path:
+    """One tar file of these members; returns its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path.parent

@@ -7,12 +7,13 @@ import torch
 
 from multimodal.config import Config
 from multimodal.dataset import Augmentation, collate
-from multimodal.records import read_records
-from multimodal.sources import SAMPLE_DATA, make_datasets
+from multimodal.records import ListRecords, read_records
+from multimodal.sources import SAMPLE_DATA, PairedStream, make_datasets
 from multimodal.synthetic import synthetic_records
 from multimodal.text import TextTokenizer, load_word_vectors
 from multimodal.trainer import validation_batch
-from shared.errors import UserError
+from shared.dist import DistInfo
+from shared.errors import BadSample, UserError
 from tests.multimodal.files import dataset, picture
 
 
@@ -46,7 +47,7 @@ def test_caption_drop_leaves_tokens_out_and_keeps_the_ends(tokenizer):
 
 
 def test_the_mel_cache_gives_the_same_features(tmp_path, tokenizer):
-    records = read_records("clotho", SAMPLE_DATA / "clotho", "val").records[:2]
+    records = ListRecords(read_records("clotho", SAMPLE_DATA / "clotho", "val").records[:2])
     plain, cached = dataset(records, tokenizer), dataset(records, tokenizer, data={"mel_cache": str(tmp_path)})
     first, second = cached[0]["audio"], cached[0]["audio"]
     assert torch.equal(first, second) and len(list(tmp_path.glob("*.npy"))) == 1
@@ -54,7 +55,7 @@ def test_the_mel_cache_gives_the_same_features(tmp_path, tokenizer):
 
 
 def test_collate_pads_text_to_eight_and_leaves_full_masks_out(tokenizer):
-    records = [record for record in synthetic_records("train", 4).records if record.kind == "audio"]
+    records = synthetic_records("train", 4).records.by_kind()["audio"]
     batch = collate([dataset(records, tokenizer)[i] for i in range(4)])
     assert batch["input_ids"].shape[1] % 8 == 0 and "audio_mask" not in batch and batch["keys"].shape == (4, 2)
     short = dataset(records, tokenizer, data={"audio_fill": "pad"})
@@ -112,3 +113,32 @@ def test_labels_are_used_where_every_sample_has_them(tmp_path, tokenizer):
         config = Config(model={"num_classes": 2}, training={"label_set": "images"})
         found = make_datasets(config, records, tokenizer, stage=3, training=False)["image"]
         assert ("labels" in collate([found[0], found[3]])) == (labelled is rows)
+
+
+class Numbers:
+    """200 samples without pictures, of which some are broken."""
+
+    bad = (20, 90, 160)
+
+    def __len__(self):
+        return 200
+
+    def sample(self, index, epoch):
+        if index in self.bad:
+            raise BadSample(f"number {index} is broken")
+        return {"id": str(index), "item_key": index}
+
+
+def test_broken_samples_of_all_ranks_are_counted_together(tmp_path, monkeypatch):
+    config = Config(training={"batch_size": 50, "gradient_accumulation_steps": 1, "num_workers": 0})
+    ranks = [PairedStream({"image": Numbers()}, config, DistInfo(rank=n, world=2), tmp_path / "bad") for n in (0, 1)]
+    for stream in ranks:
+        stream.start(0)
+        for _ in range(2):
+            stream.next_step()
+    met = [stream.streams["image"].bad.reasons for stream in ranks]
+    assert sorted(map(len, met)) == [1, 2] and sorted({**met[0], **met[1]}) == [20, 90, 160]
+    monkeypatch.setattr("shared.data.gather_objects", lambda own: list(map(dict, met)))
+    for stream in ranks:
+        with pytest.raises(UserError, match="3 of 200 samples cannot be read"):
+            stream.agree()

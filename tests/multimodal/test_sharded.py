@@ -2,8 +2,6 @@
 
 import io
 import json
-import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,27 +9,16 @@ from PIL import Image
 
 from multimodal.config import Config
 from multimodal.dataset import list_fingerprint
-from multimodal.records import Record, read_records
-from multimodal.sharded import Joined, ShardRecords, all_labelled, by_kind, names_of, readable, take
+from multimodal.records import ListRecords, Record, read_records
+from multimodal.sharded import Joined, readable
 from multimodal.sources import HELD_OUT, open_data, stable_hash
 from multimodal.text import TextTokenizer
 from shared.errors import BadSample, UserError
 from shared.shards import Shards
-from tests.multimodal.files import dataset, picture
+from tests.multimodal.files import dataset, picture, write_shard
 
 PIXELS = io.BytesIO()
 Image.new("RGB", (8, 8), 120).save(PIXELS, "PNG")
-
-
-def write_shard(path: Path, members: dict[str, bytes]) -> Path:
-    """One tar file of these members; returns its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return path.parent
 
 
 def pictures(first: int, count: int, text: str = "picture") -> dict[str, bytes]:
@@ -56,10 +43,10 @@ def test_opening_reads_one_caption_and_training_reads_the_rest(tmp_path, monkeyp
     assert reads == [("txt", "json")]
     names = [f"train/k{n:03d}" for n in range(60)]
     held = [name for name in names if stable_hash(name) % HELD_OUT == 0]
-    assert list(names_of(data.val["image"])) == held and held
-    assert list(names_of(data.train["image"])) == [name for name in names if name not in held]
+    assert list(data.val["image"].names()) == held and held
+    assert list(data.train["image"].names()) == [name for name in names if name not in held]
     for records in (data.train["image"], data.val["image"]):
-        as_list = [Record(name, tmp_path, (), "", "image") for name in names_of(records)]
+        as_list = ListRecords(Record(name, tmp_path, (), "", "image") for name in records.names())
         assert list_fingerprint(records) == list_fingerprint(as_list)
         assert [record.id for record in records] == [record.id for record in as_list]
 
@@ -79,7 +66,7 @@ def test_shards_and_lists_are_read_as_one(tmp_path):
     found = {record.id: record.captions for part in (both.train, both.val) for record in part["image"]}
     assert found == {record.id: record.captions for record in records} and len(found) == 9
     places = np.array([0, 3, 4, 8])
-    assert [record.captions[0] for record in take(records, places)] == [
+    assert [record.captions[0] for record in records.take(places)] == [
         "drawing 0",
         "drawing 3",
         "picture 0",
@@ -117,8 +104,8 @@ def test_labels_of_shards_are_those_of_the_first_sample(tmp_path):
         for n in range(2)
         for part, data in (("png", PIXELS.getvalue()), ("json", json.dumps(rows[n]).encode()))
     }
-    records = by_kind(read_records("shards", write_shard(tmp_path / "train.tar", members), "train").records)["image"]
-    assert isinstance(records, ShardRecords) and all_labelled(records)
+    records = read_records("shards", write_shard(tmp_path / "train.tar", members), "train").records
+    assert records.all_labelled() and list(records.by_kind()) == ["image"]
     items = dataset(records, TextTokenizer(), num_classes=2)
     assert items[0]["labels"].tolist() == [0, 1]
     with pytest.raises(BadSample, match="k1: no labels"):

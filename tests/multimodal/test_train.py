@@ -18,6 +18,7 @@ from shared.checkpoint import load_strict
 from shared.errors import UserError
 from tests.launching import final_tensors, losses, same_bits
 from tests.multimodal import small
+from tests.multimodal.files import write_shard
 
 STAGES = ("stage1_single", "stage2_align", "stage3_finetune")
 WHOLE = ("--grad-accum", "2", "--dropout", "0.1", "--epochs", "3")
@@ -125,6 +126,22 @@ def test_a_run_continued_inside_a_stage_is_the_same(whole, tmp_path, stage):
     run(folder, *WHOLE, "--stages", *map(str, range(1, stage + 1)))
     assert losses(folder / STAGES[stage - 1]) == losses(whole / STAGES[stage - 1])
     assert same_bits(final_tensors(folder / STAGES[stage - 1]), final_tensors(whole / STAGES[stage - 1]))
+
+
+def test_a_run_over_shards_continued_is_the_same(tmp_path):
+    members = {}
+    for record in synthetic_records("train", 24).records:
+        data, name = record.source.read(), record.id.rpartition("/")[2]
+        suffix = "png" if record.kind == "image" else "wav"
+        members |= {f"{name}.{suffix}": data, f"{name}.txt": record.captions[0].encode()}
+    place = write_shard(tmp_path / "data" / "train-0.tar", dict(list(members.items())[:30]))
+    write_shard(place / "train-1.tar", dict(list(members.items())[30:]))
+    flags = ("--datasets", "shards", "--set", f"data.paths={{shards: {place}}}", "--stages", "2", "--label-set", "none")
+    whole = run(tmp_path / "whole", *flags, "--total-steps", "6")
+    parts = run(tmp_path / "parts", *flags, "--total-steps", "6", "--max-steps", "3")
+    run(tmp_path / "parts", *flags, "--total-steps", "6")
+    assert losses(parts / STAGES[1]) == losses(whole / STAGES[1]) and len(losses(whole / STAGES[1])) == 6
+    assert same_bits(final_tensors(parts / STAGES[1]), final_tensors(whole / STAGES[1]))
 
 
 def test_resuming_from_the_guides_checkpoint_file(whole, tmp_path):
