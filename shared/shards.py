@@ -2,7 +2,9 @@
 
 import hashlib
 import io
+import mmap
 import os
+import re
 import tarfile
 from collections.abc import Collection, Iterator
 from itertools import pairwise
@@ -14,6 +16,7 @@ from shared.errors import BadSample, UserError
 from shared.files import written_aside
 
 LISTED = 4096  # samples whose names are in memory at a time
+_PLAIN_EXTRAS = re.compile(rb"(?:\d+ (?:[acm]time|[gu]id|[gu]name)=[^\n]*\n)+")  # of a pax header: no name, no size
 
 
 class Shards:
@@ -122,19 +125,15 @@ def _read_headers(path: Path) -> tuple[np.ndarray, np.ndarray]:
     members, starts, last = [], [], None
     if path.stat().st_size % tarfile.BLOCKSIZE:  # tarfile takes a header cut short for the end
         raise UserError(f"{path}: cut short, its size is no multiple of 512 bytes; copy or make the shard again")
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                if not member.isfile() or Path(member.name).name.startswith("."):
-                    continue
-                key = split_name(member.name)[0]
-                if key != last:
-                    starts.append(len(members))
-                    last = key
-                members.append((member.offset_data, member.size, member.name.encode()))
-                archive.members = []  # tarfile keeps every header otherwise
-    except (tarfile.TarError, EOFError) as error:
-        raise UserError(f"{path}: not a readable tar file ({error}); copy or make the shard again") from None
+    files = _plain_files(path)
+    for offset, size, name in _files(path) if files is None else files:
+        if name.rpartition("/")[2].startswith("."):
+            continue
+        key = split_name(name)[0]
+        if key != last:
+            starts.append(len(members))
+            last = key
+        members.append((offset, size, name.encode()))
     if not members:
         raise UserError(f"{path}: the shard holds no files")
     width = max(len(name) for _, _, name in members)
@@ -142,3 +141,41 @@ def _read_headers(path: Path) -> tuple[np.ndarray, np.ndarray]:
         np.array([*starts, len(members)], dtype=np.int64),
         np.array(members, dtype=[("offset", np.int64), ("size", np.int64), ("name", f"S{width}")]),
     )
+
+
+def _plain_files(path: Path) -> list[tuple[int, int, str]] | None:
+    """(offset, size, name) of the files, at a tenth of tarfile's time; None for a shard in which anything is special:
+    a long name, a link, another format, damage.
+    """
+    if not path.stat().st_size:
+        return None
+    found, place = [], 0
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        while (header := data[place : place + tarfile.BLOCKSIZE]).strip(b"\0"):
+            kind, offset = header[156:157], place + tarfile.BLOCKSIZE
+            try:
+                name, size = header[:100].rstrip(b"\0").decode(), int(header[124:136].rstrip(b"\0 "), 8)
+            except ValueError:
+                return None
+            place = offset + size + -size % tarfile.BLOCKSIZE
+            if header[257:262] != b"ustar" or header[345] or place > len(data):
+                return None
+            if kind == tarfile.REGTYPE:
+                found.append((offset, size, name))
+            elif kind != tarfile.DIRTYPE and not (
+                kind == tarfile.XHDTYPE and _PLAIN_EXTRAS.fullmatch(data[offset : offset + size])
+            ):
+                return None
+    return found
+
+
+def _files(path: Path) -> Iterator[tuple[int, int, str]]:
+    """The same by tarfile."""
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                if member.isfile():
+                    yield member.offset_data, member.size, member.name
+                archive.members = []  # tarfile keeps every header otherwise
+    except (tarfile.TarError, EOFError) as error:
+        raise UserError(f"{path}: not a readable tar file ({error}); copy or make the shard again") from None

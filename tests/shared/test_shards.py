@@ -6,9 +6,11 @@ import pickle
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
+from shared import shards as headers
 from shared.errors import BadSample, UserError
 from shared.shards import Shards, split_name
 
@@ -94,6 +96,29 @@ def test_the_index_may_lie_elsewhere_or_nowhere(tmp_path):
     assert indices(tmp_path) == [] and len(indices(tmp_path / "cache")) == 2
     (tmp_path / "file").write_text("in the way of the folder")
     assert len(Shards([path], cache_dir=tmp_path / "file" / "cache")) == 2
+
+
+@pytest.mark.parametrize("archive_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_headers_are_read_as_tarfile_reads_them(tmp_path, monkeypatch, archive_format):
+    long, accented = "folder" * 18 + "/x.txt", "h\u00e9.txt"
+    lists = (["a/x.jpg", "a/x.txt", ".no"], ["y.txt", accented], ["y.txt", long, "z.txt"])
+    for number, names in enumerate(lists):
+        path = tmp_path / f"{number}.tar"
+        with tarfile.open(path, "w", format=archive_format) as archive:
+            folder = tarfile.TarInfo("a")
+            folder.type = tarfile.DIRTYPE
+            archive.addfile(folder)
+            for name in names:
+                info = tarfile.TarInfo(name)
+                info.size, info.mtime = len(name), 1.5 if number else 1
+                archive.addfile(info, io.BytesIO(name.encode()))
+        plain = headers._read_headers(path)
+        is_plain = number == 0 or (number == 1 and archive_format != tarfile.PAX_FORMAT)
+        assert (headers._plain_files(path) is not None) == is_plain
+        with monkeypatch.context() as patch:
+            patch.setattr(headers, "_plain_files", lambda _: None)
+            expected = headers._read_headers(path)
+        assert all(np.array_equal(one, other) for one, other in zip(plain, expected, strict=True))
 
 
 @pytest.mark.parametrize("cut", [600, 1200, 3000, 3072])
