@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from bagel.config import DataConfig
 from bagel.dataset import UnifiedGenerationDataset
 from bagel.packer import Key, Packer, ReferencePacker, SamplePacker
-from shared.data import BadSamples
+from shared.data import BadSamples, start_process
 from shared.dist import DistInfo
 from shared.errors import BadSample, UserError
 
@@ -112,7 +112,7 @@ class PackStream:
                 packer.next_pack()
         self._ahead.clear()
         self._position = packer.state()
-        workers = dict(prefetch_factor=self.prefetch_factor, worker_init_fn=_one_thread) if self.num_workers else {}
+        workers = dict(prefetch_factor=self.prefetch_factor, worker_init_fn=start_process) if self.num_workers else {}
         self._loaded = iter(
             DataLoader(
                 self.packs,
@@ -175,7 +175,3 @@ class _Keys:
 
     def __iter__(self) -> Iterator[list[Key]]:
         return self.stream.keys_of_steps(self.packer)
-
-
-def _one_thread(worker: int) -> None:
-    torch.set_num_threads(1)

@@ -4,11 +4,13 @@ import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.data import DataLoader, Dataset
 
 from shared.dist import DistInfo, gather_objects
@@ -16,6 +18,7 @@ from shared.errors import BadSample, UserError
 from shared.rng import keyed_generator, keyed_seed
 
 MAX_BAD_SHARE = 0.01  # training stops when more of the data cannot be read
+SMALL = 1 << 16  # bytes of a tensor that loader processes send by value
 SUBSTITUTES = 20  # how many other samples are tried in place of a broken one
 _ORDER, _SUBSTITUTE = 101, 102  # random streams
 
@@ -225,7 +228,7 @@ class MapStream:
     def start(self, step: int, state: dict | None = None) -> None:
         """Read on from the batches of `step`."""
         self.close()
-        workers = dict(prefetch_factor=self.prefetch_factor, worker_init_fn=_one_thread) if self.num_workers else {}
+        workers = dict(prefetch_factor=self.prefetch_factor, worker_init_fn=start_process) if self.num_workers else {}
         loader = DataLoader(
             _KeyedDataset(self.dataset, self.plan.seed),
             batch_sampler=_KeyBatches(self.plan, self.info.rank, step),
@@ -301,8 +304,17 @@ class ReadAhead:
             self.stream.close()
 
 
-def _one_thread(worker: int) -> None:
+def start_process(worker: int) -> None:
+    """What every process of a DataLoader runs first (worker_init_fn)."""
     torch.set_num_threads(1)
+    ForkingPickler.register(Tensor, _reduce)
+
+
+def _reduce(tensor: Tensor) -> tuple:
+    """Small tensors travel inside the message; in shared memory each costs the reader a handshake of a millisecond."""
+    if 0 < tensor.nbytes <= SMALL and tensor.dtype != torch.bfloat16:
+        return torch.from_numpy, (tensor.numpy(),)
+    return reduce_tensor(tensor)
 
 
 def to_device(value: Any, device: torch.device) -> Any:

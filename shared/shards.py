@@ -149,12 +149,14 @@ def _plain_files(path: Path) -> list[tuple[int, int, str]] | None:
     """
     if not path.stat().st_size:
         return None
-    found, place = [], 0
+    found, place, heads, sums = [], 0, [], []
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         while (header := data[place : place + tarfile.BLOCKSIZE]).strip(b"\0"):
             kind, offset = header[156:157], place + tarfile.BLOCKSIZE
+            heads.append(place)
             try:
                 name, size = header[:100].rstrip(b"\0").decode(), int(header[124:136].rstrip(b"\0 "), 8)
+                sums.append(int(header[148:156].rstrip(b"\0 "), 8) - 8 * ord(" ") + sum(header[148:156]))
             except ValueError:
                 return None
             place = offset + size + -size % tarfile.BLOCKSIZE
@@ -166,6 +168,9 @@ def _plain_files(path: Path) -> list[tuple[int, int, str]] | None:
                 kind == tarfile.XHDTYPE and _PLAIN_EXTRAS.fullmatch(data[offset : offset + size])
             ):
                 return None
+        whole = np.array(heads, dtype=np.int64)[:, None] + np.arange(tarfile.BLOCKSIZE)
+        if not np.array_equal(np.frombuffer(data, np.uint8)[whole].sum(1, dtype=np.int64), np.array(sums, np.int64)):
+            return None  # a header was changed after it was written
     return found
 
 

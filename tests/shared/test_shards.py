@@ -121,6 +121,18 @@ def test_headers_are_read_as_tarfile_reads_them(tmp_path, monkeypatch, archive_f
         assert all(np.array_equal(one, other) for one, other in zip(plain, expected, strict=True))
 
 
+@pytest.mark.parametrize("place", [0, 3, 100, 120, 130, 150])
+def test_a_changed_header_is_not_taken_for_plain(tmp_path, place):
+    path = make_shard(tmp_path / "one.tar", numbered(0, 5))
+    assert headers._plain_files(path) is not None
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    assert headers._plain_files(path) is None
+    with pytest.raises(UserError, match="not a readable tar file"):
+        Shards([path])
+
+
 @pytest.mark.parametrize("cut", [600, 1200, 3000, 3072])
 def test_a_truncated_shard_is_refused(tmp_path, cut):
     path = make_shard(tmp_path / "one.tar", numbered(0, 5))
