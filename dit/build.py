@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dit.config import Config
+from dit.images import unit
 from dit.model import DiTModel
 from dit.objectives import make_objective
 from dit.text import make_text_encoder
@@ -40,7 +41,7 @@ def fit_codec(
     if info.is_main and not path.exists():
         began = time.perf_counter()
         count = min(len(dataset), CODEC_PICTURES)
-        images = torch.stack([dataset.sample(index, 0, flip=False)["image"] for index in range(count)])
+        images = unit(torch.stack([dataset.sample(index, 0, flip=False)["image"] for index in range(count)]))
         figures = codec.fit(images, seed=seed)
         with written_aside(path) as temporary:
             save_file(codec.state_dict(), temporary, metadata={"figures": json.dumps(figures)})

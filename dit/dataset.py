@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dit.config import SAMPLE_DATA, Config, DataConfig
-from dit.images import crop_to_box, decode, to_square, to_tensor
+from dit.images import crop_to_box, decode, to_pixels, to_square, unit
 from dit.readers import FileItems, Item, read
 from dit.sharded import ShardItems
 from shared.errors import BadSample, UserError
@@ -83,10 +83,11 @@ class TextImageDataset(Dataset):
         return len(self.items)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.sample(index, 0)
+        sample = self.sample(index, 0)
+        return sample | {"image": unit(sample["image"])}
 
     def sample(self, index: int, epoch: int, *, flip: bool | None = None) -> dict[str, Any]:
-        """Item `index` as seen in `epoch`. Evaluation takes the centre, the first caption and no mirroring."""
+        """Item `index` as seen in `epoch`; image is uint8. Evaluation: the centre, the first caption, no mirroring."""
         item, settings = self.items[index], self.settings
         generator = keyed_generator(self.seed, _AUGMENT, epoch, index)
 
@@ -105,7 +106,7 @@ class TextImageDataset(Dataset):
             draw=draw,
         )
         sample = {
-            "image": to_tensor(square, flip=flip),
+            "image": to_pixels(square, flip=flip),
             "text": caption,
             "image_id": item.id,
             "index": index,

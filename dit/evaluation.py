@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dit.build import condition_of
 from dit.colours import colour_caption
+from dit.images import unit
 from shared.dist import DistInfo, sum_over_ranks
 from shared.errors import BadSample
 from shared.rng import keyed_randn
@@ -36,11 +37,11 @@ def prepare(
 ) -> HeldOut:
     """Encode up to `count` held-out pictures, and the mean of as many training pictures."""
     samples = readable(dataset, count)
-    images = torch.stack([sample["image"] for sample in samples])
+    images = unit(torch.stack([sample["image"] for sample in samples]))
     latents = torch.cat([_mean_latent(codec, part.to(device)) for part in images.split(16)])
     labels = torch.tensor([sample["label"] for sample in samples]) if "label" in samples[0] else None
     captions = [sample["text"] for sample in samples]
-    seen = torch.stack([sample["image"] for sample in readable(training_set, count)])
+    seen = unit(torch.stack([sample["image"] for sample in readable(training_set, count)]))
     mean = torch.cat([_mean_latent(codec, part.to(device)) for part in seen.split(16)]).mean(0)
     prompts = [colour_caption(dataset.items[sample["index"]].captions or ("",)) for sample in samples]
     return HeldOut(latents, condition_of(captions, labels, encoder, device), captions, images, prompts, mean)

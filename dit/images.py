@@ -1,4 +1,4 @@
-"""Picture files to square tensors in [-1, 1]."""
+"""Picture files to square tensors: uint8 where they travel, [-1, 1] where they are used."""
 
 import io
 import math
@@ -66,10 +66,15 @@ def to_square(
     return image.crop((left, top, left + size, top + size)), (top, left, image.height, image.width)
 
 
-def to_tensor(image: Image.Image, *, flip: bool = False) -> Tensor:
-    """float32 (3, H, W) in [-1, 1]."""
-    pixels = torch.from_numpy(np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1.0)
-    return pixels.flip(2) if flip else pixels
+def to_pixels(image: Image.Image, *, flip: bool = False) -> Tensor:
+    """uint8 (3, H, W): a quarter of the bytes that loader processes hand over and that are copied to the device."""
+    pixels_HWC = np.asarray(image)[:, ::-1] if flip else np.asarray(image)
+    return torch.from_numpy(np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1)))
+
+
+def unit(pixels: Tensor) -> Tensor:
+    """float32 in [-1, 1] from uint8; what is float already is in that range and stays."""
+    return pixels if pixels.is_floating_point() else pixels.float().div_(127.5).sub_(1.0)
 
 
 def to_uint8(images: Tensor, *, rule: str = "round") -> np.ndarray:

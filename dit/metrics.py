@@ -30,8 +30,8 @@ from dit.build import Trained, condition_of, load_trained
 from dit.colours import agreement
 from dit.dataset import TextImageDataset
 from dit.drawing import Drawing, draw_pictures
-from dit.evaluation import HeldOut, errors, held_out_noise, paired_p, prepare
-from dit.images import grid, to_uint8
+from dit.evaluation import errors, held_out_noise, paired_p, prepare
+from dit.images import grid, to_uint8, unit
 from shared.dist import DistInfo, init_distributed
 from shared.files import write_text
 from shared.report import Bar, Sample, write_report
@@ -61,6 +61,7 @@ class Measurement:
             measured, self.training_set, trained.codec, trained.text_encoder, count=options.num, device=info.device
         )
         self._drawn: np.ndarray | None = None
+        self._found: dict[str, Tensor] = {}
 
     def loss(self) -> dict:
         """Held-out loss at fixed levels, against the constant predictor."""
@@ -89,7 +90,10 @@ class Measurement:
         if self.trained.text_encoder is not None:
             condition = condition_of(self.held.prompts, None, self.trained.text_encoder, self.info.device)
             described = self.held._replace(condition=condition)
-            right, shuffled = self._errors("right", described), self._errors("shuffled", described)
+            right, shuffled = (
+                errors(self.trained.model, self.trained.objective, described, self.info, kind=kind)
+                for kind in ("right", "shuffled")
+            )
             found["described_cost_percent"] = 100 * (shuffled.mean() / right.mean() - 1).item()
             found["described_p"] = paired_p((shuffled - right).mean(0))
         return found
@@ -135,9 +139,8 @@ class Measurement:
     def memory(self) -> dict:
         """Distance of drawn pictures to the nearest training picture; far below that of held-out ones: memorised."""
         count = min(len(self.training_set), 2048)
-        seen = torch.stack([self.training_set.sample(index, 0, flip=False)["image"] for index in range(count)]).flatten(
-            1
-        )
+        seen = [self.training_set.sample(index, 0, flip=False)["image"] for index in range(count)]
+        seen = unit(torch.stack(seen)).flatten(1)
         seen = torch.cat([seen, seen.unflatten(1, self.held.images.shape[1:]).flip(3).flatten(1)])
         drawn = torch.from_numpy(self.drawn).permute(0, 3, 1, 2).float().flatten(1) / 127.5 - 1
         scale = seen.shape[1] ** 0.5
@@ -209,8 +212,10 @@ class Measurement:
             self._drawn = np.concatenate(parts)
         return self._drawn
 
-    def _errors(self, kind: str, held: HeldOut | None = None) -> Tensor:
-        return errors(self.trained.model, self.trained.objective, held or self.held, self.info, kind=kind)
+    def _errors(self, kind: str) -> Tensor:
+        if kind not in self._found:
+            self._found[kind] = errors(self.trained.model, self.trained.objective, self.held, self.info, kind=kind)
+        return self._found[kind]
 
     def _levels(self) -> list[float]:
         return [round(level, 4) for level in self.trained.objective.levels]

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from dit.build import CODEC_FILE, load_codec
 from dit.cache import VERSION, as_json, cache_settings, file_digest, text_settings
 from dit.dataset import TextImageDataset
+from dit.images import unit
 from dit.text import make_text_encoder
 from dit.vae import make_vae
 from shared.dist import DistInfo, barrier, init_distributed, raise_together, shutdown
@@ -58,11 +59,8 @@ def write_shard(
             samples = [
                 dataset.sample(index, epoch, flip=flip) for index in range(first, min(first + cache.batch, rows.stop))
             ]
-            parts.append(
-                codec.moments(torch.stack([sample["image"] for sample in samples]).to(device)).to(
-                    "cpu", DTYPES[cache.dtype]
-                )
-            )
+            images = unit(torch.stack([sample["image"] for sample in samples]).to(device))
+            parts.append(codec.moments(images).to("cpu", DTYPES[cache.dtype]))
             crops += [sample["crop"] for sample in samples] if (epoch, flip) == plan[0] else []
         variants.append(torch.cat(parts))
     items = [dataset.items[index] for index in rows]

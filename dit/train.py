@@ -32,7 +32,7 @@ from dit.convert import load_pretrained
 from dit.dataset import TextImageDataset, collate
 from dit.drawing import Drawing, draw_pictures
 from dit.evaluation import HeldOut, errors, prepare, readable, summary
-from dit.images import grid, to_uint8
+from dit.images import grid, to_uint8, unit
 from dit.model import DiTBlock, DiTModel
 from dit.objectives import make_objective
 from dit.text import make_text_encoder
@@ -185,7 +185,7 @@ class Trainer:
         with torch.no_grad():
             moments, noise = batch.get("moments"), None
             if moments is None:
-                moments = self.vae_encoder.moments(batch["image"].to(self.info.device))
+                moments = self.vae_encoder.moments(unit(batch["image"].to(self.info.device)))
             if self.vae_encoder.posterior == "sample":
                 shape = (moments.shape[1] // 2, *moments.shape[2:])
                 noise = keyed_randn(shape, key=(self.config.run.seed, POSTERIOR, step), slots=batch["slot"]).to(
@@ -255,7 +255,7 @@ def _save_inputs(dataset: TextImageDataset, folder: Path) -> None:
     """The first training pictures as the model sees them, with their captions: the quickest check of the data."""
     folder.mkdir(parents=True, exist_ok=True)
     samples = readable(dataset, 16, epoch=0)
-    grid(to_uint8(torch.stack([sample["image"] for sample in samples])), columns=8).save(folder / "inputs.png")
+    grid(to_uint8(unit(torch.stack([sample["image"] for sample in samples]))), columns=8).save(folder / "inputs.png")
     (folder / "inputs.txt").write_text("\n".join(sample["text"] for sample in samples) + "\n", encoding="utf-8")
 
 

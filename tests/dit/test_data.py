@@ -11,7 +11,7 @@ from PIL import Image
 
 from dit.config import SAMPLE_DATA, DataConfig
 from dit.dataset import TextImageDataset, collate
-from dit.images import decode, grid, to_square, to_tensor, to_uint8
+from dit.images import decode, grid, to_pixels, to_square, to_uint8, unit
 from dit.readers import read
 from shared.errors import BadSample, UserError
 from shared.shards import Shards
@@ -292,6 +292,7 @@ def test_items_and_batches_have_the_documented_keys():
     batch = collate([found[0], found[1]])
     assert batch["image"].shape == (2, 3, 32, 32) and batch["image"].dtype == torch.float32
     assert batch["image"].min() >= -1 and batch["image"].max() <= 1
+    assert found.sample(0, 0)["image"].dtype == torch.uint8
     assert batch["index"].tolist() == [0, 1] and isinstance(batch["text"][0], str) and len(batch["crop"][0]) == 4
     assert TextImageDataset("cub", SAMPLE_DATA, 32, 5, True)[4]["image"].shape == (3, 32, 32)
 
@@ -312,5 +313,7 @@ def test_eight_bits_round_or_follow_adm():
     assert to_uint8(values)[0, 0, :, 0].tolist() == [0, 128, 128, 255]
     assert to_uint8(values, rule="adm")[0, 0, :, 0].tolist() == [0, 128, 128, 255]
     assert grid(np.zeros((5, 4, 4, 3), np.uint8), 2).size == (10, 16)
-    back = to_uint8(to_tensor(Image.new("RGB", (2, 2), (3, 200, 255)))[None])
+    back = to_uint8(unit(to_pixels(Image.new("RGB", (2, 2), (3, 200, 255))))[None])
     assert back[0, 0, 0].tolist() == [3, 200, 255]
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(unit(every), torch.from_numpy(every.numpy().astype("float32") / 127.5 - 1))

@@ -15,6 +15,7 @@ from dit.cache import CachedDataset
 from dit.config import PRESETS, Config
 from dit.dataset import TextImageDataset, collate
 from dit.evaluation import errors, paired_p, prepare
+from dit.images import unit
 from dit.text import HashTextEncoder
 from dit.train import Trainer
 from dit.vae import PoolCodec
@@ -201,7 +202,7 @@ def test_cache_trains_as_the_encoders_do(settings, tmp_path):
         if torch.equal(trainer.text_encoder.encode([text]).states[0], item["text_embeddings"])
     )
     plain = dataset.sample(60, 3, flip=item["flip"])
-    assert caption and torch.equal(PoolCodec().moments(plain["image"][None])[0], item["moments"])
+    assert caption and torch.equal(PoolCodec().moments(unit(plain["image"])[None])[0], item["moments"])
     train.main([*arguments, "--cache-dir", cached])
     with pytest.raises(SystemExit):
         train.main([*arguments, "--cache-dir", cached, "--image-size", "64", "--output-dir", str(tmp_path / "other")])
@@ -212,7 +213,7 @@ def test_mirrored_latents_are_encoded_not_mirrored(settings, tmp_path):
     moments = load_file(tmp_path / "cache" / "latents_00000.safetensors")["moments"]
     assert moments.shape[1] == 2
     dataset = TextImageDataset.from_config(tiny(), is_train=True)
-    assert torch.equal(moments[5, 1], PoolCodec().moments(dataset.sample(5, 0, flip=True)["image"][None])[0])
+    assert torch.equal(moments[5, 1], PoolCodec().moments(unit(dataset.sample(5, 0, flip=True)["image"])[None])[0])
 
 
 def test_held_out_errors_repeat_and_constant_is_the_baseline():
