@@ -64,7 +64,8 @@ def _read_by_soundfile(source: Path | bytes, seconds: float | None, position: fl
         wanted = total if seconds is None else min(total, round(seconds * rate))
         if wanted < total:
             file.seek(round(position * (total - wanted)))
-        return file.read(wanted, dtype="float32", always_2d=True).mean(1), rate
+        samples_TC = file.read(wanted, dtype="float32", always_2d=True)
+        return samples_TC[:, 0] if samples_TC.shape[1] == 1 else samples_TC.mean(1), rate
 
 
 def _read_by_av(path: Path) -> tuple[np.ndarray, int]:
@@ -106,13 +107,17 @@ def mel_filters() -> Tensor:
     return torch.from_numpy((triangles * 2 / (high - low)).astype(np.float32))
 
 
+@functools.cache
+def _window() -> Tensor:
+    return torch.hann_window(WINDOW, periodic=True)
+
+
 def mel_power(waveform: Tensor) -> Tensor:
     """(samples // 160, 80) mel power of a mono 16 kHz waveform; the frame after the last whole hop is dropped."""
     if waveform.numel() <= WINDOW:  # the reflected edge needs more than half a window
         waveform = torch.nn.functional.pad(waveform, (0, WINDOW + 1 - waveform.numel()))
-    window = torch.hann_window(WINDOW, periodic=True)
     spectrum = torch.stft(
-        waveform.float(), WINDOW, HOP, window=window, center=True, pad_mode="reflect", return_complex=True
+        waveform.float(), WINDOW, HOP, window=_window(), center=True, pad_mode="reflect", return_complex=True
     )
     power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)  # without the root that abs() takes
     return (mel_filters() @ power[:, :-1]).T

@@ -108,23 +108,13 @@ def total_loss(
     kind: str, pairings: list[Pairing], outputs: dict[str, Tensor], keys: dict[str, Tensor] | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of the contrastive terms, and each by name."""
-    terms = {
-        f"{p.first.split('_')[0]}_{p.second.split('_')[0]}": (
-            p.weight,
-            contrastive_loss(
-                kind,
-                outputs[p.first],
-                outputs[p.second],
-                outputs[p.scale],
-                outputs[p.bias],
-                None if keys is None else keys[p.keys],
-            ),
-        )
-        for p in pairings
-    }
-    return sum(weight * loss for weight, loss in terms.values()), {
-        name: loss.detach() for name, (_, loss) in terms.items()
-    }
+    total, terms = 0.0, {}
+    for p in pairings:
+        own = None if keys is None else keys[p.keys]
+        loss = contrastive_loss(kind, outputs[p.first], outputs[p.second], outputs[p.scale], outputs[p.bias], own)
+        total = total + p.weight * loss
+        terms[f"{p.first.split('_')[0]}_{p.second.split('_')[0]}"] = loss.detach()
+    return total, terms
 
 
 # --- gradient cache (Gao et al. 2021) ---------------------------------------------------------------------------------

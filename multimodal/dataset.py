@@ -12,7 +12,7 @@ from torch import Tensor
 
 from multimodal.audio import SAMPLE_RATE, compress, fit_frames, log_power, read_audio, spec_augment
 from multimodal.config import DataConfig
-from multimodal.image import center_crop, random_resized_crop, read_image, to_tensor
+from multimodal.image import center_crop, normalise, random_resized_crop, read_image, to_pixels
 from multimodal.records import Record, Records, Source
 from multimodal.text import SPECIAL_TOKENS, TextTokenizer, pad_ids
 from shared.errors import BadSample
@@ -38,8 +38,8 @@ class CaptionedDataset:
     """Pictures or sounds with captions. Item: images (3, S, S) or audio (T, 80) and audio_mask, input_ids, caption,
     labels, id.
 
-    sample(index, epoch) augments by (seed, epoch, index); [index] is the evaluation view. Raises BadSample for a
-    broken file.
+    sample(index, epoch) augments by (seed, epoch, index) and leaves pictures as uint8; [index] is the evaluation view,
+    pictures normalised. Raises BadSample for a broken file.
     """
 
     def __init__(
@@ -120,11 +120,10 @@ class CaptionedDataset:
 
     def _crop(self, picture: Any, generator: torch.Generator | None) -> Tensor:
         if generator is None:
-            return to_tensor(center_crop(picture, self.image_size))
-        return to_tensor(
-            random_resized_crop(
-                picture, self.image_size, generator, scale=self.augmentation.crop_scale, flip=self.augmentation.flip
-            )
+            return normalise(to_pixels(center_crop(picture, self.image_size)))
+        how = self.augmentation
+        return to_pixels(
+            random_resized_crop(picture, self.image_size, generator, scale=how.crop_scale, flip=how.flip)
         )
 
     def _frame(self, video: Path, generator: torch.Generator | None) -> Tensor:

@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--output {output}: .png or .json is wanted")
     from multimodal import metrics
     from multimodal.inference import Embedder
+    from multimodal.records import ListRecords
 
     embedder = Embedder.load(options.checkpoint, device=options.device, batch_size=options.batch_size)
     name = options.dataset or embedder.config.data.datasets[0]
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         if records
         else "image"
     )
-    records = [record for record in records if record.kind == kind and record.captions]
+    records = ListRecords(record for record in records if record.kind == kind and record.captions)
     if not records:
         raise UserError(f"data set {name} has no captioned {options.split} samples to search")
     if output.suffix == ".png" and kind != "image":

@@ -1,5 +1,6 @@
 """Pictures to tensors with Pillow: CLIP's resize, crop and normalisation, and keyed random crops for training."""
 
+import functools
 import io
 import math
 import warnings
@@ -41,14 +42,26 @@ def read_image(source: Path | bytes, *, max_side: int | None = None) -> Image.Im
         raise BadSample(f"{name}: cannot be decoded as a picture ({error})") from None
 
 
-def to_tensor(picture: Image.Image) -> Tensor:
-    """(3, H, W) float32: [0, 1] less CLIP's mean over its std."""
-    pixels = torch.from_numpy(np.asarray(picture).transpose(2, 0, 1).astype(np.float32, order="C"))
-    return pixels.div_(255).sub_(torch.tensor(MEAN)[:, None, None]).div_(torch.tensor(STD)[:, None, None])
+def to_pixels(picture: Image.Image) -> Tensor:
+    """(3, H, W) uint8: a quarter of the bytes that loader processes hand over and that are copied to the device."""
+    return torch.from_numpy(np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1)))
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """(..., 3, H, W) float32 from uint8: [0, 1] less CLIP's mean over its std. What is float already stays."""
+    if pixels.is_floating_point():
+        return pixels
+    mean, std = _mean_and_std(pixels.device)
+    return pixels.float().div_(255).sub_(mean).div_(std)
+
+
+@functools.cache
+def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.tensor(MEAN, device=device)[:, None, None], torch.tensor(STD, device=device)[:, None, None]
 
 
 def from_tensor(pixels_CHW: Tensor) -> Image.Image:
-    """The picture of a tensor that to_tensor made."""
+    """The picture of a tensor that normalise made."""
     values = pixels_CHW.permute(1, 2, 0).float().cpu() * torch.tensor(STD) + torch.tensor(MEAN)
     return Image.fromarray((values.clamp(0, 1) * 255).round().to(torch.uint8).numpy())
 

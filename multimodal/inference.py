@@ -12,7 +12,7 @@ from multimodal.audio import AUDIO_SUFFIXES, compress, fit_frames, log_power, re
 from multimodal.config import Config
 from multimodal.dataset import CaptionedDataset
 from multimodal.evaluation import Split, embed_split
-from multimodal.image import IMAGE_SUFFIXES, center_crop, read_image, to_tensor
+from multimodal.image import IMAGE_SUFFIXES, center_crop, normalise, read_image, to_pixels
 from multimodal.objectives import AlignModel, FinetuneModel
 from multimodal.records import Kind, Records
 from multimodal.text import TextTokenizer
@@ -124,7 +124,7 @@ class Embedder:
 
     def _load(self, path: Path, kind: Kind) -> Tensor:
         if kind == "image":
-            return to_tensor(center_crop(read_image(path), self.config.model.image_size))
+            return normalise(to_pixels(center_crop(read_image(path), self.config.model.image_size)))
         frames = self.config.data.audio_frames
         power = log_power(torch.from_numpy(read_audio(path, seconds=frames / 100)))
         return compress(fit_frames(power, frames, fill="repeat_pad")[0])

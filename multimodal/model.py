@@ -363,7 +363,7 @@ class MultimodalModel(nn.Module):
 
 
 def sinusoids(length: int, width: int, device: torch.device) -> Tensor:
-    """(length, width) fixed time code of Vaswani et al. 2017: sines in the first half, cosines in the second."""
+    """(length, width) fixed code of places of Vaswani et al. 2017: sines in the first half, cosines in the second."""
     half = width // 2
     frequency = torch.exp(-math.log(10000.0) * torch.arange(half, device=device, dtype=torch.float32) / half)
     angle = torch.arange(length, device=device, dtype=torch.float32).unsqueeze(1) * frequency

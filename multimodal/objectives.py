@@ -7,15 +7,13 @@ them.
 Legend: B batch, N patches, K kept patches, D width, P values of a patch, L text tokens, E embedding.
 """
 
-import math
-
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
 from multimodal.blocks import Tower, small_normal_
-from multimodal.model import AUDIO_PATCH, MultimodalModel
+from multimodal.model import AUDIO_PATCH, MultimodalModel, sinusoids
 from multimodal.text import MASK, SEP, SPECIAL_TOKENS
 
 DECODERS = {"mini": (192, 2), "tiny": (256, 4), "small": (256, 4), "base": (384, 4), "large": (512, 4)}  # width, depth
@@ -29,13 +27,7 @@ Part = dict[str, Tensor]
 
 def sincos_2d(rows: int, columns: int, width: int, device: torch.device) -> Tensor:
     """(rows * columns, width) fixed positions: a quarter each of sine and cosine of the row and of the column."""
-    quarter = width // 4
-    frequency = torch.exp(-math.log(10000.0) * torch.arange(quarter, device=device) / quarter)
-    parts = []
-    for count in (rows, columns):
-        angle = torch.arange(count, device=device)[:, None] * frequency
-        parts.append(torch.cat([angle.sin(), angle.cos()], 1))
-    row, column = parts
+    row, column = (sinusoids(count, width // 2, device) for count in (rows, columns))
     return torch.cat([row[:, None].expand(-1, columns, -1), column[None].expand(rows, -1, -1)], -1).flatten(0, 1)
 
 

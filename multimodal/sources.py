@@ -9,6 +9,7 @@ from torch import Tensor
 
 from multimodal.config import SAMPLE_DATA, Config
 from multimodal.dataset import Augmentation, CaptionedDataset, PlainImages, collate, stable_hash
+from multimodal.image import normalise
 from multimodal.records import KINDS, Kind, ListRecords, Record, Records, coco_class_names, read_records
 from multimodal.sharded import Joined
 from multimodal.synthetic import synthetic_records
@@ -226,9 +227,13 @@ class PairedStream:
 
 
 def model_inputs(batch: dict[Kind, dict]) -> dict[str, dict[str, Tensor]]:
-    """The tensors that a stage's module reads."""
+    """The tensors that a stage's module reads, pictures normalised."""
     names = ("images", "audio", "audio_mask", "input_ids", "attention_mask", "labels", "keys")
-    return {kind: {name: part[name] for name in names if name in part} for kind, part in batch.items()}
+    found = {kind: {name: part[name] for name in names if name in part} for kind, part in batch.items()}
+    for part in found.values():
+        if "images" in part:
+            part["images"] = normalise(part["images"])
+    return found
 
 
 def class_names(config: Config) -> list[str] | None:

@@ -10,7 +10,7 @@ from PIL import Image
 from multimodal.audio import log_mel, mel_filters, mel_power
 from multimodal.config import TrainingConfig
 from multimodal.contrastive import contrastive_loss
-from multimodal.image import center_crop, from_tensor, to_tensor
+from multimodal.image import center_crop, from_tensor, normalise, to_pixels
 from multimodal.retrieval import ranks_of_targets, summarise
 from multimodal.text import TextTokenizer
 from shared.optim import lr_at
@@ -39,7 +39,7 @@ def test_log_mel_agrees_with_whispers_extractor():
 
 def test_picture_preprocessing():
     case = tensors("image_preprocess")
-    pixels = to_tensor(center_crop(Image.fromarray(case["image_uint8_hwc"].numpy()), 224))
+    pixels = normalise(to_pixels(center_crop(Image.fromarray(case["image_uint8_hwc"].numpy()), 224)))
     assert torch.allclose(pixels[:, ::7, ::7], case["pixels_every_7th"], atol=1e-6)
     assert torch.allclose(pixels.double().sum((1, 2)), case["channel_sum"], atol=1e-2)
     again = np.array(from_tensor(pixels))
