@@ -1,5 +1,6 @@
 """Which sample comes when: order as a pure function of (seed, epoch), the same for any number of ranks and workers."""
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -279,7 +280,7 @@ class ReadAhead:
 
     def _read(self) -> tuple[list[Any], dict]:
         batches = self.stream.next_step()
-        with torch.cuda.stream(self._copies):  # does nothing for None
+        with contextlib.nullcontext() if self._copies is None else torch.cuda.stream(self._copies):
             batches = [to_device(batch, self.device) for batch in batches]
         return batches, self.stream.state()
 
@@ -288,8 +289,9 @@ class ReadAhead:
         batches, self._position = self._next.result()
         if self._copies is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._copies)
-            for tensor in _tensors(batches):  # their memory is not given to others before this step has used it
-                tensor.record_stream(torch.cuda.current_stream(self.device))
+            for tensor in _tensors(batches):
+                if tensor.is_cuda:  # its memory is not given to others before this step has used it
+                    tensor.record_stream(torch.cuda.current_stream(self.device))
         self._next = self._thread.submit(self._read)
         return batches
 
