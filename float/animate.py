@@ -83,6 +83,7 @@ class Animator:
             prev_wa.nan_to_num(),
             null_audio_B=no_sound,
             has_previous_B=~no_previous,
+            window_only=True,
         ).float()
 
     @torch.no_grad()

@@ -198,6 +198,11 @@ class TrainingConfig(_GuideNames):
     sigma_max: float = setting(1.0, "scale of the noise at t = 0", fixed=True, gt=0)
     time_sampling: Literal["uniform", "logit_normal"] = setting("uniform", "distribution of training times", fixed=True)
 
+    @property
+    def window_only(self) -> bool:
+        """Whether the previous frames' velocity is left out: no loss asks for it (compiled blocks keep one length)."""
+        return self.prev_loss_weight == 0 and not self.compile
+
 
 class AutoencoderTrainingConfig(_GuideNames):
     """Phase 1: the motion auto-encoder. A term with weight 0 is off."""

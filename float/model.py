@@ -96,7 +96,8 @@ class FeedForward(nn.Module):
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm without weights of its own, then scale and shift per frame."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPSILON), 1 + scale)
+    # not torch.addcmul: its gradient multiplies each part once more, by a scalar 1
+    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPSILON) * (1 + scale) + shift
 
 
 def _adaptive(width: int, parts: int) -> nn.Sequential:
@@ -115,8 +116,8 @@ class FMTBlock(nn.Module):
     def forward(self, x: Tensor, activated: Tensor, mask_NN: Tensor) -> Tensor:
         """activated: the condition behind adaLN_modulation's SiLU, which all blocks share."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation[1](activated).chunk(6, -1)
-        x = torch.addcmul(x, gate_a, self.attn(modulated_norm(x, shift_a, scale_a), mask_NN))
-        return torch.addcmul(x, gate_m, self.mlp(modulated_norm(x, shift_m, scale_m)))
+        x = x + gate_a * self.attn(modulated_norm(x, shift_a, scale_a), mask_NN)
+        return x + gate_m * self.mlp(modulated_norm(x, shift_m, scale_m))
 
 
 class Decoder(nn.Module):
@@ -154,7 +155,7 @@ class FlowMatchingTransformer(nn.Module):
         if dim_h % num_heads:
             raise ValueError(f"dim_h {dim_h} is not divisible by num_heads {num_heads}")
         self.dim_w, self.dim_a, self.num_frames, self.num_prev_frames = dim_w, dim_a, num_frames, num_prev_frames
-        self.gradient_checkpointing = gradient_checkpointing
+        self.attention_window, self.gradient_checkpointing = attention_window, gradient_checkpointing
         tokens = num_frames + num_prev_frames
         self.x_embedder = SequenceEmbedder(dim_w, dim_h)
         self.pos_embed = nn.Parameter(sinusoid_positions(tokens, dim_h), requires_grad=False)
@@ -186,8 +187,10 @@ class FlowMatchingTransformer(nn.Module):
         we_B1E: Tensor,
         prev_x_BPd: Tensor | None = None,
         prev_wa_BPa: Tensor | None = None,
+        *,
+        window_only: bool = False,
     ) -> Tensor:
-        """-> velocity (B, N, d); callers use the last L frames.
+        """-> velocity (B, N, d), whose last L frames are the window's; with window_only these alone, (B, L, d).
 
         t: (B,) in [0, 1], 0 is noise; x: noisy motion; wa: projected audio features; wr: motion latent of the reference
         picture; we: emotion probabilities. prev_*: the P frames before the window; None means zeros, unless x and wa
@@ -201,12 +204,18 @@ class FlowMatchingTransformer(nn.Module):
         activated = F.silu(self.c_embedder(condition) + self.t_embedder(t_B)[:, None])
         x = self.x_embedder(x) + self.pos_embed
         mask_NN = x.new_zeros(tokens, tokens).masked_fill_(self.alignment_mask, float("-inf"))
-        for block in self.blocks:
+        first = 0  # of the frames that are carried on
+        for later, block in zip(reversed(range(len(self.blocks))), self.blocks, strict=True):
+            needed = self.num_prev_frames - self.attention_window * (later + 1)
+            if window_only and needed > first:  # no frame of the window can see so far back through the later blocks
+                x, mask_NN = x[:, needed - first :], mask_NN[needed - first :, needed - first :].contiguous()
+                first = needed
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, activated, mask_NN, use_reentrant=False)
+                x = checkpoint(block, x, activated[:, first:], mask_NN, use_reentrant=False)
             else:
-                x = block(x, activated, mask_NN)
-        return self.decoder(x, activated)
+                x = block(x, activated[:, first:], mask_NN)
+        kept = self.num_prev_frames if window_only else 0
+        return self.decoder(x[:, kept - first :], activated[:, kept:])
 
     def _with_previous(self, current: Tensor, previous: Tensor | None) -> Tensor:
         if previous is None:
@@ -280,8 +289,10 @@ class MotionGenerator(nn.Module):
         drop_B5: Tensor | None = None,
         has_previous_B: Tensor | None = None,
         null_audio_B: Tensor | None = None,
+        window_only: bool = False,
     ) -> Tensor:
-        """Velocity (B, N, d). audio_*: raw features, projected here. Motion is whitened already.
+        """Velocity (B, N, d), or (B, L, d) with window_only. audio_*: raw features, projected here. Motion is whitened
+        already.
 
         drop: True replaces, per sample, wa, wr, we, prev_x, prev_wa by zeros (condition dropout). has_previous: False
         where the window starts the clip, so that projected previous sound is zero as in sampling. null_audio: rows
@@ -298,7 +309,7 @@ class MotionGenerator(nn.Module):
             wa, wr, we, prev_x, prev_wa = (
                 _zero_rows(condition, drop) for condition, drop in zip(conditions, drop_B5.unbind(1), strict=True)
             )
-        return self.fmt(t_B, x_BLd, wa, wr, we, prev_x, prev_wa)
+        return self.fmt(t_B, x_BLd, wa, wr, we, prev_x, prev_wa, window_only=window_only)
 
 
 def _zero_rows(condition: Tensor, drop_B: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ def workload(config: Config) -> "Workload":
                 torch.randn(batch, 1, model.dim_e),
                 torch.randn(batch, before, motion),
                 torch.randn(batch, before, width),
+                window_only=config.training.window_only,
             )
             return output.float().square().mean()
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from float.rectified_flow import RectifiedFlow
 
-# (t_B, x, wa, wr, we, prev_x, prev_wa) -> (B, P + L, d); FlowMatchingTransformer is one
+# (t_B, x, wa, wr, we, prev_x, prev_wa) -> (B, P + L, d) or (B, L, d); FlowMatchingTransformer is one
 VelocityModel = Callable[..., Tensor]
 
 
@@ -46,7 +46,7 @@ def guided_velocity(
     options: SamplingOptions,
     null_audio: float = 0.0,
 ) -> Tensor:
-    """Velocity (B, P + L, d) under incremental guidance.
+    """Velocity of the model's shape under incremental guidance.
 
     v = v_u + a (v_a - v_u) + e (v_all - v_a), where v_u sees neither sound nor emotion, v_a the sound, v_all both;
     null is zero (`null_audio` fills the sound's null, for models that project the sound themselves).
@@ -106,7 +106,7 @@ def sample_windows(
 
         def velocity(x: Tensor, t_B: Tensor, wa=wa, we=we, prev_x=prev_x, prev_wa=prev_wa) -> Tensor:
             out = guided_velocity(model, t_B, x, wa, wr_Bd, we, prev_x, prev_wa, options, null_audio)
-            return out[:, num_prev_frames:]
+            return out[:, -num_frames:]
 
         sample = flow.sample_ode(
             velocity,

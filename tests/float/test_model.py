@@ -122,6 +122,26 @@ def test_frames_see_only_their_neighbours():
         assert touched.nonzero().flatten().tolist() == [i for i in range(13) if abs(i - frame) <= 2]
 
 
+@pytest.mark.parametrize("depth, window, before", [(2, 1, 4), (4, 2, 5), (1, 0, 3), (2, 9, 4)])
+def test_the_window_alone_is_the_end_of_all_frames(depth, window, before):
+    sizes = {"dim_w": 6, "dim_a": 5, "dim_h": 16, "num_heads": 2, "num_frames": 8, "num_prev_frames": before}
+    model = FlowMatchingTransformer(**sizes, depth=depth, attention_window=window)
+    inputs = [torch.rand(2)] + [
+        torch.randn(2, *shape) for shape in ((8, 6), (8, 5), (6,), (1, 7), (before, 6), (before, 5))
+    ]
+    found = []
+    for window_only in (False, True):
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            parameter.data.normal_(std=0.3)
+        out = model(*inputs, window_only=window_only)[:, -8:]
+        found.append(
+            [out, *torch.autograd.grad(out.square().sum(), [p for p in model.parameters() if p.requires_grad])]
+        )
+    for all_frames, alone in zip(*found, strict=True):
+        torch.testing.assert_close(alone, all_frames, rtol=1e-4, atol=1e-5 * all_frames.abs().max().item())
+
+
 @torch.no_grad()
 def test_dropped_conditions_are_per_sample_and_leave_the_inputs_alone():
     generator = MotionGenerator(small_transformer(), 5)
