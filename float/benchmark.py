@@ -28,18 +28,21 @@ from torch import nn
 from float.animate import Animator, sampling_options
 from float.audio import SAMPLE_RATE, LogMelEncoder
 from float.build import make_autoencoder, make_generator
-from float.clips import Clip
-from float.config import PRESETS, Config
+from float.clips import Clip, find_clips
+from float.config import AUTOENCODER_PRESETS, PRESETS, SAMPLE_DATA, AutoencoderConfig, Config
 from float.dataset import FLOATDataset, create_dataloader
 from float.features import feature_path, write_features
+from float.frames import FramePairs, FrameStore, StoredPairs, collate_pairs
 from float.model import FlowMatchingTransformer
-from float.plans import workload
+from float.plans import autoencoder_workload, workload
 from float.precompute import features_dir
 from float.synthetic import synthetic_clip, write_synthetic_features
+from shared.data import BatchPlan, MapStream
 from shared.dist import DistInfo
 
 # The reference network's step at this size takes 104 ms where diffusers' DiT-S/2 step takes 660.
 REFERENCE_SHARE = 104 / 660
+PHASE_1_CLIPS = 4  # decoded for the loader of phase 1
 
 
 def settings(*words: str) -> Config:
@@ -52,7 +55,7 @@ def transformer_step(depth: int = 4, width: int = 256, batch: int = 2, length: i
     model = FlowMatchingTransformer(dim_h=width, depth=depth, num_heads=8, num_frames=length, num_prev_frames=before)
     shapes = [(length, 512), (length, 512), (512,), (1, 7), (before, 512), (before, 512)]
     inputs, t_B = [torch.randn(batch, *shape) for shape in shapes], torch.rand(batch)
-    step = training_step(model, lambda: model(t_B, *inputs)[:, before:].square().mean())
+    step = training_step(model, lambda: model(t_B, *inputs, window_only=True).square().mean())
     step.parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return step
 
@@ -74,7 +77,7 @@ def generator_loss(generator: nn.Module, config: Config, audio: torch.Tensor, mo
     motion = generator.whiten(motion)
     output = generator(
         torch.rand(batch), motion[:, before:], audio[:, before:], motion[:, 0], torch.zeros(batch, 1, 7),
-        motion[:, :before], audio[:, :before],
+        motion[:, :before], audio[:, :before], window_only=True,
     )  # fmt: skip
     return output.square().mean()
 
@@ -159,7 +162,7 @@ def start(bench: Bench) -> None:
 
 
 def loader(bench: Bench) -> None:
-    """The default preset's loader beside a step of the planned length."""
+    """The default presets' loaders beside a step of the planned length."""
     with tempfile.TemporaryDirectory() as folder:
         config = settings("default", "--output-dir", folder)
         training = config.training
@@ -173,6 +176,25 @@ def loader(bench: Bench) -> None:
             planned_step(workload(config), config),
             note=f"batch {training.batch_size}",
         )
+    pair_loader(bench)
+
+
+def pair_loader(bench: Bench) -> None:
+    """The same for phase 1: frames in memory, as where all clips fit, and read by seeking."""
+    config = load_config(AutoencoderConfig, presets=AUTOENCODER_PRESETS, argv=["--config", "default"])
+    store = FrameStore(find_clips(SAMPLE_DATA, "train")[:PHASE_1_CLIPS], config.model.input_size, config.data, {})
+    decoded = [store.all_frames(clip) for clip in range(PHASE_1_CLIPS)]
+    pairs = FramePairs(store, pairs_per_second=config.training.pairs_per_second, seed=0, augment=True)
+    size = config.training.batch_size
+    stream = MapStream(StoredPairs(pairs), BatchPlan(len(pairs), size), DistInfo(), collate=collate_pairs)
+    note = f"batch {size}, {config.model.input_size} px, {sum(map(len, decoded))} decoded frames in memory"
+    planned = planned_step(autoencoder_workload(config), config)
+    bench.starving("phase 1, default, frame pairs", stream, planned, note=note)
+    store.in_memory = False
+    bench.time(
+        "loading, phase 1's pairs by seeking in the files", lambda: [pairs.stored(i, 0) for i in range(size)],
+        per=size, unit="ms a pair",
+    )  # fmt: skip
 
 
 def scaling(bench: Bench) -> None:

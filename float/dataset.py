@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from float.config import DataConfig
+from float.feature_file import UNREADABLE, FeatureFile
 from shared.data import BatchPlan, MapStream
 from shared.dist import DistInfo
 from shared.errors import BadSample, UserError
@@ -34,8 +34,8 @@ class FLOATDataset:
 
     An item: motion_latent_cur (L, d), motion_latent_prev (P, d), audio_cur (L, F), audio_prev (P, F), reference_motion
     (d), emotion_features (1, 7), has_previous (bool: False where the window starts the clip and previous values are
-    zero), clip_id. A clip shorter than a window is filled up with its last frame. `transforms`: callables item ->
-    item, run at the end of every item.
+    zero), clip_id; numbers are float32, but sample() leaves sound in the cache's type. A clip shorter than a window is
+    filled up with its last frame. `transforms`: callables item -> item, run at the end of every item.
     """
 
     def __init__(
@@ -64,9 +64,9 @@ class FLOATDataset:
     @staticmethod
     def _frames(path: Path) -> int:
         try:
-            with safe_open(str(path), "pt") as file:
-                shape = file.get_slice("motion").get_shape()
-        except (OSError, SafetensorError) as error:
+            with FeatureFile(path) as file:
+                shape = file.shape("motion")
+        except UNREADABLE as error:
             raise UserError(f"{path}: not a readable cache of features ({error}); delete it and run again") from None
         if len(shape) != 2 or shape[0] < 1:
             raise UserError(
@@ -78,7 +78,7 @@ class FLOATDataset:
         return len(self.windows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.sample(index, 0)
+        return _in_float32(self.sample(index, 0))
 
     def sample(self, index: int, epoch: int) -> dict[str, Any]:
         """One window. Training: start, reference frame, mirror and noise are drawn by (seed, epoch, index); else all
@@ -90,14 +90,14 @@ class FLOATDataset:
             5, generator=keyed_generator(self.seed, _WINDOWS, epoch, index), dtype=torch.float64
         ).tolist()
         try:
-            with safe_open(str(path), "pt") as file:
+            with FeatureFile(path) as file:
                 item = self._read(file, start, draws)
-                item["clip_id"] = (file.metadata() or {}).get("clip_id", path.stem)
-        except (OSError, SafetensorError) as error:
+                item["clip_id"] = file.metadata.get("clip_id", path.stem)
+        except UNREADABLE as error:
             raise BadSample(f"{path}: not a readable cache of features ({error}); delete it and run again") from None
         for name, value in item.items():
             # a sum is finite only if all are, and is had in one pass over the numbers
-            if isinstance(value, Tensor) and not math.isfinite(value.sum().item()):
+            if isinstance(value, Tensor) and not math.isfinite(value.sum(dtype=torch.float32).item()):
                 raise BadSample(
                     f"{path}: {name} holds numbers that are not finite; "
                     "delete the file and run float/precompute.py again"
@@ -105,34 +105,30 @@ class FLOATDataset:
         if self.train and self.data.use_augmentation and draws[3] < self.data.gaussian_noise_prob:
             item = self._with_noise(item, index, epoch)
         for transform in self.transforms:
-            item = transform(item)
+            item = transform(_in_float32(item))
         return item
 
-    def _read(self, file: Any, start: int, draws: list[float]) -> dict[str, Any]:
+    def _read(self, file: FeatureFile, start: int, draws: list[float]) -> dict[str, Any]:
         length, before = self.data.sequence_length, self.data.prev_frames
         mirrored = (
             self.train
             and self.data.use_augmentation
             and draws[2] < self.data.horizontal_flip_prob
-            and "motion_flipped" in file.keys()  # noqa: SIM118  (a safetensors handle is no dict)
+            and "motion_flipped" in file
         )
-        motion, audio = file.get_slice("motion_flipped" if mirrored else "motion"), file.get_slice("audio_raw")
-        frames = motion.get_shape()[0]
+        motion = "motion_flipped" if mirrored else "motion"
+        frames = file.shape(motion)[0]
         reference = 0
         if self.train:
             start = int(draws[0] * (max(0, frames - length) + 1))
             reference = int(draws[1] * frames)
-        has_previous = start >= before
         item = {
-            "motion_latent_cur": _rows(motion, start, length),
-            "audio_cur": _rows(audio, start, length),
-            "reference_motion": _rows(motion, reference, 1)[0],
-            "emotion_features": file.get_tensor("emotion").float()[None],
-            "has_previous": torch.tensor(has_previous),
+            "reference_motion": file.rows(motion, reference, reference + 1)[0].float(),
+            "emotion_features": file.rows("emotion").float()[None],
+            "has_previous": torch.tensor(start >= before),
         }
-        for name, source in (("motion_latent_prev", motion), ("audio_prev", audio)):
-            rows = _rows(source, start - before, before) if has_previous else torch.zeros(before, source.get_shape()[1])
-            item[name] = rows
+        item["motion_latent_prev"], item["motion_latent_cur"] = _around(file, motion, start, before, length)
+        item["audio_prev"], item["audio_cur"] = _around(file, "audio_raw", start, before, length)
         return item
 
     def _with_noise(self, item: dict[str, Any], index: int, epoch: int) -> dict[str, Any]:
@@ -147,17 +143,30 @@ class FLOATDataset:
         """Motion latents of all frames of all clips, (frames, d)."""
         parts = []
         for path in self.paths:
-            with safe_open(str(path), "pt") as file:
-                parts.append(file.get_tensor("motion").float())
+            with FeatureFile(path) as file:
+                parts.append(file.rows("motion").float())
         return torch.cat(parts)
 
 
-def _rows(source: Any, start: int, count: int) -> Tensor:
-    """Rows start .. start + count of a stored tensor, float32, the last one repeated where it ends."""
-    end = min(start + count, source.get_shape()[0])
-    rows = source[start:end].float()
-    missing = count - len(rows)
-    return rows if missing <= 0 else torch.cat([rows, rows[-1:].expand(missing, -1)])
+def _around(file: FeatureFile, name: str, start: int, before: int, count: int) -> tuple[Tensor, Tensor]:
+    """Rows start - before .. start and start .. start + count of a stored tensor, from one read.
+
+    Zeros stand for the rows before where they begin before the clip; the last row is repeated where it ends.
+    """
+    first = start - before if start >= before else start
+    rows = file.rows(name, first, start + count)
+    missing = start + count - first - len(rows)
+    if missing > 0:
+        rows = torch.cat([rows, rows[-1:].expand(missing, -1)])
+    previous = rows[:before] if start >= before else rows.new_zeros(before, rows.shape[1])
+    return previous, rows[-count:]
+
+
+def _in_float32(item: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value.float() if torch.is_tensor(value) and value.is_floating_point() else value
+        for name, value in item.items()
+    }
 
 
 def collate_windows(items: list[dict[str, Any]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from float.clips import Clip
 from float.config import DataConfig
 from float.face import FaceBox, prepare_picture
-from float.media import iterate_frames, resize, to_tensor
+from float.media import iterate_frames, resize, scaled
 from shared.errors import BadSample
 from shared.rng import keyed_generator
 
@@ -101,7 +101,10 @@ def seek_frame(path: Path, seconds: float) -> np.ndarray:
 
 
 class FramePairs:
-    """Pairs (source, driving) of two random frames of one clip: float32 (3, S, S) in [-1, 1]."""
+    """Pairs (source, driving) of two random frames of one clip: float32 (3, S, S) in [-1, 1].
+
+    A loader reads `stored` pairs, a quarter of the bytes; `finished` makes a batch of them on its device.
+    """
 
     def __init__(self, store: FrameStore, *, pairs_per_second: float, seed: int, augment: bool):
         self.store, self.seed, self.augment = store, seed, augment
@@ -118,6 +121,13 @@ class FramePairs:
 
     def sample(self, index: int, epoch: int) -> dict[str, Tensor]:
         """The pair of one index in one epoch; long clips come up more often."""
+        source, driving = finished(collate_pairs([self.stored(index, epoch)]))
+        return {"source": source[0], "driving": driving[0]}
+
+    def stored(self, index: int, epoch: int) -> dict[str, Tensor]:
+        """The same as it is kept: source and driving uint8 (S, S, 3), and colour (2, 3), changes of contrast and
+        brightness by channel.
+        """
         generator = keyed_generator(self.seed, _PAIRS, epoch, index)
         draws = torch.rand(11, generator=generator, dtype=torch.float64).tolist()
         # stratified over the whole material, so that an epoch touches all of it
@@ -125,22 +135,39 @@ class FramePairs:
         clip = min(int(torch.searchsorted(self.ends, position, right=True)), len(self.ends) - 1)
         count = self.store.counts[clip]
         first, second = (int(draw * count) for draw in draws[1:3])
-        pair = to_tensor(np.stack([self.store.frame(clip, index) for index in (first, second)]))
-        if self.augment:
-            pair = self._augmented(pair, draws[3:])
-        return {"source": pair[0], "driving": pair[1]}
+        pair = [self.store.frame(clip, index) for index in (first, second)]
+        colour, data = torch.zeros(2, 3), self.store.data
+        if self.augment:  # the same for both pictures
+            flip, change, *shares = draws[3:]
+            pair = [frame[:, ::-1] for frame in pair] if flip < data.horizontal_flip_prob else pair
+            if change < data.color_jitter_prob:
+                colour = JITTER * (2 * torch.tensor(shares).view(2, 3) - 1)
+        source, driving = (torch.from_numpy(np.ascontiguousarray(frame)) for frame in pair)
+        return {"source": source, "driving": driving, "colour": colour}
 
-    def _augmented(self, pair: Tensor, draws: list[float]) -> Tensor:
-        """Flip and change of colour, each channel on its own, the same for both pictures."""
-        data = self.store.data
-        if draws[0] < data.horizontal_flip_prob:
-            pair = pair.flip(-1)
-        if draws[1] < data.color_jitter_prob:
-            contrast, brightness = JITTER * (2 * torch.tensor(draws[2:8], dtype=pair.dtype).view(2, 3, 1, 1) - 1)
-            pair = (pair * (1 + contrast) + brightness).clamp(-1, 1)
-        return pair
+
+class StoredPairs:
+    """The stored pairs as the data set of a stream."""
+
+    def __init__(self, pairs: FramePairs):
+        self.pairs, self.fingerprint = pairs, pairs.fingerprint
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def sample(self, index: int, epoch: int) -> dict[str, Tensor]:
+        """One stored pair."""
+        return self.pairs.stored(index, epoch)
 
 
 def collate_pairs(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack a batch."""
-    return {name: torch.stack([item[name] for item in items]) for name in ("source", "driving")}
+    """Stack a batch of stored pairs."""
+    return {name: torch.stack([item[name] for item in items]) for name in ("source", "driving", "colour")}
+
+
+def finished(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Source and driving pictures, float32 (B, 3, S, S) in [-1, 1], of stored pairs, with their change of colour."""
+    contrast, brightness = batch["colour"][..., None, None].unbind(1)
+    pictures = (scaled(batch[name]).contiguous() for name in ("source", "driving"))
+    source, driving = ((picture * (1 + contrast) + brightness).clamp(-1, 1) for picture in pictures)
+    return source, driving

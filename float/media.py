@@ -103,7 +103,12 @@ def resize(picture: np.ndarray, side: int) -> np.ndarray:
 
 def to_tensor(pictures: np.ndarray) -> Tensor:
     """uint8 (..., H, W, 3) -> float32 (..., 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.array(pictures)).movedim(-1, -3).float() / 127.5 - 1
+    return scaled(torch.from_numpy(np.array(pictures)))
+
+
+def scaled(pictures: Tensor) -> Tensor:
+    """The same from a tensor, on its device."""
+    return pictures.movedim(-1, -3).float() / 127.5 - 1
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

@@ -60,14 +60,15 @@ class AutoencoderTrainer:
 
     def losses(self, model: Callable, batches: list[dict], step: int) -> Iterator[tuple["Tensor", dict]]:
         """One weighted sum of all terms per micro-batch."""
+        from float.frames import finished
+
         training = self.config.training
         penalise = training.r1_gamma > 0 and step % training.r1_every == 0
         # before the start the discriminators run at weight 0, so that every rank runs the same modules in every step
         started = float(step >= training.adversarial_start)
         for batch in batches:
             output, target, judged = model(
-                batch["source"],
-                batch["driving"],
+                *finished(batch),
                 judge=self.is_adversarial,
                 penalise=penalise,
                 both_ways=training.both_ways,
@@ -153,7 +154,7 @@ class AutoencoderTrainer:
 
     def train(self, output_dir: Path | None = None) -> "FitResult":
         """Train to the planned step, resuming what is in the output folder."""
-        from float.frames import collate_pairs
+        from float.frames import StoredPairs, collate_pairs
         from shared.data import BatchPlan, MapStream
         from shared.loop import fit
 
@@ -174,11 +175,12 @@ class AutoencoderTrainer:
             drop_last=self.config.data.drop_last,
         )
         stream = MapStream(
-            self.pairs,
+            StoredPairs(self.pairs),
             plan,
             self.info,
             collate=collate_pairs,
-            num_workers=training.num_workers,
+            # from memory a step is read at once; processes would each decode and keep all clips
+            num_workers=0 if self.pairs.store.in_memory else training.num_workers,
             prefetch_factor=training.prefetch_factor,
             bad_samples=output_dir / "bad_samples.jsonl",
         )

@@ -94,13 +94,14 @@ class FlowMatchingTrainer:
         output = model(
             t_B,
             self.flow.interpolate(noise, data, t_B),
-            batch["audio_cur"],
+            batch["audio_cur"].float(),
             whiten(batch["reference_motion"]),
             batch["emotion_features"],
             previous,
-            batch["audio_prev"],
+            batch["audio_prev"].float(),
             drop_B5=drop_B5,
             has_previous_B=has_previous_B,
+            window_only=self.config.training.window_only and getattr(self.criterion, "prev_loss_weight", None) == 0,
         )
         valid_B = has_previous_B if drop_B5 is None else has_previous_B & ~drop_B5[:, 3]
         return self.criterion(output, velocity, prev_target=previous, prev_valid_B=valid_B)

@@ -298,6 +298,15 @@ def test_a_clip_shorter_than_a_window_is_filled_with_its_last_frame(tmp_path):
         assert not item["has_previous"]
 
 
+def test_half_precision_sound_is_widened_after_the_loader(tmp_path):
+    sound = (torch.arange(50.0)[:, None] * 60).expand(-1, 3).half()  # the sum of a window is beyond float16
+    write_feature_clip(tmp_path, "clip", 50, audio_raw=sound)
+    dataset = FLOATDataset(tmp_path, settings()[1], train=False)
+    stored, item = dataset.sample(1, 0), dataset[1]
+    assert stored["audio_cur"].dtype == stored["audio_prev"].dtype == torch.float16
+    assert item["audio_cur"].dtype == torch.float32 and torch.equal(item["audio_cur"], sound[16:32].float())
+
+
 def test_broken_caches(tmp_path):
     _, data = settings()
     with pytest.raises(UserError, match="no encoded clips"):
@@ -307,6 +316,12 @@ def test_broken_caches(tmp_path):
     write_feature_clip(tmp_path, "bad", 20, motion=motion)
     with pytest.raises(BadSample, match="bad.safetensors: motion_latent_cur holds numbers that are not finite"):
         FLOATDataset(tmp_path, data, train=False)[0]
+    whole = (tmp_path / "bad.safetensors").read_bytes()
+    dataset = FLOATDataset(tmp_path, data, train=False)
+    for part in (b"nothing", whole[:40], whole[:-300], b"", whole.replace(b"audio_raw", b"audio_rav")):
+        (tmp_path / "bad.safetensors").write_bytes(part)
+        with pytest.raises(BadSample, match="not a readable cache"):
+            dataset.sample(0, 0)
     (tmp_path / "bad.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match="not a readable cache"):
         FLOATDataset(tmp_path, data, train=False)
