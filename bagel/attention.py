@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bagel.sliced import Segment, sliced_attention
+
 Pair = tuple[Tensor, Tensor]  # tokens of the understanding expert (text, then ViT), tokens of the generation expert
 CAUSAL, FULL, NOISE = "causal", "full", "noise"
 
@@ -26,16 +28,6 @@ def sample_mask(split_lens: Sequence[int], attn_modes: Sequence[str]) -> Tensor:
     together = split[:, None] == split[None]
     earlier = position[None] <= position[:, None]
     return (earlier | (together & block[:, None])) & (together | ~noise[None])
-
-
-class Segment:
-    """Queries of one call of attention: `start:stop`, and the spans of keys they see; causal among the last `stop -
-    start` keys.
-    """
-
-    def __init__(self, start: int, stop: int, key_spans: list[tuple[int, int]], causal: bool):
-        self.start, self.stop, self.key_spans, self.causal = start, stop, key_spans, causal
-        self.num_keys = sum(end - begin for begin, end in key_spans)
 
 
 class PackLayout:
@@ -61,7 +53,7 @@ class PackLayout:
         self.length = sum(sample_lens)
         self.padded_length = -(-max(self.length, static_length or 1) // 128) * 128
         self.block_mask = None
-        self._segments: list[list[Segment]] | None = None
+        self._segments: list[list[Segment]] | None = None  # by sample
         self._masks: list[Tensor] | None = None
 
     def samples(self) -> list[tuple[list[int], list[str]]]:
@@ -84,11 +76,12 @@ class PackLayout:
         return self._masks
 
     def segments(self) -> list[list[Segment]]:
-        """The calls of the sliced form for every sample, counted from its start; neighbouring causal splits become one
-        call.
-        """
+        """The calls of the sliced form for every sample; neighbouring causal splits become one call."""
         if self._segments is None:
-            self._segments = [_segments_of_sample(*sample) for sample in self.samples()]
+            self._segments, start = [], 0
+            for split_lens, attn_modes in self.samples():
+                self._segments.append(_segments_of_sample(start, split_lens, attn_modes))
+                start += sum(split_lens)
         return self._segments
 
     def attended_pairs(self) -> list[int]:
@@ -97,15 +90,15 @@ class PackLayout:
         for segments in self.segments():
             count = 0
             for segment in segments:
-                queries = segment.stop - segment.start
+                queries = segment.num_queries
                 count += queries * segment.num_keys - (queries * (queries - 1) // 2 if segment.causal else 0)
             pairs.append(count)
         return pairs
 
 
-def _segments_of_sample(split_lens: list[int], attn_modes: list[str]) -> list[Segment]:
+def _segments_of_sample(start: int, split_lens: list[int], attn_modes: list[str]) -> list[Segment]:
+    """The calls of a sample that begins at `start`."""
     segments: list[Segment] = []
-    start = 0
     visible: list[tuple[int, int]] = []  # keys of earlier splits that are not noise
     for length, mode in zip(split_lens, attn_modes, strict=True):
         stop = start + length
@@ -127,11 +120,14 @@ def _joined(spans: list[tuple[int, int]], span: tuple[int, int]) -> list[tuple[i
 
 
 def attend(query_LHK: Tensor, key_LHK: Tensor, value_LHK: Tensor, layout: PackLayout, backend: str) -> Tensor:
-    """Attention over a pack in its own order, scale 1/sqrt(K), grouped keys. Backend: dense, sliced or flex."""
+    """Attention over a pack in its own order, scale 1/sqrt(K), grouped keys. Backend: dense, sliced (on a CPU) or
+    flex.
+    """
     if backend == "flex":
         return _flex(query_LHK, key_LHK, value_LHK, layout)
     if backend == "sliced":
-        return _sliced(query_LHK, key_LHK, value_LHK, layout)
+        segments = [segment for sample in layout.segments() for segment in sample]
+        return sliced_attention(query_LHK, key_LHK, value_LHK, segments)
     if backend != "dense":
         raise ValueError(f"attention backend {backend!r}: expected dense, sliced or flex")
     parts = zip(
@@ -162,35 +158,6 @@ def scaled_dot_product(
         enable_gqa=query_QHK.shape[1] != key_SHK.shape[1],
     )
     return out[0].transpose(0, 1)
-
-
-def _sliced(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout) -> Tensor:
-    # Splitting by sample first keeps the backward pass short: a split's gradient is one concatenation, while that of
-    # every plain slice would be a zero tensor as long as the pack.
-    parts = zip(layout.segments(), *(x.split(layout.sample_lens) for x in (query, key, value)), strict=True)
-    outputs = [
-        _segment(segment, *split)
-        for segments, queries, keys, values in parts
-        for segment, split in zip(segments, _queries(segments, queries, keys, values), strict=True)
-    ]
-    return torch.cat(outputs) if outputs else torch.zeros_like(query)
-
-
-def _queries(segments: list[Segment], query: Tensor, key: Tensor, value: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Each segment's queries with all keys and values of the sample."""
-    pieces = query.split([segment.stop - segment.start for segment in segments])
-    return [(piece, key, value) for piece in pieces]
-
-
-def _segment(segment: Segment, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    if segment.num_keys < len(key):
-        key, value = (_take(x, segment.key_spans) for x in (key, value))
-    return scaled_dot_product(query, key, value, causal=segment.causal)
-
-
-def _take(x: Tensor, spans: list[tuple[int, int]]) -> Tensor:
-    pieces = [x[begin:end] for begin, end in spans]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def flex_ids(layout: PackLayout, padded: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

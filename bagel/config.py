@@ -135,7 +135,7 @@ class ModelConfig(Section):
     )
     timestep_shift: float = setting(1.0, "shift of the training times towards noise", gt=0)
     attention: Literal["auto", "dense", "sliced", "flex"] = setting(
-        "auto", "auto: flex on CUDA, else sliced; all agree"
+        "auto", "auto: flex on CUDA, sliced on a CPU, else dense; all agree"
     )
     freeze_und: bool = setting(False, "train the generation side only: no gradient through text and ViT tokens")
     freeze_llm: bool = setting(False, "freeze the language model")

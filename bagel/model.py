@@ -19,6 +19,7 @@ from bagel.context import CachedAttention, Context
 from bagel.layers import Connector, PositionTable, TimestepEmbedder, training_times
 from bagel.transformer import LanguageModel
 from bagel.vit import VisionModel
+from shared.errors import UserError
 from shared.flow import linear_path
 
 SEEING = ("vit_model.", "connector.")  # names of the vision tower's and the connector's weights
@@ -125,9 +126,11 @@ class Bagel(nn.Module):
 
     def backend(self, device: torch.device) -> str:
         """The attention of packs on this device."""
-        if self.config.attention != "auto":
-            return self.config.attention
-        return "flex" if device.type == "cuda" else "sliced"
+        if self.config.attention == "auto":
+            return {"cuda": "flex", "cpu": "sliced"}.get(device.type, "dense")
+        if self.config.attention == "sliced" and device.type != "cpu":
+            raise UserError(f"model.attention sliced works on a CPU, not on {device.type}; use auto, flex or dense")
+        return self.config.attention
 
     # --- inference ---
 

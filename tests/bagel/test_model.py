@@ -21,6 +21,7 @@ from bagel.generation import (
 )
 from bagel.layers import patchify, training_times, unpatchify
 from bagel.vae import FluxAutoencoder, to_uint8
+from shared.errors import UserError
 from tests.bagel.golden import FLOAT, LOOSE, TINY_TOKENS, Case, build, grad_norms_match, names, vae_config
 
 TOKENS = SpecialTokens.from_names(TINY_TOKENS)
@@ -236,3 +237,13 @@ def test_guidance_counts_from_above_the_interval_to_its_end():
     guidance = Guidance(cfg_text_scale=4.0, cfg_interval=(0.4, 0.9))
     assert [guidance.active(t) for t in (0.39, 0.4, 0.41, 0.9, 0.91)] == [False, False, True, True, False]
     assert not Guidance(cfg_text_scale=1.0).active(0.5)
+
+
+def test_the_attention_of_a_device():
+    model = build(Case(names("bagel_loss_")[0]), attention="auto")
+    for device, expected in (("cpu", "sliced"), ("cuda", "flex"), ("mps", "dense")):
+        assert model.backend(torch.device(device)) == expected
+    model = build(Case(names("bagel_loss_")[0]), attention="sliced")
+    assert model.backend(torch.device("cpu")) == "sliced"
+    with pytest.raises(UserError, match="sliced works on a CPU, not on cuda"):
+        model.backend(torch.device("cuda"))

@@ -225,8 +225,12 @@ def test_dense_sliced_and_flex_attention_agree():
         layout = PackLayout(samples, splits_of, modes_of)
         query = torch.randn(layout.length, 4, 8, generator=generator)
         key, value = torch.randn(2, layout.length, 2, 8, generator=generator)
-        dense = attend(query, key, value, layout, "dense")
-        assert_close(attend(query, key, value, layout, "sliced"), dense, atol=2e-6, rtol=1e-5)
+        inputs = query, key, value = [x.requires_grad_() for x in (query, key, value)]
+        dense, sliced = (attend(*inputs, layout, backend) for backend in ("dense", "sliced"))
+        assert_close(sliced, dense, atol=2e-6, rtol=1e-5)
+        grad = torch.randn(dense.shape, generator=generator)
+        for own, other in zip(*(torch.autograd.grad(out, inputs, grad) for out in (sliced, dense)), strict=True):
+            assert_close(own, other, atol=5e-6, rtol=1e-5)
         with torch.no_grad():
             assert_close(attend(query, key, value, layout, "flex"), dense, atol=2e-6, rtol=1e-5)
         assert sum(layout.attended_pairs()) == sum(int(mask.sum()) for mask in layout.masks(query.device))
