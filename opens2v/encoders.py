@@ -178,11 +178,11 @@ class UMT5Text:
 
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> Tensor:
-        """float32 (B, 512, 4096)."""
+        """float32 (B, 512, 4096). The encoder reads no further than the longest text: it masks what is behind."""
         device = next(self.encoder.parameters()).device
         batch = self.tokenizer(
             [clean_text(text) for text in texts],
-            padding="max_length",
+            padding="longest",
             max_length=self.rows,
             truncation=True,
             add_special_tokens=True,
@@ -191,7 +191,7 @@ class UMT5Text:
         )
         mask = batch.attention_mask.to(device)
         rows = self.encoder(batch.input_ids.to(device), attention_mask=mask).last_hidden_state.float()
-        return rows * mask[..., None]
+        return functional.pad(rows * mask[..., None], (0, 0, 0, self.rows - rows.shape[1]))
 
 
 class HashText:
