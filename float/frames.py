@@ -142,7 +142,7 @@ class FramePairs:
             pair = [frame[:, ::-1] for frame in pair] if flip < data.horizontal_flip_prob else pair
             if change < data.color_jitter_prob:
                 colour = JITTER * (2 * torch.tensor(shares).view(2, 3) - 1)
-        source, driving = (torch.from_numpy(np.ascontiguousarray(frame)) for frame in pair)
+        source, driving = (torch.from_numpy(np.array(frame)) for frame in pair)
         return {"source": source, "driving": driving, "colour": colour}
 
 
