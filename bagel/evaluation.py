@@ -20,11 +20,11 @@ from bagel.image_metrics import (
     named_colour_agreement,
 )
 from bagel.objective import with_latents
-from bagel.packing import PackBuilder, PlanItem
+from bagel.packing import Draws, Dropout, PackBuilder, PlanItem
 from bagel.runs import Opened
 from bagel.text_metrics import Unavailable, bert_score, bleu, guarded, meteor, ngram_baselines, rouge
 from bagel.train import open_dataset
-from bagel.validation import TIMES, Conversation, conversations, fixed_pack, grid
+from bagel.validation import RECORDS_A_PACK, TIMES, Conversation, conversations, fixed_pack, grid
 from shared.data import to_device
 from shared.errors import UserError
 from shared.rng import keyed_generator
@@ -95,9 +95,9 @@ def held_out_figures(
     """Nats a text token and the velocity loss, with n-gram and constant predictors fitted to the training records."""
     text, images, constant = [], [], []
     means = _mean_latents(opened, train) if train is not None else {}
-    for index in range(min(len(dataset), most)):
+    for indices in _in_packs(min(len(dataset), most)):
         for number, t in enumerate(TIMES):
-            pack = _encoded(opened, fixed_pack(dataset, [index], t, opened.model_config.timestep_shift))
+            pack = _encoded(opened, fixed_pack(dataset, indices, t, opened.model_config.timestep_shift))
             losses = opened.model(pack)
             if number == 0:
                 text += losses["ce"].tolist()
@@ -120,6 +120,11 @@ def held_out_figures(
     return figures
 
 
+def _in_packs(count: int) -> list[range]:
+    """The indices of so many records, a few at a time."""
+    return [range(first, min(first + RECORDS_A_PACK, count)) for first in range(0, count, RECORDS_A_PACK)]
+
+
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
@@ -137,8 +142,8 @@ def _answers(dataset: UnifiedGenerationDataset) -> list[list[int]]:
 def _mean_latents(opened: Opened, train: UnifiedGenerationDataset) -> dict[tuple[int, int], Tensor]:
     """The mean training picture of every latent size: what a predictor that ignores its input knows of a picture."""
     sums: dict[tuple[int, int], list] = {}
-    for index in range(len(train)):
-        pack = _encoded(opened, fixed_pack(train, [index], 0.5, 1.0))
+    for indices in _in_packs(len(train)):
+        pack = _encoded(opened, fixed_pack(train, indices, 0.5, 1.0))
         for shape, latents, target in _by_picture(pack):
             if target:
                 total = sums.setdefault(shape, [torch.zeros_like(latents), 0])
@@ -199,7 +204,7 @@ def ranking_figures(
     The nine others are captions of other pictures of the same records, and of `others` where those are too few. On
     training pictures this measures memory, on held-out pictures understanding.
     """
-    cases = [case for case in _described(dataset)]
+    cases = _described(dataset)
     pool = [answer for _, _, answer in cases] + (
         [answer for _, _, answer in _described(others)] if others is not None else []
     )
@@ -213,7 +218,7 @@ def ranking_figures(
         generator = keyed_generator(_CANDIDATES, number)
         distractors = [text for text in _shuffled(pool, generator) if text != answer]
         unique = [list(text) for text in dict.fromkeys(map(tuple, distractors))][: CANDIDATES - 1]
-        losses = [_mean_nats(opened, dataset, items, index, candidate) for candidate in (answer, *unique)]
+        losses = _mean_nats(opened, dataset, index, len(items), [answer, *unique])
         first += losses[0] < min(losses[1:])
     return {"caption_first_of_10": first / len(cases), "caption_pictures": len(cases)}
 
@@ -234,15 +239,16 @@ def _shuffled(values: list, generator: torch.Generator) -> list:
 
 
 def _mean_nats(
-    opened: Opened, dataset: UnifiedGenerationDataset, items: list[PlanItem], index: int, answer: list[int]
-) -> float:
-    from bagel.packing import Draws, Dropout
-
-    loaded = dataset.sample(index, 0)["items"][: len(items)]
-    plan = [*loaded, PlanItem("text", ids=answer, loss=1)]
+    opened: Opened, dataset: UnifiedGenerationDataset, index: int, given: int, answers: list[list[int]]
+) -> list[float]:
+    """Nats a token of each answer to the first `given` items of a record, all in one pack."""
+    loaded = dataset.sample(index, 0)["items"][:given]
     builder = PackBuilder(dataset.layout)
-    builder.add(plan, Draws([1.0] * len(plan), iter(()), keyed_generator(_CANDIDATES)), Dropout())
-    return opened.model(_encoded(opened, builder.pack()))["ce"].mean().item()
+    for answer in answers:
+        plan = [*loaded, PlanItem("text", ids=answer, loss=1)]
+        builder.add(plan, Draws([1.0] * len(plan), iter(()), keyed_generator(_CANDIDATES)), Dropout())
+    nats = opened.model(_encoded(opened, builder.pack()))["ce"].split([len(answer) + 1 for answer in answers])
+    return [each.mean().item() for each in nats]
 
 
 def answer_figures(
