@@ -58,7 +58,7 @@ class Records(Sequence[Record]):
 
     @abstractmethod
     def all_labelled(self) -> bool:
-        """Whether each has class labels, which a batch needs; of a shard set the first sample speaks for all."""
+        """Whether each has class labels, which a batch needs; of a shard the first readable one speaks for all."""
 
 
 class ListRecords(list[Record], Records):

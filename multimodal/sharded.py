@@ -82,7 +82,10 @@ class ShardRecords(Records):
         return {self.kind: self}
 
     def all_labelled(self) -> bool:
-        return self[0].labels is not None
+        for index in range(len(self)):
+            with suppress(BadSample):
+                return self[index].labels is not None
+        return True
 
 
 class Joined(Records):

@@ -88,6 +88,7 @@ def test_broken_samples_stop_at_the_opening_or_when_they_are_read(tmp_path):
         records = read_records("shards", folder, "train").records
         with pytest.raises(BadSample, match=f"k002.*{reason}"):
             dataset(records, tokenizer)[2]
+        assert not records.take(np.array([2, 3])).all_labelled()  # the broken one is passed over
         assert [record.captions for record in readable(records)] == [("picture 0",), ("picture 1",), ("picture 3",)]
     folder = write_shard(tmp_path / "first" / "train.tar", {**whole, "k000.txt": b""})
     with pytest.raises(UserError, match="k000 has no caption"):
@@ -106,6 +107,7 @@ def test_labels_of_shards_are_those_of_the_first_sample(tmp_path):
     }
     records = read_records("shards", write_shard(tmp_path / "train.tar", members), "train").records
     assert records.all_labelled() and list(records.by_kind()) == ["image"]
+    assert records.take(np.array([], int)).all_labelled() and not records.take(np.array([1])).all_labelled()
     items = dataset(records, TextTokenizer(), num_classes=2)
     assert items[0]["labels"].tolist() == [0, 1]
     with pytest.raises(BadSample, match="k1: no labels"):
