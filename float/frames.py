@@ -135,15 +135,15 @@ class FramePairs:
         clip = min(int(torch.searchsorted(self.ends, position, right=True)), len(self.ends) - 1)
         count = self.store.counts[clip]
         first, second = (int(draw * count) for draw in draws[1:3])
-        pair = [self.store.frame(clip, index) for index in (first, second)]
+        frames = (np.require(self.store.frame(clip, index), requirements="W") for index in (first, second))
+        pair = [torch.from_numpy(frame) for frame in frames]  # of the store's memory, where the frames lie there
         colour, data = torch.zeros(2, 3), self.store.data
         if self.augment:  # the same for both pictures
             flip, change, *shares = draws[3:]
-            pair = [frame[:, ::-1] for frame in pair] if flip < data.horizontal_flip_prob else pair
+            pair = [frame.flip(1) for frame in pair] if flip < data.horizontal_flip_prob else pair
             if change < data.color_jitter_prob:
                 colour = JITTER * (2 * torch.tensor(shares).view(2, 3) - 1)
-        source, driving = (torch.from_numpy(np.array(frame)) for frame in pair)
-        return {"source": source, "driving": driving, "colour": colour}
+        return {"source": pair[0], "driving": pair[1], "colour": colour}
 
 
 class StoredPairs:
