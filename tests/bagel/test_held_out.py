@@ -44,15 +44,25 @@ def test_the_right_caption_counts_when_it_is_the_likeliest_of_ten(open_records, 
     dataset = open_records(QUESTIONS)
     asked = []
 
-    def nats(opened, data, items, index, answer):
-        asked.append(index)
-        is_right = answer == data.plan(index, 0)[-1].ids
-        return float(is_right != knows)
+    def nats(opened, data, index, given, answers):
+        asked.extend([index] * len(answers))
+        right = data.plan(index, 0)[given].ids
+        return [float((answer == right) != knows) for answer in answers]
 
     monkeypatch.setattr(evaluation, "_mean_nats", nats)
     found = ranking_figures(types.SimpleNamespace(), dataset, None)
     assert found == {"caption_first_of_10": share, "caption_pictures": 12}
     assert all(asked.count(index) == evaluation.CANDIDATES for index in range(12))
+
+
+def test_captions_in_one_pack_are_as_likely_as_alone(open_records, tiny):
+    opened = types.SimpleNamespace(model=tiny[1], autoencoder=None, model_config=tiny[1].config)
+    dataset, answers = open_records(QUESTIONS), [[70, 71, 72], [80], [90, 91]]
+    with torch.no_grad():
+        together = evaluation._mean_nats(opened, dataset, 1, 2, answers)
+        alone = [evaluation._mean_nats(opened, dataset, 1, 2, [answer])[0] for answer in answers]
+    assert len(set(together)) == 3
+    assert_close(torch.tensor(together), torch.tensor(alone), atol=1e-5, rtol=1e-5)
 
 
 def test_pictures_have_their_planned_size_and_are_mirrored_as_often_as_asked(open_records, pictures):
