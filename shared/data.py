@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from shared.rng import keyed_generator, keyed_seed
 MAX_BAD_SHARE = 0.01  # training stops when more of the data cannot be read
 SMALL = 1 << 16  # bytes of a tensor that loader processes send by value
 SUBSTITUTES = 20  # how many other samples are tried in place of a broken one
+STEPS_AHEAD = 2  # read while a step is computed; one that comes late is then made up for by the next
 _ORDER, _SUBSTITUTE = 101, 102  # random streams
 
 
@@ -96,7 +98,7 @@ class BatchPlan:
 
 
 class Stream(Protocol):
-    """What the loop reads from, one step ahead in a thread. MapStream is one; a system with packing writes its own."""
+    """What the loop reads from, ahead in a thread. MapStream is one; a system with packing writes its own."""
 
     steps_per_epoch: int | None
     samples_per_step: int  # over all ranks
@@ -266,7 +268,7 @@ class MapStream:
 
 
 class ReadAhead:
-    """A started stream's steps on the device: while one is computed, a thread reads the next and copies it there.
+    """A started stream's steps on the device: while one is computed, a thread reads the next two and copies them there.
 
     On CUDA the copy has a stream of its own, so it runs beside the products; from pinned memory nothing waits for it.
     """
@@ -276,27 +278,28 @@ class ReadAhead:
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._position = stream.state()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
-        self._next: Future = self._thread.submit(self._read)
+        self._steps: deque[Future] = deque(self._thread.submit(self._read) for _ in range(STEPS_AHEAD))
 
-    def _read(self) -> tuple[list[Any], dict]:
+    def _read(self) -> tuple[list[Any], dict, torch.cuda.Event | None]:
         batches = self.stream.next_step()
         with contextlib.nullcontext() if self._copies is None else torch.cuda.stream(self._copies):
             batches = [to_device(batch, self.device) for batch in batches]
-        return batches, self.stream.state()
+        return batches, self.stream.state(), None if self._copies is None else self._copies.record_event()
 
     def next_step(self) -> list[Any]:
         """The micro-batches of the next optimizer step; raises what reading them raised."""
-        batches, self._position = self._next.result()
-        if self._copies is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._copies)
+        batches, self._position, copied = self._steps[0].result()
+        if copied is not None:
+            torch.cuda.current_stream(self.device).wait_event(copied)
             for tensor in _tensors(batches):
                 if tensor.is_cuda:  # its memory is not given to others before this step has used it
                     tensor.record_stream(torch.cuda.current_stream(self.device))
-        self._next = self._thread.submit(self._read)
+        self._steps.popleft()
+        self._steps.append(self._thread.submit(self._read))
         return batches
 
     def state(self) -> dict:
-        """The stream's state after the step handed out last: the one read ahead is not counted."""
+        """The stream's state after the step handed out last: those read ahead are not counted."""
         return self._position
 
     def close(self) -> None:
