@@ -14,7 +14,8 @@ from torch import Tensor
 KINDS = {"F32": torch.float32, "F16": torch.float16, "BOOL": torch.bool}
 HEADER_BYTES = 4096  # read at first; longer headers are read again
 LONGEST_HEADER = 1 << 20  # a clip has a handful of tensors
-UNREADABLE = (OSError, ValueError, KeyError)  # what a file that is broken or lacks a tensor raises
+# what a file raises that is broken or lacks a tensor; the last three come from a header that is JSON, but of other things
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 
 
 class FeatureFile:

@@ -318,7 +318,9 @@ def test_broken_caches(tmp_path):
         FLOATDataset(tmp_path, data, train=False)[0]
     whole = (tmp_path / "bad.safetensors").read_bytes()
     dataset = FLOATDataset(tmp_path, data, train=False)
-    for part in (b"nothing", whole[:40], whole[:-300], b"", whole.replace(b"audio_raw", b"audio_rav")):
+    headers = [b'["list"]', b'{"motion": 3}', b'{"motion": {"dtype": "F32", "shape": [-4, 5], "data_offsets": [0, 9]}}']
+    other = [len(header).to_bytes(8, "little") + header for header in headers]
+    for part in (b"nothing", whole[:40], whole[:-300], b"", whole.replace(b"audio_raw", b"audio_rav"), *other):
         (tmp_path / "bad.safetensors").write_bytes(part)
         with pytest.raises(BadSample, match="not a readable cache"):
             dataset.sample(0, 0)
