@@ -14,7 +14,7 @@ from torch import Tensor
 KINDS = {"F32": torch.float32, "F16": torch.float16, "BOOL": torch.bool}
 HEADER_BYTES = 4096  # read at first; longer headers are read again
 LONGEST_HEADER = 1 << 20  # a clip has a handful of tensors
-# what a file raises that is broken or lacks a tensor; the last three come from a header that is JSON, but of other things
+# what a broken file raises, or one without a tensor; the last three where the header is JSON, but of other things
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 
 
