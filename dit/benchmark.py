@@ -164,7 +164,7 @@ def use(bench: Bench) -> None:
             model, objective, condition, list(range(count)), shape, drawing=drawing, device=torch.device("cpu")
         )
 
-    bench.time("sampling, small preset, guided Heun, 30 steps", draw, per=count, unit="ms a picture")
+    bench.time(f"sampling, small preset, guided Heun, {sample.steps} steps", draw, per=count, unit="ms a picture")
     dataset = TextImageDataset.from_config(settings("default", *SAMPLE), is_train=True)
     bench.time(
         "loading, 256 px from files", lambda: [dataset.sample(i, 0) for i in range(16)], per=16, unit="ms a sample"
