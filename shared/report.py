@@ -294,6 +294,7 @@ figure img,figure video{width:100%;image-rendering:auto;border-radius:.4rem;back
 figcaption{font-size:.85rem;opacity:.85;overflow-wrap:anywhere}
 figure p{overflow-wrap:anywhere}summary{cursor:pointer;margin:.6rem 0}
 @media(max-width:40rem){td,th{padding:.25rem .35rem;font-size:.82rem}}
+@media(max-width:30rem){main{padding:1rem .3rem}td,th{padding:.2rem .15rem;font-size:.7rem}}
 """
 
 
