@@ -33,7 +33,7 @@ from dit.images import unit
 from dit.text import make_text_encoder
 from dit.vae import make_vae
 from shared.dist import DistInfo, barrier, init_distributed, raise_together, shutdown
-from shared.files import write_text, written_aside
+from shared.files import remove_parts, write_text, written_aside
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -149,6 +149,7 @@ def write_cache(options: PrecomputeOptions, info: DistInfo) -> None:
             print(f"shard {number + 1} of {count}: already there", flush=True)
     barrier()
     if info.is_main:
+        remove_parts(folder)
         shards = [finished(number, folder) for number in range(count)]
         factor = getattr(codec, "scaling_factor", None)
         head = {"version": VERSION, "scaling_factor": factor, "moments": True}

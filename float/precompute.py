@@ -38,6 +38,7 @@ def precompute(config: Config, encoder: "ClipEncoder", info: "DistInfo") -> dict
     from float.face import read_boxes
     from float.features import encode_clips, remove_unlisted
     from shared.dist import gather_objects
+    from shared.files import remove_parts
 
     root, folder = data_root(config.data), features_dir(config)
     boxes, counts = read_boxes(root), {}
@@ -49,6 +50,7 @@ def precompute(config: Config, encoder: "ClipEncoder", info: "DistInfo") -> dict
         parts = gather_objects(mine)
         total = {key: [entry for part in parts for entry in part[key]] for key in mine}
         if info.is_main:
+            remove_parts(folder / name)
             for sentence in total["notes"]:
                 print(f"note: {sentence}")
             _list_bad(folder, name, total["bad"])

@@ -22,6 +22,12 @@ def written_aside(path: Path | str) -> Iterator[Path]:
         raise
 
 
+def remove_parts(folder: Path | str) -> None:
+    """Remove what killed writers left in a folder; called when none writes there any more."""
+    for left in Path(folder).glob(".*.part"):
+        left.unlink(missing_ok=True)
+
+
 def write_text(path: Path | str, text: str, *, sync: bool = False) -> None:
     """Write UTF-8 text aside and rename. sync: it is on the disk, not in the system's memory, before the renaming."""
     with written_aside(path) as temporary, open(temporary, "w", encoding="utf-8") as file:

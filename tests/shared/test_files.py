@@ -5,7 +5,7 @@ import os
 import pytest
 
 from shared.errors import command
-from shared.files import write_text, written_aside
+from shared.files import remove_parts, write_text, written_aside
 
 
 def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
@@ -24,6 +24,14 @@ def test_what_fails_before_a_byte_is_written_leaves_nothing(tmp_path):
     with pytest.raises(ValueError), written_aside(tmp_path / "notes.txt"):
         raise ValueError
     assert not os.listdir(tmp_path)
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    write_text(tmp_path / "notes.txt", "whole")
+    (tmp_path / ".notes.txt.123.part").write_text("ha")
+    remove_parts(tmp_path)
+    remove_parts(tmp_path / "none")
+    assert os.listdir(tmp_path) == ["notes.txt"]
 
 
 @pytest.mark.parametrize("name", ["a folder", "below a file"])
