@@ -278,7 +278,7 @@ class ReadAhead:
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._position = stream.state()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
-        self._steps: deque[Future] = deque(self._thread.submit(self._read) for _ in range(STEPS_AHEAD))
+        self._steps: deque[Future] = deque()
 
     def _read(self) -> tuple[list[Any], dict, torch.cuda.Event | None]:
         batches = self.stream.next_step()
@@ -288,6 +288,8 @@ class ReadAhead:
 
     def next_step(self) -> list[Any]:
         """The micro-batches of the next optimizer step; raises what reading them raised."""
+        while len(self._steps) <= STEPS_AHEAD:  # the one asked for, and those after it
+            self._steps.append(self._thread.submit(self._read))
         batches, self._position, copied = self._steps[0].result()
         if copied is not None:
             torch.cuda.current_stream(self.device).wait_event(copied)
@@ -295,7 +297,6 @@ class ReadAhead:
                 if tensor.is_cuda:  # its memory is not given to others before this step has used it
                     tensor.record_stream(torch.cuda.current_stream(self.device))
         self._steps.popleft()
-        self._steps.append(self._thread.submit(self._read))
         return batches
 
     def state(self) -> dict:

@@ -149,7 +149,7 @@ def test_reading_ahead_changes_nothing_and_counts_only_what_was_handed_out():
             self.closed = True
 
     ahead = ReadAhead(Counted(), torch.device("cpu"))
-    assert ahead.state() == {"count": 0}
+    assert ahead.state() == {"count": 0}  # a run that is already done reads nothing
     for number in (1, 2, 3):
         assert ahead.next_step()[0]["value"] == number and ahead.state() == {"count": number}
     with pytest.raises(UserError, match="no more"):
