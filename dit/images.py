@@ -66,12 +66,6 @@ def to_square(
     return image.crop((left, top, left + size, top + size)), (top, left, image.height, image.width)
 
 
-def to_pixels(image: Image.Image, *, flip: bool = False) -> Tensor:
-    """uint8 (3, H, W): a quarter of the bytes that loader processes hand over and that are copied to the device."""
-    pixels_HWC = np.asarray(image)[:, ::-1] if flip else np.asarray(image)
-    return torch.from_numpy(np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1)))
-
-
 def unit(pixels: Tensor) -> Tensor:
     """float32 in [-1, 1] from uint8; what is float already is in that range and stays."""
     return pixels if pixels.is_floating_point() else pixels.float().div_(127.5).sub_(1.0)

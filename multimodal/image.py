@@ -6,7 +6,6 @@ import math
 import warnings
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -40,11 +39,6 @@ def read_image(source: Path | bytes, *, max_side: int | None = None) -> Image.Im
         raise
     except Exception as error:  # Pillow raises many kinds for broken files
         raise BadSample(f"{name}: cannot be decoded as a picture ({error})") from None
-
-
-def to_pixels(picture: Image.Image) -> Tensor:
-    """(3, H, W) uint8: a quarter of the bytes that loader processes hand over and that are copied to the device."""
-    return torch.from_numpy(np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1)))
 
 
 def normalise(pixels: Tensor) -> Tensor:

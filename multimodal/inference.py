@@ -12,7 +12,7 @@ from multimodal.audio import AUDIO_SUFFIXES, compress, fit_frames, log_power, re
 from multimodal.config import Config
 from multimodal.dataset import CaptionedDataset
 from multimodal.evaluation import Split, embed_split
-from multimodal.image import IMAGE_SUFFIXES, center_crop, normalise, read_image, to_pixels
+from multimodal.image import IMAGE_SUFFIXES, center_crop, normalise, read_image
 from multimodal.objectives import AlignModel, FinetuneModel
 from multimodal.records import Kind, Records
 from multimodal.text import TextTokenizer
@@ -20,6 +20,7 @@ from multimodal.weights import load_model
 from shared.config import validate
 from shared.dist import DistInfo, init_distributed
 from shared.errors import BadSample, UserError
+from shared.pictures import to_pixels
 
 
 @dataclass
