@@ -123,9 +123,7 @@ class CaptionedDataset:
         if generator is None:
             return normalise(to_pixels(center_crop(picture, self.image_size)))
         how = self.augmentation
-        return to_pixels(
-            random_resized_crop(picture, self.image_size, generator, scale=how.crop_scale, flip=how.flip)
-        )
+        return to_pixels(random_resized_crop(picture, self.image_size, generator, scale=how.crop_scale, flip=how.flip))
 
     def _frame(self, video: Path, generator: torch.Generator | None) -> Tensor:
         return self._crop(self._remember(f"frame {video}", lambda: read_frame(video)), generator)

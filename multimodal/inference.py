@@ -62,9 +62,7 @@ class Embedder:
             records, data, self.tokenizer, image_size=self.config.model.image_size, num_classes=num_classes
         )
 
-    def split(
-        self, records: Records, kind: Kind, *, audio_crops: int = 1, num_classes: int | None = None
-    ) -> Split:
+    def split(self, records: Records, kind: Kind, *, audio_crops: int = 1, num_classes: int | None = None) -> Split:
         """All items and captions of one kind; audio_crops 3: start, middle and end of long sounds, averaged."""
         positions = (0.0,) if audio_crops == 1 else tuple(i / (audio_crops - 1) for i in range(audio_crops))
         return embed_split(
