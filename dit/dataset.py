@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from dit.config import SAMPLE_DATA, Config, DataConfig
 from dit.images import crop_to_box, decode, to_square, unit
@@ -178,12 +178,12 @@ def names_sides(captions: Sequence[str]) -> bool:
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch: tensors stacked, texts and ids as lists."""
+    """A batch: tensors stacked (in a loader process straight into shared memory), texts and ids as lists."""
     batch: dict[str, Any] = {}
     for name, first in samples[0].items():
         values = [sample[name] for sample in samples]
         if isinstance(first, Tensor):
-            batch[name] = torch.stack(values)
+            batch[name] = default_collate(values)
         elif isinstance(first, (bool, int)):
             batch[name] = torch.tensor(values)
         else:

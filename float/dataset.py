@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from float.config import DataConfig
 from float.feature_file import UNREADABLE, FeatureFile
@@ -172,7 +173,7 @@ def _in_float32(item: dict[str, Any]) -> dict[str, Any]:
 def collate_windows(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Stack a batch; clip ids stay a list."""
     return {
-        name: [item[name] for item in items] if name == "clip_id" else torch.stack([item[name] for item in items])
+        name: [item[name] for item in items] if name == "clip_id" else default_collate([item[name] for item in items])
         for name in BATCH_KEYS
     }
 

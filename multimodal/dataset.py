@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from multimodal.audio import SAMPLE_RATE, compress, fit_frames, log_power, read_audio, spec_augment
 from multimodal.config import DataConfig
@@ -191,7 +192,7 @@ def collate(items: list[dict]) -> dict[str, Any]:
     batch: dict[str, Any] = {"id": [item["id"] for item in items]}
     for name in ("images", "audio", "labels"):
         if name in first:
-            batch[name] = torch.stack([item[name] for item in items])
+            batch[name] = default_collate([item[name] for item in items])
     if "input_ids" in first:
         batch["input_ids"], batch["attention_mask"] = pad_ids([item["input_ids"] for item in items])
         batch["caption"] = [item["caption"] for item in items]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
 from opens2v.annotations import Annotations
 from opens2v.augment import NO_CHANGES, foreground_mask, recolour_subject, show_in_scene
@@ -319,7 +319,7 @@ def collate_opens2v_batch(items: list[dict[str, Any] | None]) -> dict[str, Any]:
         raise ValueError("a batch without any sample; see the warnings about samples that cannot be read")
     names = [name for name in kept[0] if all(name in item for item in kept)]  # a background may be there for some only
     return {
-        name: torch.stack([item[name] for item in kept])
+        name: default_collate([item[name] for item in kept])
         if isinstance(kept[0][name], Tensor)
         else [item[name] for item in kept]
         for name in names

@@ -35,7 +35,7 @@ PLANNED_GPU = "4090"  # where a preset names no card
 MEMORY_RATES = {"4090": 1.0e12, "a100": 2.0e12, "h100": 3.3e12}  # bytes a second
 ADAMW_BYTES = 28  # read and written for each trained parameter
 LONGEST_FAKE_STEP = 1.0  # seconds; a shorter step asks more of a loader
-STARVING_SECONDS = 6.0  # how long a loader is watched
+STARVING_SECONDS = 3.0  # of one window in which a loader is watched
 START_LIMIT = 120.0  # seconds after which a start-up counts as failed
 Job = Callable[[], Any]
 
@@ -178,8 +178,9 @@ class Bench:
         self.add(Row(self.part, name, exponent, unit=unit, note=meaning, series=series))
 
     def starving(self, name: str, stream: Any, step: tuple[float, str], *, note: str = "") -> None:
-        """The share of time that a loop waits for `stream` when its compute sleeps; step: seconds of one, and the card
-        that would take them (see planned_step).
+        """The share of time that a loop waits for `stream` when its compute sleeps, the median of several windows (on a
+        shared machine others take the processor for seconds); step: seconds of one, and the card that would take them
+        (see planned_step).
         """
         import torch
 
@@ -197,20 +198,24 @@ class Bench:
         for _ in range(1 + worker_count):  # starting the loader's processes is no step's wait
             source.next_step()
         sleep = min(step_seconds, LONGEST_FAKE_STEP)
-        steps, waited = max(3, min(200, int(STARVING_SECONDS / sleep))), 0.0
         time.sleep(sleep)
-        began = time.perf_counter()
-        for _ in range(steps):
-            asked = time.perf_counter()
-            batches = source.next_step()
-            waited += time.perf_counter() - asked
-            del batches  # giving shared memory back is no waiting; beside a GPU the reading thread does it
-            time.sleep(sleep)
-        total = time.perf_counter() - began
+        windows = [_watch(source, sleep) for _ in range(self.rounds)]
         source.close()
+        shares, waits = zip(*windows, strict=True)
         text = f"step of {1000 * step_seconds:.0f} ms planned on {card}, {worker_count} loader processes; "
-        text += f"the data of a step take {1000 * processor:.0f} ms of one core{f'; {note}' if note else ''}"
-        self.add(Row(self.part, name, waited / total, 0.02, ours=1000 * waited / steps, unit="ms a step", note=text))
+        text += f"the data of a step take {1000 * processor:.0f} ms of one core; worst of {self.rounds} windows "
+        text += f"{100 * max(shares):.1f}%{f'; {note}' if note else ''}"
+        self.add(
+            Row(
+                self.part,
+                name,
+                statistics.median(shares),
+                0.02,
+                ours=1000 * statistics.median(waits),
+                unit="ms a step",
+                note=text,
+            )
+        )
 
     def startup(self, *arguments: str, script: str = "train.py") -> None:
         """Wall seconds from the command to the first logged step, and the memory at its peak then."""
@@ -224,6 +229,19 @@ class Bench:
         shown = " ".join((f"{self.system}/{script}", *arguments))
         self.add(Row(self.part, f"start-up to first step, {shown}", ours=statistics.median(seconds), unit="s"))
         self.add(Row(self.part, f"peak memory at the first step, {shown}", ours=statistics.median(memory), unit="GB"))
+
+
+def _watch(source: Any, sleep: float) -> tuple[float, float]:
+    """The share of one window's time spent waiting for steps, and the seconds of it a step."""
+    steps, waited = max(3, min(100, round(STARVING_SECONDS / sleep))), 0.0
+    began = time.perf_counter()
+    for _ in range(steps):
+        asked = time.perf_counter()
+        batches = source.next_step()
+        waited += time.perf_counter() - asked
+        del batches  # giving shared memory back is no waiting; beside a GPU the reading thread does it
+        time.sleep(sleep)
+    return waited / (time.perf_counter() - began), waited / steps
 
 
 def planned_step(workload: Any, config: Any) -> tuple[float, str]:

@@ -1,6 +1,6 @@
 """The reference of a command's settings as Markdown, from its schema.
 
-  python -m shared.reference dit.config:Config --output dit/configs/README.md
+python -m shared.reference dit.config:Config --output dit/configs/README.md
 """
 
 import argparse

@@ -53,18 +53,18 @@ class FakeClock:
 
 
 class FakeStream:
-    """Steps that take `seconds` of a clock to come."""
+    """Steps that take `seconds` of a clock to come, or those of `burst` while it lasts."""
 
     num_workers = 0
 
-    def __init__(self, seconds, clock):
-        self.seconds, self.clock = seconds, clock
+    def __init__(self, seconds, clock, burst=()):
+        self.seconds, self.clock, self.burst = seconds, clock, list(burst)
 
     def start(self, step, state):
         pass
 
     def next_step(self):
-        self.clock.sleep(self.seconds)
+        self.clock.sleep(self.burst.pop() if self.burst else self.seconds)
 
     def close(self):
         pass
@@ -125,6 +125,16 @@ def test_a_loader_that_is_late_starves_the_step(monkeypatch, seconds, share):
     made.starving("loader", FakeStream(seconds, clock), planned_step(planned(0.1), Config()))
     (row,) = made.rows
     assert row.ratio == pytest.approx(share, abs=2e-3) and row.met is (share < 0.02) and "100 ms planned" in row.note
+
+
+def test_one_bad_window_is_told_and_does_not_decide(monkeypatch):
+    clock = FakeClock()
+    monkeypatch.setattr(bench_module, "time", clock)
+    monkeypatch.setattr("shared.data.ReadAhead", lambda stream, device: stream)
+    made = fresh(5)
+    made.starving("loader", FakeStream(0.0, clock, burst=[0.1] * 12), planned_step(planned(0.1), Config()))
+    (row,) = made.rows
+    assert row.ratio == 0 and "worst of 5 windows 25.0%" in row.note
 
 
 def test_tables_hold_every_row(tmp_path):
