@@ -200,22 +200,24 @@ class FlowMatchingTransformer(nn.Module):
         tokens = x.shape[1]
         if tokens != self.pos_embed.shape[1] or wa.shape[1] != tokens:
             raise ValueError(f"{tokens} motion and {wa.shape[1]} audio frames, {self.pos_embed.shape[1]} expected")
+        # the first frame that each block takes, and the decoder: further back no frame of the window sees through the
+        # blocks that follow
+        reach = [self.attention_window * later for later in range(len(self.blocks), -1, -1)]
+        first = [max(0, self.num_prev_frames - frames) if window_only else 0 for frames in reach]
+        x, wa, tokens = x[:, first[0] :], wa[:, first[0] :], tokens - first[0]
         condition = torch.cat([wr_Bd[:, None].expand(-1, tokens, -1), wa, we_B1E.expand(-1, tokens, -1)], -1)
         activated = F.silu(self.c_embedder(condition) + self.t_embedder(t_B)[:, None])
-        x = self.x_embedder(x) + self.pos_embed
-        mask_NN = x.new_zeros(tokens, tokens).masked_fill_(self.alignment_mask, float("-inf"))
-        first = 0  # of the frames that are carried on
-        for later, block in zip(reversed(range(len(self.blocks))), self.blocks, strict=True):
-            needed = self.num_prev_frames - self.attention_window * (later + 1)
-            if window_only and needed > first:  # no frame of the window can see so far back through the later blocks
-                x, mask_NN = x[:, needed - first :], mask_NN[needed - first :, needed - first :].contiguous()
-                first = needed
+        x = self.x_embedder(x) + self.pos_embed[:, first[0] :]
+        mask_NN = x.new_zeros(tokens, tokens).masked_fill_(self.alignment_mask[first[0] :, first[0] :], float("-inf"))
+        for block, now, later in zip(self.blocks, first, first[1:], strict=False):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, activated[:, first:], mask_NN, use_reentrant=False)
+                x = checkpoint(block, x, activated, mask_NN, use_reentrant=False)
             else:
-                x = block(x, activated[:, first:], mask_NN)
-        kept = self.num_prev_frames if window_only else 0
-        return self.decoder(x[:, kept - first :], activated[:, kept:])
+                x = block(x, activated, mask_NN)
+            if later > now:
+                dropped = later - now
+                x, activated, mask_NN = x[:, dropped:], activated[:, dropped:], mask_NN[dropped:, dropped:].contiguous()
+        return self.decoder(x, activated)
 
     def _with_previous(self, current: Tensor, previous: Tensor | None) -> Tensor:
         if previous is None:
