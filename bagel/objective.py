@@ -51,9 +51,16 @@ def token_weights(pack: dict[str, Any], reweighting: bool) -> Tensor:
     return weights if reweighting else torch.ones_like(weights)
 
 
+def _weight_sum(pack: dict[str, Any], reweighting: bool) -> float:
+    """The sum of token_weights, as the packer wrote it down: a GPU would have to be waited for."""
+    if not reweighting:
+        return float(len(pack["ce_loss_weights"]))
+    return pack["ce_loss_weight_sum"] if "ce_loss_weight_sum" in pack else pack["ce_loss_weights"].sum().item()
+
+
 def count_targets(packs: Sequence[dict[str, Any]], reweighting: bool) -> Tensor:
     """(sum of text weights, predicted latent tokens) over all packs and ranks, float64 on the CPU."""
-    own = [[token_weights(pack, reweighting).sum().item(), len(pack["mse_loss_indexes"])] for pack in packs]
+    own = [[_weight_sum(pack, reweighting), len(pack["mse_loss_indexes"])] for pack in packs]
     return sum_over_ranks(torch.tensor(own, dtype=torch.float64).sum(dim=0))
 
 

@@ -246,6 +246,7 @@ class PackBuilder:
             else torch.tensor(values, dtype=torch.float32 if name in fractional else torch.int64)
             for name, values in self.lists.items()
         }
+        pack["ce_loss_weight_sum"] = pack["ce_loss_weights"].sum().item()
         layout, none = self.layout, torch.zeros(0, dtype=torch.int64)
         pack["packed_vit_tokens"] = torch.cat([torch.zeros(0, 3 * layout.vit_patch**2), *self.vit_tokens])
         pack["packed_vit_position_ids"] = torch.cat([none, *self.vit_cells])

@@ -50,7 +50,7 @@ def prepare(
 def held_out_noise(latents: Tensor, level: int, pictures: Tensor) -> Tensor:
     """The noise (B, C, H, W) of a level that belongs to these pictures, by number, on the latents' device."""
     key = (EVALUATION_SEED, _HELD_OUT_NOISE, level)
-    return keyed_randn(latents.shape[1:], key=key, slots=pictures).to(latents.device)
+    return keyed_randn(latents.shape[1:], key=key, slots=pictures, device=latents.device)
 
 
 @torch.no_grad()

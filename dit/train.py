@@ -88,12 +88,12 @@ class Trainer:
         """One (loss, metrics) a micro-batch. Draws are keyed by (seed, step, sample): ranks and resumes change none."""
         seed = self.config.run.seed
         for batch in batches:
-            slots = batch["slot"]
+            draws = {"slots": batch["slot"], "device": self.info.device}
             latents_BCHW = self.latents(batch, step)
             condition = self.condition(batch)
-            t_B = self.objective.times(keyed_rand((), key=(seed, TIMES, step), slots=slots))
-            noise_BCHW = keyed_randn(latents_BCHW.shape[1:], key=(seed, NOISE, step), slots=slots)
-            drop_B = keyed_rand((), key=(seed, DROPS, step), slots=slots) < self.config.diffusion.cfg_dropout
+            t_B = self.objective.times(keyed_rand((), key=(seed, TIMES, step), **draws))
+            noise_BCHW = keyed_randn(latents_BCHW.shape[1:], key=(seed, NOISE, step), **draws)
+            drop_B = keyed_rand((), key=(seed, DROPS, step), **draws) < self.config.diffusion.cfg_dropout
             noisy_BCHW = self.objective.noisy(latents_BCHW, noise_BCHW, t_B)
             if condition and self.config.diffusion.cfg_dropout:
                 condition["drop"] = drop_B
@@ -188,9 +188,8 @@ class Trainer:
                 moments = self.vae_encoder.moments(unit(batch["image"].to(self.info.device)))
             if self.vae_encoder.posterior == "sample":
                 shape = (moments.shape[1] // 2, *moments.shape[2:])
-                noise = keyed_randn(shape, key=(self.config.run.seed, POSTERIOR, step), slots=batch["slot"]).to(
-                    moments.device
-                )
+                key = (self.config.run.seed, POSTERIOR, step)
+                noise = keyed_randn(shape, key=key, slots=batch["slot"], device=moments.device)
             return self.vae_encoder.latents(moments, noise).clone()
 
     def condition(self, batch: dict) -> dict[str, Tensor]:

@@ -61,12 +61,12 @@ class FlowMatchingTrainer:
         """One (loss, metrics) a micro-batch; draws are keyed by (seed, step, sample), so ranks and resumes do not
         change them.
         """
-        seed, probabilities = self.config.run.seed, self._drop_probabilities()
+        seed, probabilities = self.config.run.seed, self._drop_probabilities().to(self.info.device)
         for batch in batches:
-            slots = batch["slot"]
-            t_B = self.flow.times(keyed_rand((), key=(seed, TIMES, step), slots=slots))
-            noise = keyed_randn(self._shape(model), key=(seed, NOISE, step), slots=slots)
-            drop_B5 = keyed_rand((5,), key=(seed, DROPS, step), slots=slots) < probabilities.to(slots.device)
+            draws = {"slots": batch["slot"], "device": self.info.device}
+            t_B = self.flow.times(keyed_rand((), key=(seed, TIMES, step), **draws))
+            noise = keyed_randn(self._shape(model), key=(seed, NOISE, step), **draws)
+            drop_B5 = keyed_rand((5,), key=(seed, DROPS, step), **draws) < probabilities
             terms = self._terms(model, batch, t_B, noise, drop_B5)
             loss_B = terms.pop("loss_B").detach()
             self.last_metrics = {name: value.detach() for name, value in terms.items()}
@@ -124,9 +124,9 @@ class FlowMatchingTrainer:
             yield to_device({**batch, "slot": torch.tensor(list(indices))}, self.info.device)
 
     def _held_out_terms(self, model: Any, batch: dict) -> dict[str, Tensor]:
-        seed, slots = self.config.run.seed, batch["slot"]
-        t_B = keyed_rand((), key=(seed, HELD_OUT, 0), slots=slots)
-        noise = keyed_randn(self._shape(model), key=(seed, HELD_OUT, 1), slots=slots)
+        seed, draws = self.config.run.seed, {"slots": batch["slot"], "device": self.info.device}
+        t_B = keyed_rand((), key=(seed, HELD_OUT, 0), **draws)
+        noise = keyed_randn(self._shape(model), key=(seed, HELD_OUT, 1), **draws)
         terms = self._terms(model, batch, t_B, noise, None)
         return {name: value for name, value in terms.items() if name != "loss_B"}
 

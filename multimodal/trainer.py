@@ -216,7 +216,7 @@ class Trainer:
 
             def draw(number: int, *shape: int, part: str = part, slots: Tensor = slots) -> Tensor:
                 key = (self.config.run.seed + shift, _DRAWS + 10 * self.stage + number, _PART_NUMBER[part], step)
-                return keyed_rand(shape, key=key, slots=slots)
+                return keyed_rand(shape, key=key, slots=slots, device=self.info.device)
 
             found[part] = {}
             if wants_patches and part in self.patches:

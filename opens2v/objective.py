@@ -4,7 +4,7 @@ Noise, timesteps and dropped conditions are keyed by (seed, step, slot): one ran
 """
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class RefImageFlowMatching:
             slots = batch["slot"]
             conditions = self._dropped(self._conditions(batch), step, slots)
             clean = conditions.latents_BCFhw
-            noise = keyed_randn(clean.shape[1:], key=(self.config.run.seed, _NOISE, step), slots=slots)
+            noise = self._draw(keyed_randn, clean.shape[1:], _NOISE, step, slots)
             timestep = self.draw_timesteps(clean.shape[2], step, slots)
             error_BF, weight = self.errors(model, conditions, clean, noise, timestep, step, slots)
             weighted = error_BF * weight
@@ -100,25 +100,29 @@ class RefImageFlowMatching:
         if settings.causal:
             lengths = frame_blocks(frames, settings.num_frame_per_block, settings.independent_first_frame)
             count = len(lengths)
-        uniform_BK = keyed_rand((count,), key=(self.config.run.seed, _TIMES, step), slots=slots)
+        uniform_BK = self._draw(keyed_rand, (count,), _TIMES, step, slots)
         times_BK = sample_times(self.config.training.timestep_sampling, uniform_BK)
         entries = self.scheduler.num_train_timesteps
         index_BK = (times_BK * entries).long().clamp(max=entries - 1)
-        timestep_BK = self.scheduler.timesteps.to(slots.device)[index_BK]
+        timestep_BK = self.scheduler.timesteps.to(index_BK.device)[index_BK]
         if not settings.causal:
             return timestep_BK[:, 0]
-        return timestep_BK.repeat_interleave(torch.tensor(lengths, device=slots.device), 1)
+        return torch.cat([timestep_BK[:, [k]].expand(-1, length) for k, length in enumerate(lengths)], 1)
+
+    def _draw(self, draw: Callable, shape: tuple[int, ...], part: int, step: int, slots: Tensor) -> Tensor:
+        """Random numbers of one part of a step, (B, *shape), where the encoders are."""
+        return draw(shape, key=(self.config.run.seed, part, step), slots=slots, device=self.encoders.device)
 
     def _context(self, clean: Tensor, step: int, slots: Tensor) -> dict[str, Tensor]:
         """Teacher forcing's clean frames, on wish a little noisy, and their timesteps."""
-        limit, key = self.config.model.noise_augmentation_max_timestep, self.config.run.seed
+        limit = self.config.model.noise_augmentation_max_timestep
         if limit == 0:
             return {
                 "clean_hidden_states": clean,
                 "clean_timestep": torch.zeros(clean.shape[0], clean.shape[2], device=clean.device),
             }
-        timestep = keyed_rand((1,), key=(key, _CONTEXT_TIMES, step), slots=slots).expand(-1, clean.shape[2]) * limit
-        noise = keyed_randn(clean.shape[1:], key=(key, _CONTEXT_NOISE, step), slots=slots)
+        timestep = self._draw(keyed_rand, (1,), _CONTEXT_TIMES, step, slots).expand(-1, clean.shape[2]) * limit
+        noise = self._draw(keyed_randn, clean.shape[1:], _CONTEXT_NOISE, step, slots)
         return {"clean_hidden_states": self.scheduler.add_noise(clean, noise, timestep), "clean_timestep": timestep}
 
     def _conditions(self, batch: dict) -> Conditions:
@@ -133,7 +137,7 @@ class RefImageFlowMatching:
     def _dropped(self, conditions: Conditions, step: int, slots: Tensor) -> Conditions:
         """Leave out text, subject or both, per sample; the three exclude one another."""
         training = self.config.training
-        draw_B = keyed_rand((1,), key=(self.config.run.seed, _DROPS, step), slots=slots)[:, 0]
+        draw_B = self._draw(keyed_rand, (1,), _DROPS, step, slots)[:, 0]
         text_end = training.p_drop_text
         both_end = text_end + training.p_drop_both
         if both_end > 0:

@@ -324,11 +324,13 @@ def _reduce(tensor: Tensor) -> tuple:
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """Copy every tensor in nested dicts, lists and tuples to the device, without waiting for pinned ones."""
+    """Copy every tensor in nested dicts, lists and tuples to the device, without waiting for pinned ones; all but
+    "slot", which keys the draws of a step: the host reads it.
+    """
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, dict):
-        return {key: to_device(item, device) for key, item in value.items()}
+        return {key: item if key == "slot" else to_device(item, device) for key, item in value.items()}
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
         return type(value)(to_device(item, device) for item in value)
     return value

@@ -31,7 +31,7 @@ from shared.optim import decay_groups, lr_at
 from shared.resume import RunState, checkpoint_folder_name, resume, save_run
 from shared.rng import seed_everything
 from shared.stop import StopFlag
-from shared.strategy import Strategy, check_gradients_agree, choose_precision, make_strategy
+from shared.strategy import StepInfo, Strategy, check_gradients_agree, choose_precision, make_strategy
 
 MAX_SKIPPED = 20  # steps in a row whose gradient is not finite before the run stops
 _STEP_STREAM = 103
@@ -120,8 +120,10 @@ def fit(
     metrics: dict[str, float] = {}
     checkpoint, reason, error, checked = None, None, None, False
     began, began_step = time.perf_counter(), state.step
+    outcome = _Outcome(state, ema, log)
 
     def save() -> Path | None:
+        outcome.take_in()
         if not training.save:
             return None
         name = checkpoint_folder_name(state, stream, checkpoint_name, epoch_checkpoint_name)
@@ -154,20 +156,19 @@ def fit(
                     strategy.backward(loss)
                 log.add({"train/micro_loss": loss, **{f"train/{name}": value for name, value in extra.items()}})
             checked = _guard(strategy, run.check_gradients_every, state.step, checked)
-            done = strategy.optimizer_step()
-            _count_skipped(state, done.applied)
-            if done.applied and ema is not None:
-                ema.update()
+            outcome.take_in()
+            outcome.done = strategy.optimizer_step()
             if after_step is not None:
                 after_step(strategy.module, state.step)
             state.step, state.data_step, state.stream = state.step + 1, state.data_step + 1, reader.state()
             state.samples_seen += samples_per_step
-            log.add({"train/grad_norm": done.grad_norm} if done.applied else {"train/skipped": 1.0})
             log.step_done()
             at_end, is_best = state.step == stop_at, False
             if state.step % training.logging_steps == 0 or at_end:
+                outcome.take_in()
                 metrics |= _log_line(log, state, stream, training, last_step, len(batches), info, began, began_step)
             if validate is not None and (at_end or _due(state.step, training.eval_steps)):
+                outcome.take_in()
                 found, is_best = _validate(validate, trained, ema, state, training, log)
                 metrics |= found
                 if is_best:
@@ -175,6 +176,7 @@ def fit(
                 if _patience_is_over(state, training):
                     reason = f"no better {training.best_metric} in {training.early_stopping_patience} validations"
             if sample is not None and (at_end or _due(state.step, training.sample_steps)):
+                outcome.take_in()
                 _run_hook(sample, trained, ema, state.step, output_dir / "samples")
             due = is_best or _due(state.step, training.save_steps)
             due = due or _epoch_due(state, stream, training.save_every_n_epochs)
@@ -209,13 +211,29 @@ def _epoch_due(state: RunState, stream: Stream, every: int | None) -> bool:
     return every is not None and bool(stream.steps_per_epoch) and state.step % (every * stream.steps_per_epoch) == 0
 
 
-def _count_skipped(state: RunState, applied: bool) -> None:
-    state.skipped = 0 if applied else state.skipped + 1
-    if state.skipped >= MAX_SKIPPED:
-        raise UserError(
-            f"the gradient was not finite in {MAX_SKIPPED} steps in a row, the last at step {state.step}; "
-            "lower --learning-rate, use --precision fp32, or look at the data of these steps"
-        )
+class _Outcome:
+    """What the last optimizer step did: taken in before the next one, when the device has long done it and the loop
+    need not wait; or earlier, where something is written or the averaged weights are used.
+    """
+
+    def __init__(self, state: RunState, ema: EMA | None, log: RunLog):
+        self.state, self.ema, self.log = state, ema, log
+        self.done: StepInfo | None = None
+
+    def take_in(self) -> None:
+        """Count it, average its weights and log it, once. Raises UserError when too many in a row were left out."""
+        if self.done is None:
+            return
+        done, self.done = self.done, None
+        self.state.skipped = 0 if done.applied else self.state.skipped + 1
+        if self.state.skipped >= MAX_SKIPPED:
+            raise UserError(
+                f"the gradient was not finite in {MAX_SKIPPED} steps in a row, the last was step {self.state.step}; "
+                "lower --learning-rate, use --precision fp32, or look at the data of these steps"
+            )
+        if done.applied and self.ema is not None:
+            self.ema.update()
+        self.log.add({"train/grad_norm": done.grad_norm} if done.applied else {"train/skipped": 1.0})
 
 
 def _guard(strategy: Strategy, every: int, step: int, checked: bool) -> bool:

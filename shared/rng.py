@@ -4,6 +4,7 @@ A draw keyed by (seed, step, sample) is the same on any rank, with any number of
 """
 
 import random
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -23,19 +24,33 @@ def keyed_generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(keyed_seed(*key))
 
 
-def keyed_randn(shape: tuple[int, ...], *, key: tuple[int, ...], slots: Tensor) -> Tensor:
-    """Standard normal (B, *shape), float32, on the device of `slots`; row i depends only on (key, slots[i]).
+def keyed_randn(
+    shape: tuple[int, ...], *, key: tuple[int, ...], slots: Tensor, device: torch.device | None = None
+) -> Tensor:
+    """Standard normal (B, *shape), float32, on `device` (that of slots when None); row i depends only on key and
+    slots[i].
 
-    slots: int64 (B,). Drawn on the CPU, so that CPU and GPU see the same numbers.
+    slots: int64 (B,), best on the CPU: the host reads them, and would wait for a GPU's. Drawn on the CPU, so that CPU
+    and GPU see the same numbers.
     """
-    rows = [torch.randn(shape, generator=keyed_generator(*key, slot)) for slot in slots.tolist()]
-    return torch.stack(rows).to(slots.device, non_blocking=True)
+    return _keyed(torch.randn, shape, key, slots, device)
 
 
-def keyed_rand(shape: tuple[int, ...], *, key: tuple[int, ...], slots: Tensor) -> Tensor:
+def keyed_rand(
+    shape: tuple[int, ...], *, key: tuple[int, ...], slots: Tensor, device: torch.device | None = None
+) -> Tensor:
     """Uniform in [0, 1), otherwise as keyed_randn."""
-    rows = [torch.rand(shape, generator=keyed_generator(*key, slot)) for slot in slots.tolist()]
-    return torch.stack(rows).to(slots.device, non_blocking=True)
+    return _keyed(torch.rand, shape, key, slots, device)
+
+
+def _keyed(
+    draw: Callable, shape: tuple[int, ...], key: tuple[int, ...], slots: Tensor, device: torch.device | None
+) -> Tensor:
+    device = slots.device if device is None else device
+    rows = torch.empty(len(slots), *shape, pin_memory=device.type == "cuda")  # a copy that the host need not wait for
+    for row, slot in zip(rows, slots.tolist(), strict=True):
+        draw(shape, generator=keyed_generator(*key, slot), out=row)
+    return rows.to(device, non_blocking=True)
 
 
 def seed_everything(*key: int) -> None:

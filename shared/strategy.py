@@ -6,9 +6,9 @@ in fp32). Every method that gathers is a collective: all ranks call it, in the s
 """
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import torch.distributed as torch_dist
@@ -26,11 +26,30 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("weight", *MOMENTS)
 
 
-class StepInfo(NamedTuple):
-    """What one optimizer step did."""
+class StepInfo:
+    """What one optimizer step did: the gradient's norm before clipping, and whether it was finite; if it was not, the
+    step was left out, on all ranks.
 
-    grad_norm: float  # before clipping
-    applied: bool  # False when the gradient was not finite and the step was left out, on all ranks
+    The number is on its way from the device: making this waits for nothing, reading it does.
+    """
+
+    def __init__(self, norm: Tensor | float):
+        self._norm, self._arrived = norm, None
+        if isinstance(norm, Tensor) and norm.is_cuda:
+            self._norm = norm.to("cpu", non_blocking=True)
+            self._arrived = torch.cuda.current_stream(norm.device).record_event()
+
+    @property
+    def grad_norm(self) -> float:
+        """Before clipping; not a finite number when the step was left out."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return float(self._norm)
+
+    @property
+    def applied(self) -> bool:
+        """Whether the weights were changed."""
+        return math.isfinite(self.grad_norm)
 
 
 class LossScale:
@@ -41,8 +60,6 @@ class LossScale:
 
     def update(self, finite: bool) -> None:
         """Take in whether the gradient of one step was finite."""
-        if not self.enabled:
-            return
         self.good_steps = self.good_steps + 1 if finite else 0
         if not finite:
             self.value = max(1.0, self.value / 2)
@@ -99,20 +116,25 @@ class Strategy:
         (loss * self.scale.value).backward()
 
     def optimizer_step(self) -> StepInfo:
-        """Clip, step and clear. A gradient that is not finite leaves the weights as they are, on all ranks alike."""
+        """Clip, step and clear. A gradient that is not finite leaves the weights as they are, on all ranks alike.
+
+        The fused optimizer scales the gradients, or leaves the step out, by numbers on the device: nothing waits here
+        but fp16, whose next loss scale depends on this step.
+        """
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item() / self.scale.value
-        finite = bool(torch.isfinite(torch.tensor(norm)))
-        if finite:
-            limit = self.training.max_grad_norm
-            factor = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
-            if factor / self.scale.value != 1.0:
-                torch._foreach_mul_(gradients, factor / self.scale.value)
-            self.optimizer.step()
-        self.scale.update(finite)
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm) / self.scale.value
+        done = StepInfo(norm)
+        if limit := self.training.max_grad_norm:
+            self.optimizer.grad_scale = self.scale.value * ((norm + 1e-6) / limit).clamp(min=1.0)
+        elif self.scale.enabled:
+            self.optimizer.grad_scale = torch.full_like(norm, self.scale.value)
+        self.optimizer.found_inf = (~norm.isfinite()).float()
+        self.optimizer.step()
+        if self.scale.enabled:
+            self.scale.update(done.applied)
         self.optimizer.zero_grad(set_to_none=True)
-        return StepInfo(norm, finite)
+        return done
 
     def set_lr(self, learning_rate: float) -> None:
         """Set the learning rate of this step, times each group's scale."""

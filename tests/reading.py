@@ -1,0 +1,98 @@
+"""Run by test_reading.py: a system's small run up to one of its trainings, whose first step then runs on the meta
+device. Nothing can be read from there, so a step that goes through needs no number from a GPU either.
+
+    reading.py SYSTEM NUMBER_OF_THE_TRAINING FOLDER
+"""
+
+import contextlib
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from shared import loop  # noqa: E402
+from shared.data import to_device  # noqa: E402
+from shared.dist import DistInfo  # noqa: E402
+
+META = torch.device("meta")
+SYSTEMS = ("bagel", "dit", "float", "multimodal", "opens2v")
+FIT_LIVES = {"dit": "dit.train", "float": "float.trainer", "multimodal": "multimodal.run"}
+
+
+class Reached(Exception):
+    """The step was made."""
+
+
+class Trained:
+    """What the loop hands to the losses."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self.module(*arguments, **named)
+
+
+def move(holder: Any, seen: set[int]) -> None:
+    """Modules, tensors and devices that an object of a system holds, to the meta device."""
+    if id(holder) in seen:
+        return
+    seen.add(id(holder))
+    for name, value in list(vars(holder).items()) if hasattr(holder, "__dict__") else ():
+        if isinstance(value, nn.Module):
+            value.to(META)
+        elif isinstance(value, Tensor):
+            setattr(holder, name, value.to(META))
+        elif isinstance(value, torch.device):
+            object.__setattr__(holder, name, META)
+        elif isinstance(value, DistInfo) or type(value).__module__.split(".")[0] in SYSTEMS:
+            move(value, seen)
+
+
+def first_step(*, model: nn.Module, stream: Any, losses: Any, **_: Any) -> None:
+    """In place of fit(): one step on the meta device."""
+    stream.start(0, None)
+    batches = [to_device(batch, META) for batch in stream.next_step()]
+    seen: set[int] = set()
+    for holder in (losses.__self__, *(cell.cell_contents for cell in losses.__func__.__closure__ or ())):
+        move(holder, seen)
+    model.to(META).train()
+    for loss, _ in losses(Trained(model), batches, 0):
+        loss.backward()
+    assert all(p.grad is not None and p.grad.is_meta for p in model.parameters() if p.requires_grad)
+    raise Reached
+
+
+def main(system: str, number: str, folder: str) -> None:
+    """Go through the trainings before it with one step each, then make its first step on the meta device."""
+    before, whole = [int(number)], loop.fit
+
+    def fit(**named: Any) -> Any:
+        if before[0] == 0:
+            return first_step(**named)
+        before[0] -= 1
+        planned = loop.plan_steps(named["config"].training, named["stream"])
+        named["config"].training.total_steps = 1
+        result = whole(**{**named, "validate": None, "sample": None})
+        result.step = planned
+        return result
+
+    loop.fit = fit
+    if system in FIT_LIVES:
+        importlib.import_module(FIT_LIVES[system]).fit = fit
+    if system == "float":
+        importlib.import_module("float.train_autoencoder").fit = fit
+    torch.autocast = lambda *_, **__: contextlib.nullcontext()  # it does not know the meta device
+    try:
+        importlib.import_module(f"{system}.train").main(["--config", "small", "--output-dir", folder])
+    except Reached:
+        print("no number was read")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
