@@ -1,5 +1,6 @@
 """Ranks: who am I, who decides, what do all agree on. Everything works with one process and no process group."""
 
+import atexit
 import contextlib
 import ctypes
 import datetime
@@ -46,6 +47,7 @@ def init_distributed(device: str = "auto", timeout_seconds: float = 600) -> Dist
         torch.cuda.set_device(chosen)
     else:
         keep_freed_memory()
+        atexit.register(shutdown)  # gloo's threads, left to the end of the interpreter, abort a process now and then
     backend = None
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
