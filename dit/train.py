@@ -88,8 +88,8 @@ class Trainer:
         """One (loss, metrics) a micro-batch. Draws are keyed by (seed, step, sample): ranks and resumes change none."""
         seed = self.config.run.seed
         for batch in batches:
-            draws = {"slots": batch["slot"], "device": self.info.device}
             latents_BCHW = self.latents(batch, step)
+            draws = {"slots": batch["slot"], "device": latents_BCHW.device}
             condition = self.condition(batch)
             t_B = self.objective.times(keyed_rand((), key=(seed, TIMES, step), **draws))
             noise_BCHW = keyed_randn(latents_BCHW.shape[1:], key=(seed, NOISE, step), **draws)

@@ -61,12 +61,12 @@ class FlowMatchingTrainer:
         """One (loss, metrics) a micro-batch; draws are keyed by (seed, step, sample), so ranks and resumes do not
         change them.
         """
-        seed, probabilities = self.config.run.seed, self._drop_probabilities().to(self.info.device)
+        seed, probabilities = self.config.run.seed, self._drop_probabilities()
         for batch in batches:
-            draws = {"slots": batch["slot"], "device": self.info.device}
+            draws = _draws(batch)
             t_B = self.flow.times(keyed_rand((), key=(seed, TIMES, step), **draws))
             noise = keyed_randn(self._shape(model), key=(seed, NOISE, step), **draws)
-            drop_B5 = keyed_rand((5,), key=(seed, DROPS, step), **draws) < probabilities
+            drop_B5 = keyed_rand((5,), key=(seed, DROPS, step), **draws) < probabilities.to(draws["device"])
             terms = self._terms(model, batch, t_B, noise, drop_B5)
             loss_B = terms.pop("loss_B").detach()
             self.last_metrics = {name: value.detach() for name, value in terms.items()}
@@ -124,7 +124,7 @@ class FlowMatchingTrainer:
             yield to_device({**batch, "slot": torch.tensor(list(indices))}, self.info.device)
 
     def _held_out_terms(self, model: Any, batch: dict) -> dict[str, Tensor]:
-        seed, draws = self.config.run.seed, {"slots": batch["slot"], "device": self.info.device}
+        seed, draws = self.config.run.seed, _draws(batch)
         t_B = keyed_rand((), key=(seed, HELD_OUT, 0), **draws)
         noise = keyed_randn(self._shape(model), key=(seed, HELD_OUT, 1), **draws)
         terms = self._terms(model, batch, t_B, noise, None)
@@ -194,6 +194,11 @@ class FlowMatchingTrainer:
         self.model.eval()
         terms = self._held_out_terms(self.model, _with_slots(batch))
         return {f"val_{name}": float(value) for name, value in terms.items()}
+
+
+def _draws(batch: dict) -> dict[str, Any]:
+    """Where keyed draws come from and go to: the samples' slots, the batch's device."""
+    return {"slots": batch["slot"], "device": batch["motion_latent_cur"].device}
 
 
 def _with_slots(batch: dict) -> dict:
