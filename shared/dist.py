@@ -18,6 +18,9 @@ from torch import Tensor
 from shared.errors import UserError
 
 
+LAST_COLLECTIVE = 0.1  # seconds that a thread may take to let go of it
+
+
 @dataclass(frozen=True)
 class DistInfo:
     """One rank's place in the run."""
@@ -47,7 +50,7 @@ def init_distributed(device: str = "auto", timeout_seconds: float = 600) -> Dist
         torch.cuda.set_device(chosen)
     else:
         keep_freed_memory()
-        atexit.register(shutdown)  # gloo's threads, left to the end of the interpreter, abort a process now and then
+        atexit.register(shutdown)  # also after an error
     backend = None
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
@@ -197,6 +200,9 @@ def _late_ranks() -> str:
 
 
 def shutdown() -> None:
-    """Leave the process group."""
+    """Leave the process group, and let its threads let go of their last collective: one that still asks for Python's lock
+    when the interpreter ends aborts the process, and FSDP's and ZeRO's groups keep theirs till then.
+    """
     if torch_dist.is_available() and torch_dist.is_initialized():
         torch_dist.destroy_process_group()
+        time.sleep(LAST_COLLECTIVE)
