@@ -17,8 +17,7 @@ from torch import Tensor
 
 from shared.errors import UserError
 
-
-LAST_COLLECTIVE = 0.1  # seconds that a thread may take to let go of it
+LAST_COLLECTIVE = 0.1  # seconds that a thread may take to drop it
 
 
 @dataclass(frozen=True)
@@ -200,7 +199,7 @@ def _late_ranks() -> str:
 
 
 def shutdown() -> None:
-    """Leave the process group, and let its threads let go of their last collective: one that still asks for Python's lock
+    """Leave the process group, and let its threads drop their last collective: one that still asks for Python's lock
     when the interpreter ends aborts the process, and FSDP's and ZeRO's groups keep theirs till then.
     """
     if torch_dist.is_available() and torch_dist.is_initialized():
