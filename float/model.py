@@ -5,6 +5,7 @@ emotions, h hidden. Module and parameter names follow the released checkpoint.
 """
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -202,14 +203,14 @@ class FlowMatchingTransformer(nn.Module):
             raise ValueError(f"{tokens} motion and {wa.shape[1]} audio frames, {self.pos_embed.shape[1]} expected")
         # the first frame that each block takes, and the decoder: further back no frame of the window sees through the
         # blocks that follow
-        reach = [self.attention_window * later for later in range(len(self.blocks), -1, -1)]
-        first = [max(0, self.num_prev_frames - frames) if window_only else 0 for frames in reach]
+        blocks_left, window = range(len(self.blocks), -1, -1), self.attention_window
+        first = [max(0, self.num_prev_frames - window * left) if window_only else 0 for left in blocks_left]
         x, wa, tokens = x[:, first[0] :], wa[:, first[0] :], tokens - first[0]
         condition = torch.cat([wr_Bd[:, None].expand(-1, tokens, -1), wa, we_B1E.expand(-1, tokens, -1)], -1)
         activated = F.silu(self.c_embedder(condition) + self.t_embedder(t_B)[:, None])
         x = self.x_embedder(x) + self.pos_embed[:, first[0] :]
         mask_NN = x.new_zeros(tokens, tokens).masked_fill_(self.alignment_mask[first[0] :, first[0] :], float("-inf"))
-        for block, now, later in zip(self.blocks, first, first[1:], strict=False):
+        for block, (now, later) in zip(self.blocks, pairwise(first), strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, activated, mask_NN, use_reentrant=False)
             else:

@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -21,21 +22,15 @@ from shared.dist import DistInfo  # noqa: E402
 
 META = torch.device("meta")
 SYSTEMS = ("bagel", "dit", "float", "multimodal", "opens2v")
-FIT_LIVES = {"dit": "dit.train", "float": "float.trainer", "multimodal": "multimodal.run"}
+NAMED_IN = {  # where fit is a name of a module's own; the others import it when they call it
+    "dit": ["dit.train"],
+    "float": ["float.trainer", "float.train_autoencoder"],
+    "multimodal": ["multimodal.run"],
+}
 
 
 class Reached(Exception):
     """The step was made."""
-
-
-class Trained:
-    """What the loop hands to the losses."""
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        return self.module(*arguments, **named)
 
 
 def move(holder: Any, seen: set[int]) -> None:
@@ -58,11 +53,10 @@ def first_step(*, model: nn.Module, stream: Any, losses: Any, **_: Any) -> None:
     """In place of fit(): one step on the meta device."""
     stream.start(0, None)
     batches = [to_device(batch, META) for batch in stream.next_step()]
-    seen: set[int] = set()
-    for holder in (losses.__self__, *(cell.cell_contents for cell in losses.__func__.__closure__ or ())):
-        move(holder, seen)
+    move(losses.__self__, set())
     model.to(META).train()
-    for loss, _ in losses(Trained(model), batches, 0):
+    unwrapped = SimpleNamespace(module=model, model=model, autocast=contextlib.nullcontext)
+    for loss, _ in losses(loop.TrainedModel(unwrapped), batches, 0):
         loss.backward()
     assert all(p.grad is not None and p.grad.is_meta for p in model.parameters() if p.requires_grad)
     raise Reached
@@ -83,10 +77,8 @@ def main(system: str, number: str, folder: str) -> None:
         return result
 
     loop.fit = fit
-    if system in FIT_LIVES:
-        importlib.import_module(FIT_LIVES[system]).fit = fit
-    if system == "float":
-        importlib.import_module("float.train_autoencoder").fit = fit
+    for module in NAMED_IN.get(system, ()):
+        importlib.import_module(module).fit = fit
     torch.autocast = lambda *_, **__: contextlib.nullcontext()  # it does not know the meta device
     try:
         importlib.import_module(f"{system}.train").main(["--config", "small", "--output-dir", folder])
