@@ -194,8 +194,8 @@ for system in "${only[@]}"; do
         notes+=(--note "Failed: ${failed[-1]}")
     fi
 done
-"$python" -m shared.report "${reports[@]}" --output "$output/index.html" "${notes[@]}" >/dev/null
-"$python" -m shared.figure "${reports[@]}" --output "$output/figure.jpg" >/dev/null || true
+"$python" -m shared.report.page "${reports[@]}" --output "$output/index.html" "${notes[@]}" >/dev/null
+"$python" -m shared.report.figure "${reports[@]}" --output "$output/figure.jpg" >/dev/null || true
 printf '\n[%s] results: %s\n' "$(clock $((SECONDS - started)))" "$output/index.html"
 if ((${#failed[@]})); then
     printf 'failed: %s\n' "${failed[@]}" >&2

@@ -34,8 +34,8 @@ class Options(Section):
 def main(argv: list[str] | None = None) -> int:
     """Read the records and report."""
     options = load_config(Options, argv=argv, description=__doc__)
+    from bagel.data.tokenizer import load_tokenizer
     from bagel.dataset import DataError
-    from bagel.tokenizer import load_tokenizer
     from bagel.train import open_dataset
     from shared.errors import UserError
 

@@ -17,12 +17,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from bagel.images import ImageFault, ImageTransform, image_size, load_image, to_tensor
-from bagel.index import STORED_FROM, DataError, Index, IndexBuilder, Record, Records, index_path
+from bagel.data.images import ImageFault, ImageTransform, image_size, load_image, to_tensor
+from bagel.data.index import STORED_FROM, DataError, Index, IndexBuilder, Record, Records, index_path
+from bagel.data.records import FORMATS, RecordFault, Step, check_texts, format_of, image_items, keyed_draw, steps_of
+from bagel.data.sources import RawRecord, RecordFile, open_records, picture_names
+from bagel.data.tokenizer import Tokenizer
 from bagel.packing import Draws, Dropout, PackBuilder, PackFormat, PlanItem
-from bagel.records import FORMATS, RecordFault, Step, check_texts, format_of, image_items, keyed_draw, steps_of
-from bagel.sources import RawRecord, RecordFile, open_records, picture_names
-from bagel.tokenizer import Tokenizer
 from shared.errors import BadSample, UserError
 from shared.files import write_text
 from shared.rng import keyed_generator

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from bagel.inferencer import InterleaveInferencer
-    from bagel.runs import Opened
+    from bagel.weights.open import Opened
 
 SHEET = 16  # prompts of the validation data on a sheet
 
@@ -149,8 +149,8 @@ def check(options: Options) -> list[str] | None:
 
 def held_out_prompts(opened: "Opened") -> list[str]:
     """Prompts of the run's validation records that ask for a picture and show none."""
+    from bagel.evaluation.validation import conversations
     from bagel.train import open_dataset
-    from bagel.validation import conversations
 
     config = opened.config
     if config is None or config.data.val_data_path is None:
@@ -167,8 +167,8 @@ def draw_all(
     inferencer: "InterleaveInferencer", prompts: list[str], options: Options, shape: tuple[int, int]
 ) -> "Image.Image":
     """A sheet with one picture for each prompt."""
-    from bagel.generation import Guidance
-    from bagel.validation import grid
+    from bagel.evaluation.validation import grid
+    from bagel.sampling.generation import Guidance
 
     given = settings_of(options, shape)
     names = (
@@ -192,8 +192,8 @@ def main(argv: list[str] | None = None) -> None:
     prompts = check(options)
     import torch
 
-    from bagel.images import ImageFault, load_image
-    from bagel.runs import open_model
+    from bagel.data.images import ImageFault, load_image
+    from bagel.weights.open import open_model
 
     try:
         images = [load_image(Path(name)) for name in options.image]

@@ -12,8 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from bagel.context import Context
-from bagel.generation import (
+from bagel.data.images import ImageTransform
+from bagel.modules.layers import unpatchify
+from bagel.modules.vae import Autoencoder, to_uint8
+from bagel.sampling.context import Context
+from bagel.sampling.generation import (
     Drawing,
     Guidance,
     SpecialTokens,
@@ -25,11 +28,8 @@ from bagel.generation import (
     text_block,
     vit_block,
 )
-from bagel.images import ImageTransform
-from bagel.layers import unpatchify
-from bagel.vae import Autoencoder, to_uint8
 from shared.errors import UserError
-from shared.pictures import as_rgb
+from shared.media.pictures import as_rgb
 from shared.rng import keyed_generator
 
 # The two prompts that the released weights were tuned with.

@@ -52,9 +52,9 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(options.output or Path(options.checkpoint) / "metrics.json")
     if output.suffix != ".json":
         raise UserError(f"--output {output}: give a .json file")
-    from bagel.evaluation import evaluate
-    from bagel.runs import open_model
+    from bagel.evaluation.figures import evaluate
     from bagel.summary import write_bagel_report
+    from bagel.weights.open import open_model
 
     opened = open_model(options.checkpoint, model_path=options.base, prefer_ema=options.ema, device=options.device)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bagel.attention import PackedAttention, PackLayout, Pair, Rows
 from bagel.config import ModelConfig
-from bagel.context import CachedAttention, Context
-from bagel.layers import Connector, PositionTable, TimestepEmbedder, training_times
-from bagel.transformer import LanguageModel
-from bagel.vit import VisionModel
+from bagel.modules.attention import PackedAttention, PackLayout, Pair, Rows
+from bagel.modules.layers import Connector, PositionTable, TimestepEmbedder, training_times
+from bagel.modules.transformer import LanguageModel
+from bagel.modules.vit import VisionModel
+from bagel.sampling.context import CachedAttention, Context
 from shared.errors import UserError
 from shared.flow import linear_path
 

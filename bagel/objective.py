@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bagel.config import ModelConfig, TrainingConfig
-from bagel.layers import patchify
-from bagel.vae import Autoencoder
-from shared.dist import sum_over_ranks
+from bagel.modules.layers import patchify
+from bagel.modules.vae import Autoencoder
+from shared.engine.dist import sum_over_ranks
 
 
 @torch.no_grad()

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bagel.attention import CAUSAL, FULL, NOISE
-from bagel.generation import SpecialTokens
-from bagel.layers import patchify, position_ids
+from bagel.modules.attention import CAUSAL, FULL, NOISE
+from bagel.modules.layers import patchify, position_ids
+from bagel.sampling.generation import SpecialTokens
 
 CLEAN = -math.inf  # raw time of a clean picture
 

@@ -9,19 +9,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bagel.config import Config, ModelConfig
-from bagel.generation import SpecialTokens
-from bagel.layout import transforms_of
-from bagel.lora import add_adapters
+from bagel.data.layout import transforms_of
 from bagel.model import Bagel
+from bagel.modules.lora import add_adapters
+from bagel.modules.quantization import QuantizedLinear, quantize_projections
+from bagel.modules.transformer import MoTDecoderLayer
+from bagel.modules.vae import FluxAutoencoder
+from bagel.modules.vit import EncoderLayer
 from bagel.packing import Draws, Dropout, PackBuilder, PackFormat, PlanItem
-from bagel.pretrained import read_config
-from bagel.quantization import QuantizedLinear, quantize_projections
-from bagel.transformer import MoTDecoderLayer
-from bagel.vae import FluxAutoencoder
-from bagel.vit import EncoderLayer
+from bagel.sampling.generation import SpecialTokens
+from bagel.weights.pretrained import read_config
 from shared.data import to_device
-from shared.plan import FrozenPart
-from shared.planner import Workload, plan_run
+from shared.plan.measure import FrozenPart
+from shared.plan.table import Workload, plan_run
 
 
 def representative_pack(config: Config, model: ModelConfig) -> tuple[dict[str, Any], list[tuple[int, int]]]:

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from bagel.attention import PackLayout
 from bagel.config import ModelConfig
 from bagel.flops import counted_flops, peak_tflops, reference_flops, utilisation
-from shared.dist import DistInfo
+from bagel.modules.attention import PackLayout
+from shared.engine.dist import DistInfo
 
 
 class SpeedMeter:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from shared.report import Bar, Sample, write_report
+from shared.report.page import Bar, Sample, write_report
 
 REMARK = (
     "Pictures and descriptions come from held-out records unless a group says otherwise. The text of so small a set is "

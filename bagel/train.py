@@ -25,11 +25,11 @@ from shared.errors import UserError, command
 if TYPE_CHECKING:
     import torch
 
+    from bagel.data.tokenizer import Tokenizer
     from bagel.dataset import UnifiedGenerationDataset
     from bagel.model import Bagel
-    from bagel.tokenizer import Tokenizer
-    from bagel.vae import Autoencoder
-    from shared.dist import DistInfo
+    from bagel.modules.vae import Autoencoder
+    from shared.engine.dist import DistInfo
     from shared.loop import FitResult
 
 
@@ -70,13 +70,13 @@ class UnifiedTrainer:
 
     def validate(self, model: Any, step: int) -> dict[str, float]:
         """Losses of the held-out records, with the same noise and the same times in every validation."""
-        from bagel.validation import held_out_losses
+        from bagel.evaluation.validation import held_out_losses
 
         return held_out_losses(self, model)
 
     def sample(self, model: Any, step: int, folder: Path) -> None:
         """Pictures for held-out prompts and descriptions of held-out pictures; all ranks compute, rank 0 writes."""
-        from bagel.validation import write_samples
+        from bagel.evaluation.validation import write_samples
 
         write_samples(self, model, step, folder, most=self.config.training.sample_records)
 
@@ -84,7 +84,7 @@ class UnifiedTrainer:
         """Files of a checkpoint that others read: the adapter, or all trained weights as one plain file."""
         import torch
 
-        from bagel.lora import save_adapter
+        from bagel.modules.lora import save_adapter
 
         chosen = ema or weights
         if self.config.model.use_lora:
@@ -96,9 +96,9 @@ class UnifiedTrainer:
         """Run to the planned step."""
         import torch
 
-        from bagel.stream import PackStream
-        from bagel.transformer import MoTDecoderLayer
-        from bagel.vit import EncoderLayer
+        from bagel.data.stream import PackStream
+        from bagel.modules.transformer import MoTDecoderLayer
+        from bagel.modules.vit import EncoderLayer
         from shared.loop import fit, plan_steps
 
         config, training = self.config, self.config.training
@@ -161,8 +161,8 @@ def parameter_groups(model: "Bagel", training: TrainingConfig) -> list[dict]:
 
 def open_dataset(config: Config, model_config: Any, tokenizer: "Tokenizer", path: str) -> "UnifiedGenerationDataset":
     """The records of `path` under the settings of the run."""
+    from bagel.data.layout import layout_of, transforms_of
     from bagel.dataset import UnifiedGenerationDataset
-    from bagel.layout import layout_of, transforms_of
 
     data = config.data
     vae_transform, vit_transform = transforms_of(data, model_config)
@@ -185,7 +185,7 @@ def open_dataset(config: Config, model_config: Any, tokenizer: "Tokenizer", path
 
 def report_quantization(model: "Bagel", output_dir: Path) -> None:
     """Print what the quantized projections save, and write the error of each to quantization.json."""
-    from bagel.quantization import stored_layers
+    from bagel.modules.quantization import stored_layers
 
     layers = stored_layers(model)
     if not layers:
@@ -254,11 +254,11 @@ def main(argv: list[str] | None = None) -> None:
     config = complete(config)
     import torch
 
+    from bagel.data.tokenizer import load_tokenizer
     from bagel.model import count_parameters
-    from bagel.pretrained import build_model, load_autoencoder, read_config
-    from bagel.tokenizer import load_tokenizer
-    from shared.dist import init_distributed, shutdown
-    from shared.strategy import choose_precision
+    from bagel.weights.pretrained import build_model, load_autoencoder, read_config
+    from shared.engine.dist import init_distributed, shutdown
+    from shared.engine.strategy import choose_precision
 
     info = init_distributed(config.run.device, config.run.timeout_minutes * 60)
     began, output_dir = time.perf_counter(), Path(config.run.output_dir)
@@ -286,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
     result = trainer.train()
     shutdown()  # what follows is for rank 0 alone
     if info.is_main and result.finished:
-        from bagel.runs import finish
+        from bagel.weights.open import finish
 
         finish(config, model_config)
 

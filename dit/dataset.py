@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from dit.config import SAMPLE_DATA, Config, DataConfig
-from dit.images import crop_to_box, decode, to_square, unit
-from dit.readers import FileItems, Item, read
+from dit.data.images import crop_to_box, decode, to_square, unit
+from dit.data.readers import FileItems, Item, read
 from dit.sharded import ShardItems
 from shared.errors import BadSample, UserError
-from shared.pictures import to_pixels
+from shared.media.pictures import to_pixels
 from shared.rng import keyed_generator
 
 _AUGMENT, _SUBSET = 11, 12  # random streams

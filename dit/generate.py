@@ -28,14 +28,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from dit.build import Trained, condition_of, load_trained, saved_settings
 from dit.colours import colour_caption
 from dit.config import Config, DataConfig
+from dit.data.images import grid, to_uint8
+from dit.data.readers import read
 from dit.dataset import TextImageDataset
-from dit.drawing import Drawing, draw_latents
-from dit.images import grid, to_uint8
-from dit.readers import read
-from shared.dist import DistInfo, barrier, gather_objects, init_distributed, shutdown
+from dit.sampling.drawing import Drawing, draw_latents
+from dit.weights.open import Trained, condition_of, load_trained, saved_settings
+from shared.engine.dist import DistInfo, barrier, gather_objects, init_distributed, shutdown
 from shared.rng import keyed_generator
 
 _DRAW = 41  # random stream

@@ -25,16 +25,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit import fid
-from dit.build import Trained, condition_of, load_trained
 from dit.colours import agreement
+from dit.data.images import grid, to_uint8, unit
 from dit.dataset import TextImageDataset
-from dit.drawing import Drawing, draw_pictures
-from dit.evaluation import errors, held_out_noise, paired_p, prepare
-from dit.images import grid, to_uint8, unit
-from shared.dist import DistInfo, init_distributed
+from dit.evaluation import fid
+from dit.evaluation.held_out import errors, held_out_noise, paired_p, prepare
+from dit.sampling.drawing import Drawing, draw_pictures
+from dit.weights.open import Trained, condition_of, load_trained
+from shared.engine.dist import DistInfo, init_distributed
 from shared.files import write_text
-from shared.report import Bar, Sample, write_report
+from shared.report.page import Bar, Sample, write_report
 
 
 class Measurement:

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dit.embeddings import (
+from dit.modules.embeddings import (
     LabelEmbedder,
     PatchEmbed,
     TimestepEmbedder,
@@ -23,7 +23,7 @@ from dit.embeddings import (
     rotation_table_2d,
     unpatchify,
 )
-from dit.layers import MLP, Attention, CrossAttention, Norm, Rotation, modulate
+from dit.modules.layers import MLP, Attention, CrossAttention, Norm, Rotation, modulate
 
 
 class DiTBlock(nn.Module):

@@ -26,13 +26,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dit.build import CODEC_FILE, load_codec
-from dit.cache import VERSION, as_json, cache_settings, file_digest, text_settings
+from dit.data.cache import VERSION, as_json, cache_settings, file_digest, text_settings
+from dit.data.images import unit
 from dit.dataset import TextImageDataset
-from dit.images import unit
-from dit.text import make_text_encoder
-from dit.vae import make_vae
-from shared.dist import DistInfo, barrier, init_distributed, raise_together, shutdown
+from dit.modules.text import make_text_encoder
+from dit.modules.vae import make_vae
+from dit.weights.open import CODEC_FILE, load_codec
+from shared.engine.dist import DistInfo, barrier, init_distributed, raise_together, shutdown
 from shared.files import remove_parts, write_text, written_aside
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dit.readers import CAPTION_KEYS, IMAGE_SUFFIXES, Item, captions_of, clean_captions
+from dit.data.readers import CAPTION_KEYS, IMAGE_SUFFIXES, Item, captions_of, clean_captions
 from shared.errors import BadSample
-from shared.shards import Shards
+from shared.media.shards import Shards
 
 PICTURES = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
 

@@ -26,24 +26,24 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dit.build import CODEC_FILE, build_model, condition_of, fit_codec
-from dit.cache import CachedDataset
-from dit.convert import load_pretrained
+from dit.data.cache import CachedDataset
+from dit.data.images import grid, to_uint8, unit
 from dit.dataset import TextImageDataset, collate
-from dit.drawing import Drawing, draw_pictures
-from dit.evaluation import HeldOut, errors, prepare, readable, summary
-from dit.images import grid, to_uint8, unit
+from dit.evaluation.held_out import HeldOut, errors, prepare, readable, summary
 from dit.model import DiTBlock, DiTModel
-from dit.objectives import make_objective
-from dit.text import make_text_encoder
-from dit.vae import make_vae
-from shared.checkpoint import load_strict, load_weights
+from dit.modules.text import make_text_encoder
+from dit.modules.vae import make_vae
+from dit.objective import make_objective
+from dit.sampling.drawing import Drawing, draw_pictures
+from dit.weights.convert import load_pretrained
+from dit.weights.open import CODEC_FILE, build_model, condition_of, fit_codec
 from shared.data import BatchPlan, MapStream
-from shared.dist import DistInfo, init_distributed, shutdown
+from shared.engine.checkpoint import load_strict, load_weights
+from shared.engine.dist import DistInfo, init_distributed, shutdown
 from shared.files import written_aside
 from shared.loop import FitResult, fit
-from shared.plan import FrozenPart
-from shared.planner import Workload, plan_run
+from shared.plan.measure import FrozenPart
+from shared.plan.table import Workload, plan_run
 from shared.rng import keyed_rand, keyed_randn, seed_everything
 
 TIMES, NOISE, DROPS, POSTERIOR = 1, 2, 3, 4  # random streams

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from float.build import make_autoencoder
 from float.config import DataConfig, ModelConfig
-from float.discriminators import Discriminators
+from float.modules.discriminators import Discriminators
+from float.weights.open import make_autoencoder
 
 
 class AutoencoderWithJudges(nn.Module):

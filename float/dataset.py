@@ -1,4 +1,4 @@
-"""Windows of encoded clips for phase 2 (float/features.py makes the cache)."""
+"""Windows of encoded clips for phase 2 (float/data/features.py makes the cache)."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from torch.utils.data import default_collate
 from float.config import DataConfig
 from float.feature_file import UNREADABLE, FeatureFile
 from shared.data import BatchPlan, MapStream
-from shared.dist import DistInfo
+from shared.engine.dist import DistInfo
 from shared.errors import BadSample, UserError
 from shared.rng import keyed_generator
 

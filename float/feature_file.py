@@ -1,5 +1,5 @@
-"""Reading rows of the features cached of a clip (see float/features.py) without mapping the file: a window is a few
-short reads, where a mapping costs page faults and a view object for every tensor.
+"""Reading rows of the features cached of a clip (see float/data/features.py) without mapping the file: a window is
+a few short reads, where a mapping costs page faults and a view object for every tensor.
 """
 
 import json

@@ -21,7 +21,7 @@ from shared.errors import UserError, command
 if TYPE_CHECKING:
     import torch
 
-    from float.animate import Animator
+    from float.sampling.animate import Animator
 
 
 class GenerateOptions(Section):
@@ -59,10 +59,10 @@ def generate(options: GenerateOptions, animator: "Animator") -> tuple[Path, int]
     """Write the video; returns its path and its number of frames."""
     import torch
 
-    from float.animate import audio_windows, sampling_options
-    from float.audio import frames_of, make_audio_encoder
-    from float.face import prepare_picture
-    from float.media import VideoWriter, is_silent, read_audio, read_image
+    from float.data.face import prepare_picture
+    from float.data.media import VideoWriter, is_silent, read_audio, read_image
+    from float.modules.audio import frames_of, make_audio_encoder
+    from float.sampling.animate import audio_windows, sampling_options
 
     model, data, device = animator.config.model, animator.config.data, animator.device
     model.wav2vec_model_path = options.wav2vec_model_path or model.wav2vec_model_path
@@ -116,8 +116,8 @@ def emotion_of(options: GenerateOptions, animator: "Animator", sound: "torch.Ten
     """
     import torch
 
-    from float.audio import SAMPLE_RATE, normalise_waveform
-    from float.emotion import FROM_SPEECH, Audio2Emotion, emotion_index, one_hot
+    from float.modules.audio import SAMPLE_RATE, normalise_waveform
+    from float.modules.emotion import FROM_SPEECH, Audio2Emotion, emotion_index, one_hot
 
     model, data = animator.config.model, animator.config.data
     if options.emo != FROM_SPEECH:
@@ -185,8 +185,8 @@ def main(argv: list[str] | None = None) -> Path:
     for flag, value in (("--ref-path", options.ref_path), ("--aud-path", options.aud_path)):
         if value is not None and not Path(value).exists():
             raise UserError(f"{flag} {value}: no such file")
-    from float.animate import load_run
-    from shared.dist import init_distributed
+    from float.sampling.animate import load_run
+    from shared.engine.dist import init_distributed
 
     started = time.perf_counter()
     animator = load_run(options.checkpoint, init_distributed(options.device).device)
@@ -198,9 +198,9 @@ def main(argv: list[str] | None = None) -> Path:
 
 def _take_held_out_clip(options: GenerateOptions, animator: "Animator") -> None:
     """Fill in portrait, sound and emotion from the run's first held-out clip where they were not given."""
-    from float.clips import find_clips
     from float.config import data_root
-    from float.emotion import EMOTIONS, FROM_SPEECH
+    from float.data.clips import find_clips
+    from float.modules.emotion import EMOTIONS, FROM_SPEECH
 
     if options.ref_path is not None and options.aud_path is not None:
         return

@@ -44,7 +44,7 @@ class MetricsOptions(Section):
 
 def feature_scores(options: MetricsOptions) -> dict[str, float]:
     """The distances of given feature files."""
-    from float.evaluation import cosine_similarity, frechet_distance, lip_sync_error
+    from float.evaluation.formulas import cosine_similarity, frechet_distance, lip_sync_error
 
     scores: dict[str, float] = {}
     try:
@@ -78,12 +78,12 @@ def _load_pair(options: MetricsOptions, first: str, second: str) -> list:
 
 def run_scores(options: MetricsOptions) -> dict:
     """Everything that a trained run can be scored on, with report and videos in the run's folder."""
-    from float.animate import load_run, run_folder
-    from float.clips import find_clips
     from float.config import data_root
-    from float.mouth_meter import meter_for
-    from float.scoring import Scorer, load_material
-    from shared.dist import init_distributed
+    from float.data.clips import find_clips
+    from float.evaluation.mouth_meter import meter_for
+    from float.evaluation.scoring import Scorer, load_material
+    from float.sampling.animate import load_run, run_folder
+    from shared.engine.dist import init_distributed
 
     animator = load_run(options.checkpoint, init_distributed(options.device).device)
     folder, data = run_folder(Path(options.checkpoint)), animator.config.data
@@ -119,9 +119,9 @@ def run_scores(options: MetricsOptions) -> dict:
 def _report(
     folder: Path, options: MetricsOptions, values: dict, held_out: list, rebuilt: list, made: list, fps: float
 ) -> None:
-    from float.media import write_video
-    from float.scoring import side_by_side
-    from shared.report import Bar, Sample, write_report
+    from float.data.media import write_video
+    from float.evaluation.scoring import side_by_side
+    from shared.report.page import Bar, Sample, write_report
 
     samples = []
     for item, reconstruction, generated in zip(held_out, rebuilt, made, strict=True):
@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> dict:
     if not scores:
         raise UserError("nothing to score: give --checkpoint, or feature files (see --help)")
     if options.output or options.checkpoint:
-        from float.animate import run_folder
+        from float.sampling.animate import run_folder
 
         path = Path(options.output) if options.output else run_folder(Path(options.checkpoint)) / "metrics.json"
         write_text(path, json.dumps(scores, indent=1))

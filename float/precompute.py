@@ -18,8 +18,8 @@ from shared.config import load_config
 from shared.errors import UserError, command
 
 if TYPE_CHECKING:
-    from float.features import ClipEncoder
-    from shared.dist import DistInfo
+    from float.data.features import ClipEncoder
+    from shared.engine.dist import DistInfo
 
 MAX_BAD_SHARE = 0.01
 
@@ -34,10 +34,10 @@ def precompute(config: Config, encoder: "ClipEncoder", info: "DistInfo") -> dict
 
     Files of clips that the split does not list (any more) are removed: every file of the folder is trained on.
     """
-    from float.clips import find_clips
-    from float.face import read_boxes
-    from float.features import encode_clips, remove_unlisted
-    from shared.dist import gather_objects
+    from float.data.clips import find_clips
+    from float.data.face import read_boxes
+    from float.data.features import encode_clips, remove_unlisted
+    from shared.engine.dist import gather_objects
     from shared.files import remove_parts
 
     root, folder = data_root(config.data), features_dir(config)
@@ -78,9 +78,9 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     config = load_config(Config, presets=PRESETS, argv=argv, default="default", description=__doc__)
     if config.model.autoencoder_path is None:
         raise UserError("--autoencoder-path is not given; name a phase-1 run (float/train_autoencoder.py) or float.pth")
-    from float.build import load_autoencoder
-    from float.features import ClipEncoder
-    from shared.dist import init_distributed, shutdown
+    from float.data.features import ClipEncoder
+    from float.weights.open import load_autoencoder
+    from shared.engine.dist import init_distributed, shutdown
 
     info = init_distributed(config.run.device, config.run.timeout_minutes * 60)
     try:

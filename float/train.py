@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from float.dataset import FLOATDataset
-    from shared.dist import DistInfo
+    from shared.engine.dist import DistInfo
     from shared.loop import FitResult
 
 PHASE_ONE, FEATURES = "autoencoder", "features"  # folders within the run's output
@@ -76,9 +76,9 @@ def _steps_wanted(phase: AutoencoderConfig) -> int:
 
 def prepare_features(config: Config, info: "DistInfo") -> "torch.nn.Module":
     """Have an auto-encoder and the features of all clips; returns the frozen auto-encoder."""
-    from float.build import load_autoencoder
-    from float.features import ClipEncoder
+    from float.data.features import ClipEncoder
     from float.precompute import precompute
+    from float.weights.open import load_autoencoder
 
     path = config.model.autoencoder_path or train_phase_one(config, info)
     autoencoder = load_autoencoder(config.model, path)
@@ -100,10 +100,10 @@ def datasets(config: Config) -> tuple["FLOATDataset", "FLOATDataset"]:
 
 def run(config: Config, info: "DistInfo") -> "FitResult":
     """All phases of one run."""
-    from float.build import load_generator, make_generator
-    from float.preview import make_sampler
-    from float.synthetic import write_synthetic_features
-    from float.trainer import FlowMatchingTrainer
+    from float.data.synthetic import write_synthetic_features
+    from float.evaluation.preview import make_sampler
+    from float.objective import FlowMatchingTrainer
+    from float.weights.open import load_generator, make_generator
     from shared.rng import seed_everything
 
     autoencoder = None
@@ -142,8 +142,8 @@ def main(argv: list[str] | None = None) -> "FitResult | None":
         description=__doc__,
         aliases={"--config-file": "--config"},
     )
-    from float.plans import print_plan
-    from shared.dist import init_distributed, shutdown
+    from float.plan import print_plan
+    from shared.engine.dist import init_distributed, shutdown
 
     if config.run.dry_run:
         print_plan(config)

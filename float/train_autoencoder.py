@@ -20,7 +20,7 @@ from shared.errors import UserError, command
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from shared.dist import DistInfo
+    from shared.engine.dist import DistInfo
     from shared.loop import FitResult
 
 VALIDATION_FRAMES = 48  # of each held-out clip, evenly spaced
@@ -30,11 +30,11 @@ class AutoencoderTrainer:
     """The objective of phase 1 as functions for the loop."""
 
     def __init__(self, config: AutoencoderConfig, info: "DistInfo"):
-        from float.autoencoder_losses import make_feature_stack
         from float.autoencoder_model import AutoencoderWithJudges
-        from float.clips import find_clips
-        from float.face import read_boxes
-        from float.frames import FramePairs, FrameStore
+        from float.data.clips import find_clips
+        from float.data.face import read_boxes
+        from float.data.frames import FramePairs, FrameStore
+        from float.modules.losses import make_feature_stack
 
         self.config, self.info = config, info
         data, training, root = config.data, config.training, data_root(config.data)
@@ -60,7 +60,7 @@ class AutoencoderTrainer:
 
     def losses(self, model: Callable, batches: list[dict], step: int) -> Iterator[tuple["Tensor", dict]]:
         """One weighted sum of all terms per micro-batch."""
-        from float.frames import finished
+        from float.data.frames import finished
 
         training = self.config.training
         penalise = training.r1_gamma > 0 and step % training.r1_every == 0
@@ -90,7 +90,7 @@ class AutoencoderTrainer:
             yield total / len(batches), {f"loss_{name}": value.detach() for name, value in terms.items()}
 
     def _picture_terms(self, output: "Tensor", target: "Tensor") -> dict[str, "Tensor"]:
-        from float.autoencoder_losses import box_difference, perceptual_terms
+        from float.modules.losses import box_difference, perceptual_terms
 
         training, data = self.config.training, self.config.data
         terms = {"l1": (output - target).abs().mean(), "l2": (output - target).square().mean()}
@@ -109,8 +109,8 @@ class AutoencoderTrainer:
         """
         import torch
 
-        from float.autoencoder_losses import psnr
-        from float.media import to_tensor
+        from float.data.media import to_tensor
+        from float.modules.losses import psnr
 
         box, rows = self.config.data.mouth_box, []
         for clip in range(len(self.held_out.clips)):
@@ -140,7 +140,7 @@ class AutoencoderTrainer:
         import numpy as np
         from PIL import Image
 
-        from float.media import to_tensor, to_uint8
+        from float.data.media import to_tensor, to_uint8
 
         sheets = []
         for clip in range(min(3, len(self.held_out.clips))):
@@ -154,7 +154,7 @@ class AutoencoderTrainer:
 
     def train(self, output_dir: Path | None = None) -> "FitResult":
         """Train to the planned step, resuming what is in the output folder."""
-        from float.frames import StoredPairs, collate_pairs
+        from float.data.frames import StoredPairs, collate_pairs
         from shared.data import BatchPlan, MapStream
         from shared.loop import fit
 
@@ -206,8 +206,8 @@ def main(argv: list[str] | None = None) -> "FitResult | None":
     config = load_config(
         AutoencoderConfig, presets=AUTOENCODER_PRESETS, argv=argv, default="small", description=__doc__
     )
-    from float.plans import print_autoencoder_plan
-    from shared.dist import init_distributed, shutdown
+    from float.plan import print_autoencoder_plan
+    from shared.engine.dist import init_distributed, shutdown
     from shared.rng import seed_everything
 
     if config.run.dry_run:

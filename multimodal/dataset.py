@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from multimodal.audio import SAMPLE_RATE, compress, fit_frames, log_power, read_audio, spec_augment
 from multimodal.config import DataConfig
-from multimodal.image import center_crop, normalise, random_resized_crop, read_image
-from multimodal.records import Record, Records, Source
-from multimodal.text import SPECIAL_TOKENS, TextTokenizer, pad_ids
+from multimodal.data.audio import SAMPLE_RATE, compress, fit_frames, log_power, read_audio, spec_augment
+from multimodal.data.image import center_crop, normalise, random_resized_crop, read_image
+from multimodal.data.records import Record, Records, Source
+from multimodal.data.text import SPECIAL_TOKENS, TextTokenizer, pad_ids
 from shared.errors import BadSample
 from shared.files import written_aside
-from shared.pictures import to_pixels
+from shared.media.pictures import to_pixels
 from shared.rng import keyed_generator
 
 VOICE_SECONDS = 3.0

@@ -20,9 +20,9 @@ from typing import Literal
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from multimodal.archives import ArchiveError, count_files, unpack  # noqa: E402
-from multimodal.catalogue import AUDIOCAPS_2, SETS, SPLITS, ManualFile, RemoteFile, RemoteSet  # noqa: E402
-from multimodal.fetch import DownloadError, Policy, digest, fetch  # noqa: E402
+from multimodal.download.archives import ArchiveError, count_files, unpack  # noqa: E402
+from multimodal.download.catalogue import AUDIOCAPS_2, SETS, SPLITS, ManualFile, RemoteFile, RemoteSet  # noqa: E402
+from multimodal.download.fetch import DownloadError, Policy, digest, fetch  # noqa: E402
 from shared.config import Section, load_config, setting  # noqa: E402
 from shared.errors import UserError, command  # noqa: E402
 from shared.files import write_text, written_aside

@@ -63,7 +63,7 @@ def encode(options: EncodeOptions) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from multimodal.inference import Embedder, files_below
+    from multimodal.weights.open import Embedder, files_below
 
     given = [name for name in ("images", "texts", "audio") if getattr(options, name) is not None]
     if len(given) != 1:
@@ -87,7 +87,7 @@ def encode(options: EncodeOptions) -> Path:
 
 def search(options: SearchOptions) -> list[tuple[str, float]]:
     """Print and return the nearest entries of an index with their cosine similarities."""
-    from multimodal.inference import Embedder, files_below
+    from multimodal.weights.open import Embedder, files_below
 
     queries = {"text": options.query_text, "image": options.query_image, "audio": options.query_audio}
     given = [name for name, value in queries.items() if value is not None]

@@ -44,8 +44,8 @@ def main(argv: list[str] | None = None) -> None:
     if output.suffix not in (".png", ".json"):
         raise UserError(f"--output {output}: .png or .json is wanted")
     from multimodal import metrics
-    from multimodal.inference import Embedder
-    from multimodal.records import ListRecords
+    from multimodal.data.records import ListRecords
+    from multimodal.weights.open import Embedder
 
     embedder = Embedder.load(options.checkpoint, device=options.device, batch_size=options.batch_size)
     name = options.dataset or embedder.config.data.datasets[0]
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--output {output}: data set {name} holds sounds; give a .json file")
     split = with_prompts(embedder, embedder.split(records, kind), options.prompt)
     output.parent.mkdir(parents=True, exist_ok=True)
-    from multimodal.showing import best_items, picture_sheet, table
+    from multimodal.evaluation.showing import best_items, picture_sheet, table
 
     if output.suffix == ".png":
         picture_sheet(

@@ -54,7 +54,7 @@ class Options(Section):
 def main(argv: list[str] | None = None) -> None:
     """Measure and write."""
     options = load_config(Options, argv=argv, description=__doc__)
-    from multimodal.inference import Embedder
+    from multimodal.weights.open import Embedder
 
     embedder = Embedder.load(
         options.checkpoint, device=options.device, tokenizer=options.tokenizer, batch_size=options.batch_size
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     splits, sources = {}, {}
     if options.zeroshot is not None and options.zeroshot != "coco80":
-        from multimodal.zeroshot import classify_folder
+        from multimodal.evaluation.zeroshot import classify_folder
 
         if not Path(options.zeroshot).is_dir():
             raise UserError(f"--zeroshot {options.zeroshot}: neither coco80 nor a folder")
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     run = Path(options.checkpoint)
     run = run.parent.parent if run.is_file() else run  # OUT/checkpoints/final_model.pt belongs to OUT
     if options.report and splits and (run / "config.yaml").exists():
-        from multimodal.showing import write_run_report
+        from multimodal.evaluation.showing import write_run_report
 
         words = sys.argv[1:] if argv is None else argv
         path = write_run_report(
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def measure_sets(embedder: Any, options: Options, found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Retrieval and classification of each data set into `found`; the embedded splits by name, and records by id."""
-    from multimodal.records import ListRecords
+    from multimodal.data.records import ListRecords
 
     splits, sources = {}, {}
     for name, records in records_of(embedder, options).items():
@@ -118,7 +118,7 @@ def measure_sets(embedder: Any, options: Options, found: dict[str, Any]) -> tupl
             if split.captions_CE is not None:
                 found["retrieval"][title] = retrieval_of(split, options.protocol)
             if split.class_logits is not None and split.labels is not None:
-                from multimodal.evaluation import classification
+                from multimodal.evaluation.held_out import classification
 
                 found["classification"][title] = classification(split)
             if options.zeroshot == "coco80" and name == "coco":
@@ -134,10 +134,10 @@ def measure_sets(embedder: Any, options: Options, found: dict[str, Any]) -> tupl
 
 def records_of(embedder: Any, options: Options) -> dict[str, Any]:
     """Records by data set."""
-    from multimodal.records import read_records
-    from multimodal.sharded import readable
-    from multimodal.sources import data_folder
-    from multimodal.synthetic import synthetic_records
+    from multimodal.data.records import read_records
+    from multimodal.data.sharded import readable
+    from multimodal.data.sources import data_folder
+    from multimodal.data.synthetic import synthetic_records
 
     config = embedder.config
     if options.data_root is not None:
@@ -163,7 +163,7 @@ def records_of(embedder: Any, options: Options) -> dict[str, Any]:
 
 def retrieval_of(split: Any, protocol: str) -> dict[str, Any]:
     """Both directions with chance levels; protocol 1k averages five folds of a thousand items."""
-    from multimodal.retrieval import chance_recall, retrieval
+    from multimodal.evaluation.retrieval import chance_recall, retrieval
 
     count = len(split.items_IE)
     if protocol == "1k":
@@ -204,8 +204,8 @@ def retrieval_of(split: Any, protocol: str) -> dict[str, Any]:
 
 def zeroshot_coco(embedder: Any, options: Options, split: Any) -> dict[str, float]:
     """hit@1 and mAP of the 80 class names on pictures with instance labels."""
-    from multimodal.sources import class_names
-    from multimodal.zeroshot import class_vectors, multi_label
+    from multimodal.data.sources import class_names
+    from multimodal.evaluation.zeroshot import class_vectors, multi_label
 
     config = embedder.config
     if options.data_root is not None:
@@ -220,7 +220,7 @@ def zeroshot_coco(embedder: Any, options: Options, split: Any) -> dict[str, floa
 
 def make_bars(found: dict[str, Any], embedder: Any, options: Options) -> list:
     """Recall beside chance; with targets where the sample data were measured."""
-    from shared.report import Bar
+    from shared.report.page import Bar
 
     sample = options.data_root is None and embedder.config.data.data_root is None and not embedder.config.data.paths
     bars = []

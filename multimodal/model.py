@@ -14,8 +14,8 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional
 
-from multimodal.blocks import Tower, small_normal_
 from multimodal.checks import check_batch, check_image, check_mask, check_modality_mask
+from multimodal.modules.blocks import Tower, small_normal_
 
 VOCABULARY = 16384
 PAD = 0
@@ -259,7 +259,7 @@ class MultimodalModel(nn.Module):
         return functional.normalize(projected, dim=-1) if normalize else projected
 
     def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
-        """(B, E) of pictures (B, 3, H, W), normalised with the mean and std of multimodal/image.py."""
+        """(B, E) of pictures (B, 3, H, W), normalised with the mean and std of multimodal/data/image.py."""
         return self.embedding("image", self.image_tokens(images, first_only=True), normalize)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None, normalize: bool = True) -> Tensor:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from multimodal.blocks import Block
 from multimodal.board import Board
 from multimodal.config import Config, TrainingConfig, stage_epochs
+from multimodal.data.sources import Data, PairedStream, data_folder, make_datasets, open_data
+from multimodal.data.text import TextTokenizer, find_glove, load_word_vectors
+from multimodal.evaluation.report import write_reports
 from multimodal.model import MultimodalModel, create_model
-from multimodal.report import write_reports
-from multimodal.sources import Data, PairedStream, data_folder, make_datasets, open_data
-from multimodal.text import TextTokenizer, find_glove, load_word_vectors
+from multimodal.modules.blocks import Block
 from multimodal.trainer import (
     BETAS,
     STAGE_NAMES,
@@ -23,9 +23,9 @@ from multimodal.trainer import (
     make_stage_module,
     parameter_groups,
 )
-from multimodal.weights import NAMES, load_start, put, read_payload
+from multimodal.weights.files import NAMES, load_start, put, read_payload
 from shared.config import check_resume, fixed_settings, save_config
-from shared.dist import barrier, init_distributed, shutdown
+from shared.engine.dist import barrier, init_distributed, shutdown
 from shared.errors import UserError
 from shared.loop import FitResult, fit, is_done
 from shared.rng import keyed_generator, keyed_seed

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         raise UserError(str(error)) from None
     if config.run.dry_run:
-        from multimodal.planning import print_plan
+        from multimodal.plan import print_plan
 
         print_plan(config)
         return

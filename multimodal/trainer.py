@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from multimodal.config import Config
-from multimodal.contrastive import CachedStep, Pairing, total_loss
+from multimodal.data.records import Kind
+from multimodal.data.sources import model_inputs
 from multimodal.dataset import CaptionedDataset, collate
-from multimodal.evaluation import embed_split, measure
+from multimodal.evaluation.held_out import embed_split, measure
 from multimodal.model import MultimodalModel
-from multimodal.objectives import AlignModel, FinetuneModel, PretrainModel
-from multimodal.records import Kind
-from multimodal.sources import model_inputs
-from multimodal.weights import FORMAT_VERSION, put, save_aside
+from multimodal.modules.contrastive import CachedStep, Pairing, total_loss
+from multimodal.objective import AlignModel, FinetuneModel, PretrainModel
+from multimodal.weights.files import FORMAT_VERSION, put, save_aside
 from shared.data import to_device
-from shared.dist import DistInfo, mean_over_ranks
+from shared.engine.dist import DistInfo, mean_over_ranks
 from shared.errors import BadSample, UserError
 from shared.rng import keyed_rand
 

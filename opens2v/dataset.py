@@ -18,13 +18,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
-from opens2v.annotations import Annotations
-from opens2v.augment import NO_CHANGES, foreground_mask, recolour_subject, show_in_scene
-from opens2v.clips import Part, caption_of, class_names, frame_indices, generic_caption, usable_range
-from opens2v.cross_frames import CrossFramePairs
+from opens2v.data.annotations import Annotations
+from opens2v.data.augment import NO_CHANGES, foreground_mask, recolour_subject, show_in_scene
+from opens2v.data.clips import Part, caption_of, class_names, frame_indices, generic_caption, usable_range
+from opens2v.data.cross_frames import CrossFramePairs
+from opens2v.data.subjects import Subject, SubjectFilter, reference_tensors, select_subjects
+from opens2v.data.video import cover_resize
 from opens2v.options import SampleOptions, check_arguments, chosen_positions, sample_options
-from opens2v.subjects import Subject, SubjectFilter, reference_tensors, select_subjects
-from opens2v.video import cover_resize
 from shared.errors import BadSample, UserError
 from shared.rng import keyed_seed
 

@@ -129,10 +129,10 @@ class Generator:
     def __init__(self, options: GenerateOptions):
         import torch
 
-        from opens2v.encoders import check_frames
-        from opens2v.loading import load_trained_generator
-        from opens2v.lora import scale_lora
-        from shared.dist import init_distributed
+        from opens2v.modules.encoders import check_frames
+        from opens2v.modules.lora import scale_lora
+        from opens2v.weights.open import load_trained_generator
+        from shared.engine.dist import init_distributed
 
         self.options = options
         if options.num_frames is not None:
@@ -159,7 +159,7 @@ class Generator:
 
     def sampler_settings(self) -> Any:
         """The sampler of the options, with the run's values where they leave it open."""
-        from opens2v.sampling import SamplerSettings
+        from opens2v.sampling.video import SamplerSettings
 
         options = self.options
         return SamplerSettings(
@@ -177,9 +177,9 @@ class Generator:
 
     def latent_shape(self) -> tuple[int, int, int, int]:
         """Shape of a video's latents; UserError for a length that causal blocks do not fill."""
-        from opens2v.base import latent_shape
-        from opens2v.causal import frame_blocks
         from opens2v.config import pixel_frames
+        from opens2v.modules.causal import frame_blocks
+        from opens2v.weights.base import latent_shape
 
         options, data, model = self.options, self.config.data, self.config.model
         shape = latent_shape(
@@ -197,7 +197,7 @@ class Generator:
 
     def draw(self, conditions: Any, *, places: list[int] | None = None, seed: int | None = None) -> Any:
         """Videos (B, 3, F, H, W) in [-1, 1]. places, seed: what the noise of each video is keyed by."""
-        from opens2v.sampling import VideoSampler
+        from opens2v.sampling.video import VideoSampler
 
         negative = self.options.negative_prompt
         rows = self.encoders.encode_text([self.config.training.negative_prompt if negative is None else negative])[0]
@@ -212,7 +212,7 @@ class Generator:
         """Draw one video and write it with its first frame and settings."""
         import numpy as np
 
-        from opens2v.preview import conditions_for, open_picture
+        from opens2v.evaluation.preview import conditions_for, open_picture
 
         pictures = [open_picture(path) for path in request.ref_images]
         if self.options.rembg == "white":
@@ -223,8 +223,8 @@ class Generator:
 
     def write(self, output: Path, video: Any, reference: Any, prompt: str, ref_images: list[str]) -> Path:
         """The mp4 with everything that made it."""
-        from opens2v.preview import side_by_side
-        from opens2v.video import to_uint8, write_video
+        from opens2v.data.video import to_uint8, write_video
+        from opens2v.evaluation.preview import side_by_side
 
         frames = to_uint8(video)
         if self.options.side_by_side and reference is not None:
@@ -239,9 +239,9 @@ class Generator:
     def run_held_back(self, output: Path) -> Path:
         """Draw the first held-back clip of the run's own data; the subject picture is shown beside it."""
         from opens2v.dataset import collate_opens2v_batch
-        from opens2v.preview import Preview, reference_picture
-        from opens2v.scheduler import FlowMatchScheduler
-        from shared.dist import DistInfo
+        from opens2v.evaluation.preview import Preview, reference_picture
+        from opens2v.sampling.scheduler import FlowMatchScheduler
+        from shared.engine.dist import DistInfo
 
         item = Preview(self.config, self.encoders, FlowMatchScheduler(), DistInfo()).dataset.sample(0, 0)
         conditions = self.encoders.conditions(collate_opens2v_batch([item]))

@@ -48,7 +48,7 @@ class MetricsOptions(Section):
 
 def clips_for(config: Any, options: MetricsOptions) -> tuple[Any, list[list[dict]]]:
     """The data set of held-back windows with background, and its samples: windows x clips."""
-    from opens2v.augment import NO_CHANGES
+    from opens2v.data.augment import NO_CHANGES
     from opens2v.dataset import create_dataset
 
     data = config.data.model_copy(update={"without_keys": [], "is_cross_frame": False})
@@ -73,8 +73,8 @@ def loss_figures(generator: Any, samples: list[list[dict]], unseen: list[int]) -
     import torch
 
     from opens2v.dataset import collate_opens2v_batch
-    from opens2v.evaluation import PairedErrors, paired_errors, subject_region
-    from opens2v.scheduler import FlowMatchScheduler
+    from opens2v.evaluation.subject_use import PairedErrors, paired_errors, subject_region
+    from opens2v.sampling.scheduler import FlowMatchScheduler
 
     config, found, x0 = generator.config, [], {}
     scheduler = FlowMatchScheduler(config.training.timestep_shift)
@@ -109,9 +109,9 @@ class Drawn:
     """Videos of clips with references, drawn in batches with noise by seed; the same (clip, reference, seed) once."""
 
     def __init__(self, generator: Any, items: list[dict]):
+        from opens2v.data.video import to_uint8
         from opens2v.dataset import collate_opens2v_batch
-        from opens2v.preview import reference_picture
-        from opens2v.video import to_uint8
+        from opens2v.evaluation.preview import reference_picture
 
         self.generator, self.items, self.videos = generator, items, {}
         self.conditions = generator.encoders.conditions(collate_opens2v_batch(items))
@@ -125,8 +125,8 @@ class Drawn:
         """Draw (clip, whose reference) pairs; every pair of a clip starts from the same noise."""
         import torch
 
-        from opens2v.conditions import Conditions
-        from opens2v.video import to_uint8
+        from opens2v.data.video import to_uint8
+        from opens2v.modules.conditions import Conditions
 
         for first in range(0, len(jobs), 16):
             part = jobs[first : first + 16]
@@ -145,7 +145,7 @@ def video_figures(drawn: Drawn, options: MetricsOptions, unseen: list[int]) -> d
     """Noise detector, foreground area, motion, and whether a video looks more like its own subject than another's."""
     import numpy as np
 
-    from opens2v.evaluation import (
+    from opens2v.evaluation.subject_use import (
         colour_likeness,
         foreground_area,
         high_frequency_ratio,
@@ -197,7 +197,7 @@ def video_figures(drawn: Drawn, options: MetricsOptions, unseen: list[int]) -> d
 
 def bars_of(figures: dict[str, float], has_unseen: bool) -> list:
     """The figures that say whether the preset learned, with the targets of the small preset."""
-    from shared.report import Bar
+    from shared.report.page import Bar
 
     def bar(
         name: str, text: str, target: float | None, direction: str = "at least", baseline: float | None = None
@@ -243,9 +243,9 @@ def write_samples(drawn: Drawn, folder: Path, unseen: list[int], fps: float) -> 
     import numpy as np
     from PIL import Image
 
-    from opens2v.preview import side_by_side
-    from opens2v.video import write_video
-    from shared.report import Sample
+    from opens2v.data.video import write_video
+    from opens2v.evaluation.preview import side_by_side
+    from shared.report.page import Sample
 
     samples, rows = [], []
     zoom = max(1, 192 // drawn.truth[0].shape[1])
@@ -317,7 +317,7 @@ def main(argv: list[str] | None = None) -> dict[str, float] | list[Path]:
     if options.eval_json is not None:
         return draw_benchmark(options)
     from opens2v.generate import GenerateOptions, Generator
-    from shared.report import write_report
+    from shared.report.page import write_report
 
     generator = Generator(GenerateOptions(**_shared_options(options), sampler="euler"))
     _, samples = clips_for(generator.config, options)

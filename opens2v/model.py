@@ -15,7 +15,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
-from opens2v.adapter import (
+from opens2v.modules.adapter import (
     DualPathCrossAttention,
     ReferenceTokens,
     clip_projection,
@@ -23,8 +23,8 @@ from opens2v.adapter import (
     sincos_2d,
     subject_mask,
 )
-from opens2v.causal import KeyValueCache, attention_runs, rotary_table, self_attention
-from shared.norm import RMSNorm
+from opens2v.modules.causal import KeyValueCache, attention_runs, rotary_table, self_attention
+from shared.engine.norm import RMSNorm
 
 WAN_1_3B = dict(
     patch_size=(1, 2, 2),

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from opens2v.causal import causal_frame_mask, frame_blocks
-from opens2v.conditions import Conditions, Encoders
 from opens2v.config import Config
-from opens2v.scheduler import FlowMatchScheduler, velocity_of
+from opens2v.modules.causal import causal_frame_mask, frame_blocks
+from opens2v.modules.conditions import Conditions, Encoders
+from opens2v.sampling.scheduler import FlowMatchScheduler, velocity_of
 from shared.flow import sample_times
 from shared.rng import keyed_rand, keyed_randn
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-from opens2v.annotations import Annotations
-from opens2v.subjects import CLIP_SIZE, SELECTIONS
+from opens2v.data.annotations import Annotations
+from opens2v.data.subjects import CLIP_SIZE, SELECTIONS
 from shared.errors import UserError
 
 

@@ -7,13 +7,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from opens2v.base import latent_shape, prepare_generator, transformer_settings
-from opens2v.conditions import clip_token_width
 from opens2v.config import Config, pixel_frames
 from opens2v.model import RefWanBlock, RefWanTransformer3DModel
+from opens2v.modules.conditions import clip_token_width
 from opens2v.objective import RefImageFlowMatching
-from shared.plan import FrozenPart
-from shared.planner import Workload, plan_run
+from opens2v.weights.base import latent_shape, prepare_generator, transformer_settings
+from shared.plan.measure import FrozenPart
+from shared.plan.table import Workload, plan_run
 
 CLIP_PARAMETERS, CLIP_TOKENS = 630_766_080, 257
 UMT5_PARAMETERS, UMT5_EMBEDDING = 5_680_910_336, 256_384 * 4096

@@ -63,11 +63,11 @@ def parse(argv: list[str] | None) -> PrecomputeConfig:
 def main(argv: list[str] | None = None) -> dict[str, int]:
     """Store what is missing; returns how many clips were stored, passed over and bad."""
     config = parse(argv)
-    from opens2v.base import base_path
-    from opens2v.cache import EMPTY_PROMPT, FeatureCache
-    from opens2v.conditions import load_encoders
+    from opens2v.data.cache import EMPTY_PROMPT, FeatureCache
     from opens2v.dataset import create_dataset
-    from shared.dist import init_distributed, shutdown, sum_over_ranks
+    from opens2v.modules.conditions import load_encoders
+    from opens2v.weights.base import base_path
+    from shared.engine.dist import init_distributed, shutdown, sum_over_ranks
 
     info = init_distributed(config.run.device)
     first, step = shard_of(config.shard, info.rank, info.world)

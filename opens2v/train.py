@@ -19,7 +19,7 @@ from shared.config import load_config, load_saved
 from shared.errors import UserError, command
 
 if TYPE_CHECKING:
-    from shared.dist import DistInfo
+    from shared.engine.dist import DistInfo
     from shared.loop import FitResult
 
 
@@ -68,7 +68,7 @@ def sample_paths() -> dict[str, list[str]]:
 
 def with_drawn_seed(config: Config, info: "DistInfo") -> Config:
     """Seed 0 stands for a drawn one: that of the run in the output folder, or a new one from rank 0."""
-    from shared.dist import from_main
+    from shared.engine.dist import from_main
 
     if config.run.seed != 0:
         return config
@@ -110,13 +110,13 @@ class OpenS2VTrainer:
     """
 
     def __init__(self, config: Config, info: "DistInfo | None" = None):
-        from opens2v.base import ensure_base, load_generator
-        from opens2v.cache import cached_null_text, with_cached_features
-        from opens2v.conditions import load_encoders
+        from opens2v.data.cache import cached_null_text, with_cached_features
         from opens2v.dataset import create_dataset
+        from opens2v.evaluation.preview import Preview
+        from opens2v.modules.conditions import load_encoders
         from opens2v.objective import RefImageFlowMatching
-        from opens2v.preview import Preview
-        from shared.dist import init_distributed
+        from opens2v.weights.base import ensure_base, load_generator
+        from shared.engine.dist import init_distributed
 
         check_inputs(config)
         self.info = info or init_distributed(config.run.device, config.run.timeout_minutes * 60)
@@ -197,7 +197,7 @@ class OpenS2VTrainer:
 
         import torch
 
-        from opens2v.export import legacy_checkpoint
+        from opens2v.weights.export import legacy_checkpoint
 
         step = json.loads((folder / "trainer.json").read_text())["run_state"]["step"]
         state = legacy_checkpoint(self.config, self.model, weights, ema, step)
@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> "FitResult | None":
 
         print_plan(config)
         return None
-    from shared.dist import shutdown
+    from shared.engine.dist import shutdown
 
     result = OpenS2VTrainer(config).train()
     shutdown()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.data import DataLoader, Dataset
 
-from shared.dist import DistInfo, gather_objects
+from shared.engine.dist import DistInfo, gather_objects
 from shared.errors import BadSample, UserError
 from shared.rng import keyed_generator, keyed_seed
 

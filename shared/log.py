@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shared.config import RunSection
-from shared.dist import DistInfo, mean_over_ranks, sum_over_ranks
+from shared.engine.dist import DistInfo, mean_over_ranks, sum_over_ranks
 from shared.errors import UserError
 from shared.files import write_text
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from shared.checkpoint import CheckpointStore, frozen_digest
 from shared.config import config_digest, save_config
 from shared.data import ReadAhead, Stream
-from shared.dist import (
+from shared.engine.checkpoint import CheckpointStore, frozen_digest
+from shared.engine.dist import (
     DistInfo,
     barrier,
     beat,
@@ -24,14 +24,14 @@ from shared.dist import (
     raise_together,
     same_on_all_ranks,
 )
-from shared.ema import EMA
+from shared.engine.ema import EMA
+from shared.engine.strategy import StepInfo, Strategy, check_gradients_agree, choose_precision, make_strategy
 from shared.errors import UserError
 from shared.log import RunLog, memory_gb
 from shared.optim import decay_groups, lr_at
 from shared.resume import RunState, checkpoint_folder_name, resume, save_run
 from shared.rng import seed_everything
 from shared.stop import StopFlag
-from shared.strategy import StepInfo, Strategy, check_gradients_agree, choose_precision, make_strategy
 
 MAX_SKIPPED = 20  # steps in a row whose gradient is not finite before the run stops
 _STEP_STREAM = 103

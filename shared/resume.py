@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.checkpoint import CheckpointStore, find_checkpoint
 from shared.config import check_resume, config_digest, fixed_settings, save_config
 from shared.data import Stream
-from shared.dist import barrier, from_main
-from shared.ema import EMA
+from shared.engine.checkpoint import CheckpointStore, find_checkpoint
+from shared.engine.dist import barrier, from_main
+from shared.engine.ema import EMA
+from shared.engine.state import restore, restore_weights_only, tensors_to_save, trainer_state, versions
+from shared.engine.strategy import Strategy
 from shared.errors import UserError
-from shared.state import restore, restore_weights_only, tensors_to_save, trainer_state, versions
-from shared.strategy import Strategy
 
 
 @dataclass

@@ -18,13 +18,13 @@ from torch import Tensor, nn  # noqa: E402
 
 from shared import loop  # noqa: E402
 from shared.data import to_device  # noqa: E402
-from shared.dist import DistInfo  # noqa: E402
+from shared.engine.dist import DistInfo  # noqa: E402
 
 META = torch.device("meta")
 SYSTEMS = ("bagel", "dit", "float", "multimodal", "opens2v")
 NAMED_IN = {  # where fit is a name of a module's own; the others import it when they call it
     "dit": ["dit.train"],
-    "float": ["float.trainer", "float.train_autoencoder"],
+    "float": ["float.objective", "float.train_autoencoder"],
     "multimodal": ["multimodal.run"],
 }
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from bagel.data.images import ImageTransform
+from bagel.data.tokenizer import ByteTokenizer
 from bagel.dataset import UnifiedGenerationDataset
-from bagel.images import ImageTransform
 from bagel.packing import PackFormat
-from bagel.tokenizer import ByteTokenizer
 
 SAMPLE = Path(__file__).resolve().parents[2] / "bagel" / "sample_data" / "train.jsonl"
 LAYOUT = PackFormat(ByteTokenizer.special, 4, 8, 4, 8, False, 2, 12)

@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from bagel.config import PRESETS, Config
-from bagel.layout import layout_of, transforms_of
-from bagel.lora import LoRALinear, adapters, add_adapters, merge_adapters
-from bagel.pretrained import build_model, export_folder, load_autoencoder, read_config
-from bagel.quantization import QuantizedLinear, error_table, quantize_projections
-from bagel.tokenizer import ByteTokenizer
+from bagel.data.layout import layout_of, transforms_of
+from bagel.data.tokenizer import ByteTokenizer
+from bagel.modules.lora import LoRALinear, adapters, add_adapters, merge_adapters
+from bagel.modules.quantization import QuantizedLinear, error_table, quantize_projections
+from bagel.modules.vae import FluxAutoencoder
 from bagel.train import main
-from bagel.vae import FluxAutoencoder
+from bagel.weights.pretrained import build_model, export_folder, load_autoencoder, read_config
 from shared.config import load_config
 from shared.errors import UserError
 from tests.bagel.conftest import SAMPLE
@@ -80,7 +80,7 @@ def test_quantized_projections(tiny, kind, bound, share):
 
 
 def test_nf4_keeps_its_own_levels_exactly():
-    from bagel.quantization import NF4_LEVELS, dequantize_nf4, quantize_nf4
+    from bagel.modules.quantization import NF4_LEVELS, dequantize_nf4, quantize_nf4
 
     weight = torch.tensor(NF4_LEVELS).repeat(8).view(2, 64) * 0.3
     assert_close(dequantize_nf4(*quantize_nf4(weight), (2, 64), torch.float32), weight)

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from bagel import check_data, generate, metrics
-from bagel.runs import open_model
 from bagel.train import main as train
+from bagel.weights.open import open_model
 from shared.errors import UserError
 from tests.bagel.conftest import SAMPLE, TINY
 

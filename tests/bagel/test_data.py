@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from bagel.config import DataConfig
-from bagel.data_format import FORMATS, as_json
+from bagel.data.format import FORMATS, as_json
+from bagel.data.images import load_image
+from bagel.data.sources import open_records as open_files
+from bagel.data.stream import PackStream
 from bagel.dataset import DataFormatError, make_collate
-from bagel.images import load_image
 from bagel.packing import Dropout
-from bagel.sources import open_records as open_files
-from bagel.stream import PackStream
-from shared.dist import DistInfo
+from shared.engine.dist import DistInfo
 from shared.errors import BadSample, UserError
 from tests.bagel.conftest import LAYOUT
 
@@ -47,7 +47,7 @@ def test_every_documented_example_loads(name, open_records):
 def test_the_format_file_is_the_generated_one():
     from pathlib import Path
 
-    path = Path(__file__).resolve().parents[2] / "bagel" / "sample_data_format.json"
+    path = Path(__file__).resolve().parents[2] / "bagel" / "data" / "format.json"
     assert path.read_text(encoding="utf-8") == as_json()
 
 

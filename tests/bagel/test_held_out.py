@@ -7,11 +7,11 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from bagel import evaluation
-from bagel.evaluation import ranking_figures
-from bagel.images import load_image, to_tensor
-from bagel.layers import training_times
-from bagel.validation import TIMES, fixed_pack
+from bagel.data.images import load_image, to_tensor
+from bagel.evaluation import figures as evaluation
+from bagel.evaluation.figures import ranking_figures
+from bagel.evaluation.validation import TIMES, fixed_pack
+from bagel.modules.layers import training_times
 
 GOOD = {"text_prompt": "A red apple", "image_path": "images/apple.png"}
 QUESTIONS = [

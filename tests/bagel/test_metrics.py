@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bagel.image_metrics import (
+from bagel.evaluation.pictures import (
     ClipScorer,
     clip_score,
     colour_agreement,
@@ -17,7 +17,7 @@ from bagel.image_metrics import (
     frechet_distance,
     named_colour_agreement,
 )
-from bagel.text_metrics import NGram, Unavailable, bert_score, bleu, guarded, meteor, rouge, words
+from bagel.evaluation.text import NGram, Unavailable, bert_score, bleu, guarded, meteor, rouge, words
 
 
 def test_words_and_chinese_characters():

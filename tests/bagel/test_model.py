@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from bagel.context import Context
-from bagel.generation import (
+from bagel.modules.layers import patchify, training_times, unpatchify
+from bagel.modules.vae import FluxAutoencoder, to_uint8
+from bagel.sampling.context import Context
+from bagel.sampling.generation import (
     Block,
     Drawing,
     Guidance,
@@ -19,8 +21,6 @@ from bagel.generation import (
     text_block,
     vit_block,
 )
-from bagel.layers import patchify, training_times, unpatchify
-from bagel.vae import FluxAutoencoder, to_uint8
 from shared.errors import UserError
 from tests.bagel.golden import FLOAT, LOOSE, TINY_TOKENS, Case, build, grad_norms_match, names, vae_config
 

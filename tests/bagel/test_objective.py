@@ -8,9 +8,9 @@ from torch.testing import assert_close
 
 from bagel import objective
 from bagel.config import TrainingConfig
+from bagel.modules.vae import FluxAutoencoder
 from bagel.objective import with_latents
-from bagel.pretrained import build_model
-from bagel.vae import FluxAutoencoder
+from bagel.weights.pretrained import build_model
 from tests.bagel.tiny import gradients, packs_of
 
 

@@ -6,8 +6,8 @@ import random
 import pytest
 import torch
 
-from bagel.attention import PackLayout
-from bagel.generation import SpecialTokens
+from bagel.data.records import image_items
+from bagel.modules.attention import PackLayout
 from bagel.packer import Packer, ReferencePacker, SamplePacker
 from bagel.packing import (
     Draws,
@@ -16,7 +16,7 @@ from bagel.packing import (
     PackFormat,
     PlanItem,
 )
-from bagel.records import image_items
+from bagel.sampling.generation import SpecialTokens
 from tests.bagel.golden import TINY_TOKENS, Case, names
 
 

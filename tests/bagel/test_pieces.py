@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from bagel.attention import (
+from bagel.config import ModelConfig
+from bagel.model import Bagel, count_parameters
+from bagel.modules.attention import (
     CAUSAL,
     FULL,
     NOISE,
@@ -19,9 +21,7 @@ from bagel.attention import (
     flex_rule,
     sample_mask,
 )
-from bagel.config import ModelConfig
-from bagel.context import CachedAttention, Context
-from bagel.layers import (
+from bagel.modules.layers import (
     Connector,
     TimestepEmbedder,
     patchify,
@@ -32,10 +32,10 @@ from bagel.layers import (
     training_times,
     unpatchify,
 )
-from bagel.model import Bagel, count_parameters
-from bagel.transformer import MoTDecoderLayer
-from bagel.vae import FluxAutoencoder, PixelAutoencoder
-from bagel.vit import VisionModel, linear_patch_embedding
+from bagel.modules.transformer import MoTDecoderLayer
+from bagel.modules.vae import FluxAutoencoder, PixelAutoencoder
+from bagel.modules.vit import VisionModel, linear_patch_embedding
+from bagel.sampling.context import CachedAttention, Context
 from shared.errors import UserError
 from tests.bagel.golden import (
     FLOAT,

@@ -3,12 +3,12 @@
 import torch
 
 from bagel.config import PRESETS, Config, TrainingConfig
+from bagel.data.tokenizer import ByteTokenizer
 from bagel.dataset import make_collate
 from bagel.model import Bagel
 from bagel.objective import joint_losses, with_latents
 from bagel.packing import Dropout
-from bagel.pretrained import build_model, load_autoencoder
-from bagel.tokenizer import ByteTokenizer
+from bagel.weights.pretrained import build_model, load_autoencoder
 from shared.config import load_config
 from tests.bagel.conftest import SAMPLE, TINY
 

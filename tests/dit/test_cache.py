@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from dit import precompute
-from dit.cache import CachedDataset
+from dit.data.cache import CachedDataset
 from dit.dataset import TextImageDataset
 from shared.config import save_config
 from shared.errors import UserError

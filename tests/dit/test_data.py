@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 from dit.config import SAMPLE_DATA, DataConfig
+from dit.data.images import decode, grid, to_square, to_uint8, unit
+from dit.data.readers import read
 from dit.dataset import TextImageDataset, collate
-from dit.images import decode, grid, to_square, to_uint8, unit
-from dit.readers import read
 from shared.errors import BadSample, UserError
-from shared.pictures import to_pixels
-from shared.shards import Shards
+from shared.media.pictures import to_pixels
+from shared.media.shards import Shards
 from tests.dit.small import coco_folder, cub_folder, picture
 
 

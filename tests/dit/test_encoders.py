@@ -8,11 +8,11 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from dit.autoencoder import PatchAutoencoder
 from dit.colours import agreement, colour_shares, named_colours
-from dit.fid import frechet_distance, kernel_distance, precision_recall
-from dit.text import HashTextEncoder, TextEncoder
-from dit.vae import PixelCodec, PoolCodec, VAEEncoder
+from dit.evaluation.fid import frechet_distance, kernel_distance, precision_recall
+from dit.modules.autoencoder import PatchAutoencoder
+from dit.modules.text import HashTextEncoder, TextEncoder
+from dit.modules.vae import PixelCodec, PoolCodec, VAEEncoder
 from shared.errors import UserError
 from tests.dit.golden import assert_close
 

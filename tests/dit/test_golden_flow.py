@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from dit import paths
 from dit.config import FlowConfig
-from dit.objectives import FlowObjective
-from dit.samplers import dopri5, guide, sample_flow
+from dit.objective import FlowObjective
+from dit.sampling import paths
+from dit.sampling.samplers import dopri5, guide, sample_flow
 from shared.flow import integrate
 from tests.dit.golden import assert_close, cases, golden_model
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from dit.config import DiffusionConfig
-from dit.gaussian import GaussianDiffusion, kept_timesteps
-from dit.objectives import NoiseObjective
-from dit.samplers import guide, make_sampler, sample_noise
+from dit.objective import NoiseObjective
+from dit.sampling.gaussian import GaussianDiffusion, kept_timesteps
+from dit.sampling.samplers import guide, make_sampler, sample_noise
 from shared.errors import UserError
 from tests.dit.golden import MANIFEST, assert_close, cases, golden_model
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 
-from dit.build import build_model
 from dit.config import PRESETS, Config
-from dit.convert import load_pretrained
-from dit.embeddings import position_table_1d
 from dit.model import DiTModel
+from dit.modules.embeddings import position_table_1d
+from dit.weights.convert import load_pretrained
+from dit.weights.open import build_model
 from shared.config import load_config
 from shared.errors import UserError
 from tests.dit.golden import MANIFEST, REFERENCE, assert_close, cases, golden_model

@@ -10,17 +10,17 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dit import precompute, train
-from dit.build import build_model
-from dit.cache import CachedDataset
 from dit.config import PRESETS, Config
+from dit.data.cache import CachedDataset
+from dit.data.images import unit
 from dit.dataset import TextImageDataset, collate
-from dit.evaluation import errors, paired_p, prepare
-from dit.images import unit
-from dit.text import HashTextEncoder
+from dit.evaluation.held_out import errors, paired_p, prepare
+from dit.modules.text import HashTextEncoder
+from dit.modules.vae import PoolCodec
 from dit.train import Trainer
-from dit.vae import PoolCodec
+from dit.weights.open import build_model
 from shared.config import load_config, save_config
-from shared.dist import DistInfo
+from shared.engine.dist import DistInfo
 from shared.log import read_metrics
 from tests import launching
 from tests.dit.small import tiny

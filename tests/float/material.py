@@ -6,9 +6,9 @@ import av
 import numpy as np
 import soundfile
 
-from float.clips import Clip
-from float.features import feature_path, write_features
-from float.media import write_video
+from float.data.clips import Clip
+from float.data.features import feature_path, write_features
+from float.data.media import write_video
 
 SIDE = 32
 

@@ -9,16 +9,16 @@ import soundfile
 import torch
 from PIL import Image
 
-from float.audio import frames_of
-from float.build import make_autoencoder
-from float.clips import Clip, find_clips
 from float.config import DataConfig, ModelConfig
+from float.data.clips import Clip, find_clips
+from float.data.face import crop_centre, crop_to_box, detect_face, prepare_picture, read_boxes
+from float.data.features import ClipEncoder, encode_clips, is_encoded, remove_unlisted
+from float.data.frames import FramePairs, FrameStore, seek_frame
+from float.data.media import is_silent, iterate_frames, read_audio, read_image, write_video
 from float.dataset import FLOATDataset, collate_windows, create_dataloader
-from float.emotion import emotion_index, ravdess_emotion
-from float.face import crop_centre, crop_to_box, detect_face, prepare_picture, read_boxes
-from float.features import ClipEncoder, encode_clips, is_encoded, remove_unlisted
-from float.frames import FramePairs, FrameStore, seek_frame
-from float.media import is_silent, iterate_frames, read_audio, read_image, write_video
+from float.modules.audio import frames_of
+from float.modules.emotion import emotion_index, ravdess_emotion
+from float.weights.open import make_autoencoder
 from shared.errors import BadSample, UserError
 from tests.float.material import SIDE, wave_of, write_clip, write_feature_clip, write_mp3
 from tests.float.material import frames_of as pictures

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from float.clips import find_clips
 from float.config import SAMPLE_DATA
-from float.evaluation import (
+from float.data.clips import find_clips
+from float.data.media import resize
+from float.evaluation.formulas import (
     best_lag,
     correlation,
     cosine_similarity,
@@ -14,8 +15,7 @@ from float.evaluation import (
     log_energy,
     mouth_activity,
 )
-from float.media import resize
-from float.mouth_meter import MouthMeter, read_truth
+from float.evaluation.mouth_meter import MouthMeter, read_truth
 
 RANDOM = np.random.default_rng(0)
 
@@ -62,8 +62,8 @@ def test_mouth_activity_follows_the_mouth_only():
 
 @pytest.mark.slow
 def test_the_meter_reads_mouths_that_it_has_not_seen():
-    from float.media import iterate_frames
-    from float.mouth_meter import train_meter
+    from float.data.media import iterate_frames
+    from float.evaluation.mouth_meter import train_meter
 
     box, loaded = [0.28, 0.47, 0.72, 0.82], {}
     for split in ("train", "val"):

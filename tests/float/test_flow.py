@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from float.rectified_flow import RectifiedFlow, RectifiedFlowLoss
-from float.sampling import SamplingOptions, guided_velocity, sample_motion, sample_windows
+from float.sampling.motion import SamplingOptions, guided_velocity, sample_motion, sample_windows
 from shared.errors import UserError
 from tests.float.golden import small_transformer
 

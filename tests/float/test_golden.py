@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from transformers import Wav2Vec2Config
 
-from float.audio import AudioEncoder, frames_of, pad_to_frames, rename_weight_norm
-from float.autoencoder import MotionAutoencoder
-from float.emotion import Audio2Emotion
-from float.image_ops import (
+from float.model import AudioProjection, FlowMatchingTransformer, TimestepEmbedder
+from float.modules.audio import AudioEncoder, frames_of, pad_to_frames, rename_weight_norm
+from float.modules.autoencoder import MotionAutoencoder
+from float.modules.emotion import Audio2Emotion
+from float.modules.image_ops import (
     Blur,
     ConvLayer,
     Downsample,
@@ -22,9 +23,8 @@ from float.image_ops import (
     smoothing_kernel,
     upfirdn2d,
 )
-from float.model import AudioProjection, FlowMatchingTransformer, TimestepEmbedder
 from float.rectified_flow import RectifiedFlowLoss
-from float.sampling import SamplingOptions, guided_velocity, resample_features, sample_motion
+from float.sampling.motion import SamplingOptions, guided_velocity, resample_features, sample_motion
 from tests.float.golden import Case, formula_values, transformer_of
 
 CONDITIONS = ("t", "x", "wa", "wr", "we", "prev_x", "prev_wa")

@@ -5,16 +5,16 @@ import json
 import pytest
 import torch
 
-from float.animate import Animator, audio_windows
-from float.audio import AudioEncoder, LogMelEncoder, normalise_waveform, pad_to_samples, rename_weight_norm
-from float.autoencoder import MotionAutoencoder, edit_motion
 from float.autoencoder_model import AutoencoderWithJudges
-from float.build import chosen_checkpoint, load_autoencoder, make_autoencoder, make_generator
-from float.compact import CompactAutoencoder
 from float.config import PRESETS, Config, DataConfig, ModelConfig
 from float.model import FlowMatchingTransformer, MotionGenerator
-from float.released import export_released_layout, load_released_checkpoint, released_state
-from float.sampling import SamplingOptions, sample_motion
+from float.modules.audio import AudioEncoder, LogMelEncoder, normalise_waveform, pad_to_samples, rename_weight_norm
+from float.modules.autoencoder import MotionAutoencoder, edit_motion
+from float.modules.compact import CompactAutoencoder
+from float.sampling.animate import Animator, audio_windows
+from float.sampling.motion import SamplingOptions, sample_motion
+from float.weights.open import chosen_checkpoint, load_autoencoder, make_autoencoder, make_generator
+from float.weights.released import export_released_layout, load_released_checkpoint, released_state
 from shared.config import load_saved
 from shared.errors import UserError
 from tests.float.golden import FOLDER, small_transformer
@@ -63,8 +63,8 @@ def test_official_names_and_shapes_are_the_released_ones():
 def test_foreign_encoders_have_the_recorded_names():
     from transformers import Wav2Vec2Config
 
-    from float.audio import AudioEncoder
-    from float.emotion import Audio2Emotion
+    from float.modules.audio import AudioEncoder
+    from float.modules.emotion import Audio2Emotion
 
     large = Wav2Vec2Config(
         hidden_size=1024,

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from float.clips import find_clips
 from float.config import SAMPLE_DATA
-from float.make_talking_head import main, mouth_from_audio
-from float.media import iterate_frames
-from float.mouth_meter import read_truth
+from float.data.clips import find_clips
+from float.data.media import iterate_frames
+from float.evaluation.mouth_meter import read_truth
+from float.sample_data.maker.make_talking_head import main, mouth_from_audio
 
 
 def test_the_mouth_of_a_sample_clip_is_the_stated_function_of_its_sound():

@@ -11,16 +11,16 @@ import soundfile
 import torch
 
 from float.config import AUTOENCODER_PRESETS, PRESETS, AutoencoderConfig, Config
+from float.data.media import iterate_frames, read_audio
+from float.data.synthetic import write_synthetic_features
 from float.dataset import FLOATDataset, collate_windows
 from float.generate import main as generate
-from float.media import iterate_frames, read_audio
 from float.metrics import main as metrics
 from float.precompute import main as precompute
-from float.synthetic import write_synthetic_features
 from float.train import main as train
 from float.train_autoencoder import main as train_autoencoder
 from shared.config import load_config, load_saved
-from shared.dist import DistInfo
+from shared.engine.dist import DistInfo
 from tests.float.material import write_clip
 from tests.launching import ROOT, final_tensors, losses, run, same_bits
 
@@ -182,8 +182,8 @@ def test_two_ranks_train_the_autoencoder_as_one(tmp_path, clips):
 @pytest.mark.slow
 def test_overfits_eight_clips(tmp_path):
     """The reference network of the spec: below a quarter of the starting flow loss after 400 steps."""
-    from float.build import make_generator
-    from float.trainer import FlowMatchingTrainer
+    from float.objective import FlowMatchingTrainer
+    from float.weights.open import make_generator
 
     config = Config()
     config.run.output_dir, config.training.learning_rate = str(tmp_path), 1e-3
@@ -214,8 +214,8 @@ def test_overfits_eight_clips(tmp_path):
 
 
 def test_trainer_steps_callbacks_and_what_moves(tmp_path):
-    from float.build import make_generator
-    from float.trainer import FlowMatchingTrainer
+    from float.objective import FlowMatchingTrainer
+    from float.weights.open import make_generator
 
     config = load_config(
         Config,
@@ -249,8 +249,8 @@ def test_trainer_steps_callbacks_and_what_moves(tmp_path):
 
 def test_each_condition_is_dropped_as_often_as_its_own_setting_says(tmp_path):
     """And a window at the start of its clip is given no previous motion, whatever whitening makes of zeros."""
-    from float.build import make_generator
-    from float.trainer import FlowMatchingTrainer
+    from float.objective import FlowMatchingTrainer
+    from float.weights.open import make_generator
 
     config = load_config(Config, presets=PRESETS, argv=[*TINY, "--output-dir", str(tmp_path)], default="small")
     write_synthetic_features(config, DistInfo())

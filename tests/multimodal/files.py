@@ -9,9 +9,9 @@ import soundfile
 from PIL import Image
 
 from multimodal.config import DataConfig
+from multimodal.data.records import Records
+from multimodal.data.text import TextTokenizer
 from multimodal.dataset import CaptionedDataset
-from multimodal.records import Records
-from multimodal.text import TextTokenizer
 
 
 def dataset(records: Records, tokenizer: TextTokenizer, **settings) -> CaptionedDataset:

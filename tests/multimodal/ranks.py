@@ -12,8 +12,8 @@ import torch  # noqa: E402
 import torch.distributed as torch_dist  # noqa: E402
 
 from multimodal import run, train, trainer  # noqa: E402
-from multimodal.contrastive import CachedStep, Pairing, contrastive_loss, total_loss  # noqa: E402
-from shared.dist import init_distributed  # noqa: E402
+from multimodal.modules.contrastive import CachedStep, Pairing, contrastive_loss, total_loss  # noqa: E402
+from shared.engine.dist import init_distributed  # noqa: E402
 from tests.multimodal.golden import numbers, tensors  # noqa: E402
 from tests.multimodal.small import shrink  # noqa: E402
 

@@ -1,6 +1,7 @@
 """A network of half a million parameters in place of the mini size, and settings that train it in seconds."""
 
-from multimodal import model, objectives
+from multimodal import model
+from multimodal import objective as objectives
 
 WIDTHS = model.Widths((64, 2), (64, 1), (64, 2), (64, 1), 16)
 MODEL = ["--image-size", "32", "--image-patch", "8", "--embed-dim", "32", "--model-size", "mini"]

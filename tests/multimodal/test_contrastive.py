@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as torch_dist
 
-from multimodal.contrastive import contrastive_loss, positives
-from multimodal.objectives import hard_negatives, mask_words, masked_loss, split_by_mask
+from multimodal.modules.contrastive import contrastive_loss, positives
+from multimodal.objective import hard_negatives, mask_words, masked_loss, split_by_mask
 from tests.launching import run
 from tests.multimodal import ranks
 from tests.multimodal.golden import numbers, tensors

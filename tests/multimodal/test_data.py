@@ -11,12 +11,12 @@ import soundfile
 import torch
 from PIL import Image
 
-from multimodal.audio import compress, fit_frames, log_mel, read_audio, spec_augment
 from multimodal.config import Config
-from multimodal.image import read_image
-from multimodal.records import read_clotho_keywords, read_records
-from multimodal.sources import open_data
-from multimodal.text import TextTokenizer
+from multimodal.data.audio import compress, fit_frames, log_mel, read_audio, spec_augment
+from multimodal.data.image import read_image
+from multimodal.data.records import read_clotho_keywords, read_records
+from multimodal.data.sources import open_data
+from multimodal.data.text import TextTokenizer
 from shared.errors import BadSample, UserError
 from tests.multimodal.files import dataset, picture, wav
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from multimodal import download_datasets
-from multimodal import fetch as fetching
-from multimodal.archives import ArchiveError, unpack
-from multimodal.catalogue import SETS, ManualFile, RemoteFile, RemoteSet
-from multimodal.fetch import DownloadError, Policy, fetch
+from multimodal.download import fetch as fetching
+from multimodal.download.archives import ArchiveError, unpack
+from multimodal.download.catalogue import SETS, ManualFile, RemoteFile, RemoteSet
+from multimodal.download.fetch import DownloadError, Policy, fetch
 from tests.multimodal.server import Site, serving
 
 QUICK = Policy(max_retries=3, timeout=5, first_wait=0.0)

@@ -7,14 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from multimodal.audio import log_mel, mel_filters, mel_power
 from multimodal.config import TrainingConfig
-from multimodal.contrastive import contrastive_loss
-from multimodal.image import center_crop, from_tensor, normalise
-from multimodal.retrieval import ranks_of_targets, summarise
-from multimodal.text import TextTokenizer
+from multimodal.data.audio import log_mel, mel_filters, mel_power
+from multimodal.data.image import center_crop, from_tensor, normalise
+from multimodal.data.text import TextTokenizer
+from multimodal.evaluation.retrieval import ranks_of_targets, summarise
+from multimodal.modules.contrastive import contrastive_loss
+from shared.media.pictures import to_pixels
 from shared.optim import lr_at
-from shared.pictures import to_pixels
 from tests.multimodal.golden import numbers, tensors
 
 

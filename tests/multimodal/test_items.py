@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from multimodal.config import Config
+from multimodal.data.records import ListRecords, read_records
+from multimodal.data.sources import SAMPLE_DATA, PairedStream, make_datasets
+from multimodal.data.synthetic import synthetic_records
+from multimodal.data.text import TextTokenizer, load_word_vectors
 from multimodal.dataset import Augmentation, collate
-from multimodal.records import ListRecords, read_records
-from multimodal.sources import SAMPLE_DATA, PairedStream, make_datasets
-from multimodal.synthetic import synthetic_records
-from multimodal.text import TextTokenizer, load_word_vectors
 from multimodal.trainer import validation_batch
-from shared.dist import DistInfo
+from shared.engine.dist import DistInfo
 from shared.errors import BadSample, UserError
 from tests.multimodal.files import dataset, picture
 

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from multimodal import benchmark
-from multimodal.blocks import Attention, Block
 from multimodal.config import Config
 from multimodal.model import SIZES, create_model
+from multimodal.modules.blocks import Attention, Block
 from multimodal.trainer import choose_trainable, make_stage_module, parameter_groups
+from scripts.bench import multimodal as benchmark
 
 TOTALS = {"tiny": 14_784_789, "small": 35_593_493, "base": 80_128_597, "large": 200_918_869}
 BASE_PARTS = {

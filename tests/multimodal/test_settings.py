@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from multimodal.config import Config, TrainingConfig, stage_epochs
-from multimodal.retrieval import average_precision_at, chance_recall, mean_average_precision, micro_f1, summarise
+from multimodal.evaluation.retrieval import (
+    average_precision_at,
+    chance_recall,
+    mean_average_precision,
+    micro_f1,
+    summarise,
+)
 from shared.config import load_config, validate
 from shared.errors import UserError
 

@@ -8,13 +8,13 @@ import pytest
 from PIL import Image
 
 from multimodal.config import Config
+from multimodal.data.records import ListRecords, Record, read_records
+from multimodal.data.sharded import Joined, readable
+from multimodal.data.sources import HELD_OUT, open_data, stable_hash
+from multimodal.data.text import TextTokenizer
 from multimodal.dataset import list_fingerprint
-from multimodal.records import ListRecords, Record, read_records
-from multimodal.sharded import Joined, readable
-from multimodal.sources import HELD_OUT, open_data, stable_hash
-from multimodal.text import TextTokenizer
 from shared.errors import BadSample, UserError
-from shared.shards import Shards
+from shared.media.shards import Shards
 from tests.multimodal.files import dataset, picture, write_shard
 
 PIXELS = io.BytesIO()

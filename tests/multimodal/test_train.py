@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from multimodal import embed, generate, metrics, train
-from multimodal.inference import Embedder
+from multimodal.data.records import read_records
+from multimodal.data.sources import SAMPLE_DATA
+from multimodal.data.synthetic import synthetic_records
 from multimodal.model import create_model
-from multimodal.records import read_records
-from multimodal.sources import SAMPLE_DATA
-from multimodal.synthetic import synthetic_records
-from multimodal.weights import load_model
-from shared.checkpoint import load_strict
+from multimodal.weights.files import load_model
+from multimodal.weights.open import Embedder
+from shared.engine.checkpoint import load_strict
 from shared.errors import UserError
 from tests.launching import final_tensors, losses, same_bits
 from tests.multimodal import small

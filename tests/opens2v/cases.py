@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from opens2v.model import RefWanTransformer3DModel
-from opens2v.wan import load_generator_checkpoint
+from opens2v.weights.wan import load_generator_checkpoint
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "opens2v"
 MINI = REFERENCE / "mini_dataset"

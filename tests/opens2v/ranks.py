@@ -7,7 +7,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from opens2v.train import OpenS2VTrainer, parse
-from shared.dist import init_distributed, shutdown
+from shared.engine.dist import init_distributed, shutdown
 from tests.opens2v.cases import QUICK
 
 STEPS = [

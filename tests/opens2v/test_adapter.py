@@ -7,13 +7,13 @@ import warnings
 import pytest
 import torch
 
-from opens2v.causal import KeyValueCache, attention_runs, causal_frame_mask, frame_blocks
-from opens2v.conditions import Conditions
 from opens2v.config import ModelConfig
-from opens2v.lora import add_lora, enable_trainable, lora_pattern, merge_lora, scale_lora
 from opens2v.model import RefWanTransformer3DModel, is_reference_name
-from opens2v.sampling import SamplerSettings, VideoSampler
-from opens2v.wan import cast_base, load_generator_checkpoint, read_generator_state, to_original_name
+from opens2v.modules.causal import KeyValueCache, attention_runs, causal_frame_mask, frame_blocks
+from opens2v.modules.conditions import Conditions
+from opens2v.modules.lora import add_lora, enable_trainable, lora_pattern, merge_lora, scale_lora
+from opens2v.sampling.video import SamplerSettings, VideoSampler
+from opens2v.weights.wan import cast_base, load_generator_checkpoint, read_generator_state, to_original_name
 from shared.errors import UserError
 from tests.opens2v.cases import REFERENCE, TINY, tensors, tiny_model
 

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from opens2v import annotations
-from opens2v.annotations import Annotations, write_index
+from opens2v.data import annotations
+from opens2v.data.annotations import Annotations, write_index
 from shared.errors import UserError
 from tests.opens2v.cases import part_paths
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from opens2v.encoders import PatchCodec
+from opens2v.modules.encoders import PatchCodec
 from shared.errors import UserError
 
 

@@ -166,7 +166,7 @@ def test_presets_are_valid_and_commented(preset):
 @pytest.mark.parametrize("script", ["train", "generate", "metrics", "precompute", "annotations"])
 def test_help_needs_no_torch(script):
     if script == "annotations":  # numpy only, and its help is short
-        code = "import sys; from opens2v.annotations import main; sys.argv = ['x', '--help']"
+        code = "import sys; from opens2v.data.annotations import main; sys.argv = ['x', '--help']"
     else:
         code = f"import sys; from opens2v.{script} import main; sys.argv = ['x', '--help']"
     code += "\ntry:\n    main()\nexcept SystemExit as end:\n    print(end.code, 'torch' in sys.modules)"

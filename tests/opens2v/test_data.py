@@ -13,18 +13,18 @@ import pytest
 import torch
 
 from opens2v import rle
-from opens2v.augment import recolour
-from opens2v.clips import frame_indices, generic_caption, usable_range
 from opens2v.config import SAMPLE_DATA, Config
-from opens2v.cross_frames import cluster_of
+from opens2v.data.augment import recolour
+from opens2v.data.clips import frame_indices, generic_caption, usable_range
+from opens2v.data.cross_frames import cluster_of
+from opens2v.data.subjects import SubjectFilter, select_subjects
+from opens2v.data.video import cover_resize, crop_window, read_frames, to_uint8, write_video
 from opens2v.dataset import (
     MultiPartOpenS2VAdapterDataset,
     OpenS2VAdapterDataset,
     collate_opens2v_batch,
     create_opens2v_dataloader,
 )
-from opens2v.subjects import SubjectFilter, select_subjects
-from opens2v.video import cover_resize, crop_window, read_frames, to_uint8, write_video
 from shared.errors import BadSample, UserError
 from tests.opens2v.cases import EXPECTED, MINI, PARTS, part_paths
 

@@ -8,12 +8,12 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch.nn import functional
 
-from opens2v.adapter import DualPathCrossAttention, ReferenceTokens, clip_projection, sincos_2d, subject_mask
-from opens2v.causal import causal_frame_mask, rotary_table, rotate
-from opens2v.lora import add_lora, enable_trainable
 from opens2v.model import WAN_1_3B, RefWanTransformer3DModel, is_reference_name
-from opens2v.scheduler import FlowMatchScheduler, velocity_of
-from opens2v.wan import to_diffusers_name, to_original_name
+from opens2v.modules.adapter import DualPathCrossAttention, ReferenceTokens, clip_projection, sincos_2d, subject_mask
+from opens2v.modules.causal import causal_frame_mask, rotary_table, rotate
+from opens2v.modules.lora import add_lora, enable_trainable
+from opens2v.sampling.scheduler import FlowMatchScheduler, velocity_of
+from opens2v.weights.wan import to_diffusers_name, to_original_name
 from tests.opens2v.cases import REFERENCE, tensors, tiny_model
 
 CLOSE = dict(atol=2e-4, rtol=0)

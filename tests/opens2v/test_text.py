@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 from transformers import UMT5Config, UMT5EncoderModel
 
-from opens2v.encoders import UMT5Text
+from opens2v.modules.encoders import UMT5Text
 
 
 def by_words(texts, *, padding, max_length, **_):

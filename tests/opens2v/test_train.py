@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from opens2v import generate, metrics, precompute, train
-from opens2v.base import base_path, load_generator
 from opens2v.config import Config
-from opens2v.loading import load_trained_generator
+from opens2v.data.video import read_frames
 from opens2v.model import is_reference_name
 from opens2v.plan import workload
-from opens2v.video import read_frames
+from opens2v.weights.base import base_path, load_generator
+from opens2v.weights.open import load_trained_generator
 from shared.config import load_saved
 from shared.errors import UserError
 from tests.launching import final_tensors, losses, run, same_bits

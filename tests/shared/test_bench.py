@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from shared import bench as bench_module
-from shared.bench import (
+from scripts.bench import bench as bench_module
+from scripts.bench.bench import (
     Bench,
     BenchOptions,
     Row,
@@ -23,10 +23,10 @@ from shared.bench import (
     slope,
     training_step,
 )
-from shared.bench_gpu import breakdown, kind_of, make_step, matrix_peak, utilisation
-from shared.bench_table import find_systems, markdown, number, write_tables
+from scripts.bench.gpu import breakdown, kind_of, make_step, matrix_peak, utilisation
+from scripts.bench.table import find_systems, markdown, number, write_tables
 from shared.config import RunSection, Section, TrainingSection
-from shared.planner import Workload
+from shared.plan.table import Workload
 from tests.launching import ENVIRONMENT, ROOT
 
 CPU = torch.device("cpu")
@@ -155,13 +155,13 @@ def test_numbers_keep_three_digits():
 
 
 def test_every_system_has_a_benchmark():
-    assert {"bagel", "dit", "float", "multimodal", "opens2v"} <= set(find_systems(ROOT))
+    assert set(find_systems(ROOT)) == {"bagel", "dit", "float", "multimodal", "opens2v", "workshop"}
 
 
 @pytest.mark.parametrize(
     "words, sentence",
     [
-        (["--system", "nothing"], "no nothing/benchmark.py"),
+        (["--system", "nothing"], "no scripts/bench/nothing.py"),
         (["--parts", "nothing"], "--parts nothing: unknown"),
         (["--gpu"], "--gpu needs a CUDA device"),
     ],
@@ -170,7 +170,7 @@ def test_what_cannot_be_measured_is_said_in_one_sentence(words, sentence):
     if "--gpu" in words and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     done = subprocess.run(
-        [sys.executable, "shared/bench.py", *words], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+        [sys.executable, "scripts/bench/bench.py", *words], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
     )
     assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1
 
@@ -235,9 +235,9 @@ def test_no_table_names_a_folder_of_this_machine(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("system", ["bagel", "dit", "float", "multimodal", "opens2v"])
 def test_every_system_s_step_runs_as_on_a_gpu(monkeypatch, system):
-    module, asked = importlib.import_module(f"{system}.benchmark"), []
+    module, asked = importlib.import_module(f"scripts.bench.{system}"), []
     monkeypatch.setattr(
-        "shared.bench_gpu.utilisation", lambda bench, name, workload, config, **more: asked.append(name)
+        "scripts.bench.gpu.utilisation", lambda bench, name, workload, config, **more: asked.append(name)
     )
     module.gpu(fresh())
     assert asked

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shared.data import BatchPlan, MapStream, ReadAhead, to_device
-from shared.dist import DistInfo
+from shared.engine.dist import DistInfo
 from shared.errors import BadSample, UserError
 from shared.rng import keyed_generator
 

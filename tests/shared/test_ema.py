@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from shared.config import TrainingSection
-from shared.dist import DistInfo
-from shared.ema import EMA
+from shared.engine.dist import DistInfo
+from shared.engine.ema import EMA
+from shared.engine.strategy import Strategy
 from shared.optim import decay_groups
-from shared.strategy import Strategy
 
 
 def make() -> Strategy:

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from shared.errors import UserError
-from shared.figure import MARGIN, TALLEST, TITLE_HEIGHT, WIDTH, main, short
+from shared.report.figure import MARGIN, TALLEST, TITLE_HEIGHT, WIDTH, main, short
 
 TOP = round(TALLEST * WIDTH)
 

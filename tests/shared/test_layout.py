@@ -161,7 +161,7 @@ def test_no_text_names_a_place_on_one_machine():
 BROKEN = [
     (foreign_imports, "shared/x.py", "from dit.model import DiTModel"),
     (foreign_imports, "shared/x.py", "def f():\n    import float.model as m"),
-    (foreign_imports, "dit/x.py", "import bagel.vae"),
+    (foreign_imports, "dit/x.py", "import bagel.modules.vae"),
     (foreign_imports, "float/x.py", "from tests.launching import run"),
     (relative_imports, "dit/x.py", "from .model import DiTModel"),
     (rebound_float, "tests/x.py", "import float"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shared.config import RunSection
-from shared.dist import DistInfo
+from shared.engine.dist import DistInfo
 from shared.log import RunLog, read_metrics
 
 

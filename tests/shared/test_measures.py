@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from shared.measures import frechet_gaussians, gaussian_of
+from shared.metrics import frechet_gaussians, gaussian_of
 
 
 def test_gaussians_with_known_distances():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from shared.norm import RMSNorm
+from shared.engine.norm import RMSNorm
 
 
 @pytest.mark.parametrize("shape", [(3, 8), (2, 5, 8), (2, 3, 4, 8)])

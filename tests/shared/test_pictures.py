@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shared.pictures import as_rgb
+from shared.media.pictures import as_rgb
 
 
 def saved(image: Image.Image, kind: str, **options) -> Image.Image:

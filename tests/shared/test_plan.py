@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from shared.config import RunSection, TrainingSection
 from shared.errors import UserError
-from shared.plan import FrozenPart, describe, make_plan, measure
+from shared.plan.measure import FrozenPart, describe, make_plan, measure
 
 B, L, D, H, V, LAYERS = 2, 32, 64, 4, 100, 3
 BLOCK = (D * 3 * D + 3 * D) + (D * D + D) + (D * 4 * D + 4 * D) + (4 * D * D + D) + 4 * D  # two norms

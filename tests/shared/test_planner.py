@@ -6,7 +6,7 @@ from torch import nn
 
 from float import train_autoencoder
 from shared.config import RunSection, Section, TrainingSection
-from shared.planner import Workload, _extended, plan_run
+from shared.plan.table import Workload, _extended, plan_run
 from tests.launching import ROOT
 
 WIDTH = 64

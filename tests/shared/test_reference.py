@@ -5,9 +5,9 @@ from typing import Literal
 
 import pytest
 
+from scripts.settings_reference import main, reference
 from shared.config import Section, setting
 from shared.errors import UserError
-from shared.reference import main, reference
 from tests.launching import ROOT
 
 PAGES = {
@@ -22,7 +22,7 @@ PAGES = {
 
 @pytest.mark.parametrize("page, schema", PAGES.items())
 def test_the_page_is_what_the_schema_gives(page, schema, tmp_path):
-    """When this fails: python -m shared.reference SCHEMA --output PAGE."""
+    """When this fails: python -m scripts.settings_reference SCHEMA --output PAGE."""
     main([schema, "--output", str(tmp_path / "page.md")])
     assert (ROOT / page).read_text(encoding="utf-8") == (tmp_path / "page.md").read_text(encoding="utf-8")
 

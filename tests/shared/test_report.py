@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from shared.errors import UserError
-from shared.report import MAX_EMBEDDED, Bar, Sample, main, write_index, write_report
+from shared.report.page import MAX_EMBEDDED, Bar, Sample, main, write_index, write_report
 
 PNG = bytes.fromhex(
     "89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c4890000000d49444154789c6360606060000000050001a5f6"

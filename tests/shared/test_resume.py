@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.checkpoint import CheckpointStore, find_checkpoint, load_weights, newest_checkpoint
 from shared.config import TrainingSection
-from shared.dist import DistInfo
+from shared.engine.checkpoint import CheckpointStore, find_checkpoint, load_weights, newest_checkpoint
+from shared.engine.dist import DistInfo
+from shared.engine.strategy import KINDS, Strategy
 from shared.errors import CheckpointError, UserError
 from shared.optim import decay_groups
-from shared.strategy import KINDS, Strategy
 from tests.launching import ENVIRONMENT, ROOT, command, final_tensors, losses, newest, run, run_and_kill, same_bits
 from tests.shared import toy
 
@@ -243,7 +243,7 @@ def test_damage_is_named_and_the_checkpoint_before_is_taken(finished, tmp_path, 
 
 def test_nothing_half_written_stays_when_the_disk_is_full(finished, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path / "run")
-    import shared.checkpoint as checkpoint
+    import shared.engine.checkpoint as checkpoint
 
     def full(*_):
         raise OSError(28, "No space left on device", "model.safetensors")

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from shared import shards as headers
 from shared.errors import BadSample, UserError
-from shared.shards import Shards, split_name
+from shared.media import shards as headers
+from shared.media.shards import Shards, split_name
 
 
 def make_shard(path, samples, extra=()):

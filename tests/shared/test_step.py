@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.config import TrainingSection
 from shared.data import to_device
-from shared.dist import DistInfo
+from shared.engine.dist import DistInfo
+from shared.engine.strategy import Strategy
 from shared.optim import decay_groups
 from shared.rng import keyed_rand, keyed_randn
-from shared.strategy import Strategy
 from tests.shared.toy import run_case
 
 

@@ -18,11 +18,11 @@ from torch import nn
 
 from shared.config import RunSection, Section, TrainingSection, accumulation_steps
 from shared.data import BatchPlan, MapStream
-from shared.dist import init_distributed
+from shared.engine.dist import init_distributed
+from shared.engine.strategy import ensure_group
 from shared.errors import UserError, command
 from shared.loop import fit
 from shared.rng import keyed_randn
-from shared.strategy import ensure_group
 
 WIDTH, CLASSES = 33, 65
 

@@ -12,11 +12,11 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile
 
 from shared.config import load_config
-from shared.dist import DistInfo
-from shared.ema import EMA
+from shared.engine.dist import DistInfo
+from shared.engine.ema import EMA
+from shared.engine.strategy import Strategy
 from shared.optim import decay_groups
-from shared.planner import Workload
-from shared.strategy import Strategy
+from shared.plan.table import Workload
 
 
 def cases() -> dict[str, tuple[Callable[[], Any], Callable[[Any], Workload]]]:
@@ -26,9 +26,9 @@ def cases() -> dict[str, tuple[Callable[[], Any], Callable[[Any], Workload]]]:
     from dit import config as dit_config
     from dit import train as dit_train
     from float import config as float_config
-    from float import plans as float_plans
+    from float import plan as float_plans
     from multimodal import config as multimodal_config
-    from multimodal import planning as multimodal_planning
+    from multimodal import plan as multimodal_planning
     from opens2v import config as opens2v_config
     from opens2v import plan as opens2v_plan
 

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from shared.checkpoint import CheckpointStore
 from shared.config import TrainingSection
-from shared.dist import DistInfo
-from shared.ema import EMA
+from shared.engine.checkpoint import CheckpointStore
+from shared.engine.dist import DistInfo
+from shared.engine.ema import EMA
+from shared.engine.state import tensors_to_save, trainer_state
+from shared.engine.strategy import Strategy
 from shared.optim import decay_groups
-from shared.state import tensors_to_save, trainer_state
-from shared.strategy import Strategy
 
 WIDTH, ROWS = 1024, 64  # layers of a million parameters; samples of a step
 

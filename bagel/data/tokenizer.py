@@ -1,0 +1,81 @@
+"""Text to ids and back: a released tokenizer from a local folder, or plain bytes for training from nothing."""
+
+import hashlib
+from pathlib import Path
+from typing import Protocol
+
+from bagel.config import ModelConfig
+from bagel.data.records import SPECIAL_STRINGS
+from bagel.sampling.generation import SpecialTokens
+from shared.errors import UserError
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json")
+
+
+class Tokenizer(Protocol):
+    """What the rest of the system asks of a tokenizer."""
+
+    special: SpecialTokens
+    vocab_size: int  # rows that an embedding needs
+    identity: str  # another one when texts get other ids
+
+    def encode(self, text: str) -> list[int]:
+        """Ids without any mark; marks inside the text are read as plain text."""
+
+    def decode(self, ids: list[int]) -> str:
+        """The text without marks."""
+
+
+class ByteTokenizer:
+    """UTF-8 bytes 0..255, then the four marks: no file needed, every language possible."""
+
+    special = SpecialTokens(256, 257, 258, 259)
+    vocab_size = 260
+    identity = "bytes"
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8", errors="replace"))  # half a surrogate pair, which JSON allows, becomes "?"
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(token for token in ids if token < 256).decode("utf-8", errors="replace")
+
+
+class FolderTokenizer:
+    """A tokenizer.json (or vocab.json, merges.txt) read by transformers offline; missing marks are added."""
+
+    def __init__(self, folder: Path):
+        from transformers import AutoTokenizer
+
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            raise FileNotFoundError(2, "no tokenizer", str(folder / "tokenizer.json"))
+        self.inner = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        known = set(self.inner.get_vocab())
+        missing = [mark for mark in SPECIAL_STRINGS if mark not in known]
+        if missing:
+            self.inner.add_special_tokens({"additional_special_tokens": missing})
+        self.special = SpecialTokens(*self.inner.convert_tokens_to_ids(list(SPECIAL_STRINGS)))
+        self.vocab_size = len(self.inner)
+        files = [path for path in (folder / name for name in TOKENIZER_FILES) if path.is_file()]
+        self.identity = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+    def encode(self, text: str) -> list[int]:
+        return self.inner.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.inner.decode(ids, skip_special_tokens=True)
+
+
+def load_tokenizer(config: ModelConfig) -> Tokenizer:
+    """The configured tokenizer; raises a UserError when it is too large for the embedding of a model trained from
+    nothing.
+    """
+    name = config.tokenizer or config.model_path
+    if name is None:
+        raise UserError("no tokenizer: give --model-path, or --tokenizer bytes or a folder with tokenizer.json")
+    tokenizer = ByteTokenizer() if name == "bytes" else FolderTokenizer(Path(name))
+    if config.from_scratch and tokenizer.vocab_size > config.language.vocab_size:
+        raise UserError(
+            f"model.language.vocab_size {config.language.vocab_size} is below the {tokenizer.vocab_size} ids of "
+            f"tokenizer {name}; raise it"
+        )
+    return tokenizer

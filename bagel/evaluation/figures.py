@@ -1,0 +1,343 @@
+"""What `metrics.py` measures. Every figure stands beside the trivial answer that it has to beat."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bagel.dataset import UnifiedGenerationDataset
+from bagel.evaluation.pictures import (
+    ClipScorer,
+    clip_score,
+    colour_agreement,
+    consistency,
+    fid,
+    named_colour_agreement,
+)
+from bagel.evaluation.text import Unavailable, bert_score, bleu, guarded, meteor, ngram_baselines, rouge
+from bagel.evaluation.validation import RECORDS_A_PACK, TIMES, Conversation, conversations, fixed_pack, grid
+from bagel.objective import with_latents
+from bagel.packing import Draws, Dropout, PackBuilder, PlanItem
+from bagel.sampling.generation import Guidance
+from bagel.train import open_dataset
+from bagel.weights.open import Opened
+from shared.data import to_device
+from shared.errors import UserError
+from shared.rng import keyed_generator
+
+if TYPE_CHECKING:
+    from bagel.metrics import Options
+
+CANDIDATES = 10  # captions of which the right one must be first
+_CANDIDATES = 321  # random stream
+
+
+def evaluate(opened: Opened, options: "Options", folder: Path) -> tuple[dict[str, Any], list[tuple[Path, str, str]]]:
+    """(figures by name, samples as (file, caption, group)). Files go into `folder`."""
+    held_out, train = _datasets(opened, options)
+    figures: dict[str, Any] = {
+        "checkpoint": str(options.checkpoint),
+        "records": min(len(held_out), options.max_records),
+    }
+    figures |= held_out_figures(opened, held_out, train, options.max_records)
+    figures |= _best_of_run(opened, figures)
+    if train is not None:
+        figures |= ranking_figures(opened, train, None)
+        figures |= {f"held_out_{name}": value for name, value in ranking_figures(opened, held_out, train).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    samples: list[tuple[Path, str, str]] = []
+    figures |= answer_figures(opened, held_out, options, folder, samples)
+    sets = [("held_out", held_out)] + ([("train", train)] if train is not None else [])
+    for name, dataset in sets:
+        figures |= {
+            f"{name}_{key}": value
+            for key, value in picture_figures(opened, dataset, options, folder, name, samples).items()
+        }
+    return figures, samples
+
+
+def _datasets(opened: Opened, options: "Options") -> tuple[UnifiedGenerationDataset, UnifiedGenerationDataset | None]:
+    config = opened.config
+    paths = [options.data, options.train_data]
+    if config is not None:
+        paths = [paths[0] or config.data.val_data_path, paths[1] or config.data.train_data_path]
+    if paths[0] is None:
+        raise UserError("no records to evaluate: give --data FILE")
+    if config is None:
+        from bagel.config import Config
+
+        config = Config(data=opened.data)
+    config = config.model_copy(deep=True)
+    config.data.flip_probability = 0.0
+    if options.image_root:
+        config.data.image_root = options.image_root
+    return tuple(
+        None if path is None else open_dataset(config, opened.model_config, opened.tokenizer, path) for path in paths
+    )
+
+
+def _encoded(opened: Opened, pack: dict[str, Any]) -> dict[str, Any]:
+    device = next(opened.model.parameters()).device
+    return with_latents(to_device(pack, device), opened.autoencoder, opened.model_config)
+
+
+# --- held-out losses --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def held_out_figures(
+    opened: Opened, dataset: UnifiedGenerationDataset, train: UnifiedGenerationDataset | None, most: int
+) -> dict[str, Any]:
+    """Nats a text token and the velocity loss, with n-gram and constant predictors fitted to the training records."""
+    text, images, constant = [], [], []
+    means = _mean_latents(opened, train) if train is not None else {}
+    for indices in _in_packs(min(len(dataset), most)):
+        for number, t in enumerate(TIMES):
+            pack = _encoded(opened, fixed_pack(dataset, indices, t, opened.model_config.timestep_shift))
+            losses = opened.model(pack)
+            if number == 0:
+                text += losses["ce"].tolist()
+            images += losses["mse"].mean(-1).tolist()
+            constant += _constant_errors(pack, means)
+    figures: dict[str, Any] = {
+        "text_loss": _mean(text),
+        "text_tokens": len(text),
+        "image_loss": _mean(images),
+        "image_loss_constant": _mean(constant),
+    }
+    if images and constant:
+        figures["image_ratio"] = figures["image_loss"] / figures["image_loss_constant"]
+    if train is not None and text:
+        answers = [_answers(data) for data in (train, dataset)]
+        if all(answers):
+            baselines = ngram_baselines(*answers, opened.tokenizer.vocab_size)
+            figures |= {f"text_loss_{name}": value for name, value in baselines.items()}
+            figures["text_below_unigram"] = 1 - figures["text_loss"] / baselines["unigram"]
+    return figures
+
+
+def _in_packs(count: int) -> list[range]:
+    """The indices of so many records, a few at a time."""
+    return [range(first, min(first + RECORDS_A_PACK, count)) for first in range(0, count, RECORDS_A_PACK)]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _answers(dataset: UnifiedGenerationDataset) -> list[list[int]]:
+    """The learned texts with their closing mark."""
+    return [
+        [*item.ids, dataset.layout.tokens.eos]
+        for index in range(len(dataset))
+        for item in dataset.plan(index, 0)
+        if item.type == "text" and item.loss
+    ]
+
+
+def _mean_latents(opened: Opened, train: UnifiedGenerationDataset) -> dict[tuple[int, int], Tensor]:
+    """The mean training picture of every latent size: what a predictor that ignores its input knows of a picture."""
+    sums: dict[tuple[int, int], list] = {}
+    for indices in _in_packs(len(train)):
+        pack = _encoded(opened, fixed_pack(train, indices, 0.5, 1.0))
+        for shape, latents, target in _by_picture(pack):
+            if target:
+                total = sums.setdefault(shape, [torch.zeros_like(latents), 0])
+                total[0] += latents
+                total[1] += 1
+    return {shape: total / count for shape, (total, count) in sums.items()}
+
+
+def _by_picture(pack: dict[str, Any]) -> list[tuple[tuple[int, int], Tensor, bool]]:
+    """(latent size, latents (N, C), whether it is to be generated) of every picture of a pack."""
+    shapes = [tuple(shape) for shape in pack["patchified_vae_latent_shapes"]]
+    counts = [rows * columns for rows, columns in shapes]
+    times = pack["packed_timesteps"].split(counts)
+    return [
+        (shape, latents, bool(torch.isfinite(time[0])))
+        for shape, latents, time in zip(shapes, pack["packed_latents"].split(counts), times, strict=True)
+    ]
+
+
+def _constant_errors(pack: dict[str, Any], means: dict[tuple[int, int], Tensor]) -> list[float]:
+    """Squared error of every target token when the velocity is always predicted as minus the mean picture."""
+    errors, first = [], 0
+    for shape, latents, target in _by_picture(pack):
+        if target:
+            velocity = pack["packed_noise"][first : first + len(latents)] - latents
+            mean = means.get(shape, torch.zeros_like(latents))
+            errors += (velocity + mean).square().mean(-1).tolist()
+        first += len(latents)
+    return errors
+
+
+def _best_of_run(opened: Opened, figures: dict[str, Any]) -> dict[str, Any]:
+    """The least held-out text loss that the run logged, apart from that of the weights evaluated here."""
+    from shared.log import read_metrics
+
+    if opened.config is None:
+        return {}
+    rows = read_metrics(Path(opened.config.run.output_dir) / "metrics.jsonl")
+    found = [(row["val/text_loss"], row["step"]) for row in rows if row.get("val/text_loss") is not None]
+    if not found or not min(found)[0]:
+        return {}
+    best, step = min(found)
+    extra = (
+        {"best_text_below_unigram": 1 - best / figures["text_loss_unigram"]} if "text_loss_unigram" in figures else {}
+    )
+    return {"best_text_loss": best, "best_text_step": step, **extra}
+
+
+# --- captions ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def ranking_figures(
+    opened: Opened, dataset: UnifiedGenerationDataset, others: UnifiedGenerationDataset | None
+) -> dict[str, Any]:
+    """How often the right caption of a picture is the likeliest of ten, by mean log probability a token (chance 0.1).
+
+    The nine others are captions of other pictures of the same records, and of `others` where those are too few. On
+    training pictures this measures memory, on held-out pictures understanding.
+    """
+    cases = _described(dataset)
+    pool = [answer for _, _, answer in cases] + (
+        [answer for _, _, answer in _described(others)] if others is not None else []
+    )
+    if len(set(map(tuple, pool))) < CANDIDATES or not cases:
+        return {
+            "caption_first_of_10": None,
+            "caption_first_of_10_reason": "fewer than ten different captions of pictures",
+        }
+    first = 0
+    for number, (index, items, answer) in enumerate(cases):
+        generator = keyed_generator(_CANDIDATES, number)
+        distractors = [text for text in _shuffled(pool, generator) if text != answer]
+        unique = [list(text) for text in dict.fromkeys(map(tuple, distractors))][: CANDIDATES - 1]
+        losses = _mean_nats(opened, dataset, index, len(items), [answer, *unique])
+        first += losses[0] < min(losses[1:])
+    return {"caption_first_of_10": first / len(cases), "caption_pictures": len(cases)}
+
+
+def _described(dataset: UnifiedGenerationDataset) -> list[tuple[int, list[PlanItem], list[int]]]:
+    """(index, items before the answer, answer) of records that answer about a given picture."""
+    found = []
+    for index, record in enumerate(dataset.records):
+        if record.asks:
+            items = dataset.plan(index, 0)
+            first = next(number for number, item in enumerate(items) if item.loss)
+            found.append((index, items[:first], items[first].ids))
+    return found
+
+
+def _shuffled(values: list, generator: torch.Generator) -> list:
+    return [values[i] for i in torch.randperm(len(values), generator=generator).tolist()]
+
+
+def _mean_nats(
+    opened: Opened, dataset: UnifiedGenerationDataset, index: int, given: int, answers: list[list[int]]
+) -> list[float]:
+    """Nats a token of each answer to the first `given` items of a record, all in one pack."""
+    loaded = dataset.sample(index, 0)["items"][:given]
+    builder = PackBuilder(dataset.layout)
+    for answer in answers:
+        plan = [*loaded, PlanItem("text", ids=answer, loss=1)]
+        builder.add(plan, Draws([1.0] * len(plan), iter(()), keyed_generator(_CANDIDATES)), Dropout())
+    nats = opened.model(_encoded(opened, builder.pack()))["ce"].split([len(answer) + 1 for answer in answers])
+    return [each.mean().item() for each in nats]
+
+
+def answer_figures(
+    opened: Opened,
+    dataset: UnifiedGenerationDataset,
+    options: "Options",
+    folder: Path,
+    samples: list[tuple[Path, str, str]],
+) -> dict[str, Any]:
+    """Generated answers about held-out pictures against the true ones."""
+    _, questions = conversations(dataset, options.max_records)
+    if not questions:
+        return {"bleu": None, "bleu_reason": "no record asks about a picture"}
+    answers = opened.inferencer(seed=options.seed).generate_batch(
+        [case.inputs for case in questions], understanding_output=True, max_length=options.max_length
+    )
+    true = [case.answer for case in questions]
+    shown = []
+    for number, (case, answer) in enumerate(zip(questions[:8], answers, strict=False)):
+        picture = next(item for item in case.inputs if not isinstance(item, str))
+        path = folder / f"described_{number}.png"
+        picture.resize((128, 128)).save(path)
+        samples.append((path, f"model: {answer} | true: {case.answer}", "held-out pictures described"))
+        shown.append({"answer": answer, "true": case.answer})
+    (folder / "answers.json").write_text(json.dumps(shown, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    return {
+        **guarded(lambda: bleu(answers, true), "bleu"),
+        **guarded(lambda: rouge(answers, true), "rouge"),
+        **guarded(lambda: meteor(answers, true, options.nltk_data), "meteor"),
+        **guarded(lambda: bert_score(answers, true, options.bertscore_model, options.bertscore_layer), "bertscore_f1"),
+        **guarded(
+            lambda: {f"caption_{name}": value for name, value in named_colour_agreement(answers, true).items()},
+            "caption_colour_named",
+        ),
+    }
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def picture_figures(
+    opened: Opened,
+    dataset: UnifiedGenerationDataset,
+    options: "Options",
+    folder: Path,
+    name: str,
+    samples: list[tuple[Path, str, str]],
+) -> dict[str, Any]:
+    """Pictures drawn from prompts, against the true pictures of the prompts."""
+    prompts, _ = conversations(dataset, options.max_pictures)
+    if not prompts:
+        return {"colour_agreement": None, "colour_agreement_reason": "no record draws a picture from a text"}
+    drawn = draw_prompts(opened, prompts, options)
+    true = [case.picture for case in prompts]
+    pairs = [
+        picture for pair in zip(drawn, (image.resize(drawn[0].size) for image in true), strict=True) for picture in pair
+    ]
+    path = folder / f"{name}_pictures.png"
+    grid(pairs, columns=8, scale=max(1, 96 // drawn[0].height)).save(path)
+    texts = [case.inputs[-1] for case in prompts]
+    samples.append(
+        (path, "drawn and true, in pairs: " + "; ".join(texts), f"pictures for {name.replace('_', '-')} prompts")
+    )
+    scorer, figures = None, {}
+    try:
+        scorer = ClipScorer(options.clip_model)
+        figures |= clip_score(texts, drawn, scorer)
+    except Unavailable as reason:
+        figures |= {"clip_score": None, "clip_score_reason": str(reason)}
+    described = opened.inferencer(seed=options.seed).generate_batch(
+        [[picture] for picture in drawn], understanding_output=True, max_length=options.max_length
+    )
+    return {
+        **figures,
+        **guarded(lambda: colour_agreement(drawn, true), "colour_agreement"),
+        **guarded(lambda: fid(drawn, true, options.fid_weights), "fid"),
+        **consistency(texts, drawn, described, [], scorer, described),
+    }
+
+
+def draw_prompts(opened: Opened, prompts: "Sequence[Conversation]", options: "Options") -> list[Image.Image]:
+    """One picture a prompt, in batches of one size."""
+    guidance = Guidance(num_timesteps=options.num_timesteps, cfg_text_scale=options.cfg_text_scale, cfg_img_scale=1.0)
+    drawn: list[Image.Image | None] = [None] * len(prompts)
+    for size in dict.fromkeys(case.size for case in prompts):
+        members = [number for number, case in enumerate(prompts) if case.size == size]
+        pictures = opened.inferencer(seed=options.seed).generate_batch(
+            [prompts[number].inputs for number in members], guidance=guidance, image_shapes=size
+        )
+        for number, picture in zip(members, pictures, strict=True):
+            drawn[number] = picture
+    return drawn

@@ -1,0 +1,202 @@
+"""FID, CLIP score, the consistency of texts and pictures, and the colour agreement of drawn pictures.
+
+Pictures are uint8 RGB (PIL). Models come from local paths only.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bagel.evaluation.text import Unavailable, from_folder, rouge
+from shared.metrics import frechet_gaussians, gaussian_of
+
+Features = Callable[[Sequence[Image.Image]], Tensor]  # pictures -> (N, D)
+
+
+def frechet_distance(first: Tensor, second: Tensor) -> float:
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two sets of features (N, D), in float64 (Heusel et al. 2017, eq.
+    6).
+    """
+    if min(len(first), len(second)) < 2:
+        raise Unavailable(
+            f"a Frechet distance needs two or more pictures on each side, found {len(first)} and {len(second)}"
+        )
+    gaussians = [gaussian_of(features.double().numpy()) for features in (first, second)]
+    return frechet_gaussians(*gaussians[0], *gaussians[1])
+
+
+def fid(
+    generated: Sequence[Image.Image],
+    real: Sequence[Image.Image],
+    weights: str | None = None,
+    features: Features | None = None,
+) -> dict[str, float | int | str]:
+    """FID with the features of a TorchScript Inception file (`weights`), or of any `features`."""
+    if features is None:
+        if weights is None:
+            raise Unavailable(
+                "FID needs local weights: --fid-weights FILE, TorchScript, uint8 (N, 3, 299, 299) to features"
+            )
+        features = torchscript_features(weights)
+    if min(len(generated), len(real)) < 2:
+        raise Unavailable(f"FID needs two or more pictures on each side, found {len(generated)} and {len(real)}")
+    result: dict[str, float | int | str] = {
+        "fid": frechet_distance(features(generated), features(real)),
+        "fid_pictures": len(generated),
+    }
+    if min(len(generated), len(real)) < 2048:
+        result["fid_warning"] = "fewer than 2048 pictures: the figure is biased upwards and noisy"
+    return result
+
+
+def torchscript_features(path: str) -> Features:
+    """Features of a TorchScript module."""
+    if not Path(path).is_file():
+        raise Unavailable(f"FID: {path} is not a file")
+    try:
+        module = torch.jit.load(path, map_location="cpu").eval()
+    except RuntimeError as error:
+        raise Unavailable(f"FID: {path} is not a TorchScript file ({str(error).splitlines()[0]})") from None
+
+    def features(pictures: Sequence[Image.Image]) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([module(_pixels(picture, 299)[None]).flatten(1) for picture in pictures])
+
+    return features
+
+
+def _pixels(picture: Image.Image, side: int) -> Tensor:
+    resized = picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+
+
+class ClipScorer:
+    """Cosines of texts and pictures under a CLIP model in a local folder."""
+
+    def __init__(self, folder: str | None):
+        self.model, self.processor = from_folder("CLIP score", folder, "--clip-model", "CLIPModel", "AutoProcessor")
+        self.model.eval()
+
+    @torch.no_grad()
+    def cosines(self, texts: Sequence[str], pictures: Sequence[Image.Image]) -> list[float]:
+        """One cosine for each pair."""
+        inputs = self.processor(
+            text=list(texts), images=list(pictures), return_tensors="pt", padding=True, truncation=True
+        )
+        found = self.model(**inputs)
+        return torch.nn.functional.cosine_similarity(found.text_embeds, found.image_embeds).tolist()
+
+
+def clip_score(texts: Sequence[str], pictures: Sequence[Image.Image], scorer: ClipScorer) -> dict[str, float]:
+    """100 * max(cosine, 0), mean over pairs (Hessel et al. 2021 without its 2.5)."""
+    cosines = scorer.cosines(texts, pictures)
+    return {"clip_score": 100 * sum(max(value, 0.0) for value in cosines) / len(cosines)}
+
+
+def consistency(
+    prompts: Sequence[str],
+    pictures: Sequence[Image.Image],
+    texts: Sequence[str],
+    references: Sequence[str],
+    scorer: ClipScorer | None,
+    described: Sequence[str] | None = None,
+) -> dict[str, float | int | None]:
+    """How well what was generated together fits together, each part 0..1, and the mean of the parts that could be
+    computed:
+
+    prompt and picture (CLIP), generated text and picture (CLIP), generated and reference text (ROUGE-L), and the
+    model's own description of its picture against the prompt (ROUGE-L).
+    """
+    parts: dict[str, float | None] = {
+        "prompt_picture": None,
+        "text_picture": None,
+        "text_reference": None,
+        "described_prompt": None,
+    }
+    if scorer is not None:
+        parts["prompt_picture"] = clip_score(prompts, pictures, scorer)["clip_score"] / 100
+        parts["text_picture"] = clip_score(texts, pictures, scorer)["clip_score"] / 100
+    if references:
+        parts["text_reference"] = rouge(texts, references)["rougeL"]
+    if described is not None:
+        parts["described_prompt"] = rouge(described, prompts)["rougeL"]
+    present = [value for value in parts.values() if value is not None]
+    return {
+        **{f"consistency_{name}": value for name, value in parts.items()},
+        "consistency": sum(present) / len(present) if present else None,
+        "consistency_samples": len(prompts),
+    }
+
+
+# --- colour -----------------------------------------------------------------------------------------------------------
+
+
+def foreground_colour(picture: Image.Image) -> Tensor:
+    """Mean colour (3,) in 0..1 of what stands on the white ground, pixels weighted by their distance from white; white
+    if nothing.
+    """
+    pixels = _pixels(picture, 32).double().flatten(1) / 255
+    weight = (1 - pixels).norm(dim=0)
+    weight = torch.where(weight > 0.15, weight, 0.0)
+    return (pixels * weight).sum(1) / weight.sum() if weight.sum() > 0 else torch.ones(3, dtype=torch.float64)
+
+
+def colour_agreement(drawn: Sequence[Image.Image], real: Sequence[Image.Image]) -> dict[str, float]:
+    """Share of (own, other) pairs in which a drawn picture's colour is nearer to that of the true picture of its prompt
+    than to the true picture of another prompt (chance 0.5), and the chance of a share as high when the pictures are
+    shuffled.
+    """
+    if len(drawn) < 2:
+        raise Unavailable(f"colour agreement needs two or more pictures, found {len(drawn)}")
+    mine, true = (torch.stack([foreground_colour(picture) for picture in pictures]) for pictures in (drawn, real))
+    distance = torch.cdist(mine, true)
+
+    def share(order: Tensor) -> float:
+        matched = distance[:, order]
+        wins = (matched.diagonal()[:, None] < matched).double() + 0.5 * (matched.diagonal()[:, None] == matched)
+        return float((wins.sum() - wins.diagonal().sum()) / (len(drawn) * (len(drawn) - 1)))
+
+    generator, own = torch.Generator().manual_seed(0), share(torch.arange(len(drawn)))
+    shuffled = [share(torch.randperm(len(drawn), generator=generator)) for _ in range(999)]
+    return {
+        "colour_agreement": own,
+        "colour_agreement_shuffled": sum(shuffled) / len(shuffled),
+        "colour_agreement_p": (1 + sum(value >= own for value in shuffled)) / 1000,
+    }
+
+
+COLOURS = {
+    "red": "\u7ea2",
+    "orange": "\u6a59",
+    "yellow": "\u9ec4",
+    "green": "\u7eff",
+    "blue": "\u84dd",
+    "purple": "\u7d2b",
+    "pink": "\u7c89",
+    "brown": "\u68d5",
+    "grey": "\u7070",
+    "white": "\u767d",
+    "black": "\u9ed1",
+    "teal": "\u9752",
+}
+
+
+def colours_named(text: str) -> set[str]:
+    """The colours that an English or Chinese text names."""
+    lower = text.lower()
+    return {name for name, sign in COLOURS.items() if name in lower or sign in text}
+
+
+def named_colour_agreement(texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Share of texts that name a colour of their reference, and the same against every other reference."""
+    pairs = [(colours_named(text), colours_named(reference)) for text, reference in zip(texts, references, strict=True)]
+    pairs = [pair for pair in pairs if pair[1]]
+    if len(pairs) < 2:
+        raise Unavailable("fewer than two references name a colour")
+    own = sum(bool(text & reference) for text, reference in pairs) / len(pairs)
+    other = [bool(text & pairs[j][1]) for i, (text, _) in enumerate(pairs) for j in range(len(pairs)) if j != i]
+    return {"colour_named": own, "colour_named_shuffled": sum(other) / len(other)}

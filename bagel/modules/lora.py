@@ -1,0 +1,91 @@
+"""Low-rank adapters beside the frozen projections of either expert (Hu et al. 2021): y = W x + (alpha / r) B A x."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bagel.config import ModelConfig
+from bagel.modules.quantization import QuantizedLinear, is_projection
+
+
+class LoRALinear(nn.Module):
+    """A frozen projection with an adapter; B starts at zero, so that training starts from the frozen model."""
+
+    def __init__(self, base: nn.Linear | QuantizedLinear, rank: int, alpha: float, dropout: float):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        device = base.codes.device if isinstance(base, QuantizedLinear) else base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        self.scale, self.dropout, self.merged = alpha / rank, dropout, False
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.base(x)
+        if self.merged:
+            return out
+        narrow = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
+        return out + self.scale * F.linear(narrow, self.lora_B.to(narrow.dtype))
+
+    def delta(self) -> Tensor:
+        """What the adapter adds to the weight."""
+        return self.scale * self.lora_B @ self.lora_A
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the adapter to the weight, so that it costs nothing at inference."""
+        if isinstance(self.base, QuantizedLinear):
+            raise ValueError("an adapter cannot be merged into a quantized weight; load the base without quantization")
+        if not self.merged:
+            self.base.weight += self.delta().to(self.base.weight.dtype)
+            self.merged = True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take the adapter out of the weight again."""
+        if self.merged:
+            self.base.weight -= self.delta().to(self.base.weight.dtype)
+            self.merged = False
+
+
+def add_adapters(model: nn.Module, config: ModelConfig) -> int:
+    """Freeze the model and put adapters beside the projections of the chosen experts; returns how many."""
+    model.requires_grad_(False)
+    wanted = {"und": (False,), "gen": (True,), "both": (False, True)}[config.lora_target]
+    count = 0
+    for name, module in list(model.named_modules()):
+        if is_projection(name) and isinstance(module, (nn.Linear, QuantizedLinear)) and ("_moe_gen" in name) in wanted:
+            adapter = LoRALinear(module, config.lora_rank, config.lora_alpha, config.lora_dropout)
+            model.get_submodule(name.rsplit(".", 1)[0]).register_module(name.rsplit(".", 1)[1], adapter)
+            count += 1
+    return count
+
+
+def adapters(model: nn.Module) -> list[LoRALinear]:
+    """Every adapter of the model."""
+    return [module for module in model.modules() if isinstance(module, LoRALinear)]
+
+
+def merge_adapters(model: nn.Module) -> nn.Module:
+    """Fold every adapter into its weight and put the plain layers back, with the names of the released model."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoRALinear):
+            module.merge()
+            model.get_submodule(name.rsplit(".", 1)[0]).register_module(name.rsplit(".", 1)[1], module.base)
+    return model
+
+
+def save_adapter(folder: Path, weights: dict[str, Tensor], config: ModelConfig) -> None:
+    """adapter.safetensors and adapter_config.json."""
+    chosen = {name: value.contiguous() for name, value in weights.items() if "lora_" in name}
+    save_file(chosen, folder / "adapter.safetensors")
+    settings = {
+        name: config[name]
+        for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "quantization", "model_path")
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1) + "\n")

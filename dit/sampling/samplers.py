@@ -1,0 +1,192 @@
+"""From noise to latents: the flow's ODE and SDE solvers, the noise objective's samplers, guidance.
+
+Every sampler takes model(x, t_B) -> prediction, already guided, and noise drawn by the caller, one generator an image,
+so a picture does not depend on the batch or the rank that it is made in.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dit.sampling.gaussian import GaussianDiffusion, kept_timesteps
+from dit.sampling.paths import PathName, euler_maruyama
+from shared.errors import UserError
+from shared.flow import guided, integrate, time_grid
+
+Model = Callable[[Tensor, Tensor], Tensor]
+
+
+def sample_flow(
+    velocity: Model,
+    noise: Tensor,
+    *,
+    method: str = "euler",
+    steps: int = 50,
+    shift: float = 1.0,
+    path: PathName = "linear",
+    draw: Callable[[int], Tensor] | None = None,
+) -> Tensor:
+    """Data at t = 1 from noise at t = 0. `steps` counts intervals; SiT's num_steps counts points (250 is 249 here)."""
+    if method == "sde":
+        return euler_maruyama(velocity, noise, path=path, steps=steps, draw=draw)
+    if method == "dopri5":
+        return dopri5(velocity, noise)
+    times = time_grid(steps, shift=shift, noise_at="start")
+    if method == "rk4":
+        return rk4(velocity, noise, times)
+    return integrate(velocity, noise, times, method=method)
+
+
+def rk4(velocity: Model, start: Tensor, times: Tensor) -> Tensor:
+    """Kutta's 3/8 rule, fourth order, four evaluations a step."""
+    x, points = start, times.tolist()
+    for now, then in zip(points[:-1], points[1:], strict=True):
+        step = then - now
+        k1 = velocity(x, _times(x, now))
+        k2 = velocity(x + step * k1 / 3, _times(x, now + step / 3))
+        k3 = velocity(x + step * (k2 - k1 / 3), _times(x, now + 2 * step / 3))
+        k4 = velocity(x + step * (k1 - k2 + k3), _times(x, then))
+        x = x + step * (k1 + 3 * (k2 + k3) + k4) / 8
+    return x
+
+
+# Dormand and Prince 1980: nodes, stages, and the difference between the fifth and the fourth order weights.
+_NODES = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
+_STAGES = (
+    (),
+    (1 / 5,),
+    (3 / 40, 9 / 40),
+    (44 / 45, -56 / 15, 32 / 9),
+    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+    (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+)
+_ERROR = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
+
+
+def dopri5(
+    velocity: Model, start: Tensor, *, absolute: float = 1e-6, relative: float = 1e-3, limit: int = 1000
+) -> Tensor:
+    """Solve from t = 0 to 1 with steps chosen for the tolerances (root mean square over the whole batch)."""
+    x, t, step = start, 0.0, 0.05
+    for _ in range(limit):
+        step = min(step, 1.0 - t)
+        slopes: list[Tensor] = []
+        for node, weights in zip(_NODES, _STAGES, strict=True):
+            at = x + step * sum((w * k for w, k in zip(weights, slopes, strict=True) if w), torch.zeros_like(x))
+            slopes.append(velocity(at, _times(x, t + node * step)))
+        proposal = at  # the last stage sits at the fifth-order solution
+        error = step * sum(w * k for w, k in zip(_ERROR, slopes, strict=True) if w)
+        ratio = (error / (absolute + relative * torch.maximum(x.abs(), proposal.abs()))).square().mean().sqrt().item()
+        if ratio <= 1:
+            x, t = proposal, t + step
+            if t >= 1.0 - 1e-12:
+                return x
+        step *= min(10.0, max(0.2, 0.9 * max(ratio, 1e-10) ** -0.2))
+    raise UserError(f"dopri5 needed more than {limit} steps (at t = {t:.3f}); use --sampler heun with --steps 50")
+
+
+def sample_noise(
+    model: Model,
+    noise: Tensor,
+    scheduler_config: dict,
+    *,
+    method: str = "ddim",
+    steps: int = 50,
+    draw: Callable[[int], Tensor] | None = None,
+) -> Tensor:
+    """Data from noise for the noise objective. scheduler_config is the training scheduler's `.config`.
+
+    ddim and dpmpp_2m use diffusers; ddpm is the ancestral sampler on evenly spaced steps, with a learned variance where
+    the model gives one.
+    """
+    levels = scheduler_config["num_train_timesteps"]
+    if steps > levels:
+        raise UserError(f"--steps {steps}: the model was trained on {levels} levels of noise; use at most so many")
+    if method == "ddpm":
+        return _ancestral(model, noise, scheduler_config, steps, draw)
+    scheduler = make_sampler(scheduler_config, method)
+    scheduler.set_timesteps(steps)
+    x = noise * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        output = model(scheduler.scale_model_input(x, t), _times(x, float(t)))
+        x = scheduler.step(output[:, : x.shape[1]], t, x).prev_sample
+    return x
+
+
+def make_sampler(scheduler_config: dict, method: str):
+    """diffusers' scheduler for `method` with the betas and the prediction type of the training scheduler."""
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+    if scheduler_config["rescale_betas_zero_snr"] and method != "ddim":
+        raise UserError(
+            f"--sampler {method}: rescale_betas_zero_snr needs --sampler ddim (its last level has no signal)"
+        )
+    shared = {
+        key: scheduler_config[key]
+        for key in (
+            "num_train_timesteps",
+            "beta_start",
+            "beta_end",
+            "beta_schedule",
+            "prediction_type",
+            "rescale_betas_zero_snr",
+        )
+    }
+    shared["timestep_spacing"] = "trailing" if shared["rescale_betas_zero_snr"] else "leading"
+    if method == "ddim":
+        return DDIMScheduler(**shared, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    return DPMSolverMultistepScheduler(
+        **{**shared, "timestep_spacing": "linspace"},
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        use_karras_sigmas=method == "dpmpp_2m_karras",
+    )
+
+
+def _ancestral(
+    model: Model, noise: Tensor, scheduler_config: dict, steps: int, draw: Callable[[int], Tensor] | None
+) -> Tensor:
+    from diffusers import DDPMScheduler
+
+    if scheduler_config["prediction_type"] == "v_prediction":
+        raise UserError("--sampler ddpm predicts noise or data; a v_prediction model needs --sampler ddim or dpmpp_2m")
+    betas = DDPMScheduler.from_config(scheduler_config).betas
+    diffusion = GaussianDiffusion(betas, kept_timesteps(len(betas), str(steps)))
+    return diffusion.sample(model, noise, ancestral=True, draw=draw, target=scheduler_config["prediction_type"])
+
+
+def guide(
+    predict: Callable[..., Tensor],
+    x: Tensor,
+    t_B: Tensor,
+    condition: dict,
+    null: dict,
+    scale: float,
+    *,
+    channels: int | None = None,
+    rescale: float = 0.0,
+) -> Tensor:
+    """Classifier-free guidance with one forward of twice the batch.
+
+    condition and null are the keyword arguments of predict(x, t, **arguments), rows aligned with x. channels: guide
+    only the first so many (3 is the public DiT's habit); the others, a learned variance among them, come from the
+    conditional half. rescale: share by which the guided standard deviation is brought back to the conditional one's
+    (Lin et al. 2023).
+    """
+    if scale == 1.0:
+        return predict(x, t_B, **condition)
+    both = {key: torch.cat([value, null[key]]) for key, value in condition.items() if value is not None}
+    with_text, without = predict(torch.cat([x, x]), torch.cat([t_B, t_B]), **both).chunk(2)
+    count = min(x.shape[1], channels or x.shape[1])
+    mixed = guided(with_text[:, :count], without[:, :count], scale)
+    if rescale:
+        axes = tuple(range(1, x.ndim))
+        ratio = with_text[:, :count].std(axes, keepdim=True) / mixed.std(axes, keepdim=True).clamp_min(1e-8)
+        mixed = rescale * mixed * ratio + (1 - rescale) * mixed
+    return torch.cat([mixed, with_text[:, count:]], dim=1)
+
+
+def _times(x: Tensor, t: float) -> Tensor:
+    return torch.full((len(x),), t, dtype=x.dtype, device=x.device)

@@ -1,0 +1,125 @@
+"""Finding clips on disk: a metadata.csv, or datasets/{train,test}/<identity>/<clip>.mp4 of HDTF, RAVDESS and MEAD."""
+
+import csv
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from float.data.media import VIDEO_SUFFIXES
+from float.modules.emotion import MEAD_CLASSES, ravdess_emotion
+from shared.errors import UserError
+
+AUDIO_SUFFIXES = (".wav", ".m4a", ".mp3", ".flac")
+# the same split under the names in use
+SPLIT_NAMES = {"test": ("test", "val"), "val": ("val", "test")}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One talking-head clip."""
+
+    clip_id: str
+    video: Path
+    audio: Path  # a sound file, or the video itself
+    identity: str
+    emotion: int | None = None  # class index, None where the data set has no label
+    motion: Path | None = None  # csv with true mouth motion (rendered clips only)
+
+
+def find_clips(root: Path, split: str) -> list[Clip]:
+    """The clips of one split, ordered by id. UserError when the folder holds none."""
+    if not root.is_dir():
+        raise UserError(
+            f"--data-root {root}: no such folder; give one with metadata.csv, or with {split}/<identity>/<clip>.mp4"
+        )
+    names = SPLIT_NAMES.get(split, (split,))
+    clips = _from_table(root, names) if (root / "metadata.csv").is_file() else _from_folders(root, names)
+    if not clips:
+        raise UserError(
+            f"{root}: no clips of split '{split}'; rows with that split in metadata.csv, "
+            f"or {split}/<identity>/<clip>.mp4 expected"
+        )
+    counts = Counter(clip.clip_id for clip in clips)
+    repeated = sorted(name for name, count in counts.items() if count > 1)
+    if repeated:
+        raise UserError(f"{root}: clip ids occur twice: {', '.join(repeated[:5])}; rename them")
+    unfit = [name for name in counts if name != Path(name).name]
+    if unfit:
+        raise UserError(f"{root}: clip id {unfit[0]!r} cannot name a file of the cache; use one without a slash")
+    return sorted(clips, key=lambda clip: clip.clip_id)
+
+
+def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    """The rows of a csv file in UTF-8; UserError when it is not one, or lacks one of the columns."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            lacking = sorted(set(columns) - set(reader.fieldnames or ()))
+            rows = list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not a table in UTF-8 ({error}); save it as CSV UTF-8") from None
+    if lacking:
+        raise UserError(f"{path}: columns {', '.join(lacking)} are missing")
+    return rows
+
+
+def _from_table(root: Path, splits: tuple[str, ...]) -> list[Clip]:
+    path, clips = root / "metadata.csv", []
+    rows = read_table(path, ("clip_id", "video", "split"))
+    chosen = next((name for name in splits if any(row["split"] == name for row in rows)), splits[0])
+    for row in rows:
+        if row["split"] != chosen:
+            continue
+        index, motion = row.get("emotion_index"), row.get("motion")
+        if index not in (None, "") and index not in tuple("0123456"):
+            raise UserError(f"{path}: clip {row['clip_id']}: emotion_index {index!r} is not 0 to 6")
+        clips.append(
+            Clip(
+                clip_id=row["clip_id"],
+                video=root / row["video"],
+                audio=root / (row.get("audio") or row["video"]),
+                identity=row.get("identity") or row["clip_id"],
+                emotion=int(index) if index not in (None, "") else None,
+                motion=root / motion if motion else None,
+            )
+        )
+    return clips
+
+
+def _from_folders(root: Path, splits: tuple[str, ...]) -> list[Clip]:
+    folder = next((root / name for name in splits if (root / name).is_dir()), None)
+    clips = []
+    for video in sorted(folder.rglob("*")) if folder else ():
+        if video.suffix.lower() not in VIDEO_SUFFIXES or video.name.startswith("."):
+            continue
+        inside = video.relative_to(folder)
+        clips.append(
+            Clip(
+                clip_id="/".join(inside.with_suffix("").parts).replace("/", "__"),
+                video=video,
+                audio=_sound_beside(video),
+                identity=inside.parts[0] if len(inside.parts) > 1 else video.stem,
+                emotion=_label(inside),
+            )
+        )
+    return clips
+
+
+def _sound_beside(video: Path) -> Path:
+    """A sound file of the same name, with or without the ending _processed; else the video's own track."""
+    for stem in (video.stem, video.stem.removesuffix("_processed")):
+        for suffix in AUDIO_SUFFIXES:
+            path = video.with_name(stem + suffix)
+            if path.exists():
+                return path
+    return video
+
+
+def _label(inside: Path) -> int | None:
+    """The class by a RAVDESS file name or a MEAD folder name; None for HDTF."""
+    ravdess = ravdess_emotion(inside.stem)
+    if ravdess is not None:
+        return ravdess
+    return next(
+        (MEAD_CLASSES[part.lower()] for part in reversed(inside.parts[:-1]) if part.lower() in MEAD_CLASSES), None
+    )

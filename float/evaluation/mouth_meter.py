@@ -1,0 +1,132 @@
+"""A small network that reads the opening of the mouth off a frame, trained on true frames of rendered clips.
+
+It scores generated frames: what counts is what can be seen. Truth: mouth_open_px of the clips' motion tables, in
+pixels of the rendered picture. Pictures: float32 (B, 3, S, S) in [-1, 1].
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from float.data.clips import Clip, read_table
+from float.data.media import to_tensor
+from shared.errors import UserError
+from shared.files import written_aside
+from shared.rng import keyed_generator
+
+HEIGHT, WIDTH = 22, 28  # of the mouth as the meter sees it
+STEPS, BATCH, LEARNING_RATE = 500, 48, 2e-3
+SHIFT = 0.04  # largest random displacement of the box, share of the picture's side
+_METER = 341  # random stream
+
+
+class MouthMeter(nn.Module):
+    """Picture -> opening of the mouth, in units of the truth's deviation around its mean."""
+
+    def __init__(self, box: list[float]):
+        super().__init__()
+        self.box = box
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(16, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(32 * (HEIGHT // 4) * (WIDTH // 4), 48),
+            nn.ReLU(),
+            nn.Linear(48, 1),
+        )
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("deviation", torch.ones(()))
+
+    def crop(self, image: Tensor, shift_B2: Tensor | None = None) -> Tensor:
+        """The mouth (B, 3, 22, 28); shift (B, 2): displacement of the box, x and y, as shares of the side."""
+        left, top, right, bottom = self.box
+        ys = torch.linspace(top, bottom, HEIGHT) * 2 - 1
+        xs = torch.linspace(left, right, WIDTH) * 2 - 1
+        grid = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1).expand(len(image), -1, -1, -1)
+        if shift_B2 is not None:
+            grid = grid + 2 * shift_B2[:, None, None]
+        return F.grid_sample(image, grid, align_corners=False, padding_mode="border")
+
+    def forward(self, crop: Tensor) -> Tensor:
+        return self.layers(crop)[:, 0]
+
+    @torch.no_grad()
+    def measure(self, frames: np.ndarray) -> np.ndarray:
+        """Opening (T,) in pixels of the truth, of frames uint8 (T, S, S, 3)."""
+        self.eval()
+        parts = [self(self.crop(to_tensor(frames[start : start + 64]))) for start in range(0, len(frames), 64)]
+        return (torch.cat(parts) * self.deviation + self.mean).numpy()
+
+
+def read_truth(clip: Clip) -> np.ndarray | None:
+    """mouth_open_px of every frame, None for a clip without a motion table."""
+    if clip.motion is None or not clip.motion.exists():
+        return None
+    try:
+        return np.array([float(row["mouth_open_px"]) for row in read_table(clip.motion, ("mouth_open_px",))])
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{clip.motion}: mouth_open_px must hold a number in every row ({error})") from None
+
+
+def train_meter(frames: list[np.ndarray], truths: list[np.ndarray], box: list[float], *, seed: int = 0) -> MouthMeter:
+    """Fit to true frames, lists over clips of (T, S, S, 3) and (T,), with random displacement, blur and brightness."""
+    torch.manual_seed(seed)
+    meter = MouthMeter(box)
+    images = torch.cat([to_tensor(clip) for clip in frames])
+    target = torch.cat(
+        [torch.from_numpy(truth[: len(clip)]).float() for clip, truth in zip(frames, truths, strict=True)]
+    )
+    meter.mean.copy_(target.mean())
+    meter.deviation.copy_(target.std())
+    target = (target - meter.mean) / meter.deviation
+    optimizer = torch.optim.AdamW(meter.parameters(), lr=LEARNING_RATE, weight_decay=1e-3, fused=True)
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * (1 + math.cos(math.pi * step / STEPS)) / 2
+        generator = keyed_generator(seed, _METER, step)
+        chosen = torch.randint(len(images), (BATCH,), generator=generator)
+        loss = F.smooth_l1_loss(meter(_augmented(meter, images[chosen], generator)), target[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return meter.eval()
+
+
+def _augmented(meter: MouthMeter, image: Tensor, generator: torch.Generator) -> Tensor:
+    """Crops moved, made brighter or darker, and half of them blurred as generated frames are."""
+    count = len(image)
+    shift = (torch.rand(count, 2, generator=generator) * 2 - 1) * SHIFT
+    crop = meter.crop(image, shift)
+    crop = crop * (0.8 + 0.4 * torch.rand(count, 1, 1, 1, generator=generator))
+    crop = crop + 0.2 * (torch.rand(count, 1, 1, 1, generator=generator) - 0.5)
+    blurred = F.avg_pool2d(F.pad(crop, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    return torch.where(torch.rand(count, 1, 1, 1, generator=generator) < 0.5, blurred, crop)
+
+
+def meter_for(clips: list[Clip], frames: list[np.ndarray], box: list[float], cache: Path, key: str) -> MouthMeter:
+    """A meter trained on these clips; kept in `cache` and used again while `key` (what it is made of) is the same."""
+    try:
+        with safe_open(str(cache), "pt") as file:
+            same = (file.metadata() or {}).get("key") == key
+    except (OSError, SafetensorError):
+        same = False  # none yet, or a damaged one
+    if same:
+        meter = MouthMeter(box)
+        meter.load_state_dict(load_file(cache))
+        return meter.eval()
+    meter = train_meter(frames, [read_truth(clip) for clip in clips], box)
+    with written_aside(cache) as temporary:
+        save_file({name: value.contiguous() for name, value in meter.state_dict().items()}, temporary, {"key": key})
+    return meter

@@ -1,0 +1,173 @@
+"""Scoring a trained run on held-out clips: reconstruction, and how far generated mouths follow the sound."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from float.data.clips import Clip
+from float.data.face import read_boxes
+from float.data.frames import clip_frames
+from float.data.media import read_audio, to_tensor
+from float.evaluation.formulas import best_lag, correlation, log_energy, mouth_activity
+from float.evaluation.mouth_meter import MouthMeter, read_truth
+from float.modules.audio import frames_of, make_audio_encoder
+from float.modules.emotion import one_hot
+from float.modules.losses import psnr
+from float.sampling.animate import Animator, audio_windows, sampling_options
+from float.sampling.motion import SamplingOptions
+
+ENCODE_BATCH = 32
+
+
+@dataclass
+class Material:
+    """A clip in memory: frames uint8 (T, S, S, 3), sound (n,), true mouth opening (T,) or None."""
+
+    clip: Clip
+    frames: np.ndarray
+    wave: np.ndarray
+    truth: np.ndarray | None
+
+
+@dataclass
+class Scores:
+    """Numbers by name, and the same per clip."""
+
+    values: dict[str, float] = field(default_factory=dict)
+    clips: list[dict[str, float | str]] = field(default_factory=list)
+
+
+def load_material(animator: Animator, clips: list[Clip], root: Path) -> list[Material]:
+    """Read clips as the encoders see them; picture and sound cut to the shorter."""
+    data, size, boxes = animator.config.data, animator.config.model.input_size, read_boxes(root)
+    found = []
+    for clip in clips:
+        frames, wave = np.stack(list(clip_frames(clip, size, data, boxes))), read_audio(clip.audio)
+        count = min(len(frames), frames_of(len(wave), data.video_fps))
+        truth = read_truth(clip)
+        found.append(Material(clip, frames[:count], wave[: round(count / data.video_fps * 16000)], truth))
+    return found
+
+
+class Scorer:
+    """Runs one animator over material."""
+
+    def __init__(self, animator: Animator, meter: MouthMeter | None):
+        self.animator, self.meter = animator, meter
+        model = animator.config.model
+        self.encoder = make_audio_encoder(
+            model.audio_features, model.wav2vec_model_path, only_last_features=model.only_last_features
+        ).to(animator.device)
+
+    @torch.no_grad()
+    def reconstruct(self, item: Material) -> np.ndarray:
+        """The clip from its first frame and its true motion."""
+        portrait = self.animator.portrait(item.frames[0])
+        driving = to_tensor(item.frames).split(ENCODE_BATCH)
+        motions = (self.animator.autoencoder.encode_motion(part.to(self.animator.device))[None] for part in driving)
+        return np.stack(list(self.animator.frames(portrait, motions, total=len(item.frames))))
+
+    def generate(self, item: Material, wave: np.ndarray, options: SamplingOptions) -> np.ndarray:
+        """The clip's first frame speaking a sound."""
+        data, device = self.animator.config.data, self.animator.device
+        portrait = self.animator.portrait(item.frames[0])
+        sound = torch.from_numpy(np.ascontiguousarray(wave)).to(device)
+        windows = audio_windows(self.encoder, sound, fps=data.video_fps, length=data.sequence_length, stream=False)
+        motions = self.animator.motion_windows(windows, portrait.motion, self._emotion(item.clip), options)
+        return np.stack(list(self.animator.frames(portrait, motions, total=frames_of(len(wave), data.video_fps))))
+
+    def _emotion(self, clip: Clip) -> Tensor:
+        return torch.zeros(7) if clip.emotion is None else one_hot(clip.emotion)
+
+    def opening(self, frames: np.ndarray) -> np.ndarray:
+        """Mouth opening (T,) by the meter, or by activity where there is none."""
+        if self.meter is not None:
+            return self.meter.measure(frames)
+        return mouth_activity(frames, self.animator.config.data.mouth_box)
+
+    def reference(self, item: Material) -> np.ndarray:
+        """What the opening is compared with: the truth, or the proxy on the true frames."""
+        return self.opening(item.frames) if item.truth is None else item.truth[: len(item.frames)]
+
+    def score_reconstruction(self, material: list[Material]) -> tuple[Scores, list[np.ndarray]]:
+        """PSNR of picture and mouth against copying the first frame, and the mouth read off the reconstruction."""
+        box, scores, made = self.animator.config.data.mouth_box, Scores(), []
+        for item in material:
+            frames = self.reconstruct(item)
+            ours, true, copy = (
+                to_tensor(frames),
+                to_tensor(item.frames),
+                to_tensor(item.frames[:1]).expand(len(frames), -1, -1, -1),
+            )
+            scores.clips.append(
+                {
+                    "clip": item.clip.clip_id,
+                    "psnr": psnr(ours, true),
+                    "psnr_copy": psnr(copy, true),
+                    "psnr_mouth": psnr(ours, true, box),
+                    "psnr_mouth_copy": psnr(copy, true, box),
+                    "mouth_r_true_frames": correlation(self.opening(item.frames), self.reference(item)),
+                    "mouth_r_reconstruction": correlation(self.opening(frames), self.reference(item)),
+                }
+            )
+            made.append(frames)
+        scores.values = _means(scores.clips)
+        return scores, made
+
+    def score_generation(
+        self, material: list[Material], sounds: list[Material], seeds: list[int]
+    ) -> tuple[Scores, list[np.ndarray]]:
+        """Each held-out portrait with its own sound, and with every other sound as a contrast; means over seeds."""
+        scores, made = Scores(), []
+        model, data = self.animator.config.model, self.animator.config.data
+        for item in material:
+            true, rows = self.reference(item), []
+            for seed in seeds:
+                options = sampling_options(model, seed=seed)
+                frames = self.generate(item, item.wave, options)
+                if seed == seeds[0]:
+                    made.append(frames)
+                rows.append(self._row(frames, true))
+            others = [other for other in sounds if other.clip.clip_id != item.clip.clip_id]
+            options = sampling_options(model, seed=seeds[0])
+            wrong = [correlation(self.opening(self.generate(item, other.wave, options)), true) for other in others]
+            energy = log_energy(item.wave, fps=data.video_fps, frames=len(item.frames))
+            scores.clips.append(
+                {
+                    "clip": item.clip.clip_id,
+                    **_means(rows),
+                    "mouth_r_other_sound": float(np.mean(wrong)) if wrong else 0.0,
+                    "mouth_r_log_energy": correlation(energy, true),
+                    "worst_lag_frames": max(abs(row["lag_frames"]) for row in rows),
+                }
+            )
+        scores.values = _means(scores.clips)
+        scores.values["mouth_r_margin"] = scores.values["mouth_r_own_sound"] - scores.values["mouth_r_other_sound"]
+        scores.values["worst_lag_frames"] = max(row["worst_lag_frames"] for row in scores.clips)
+        return scores, made
+
+    def _row(self, frames: np.ndarray, true: np.ndarray) -> dict[str, float]:
+        opening = self.opening(frames)
+        count = min(len(opening), len(true))
+        lag, _ = best_lag(opening, true)
+        return {
+            "mouth_r_own_sound": correlation(opening, true),
+            "lag_frames": float(lag),
+            "std_ratio": float(opening[:count].std() / max(true[:count].std(), 1e-9)),
+        }
+
+
+def _means(rows: list[dict]) -> dict[str, float]:
+    names = [name for name, value in rows[0].items() if not isinstance(value, str)]
+    return {name: float(np.mean([row[name] for row in rows])) for name in names}
+
+
+def side_by_side(*videos: np.ndarray, enlarge: int = 1) -> Iterator[np.ndarray]:
+    """Frames of several clips beside each other, over their common length, enlarged by whole pixels."""
+    for frames in zip(*videos, strict=False):
+        row = np.concatenate(frames, 1)
+        yield row.repeat(enlarge, 0).repeat(enlarge, 1)

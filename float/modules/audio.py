@@ -1,0 +1,187 @@
+"""Sound -> one raw feature vector per video frame: wav2vec2 as released, or log-mel that needs no download.
+
+Raw features are cached on disk; only the projection behind them is trained (float/model.py). Sound: float32, mono,
+16 kHz.
+Shapes: B batch, n samples, T video frames, F raw feature width.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from float.sampling.motion import resample_features
+from shared.errors import UserError
+
+SAMPLE_RATE = 16000
+MEL_BANDS, SUB_FRAMES = 40, 4  # log-mel: bands, and 10 ms slices in one video frame of 40 ms
+WINDOW_SECONDS, FFT_SIZE = 0.025, 512
+SILENCE_POWER = 1e-8
+SLICES_AT_ONCE = 2048  # of log-mel, so that long sound needs no large spectrum
+OLD_WEIGHT_NORM = {
+    "weight_g": "parametrizations.weight.original0",
+    "weight_v": "parametrizations.weight.original1",
+}
+
+
+def frames_of(samples: int, fps: float) -> int:
+    """Video frames that a sound of so many samples covers, rounded up."""
+    return math.ceil(samples * fps / SAMPLE_RATE)
+
+
+def normalise_waveform(wave: Tensor) -> Tensor:
+    """Zero mean and unit variance over the last axis, as wav2vec2's feature extractor does; silence stays zero."""
+    mean, variance = wave.mean(-1, keepdim=True), wave.var(-1, unbiased=False, keepdim=True)
+    return (wave - mean) / torch.sqrt(variance + 1e-7)
+
+
+def pad_to_samples(wave_Bn: Tensor, samples: int) -> Tensor:
+    """Repeat the last sample until there are `samples`."""
+    missing = samples - wave_Bn.shape[-1]
+    return wave_Bn if missing <= 0 else torch.cat([wave_Bn, wave_Bn[..., -1:].expand(*wave_Bn.shape[:-1], missing)], -1)
+
+
+def pad_to_frames(wave_Bn: Tensor, frames: int, fps: float) -> Tensor:
+    """Repeat the last sample until the sound fills its frames; for whole clips and for training windows alike."""
+    return pad_to_samples(wave_Bn, int(frames * SAMPLE_RATE / fps))
+
+
+def config_of(path: str) -> dict:
+    """The configuration of a wav2vec2 folder; a UserError says how to get the model when it is not there."""
+    from transformers import Wav2Vec2Config
+
+    if not (Path(path) / "config.json").is_file():
+        raise UserError(
+            f"{path}: no wav2vec2 model here (config.json is missing); download the model's folder, give its path, "
+            "or use --audio-features logmel, which needs none"
+        )
+    return Wav2Vec2Config.from_pretrained(path)
+
+
+class AudioEncoder(nn.Module):
+    """Frozen wav2vec2 whose convolutional features are resampled to video frames before its transformer."""
+
+    def __init__(self, wav2vec2: nn.Module, *, only_last_features: bool):
+        super().__init__()
+        self.wav2vec2, self.only_last_features = wav2vec2.eval().requires_grad_(False), only_last_features
+        hidden, layers = wav2vec2.config.hidden_size, wav2vec2.config.num_hidden_layers
+        self.feature_width = hidden if only_last_features else hidden * layers
+
+    @classmethod
+    def from_config(cls, config: object, *, only_last_features: bool) -> "AudioEncoder":
+        """Random weights of a given configuration (transformers.Wav2Vec2Config)."""
+        from transformers import Wav2Vec2Model
+
+        return cls(Wav2Vec2Model(config), only_last_features=only_last_features)
+
+    @classmethod
+    def from_pretrained(cls, path: str, *, only_last_features: bool) -> "AudioEncoder":
+        """Weights from a local folder such as checkpoints/wav2vec2-base-960h."""
+        from transformers import Wav2Vec2Model
+
+        config_of(path)
+        model = Wav2Vec2Model.from_pretrained(path, local_files_only=True)
+        return cls(model, only_last_features=only_last_features)
+
+    def train(self, mode: bool = True) -> "AudioEncoder":
+        """Always in eval mode: its dropout and layer drop must not act."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def raw_features(self, wave_Bn: Tensor, frames: int) -> Tensor:
+        """Normalised sound (B, n) -> (B, frames, F): the last hidden state, or those of all layers side by side, first
+        layer first.
+        """
+        features = self.wav2vec2.feature_extractor(wave_Bn).transpose(1, 2)
+        hidden, _ = self.wav2vec2.feature_projection(resample_features(features, frames))
+        layers: list[Tensor] = []
+        # the encoder of transformers 5 does not hand out hidden states when it is called on its own: collect them on
+        # the way
+        hooks = [
+            layer.register_forward_hook(lambda _, __, out: layers.append(out[0] if isinstance(out, tuple) else out))
+            for layer in self.wav2vec2.encoder.layers
+        ]
+        try:
+            last = self.wav2vec2.encoder(hidden)[0]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return last if self.only_last_features else torch.cat(layers, -1)
+
+    def encode_clip(self, wave_n: Tensor, fps: float) -> Tensor:
+        """A whole clip (n,), not normalised -> (T, F), T = ceil(n fps / 16000)."""
+        frames = frames_of(len(wave_n), fps)
+        wave_Bn = pad_to_frames(normalise_waveform(wave_n)[None], frames, fps)
+        return self.raw_features(wave_Bn, frames)[0]
+
+
+def rename_weight_norm(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names of older wav2vec2 files (conv.weight_g, weight_v) in the form of this torch."""
+    renamed = {}
+    for name, value in state.items():
+        stem, _, last = name.rpartition(".")
+        renamed[f"{stem}.{OLD_WEIGHT_NORM[last]}" if last in OLD_WEIGHT_NORM else name] = value
+    return renamed
+
+
+def mel_filters(bands: int = MEL_BANDS, *, low: float = 60.0, high: float = 7600.0) -> Tensor:
+    """Triangular filters on the mel scale (2595 log10(1 + f / 700)), (bands, FFT_SIZE // 2 + 1)."""
+    to_mel = lambda hertz: 2595 * np.log10(1 + np.asarray(hertz) / 700)  # noqa: E731
+    edges = 700 * (10 ** (np.linspace(to_mel(low), to_mel(high), bands + 2) / 2595) - 1)
+    frequency = np.linspace(0, SAMPLE_RATE / 2, FFT_SIZE // 2 + 1)
+    rising = (frequency - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
+    falling = (edges[2:, None] - frequency) / (edges[2:] - edges[1:-1])[:, None]
+    return torch.from_numpy(np.clip(np.minimum(rising, falling), 0, None)).float()
+
+
+class LogMelEncoder(nn.Module):
+    """Log-mel energies, normalised per clip; a video frame holds SUB_FRAMES slices, so F = 160. No weights."""
+
+    feature_width = MEL_BANDS * SUB_FRAMES
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("filters", mel_filters(), persistent=False)
+
+    @torch.no_grad()
+    def encode_clip(self, wave_n: Tensor, fps: float) -> Tensor:
+        """A whole clip (n,) -> (T, 160), T = ceil(n fps / 16000); per band zero mean, all bands together unit
+        variance.
+        """
+        frames = frames_of(len(wave_n), fps)
+        width = int(WINDOW_SECONDS * SAMPLE_RATE)
+        centre = (torch.arange(frames * SUB_FRAMES, dtype=torch.float64) + 0.5) / SUB_FRAMES / fps * SAMPLE_RATE
+        first = centre.round().long() + FFT_SIZE - width // 2
+        padded = torch.nn.functional.pad(wave_n.float(), (FFT_SIZE, 2 * FFT_SIZE + int(SAMPLE_RATE / fps)))
+        parts = [self._log_energies(padded, block, width) for block in first.split(SLICES_AT_ONCE)]
+        level = torch.cat(parts)
+        level = level - level.mean(0)
+        level = level / level.std().clamp(min=0.1)
+        return level.reshape(frames, self.feature_width)
+
+    def _log_energies(self, padded_n: Tensor, first_S: Tensor, width: int) -> Tensor:
+        """Log-mel energies (S, 40) of windows that begin at `first_S`."""
+        window = torch.hann_window(width, periodic=False, device=padded_n.device)
+        slices = padded_n[first_S.to(padded_n.device)[:, None] + torch.arange(width, device=padded_n.device)] * window
+        power = torch.fft.rfft(slices, FFT_SIZE).abs().square()
+        return torch.log(power @ self.filters.T + SILENCE_POWER)
+
+
+def make_audio_encoder(kind: str, wav2vec_model_path: str, *, only_last_features: bool) -> AudioEncoder | LogMelEncoder:
+    """The encoder that a model section asks for."""
+    if kind == "logmel":
+        return LogMelEncoder()
+    return AudioEncoder.from_pretrained(wav2vec_model_path, only_last_features=only_last_features)
+
+
+def raw_audio_width(kind: str, wav2vec_model_path: str, *, only_last_features: bool) -> int:
+    """Width of the raw features without loading weights; wav2vec2-base's where its folder is not there (for plans)."""
+    if kind == "logmel":
+        return LogMelEncoder.feature_width
+    hidden, layers = 768, 12
+    if (Path(wav2vec_model_path) / "config.json").is_file():
+        config = config_of(wav2vec_model_path)
+        hidden, layers = config.hidden_size, config.num_hidden_layers
+    return hidden if only_last_features else hidden * layers

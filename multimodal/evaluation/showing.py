@@ -1,0 +1,151 @@
+"""What a person can look at: contact sheets of retrieved pictures, tables of retrieved captions, and the run's report
+page.
+"""
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from multimodal.data.image import center_crop, read_image
+from multimodal.data.records import Record
+from multimodal.evaluation.held_out import Split
+from multimodal.weights.open import Embedder
+from shared.report.page import Bar, Sample, write_report
+
+CELL, TEXT_WIDTH, SHOWN = 112, 260, 5
+RIGHT, WRONG = (30, 150, 70), (200, 200, 200)
+
+
+def best_items(split: Split, caption: int, count: int = SHOWN) -> list[int]:
+    """Items by falling similarity to a caption."""
+    return (split.items_IE @ split.captions_CE[caption]).argsort(descending=True, stable=True)[:count].tolist()
+
+
+def best_captions(split: Split, item: int, count: int = SHOWN) -> list[int]:
+    """Captions by falling similarity to an item."""
+    return (split.captions_CE @ split.items_IE[item]).argsort(descending=True, stable=True)[:count].tolist()
+
+
+def spread(split: Split, count: int) -> list[int]:
+    """Items that stand for the split, evenly spaced: no picking of good ones."""
+    total = len(split.items_IE)
+    return [place * total // min(count, total) for place in range(min(count, total))]
+
+
+def picture_sheet(split: Split, sources: dict[str, Any], path: Path, *, rows: int = 8) -> Path:
+    """For evenly spaced captions the five nearest pictures; the true one has a green frame."""
+    items, font = spread(split, rows), ImageFont.load_default(13)
+    sheet = Image.new("RGB", (TEXT_WIDTH + SHOWN * CELL, max(1, len(items)) * CELL), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, item in enumerate(items):
+        caption = split.first_captions[item]
+        draw.multiline_text((8, row * CELL + 12), textwrap.fill(split.caption_texts[caption], 36), "black", font)
+        for column, found in enumerate(best_items(split, caption)):
+            source = sources[split.ids[found]]
+            picture = center_crop(read_image(source if isinstance(source, Path) else source.read()), CELL - 12)
+            left, top = TEXT_WIDTH + column * CELL, row * CELL
+            frame = RIGHT if found == item else WRONG
+            draw.rectangle(
+                (left + 2, top + 2, left + CELL - 3, top + CELL - 3), outline=frame, width=4 if found == item else 1
+            )
+            sheet.paste(picture, (left + 6, top + 6))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+    return path
+
+
+def caption_table(split: Split, item: int) -> str:
+    """The five captions nearest to an item; its own are marked."""
+    own = {place for place, owner in enumerate(split.owners) if owner == item}
+    return "\n".join(
+        f"{'*' if place in own else ' '} {split.caption_texts[place]}" for place in best_captions(split, item)
+    )
+
+
+def table(split: Split, *, rows: int = 8) -> list[dict[str, Any]]:
+    """Retrieval both ways for evenly spaced items, as plain values."""
+    found = []
+    for item in spread(split, rows):
+        caption = split.first_captions[item]
+        found.append(
+            {
+                "query_text": split.caption_texts[caption],
+                "wanted": split.ids[item],
+                "found_items": [
+                    {"id": split.ids[place], "right": place == item} for place in best_items(split, caption)
+                ],
+                "query_item": split.ids[item],
+                "found_captions": [
+                    {"text": split.caption_texts[place], "right": split.owners[place] == item}
+                    for place in best_captions(split, item)
+                ],
+            }
+        )
+    return found
+
+
+def write_run_report(
+    run: Path,
+    embedder: Embedder,
+    splits: dict[str, Split],
+    sources: dict[str, Record],
+    found: dict[str, Any],
+    bars: list[Bar],
+    command: str,
+) -> Path:
+    """report.json, .md and .html beside the run: recall beside chance, retrieved pictures, sounds with their nearest
+    captions. sources: the records of all splits by id.
+    """
+    samples: list[Sample] = []
+    for name, split in splits.items():
+        if split.captions_CE is None or split.kind == "voice":
+            continue
+        if split.kind == "image":
+            sheet = picture_sheet(
+                split,
+                {key: record.source for key, record in sources.items()},
+                run / "samples" / f"{name}_text_to_picture.png",
+            )
+            samples.append(
+                Sample(
+                    sheet.resolve(),
+                    "each row: a held-out caption and the five nearest held-out pictures; the true one is framed "
+                    "in green",
+                    f"{name}: text to picture",
+                )
+            )
+        samples += _items_with_captions(run, name, split, sources)
+    summary = {
+        "model": f"{embedder.config.model.size}, {embedder.model.network.num_parameters():,} parameters",
+        "checkpoint": f"stage {embedder.payload['stage']}, epoch {embedder.payload['epoch']}, best validation loss "
+        f"{embedder.payload['best_val_loss']}",
+    }
+    for kind, values in (("classification", found["classification"]), ("zero-shot", found.get("zeroshot", {}))):
+        summary |= {f"{kind} {name}": str(value) for name, value in values.items()}
+    return write_report(
+        run,
+        title="Multimodal: pictures, texts and sounds in one space",
+        command=command,
+        summary=summary,
+        bars=bars,
+        samples=samples,
+        text="Held-out data; the rows are evenly spaced through the split, not chosen.",
+    )
+
+
+def _items_with_captions(run: Path, name: str, split: Split, sources: dict[str, Record]) -> list[Sample]:
+    samples = []
+    for item in spread(split, 6):
+        source = sources[split.ids[item]].source
+        if not isinstance(source, Path):
+            continue
+        samples.append(
+            Sample(
+                source.resolve(),
+                "nearest captions (* its own):\n" + caption_table(split, item),
+                f"{name}: item to text",
+            )
+        )
+    return samples

@@ -1,0 +1,110 @@
+"""The guide's checkpoint files: one dict of tensors and plain values that torch.load reads with weights_only=True."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multimodal.data.text import TextTokenizer
+from multimodal.model import MultimodalModel, create_model
+from shared.engine.checkpoint import load_strict
+from shared.errors import UserError
+from shared.files import written_aside
+
+FORMAT_VERSION = 1
+NAMES = ("best_model.pt", "final_model.pt")
+
+
+def save_aside(payload: dict[str, Any], path: Path) -> None:
+    """Write to a temporary name, sync, rename: what is visible is whole."""
+    with written_aside(path) as temporary, open(temporary, "wb") as file:
+        torch.save(payload, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def put(source: Path, target: Path) -> None:
+    """Let `target` be the same file as `source` (a hard link where the file system has them), replacing it whole."""
+    with written_aside(target) as temporary:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+
+def read_payload(path: Path | str) -> tuple[dict[str, Any], Path]:
+    """The dict of OUT (its best model), of a checkpoint folder or of a .pt file, and the file read."""
+    path = Path(path)
+    if path.is_dir():
+        places = [path / "model.pt", *(path / "checkpoints" / name for name in NAMES), *(path / name for name in NAMES)]
+        file = next((place for place in places if place.exists()), None)
+        if file is None:
+            raise UserError(
+                f"--checkpoint {path}: holds no best_model.pt or final_model.pt; give a run's folder or a .pt file"
+            )
+    elif path.exists():
+        file = path
+    else:
+        raise UserError(f"--checkpoint {path}: no such file or folder")
+    try:
+        payload = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for damaged files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{file}: cannot be read ({reason}); use another checkpoint") from None
+    if not isinstance(payload, dict) or "model_state_dict" not in payload or "model_config" not in payload:
+        raise UserError(
+            f"{file}: holds no model_state_dict and model_config; a checkpoint of multimodal/train.py is wanted"
+        )
+    return payload, file
+
+
+def build(model_config: dict[str, Any]) -> MultimodalModel:
+    """The model that a checkpoint's model_config describes."""
+    settings = dict(model_config)
+    return create_model(settings.pop("size"), settings.pop("num_classes"), **settings)
+
+
+def load_model(
+    path: Path | str, tokenizer_file: str | None = None
+) -> tuple[MultimodalModel, TextTokenizer, dict[str, Any]]:
+    """A trained model in eval mode, its tokenizer and its payload. Another tokenizer than the one trained with is
+    refused.
+    """
+    payload, file = read_payload(path)
+    tokenizer = TextTokenizer(
+        tokenizer_file or payload["config"].get("tokenizer"), payload["config"]["model"]["max_text_length"]
+    )
+    if tokenizer.sha256 != payload["tokenizer_sha256"]:
+        raise UserError(
+            f"{file} was trained with another tokenizer (SHA-256 {payload['tokenizer_sha256'][:12]}, {tokenizer.path} "
+            f"has {tokenizer.sha256[:12]}); give the same with --tokenizer"
+        )
+    network = build(payload["model_config"])
+    load_strict(network, payload["model_state_dict"], what=str(file))
+    return network.eval(), tokenizer, payload
+
+
+def load_start(network: MultimodalModel, path: str, tokenizer: TextTokenizer, *, reset_head: bool) -> None:
+    """--init-from: weights of another run. A classifier of another size is refused, or left out with reset_head."""
+    payload, file = read_payload(path)
+    if payload["tokenizer_sha256"] != tokenizer.sha256:
+        raise UserError(f"--init-from {file}: trained with another tokenizer; give the same with --tokenizer")
+    state: dict[str, Tensor] = payload["model_state_dict"]
+    own = network.state_dict()
+    head = [
+        name
+        for name in state
+        if name.startswith("classifier.") and name in own and own[name].shape != state[name].shape
+    ]
+    if head and not reset_head:
+        raise UserError(
+            f"--init-from {file}: its classifier has {payload['model_config']['num_classes']} classes, this run "
+            f"{network.config['num_classes']}; add --reset-head to start the classifier anew"
+        )
+    if head:
+        state = {name: value for name, value in state.items() if not name.startswith("classifier.")}
+    load_strict(network, state, what=str(file), allow_missing=("classifier.",) if head else ())

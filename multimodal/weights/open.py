@@ -1,0 +1,149 @@
+"""A trained model ready to embed pictures, texts and sounds; what generate.py, metrics.py and embed.py share."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from multimodal.config import Config
+from multimodal.data.audio import AUDIO_SUFFIXES, compress, fit_frames, log_power, read_audio
+from multimodal.data.image import IMAGE_SUFFIXES, center_crop, normalise, read_image
+from multimodal.data.records import Kind, Records
+from multimodal.data.text import TextTokenizer
+from multimodal.dataset import CaptionedDataset
+from multimodal.evaluation.held_out import Split, embed_split
+from multimodal.objective import AlignModel, FinetuneModel
+from multimodal.weights.files import load_model
+from shared.config import validate
+from shared.engine.dist import DistInfo, init_distributed
+from shared.errors import BadSample, UserError
+from shared.media.pictures import to_pixels
+
+
+@dataclass
+class Embedder:
+    """A model in eval mode on its device, with the settings that it was trained with."""
+
+    model: nn.Module
+    tokenizer: TextTokenizer
+    config: Config
+    payload: dict[str, Any]
+    info: DistInfo
+    batch_size: int = 64
+
+    @classmethod
+    def load(
+        cls, checkpoint: str, *, device: str = "auto", tokenizer: str | None = None, batch_size: int = 64
+    ) -> "Embedder":
+        """From OUT, a checkpoint folder or a .pt file."""
+        network, own_tokenizer, payload = load_model(checkpoint, tokenizer)
+        info = init_distributed(device)
+        config = validate(Config, payload["config"], f"the settings in {checkpoint}")
+        stage = FinetuneModel(network) if payload["stage"] == 3 else AlignModel(network)
+        return cls(stage.to(info.device).eval(), own_tokenizer, config, payload, info, batch_size)
+
+    @property
+    def loss_kind(self) -> str:
+        """The contrastive loss that it was trained with."""
+        return self.config.training.contrastive_loss
+
+    @torch.inference_mode()
+    def encode(self, batch: dict) -> dict[str, Tensor]:
+        """The stage module's outputs."""
+        return self.model(batch)
+
+    def dataset(self, records: Records, *, num_classes: int | None = None) -> CaptionedDataset:
+        """The evaluation view of records."""
+        data = self.config.data.model_copy(update={"keep_in_memory": False, "mel_cache": None})
+        return CaptionedDataset(
+            records, data, self.tokenizer, image_size=self.config.model.image_size, num_classes=num_classes
+        )
+
+    def split(self, records: Records, kind: Kind, *, audio_crops: int = 1, num_classes: int | None = None) -> Split:
+        """All items and captions of one kind; audio_crops 3: start, middle and end of long sounds, averaged."""
+        positions = (0.0,) if audio_crops == 1 else tuple(i / (audio_crops - 1) for i in range(audio_crops))
+        return embed_split(
+            self.encode,
+            self.dataset(records, num_classes=num_classes),
+            kind,
+            self.info,
+            batch_size=self.batch_size,
+            positions=positions,
+        )
+
+    def texts(self, texts: list[str]) -> Tensor:
+        """(n, E) unit vectors, fp32, on the CPU."""
+        found = []
+        for start in range(0, len(texts), 2 * self.batch_size):
+            input_ids, mask = self.tokenizer.batch(texts[start : start + 2 * self.batch_size])
+            found.append(
+                self.encode(
+                    {
+                        "image": {
+                            "input_ids": input_ids.to(self.info.device),
+                            "attention_mask": mask.to(self.info.device),
+                        }
+                    }
+                )["imagetext_embeds"].cpu()
+            )
+        return torch.cat(found)
+
+    def images(self, paths: list[Path]) -> tuple[Tensor, list[Path]]:
+        """(n, E) unit vectors of the pictures that can be read, and their paths."""
+        return self._files(paths, "image")
+
+    def sounds(self, paths: list[Path]) -> tuple[Tensor, list[Path]]:
+        """(n, E) unit vectors of the sounds that can be read, and their paths."""
+        return self._files(paths, "audio")
+
+    def _files(self, paths: list[Path], kind: Kind) -> tuple[Tensor, list[Path]]:
+        vectors, good = [], []
+        for batch in batches(paths, self.batch_size):
+            inputs, own = [], []
+            for path in batch:
+                try:
+                    inputs.append(self._load(path, kind))
+                    own.append(path)
+                except BadSample as error:
+                    print(f"left out: {error}", flush=True)
+            if own:
+                name = "images" if kind == "image" else "audio"
+                vectors.append(
+                    self.encode({kind: {name: torch.stack(inputs).to(self.info.device)}})[f"{kind}_embeds"].cpu()
+                )
+                good += own
+        if not good:
+            raise UserError(
+                f"none of {len(paths)} files can be read as {'a picture' if kind == 'image' else 'a sound'}"
+            )
+        return torch.cat(vectors), good
+
+    def _load(self, path: Path, kind: Kind) -> Tensor:
+        if kind == "image":
+            return normalise(to_pixels(center_crop(read_image(path), self.config.model.image_size)))
+        frames = self.config.data.audio_frames
+        power = log_power(torch.from_numpy(read_audio(path, seconds=frames / 100)))
+        return compress(fit_frames(power, frames, fill="repeat_pad")[0])
+
+
+def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of at most `size` items."""
+    items = list(items)
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def files_below(folder: str, kind: Kind) -> list[Path]:
+    """Pictures or sounds below a folder, or the file itself; UserError when there is none."""
+    root, suffixes = Path(folder), IMAGE_SUFFIXES if kind == "image" else AUDIO_SUFFIXES
+    if root.is_file():
+        return [root]
+    if not root.is_dir():
+        raise UserError(f"{folder}: no such file or folder")
+    found = sorted(path for path in root.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+    if not found:
+        raise UserError(f"{folder}: holds no file that ends in {', '.join(suffixes)}")
+    return found

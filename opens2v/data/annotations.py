@@ -1,0 +1,280 @@
+"""Annotation files of any size, one entry in memory at a time. An index holds where each entry lies in the file.
+
+    python opens2v/data/annotations.py --json PART.json [--out PART.json.idx]        index a large file once (streams)
+
+Accepted: PART.json ({key: entry}), PART.jsonl (one {"key": ..., ...} a line), or a folder of single-entry files.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from io import FileIO
+
+import numpy as np
+
+from shared.config import Section, load_config, setting
+from shared.errors import UserError, command
+from shared.files import written_aside
+
+INDEX_ABOVE_BYTES = 512 << 20  # larger files get an index file by themselves
+_CHUNK = 8 << 20
+_LARGEST_ENTRY = 256 << 20
+_SPACE = " \t\r\n"
+_COLUMNS = 5  # offset and length of the key, offset and length of the entry, hash of the key
+_FORMAT = 1
+
+
+class Annotations:
+    """Entries of one annotation file by position or key; nothing but the index stays in memory.
+
+    path: .json, .jsonl or a folder. index_path: where the index of a large file lies (default: beside it, name + .idx).
+    """
+
+    def __init__(self, path: str | Path, index_path: str | Path | None = None):
+        self.path = Path(path)
+        if not self.path.exists():
+            raise UserError(f"annotation file {self.path}: not found; check opens2v.json_paths")
+        self.files = sorted(self.path.glob("*.json")) if self.path.is_dir() else None
+        if self.files is not None:
+            if not self.files:
+                raise UserError(f"annotation folder {self.path}: holds no .json file")
+            self.table = np.array([[0, 0, 0, 0, _hash(file.stem.encode())] for file in self.files], np.int64)
+        else:
+            self.table = _index_of(self.path, Path(index_path) if index_path else None)
+        self._file: FileIO | None = None
+        self._order: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_file": None, "_order": None}  # every process opens the file for itself
+
+    def key(self, index: int) -> str:
+        """The key of the entry at a position."""
+        if self.files is not None:
+            return self.files[index].stem
+        return json.loads(self._bytes(*self.table[index, :2]))
+
+    def entry(self, index: int) -> dict:
+        """The parsed entry at a position."""
+        if self.files is not None:
+            entry = json.loads(self.files[index].read_bytes())
+            if set(entry) == {self.files[index].stem}:  # a file may nest the entry under its key
+                entry = entry[self.files[index].stem]
+            return entry
+        return json.loads(self._bytes(*self.table[index, 2:4]))
+
+    def item(self, index: int) -> tuple[str, dict]:
+        """(key, entry) at a position, in one read of the file."""
+        if self.files is not None:
+            return self.key(index), self.entry(index)
+        key_at, key_length, entry_at, entry_length = (int(value) for value in self.table[index, :4])
+        first = min(key_at, entry_at)
+        text = self._bytes(first, max(key_at + key_length, entry_at + entry_length) - first)
+        key_at, entry_at = key_at - first, entry_at - first
+        return json.loads(text[key_at : key_at + key_length]), json.loads(text[entry_at : entry_at + entry_length])
+
+    def find(self, key: str) -> int | None:
+        """The position of a key, or None."""
+        if self._order is None:
+            self._order = np.argsort(self.table[:, 4], kind="stable")
+        wanted = _hash(key.encode())
+        place = int(np.searchsorted(self.table[:, 4], wanted, sorter=self._order))
+        while place < len(self) and self.table[self._order[place], 4] == wanted:
+            if self.key(int(self._order[place])) == key:
+                return int(self._order[place])
+            place += 1
+        return None
+
+    def digest(self) -> str:
+        """A short text that stands for the list of keys and sizes."""
+        return hashlib.sha256(np.ascontiguousarray(self.table[:, [1, 3, 4]]).tobytes()).hexdigest()[:16]
+
+    def _bytes(self, offset: int, length: int) -> bytes:
+        if self._file is None:
+            self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115
+            if hasattr(os, "posix_fadvise"):  # entries are drawn at random: reading ahead would only take longer
+                os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        return os.pread(self._file.fileno(), int(length), int(offset))
+
+
+def _hash(key: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little", signed=True)
+
+
+# --- the index --------------------------------------------------------------------------------------------------------
+
+
+def write_index(path: Path, out: Path | None = None) -> Path:
+    """Index an annotation file in one streaming pass; the index is written aside and renamed."""
+    out = out or path.with_name(path.name + ".idx")
+    stamp = _stamp(path)
+    rows = np.fromiter(_rows(path), dtype=(np.int64, _COLUMNS))
+    with written_aside(out) as temporary, open(temporary, "wb") as file:
+        np.save(file, np.concatenate([np.array([stamp], np.int64), rows]))
+    return out
+
+
+def _index_of(path: Path, index_path: Path | None) -> np.ndarray:
+    """The table of a file: from a fresh index file, by writing one for a large file, or scanned now for a small one."""
+    out = index_path or path.with_name(path.name + ".idx")
+    if not out.exists() and path.stat().st_size > INDEX_ABOVE_BYTES:
+        write_index(path, out)
+    if out.exists():
+        try:
+            table = np.load(out, mmap_mode="r", allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise UserError(f"index {out}: not readable ({error}); delete it and it is made anew") from None
+        if tuple(table[0]) == _stamp(path):
+            return table[1:]
+        write_index(path, out)  # the annotation file changed since
+        return np.load(out, mmap_mode="r", allow_pickle=False)[1:]
+    return np.fromiter(_rows(path), dtype=(np.int64, _COLUMNS))
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    found = path.stat()
+    return (found.st_size, found.st_mtime_ns, _FORMAT, _COLUMNS, 0)
+
+
+def _rows(path: Path) -> Iterator[tuple[int, ...]]:
+    return _jsonl_rows(path) if path.suffix == ".jsonl" else _json_rows(path)
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[int, ...]]:
+    offset = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    key = json.dumps(json.loads(line)["key"], ensure_ascii=False).encode()
+                except (ValueError, KeyError, TypeError):
+                    raise UserError(f'{path}, line {number}: not a JSON object with a "key"') from None
+                start = line.find(key)
+                if start < 0:
+                    raise UserError(f"{path}, line {number}: the key must be written without escapes")
+                yield (offset + start, len(key), offset, len(line), _hash(json.loads(key).encode()))
+            offset += len(line)
+
+
+class _Window:
+    """A part of a file as text whose positions are bytes: latin-1 maps each byte to one character.
+
+    The bytes of UTF-8 beyond ASCII never look like JSON's own characters.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.file, self.text, self.start, self.at_end = path, open(path, "rb"), "", 0, False  # noqa: SIM115
+
+    def grow(self, keep_from: int) -> int:
+        """Drop what lies before `keep_from`, read more, and return how far positions moved."""
+        if len(self.text) - keep_from > _LARGEST_ENTRY:
+            raise UserError(
+                f"{self.path}, byte {self.start + keep_from}: no complete entry within 256 MiB; the file is damaged "
+                "there"
+            )
+        more = self.file.read(_CHUNK)
+        self.at_end = not more
+        self.text = self.text[keep_from:] + more.decode("latin-1")
+        self.start += keep_from
+        return keep_from
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, ...]]:
+    """Rows of {key: entry, ...}: the C scanner of the json module runs over one entry after another in a moving
+    window.
+    """
+    scan, window = json.JSONDecoder(strict=False).raw_decode, _Window(path)
+    with window.file:
+        window.grow(0)
+        place = _skip(window, 0, "{", first=True)
+        while True:
+            place = _skip(window, place, '"}')
+            if window.text[place] == "}":
+                return
+            while True:
+                try:
+                    key, key_end = scan(window.text, place)
+                    value_at = _skip_in(window.text, key_end, ":")
+                    value, end = scan(window.text, value_at)
+                    if end >= len(window.text) and not window.at_end:
+                        raise ValueError("cut at the end of the window")
+                    break
+                except (ValueError, IndexError, RecursionError) as error:
+                    if window.at_end:
+                        raise UserError(
+                            f"{path}, byte {window.start + place}: the entry is no valid JSON ({error}); the file is "
+                            "cut or damaged there"
+                        ) from None
+                    place -= window.grow(place)
+            if not isinstance(value, dict):
+                raise UserError(
+                    f"{path}: the entry {key[:80]!r} is no object; expected {{key: {{metadata, annotation}}}}"
+                )
+            key = json.loads(window.text[place:key_end].encode("latin-1"))
+            yield (window.start + place, key_end - place, window.start + value_at, end - value_at, _hash(key.encode()))
+            place = end
+
+
+def _skip(window: _Window, place: int, wanted: str, first: bool = False) -> int:
+    """The position of the next of the wanted characters after white space and commas."""
+    while True:
+        while place < len(window.text) and window.text[place] in _SPACE + ("" if first else ","):
+            place += 1
+        if place < len(window.text):
+            if window.text[place] in wanted:
+                return place + (1 if first else 0)
+            raise UserError(
+                f"{window.path}, byte {window.start + place}: expected {' or '.join(wanted)}, found "
+                f"{window.text[place]!r}; "
+                "an annotation file is one JSON object {key: entry}"
+            )
+        if window.at_end:
+            raise UserError(
+                f"{window.path}: ends at byte {window.start + place} in the middle of the JSON object; copy it again"
+            )
+        place -= window.grow(place)
+
+
+def _skip_in(text: str, place: int, separator: str) -> int:
+    while text[place] in _SPACE:
+        place += 1
+    if text[place] != separator:
+        raise ValueError(f"expected {separator!r} after the key")
+    place += 1
+    while text[place] in _SPACE:
+        place += 1
+    return place
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+class IndexOptions(Section):
+    """What to index."""
+
+    json_path: str = setting("", "annotation file, .json or .jsonl", "json")
+    out: str | None = setting(None, "index file; null: beside the annotation file, name + .idx")
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    options = load_config(IndexOptions, argv=argv, description=__doc__)
+    if not options.json_path:
+        raise UserError("--json PART.json is needed")
+    if not Path(options.json_path).is_file():
+        raise UserError(f"--json {options.json_path}: no such file")
+    out = write_index(Path(options.json_path), Path(options.out) if options.out else None)
+    print(f"{out}: {len(np.load(out, mmap_mode='r')) - 1:,} entries")
+
+
+if __name__ == "__main__":
+    main()

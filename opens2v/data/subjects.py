@@ -1,0 +1,200 @@
+"""Subject pictures: cut out of the annotated frame by their masks, filtered, chosen, and brought to the two input
+forms.
+"""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from opens2v import rle
+from opens2v.data.augment import WHITE, augment
+
+SELECTIONS = ("first", "random", "best_score")
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+CLIP_SIZE = 224
+
+
+@dataclass
+class Subject:
+    """One detection with its cut-out."""
+
+    annotation_idx: str  # "1" .. "n", belongs to annotations[int - 1]
+    class_name: str
+    image: Image.Image  # RGB, white outside the mask
+    gme_score: float | None
+    aes_score: float | None
+    crop_ratio: float  # area of the cut-out over area of the cropped frame
+    mask_area: int  # pixels
+    mask: np.ndarray  # uint8 (H, W) in the cropped frame
+
+
+@dataclass(frozen=True)
+class SubjectFilter:
+    """Optional rules; None or an empty list is off. When the rules leave nothing, the unfiltered list counts."""
+
+    min_gme_score: float | None = None
+    min_aes_score: float | None = None
+    min_crop_ratio: float | None = None
+    max_crop_ratio: float | None = None
+    subject_tag_groups: tuple[str, ...] | None = None
+    dedup_iou: float | None = None
+
+    def apply(self, subjects: list[Subject], word_tags: dict[str, list[str]]) -> list[Subject]:
+        """The subjects that pass, in file order."""
+        named = {str(tag).lower() for group in self.subject_tag_groups or () for tag in word_tags.get(group) or ()}
+        kept: list[Subject] = []
+        for subject in subjects:
+            if _below(subject.gme_score, self.min_gme_score) or _below(subject.aes_score, self.min_aes_score):
+                continue
+            if _below(subject.crop_ratio, self.min_crop_ratio):
+                continue
+            if self.max_crop_ratio is not None and subject.crop_ratio > self.max_crop_ratio:
+                continue
+            if self.subject_tag_groups and subject.class_name.lower() not in named:
+                continue
+            if self.dedup_iou is not None and any(_iou(subject.mask, other.mask) > self.dedup_iou for other in kept):
+                continue
+            kept.append(subject)
+        return kept or subjects
+
+
+def _below(value: float | None, limit: float | None) -> bool:
+    return limit is not None and (value is None or value < limit)
+
+
+def _iou(a: np.ndarray, b: np.ndarray) -> float:
+    union = np.logical_or(a, b).sum()
+    return float(np.logical_and(a, b).sum() / union) if union else 0.0
+
+
+def find_subjects(entry: dict[str, Any], frame: np.ndarray, *, use_bbox: bool = False, key: str = "") -> list[Subject]:
+    """All subjects of an entry in file order; detections with an empty mask are left out.
+
+    frame: the CROPPED annotated frame, uint8 RGB (H, W, 3). use_bbox keeps the background inside the box.
+    Raises ValueError, naming the key, for run-length text that does not fit its size.
+    """
+    annotation = entry["annotation"]
+    frame_index = str(annotation["ann_frame_data"]["ann_frame_idx"])
+    details = annotation["ann_frame_data"]["annotations"]
+    masks = annotation["mask_annotation"].get(frame_index, {})
+    found = []
+    for annotation_idx, record in annotation["mask_map"].items():
+        if annotation_idx not in masks:
+            continue
+        mask = rle.decode(
+            masks[annotation_idx]["counts"], masks[annotation_idx]["size"], f"{key}, mask {annotation_idx}"
+        )
+        mask = mask[: frame.shape[0], : frame.shape[1]]
+        if not mask.any():
+            continue
+        top, bottom, left, right = _tight_box(mask)
+        cut = frame[top : bottom + 1, left : right + 1].copy()
+        if not use_bbox:
+            cut[mask[top : bottom + 1, left : right + 1] == 0] = 255
+        place = int(annotation_idx) - 1
+        detail = details[place] if 0 <= place < len(details) else {}
+        ratio = cut.shape[0] * cut.shape[1] / (frame.shape[0] * frame.shape[1])
+        found.append(
+            Subject(
+                annotation_idx,
+                record["class_name"],
+                Image.fromarray(cut),
+                detail.get("gme_score"),
+                detail.get("aes_score"),
+                ratio,
+                int(mask.sum()),
+                mask,
+            )
+        )
+    return found
+
+
+def _tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """First and last row and column of the mask, inclusive."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return int(rows[0]), int(rows[-1]), int(columns[0]), int(columns[-1])
+
+
+def select_subjects(subjects: list[Subject], strategy: str, count: int, rng: random.Random) -> list[Subject]:
+    """Up to `count` subjects: first (file order), random (without replacement) or best_score (aes_score, missing
+    last).
+    """
+    if strategy == "first":
+        return subjects[:count]
+    if strategy == "random":
+        return rng.sample(subjects, min(count, len(subjects)))
+    if strategy == "best_score":
+        score = [-np.inf if subject.aes_score is None else subject.aes_score for subject in subjects]
+        order = sorted(range(len(subjects)), key=lambda place: -score[place])  # stable: ties stay in file order
+        return [subjects[place] for place in order[:count]]
+    raise ValueError(f"subject_selection {strategy!r} is not one of {', '.join(SELECTIONS)}")
+
+
+# --- the two input forms ----------------------------------------------------------------------------------------------
+
+
+def reference_pixels(image: Image.Image, height: int, width: int, scale: float = 1.0) -> Tensor:
+    """float32 (3, height, width) in [-1, 1]: fitted inside the canvas (Lanczos, aspect kept), centred on white."""
+    factor = scale * min(height / image.height, width / image.width)
+    size = (min(width, max(1, round(image.width * factor))), min(height, max(1, round(image.height * factor))))
+    canvas = Image.new("RGB", (width, height), WHITE)
+    canvas.paste(image.resize(size, Image.Resampling.LANCZOS), ((width - size[0]) // 2, (height - size[1]) // 2))
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def clip_pixels(image: Image.Image, size: int = CLIP_SIZE) -> Tensor:
+    """float32 (3, size, size), CLIP-normalised: padded to a white square first, so that slim subjects keep their
+    shape.
+    """
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), WHITE)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    pixels = np.array(square.resize((size, size), Image.Resampling.BICUBIC))
+    return normalise_clip(torch.from_numpy(pixels).permute(2, 0, 1).float() / 255)
+
+
+def normalise_clip(pixels: Tensor) -> Tensor:
+    """(3, H, W) in [0, 1] -> CLIP's normalisation."""
+    return (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
+
+
+def reference_tensors(
+    subjects: list[Subject],
+    images: list[Image.Image],
+    rng: random.Random | None,
+    *,
+    count: int,
+    size: tuple[int, int],
+    clip_size: int = CLIP_SIZE,
+) -> dict[str, Any]:
+    """What a sample holds of its subjects, in `count` slots; empty slots are white, without name, with NaN scores.
+
+    images: the pictures of `subjects`. rng: augments them; None leaves them as they are. size: of ref_pixels;
+    clip_size: side of ref_clip_pixels.
+    """
+    pixels = torch.ones(count, 3, *size)
+    features = normalise_clip(torch.ones(3, clip_size, clip_size)).repeat(count, 1, 1, 1)
+    scores = torch.full((count, 2), torch.nan)
+    for slot, (subject, image) in enumerate(zip(subjects, images, strict=True)):
+        scale = 1.0
+        if rng is not None:
+            image, scale = augment(image, rng)
+        pixels[slot] = reference_pixels(image, *size, scale=scale)
+        features[slot] = clip_pixels(image, clip_size)
+        for column, score in enumerate((subject.gme_score, subject.aes_score)):
+            if score is not None:
+                scores[slot, column] = score
+    names = [subject.class_name for subject in subjects]
+    return {
+        "ref_pixels": pixels,
+        "ref_clip_pixels": features,
+        "ref_mask": torch.arange(count) < len(subjects),
+        "subject_names": names + [""] * (count - len(names)),
+        "subject_scores": scores,
+    }

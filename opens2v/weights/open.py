@@ -1,0 +1,65 @@
+"""A trained generator from what a user names: a run folder, a checkpoint folder, or the guide's model.pt."""
+
+from pathlib import Path
+
+import torch
+
+from opens2v.config import Config
+from opens2v.model import RefWanTransformer3DModel
+from opens2v.modules.conditions import Encoders, load_encoders
+from opens2v.weights.base import base_path, load_generator
+from opens2v.weights.export import load_trained, read_trained
+from shared.config import load_saved
+from shared.engine.checkpoint import find_checkpoint
+from shared.errors import UserError
+
+
+def settings_of(checkpoint: Path, config_path: str | None = None) -> tuple[Config, Path]:
+    """(settings of the run, weights to load). The settings lie in the checkpoint, beside model.pt, or in the run
+    folder.
+    """
+    if not checkpoint.exists():
+        raise UserError(
+            f"--checkpoint {checkpoint}: not found; give a run folder, one of its checkpoints, or a model.pt"
+        )
+    weights = checkpoint if checkpoint.is_file() else find_checkpoint(checkpoint)
+    folder = weights.parent if weights.is_file() else weights
+    for candidate in (
+        config_path,
+        folder / "config.yaml",
+        folder.parent / "config.yaml",
+        folder.parent.parent / "config.yaml",
+    ):
+        if candidate is not None and Path(candidate).exists():
+            return load_saved(Config, Path(candidate)), weights
+    raise UserError(f"--checkpoint {checkpoint}: no config.yaml beside it; give --config-path of the run")
+
+
+def load_trained_generator(
+    checkpoint: str | Path,
+    *,
+    config_path: str | None = None,
+    base: str | None = None,
+    use_ema: bool = True,
+    device: torch.device | str = "cpu",
+) -> tuple[RefWanTransformer3DModel, Encoders, Config, Path]:
+    """The generator with its trained parts in eval mode, the encoders, the settings, and the weights that were read.
+
+    base: other base weights than those of the run, for a run folder that was moved.
+    """
+    config, weights = settings_of(Path(checkpoint), config_path)
+    own_base = base_path(config)
+    if base is None and not own_base.exists():
+        for folder in (weights.parent, *weights.parents):  # a small run that was moved carries its base along
+            if (folder / "base" / "generator.safetensors").exists():
+                base = str(folder / "base" / "generator.safetensors")
+                break
+    if base is not None:
+        config.model.generator_ckpt = base
+    path = base_path(config)
+    if not path.exists():
+        raise UserError(f"base weights {path}: not found; give them with --generator-ckpt")
+    model, _ = load_generator(config, path)
+    load_trained(model, read_trained(weights, use_ema=use_ema), str(weights))
+    encoders = load_encoders(config, path if path.is_dir() else path.parent, everything=True)
+    return model.to(device).eval().requires_grad_(False), encoders.to(torch.device(device)), config, weights

@@ -1,0 +1,254 @@
+"""What FLOAT costs: the transformer's step beside diffusers' DiT-S/2 on the same core, training from the cache and from
+frames, a second of talking portrait, the loader, scaling.
+
+    python scripts/bench/float.py [--parts peers precision use start loader scaling] [--rounds 5] [--output DIR]
+    bash scripts/bench.sh --system float
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from scripts.bench.bench import Bench, BenchOptions, Job, Row, planned_step, run_benchmark, training_step
+from shared.config import load_config
+from shared.errors import command
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    load_config(BenchOptions, description=__doc__)
+
+import contextlib
+import io
+import tempfile
+
+import torch
+from torch import nn
+
+from float.config import AUTOENCODER_PRESETS, PRESETS, SAMPLE_DATA, AutoencoderConfig, Config
+from float.data.clips import Clip, find_clips
+from float.data.features import feature_path, write_features
+from float.data.frames import FramePairs, FrameStore, StoredPairs, collate_pairs
+from float.data.synthetic import synthetic_clip, write_synthetic_features
+from float.dataset import FLOATDataset, create_dataloader
+from float.model import FlowMatchingTransformer
+from float.modules.audio import SAMPLE_RATE, LogMelEncoder
+from float.plan import autoencoder_workload, workload
+from float.precompute import features_dir
+from float.sampling.animate import Animator, sampling_options
+from float.weights.open import make_autoencoder, make_generator
+from shared.data import BatchPlan, MapStream
+from shared.engine.dist import DistInfo
+
+# The reference network's step at this size takes 104 ms where diffusers' DiT-S/2 step takes 660.
+REFERENCE_SHARE = 104 / 660
+PHASE_1_CLIPS = 4  # decoded for the loader of phase 1
+
+
+def settings(*words: str) -> Config:
+    """A preset with changes."""
+    return load_config(Config, presets=PRESETS, argv=["--config", *words])
+
+
+def transformer_step(
+    depth: int = 4, width: int = 256, batch: int = 2, length: int = 50, before: int = 10, *, window_only: bool = True
+) -> Job:
+    """Forward, mean square of the velocity and backward of the transformer on made-up windows."""
+    model = FlowMatchingTransformer(dim_h=width, depth=depth, num_heads=8, num_frames=length, num_prev_frames=before)
+    shapes = [(length, 512), (length, 512), (512,), (1, 7), (before, 512), (before, 512)]
+    inputs, t_B = [torch.randn(batch, *shape) for shape in shapes], torch.rand(batch)
+    step = training_step(model, lambda: model(t_B, *inputs, window_only=window_only).square().mean())
+    step.parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return step
+
+
+def dit_step() -> Job:
+    """diffusers' DiT-S/2, latents 16 x 16, batch 4: the yardstick of this core."""
+    from diffusers import DiTTransformer2DModel
+
+    model = DiTTransformer2DModel(
+        num_attention_heads=6, attention_head_dim=64, in_channels=4, num_layers=12, sample_size=16
+    )
+    x, t, labels = torch.randn(4, 4, 16, 16), torch.randint(0, 1000, (4,)), torch.randint(0, 1000, (4,))
+    return training_step(model, lambda: model(x, t, labels).sample.square().mean())
+
+
+def generator_loss(generator: nn.Module, config: Config, audio: torch.Tensor, motion: torch.Tensor) -> torch.Tensor:
+    """Mean square of the velocity for raw sound (B, P + L, F) and motion latents (B, P + L, D)."""
+    before, batch = config.data.prev_frames, len(audio)
+    motion = generator.whiten(motion)
+    output = generator(
+        torch.rand(batch), motion[:, before:], audio[:, before:], motion[:, 0], torch.zeros(batch, 1, 7),
+        motion[:, :before], audio[:, :before], window_only=True,
+    )  # fmt: skip
+    return output.square().mean()
+
+
+def peers(bench: Bench) -> None:
+    """The transformer against the scaled reference, and the small preset's step from the cache and from frames."""
+    step = transformer_step()
+    sizes = f"depth 4, width 256, batch 2, 50 + 10 frames, {step.parameters:,} parameters"
+    note = f"{sizes}; loss and gradients of the 50 frames; bar 0.8 of 104 ms scaled"
+    yardstick, peer = dit_step(), "reference, 104 ms x (diffusers' DiT-S/2 step / 0.66 s)"
+    bench.pair("transformer step", step, yardstick, peer=peer, scale=REFERENCE_SHARE, bar=0.8, note=note)
+    step = transformer_step(window_only=False)
+    note = f"{sizes}; all 60 frames, as with a loss on the previous ones"
+    bench.pair("transformer step, previous frames too", step, yardstick, peer=peer, scale=REFERENCE_SHARE, note=note)
+    config = settings("small")
+    generator, autoencoder = make_generator(config.model, config.data), make_autoencoder(config.model).eval()
+    batch, frames = config.training.batch_size, config.data.sequence_length + config.data.prev_frames
+    side, encoder = config.model.input_size, LogMelEncoder()
+    pictures = torch.rand(batch * frames, 3, side, side) * 2 - 1
+    sounds = torch.randn(batch, round(frames / config.data.video_fps * SAMPLE_RATE))
+
+    def encoded() -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            motion = autoencoder.encode_motion(pictures).unflatten(0, (batch, frames))
+            audio = torch.stack([encoder.encode_clip(sound, config.data.video_fps)[:frames] for sound in sounds])
+        return audio, motion
+
+    features = encoded()
+    note = f"small preset, batch {batch}, {frames} frames of {side} px a window"
+    bench.pair(
+        "rate of training from the cache",
+        training_step(generator, lambda: generator_loss(generator, config, *features)),
+        training_step(generator, lambda: generator_loss(generator, config, *encoded())),
+        peer="encoding on the fly", bar=2.0, direction="at least", note=note,
+    )  # fmt: skip
+
+
+def precision(bench: Bench) -> None:
+    """The transformer's step in bf16 and fp32."""
+    bench.precision("transformer step", transformer_step())
+
+
+def animation(config: Config, seconds: int) -> Job:
+    """Motion from sound and frames from motion, by an untrained model of these settings."""
+    generator, autoencoder = make_generator(config.model, config.data), make_autoencoder(config.model)
+    animator = Animator(generator.eval(), autoencoder, config, torch.device("cpu"))
+    side, frames = config.model.input_size, round(seconds * config.data.video_fps)
+    portrait = animator.portrait(torch.zeros(side, side, 3, dtype=torch.uint8).numpy())
+    sound = torch.randn(1, frames, generator.audio_encoder.audio_projection[0].in_features)
+    options = sampling_options(config.model)
+
+    def animate() -> None:
+        windows = iter(sound.split(config.data.sequence_length, 1))
+        motions = animator.motion_windows(windows, portrait.motion, torch.zeros(7), options)
+        for _ in animator.frames(portrait, motions, total=frames):
+            pass
+
+    return animate
+
+
+def use(bench: Bench) -> None:
+    """A second of video, and reading windows."""
+    config = settings("small")
+    name = f"sampling, small preset, {config.model.input_size} px, guided, {config.model.nfe} time points"
+    bench.time(name, animation(config, 2), per=2, unit="ms a second of video")
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = synthetic_windows(settings("default", "--output-dir", folder))
+        bench.time(
+            "loading, default preset's windows from the cache", lambda: [dataset.sample(i % 32, 0) for i in range(128)],
+            per=128, unit="ms a sample",
+        )  # fmt: skip
+
+
+def synthetic_windows(config: Config) -> FLOATDataset:
+    """Windows of made-up clips in the sizes of the settings."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        write_synthetic_features(config, DistInfo())
+    return FLOATDataset(features_dir(config) / "train", config.data, train=True)
+
+
+def start(bench: Bench) -> None:
+    """From the command to the first step, which is phase 1's."""
+    bench.startup("--config", "small")
+
+
+def loader(bench: Bench) -> None:
+    """The default presets' loaders beside a step of the planned length."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = settings("default", "--output-dir", folder)
+        training = config.training
+        stream = create_dataloader(
+            synthetic_windows(config), batch_size=training.batch_size, num_workers=training.num_workers,
+            prefetch_factor=training.prefetch_factor,
+        )  # fmt: skip
+        bench.starving(
+            "default, cached windows",
+            stream,
+            planned_step(workload(config), config),
+            note=f"batch {training.batch_size}",
+        )
+    pair_loader(bench)
+
+
+def pair_loader(bench: Bench) -> None:
+    """The same for phase 1: frames in memory, as where all clips fit, and read by seeking."""
+    config = load_config(AutoencoderConfig, presets=AUTOENCODER_PRESETS, argv=["--config", "default"])
+    store = FrameStore(find_clips(SAMPLE_DATA, "train")[:PHASE_1_CLIPS], config.model.input_size, config.data, {})
+    decoded = [store.all_frames(clip) for clip in range(PHASE_1_CLIPS)]
+    pairs = FramePairs(store, pairs_per_second=config.training.pairs_per_second, seed=0, augment=True)
+    size = config.training.batch_size
+    stream = MapStream(StoredPairs(pairs), BatchPlan(len(pairs), size), DistInfo(), collate=collate_pairs)
+    note = f"batch {size}, {config.model.input_size} px, {sum(map(len, decoded))} decoded frames in memory"
+    planned = planned_step(autoencoder_workload(config), config)
+    bench.starving("phase 1, default, frame pairs", stream, planned, note=note)
+    store.in_memory = False
+    bench.time(
+        "loading, phase 1's pairs by seeking in the files", lambda: [pairs.stored(i, 0) for i in range(size)],
+        per=size, unit="ms a pair",
+    )  # fmt: skip
+
+
+def scaling(bench: Bench) -> None:
+    """Length of the sound, window, batch, parameters, clips on disk."""
+    config = settings("small")
+    bench.scaling(
+        "seconds of sound", {seconds: animation(config, seconds) for seconds in (1, 2, 4, 8)},
+        "ms of sampling: window after window, so the cost is that of the length and memory stays the same",
+    )  # fmt: skip
+    bench.scaling(
+        "frames of a window", {length: transformer_step(length=length) for length in (25, 50, 100, 200)},
+        "ms a training step: a frame attends to neighbours only, but the masked products are computed in full",
+    )  # fmt: skip
+    bench.scaling(
+        "batch", {batch: transformer_step(batch=batch) for batch in (1, 2, 4, 8)},
+        "ms a training step: near 1, the linear layers take all of it",
+    )  # fmt: skip
+    steps = [transformer_step(width=width, batch=1) for width in (128, 256, 512)]
+    bench.scaling("parameters", {step.parameters: step for step in steps}, "ms a training step: as the parameters")
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = {count: open_clips(Path(folder) / str(count), config, count) for count in (100, 400, 1600)}
+        bench.scaling("clips on disk", jobs, "ms to open the set: the header of each clip's file is read once")
+
+
+def open_clips(folder: Path, config: Config, count: int) -> Job:
+    """A cache of `count` clips, and the job that opens it as a data set."""
+    tensors = synthetic_clip(0, config.model.dim_w, 160, 0)
+    for number in range(count):
+        clip = Clip(f"clip{number}", Path(), Path(), "nobody")
+        write_features(feature_path(folder, clip.clip_id), tensors, clip, "synthetic")
+    return lambda: FLOATDataset(folder, config.data, train=True)
+
+
+def gpu(bench: Bench) -> None:
+    """The official size."""
+    from scripts.bench.gpu import utilisation
+
+    config = settings("official")
+    config.training.batch_size = 256
+    utilisation(bench, "FLOAT official, batch 256", workload(config), config, bar=0.45)
+
+
+PARTS = {part.__name__: part for part in (peers, precision, use, start, loader, scaling, gpu)}
+
+
+@command
+def main(argv: list[str] | None = None) -> list[Row]:
+    """Measure, print, and write the table where --output says."""
+    return run_benchmark("float", PARTS, argv, __doc__)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,370 @@
+"""How ranks share one model: none, ddp and fsdp (FSDP2) here, zero1 to zero3 in zero.py, behind one interface.
+
+The loop sees: micro_step (a context around forward and backward), backward, optimizer_step, set_lr.
+Checkpoint and EMA see: full tensors by parameter name, and local values (the part of a parameter that this rank holds
+in fp32). Every method that gathers is a collective: all ranks call it, in the same order.
+"""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from shared.config import TrainingSection
+from shared.engine.dist import DistInfo, gather_objects
+from shared.errors import UserError
+from shared.optim import adamw
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = ("weight", *MOMENTS)
+
+
+class StepInfo:
+    """What one optimizer step did: the gradient's norm before clipping, and whether it was finite; if it was not, the
+    step was left out, on all ranks.
+
+    The number is on its way from the device: making this waits for nothing, reading it does.
+    """
+
+    def __init__(self, norm: Tensor | float):
+        self._norm, self._arrived = norm, None
+        if isinstance(norm, Tensor) and norm.is_cuda:
+            self._norm = norm.to("cpu", non_blocking=True)
+            self._arrived = torch.cuda.current_stream(norm.device).record_event()
+
+    @property
+    def grad_norm(self) -> float:
+        """Before clipping; not a finite number when the step was left out."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return float(self._norm)
+
+    @property
+    def applied(self) -> bool:
+        """Whether the weights were changed."""
+        return math.isfinite(self.grad_norm)
+
+
+class LossScale:
+    """Dynamic loss scale for fp16: halve when a gradient overflows, double after 2,000 good steps."""
+
+    def __init__(self, enabled: bool):
+        self.value, self.good_steps, self.enabled = (2.0**16 if enabled else 1.0), 0, enabled
+
+    def update(self, finite: bool) -> None:
+        """Take in whether the gradient of one step was finite."""
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
+            self.value = max(1.0, self.value / 2)
+        elif self.good_steps % 2000 == 0:
+            self.value *= 2
+
+
+class Strategy:
+    """No wrapper at all: one rank. Also the base of the others, which override what differs."""
+
+    def __init__(self, name: str, info: DistInfo, precision: str, training: TrainingSection, cpu_offload: bool = False):
+        self.name, self.info, self.precision, self.training = name, info, precision, training
+        self.cpu_offload = cpu_offload
+        self.scale = LossScale(precision == "fp16")
+        self.module: nn.Module
+        self.model: nn.Module  # what the objective calls
+        self.parameters: dict[str, nn.Parameter]
+        self.optimizer: torch.optim.Optimizer
+
+    # --- set-up -------------------------------------------------------------------------------------------------------
+
+    def prepare(self, model: nn.Module, groups: list[dict], wrap_classes: tuple[type, ...] = ()) -> None:
+        """Place, compile and wrap the model; make the optimizer over its trainable parameters, grouped by name."""
+        self.module = model
+        self._place(wrap_classes)
+        if self.training.compile:
+            for block in blocks_of(model, wrap_classes):
+                block.compile()
+        self.parameters = trainable_parameters(self.module)
+        self._wrap(groups)
+
+    def _place(self, wrap_classes: tuple[type, ...]) -> None:
+        self.module.to(self.info.device)
+
+    def _wrap(self, groups: list[dict]) -> None:
+        self.model = self.module
+        self.optimizer = adamw(groups, self.parameters, self.training)
+
+    # --- one step -----------------------------------------------------------------------------------------------------
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The precision of model calls; weights, losses and optimizer state stay fp32."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        if dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.info.device.type, dtype=dtype)
+
+    def micro_step(self, is_last: bool) -> contextlib.AbstractContextManager:
+        """The context of one micro-step's forward and backward; gradients are reduced over ranks in the last one."""
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a pre-weighted loss."""
+        (loss * self.scale.value).backward()
+
+    def optimizer_step(self) -> StepInfo:
+        """Clip, step and clear. A gradient that is not finite leaves the weights as they are, on all ranks alike.
+
+        The fused optimizer scales the gradients, or leaves the step out, by numbers on the device: nothing waits here
+        but fp16, whose next loss scale depends on this step.
+        """
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm) / self.scale.value
+        done = StepInfo(norm)
+        if limit := self.training.max_grad_norm:
+            self.optimizer.grad_scale = self.scale.value * ((norm + 1e-6) / limit).clamp(min=1.0)
+        elif self.scale.enabled:
+            self.optimizer.grad_scale = torch.full_like(norm, self.scale.value)
+        self.optimizer.found_inf = (~norm.isfinite()).float()
+        self.optimizer.step()
+        if self.scale.enabled:
+            self.scale.update(done.applied)
+        self.optimizer.zero_grad(set_to_none=True)
+        return done
+
+    def set_lr(self, learning_rate: float) -> None:
+        """Set the learning rate of this step, times each group's scale."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
+
+    def with_gradient(self) -> dict[str, bool]:
+        """Which trainable parameters have a gradient on this rank, after a backward."""
+        return {name: parameter.grad is not None for name, parameter in self.parameters.items()}
+
+    # --- state by name ------------------------------------------------------------------------------------------------
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The whole parameter's shape."""
+        return tuple(self.parameters[name].shape)
+
+    def full(self, kind: str, name: str) -> Tensor | None:
+        """The whole fp32 tensor of a parameter's weight or moment, on the CPU; None where no such state exists yet."""
+        value = self.parameters[name] if kind == "weight" else self.optimizer.state[self.parameters[name]].get(kind)
+        return None if value is None else self._gather(value.detach()).float().cpu()
+
+    def load_full(self, kind: str, name: str, value: Tensor) -> None:
+        """Put a whole tensor into place; every rank passes the same one."""
+        parameter = self.parameters[name]
+        part = self._own_part(parameter, value)
+        if kind == "weight":
+            with torch.no_grad():
+                parameter.copy_(part)
+        else:
+            # laid out in memory as the parameter is: the fused optimizer walks both side by side
+            self.optimizer.state[parameter][kind] = torch.empty_like(parameter).detach().copy_(part)
+
+    def steps_taken(self) -> dict[str, int]:
+        """The optimizer's own step count of each parameter."""
+        states = ((name, self.optimizer.state.get(parameter, {})) for name, parameter in self.parameters.items())
+        return {name: int(state["step"]) for name, state in states if "step" in state}
+
+    def load_steps_taken(self, steps: dict[str, int]) -> None:
+        """Restore steps_taken(); called before the moments are loaded."""
+        for name, step in steps.items():
+            parameter = self.parameters[name]
+            device = self.info.device if self.optimizer.defaults["fused"] else "cpu"
+            self.optimizer.state[parameter]["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
+
+    def local_value(self, name: str) -> Tensor:
+        """This rank's part of the fp32 weight."""
+        return self.parameters[name].detach()
+
+    def gather_local(self, name: str, local: Tensor) -> Tensor:
+        """The whole CPU tensor of a value laid out as local_value (an EMA)."""
+        return local.float().cpu()
+
+    def split_full(self, name: str, full: Tensor) -> Tensor:
+        """This rank's part, laid out as local_value, of a whole tensor."""
+        return full.to(self.info.device)
+
+    @contextlib.contextmanager
+    def swapped(self, values: dict[str, Tensor]) -> Iterator[None]:
+        """Run with other weights (laid out as local_value), then put the own ones back."""
+        own = {name: self.compute_part(name).clone() for name in values}
+        try:
+            for name, value in values.items():
+                self.compute_part(name).copy_(value.reshape(self.compute_part(name).shape))
+            yield
+        finally:
+            for name, value in own.items():
+                self.compute_part(name).copy_(value)
+
+    def compute_part(self, name: str) -> Tensor:
+        """The storage that the forward pass reads this rank's part of a parameter from."""
+        return self.parameters[name].data
+
+    def _gather(self, value: Tensor) -> Tensor:
+        return value
+
+    def _own_part(self, parameter: Tensor, value: Tensor) -> Tensor:
+        return value.to(parameter.device, torch.float32)
+
+
+class DDP(Strategy):
+    """Every rank holds everything; gradients are averaged in the last micro-step."""
+
+    def _wrap(self, groups: list[dict]) -> None:
+        ids = [self.info.device.index] if self.info.device.type == "cuda" else None
+        self.model = DistributedDataParallel(
+            self.module, device_ids=ids, gradient_as_bucket_view=True, forward_sync_buffers=False
+        )
+        self.optimizer = adamw(groups, self.parameters, self.training)
+
+    def micro_step(self, is_last: bool) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if is_last else self.model.no_sync()
+
+
+class FSDP(Strategy):
+    """FSDP2: parameters, gradients and moments are sharded; blocks are gathered when they run."""
+
+    def _place(self, wrap_classes: tuple[type, ...]) -> None:
+        mesh = torch_dist.device_mesh.init_device_mesh(self.info.device.type, (self.info.world,))
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        # Inputs keep their dtype (times and positions must stay fp32); autocast does the casting inside.
+        policy = MixedPrecisionPolicy(
+            param_dtype=half, reduce_dtype=torch.float32 if half else None, cast_forward_inputs=False
+        )
+        if self.cpu_offload:  # parameters stay in host memory, buffers are read on the device
+            for module in self.module.modules():
+                for name, buffer in module._buffers.items():
+                    module._buffers[name] = None if buffer is None else buffer.to(self.info.device)
+        else:
+            self.module.to(self.info.device)
+        # Reshard after every forward, the root's too: swapped weights must not be seen in a stale gathered copy.
+        options = dict(mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        if self.cpu_offload:
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.info.device.type == "cuda")
+        for block in blocks_of(self.module, wrap_classes):
+            fully_shard(block, **options)
+        fully_shard(self.module, **options)
+
+    @contextlib.contextmanager
+    def micro_step(self, is_last: bool) -> Iterator[None]:
+        assert isinstance(self.module, FSDPModule)
+        self.module.set_requires_gradient_sync(is_last)
+        self.module.set_is_last_backward(is_last)
+        yield
+
+    def local_value(self, name: str) -> Tensor:
+        return self.parameters[name].to_local().detach()
+
+    def compute_part(self, name: str) -> Tensor:
+        return self.parameters[name].to_local().detach()
+
+    def gather_local(self, name: str, local: Tensor) -> Tensor:
+        parameter = self.parameters[name]
+        whole = DTensor.from_local(
+            local,
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+        return whole.full_tensor().float().cpu()
+
+    def split_full(self, name: str, full: Tensor) -> Tensor:
+        return self._own_part(self.parameters[name], full).to_local()
+
+    def _gather(self, value: Tensor) -> Tensor:
+        return value.full_tensor() if isinstance(value, DTensor) else value
+
+    def _own_part(self, parameter: DTensor, value: Tensor) -> DTensor:
+        value = value.to(parameter.device, torch.float32)
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def make_strategy(
+    name: str | None, info: DistInfo, precision: str, training: TrainingSection, cpu_offload: bool = False
+) -> Strategy:
+    """The strategy of that name; null means ddp on several ranks and none on one. UserError for what cannot work."""
+    name = name or ("ddp" if info.world > 1 else "none")
+    if name == "none" and info.world > 1:
+        raise UserError(
+            f"--strategy none runs on one rank, {info.world} were started; use ddp, fsdp, zero1, zero2 or zero3"
+        )
+    if cpu_offload and name in ("none", "ddp"):
+        raise UserError(f"--cpu-offload works with the strategies fsdp, zero1, zero2 and zero3, not with {name}")
+    if name == "none":
+        return Strategy(name, info, precision, training)
+    ensure_group()
+    if name == "ddp":
+        return DDP(name, info, precision, training)
+    if name == "fsdp":
+        return FSDP(name, info, precision, training, cpu_offload)
+    from shared.engine.zero import Zero  # DeepSpeed takes a second to import: only where it is used
+
+    return Zero(name, info, precision, training, cpu_offload)
+
+
+def choose_precision(precision: str | None, device: torch.device) -> str:
+    """null: bf16 where the device multiplies it natively, else fp32. fp16 on a CPU is refused."""
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError(
+            "--precision fp16 needs CUDA (on a CPU it is about 17 times slower than fp32); use bf16 or fp32"
+        )
+    if precision is not None:
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+def ensure_group() -> None:
+    """A process group of one where there is none, for the strategies that always talk to one."""
+    if not torch_dist.is_initialized():
+        for key, value in {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "0",
+        }.items():
+            os.environ.setdefault(key, value)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1)
+
+
+def blocks_of(model: nn.Module, wrap_classes: tuple[type, ...]) -> list[nn.Module]:
+    """The modules to shard or compile one by one, in order."""
+    return [module for module in model.modules() if wrap_classes and isinstance(module, tuple(wrap_classes))]
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Trainable parameters by name; a tied one appears once, under its first name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def check_gradients_agree(strategy: Strategy, step: int) -> None:
+    """Raise when ranks differ in which parameters have a gradient, or when one has none anywhere.
+
+    Without this FSDP2 and ZeRO add the gradients of different parameters to one another, silently.
+    """
+    masks = gather_objects(strategy.with_gradient())
+    for name in strategy.parameters:
+        having = [rank for rank, mask in enumerate(masks) if mask.get(name, False)]
+        if len(having) == len(masks):
+            continue
+        if having:
+            lacking = next(rank for rank in range(len(masks)) if rank not in having)
+            raise RuntimeError(
+                f"step {step}: parameter {name} has a gradient on rank {having[0]} and none on rank {lacking}; "
+                "every rank must run the same modules in every step: feed a placeholder input at weight 0"
+            )
+        raise RuntimeError(
+            f"step {step}: trainable parameter {name} has no gradient on any rank; freeze it, or use it at weight 0"
+        )
