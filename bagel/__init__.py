@@ -1,0 +1,1 @@
+"""BAGEL: one Mixture-of-Transformers that writes text and pictures."""

@@ -23,8 +23,7 @@ from bagel.data.records import FORMATS, RecordFault, Step, check_texts, format_o
 from bagel.data.sources import RawRecord, RecordFile, open_records, picture_names
 from bagel.data.tokenizer import Tokenizer
 from bagel.packing import Draws, Dropout, PackBuilder, PackFormat, PlanItem
-from shared.errors import BadSample, UserError
-from shared.files import write_text
+from shared.errors import BadSample, UserError, write_text
 from shared.rng import keyed_generator
 
 _CHOICE, _FLIP, _PACK, _WEIGHT = 301, 302, 303, 304  # random streams

@@ -15,8 +15,7 @@ if not __package__:
 import json
 
 from shared.config import Section, load_config, setting
-from shared.errors import UserError, command
-from shared.files import write_text
+from shared.errors import UserError, command, write_text
 
 
 class Options(Section):
@@ -52,8 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(options.output or Path(options.checkpoint) / "metrics.json")
     if output.suffix != ".json":
         raise UserError(f"--output {output}: give a .json file")
-    from bagel.evaluation.figures import evaluate
-    from bagel.summary import write_bagel_report
+    from bagel.evaluation.figures import evaluate, write_bagel_report
     from bagel.weights.open import open_model
 
     opened = open_model(options.checkpoint, model_path=options.base, prefer_ema=options.ema, device=options.device)

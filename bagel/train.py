@@ -46,7 +46,7 @@ class UnifiedTrainer:
         train_set: "UnifiedGenerationDataset",
         val_set: "UnifiedGenerationDataset | None" = None,
     ):
-        from bagel.speed import SpeedMeter
+        from bagel.objective import SpeedMeter
 
         self.config, self.info, self.model, self.tokenizer = config, info, model, tokenizer
         self.autoencoder = autoencoder.to(info.device)

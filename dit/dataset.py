@@ -14,8 +14,7 @@ from torch.utils.data import Dataset, default_collate
 
 from dit.config import SAMPLE_DATA, Config, DataConfig
 from dit.data.images import crop_to_box, decode, to_square, unit
-from dit.data.readers import FileItems, Item, read
-from dit.sharded import ShardItems
+from dit.data.readers import FileItems, Item, ShardItems, read
 from shared.errors import BadSample, UserError
 from shared.media.pictures import to_pixels
 from shared.rng import keyed_generator

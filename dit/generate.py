@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from dit.options import GenerateOptions
+from dit.config import GenerateOptions
 from shared.config import load_config
 from shared.errors import UserError, command
 
@@ -28,7 +28,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from dit.colours import colour_caption
 from dit.config import Config, DataConfig
 from dit.data.images import grid, to_uint8
 from dit.data.readers import read
@@ -36,6 +35,7 @@ from dit.dataset import TextImageDataset
 from dit.sampling.drawing import Drawing, draw_latents
 from dit.weights.open import Trained, condition_of, load_trained, saved_settings
 from shared.engine.dist import DistInfo, barrier, gather_objects, init_distributed, shutdown
+from shared.metrics import colour_caption
 from shared.rng import keyed_generator
 
 _DRAW = 41  # random stream

@@ -14,7 +14,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from dit.options import METRICS, MetricsOptions
+from dit.config import METRICS, MetricsOptions
 from shared.config import load_config
 from shared.errors import UserError, command
 
@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit.colours import agreement
 from dit.data.images import grid, to_uint8, unit
 from dit.dataset import TextImageDataset
 from dit.evaluation import fid
@@ -33,7 +32,8 @@ from dit.evaluation.held_out import errors, held_out_noise, paired_p, prepare
 from dit.sampling.drawing import Drawing, draw_pictures
 from dit.weights.open import Trained, condition_of, load_trained
 from shared.engine.dist import DistInfo, init_distributed
-from shared.files import write_text
+from shared.errors import write_text
+from shared.metrics import agreement
 from shared.report.page import Bar, Sample, write_report
 
 
@@ -171,7 +171,7 @@ class Measurement:
 
     def clip(self) -> dict:
         """Mean of max(100 cos(picture, caption), 0), and how often the right caption comes first of all."""
-        from dit.clip_score import clip_score
+        from shared.metrics import clip_score
 
         if self.options.clip_path is None:
             raise UserError(

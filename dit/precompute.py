@@ -14,8 +14,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from dit.config import PRESETS
-from dit.options import PrecomputeOptions
+from dit.config import PRESETS, PrecomputeOptions
 from shared.config import load_config
 from shared.errors import UserError, command
 
@@ -33,7 +32,7 @@ from dit.modules.text import make_text_encoder
 from dit.modules.vae import make_vae
 from dit.weights.open import CODEC_FILE, load_codec
 from shared.engine.dist import DistInfo, barrier, init_distributed, raise_together, shutdown
-from shared.files import remove_parts, write_text, written_aside
+from shared.errors import remove_parts, write_text, written_aside
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 

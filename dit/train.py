@@ -40,7 +40,7 @@ from dit.weights.open import CODEC_FILE, build_model, condition_of, fit_codec
 from shared.data import BatchPlan, MapStream
 from shared.engine.checkpoint import load_strict, load_weights
 from shared.engine.dist import DistInfo, init_distributed, shutdown
-from shared.files import written_aside
+from shared.errors import written_aside
 from shared.loop import FitResult, fit
 from shared.plan.measure import FrozenPart
 from shared.plan.table import Workload, plan_run

@@ -18,8 +18,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from shared.config import Section, load_config, setting
-from shared.errors import UserError, command
-from shared.files import write_text
+from shared.errors import UserError, command, write_text
 
 TARGET_GAIN, TARGET_RECONSTRUCTION, TARGET_MOUTH, TARGET_MARGIN = 3.0, 0.75, 0.65, 0.5
 

@@ -67,7 +67,7 @@ def autoencoder_workload(config: AutoencoderConfig) -> "Workload":
     """Phase 1 with its discriminators; the perceptual stack is left out of the memory."""
     import torch
 
-    from float.autoencoder_model import AutoencoderWithJudges
+    from float.modules.discriminators import AutoencoderWithJudges
     from shared.plan.table import Workload
 
     model = config.model

@@ -38,7 +38,7 @@ def precompute(config: Config, encoder: "ClipEncoder", info: "DistInfo") -> dict
     from float.data.face import read_boxes
     from float.data.features import encode_clips, remove_unlisted
     from shared.engine.dist import gather_objects
-    from shared.files import remove_parts
+    from shared.errors import remove_parts
 
     root, folder = data_root(config.data), features_dir(config)
     boxes, counts = read_boxes(root), {}

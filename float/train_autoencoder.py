@@ -30,10 +30,10 @@ class AutoencoderTrainer:
     """The objective of phase 1 as functions for the loop."""
 
     def __init__(self, config: AutoencoderConfig, info: "DistInfo"):
-        from float.autoencoder_model import AutoencoderWithJudges
         from float.data.clips import find_clips
         from float.data.face import read_boxes
         from float.data.frames import FramePairs, FrameStore
+        from float.modules.discriminators import AutoencoderWithJudges
         from float.modules.losses import make_feature_stack
 
         self.config, self.info = config, info

@@ -1,0 +1,1 @@
+"""A compact image-text-audio model."""

@@ -16,8 +16,7 @@ from multimodal.data.audio import SAMPLE_RATE, compress, fit_frames, log_power, 
 from multimodal.data.image import center_crop, normalise, random_resized_crop, read_image
 from multimodal.data.records import Record, Records, Source
 from multimodal.data.text import SPECIAL_TOKENS, TextTokenizer, pad_ids
-from shared.errors import BadSample
-from shared.files import written_aside
+from shared.errors import BadSample, written_aside
 from shared.media.pictures import to_pixels
 from shared.rng import keyed_generator
 

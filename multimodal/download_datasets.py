@@ -24,8 +24,7 @@ from multimodal.download.archives import ArchiveError, count_files, unpack  # no
 from multimodal.download.catalogue import AUDIOCAPS_2, SETS, SPLITS, ManualFile, RemoteFile, RemoteSet  # noqa: E402
 from multimodal.download.fetch import DownloadError, Policy, digest, fetch  # noqa: E402
 from shared.config import Section, load_config, setting  # noqa: E402
-from shared.errors import UserError, command  # noqa: E402
-from shared.files import write_text, written_aside
+from shared.errors import UserError, command, write_text, written_aside  # noqa: E402
 
 MARKER = ".complete.json"
 FAILED, MANUAL = 3, 4

@@ -14,8 +14,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from shared.config import Section, load_config, setting  # noqa: E402
-from shared.errors import UserError, command  # noqa: E402
-from shared.files import written_aside
+from shared.errors import UserError, command, written_aside  # noqa: E402
 
 
 class _Common(Section):

@@ -16,8 +16,7 @@ if not __package__:
 
 from multimodal.config import DATASETS  # noqa: E402
 from shared.config import Section, load_config, setting  # noqa: E402
-from shared.errors import UserError, command  # noqa: E402
-from shared.files import write_text
+from shared.errors import UserError, command, write_text  # noqa: E402
 
 
 class Options(Section):

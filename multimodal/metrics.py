@@ -17,8 +17,7 @@ if not __package__:
 
 from multimodal.config import DATASETS  # noqa: E402
 from shared.config import Section, load_config, setting  # noqa: E402
-from shared.errors import UserError, command  # noqa: E402
-from shared.files import write_text
+from shared.errors import UserError, command, write_text  # noqa: E402
 
 # What the small preset is meant to reach on the sample data, text to item (40 pictures, 16 sounds held out).
 SAMPLE_TARGETS = {("coco", "R@10"): 0.45, ("clotho", "R@5"): 0.50}

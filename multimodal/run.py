@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from multimodal.board import Board
 from multimodal.config import Config, TrainingConfig, stage_epochs
 from multimodal.data.sources import Data, PairedStream, data_folder, make_datasets, open_data
 from multimodal.data.text import TextTokenizer, find_glove, load_word_vectors
@@ -27,6 +26,7 @@ from multimodal.weights.files import NAMES, load_start, put, read_payload
 from shared.config import check_resume, fixed_settings, save_config
 from shared.engine.dist import barrier, init_distributed, shutdown
 from shared.errors import UserError
+from shared.log import Board
 from shared.loop import FitResult, fit, is_done
 from shared.rng import keyed_generator, keyed_seed
 

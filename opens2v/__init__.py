@@ -1,1 +1,1 @@
-"""OpenS2V: a subject picture and a text become a video of that subject."""
+"""OpenS2V: a subject picture and a text become a video."""

@@ -20,8 +20,7 @@ import json
 from typing import Any
 
 from shared.config import Section, load_config, setting
-from shared.errors import UserError, command
-from shared.files import write_text, written_aside
+from shared.errors import UserError, command, write_text, written_aside
 
 
 class MetricsOptions(Section):

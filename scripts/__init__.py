@@ -1,0 +1,1 @@
+"""Launchers, benchmarks and the settings' reference."""

@@ -1,0 +1,1 @@
+"""The workshop: the loop and its parts; knows no system."""

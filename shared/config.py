@@ -16,8 +16,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from shared.errors import UserError
-from shared.files import write_text
+from shared.errors import UserError, write_text
 from shared.flags import Leaf as Leaf
 from shared.flags import (
     StrictLoader,

@@ -16,6 +16,7 @@ from shared.data import ReadAhead, Stream
 from shared.engine.checkpoint import CheckpointStore, frozen_digest
 from shared.engine.dist import (
     DistInfo,
+    StopFlag,
     barrier,
     beat,
     max_over_ranks,
@@ -25,13 +26,13 @@ from shared.engine.dist import (
     same_on_all_ranks,
 )
 from shared.engine.ema import EMA
-from shared.engine.strategy import StepInfo, Strategy, check_gradients_agree, choose_precision, make_strategy
+from shared.engine.parallel import make_strategy
+from shared.engine.state import RunState, checkpoint_folder_name, resume, save_run
+from shared.engine.strategy import StepInfo, Strategy, check_gradients_agree, choose_precision
 from shared.errors import UserError
 from shared.log import RunLog, memory_gb
 from shared.optim import decay_groups, lr_at
-from shared.resume import RunState, checkpoint_folder_name, resume, save_run
 from shared.rng import seed_everything
-from shared.stop import StopFlag
 
 MAX_SKIPPED = 20  # steps in a row whose gradient is not finite before the run stops
 _STEP_STREAM = 103

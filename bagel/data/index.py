@@ -18,8 +18,7 @@ import numpy as np
 
 from bagel.data.records import FORMATS
 from bagel.data.sources import RecordFile, picture_names
-from shared.errors import BadSample
-from shared.files import written_aside
+from shared.errors import BadSample, written_aside
 
 VERSION = 1
 STORED_FROM = 10_000  # records: fewer are read anew in a moment

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bagel.config import DataConfig
 from bagel.dataset import UnifiedGenerationDataset
-from bagel.packer import Key, Packer, ReferencePacker, SamplePacker
+from bagel.packing import Key, Packer, ReferencePacker, SamplePacker
 from shared.data import BadSamples, start_process
 from shared.engine.dist import DistInfo
 from shared.errors import BadSample, UserError

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dit.colours import colour_caption
 from dit.data.images import unit
 from dit.weights.open import condition_of
 from shared.engine.dist import DistInfo, sum_over_ranks
 from shared.errors import BadSample
+from shared.metrics import colour_caption
 from shared.rng import keyed_randn
 
 _HELD_OUT_NOISE = 31  # random stream

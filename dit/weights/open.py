@@ -18,8 +18,7 @@ from dit.objective import make_objective
 from shared.config import load_saved
 from shared.engine.checkpoint import find_checkpoint, load_strict, load_weights
 from shared.engine.dist import DistInfo, barrier
-from shared.errors import UserError
-from shared.files import written_aside
+from shared.errors import UserError, written_aside
 
 CODEC_FILE = "autoencoder.safetensors"
 CODEC_PICTURES = 2048  # training pictures that a codec is fitted on

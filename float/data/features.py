@@ -23,8 +23,7 @@ from float.data.media import is_silent, read_audio, to_tensor
 from float.modules.audio import SAMPLE_RATE, AudioEncoder, LogMelEncoder, make_audio_encoder, normalise_waveform
 from float.modules.emotion import EMOTIONS, Audio2Emotion, one_hot
 from float.weights.open import Autoencoder, weights_hash
-from shared.errors import BadSample, UserError
-from shared.files import written_aside
+from shared.errors import BadSample, UserError, written_aside
 
 ENCODE_BATCH = 32
 MAX_SHIFT_SECONDS = 0.1  # sound and picture may differ by so much; more is cut to the shorter one with a note

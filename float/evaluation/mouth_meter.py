@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from float.data.clips import Clip, read_table
 from float.data.media import to_tensor
-from shared.errors import UserError
-from shared.files import written_aside
+from shared.errors import UserError, written_aside
 from shared.rng import keyed_generator
 
 HEIGHT, WIDTH = 22, 28  # of the mouth as the meter sees it

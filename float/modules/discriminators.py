@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from float.config import DataConfig, ModelConfig
 from float.modules.image_ops import ConvLayer, EqualLinear, ResBlock
 from float.modules.losses import box_slices
+from float.weights.open import make_autoencoder
 
 LAST_SIDE = 4
 
@@ -108,3 +110,33 @@ class Discriminators(nn.Module):
                 (gradient,) = torch.autograd.grad(real_logit.sum(), real_view, create_graph=True)
                 terms["r1"] = terms["r1"] + gradient.square().flatten(1).sum(1).mean()
         return terms
+
+
+# What phase 1 trains: the motion auto-encoder and, when adversarial terms are on, its discriminators.
+
+
+class AutoencoderWithJudges(nn.Module):
+    """One forward pass gives the picture and the discriminators' terms, so that any strategy can wrap the whole."""
+
+    def __init__(self, model: ModelConfig, data: DataConfig, *, adversarial: bool):
+        super().__init__()
+        self.motion_autoencoder = make_autoencoder(model)
+        if adversarial:
+            self.discriminators = Discriminators(
+                model.input_size, model.channels, mouth_box=data.mouth_box, eye_box=data.eye_box
+            )
+
+    def forward(
+        self, source: Tensor, driving: Tensor, *, judge: bool, penalise: bool, both_ways: bool = False
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """-> (source picture with the motion of the driving one (B, 3, S, S), the picture that it should be, terms of
+        the discriminators; empty without them). both_ways: 2 B pictures, the second half with the roles exchanged.
+        """
+        if both_ways:
+            frames, target = torch.cat([source, driving]), torch.cat([driving, source])
+            identity, motion, features = self.motion_autoencoder.encode_source(frames)
+            output = self.motion_autoencoder.decode(identity, motion.roll(len(source), 0), features)
+        else:
+            output, target = self.motion_autoencoder(source, driving), driving
+        terms = self.discriminators(output, target, penalise=penalise) if judge else {}
+        return output, target, terms

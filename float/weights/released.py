@@ -14,8 +14,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from shared.config import Section, load_config, setting
-from shared.errors import UserError, command
-from shared.files import written_aside
+from shared.errors import UserError, command, written_aside
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -1,9 +1,10 @@
 """What lies on disk: COCO, Clotho, AudioCaps, VoxCeleb and captions in JSON lines, as lists of records."""
 
+import csv
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -12,7 +13,6 @@ import numpy as np
 
 from multimodal.data.audio import AUDIO_SUFFIXES
 from multimodal.data.image import IMAGE_SUFFIXES
-from multimodal.tables import clean, names_in, read_csv, read_json
 from shared.errors import UserError
 
 Kind = Literal["image", "audio", "voice"]
@@ -364,3 +364,47 @@ def labels_of(row: dict, where: str) -> tuple[int, ...] | None:
     if min(labels, default=0) < 0:
         raise UserError(f"{where}: labels {row['labels']!r}: a list of class numbers from 0 is wanted")
     return labels
+
+
+# Reading the tables that data sets come with; a UserError names the file that is not what it should be.
+
+
+def clean(caption: str) -> str:
+    """White space collapsed (some captions hold stray newlines)."""
+    return " ".join(caption.split())
+
+
+def names_in(folder: Path) -> set[str]:
+    """File names in a folder; empty where there is no folder."""
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def read_json(path: Path, keys: Iterable[str]) -> dict:
+    """A JSON object with these keys."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        absent = [key for key in keys if key not in tree]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); download it again") from None
+    if absent:
+        raise UserError(f"{path}: has no key {absent[0]!r}; download it again")
+    return tree
+
+
+def read_csv(path: Path, columns: tuple[str, ...], encoding: str = "utf-8-sig") -> list[dict[str, str]]:
+    """The rows of a table with these columns."""
+    try:
+        with open(path, encoding=encoding, newline="") as file:
+            reader = csv.DictReader(file)
+            absent = [name for name in columns if name not in (reader.fieldnames or ())]
+            if absent:
+                raise UserError(
+                    f"{path}: has no column {absent[0]}; its columns are {', '.join(reader.fieldnames or ())}"
+                )
+            rows = list(reader)
+            short = next((place for place, row in enumerate(rows, 2) if None in [row[name] for name in columns]), None)
+            if short is not None:
+                raise UserError(f"{path}: row {short} has too few columns; download it again")
+            return rows
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not readable as {encoding} CSV ({error}); download it again") from None

@@ -16,7 +16,7 @@ from multimodal.data.records import KINDS
 from multimodal.data.sources import Data
 from multimodal.model import MultimodalModel
 from shared.engine.dist import DistInfo
-from shared.files import write_text
+from shared.errors import write_text
 from shared.log import read_metrics
 
 STAGES = {1: "stage1_single", 2: "stage2_align", 3: "stage3_finetune"}

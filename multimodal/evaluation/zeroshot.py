@@ -12,9 +12,8 @@ from torch.nn import functional
 
 from multimodal.data.audio import AUDIO_SUFFIXES
 from multimodal.data.image import IMAGE_SUFFIXES
-from multimodal.data.records import Kind
+from multimodal.data.records import Kind, read_csv
 from multimodal.evaluation.retrieval import mean_average_precision
-from multimodal.tables import read_csv
 from multimodal.weights.open import Embedder
 from shared.errors import UserError
 

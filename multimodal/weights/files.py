@@ -11,8 +11,7 @@ from torch import Tensor
 from multimodal.data.text import TextTokenizer
 from multimodal.model import MultimodalModel, create_model
 from shared.engine.checkpoint import load_strict
-from shared.errors import UserError
-from shared.files import written_aside
+from shared.errors import UserError, written_aside
 
 FORMAT_VERSION = 1
 NAMES = ("best_model.pt", "final_model.pt")

@@ -20,8 +20,7 @@ from io import FileIO
 import numpy as np
 
 from shared.config import Section, load_config, setting
-from shared.errors import UserError, command
-from shared.files import written_aside
+from shared.errors import UserError, command, written_aside
 
 INDEX_ABOVE_BYTES = 512 << 20  # larger files get an index file by themselves
 _CHUNK = 8 << 20

@@ -12,8 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from shared.errors import BadSample, UserError
-from shared.files import written_aside
+from shared.errors import BadSample, UserError, written_aside
 
 EMPTY_PROMPT = ("_", "empty_prompt")  # part and key of the text that dropped samples get
 

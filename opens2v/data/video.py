@@ -12,8 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from shared.errors import BadSample
-from shared.files import write_text, written_aside
+from shared.errors import BadSample, write_text, written_aside
 
 
 def read_frames(path: str | Path, indices: Sequence[int]) -> np.ndarray:

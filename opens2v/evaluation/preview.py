@@ -22,8 +22,7 @@ from opens2v.sampling.scheduler import FlowMatchScheduler
 from opens2v.sampling.video import SamplerSettings, VideoSampler
 from opens2v.weights.base import latent_shape
 from shared.engine.dist import DistInfo
-from shared.errors import UserError
-from shared.files import write_text
+from shared.errors import UserError, write_text
 from shared.media.pictures import as_rgb
 
 VALIDATION_SIGMAS = tuple((place + 0.5) / 10 for place in range(10))  # ten fixed noise levels

@@ -20,8 +20,7 @@ from opens2v.objective import RefImageFlowMatching
 from opens2v.weights.wan import cast_base, load_generator_checkpoint
 from shared.data import BatchPlan, MapStream
 from shared.engine.dist import DistInfo, barrier
-from shared.errors import UserError
-from shared.files import written_aside
+from shared.errors import UserError, written_aside
 from shared.loop import fit
 from shared.rng import keyed_generator, seed_everything
 

@@ -29,11 +29,10 @@ from bagel.data.layout import transforms_of
 from bagel.data.stream import PackStream, make_packer
 from bagel.data.tokenizer import load_tokenizer
 from bagel.dataset import UnifiedGenerationDataset
-from bagel.flops import dense_flops_per_token
 from bagel.model import Bagel
 from bagel.objective import with_latents
 from bagel.packing import Draws, Dropout, PackBuilder, PackFormat, PlanItem
-from bagel.plan import workload
+from bagel.plan import dense_flops_per_token, workload
 from bagel.sampling.generation import SpecialTokens
 from bagel.train import complete, open_dataset
 from bagel.weights.pretrained import build_model, load_autoencoder, read_config

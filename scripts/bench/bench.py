@@ -3,9 +3,9 @@
     bash scripts/bench.sh [--system dit float] [--parts peers] [--rounds 5] [--output DIR] [--gpu] [--record]
 
 Every scripts/bench/SYSTEM.py offers its measurements as functions of a Bench (PARTS); this command runs each in a
-process of its own, one after another, and joins what they found into one bench.json and one bench.md. Times on a CPU are
-processor seconds of one thread, which other programs lengthen less than they do the wall clock; jobs that are compared
-take turns, and the ratio is the median of the ratios turn by turn.
+process of its own, one after another, and joins what they found into one bench.json and one bench.md. Times on a
+CPU are processor seconds of one thread, which other programs lengthen less than they do the wall clock; jobs that are
+compared take turns, and the ratio is the median of the ratios turn by turn.
 """
 
 import sys
@@ -260,7 +260,7 @@ def spent(job: Job) -> str:
     """What our time goes to, for a line that misses its bar."""
     import torch
 
-    from scripts.bench.gpu import breakdown
+    from scripts.bench.kernels import breakdown
 
     return f"ours: {breakdown(job, torch.device('cpu'))}"
 

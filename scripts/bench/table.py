@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from shared.files import write_text
+from shared.errors import write_text
 
 PARTS = {
     "peers": "Against peers: the same work, alternated in one process (ratio: ours / theirs)",
@@ -23,7 +23,7 @@ PARTS = {
 
 def find_systems(root: Path) -> list[str]:
     """The subjects of the files scripts/bench/SUBJECT.py: the five systems, and `workshop` for shared/."""
-    own = {"__init__", "bench", "gpu", "table"}
+    own = {"__init__", "bench", "gpu", "kernels", "table"}
     return sorted(path.stem for path in (root / "scripts" / "bench").glob("*.py") if path.stem not in own)
 
 

@@ -31,9 +31,10 @@ from torch import Tensor, nn
 from shared.data import BatchPlan
 from shared.engine.checkpoint import CheckpointStore
 from shared.engine.dist import DistInfo, init_distributed, shutdown
-from shared.engine.strategy import Strategy, make_strategy
+from shared.engine.parallel import make_strategy
+from shared.engine.state import RunState, resume, save_run
+from shared.engine.strategy import Strategy
 from shared.optim import decay_groups
-from shared.resume import RunState, resume, save_run
 
 
 class Config(Section):

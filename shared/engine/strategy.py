@@ -1,4 +1,4 @@
-"""How ranks share one model: none, ddp and fsdp (FSDP2) here, zero1 to zero3 in zero.py, behind one interface.
+"""How ranks share one model, behind one interface: one rank here, ddp and fsdp in parallel.py, ZeRO in zero.py.
 
 The loop sees: micro_step (a context around forward and backward), backward, optimizer_step, set_lr.
 Checkpoint and EMA see: full tensors by parameter name, and local values (the part of a parameter that this rank holds
@@ -13,9 +13,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.tensor import DTensor
 
 from shared.config import TrainingSection
 from shared.engine.dist import DistInfo, gather_objects
@@ -212,103 +210,6 @@ class Strategy:
 
     def _own_part(self, parameter: Tensor, value: Tensor) -> Tensor:
         return value.to(parameter.device, torch.float32)
-
-
-class DDP(Strategy):
-    """Every rank holds everything; gradients are averaged in the last micro-step."""
-
-    def _wrap(self, groups: list[dict]) -> None:
-        ids = [self.info.device.index] if self.info.device.type == "cuda" else None
-        self.model = DistributedDataParallel(
-            self.module, device_ids=ids, gradient_as_bucket_view=True, forward_sync_buffers=False
-        )
-        self.optimizer = adamw(groups, self.parameters, self.training)
-
-    def micro_step(self, is_last: bool) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext() if is_last else self.model.no_sync()
-
-
-class FSDP(Strategy):
-    """FSDP2: parameters, gradients and moments are sharded; blocks are gathered when they run."""
-
-    def _place(self, wrap_classes: tuple[type, ...]) -> None:
-        mesh = torch_dist.device_mesh.init_device_mesh(self.info.device.type, (self.info.world,))
-        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-        # Inputs keep their dtype (times and positions must stay fp32); autocast does the casting inside.
-        policy = MixedPrecisionPolicy(
-            param_dtype=half, reduce_dtype=torch.float32 if half else None, cast_forward_inputs=False
-        )
-        if self.cpu_offload:  # parameters stay in host memory, buffers are read on the device
-            for module in self.module.modules():
-                for name, buffer in module._buffers.items():
-                    module._buffers[name] = None if buffer is None else buffer.to(self.info.device)
-        else:
-            self.module.to(self.info.device)
-        # Reshard after every forward, the root's too: swapped weights must not be seen in a stale gathered copy.
-        options = dict(mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-        if self.cpu_offload:
-            options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.info.device.type == "cuda")
-        for block in blocks_of(self.module, wrap_classes):
-            fully_shard(block, **options)
-        fully_shard(self.module, **options)
-
-    @contextlib.contextmanager
-    def micro_step(self, is_last: bool) -> Iterator[None]:
-        assert isinstance(self.module, FSDPModule)
-        self.module.set_requires_gradient_sync(is_last)
-        self.module.set_is_last_backward(is_last)
-        yield
-
-    def local_value(self, name: str) -> Tensor:
-        return self.parameters[name].to_local().detach()
-
-    def compute_part(self, name: str) -> Tensor:
-        return self.parameters[name].to_local().detach()
-
-    def gather_local(self, name: str, local: Tensor) -> Tensor:
-        parameter = self.parameters[name]
-        whole = DTensor.from_local(
-            local,
-            parameter.device_mesh,
-            parameter.placements,
-            run_check=False,
-            shape=parameter.shape,
-            stride=parameter.stride(),
-        )
-        return whole.full_tensor().float().cpu()
-
-    def split_full(self, name: str, full: Tensor) -> Tensor:
-        return self._own_part(self.parameters[name], full).to_local()
-
-    def _gather(self, value: Tensor) -> Tensor:
-        return value.full_tensor() if isinstance(value, DTensor) else value
-
-    def _own_part(self, parameter: DTensor, value: Tensor) -> DTensor:
-        value = value.to(parameter.device, torch.float32)
-        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-
-
-def make_strategy(
-    name: str | None, info: DistInfo, precision: str, training: TrainingSection, cpu_offload: bool = False
-) -> Strategy:
-    """The strategy of that name; null means ddp on several ranks and none on one. UserError for what cannot work."""
-    name = name or ("ddp" if info.world > 1 else "none")
-    if name == "none" and info.world > 1:
-        raise UserError(
-            f"--strategy none runs on one rank, {info.world} were started; use ddp, fsdp, zero1, zero2 or zero3"
-        )
-    if cpu_offload and name in ("none", "ddp"):
-        raise UserError(f"--cpu-offload works with the strategies fsdp, zero1, zero2 and zero3, not with {name}")
-    if name == "none":
-        return Strategy(name, info, precision, training)
-    ensure_group()
-    if name == "ddp":
-        return DDP(name, info, precision, training)
-    if name == "fsdp":
-        return FSDP(name, info, precision, training, cpu_offload)
-    from shared.engine.zero import Zero  # DeepSpeed takes a second to import: only where it is used
-
-    return Zero(name, info, precision, training, cpu_offload)
 
 
 def choose_precision(precision: str | None, device: torch.device) -> str:

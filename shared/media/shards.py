@@ -13,8 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.errors import BadSample, UserError
-from shared.files import written_aside
+from shared.errors import BadSample, UserError, written_aside
 
 LISTED = 4096  # samples whose names are in memory at a time
 _ADLER = 65521  # the modulus of zlib.adler32

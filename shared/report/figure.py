@@ -7,8 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
-from shared.errors import UserError, command
-from shared.files import written_aside
+from shared.errors import UserError, command, written_aside
 
 WIDTH, MARGIN, TITLE_HEIGHT = 1000, 12, 50  # pixels
 TALLEST = 0.36  # height over width; what is taller is cut below

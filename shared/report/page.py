@@ -15,8 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from shared.errors import UserError, command
-from shared.files import write_text
+from shared.errors import UserError, command, write_text
 
 MAX_EMBEDDED = 4_000_000  # bytes of one embedded sample
 

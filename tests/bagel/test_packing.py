@@ -8,13 +8,15 @@ import torch
 
 from bagel.data.records import image_items
 from bagel.modules.attention import PackLayout
-from bagel.packer import Packer, ReferencePacker, SamplePacker
 from bagel.packing import (
     Draws,
     Dropout,
     PackBuilder,
+    Packer,
     PackFormat,
     PlanItem,
+    ReferencePacker,
+    SamplePacker,
 )
 from bagel.sampling.generation import SpecialTokens
 from tests.bagel.golden import TINY_TOKENS, Case, names

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from bagel.config import PRESETS, Config
-from bagel.flops import attention_flops_per_pair, dense_flops_per_token, peak_tflops, reference_flops, utilisation
 from bagel.modules.transformer import MoTDecoderLayer
 from bagel.modules.vit import EncoderLayer
+from bagel.plan import attention_flops_per_pair, dense_flops_per_token, peak_tflops, reference_flops, utilisation
 from bagel.train import main, parameter_groups
 from shared.config import load_config
 from tests.bagel.conftest import TINY

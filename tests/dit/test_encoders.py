@@ -8,12 +8,12 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from dit.colours import agreement, colour_shares, named_colours
 from dit.evaluation.fid import frechet_distance, kernel_distance, precision_recall
 from dit.modules.autoencoder import PatchAutoencoder
 from dit.modules.text import HashTextEncoder, TextEncoder
 from dit.modules.vae import PixelCodec, PoolCodec, VAEEncoder
 from shared.errors import UserError
+from shared.metrics import agreement, colour_shares, named_colours
 from tests.dit.golden import assert_close
 
 

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
-from float.autoencoder_model import AutoencoderWithJudges
 from float.config import PRESETS, Config, DataConfig, ModelConfig
 from float.model import FlowMatchingTransformer, MotionGenerator
 from float.modules.audio import AudioEncoder, LogMelEncoder, normalise_waveform, pad_to_samples, rename_weight_norm
 from float.modules.autoencoder import MotionAutoencoder, edit_motion
 from float.modules.compact import CompactAutoencoder
+from float.modules.discriminators import AutoencoderWithJudges
 from float.sampling.animate import Animator, audio_windows
 from float.sampling.motion import SamplingOptions, sample_motion
 from float.weights.open import chosen_checkpoint, load_autoencoder, make_autoencoder, make_generator

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from opens2v import rle
 from opens2v.config import SAMPLE_DATA, Config
 from opens2v.data.augment import recolour
 from opens2v.data.clips import frame_indices, generic_caption, usable_range
 from opens2v.data.cross_frames import cluster_of
-from opens2v.data.subjects import SubjectFilter, select_subjects
+from opens2v.data.subjects import SubjectFilter, decode_rle, encode_rle, select_subjects
 from opens2v.data.video import cover_resize, crop_window, read_frames, to_uint8, write_video
 from opens2v.dataset import (
     MultiPartOpenS2VAdapterDataset,
@@ -49,23 +48,23 @@ def entry_of(sample: str) -> tuple[OpenS2VAdapterDataset, str, dict]:
 
 @pytest.mark.parametrize("case", EXPECTED["rle_cases"], ids=lambda case: f"{case['kind']}-{case['size']}")
 def test_run_lengths_decode_and_encode(case):
-    mask = rle.decode(case["counts"], case["size"])
+    mask = decode_rle(case["counts"], case["size"])
     assert hashlib.sha256(mask.tobytes()).hexdigest() == case["sha256_row_major"]
     assert int(mask.sum()) == case["area"]
     if case["rows"] is not None:
         assert ["".join(map(str, row)) for row in mask] == case["rows"]
-    assert rle.encode(mask) == {"size": case["size"], "counts": case["counts"]}
+    assert encode_rle(mask) == {"size": case["size"], "counts": case["counts"]}
 
 
 def test_run_lengths_round_trip_and_refuse_damage():
     draw = np.random.default_rng(0)
     for _ in range(50):
         mask = (draw.random(draw.integers(1, 40, 2)) < draw.random()).astype(np.uint8)
-        coded = rle.encode(mask)
-        assert np.array_equal(rle.decode(coded["counts"], coded["size"]), mask)
+        coded = encode_rle(mask)
+        assert np.array_equal(decode_rle(coded["counts"], coded["size"]), mask)
     for counts in ("021O20N0131M", "9220", "9~2", "P"):
         with pytest.raises(ValueError, match="part1/clip"):
-            rle.decode(counts, [4, 6], "part1/clip, mask 1")
+            decode_rle(counts, [4, 6], "part1/clip, mask 1")
 
 
 # --- frames -----------------------------------------------------------------------------------------------------------
@@ -343,7 +342,7 @@ def set_masks_empty(tree: dict) -> None:
     for entry in tree.values():
         for masks in entry["annotation"]["mask_annotation"].values():
             for mask in masks.values():
-                mask["counts"] = rle.encode(np.zeros(mask["size"]))["counts"]
+                mask["counts"] = encode_rle(np.zeros(mask["size"]))["counts"]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ from scripts.bench.bench import (
     slope,
     training_step,
 )
-from scripts.bench.gpu import breakdown, kind_of, make_step, matrix_peak, utilisation
+from scripts.bench.gpu import make_step, matrix_peak, utilisation
+from scripts.bench.kernels import breakdown, kind_of
 from scripts.bench.table import find_systems, markdown, number, write_tables
 from shared.config import RunSection, Section, TrainingSection
 from shared.plan.table import Workload

@@ -4,8 +4,7 @@ import os
 
 import pytest
 
-from shared.errors import command
-from shared.files import remove_parts, write_text, written_aside
+from shared.errors import command, remove_parts, write_text, written_aside
 
 
 def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):

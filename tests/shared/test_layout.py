@@ -12,8 +12,9 @@ import pytest
 from tests.launching import ROOT
 
 SYSTEMS = ("float", "opens2v", "bagel", "dit", "multimodal")
-MAX_LINES, MAX_COLUMNS, MAX_FUNCTION = 400, 120, 60
-LONGER = {("shared/loop.py", "fit"): 120}  # the loop reads from top to bottom
+AT_THE_TOP = 11  # Python files that a first reader of a folder meets; rooms hold the rest
+ROOMS = {"configs", "data", "evaluation", "modules", "sample_data", "sampling", "weights"}
+OWN_ROOMS = {"multimodal": {"download"}, "shared": {"engine", "media", "plan", "report"}}
 MACHINE_PATH = re.compile(r"(?<![\w.}/~-])/(?:work|root|tmp/lead)(?=[/\s\"'`,;:)]|$)")
 
 
@@ -91,25 +92,37 @@ def unsafe_loads(name: str, source: str) -> Iterator[tuple[int, str]]:
                 yield node.lineno, "torch.load without weights_only=True"
 
 
-def long_files(name: str, source: str) -> Iterator[tuple[int, str]]:
-    lines = source.splitlines()
-    if len(lines) > MAX_LINES:
-        yield len(lines), f"{len(lines)} lines, at most {MAX_LINES}"
+def training_in_parts(name: str, source: str) -> Iterator[tuple[int, str]]:
+    """Parts of networks and readers of files know no training script."""
+    home, room = [*name.split("/"), ""][:2]
+    if home in SYSTEMS and room in ("data", "modules"):
+        for line, module in imported(source):
+            if module in (f"{home}.train", f"{home}.generate", f"{home}.metrics"):
+                yield line, f"{room}/ imports {module}"
 
 
-def long_lines(name: str, source: str) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(source.splitlines(), 1):
-        if len(line) > MAX_COLUMNS:
-            yield number, f"{len(line)} columns, at most {MAX_COLUMNS}"
-
-
-def long_functions(name: str, source: str) -> Iterator[tuple[int, str]]:
-    for node in nodes(source):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = node.end_lineno - node.lineno + 1
-            allowed = LONGER.get((name, node.name), MAX_FUNCTION)
-            if length > allowed:
-                yield node.lineno, f"{node.name} has {length} lines, at most {allowed}"
+def circles(files: dict[str, str]) -> list[list[str]]:
+    """Groups of files that import each other, at their top or inside functions."""
+    modules = {name.removesuffix(".py").replace("/", "."): name for name in files}
+    edges: dict[str, set[str]] = {}
+    for module, name in modules.items():
+        found = set()
+        for node in nodes(files[name]):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+        edges[module] = (found & modules.keys()) - {module}
+    reached: dict[str, set[str]] = {}
+    for module in edges:
+        seen, todo = set(), [module]
+        while todo:
+            new = edges[todo.pop()] - seen
+            seen |= new
+            todo += new
+        reached[module] = seen
+    groups = {frozenset(b for b in reached[a] if a in reached[b]) for a in edges if a in reached[a]}
+    return sorted(sorted(group) for group in groups)
 
 
 # --- the rules over all files -----------------------------------------------------------------------------------------
@@ -131,8 +144,29 @@ def test_no_pickle_is_loaded():
     check(unsafe_loads)
 
 
-def test_files_functions_and_lines_are_short():
-    check(long_files, long_functions, long_lines)
+def test_parts_know_no_training_script():
+    check(training_in_parts)
+
+
+def test_no_files_import_each_other():
+    product = {name: source for name, source in sources().items() if not name.startswith("tests/")}
+    assert circles(product) == []
+
+
+@pytest.mark.parametrize("folder", [*SYSTEMS, "shared"])
+def test_a_folder_has_few_files_at_its_top_and_rooms_with_the_names_of_all(folder):
+    below = [name.split("/")[1:] for name in sources() if name.startswith(f"{folder}/")]
+    top = [parts[0] for parts in below if len(parts) == 1 and parts[0] != "__init__.py"]
+    assert len(top) <= AT_THE_TOP, sorted(top)
+    allowed = OWN_ROOMS.get(folder, set()) | (ROOMS if folder in SYSTEMS else set())
+    assert {parts[0] for parts in below if len(parts) > 1} <= allowed
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_same_idea_has_the_same_file_in_every_system(system):
+    for name in ("__init__", "config", "dataset", "model", "objective", "train", "generate", "metrics", "plan"):
+        assert f"{system}/{name}.py" in sources()
+    assert f"{system}/weights/open.py" in sources()
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -169,21 +203,16 @@ BROKEN = [
     (rebound_float, "tests/x.py", "import math, float.model"),
     (unsafe_loads, "dit/x.py", "torch.load(path)"),
     (unsafe_loads, "dit/x.py", "torch.load(path, weights_only=False)"),
-    (long_files, "dit/x.py", "x = 1\n" * 401),
-    (long_lines, "dit/x.py", "x = " + "1" * 117),
-    (long_functions, "dit/x.py", "def f():\n" + "    x = 1\n" * 60),
-    (long_functions, "shared/loop.py", "def fit():\n" + "    x = 1\n" * 120),
-    (long_functions, "dit/loop.py", "class A:\n    def fit(self):\n" + "        x = 1\n" * 60),
+    (training_in_parts, "dit/modules/x.py", "from dit.train import Trainer"),
+    (training_in_parts, "dit/data/x.py", "def f():\n    import dit.generate"),
 ]
 SOUND = [
     (foreign_imports, "dit/x.py", "from dit.model import DiTModel\nimport shared.flow"),
     (foreign_imports, "tests/x.py", "from dit.model import A\nfrom float.model import B"),
     (rebound_float, "float/x.py", "from float.model import X\nimport float.model as model"),
     (unsafe_loads, "dit/x.py", "torch.load(path, map_location='cpu', weights_only=True)\njson.load(file)"),
-    (long_files, "dit/x.py", "x = 1\n" * 400),
-    (long_lines, "dit/x.py", "x = " + "1" * 116),
-    (long_functions, "dit/x.py", "def f():\n" + "    x = 1\n" * 59),
-    (long_functions, "shared/loop.py", "def fit():\n" + "    x = 1\n" * 119),
+    (training_in_parts, "dit/weights/x.py", "from dit.train import Trainer"),
+    (training_in_parts, "dit/modules/x.py", "from dit.modules.layers import Block"),
 ]
 
 
@@ -195,6 +224,12 @@ def test_a_rule_finds_what_breaks_it(rule, name, source):
 @pytest.mark.parametrize(("rule", "name", "source"), SOUND)
 def test_a_rule_lets_the_rest_pass(rule, name, source):
     assert list(rule(name, source)) == []
+
+
+def test_a_circle_is_found_and_a_chain_is_not():
+    chain = {"a/x.py": "from a.y import f", "a/y.py": "import a.z", "a/z.py": ""}
+    assert circles(chain) == []
+    assert circles(chain | {"a/z.py": "def f():\n    from a import x"}) == [["a.x", "a.y", "a.z"]]
 
 
 def test_machine_paths_are_told_from_others():

@@ -1,0 +1,1 @@
+"""DiT: text to image with a latent diffusion transformer."""

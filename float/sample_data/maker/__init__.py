@@ -1,0 +1,1 @@
+"""How the drawn talking heads of the sample data were made."""

@@ -1,0 +1,1 @@
+"""Fetching public data sets: connections, archives, the catalogue."""

@@ -1,0 +1,1 @@
+"""Reading files and tables, media, caches, preparing raw material."""

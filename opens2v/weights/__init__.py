@@ -1,0 +1,1 @@
+"""Opening a finished run, public checkpoints in and out."""

@@ -1,0 +1,1 @@
+"""Strategies, ranks, checkpoints, averages: what the loop stands on."""

@@ -1,0 +1,1 @@
+"""The dry run: what a step costs, without running it."""

@@ -1,0 +1,1 @@
+"""report.json, report.md and one self-contained page of results."""
