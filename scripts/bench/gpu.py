@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from scripts.bench.bench import Bench, Row, alternate
-from scripts.bench.kernels import breakdown
+from scripts.bench.kernels import breakdown, clock_of
 from shared.engine.dist import DistInfo
 from shared.engine.parallel import make_strategy
 from shared.optim import decay_groups
