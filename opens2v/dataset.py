@@ -6,11 +6,11 @@ Random choices of a sample are keyed by (seed, epoch, index): the same for any n
 import random
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -129,15 +129,19 @@ class OpenS2VAdapterDataset(Dataset):
         changes = options.recolour_probability or options.other_scene_probability
         background = self._background(position, key, entry) if options.load_background or changes else None
         frames = self._frames(position, entry, indices) if options.load_frames else None
-        where = foreground_mask(frames, background) if changes and background is not None else None
+        where = None
+        if changes and background is not None and frames is not None:
+            where = foreground_mask(frames, background)
         chosen = []
         if options.load_subjects:
             kept = self.filter.apply(self._subjects(position, key, entry), entry.get("word_tags") or {})
             chosen = select_subjects(kept, self.selection, self.max_subjects, rng)
         images = [self._image(key, subject, rng) for subject in chosen]
         if options.recolour_probability and rng.random() < options.recolour_probability and where is not None:
+            assert frames is not None  # as `where` was made from them
             frames, images = recolour_subject(frames, images, where, rng)
         if options.other_scene_probability and rng.random() < options.other_scene_probability and where is not None:
+            assert frames is not None
             frames, caption = self._in_other_scene(frames, where, caption, entry, rng)
         if options.generic_caption_probability and rng.random() < options.generic_caption_probability:
             for name in class_names(entry):
@@ -146,8 +150,10 @@ class OpenS2VAdapterDataset(Dataset):
         if frames is not None:
             item["frames"] = cover_resize(frames, *self.size)
         if options.load_subjects:
-            sizes = dict(count=self.max_subjects, size=self.reference_size, clip_size=options.ref_clip_size)
-            item |= reference_tensors(chosen, images, rng if options.ref_augment else None, **sizes)
+            item |= reference_tensors(
+                chosen, images, rng if options.ref_augment else None,
+                count=self.max_subjects, size=self.reference_size, clip_size=options.ref_clip_size,
+            )  # fmt: skip
         item["meta"] = {
             "fps": metadata.get("fps"),
             "num_frames": metadata.get("num_frames"),
@@ -237,7 +243,7 @@ class OpenS2VAdapterDataset(Dataset):
             return subject.image
         part = self._other_part(view.part)
         place = None if part is None else part.annotations.find(view.key)
-        if place is None:
+        if part is None or place is None:
             raise BadSample(
                 f"cross-frame pair of {self.part.name}/{key}: {view.part}/{view.key} is in none of opens2v.json_paths"
             )
@@ -311,7 +317,7 @@ class MultiPartOpenS2VAdapterDataset(Dataset):
             dataset.set_epoch(epoch)
 
 
-def collate_opens2v_batch(items: list[dict[str, Any] | None]) -> dict[str, Any]:
+def collate_opens2v_batch(items: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
     """Stack tensors, keep texts and dicts as lists. None items are left out; all None is an error."""
     kept = [item for item in items if item is not None]
     if not kept:
@@ -325,7 +331,15 @@ def collate_opens2v_batch(items: list[dict[str, Any] | None]) -> dict[str, Any]:
     }
 
 
-def create_dataset(data: Mapping[str, Any], **changes: Any) -> MultiPartOpenS2VAdapterDataset:
+class Settings(Protocol):
+    """A `data` section: DataConfig, or a mapping with its names."""
+
+    def __getitem__(self, name: str, /) -> Any: ...
+
+    def __contains__(self, name: object, /) -> bool: ...
+
+
+def create_dataset(data: Settings, **changes: Any) -> MultiPartOpenS2VAdapterDataset:
     """The data set of a `data` section (DataConfig, or a mapping with its names)."""
     names = {field.name for field in fields(SampleOptions)} - {"seed", "time_range", "load_subjects", "load_frames"}
     settings = {name: data[name] for name in names if name in data}
@@ -351,6 +365,7 @@ class EpochSampler(DistributedSampler):
     def set_epoch(self, epoch: int) -> None:
         """The epoch of the order and of the samples' random choices."""
         super().set_epoch(epoch)
+        assert isinstance(self.dataset, MultiPartOpenS2VAdapterDataset)
         self.dataset.set_epoch(epoch)
 
 

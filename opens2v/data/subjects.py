@@ -223,7 +223,8 @@ def _numbers(counts: str | bytes, where: str) -> list[int]:
     before.
     """
     text = counts.encode("ascii", "replace") if isinstance(counts, str) else counts
-    runs, value, shift = [], 0, 0
+    runs: list[int] = []
+    value = shift = 0
     for code in text:
         bits = code - 48
         if not 0 <= bits < 64:

@@ -48,14 +48,20 @@ def _decode(path: Path, wanted: list[int], seek: bool) -> dict[int, np.ndarray] 
         stream = container.streams.video[0]
         stream.thread_count = 1
         rate, start = stream.average_rate or stream.guessed_rate, stream.start_time or 0
-        use_time = seek and wanted[0] > 0 and rate is not None and stream.time_base is not None
+        base = stream.time_base
+        use_time = seek and wanted[0] > 0 and rate is not None and base is not None
         if use_time:
-            container.seek(start + int(Fraction(wanted[0]) / rate / stream.time_base), stream=stream, backward=True)
+            assert rate is not None and base is not None
+            container.seek(start + int(Fraction(wanted[0]) / rate / base), stream=stream, backward=True)
         position, last = -1, None
         for frame in container.decode(stream):
-            if use_time and frame.pts is None:
+            if not use_time:
+                position += 1
+            elif frame.pts is None:
                 return None
-            position = round((frame.pts - start) * stream.time_base * rate) if use_time else position + 1
+            else:
+                assert rate is not None and base is not None
+                position = round((frame.pts - start) * base * rate)
             if use_time and last is None and position > wanted[0]:
                 return None
             last = frame
