@@ -80,6 +80,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_position(value: Any) -> bool:
+    return _is_number(value) and value >= 0
+
+
 def _are_numbers(count: int) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list) and len(value) == count and all(map(_is_number, value))
 

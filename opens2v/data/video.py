@@ -192,7 +192,7 @@ def cover_resize(frames: np.ndarray, height: int, width: int) -> Tensor:
 
 
 def fit_frame(frame: np.ndarray, height: int, width: int) -> np.ndarray:
-    """One uint8 frame (H, W, 3) -> (height, width, 3), as cover_resize but rounded to whole grey levels; far cheaper."""
+    """One uint8 frame (H, W, 3) -> (height, width, 3), as cover_resize but in whole grey levels; cheaper."""
     own_height, own_width = frame.shape[:2]
     size = _covering(own_height, own_width, height, width)
     if size != (own_height, own_width):
