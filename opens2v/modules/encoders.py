@@ -70,10 +70,11 @@ class WanVAE:
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
-        """See VideoCodec.encode."""
+        """See VideoCodec.encode. One clip at a time: a batch would need the workspace of all its clips at once."""
         check_frames(frames.shape[2], "the video")
         parameter = next(self.vae.parameters())
-        latents = self.vae.encode(frames.to(parameter.device, parameter.dtype)).latent_dist.mode().float()
+        clips = frames.to(parameter.device, parameter.dtype).split(1)
+        latents = torch.cat([self.vae.encode(clip).latent_dist.mode() for clip in clips]).float()
         return (latents - self.mean.to(latents)) / self.std.to(latents)
 
     @torch.no_grad()
@@ -81,7 +82,8 @@ class WanVAE:
         """See VideoCodec.decode."""
         parameter = next(self.vae.parameters())
         raw = latents.float() * self.std.to(latents.device) + self.mean.to(latents.device)
-        return self.vae.decode(raw.to(parameter.device, parameter.dtype)).sample.float().clamp(-1, 1)
+        clips = raw.to(parameter.device, parameter.dtype).split(1)
+        return torch.cat([self.vae.decode(clip).sample for clip in clips]).float().clamp(-1, 1)
 
 
 class PatchCodec(nn.Module):
