@@ -116,13 +116,13 @@ def make_parser(
         others.setdefault(flag, []).extend(_spellings([spelling.lstrip("-")]))
     taken: set[str] = set()
     if presets is not None:
-        names = ", ".join(sorted(item.stem for item in presets.glob("*.yaml")))
+        known = ", ".join(sorted(item.stem for item in presets.glob("*.yaml")))
         parser.add_argument(
             "--config",
             *others.get("--config", ()),
             dest="--config",
             metavar="PRESET|FILE",
-            help=f"preset ({names}) or a YAML file (default: {default})",
+            help=f"preset ({known}) or a YAML file (default: {default})",
         )
         taken.update(["--config", *others.get("--config", ())])
     parser.add_argument(
@@ -208,7 +208,9 @@ def put(tree: dict, path: str, value: Any, schema: type[BaseModel]) -> None:
     """Lay `value` at a dotted path over the tree, and drop the other names that the YAML may have used for it."""
     *parents, name = path.split(".")
     for parent in parents:
-        schema = section_of(schema.model_fields[parent].annotation)
+        section = section_of(schema.model_fields[parent].annotation)
+        assert section is not None, f"{parent} of {path} is no section"
+        schema = section
         if not isinstance(tree.get(parent), dict):
             tree[parent] = {}
         tree = tree[parent]

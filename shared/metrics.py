@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import torch
+from torch import nn
 
 from shared.errors import UserError
 
@@ -132,7 +133,8 @@ def clip_score(
     from transformers import CLIPModel, CLIPProcessor
 
     try:
-        model = CLIPModel.from_pretrained(model_path).to(device).eval()
+        model = CLIPModel.from_pretrained(model_path).eval()
+        nn.Module.to(model, device)
         processor = CLIPProcessor.from_pretrained(model_path)
     except (OSError, ValueError) as error:
         raise UserError(
