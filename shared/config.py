@@ -36,13 +36,22 @@ T = TypeVar("T", bound=BaseModel)
 STRATEGIES = ("none", "ddp", "fsdp", "zero1", "zero2", "zero3")
 
 
-def setting(default: Any, help: str, *flags: str, hidden: bool = False, fixed: bool = False, **limits: Any) -> Any:
+def setting(
+    default: Any,
+    help: str,
+    *flags: str,
+    hidden: bool = False,
+    fixed: bool = False,
+    common: bool = False,
+    **limits: Any,
+) -> Any:
     """A field with its help text.
 
     flags: further names, on the command line and in YAML. hidden: no flag. fixed: may not change when a run resumes.
-    limits: pydantic's ge, gt, le, lt. A mutable default is copied for every instance.
+    common: --help names it among the first. limits: pydantic's ge, gt, le, lt. A mutable default is copied for every
+    instance.
     """
-    extra: Any = {"flags": list(flags), "hidden": hidden, "fixed": fixed}
+    extra: Any = {"flags": list(flags), "hidden": hidden, "fixed": fixed, "common": common}
     if isinstance(default, (list, dict)):
         return Field(
             default_factory=lambda: type(default)(default), description=help, json_schema_extra=extra, **limits
