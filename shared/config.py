@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import sys
 import typing
 from collections.abc import Collection
@@ -33,6 +34,8 @@ from shared.flags import (
 )
 
 T = TypeVar("T", bound=BaseModel)
+_PLACE = re.compile(r"(?:^|[._])(?:device|paths?|dirs?|root|folder|file|ckpt|cache|images?_root)$")
+_ABSENT = object()
 STRATEGIES = ("none", "ddp", "fsdp", "zero1", "zero2", "zero3")
 
 
@@ -177,7 +180,9 @@ class TrainingSection(Section):
     save_steps: int | None = setting(
         500, "optimizer steps between checkpoints; null: only at the end", "save_every", ge=1
     )
-    save_every_n_epochs: int | None = setting(None, "epochs between checkpoints, beside save_steps", ge=1)
+    save_every_n_epochs: int | None = setting(
+        None, "epochs between checkpoints that are never deleted, besides save_steps", ge=1
+    )
     eval_steps: int | None = setting(
         500, "optimizer steps between validations; null: only at the end", "eval_every", ge=1
     )
@@ -188,7 +193,9 @@ class TrainingSection(Section):
     save_in_background: bool = setting(
         True, "copy the state to host memory (16 bytes a trainable parameter) and write while training goes on"
     )
-    keep_last: int = setting(2, "newest checkpoints kept; the best one is kept beside them", "save_total_limit", ge=2)
+    keep_last: int | None = setting(
+        2, "newest whole checkpoints kept, besides the best one; null: all", "save_total_limit", ge=2
+    )
     keep_every: int | None = setting(None, "also keep the checkpoints at multiples of this step", ge=1)
     best_metric: str = setting("val/loss", "metric that decides which checkpoint is best")
     best_mode: Literal["min", "max"] = setting("min", "whether the best metric is the smallest or the largest")
@@ -229,6 +236,8 @@ def read_yaml(path: Path) -> dict:
     """The mapping in a YAML file; a UserError names the file and line of what cannot be read."""
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)  # noqa: S506  (a SafeLoader)
+    except RecursionError:
+        raise UserError(f"{path}: not readable as YAML: nested too deeply") from None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; check the path") from None
     except IsADirectoryError:
@@ -307,15 +316,26 @@ def config_digest(config: BaseModel) -> str:
 
 def fixed_settings(config: BaseModel) -> dict[str, Any]:
     """Dotted names and values of every setting that may not change when a run resumes."""
-    values = config.model_dump(mode="json")
+    fixed = {leaf.path for leaf in leaves_of(type(config)) if leaf.fixed}
+    return {name: value for name, value in flat_settings(config).items() if name in fixed}
+
+
+def flat_settings(config: BaseModel, tree: dict | None = None) -> dict[str, Any]:
+    """Dotted name -> value of every setting; of `tree`, such as a saved config.yaml, those that stand in it."""
+    tree = config.model_dump(mode="json") if tree is None else tree
     found = {}
     for leaf in leaves_of(type(config)):
-        if leaf.fixed:
-            node: Any = values
-            for part in leaf.path.split("."):
-                node = node.get(part) if isinstance(node, dict) else None
+        node: Any = tree
+        for part in leaf.path.split("."):
+            node = node.get(part, _ABSENT) if isinstance(node, dict) else _ABSENT
+        if node is not _ABSENT:
             found[leaf.path] = node
     return found
+
+
+def is_place(name: str) -> bool:
+    """Whether a setting says where something lies or which device is used: that may differ between nodes."""
+    return bool(_PLACE.search(name))
 
 
 def check_resume(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
