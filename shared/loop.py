@@ -307,6 +307,8 @@ def fit(
         if reason is None and not was_done and max_over_ranks(float(stop.reason is not None)):
             reason = stop.reason or "another rank's signal"
         if reason is None and not was_done and state.step > 0:
+            seed_everything(run.seed, _STEP_STREAM, info.rank, state.step)  # the same, whoever does it
+            strategy.set_lr(lr_at(state.step - 1, training, last_step))
             if validate is not None:
                 is_best = validated(validate)
                 if _patience_is_over(state, training):

@@ -212,7 +212,7 @@ def resume(
     if folder is not None:
         try:
             restore(folder, trainer, strategy, ema, say)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{folder}: trainer.json is not one of a run ({error!r})") from None
         say(f"resumed from {folder} at step {state.step}")
     elif chosen.weights is not None:
