@@ -1,6 +1,5 @@
 """What can be found wrong before anything is trained, encoded or fitted; and the lock of the output folder."""
 
-import atexit
 import contextlib
 import datetime
 import difflib
@@ -19,7 +18,7 @@ from shared.engine.dist import DistInfo, StopFlag, raise_together, same_settings
 from shared.engine.parallel import check_strategy
 from shared.engine.state import code_digest, versions
 from shared.engine.strategy import choose_precision
-from shared.errors import UserError
+from shared.errors import UserError, at_end
 
 LEAST_FREE = 1_000_000  # bytes: with less not even the log of a run fits
 WORKERS_PER_CORE = 16
@@ -36,7 +35,7 @@ def preflight(
     folders: Mapping[str, str | Path | None] | None = None,
 ) -> None:
     """Check all that can be checked before a run costs time; called right after init_distributed. Writes nothing but
-    the lock of the output folder, which goes when the process ends.
+    the lock of the output folder, which goes when the command ends.
 
     phases: settings of further phases. metrics: names that a validation gives, such as "val/loss". folders: setting ->
     folder in Hugging Face's form, or None. UserError on all ranks for the first thing that is wrong.
@@ -44,11 +43,7 @@ def preflight(
     StopFlag.start_clock()
     compare_ranks(config, info)
     raise_together(attempt(lambda: _check(config, info, [config, *phases], metrics, folders or {})))
-    if info.is_main and config.training.save:
-        error = attempt(lambda: atexit.register(_take(Path(config.run.output_dir)).close))
-    else:
-        error = None
-    raise_together(error)
+    raise_together(attempt(lambda: at_end(_take(Path(config.run.output_dir)).close)) if info.is_main else None)
 
 
 def compare_ranks(config: Any, info: DistInfo) -> None:

@@ -130,7 +130,7 @@ def test_damaged_checkpoints_take_no_place_among_those_that_are_kept(tmp_path):
     assert {"step_00000006", "step_00000007"} <= set(checkpoints(tmp_path / "run"))
     assert open_run(tmp_path / "run").name == "step_00000007"
     assert run_here(case(tmp_path / "run", training=steps)).step == 12 and verify(at(tmp_path / "run", 12))
-    assert not {"step_00000008", "step_00000010"} & set(checkpoints(tmp_path / "run"))  # 8 was written over, then pruned
+    assert not {"step_00000008", "step_00000010"} & set(checkpoints(tmp_path / "run"))  # 8: written over, pruned
 
 
 def test_epoch_checkpoints_that_were_asked_for_and_all_without_a_limit_are_kept(tmp_path):
