@@ -133,9 +133,8 @@ def measure_sets(embedder: Any, options: Options, found: dict[str, Any]) -> tupl
 
 def records_of(embedder: Any, options: Options) -> dict[str, Any]:
     """Records by data set."""
-    from multimodal.data.records import read_records
     from multimodal.data.sharded import readable
-    from multimodal.data.sources import data_folder
+    from multimodal.data.sources import data_folder, read_records
     from multimodal.data.synthetic import synthetic_records
 
     config = embedder.config

@@ -1,8 +1,7 @@
-"""The network: one transformer tower each for pictures, text and sound, and a fusion tower over the tokens of any of
-them.
+"""The network: one transformer tower each for pictures, text and sound, and a fusion tower over any of their tokens.
 
-Legend: B batch, C channels, H W pixels, L text tokens, T frames of 10 ms, N tokens of a tower, D its width, E
-embedding.
+Legend: B batch, C channels, H W pixels, L text tokens, T frames of 10 ms, N tokens of a tower, D its width,
+E embedding.
 """
 
 import math
@@ -12,6 +11,7 @@ from typing import Any, Literal
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from multimodal.modules.blocks import Tower, small_normal_
@@ -47,9 +47,7 @@ SIZES = {
 
 
 def create_model(size: str = "base", num_classes: int = 80, **settings: Any) -> "MultimodalModel":
-    """The model of a named size. settings: embed_dim, image_size, image_patch, dropout, attention, attention_chunk,
-    ...
-    """
+    """The model of a named size. settings: those of MultimodalModel, such as embed_dim, image_size and dropout."""
     if size not in SIZES:
         raise ValueError(f"size {size!r} is not known; use one of {', '.join(SIZES)}")
     return MultimodalModel(SIZES[size], num_classes=num_classes, size=size, **settings)
@@ -77,7 +75,7 @@ class MultimodalModel(nn.Module):
         super().__init__()
         if image_size % image_patch:
             raise ValueError(f"image_size {image_size} is not a multiple of image_patch {image_patch}")
-        self.config = {
+        self.config: dict[str, Any] = {
             "size": size,
             "num_classes": num_classes,
             "embed_dim": embed_dim,
@@ -91,7 +89,7 @@ class MultimodalModel(nn.Module):
             "init_std": init_std,
         }
         self.image_patch, self.grid = image_patch, image_size // image_patch
-        options = {"dropout": dropout, "kind": attention, "chunk": attention_chunk}
+        options: dict[str, Any] = {"dropout": dropout, "kind": attention, "chunk": attention_chunk}
         image, text, audio = widths.image[0], widths.text[0], widths.audio[0]
 
         self.image_patches = nn.Conv2d(3, image, image_patch, image_patch)
@@ -137,15 +135,11 @@ class MultimodalModel(nn.Module):
         for tower in (self.image_tower, self.text_tower, self.audio_tower, self.fusion_tower):
             tower.initialise(std)
         small_normal_(self.word_projection, std)
-        for layer in (
-            self.image_patches,
-            self.audio_patches,
-            self.fused_output,
-            self.match_head,
-            *self.to_fusion.values(),
-        ):
+        to_fusion = map(self._linear, self.to_fusion.values())
+        plain: list[nn.Linear | nn.Conv2d] = [self.image_patches, self.audio_patches, self.fused_output, self.match_head]
+        for layer in (*plain, *to_fusion):
             small_normal_(layer)
-        for layer in self.embed.values():
+        for layer in map(self._linear, self.embed.values()):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
         for vector in (
             self.image_class,
@@ -159,12 +153,18 @@ class MultimodalModel(nn.Module):
             nn.init.normal_(vector, std=0.02)
         nn.init.normal_(self.words.weight, std=std)
         self.words.weight[PAD] = 0
-        small_normal_(self.classifier[1], 0.01)
-        nn.init.constant_(self.classifier[1].bias, math.log(POSITIVE_RATE / (1 - POSITIVE_RATE)))
+        last = self._linear(self.classifier[1])
+        small_normal_(last, 0.01)
+        nn.init.constant_(last.bias, math.log(POSITIVE_RATE / (1 - POSITIVE_RATE)))
         sigmoid = self.config["contrastive_loss"] == "siglip"
         for scale, bias in ((self.log_scale, self.bias), (self.audio_log_scale, self.audio_bias)):
             nn.init.constant_(scale, math.log(10) if sigmoid else math.log(1 / 0.07))
             nn.init.constant_(bias, -10.0)
+
+    @staticmethod
+    def _linear(layer: nn.Module) -> nn.Linear:
+        assert isinstance(layer, nn.Linear)
+        return layer
 
     def set_grad_checkpointing(self, enabled: bool = True) -> None:
         """Recompute blocks in the backward pass, or keep their activations."""
@@ -192,7 +192,7 @@ class MultimodalModel(nn.Module):
     def clamp_scales(self) -> None:
         """Keep both temperatures in [1, 100]; called after an optimizer step."""
         for scale in (self.log_scale, self.audio_log_scale):
-            local = scale.to_local() if hasattr(scale, "to_local") else scale.data
+            local = scale.to_local() if isinstance(scale, DTensor) else scale.data  # FSDP: this rank's part
             local.clamp_(0, MAX_LOG_SCALE)
 
     # --- towers -------------------------------------------------------------------------------------------------------
@@ -306,9 +306,8 @@ class MultimodalModel(nn.Module):
         }
 
     def scales(self) -> dict[str, Tensor]:
-        """Temperatures (exponentiated) and sigmoid biases, each of shape (); copies, since FSDP frees what it
-        gathered.
-        """
+        """Temperatures (exponentiated) and sigmoid biases, each of shape ()."""
+        # .clone(): FSDP frees a parameter's memory after the forward pass, and a bare view of it would be empty.
         return {
             "logit_scale": self.log_scale.float().exp().squeeze(0),
             "audio_logit_scale": self.audio_log_scale.float().exp().squeeze(0),
@@ -340,16 +339,19 @@ class MultimodalModel(nn.Module):
         check_modality_mask(modality_mask, {"image": images, "text": input_ids, "audio": audio})
         tokens: dict[str, Tensor] = {}
         masks: dict[str, Tensor | None] = {}
+        # Each tower by itself. An embedding reads the first token alone; only fusion needs the others.
         first_only = not (fuse or return_tokens)
         if images is not None:
             tokens["image"] = self.image_tokens(images, first_only=first_only)
         if input_ids is not None:
-            masks["text"] = _text_mask(input_ids, attention_mask)
-            tokens["text"] = self.text_tokens(input_ids, masks["text"], first_only=first_only)
+            masks["text"] = mask = _text_mask(input_ids, attention_mask)
+            tokens["text"] = self.text_tokens(input_ids, mask, first_only=first_only)
         if audio is not None:
             tokens["audio"], masks["audio"] = self.audio_tokens(audio, audio_mask, first_only=first_only)
+        # Into the common space, where cosines compare what came from different towers.
         found: dict[str, Any] = {f"{name}_embeds": self.embedding(name, value) for name, value in tokens.items()}
         found.update(self.scales())
+        # One sequence of all tokens: what is absent is left out of it, not filled with zeros.
         if fuse:
             found["fused_features"] = self.fuse(tokens, masks, modality_mask)
             found.update(self.heads(found["fused_features"]))
@@ -430,9 +432,10 @@ def check_modality_mask(masks: dict[str, Tensor] | None, given: dict[str, Tensor
     for name, mask in (masks or {}).items():
         if name not in given:
             raise ValueError(f"modality_mask names {name!r}; known are {', '.join(given)}")
-        if given[name] is None:
+        value = given[name]
+        if value is None:
             raise ValueError(f"modality_mask names {name!r}, which is not given")
-        if mask.shape != given[name].shape[:1]:
+        if mask.shape != value.shape[:1]:
             raise ValueError(
-                f"modality_mask[{name!r}] has shape {tuple(mask.shape)}, expected {tuple(given[name].shape[:1])}"
+                f"modality_mask[{name!r}] has shape {tuple(mask.shape)}, expected {tuple(value.shape[:1])}"
             )

@@ -15,7 +15,7 @@ from multimodal.data.records import Kind
 from multimodal.data.sources import model_inputs
 from multimodal.dataset import CaptionedDataset, collate
 from multimodal.evaluation.held_out import embed_split, measure
-from multimodal.model import MultimodalModel
+from multimodal.model import MultimodalModel, create_model
 from multimodal.modules.contrastive import CachedStep, Pairing, total_loss
 from multimodal.objective import AlignModel, FinetuneModel, PretrainModel
 from multimodal.weights.files import FORMAT_VERSION, put, save_aside
@@ -45,6 +45,24 @@ class Progress:
     step: int = 0  # of this stage
     best: float | None = None
     improved: bool = False
+
+
+def make_network(config: Config, vocabulary: int) -> MultimodalModel:
+    """The towers of these settings over `vocabulary` token ids, with fresh weights."""
+    model = config.model
+    return create_model(
+        model.size,
+        model.num_classes,
+        embed_dim=model.embed_dim,
+        image_size=model.image_size,
+        image_patch=model.image_patch,
+        dropout=model.dropout,
+        attention=model.attention,
+        attention_chunk=model.attention_chunk,
+        vocabulary=vocabulary,
+        contrastive_loss=config.training.contrastive_loss,
+        init_std=model.init_std,
+    )
 
 
 def make_stage_module(config: Config, stage: int, network: MultimodalModel) -> nn.Module:

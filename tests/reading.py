@@ -25,7 +25,7 @@ SYSTEMS = ("bagel", "dit", "float", "multimodal", "opens2v")
 NAMED_IN = {  # where fit is a name of a module's own; the others import it when they call it
     "dit": ["dit.train"],
     "float": ["float.objective", "float.train_autoencoder"],
-    "multimodal": ["multimodal.run"],
+    "multimodal": ["multimodal.train"],
 }
 
 

@@ -4,7 +4,7 @@ import csv
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -83,30 +83,6 @@ class Found:
 
     records: Records
     missing: int = 0
-
-
-def read_records(name: str, folder: Path, split: str, *, karpathy: bool = False) -> Found:
-    """The records of one data set and split (train, val or test); Found(ListRecords()) where the set has no such split.
-
-    Raises UserError naming the folder and the download command when the set is not there.
-    """
-    from multimodal.data.sharded import read_shards
-
-    if not folder.is_dir():
-        raise UserError(f"data set {name}: no folder {folder}; {remedy(name, folder)}")
-    readers: dict[str, Callable[[Path, str], Found]] = {
-        "coco": read_karpathy if karpathy else read_coco,
-        "clotho": read_clotho,
-        "audiocaps": read_audiocaps,
-        "voxceleb": read_voxceleb,
-        "jsonl": read_jsonl,
-        "shards": read_shards,
-    }
-    found = readers[name](folder, split)
-    if split == "train" and not found.records:
-        missing = f" ({found.missing} are listed, their files are not there)" if found.missing else ""
-        raise UserError(f"data set {name}: {folder} holds no training sample{missing}; {remedy(name, folder)}")
-    return found
 
 
 def remedy(name: str, folder: Path) -> str:

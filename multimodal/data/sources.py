@@ -1,5 +1,6 @@
 """From the settings to data sets, batch streams and placements: which pictures, sounds and voices a run trains on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,23 @@ from torch import Tensor
 
 from multimodal.config import SAMPLE_DATA, Config
 from multimodal.data.image import normalise
-from multimodal.data.records import KINDS, Kind, ListRecords, Record, Records, coco_class_names, read_records
-from multimodal.data.sharded import Joined
+from multimodal.data.records import (
+    KINDS,
+    Found,
+    Kind,
+    ListRecords,
+    Record,
+    Records,
+    coco_class_names,
+    read_audiocaps,
+    read_clotho,
+    read_coco,
+    read_jsonl,
+    read_karpathy,
+    read_voxceleb,
+    remedy,
+)
+from multimodal.data.sharded import Joined, read_shards
 from multimodal.data.synthetic import synthetic_records
 from multimodal.data.text import TextTokenizer
 from multimodal.dataset import Augmentation, CaptionedDataset, PlainImages, collate, stable_hash
@@ -52,6 +68,28 @@ def data_folder(config: Config, name: str) -> Path:
     if name in config.data.paths:
         return Path(config.data.paths[name])
     return (Path(config.data.data_root) if config.data.data_root else SAMPLE_DATA) / name
+
+
+def read_records(name: str, folder: Path, split: str, *, karpathy: bool = False) -> Found:
+    """The records of one data set and split (train, val or test); Found(ListRecords()) where the set has no such split.
+
+    Raises UserError naming the folder and the download command when the set is not there.
+    """
+    if not folder.is_dir():
+        raise UserError(f"data set {name}: no folder {folder}; {remedy(name, folder)}")
+    readers: dict[str, Callable[[Path, str], Found]] = {
+        "coco": read_karpathy if karpathy else read_coco,
+        "clotho": read_clotho,
+        "audiocaps": read_audiocaps,
+        "voxceleb": read_voxceleb,
+        "jsonl": read_jsonl,
+        "shards": read_shards,
+    }
+    found = readers[name](folder, split)
+    if split == "train" and not found.records:
+        missing = f" ({found.missing} are listed, their files are not there)" if found.missing else ""
+        raise UserError(f"data set {name}: {folder} holds no training sample{missing}; {remedy(name, folder)}")
+    return found
 
 
 def open_data(config: Config) -> Data:

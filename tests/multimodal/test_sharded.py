@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from multimodal.config import Config
-from multimodal.data.records import ListRecords, Record, read_records
+from multimodal.data.records import ListRecords, Record
 from multimodal.data.sharded import Joined, readable
-from multimodal.data.sources import HELD_OUT, open_data, stable_hash
+from multimodal.data.sources import HELD_OUT, open_data, read_records, stable_hash
 from multimodal.data.text import TextTokenizer
 from multimodal.dataset import list_fingerprint
 from shared.errors import BadSample, UserError
