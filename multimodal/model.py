@@ -136,7 +136,12 @@ class MultimodalModel(nn.Module):
             tower.initialise(std)
         small_normal_(self.word_projection, std)
         to_fusion = map(self._linear, self.to_fusion.values())
-        plain: list[nn.Linear | nn.Conv2d] = [self.image_patches, self.audio_patches, self.fused_output, self.match_head]
+        plain: list[nn.Linear | nn.Conv2d] = [
+            self.image_patches,
+            self.audio_patches,
+            self.fused_output,
+            self.match_head,
+        ]
         for layer in (*plain, *to_fusion):
             small_normal_(layer)
         for layer in map(self._linear, self.embed.values()):
