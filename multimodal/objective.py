@@ -191,6 +191,7 @@ class AlignModel(nn.Module):
         """Embeddings, and the tokens and masks by part."""
         network = self.network
         tokens: dict[str, dict[str, Tensor]] = {part: {} for part in batch}
+        features: dict[str, dict[str, Tensor | None]] = {part: {} for part in batch}
         masks: dict[str, dict[str, Tensor | None]] = {part: {} for part in batch}
         for part, inputs in batch.items():
             keep = {} if draws is None or part not in draws else draws[part]
@@ -200,14 +201,16 @@ class AlignModel(nn.Module):
                     self._keep(keep.get("patches"), self.image_keep, part == "image"),
                     first_only=self.embeddings_only,
                 )
+                features[part]["image"] = network.image_features(inputs["images"])
             if "audio" in inputs:
+                features[part]["audio"] = network.audio_features(inputs["audio"], inputs.get("audio_mask"))
                 tokens[part]["audio"], masks[part]["audio"] = network.audio_tokens(
                     inputs["audio"],
                     inputs.get("audio_mask"),
                     self._keep(keep.get("patches"), self.audio_keep, part == "audio"),
                     first_only=self.embeddings_only,
                 )
-        self._encode_texts(batch, tokens, masks)
+        self._encode_texts(batch, tokens, masks, features)
         names = {
             ("image", "image"): "image_embeds",
             ("image", "text"): "imagetext_embeds",
@@ -217,7 +220,9 @@ class AlignModel(nn.Module):
             ("voice", "image"): "frame_embeds",
         }
         found = {
-            names[part, name]: network.embedding(name, value) for part in batch for name, value in tokens[part].items()
+            names[part, name]: network.embedding(name, value, features[part][name])
+            for part in batch
+            for name, value in tokens[part].items()
         }
         found |= network.scales()
         return found, {part: Encoded(tokens[part], masks[part]) for part in batch}
@@ -225,7 +230,7 @@ class AlignModel(nn.Module):
     def _keep(self, draws_BN: Tensor | None, share: float, wanted: bool) -> Tensor | None:
         return split_by_mask(draws_BN, 1 - share)[0] if wanted and share < 1 and draws_BN is not None else None
 
-    def _encode_texts(self, batch: dict[str, Part], tokens: dict, masks: dict) -> None:
+    def _encode_texts(self, batch: dict[str, Part], tokens: dict, masks: dict, features: dict) -> None:
         """All captions of a step go through the text tower together."""
         parts = [part for part in batch if "input_ids" in batch[part]]
         if not parts:
@@ -242,6 +247,8 @@ class AlignModel(nn.Module):
         encoded = self.network.text_tokens(padded("input_ids"), mask, first_only=self.embeddings_only).split(sizes)
         for part, value, own in zip(parts, encoded, mask.split(sizes), strict=True):
             tokens[part]["text"], masks[part]["text"] = value, own
+            width = batch[part]["input_ids"].shape[1]
+            features[part]["text"] = self.network.text_features(batch[part]["input_ids"], own[:, :width])
 
 
 class FinetuneModel(AlignModel):

@@ -62,6 +62,7 @@ def make_network(config: Config, vocabulary: int) -> MultimodalModel:
         vocabulary=vocabulary,
         contrastive_loss=config.training.contrastive_loss,
         init_std=model.init_std,
+        linear_path=model.linear_path,
     )
 
 
@@ -99,7 +100,7 @@ def choose_trainable(
             name for name, present in (("image", has_image), ("text", has_text), ("audio", has_audio)) if present
         ]
         trained += (text if stage == 3 or config.training.train_words else text[1:]) if has_text else []
-        trained += [f"embed.{name}" for name in modalities]
+        trained += [f"{part}.{name}" for name in modalities for part in ("embed", "linear")]
         sigmoid = config.training.contrastive_loss == "siglip"
         trained += ["log_scale", *["bias"] * sigmoid] if "image" in kinds else []
         sounds = "audio" in kinds or ("voice" in kinds and framed)

@@ -177,7 +177,15 @@ def test_instances_with_unknown_and_with_too_many_categories(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ['{"images": [{"id": 1, "file_n', "[1]", '{"images": []}', "", "{}", '{"images": [1 2], "annotations": []}', "\xff"],
+    [
+        '{"images": [{"id": 1, "file_n',
+        "[1]",
+        '{"images": []}',
+        "",
+        "{}",
+        '{"images": [1 2], "annotations": []}',
+        "\xff",
+    ],
 )
 def test_files_that_are_no_coco_json_are_named(tmp_path, text):
     touch(tmp_path / "annotations" / "captions_train2017.json", text.encode("latin-1"))
@@ -286,7 +294,7 @@ def test_esc50_fsd50k_and_audioset(tmp_path):
         tmp_path / "audioset" / "class_labels_indices.csv",
         b'index,mid,display_name\n73,/m/068hy,"Domestic animals, pets"\n0,/m/07q6cd_,Squeak\n',
     )
-    text = '# Segments csv created\n# YTID, start_seconds, end_seconds, positive_labels\n'
+    text = "# Segments csv created\n# YTID, start_seconds, end_seconds, positive_labels\n"
     text += '--4gqARaEJE, 0.000, 10.000, "/m/068hy,/m/07q6cd_"\n--x, 1.000, 11.000, "/m/07q6cd_"\n'
     touch(tmp_path / "audioset" / "balanced_train_segments.csv", text.encode())
     found = read_records("audioset", tmp_path / "audioset", "train")
