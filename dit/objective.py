@@ -342,17 +342,25 @@ class Trainer:
         """One (loss, metrics) a micro-batch. Draws are keyed by (seed, step, sample): ranks and resumes change none."""
         seed = self.config.run.seed
         for batch in batches:
+            # Frozen encoders first: pictures to latents, captions to states (or both from the cache).
             latents_BCHW = self.latents(batch, step)
-            draws = {"slots": batch["slot"], "device": latents_BCHW.device}
             condition = self.condition(batch)
+
+            # A sample's slot is its place in the global batch of this step. Draws keyed by (seed, step, slot) are the
+            # same whether one rank holds the whole batch or eight hold a share each, and after a resume.
+            draws = {"slots": batch["slot"], "device": latents_BCHW.device}
             t_B = self.objective.times(keyed_rand((), key=(seed, TIMES, step), **draws))
             noise_BCHW = keyed_randn(latents_BCHW.shape[1:], key=(seed, NOISE, step), **draws)
             drop_B = keyed_rand((), key=(seed, DROPS, step), **draws) < self.config.diffusion.cfg_dropout
             noisy_BCHW = self.objective.noisy(latents_BCHW, noise_BCHW, t_B)
+
+            # Dropped rows get the null condition inside the model, so every rank runs the same modules in every step.
             if condition and self.config.diffusion.cfg_dropout:
                 condition["drop"] = drop_B
             predicted = model(noisy_BCHW, self.objective.model_time(t_B), **condition)
-            error_B = self.criterion(predicted, noisy_BCHW, latents_BCHW, noise_BCHW, t_B)  # fp32
+
+            # The loop adds the micro-batches' losses up: each is divided here by their number. The error is fp32.
+            error_B = self.criterion(predicted, noisy_BCHW, latents_BCHW, noise_BCHW, t_B)
             yield error_B.mean() / len(batches), {"loss_by_t": (t_B / self.objective.span, error_B)}
 
     def validate(self, model: Callable, step: int) -> dict[str, float]:
@@ -446,7 +454,7 @@ class Trainer:
                 shape = (moments.shape[1] // 2, *moments.shape[2:])
                 key = (self.config.run.seed, POSTERIOR, step)
                 noise = keyed_randn(shape, key=key, slots=batch["slot"], device=moments.device)
-            return self.vae_encoder.latents(moments, noise).clone()
+            return self.vae_encoder.latents(moments, noise).clone()  # inference tensors may not enter autograd
 
     def condition(self, batch: dict) -> dict[str, Tensor]:
         """The model's keyword arguments for text or labels: from the cache, from token ids, or from the captions."""
