@@ -14,7 +14,7 @@ from dit.modules.text import CaptionEncoder, condition_of
 from dit.modules.vae import Codec
 from shared.engine.dist import DistInfo, sum_over_ranks
 from shared.errors import BadSample
-from shared.metrics import colour_caption
+from shared.metrics import colour_caption, paired_p
 from shared.rng import keyed_randn
 
 _HELD_OUT_NOISE = 31  # random stream
@@ -102,17 +102,6 @@ def summary(right_LN: Tensor, shuffled_LN: Tensor | None, constant_LN: Tensor) -
         figures["shuffled_cost_percent"] = 100 * (shuffled_LN.mean() / right_LN.mean() - 1).item()
         figures["shuffled_p"] = paired_p(difference_N)
     return figures
-
-
-def paired_p(difference_N: Tensor) -> float:
-    """One-sided p that the mean difference is not above 0 (Student's t over pictures)."""
-    from scipy.stats import t as student
-
-    count = len(difference_N)
-    spread = difference_N.double().std().item()
-    if count < 2 or spread == 0:
-        return 1.0
-    return float(student.sf(difference_N.double().mean().item() / (spread / count**0.5), count - 1))
 
 
 def _shuffled(condition: dict[str, Tensor]) -> dict[str, Tensor]:
