@@ -16,8 +16,7 @@ from shared.config import check_resume, config_digest, fixed_settings, save_conf
 from shared.data import Stream
 from shared.engine.checkpoint import CheckpointStore, TensorFile, find_checkpoint, load_weights, persistent_buffers
 from shared.engine.dist import barrier, from_main
-from shared.engine.ema import EMA
-from shared.engine.strategy import MOMENTS, Strategy
+from shared.engine.strategy import EMA, MOMENTS, Strategy
 from shared.errors import CheckpointError, UserError
 
 
