@@ -13,14 +13,28 @@ FLOW_SAMPLERS = ("euler", "heun", "midpoint", "rk4", "dopri5", "sde")
 NOISE_SAMPLERS = ("ddim", "dpmpp_2m", "dpmpp_2m_karras", "ddpm")
 
 
+_NOT_FOR_SCENES = {
+    "crop": "scenes are composed at their size",
+    "flip": "a mirrored scene would contradict its sentence",
+    "caption_source": "sentences come from the scenes' ground truth",
+    "use_bbox": "drawings are cut out of their ground",
+    "val_fraction": "what is held out is chosen by unseen_share",
+    "cache_dir": "they are composed anew in every epoch, and a cache would hold one",
+}
+
+
 class DataConfig(Section):
     """Pictures with captions."""
 
-    dataset_name: Literal["coco", "cub", "custom"] = setting("coco", "layout of the data on disk", "datasets")
+    dataset_name: Literal["coco", "cub", "custom", "scenes"] = setting(
+        "coco", "layout of the data on disk; scenes: composed on the fly from the drawings of a folder", "datasets"
+    )
     dataset_path: str | None = setting(
         None, "folder, or .tar pattern for custom; sample: the pictures that ship with dit/", "data_root", "data_dir"
     )
-    num_samples: int | None = setting(None, "use so many pictures, drawn by subset_seed; null: all", ge=1)
+    num_samples: int | None = setting(
+        None, "use so many pictures (scenes: drawings), drawn by subset_seed; null: all", ge=1
+    )
     image_size: int = setting(256, "side of the square pictures, pixels", "resolution", fixed=True, ge=8)
     crop: Literal["center", "random", "random_resized", "resize"] = setting("center", "how a picture becomes a square")
     flip: float = setting(0.5, "probability of mirroring a training picture", ge=0, le=1)
@@ -37,11 +51,29 @@ class DataConfig(Section):
     val_fraction: float = setting(
         0.0, "share held out by hash of the name where the data have no split of their own", ge=0, lt=1
     )
+    scene_kinds: list[Literal["one", "two"]] = setting(
+        ["one"], "scenes: one object at a place, two with a relation; drawn from evenly", fixed=True
+    )
+    unseen_share: float = setting(
+        0.1, "scenes: share of the combinations that are never trained, chosen by hash", fixed=True, ge=0, lt=1
+    )
     on_error: Literal["skip", "raise"] = setting("skip", "missing or broken pictures: skip and list them, or stop")
     keep_in_memory: bool = setting(False, "keep decoded pictures in memory (small sets)")
     cache_dir: str | None = setting(
         None, "folder written by precompute.py; replaces the frozen encoders during training"
     )
+
+    @model_validator(mode="after")
+    def _scenes_are_composed(self) -> "DataConfig":
+        """What has no meaning for scenes is refused, not ignored."""
+        if self.dataset_name != "scenes":
+            return self
+        for name, why in _NOT_FOR_SCENES.items():
+            if getattr(self, name) != type(self).model_fields[name].default and (name, self[name]) != ("flip", 0):
+                raise ValueError(f"{name} {self[name]} does nothing with dataset_name scenes: {why}; leave it out")
+        if not self.scene_kinds:
+            raise ValueError("scene_kinds is empty; use some of one, two")
+        return self
 
 
 class ModelConfig(Section):
@@ -101,10 +133,10 @@ class ModelConfig(Section):
 class VaeConfig(Section):
     """Pictures to latents."""
 
-    type: Literal["sd", "patches", "pixels", "pool"] = setting(
+    type: Literal["sd", "conv", "patches", "pixels", "pool"] = setting(
         "sd",
-        "sd: AutoencoderKL; patches: a small one trained here on the training pictures; pixels: none; pool: 8x "
-        "averages, for tests",
+        "sd: AutoencoderKL; conv: a small convolutional one, trained first in the same run; patches: principal "
+        "components of patches, fitted here; pixels: none; pool: 8x averages, for tests",
         fixed=True,
     )
     pretrained_model_name: str = setting(
@@ -118,7 +150,9 @@ class VaeConfig(Section):
     latent_stats: str | None = setting(
         None, "safetensors with mean and std per channel in place of the single factor", fixed=True
     )
-    patch: int = setting(8, "patches: pixels per latent cell side", fixed=True, ge=1)
+    patch: int = setting(8, "patches, conv: pixels per latent cell side", fixed=True, ge=1)
+    steps: int = setting(1400, "conv: optimizer steps of its own training", fixed=True, ge=1)
+    width: int = setting(32, "conv: channels at half the picture's size; doubled with every halving", fixed=True, ge=4)
     decoder_steps: int = setting(
         300, "patches: training steps of the decoder; 0: the linear decoder alone", fixed=True, ge=0
     )
@@ -278,6 +312,10 @@ class Config(Section):
                 f"{self.vae_factor * self.model.patch_size} "
                 f"(latent cell {self.vae_factor} px x patch_size {self.model.patch_size})"
             )
+        if self.vae.type == "conv" and (self.vae.patch < 2 or self.vae.patch & (self.vae.patch - 1)):
+            raise ValueError(f"vae.patch {self.vae.patch}: vae.type conv halves, so a power of two from 2 is wanted")
+        if self.data.dataset_name == "scenes" and self.model.num_classes:
+            raise ValueError("model.num_classes: scenes carry sentences, not classes; leave it out")
         samplers = {"ddpm": NOISE_SAMPLERS, "flow": FLOW_SAMPLERS}[self.diffusion.objective]
         if self.sample.sampler not in ("auto", *samplers):
             raise ValueError(
@@ -291,7 +329,7 @@ class Config(Section):
     @property
     def vae_factor(self) -> int:
         """Pixels per latent cell side."""
-        return {"sd": 8, "pool": 8, "pixels": 1, "patches": self.vae.patch}[self.vae.type]
+        return {"sd": 8, "pool": 8, "pixels": 1, "patches": self.vae.patch, "conv": self.vae.patch}[self.vae.type]
 
     @property
     def latent_side(self) -> int:

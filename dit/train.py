@@ -35,8 +35,9 @@ from dit.modules.text import make_text_encoder
 from dit.modules.vae import make_vae
 from dit.objective import make_objective
 from dit.sampling.drawing import Drawing, draw_pictures
+from dit.weights.autoencoder import prepare_codec
 from dit.weights.convert import load_pretrained
-from dit.weights.open import CODEC_FILE, build_model, condition_of, fit_codec
+from dit.weights.open import CODEC_FILE, build_model, condition_of
 from shared.data import BatchPlan, MapStream
 from shared.engine.checkpoint import load_strict, load_weights
 from shared.engine.dist import DistInfo, init_distributed, shutdown
@@ -297,8 +298,7 @@ def main(argv: list[str] | None = None) -> None:
     if info.is_main:
         _refuse_many_skipped(training_set, output_dir)
     vae_encoder, text_encoder = make_vae(config), make_text_encoder(config)
-    if hasattr(vae_encoder, "fit"):
-        fit_codec(vae_encoder, training_set, output_dir, info, seed=config.run.seed)
+    prepare_codec(config, vae_encoder, training_set, validation_set, info)
     if hasattr(text_encoder, "tokenize"):
         training_set.tokenize = text_encoder.tokenize
     data = CachedDataset(config, training_set) if config.data.cache_dir else training_set

@@ -1,4 +1,4 @@
-"""Pictures to latents and back: the Stable Diffusion autoencoder, and three codecs that need no weights.
+"""Pictures to latents and back: the Stable Diffusion autoencoder, and four codecs that need no weights.
 
 All offer moments(images) -> unscaled mean and log variance (B, 2C, h, w), latents(moments, noise) -> what the model is
 trained on, encode(images), decode(latents). Images are float32 in [-1, 1].
@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dit.config import Config
-from dit.modules.autoencoder import PatchAutoencoder
+from dit.modules.autoencoder import ConvAutoencoder, PatchAutoencoder
 from shared.errors import UserError
 
 SD_ALIASES = (
@@ -155,6 +155,8 @@ def make_vae(config: Config) -> nn.Module:
         )
     elif vae.type == "patches":
         codec = PatchAutoencoder(channels=config.model.in_channels, patch=vae.patch, decoder_steps=vae.decoder_steps)
+    elif vae.type == "conv":
+        codec = ConvAutoencoder(channels=config.model.in_channels, factor=vae.patch, width=vae.width)
     else:
         codec = PixelCodec() if vae.type == "pixels" else PoolCodec()
     if codec.channels != config.model.in_channels:
