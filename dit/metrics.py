@@ -25,12 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit.data.images import grid, to_uint8, unit
-from dit.dataset import TextImageDataset
+from dit.dataset import TextImageDataset, unit
 from dit.evaluation import fid
 from dit.evaluation.held_out import errors, held_out_noise, paired_p, prepare
-from dit.sampling.drawing import Drawing, draw_pictures
-from dit.weights.open import Trained, condition_of, load_trained
+from dit.modules.text import condition_of
+from dit.sampling.drawing import Drawing, draw_pictures, grid, to_uint8
+from dit.weights.open import Trained, load_trained
 from shared.engine.dist import DistInfo, init_distributed
 from shared.errors import write_text
 from shared.metrics import agreement
@@ -139,8 +139,8 @@ class Measurement:
     def memory(self) -> dict:
         """Distance of drawn pictures to the nearest training picture; far below that of held-out ones: memorised."""
         count = min(len(self.training_set), 2048)
-        seen = [self.training_set.sample(index, 0, flip=False)["image"] for index in range(count)]
-        seen = unit(torch.stack(seen)).flatten(1)
+        samples = [self.training_set.sample(index, 0, flip=False)["image"] for index in range(count)]
+        seen = unit(torch.stack(samples)).flatten(1)
         seen = torch.cat([seen, seen.unflatten(1, self.held.images.shape[1:]).flip(3).flatten(1)])
         drawn = torch.from_numpy(self.drawn).permute(0, 3, 1, 2).float().flatten(1) / 127.5 - 1
         scale = seen.shape[1] ** 0.5
@@ -327,7 +327,9 @@ def _psnr(found: Tensor, wanted: Tensor) -> float:
 def _ssim(found: Tensor, wanted: Tensor) -> float:
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    return float(structural_similarity_index_measure(found, wanted.to(found.device), data_range=2.0))
+    value = structural_similarity_index_measure(found, wanted.to(found.device), data_range=2.0)
+    assert isinstance(value, Tensor)  # a pair only when its picture is asked for
+    return value.item()
 
 
 if __name__ == "__main__":

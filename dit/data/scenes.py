@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dit.config import SAMPLE_DATA, Config, DataConfig
-from dit.data.readers import Item, read
+from dit.data.readers import Item, Items, read
 from shared.errors import BadSample, UserError
 from shared.media.scenes import Drawing, Scene, Scenes, cut_out, noun_of
 
@@ -98,10 +98,8 @@ class SceneDataset(Dataset):
         return hashlib.sha256("\n".join(made_of).encode()).hexdigest()
 
 
-class _Sentences:
-    """items[index]: the sentence of scene `index` where evaluation looks for captions."""
-
-    captions_at_hand = True
+class _Sentences(Items):
+    """items[index]: the sentence of scene `index`, where evaluation looks for captions."""
 
     def __init__(self, dataset: SceneDataset) -> None:
         self.dataset = dataset
@@ -146,7 +144,7 @@ def read_drawings(settings: DataConfig, root: Path) -> tuple[list[Drawing], list
     return drawings, skipped
 
 
-def _opened(items: Any, item: Item) -> Image.Image:
+def _opened(items: Items, item: Item) -> Image.Image:
     data, name = items.picture(item)
     try:
         image = Image.open(io.BytesIO(data))

@@ -7,10 +7,11 @@ Shapes: N held-out pictures, L levels, C H W of a latent.
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dit.data.images import unit
-from dit.weights.open import condition_of
+from dit.dataset import unit
+from dit.modules.text import CaptionEncoder, condition_of
+from dit.modules.vae import Codec
 from shared.engine.dist import DistInfo, sum_over_ranks
 from shared.errors import BadSample
 from shared.metrics import colour_caption
@@ -33,7 +34,7 @@ class HeldOut(NamedTuple):
 
 @torch.no_grad()
 def prepare(
-    dataset: Any, training_set: Any, codec: nn.Module, encoder: nn.Module | None, *, count: int, device: torch.device
+    dataset: Any, training_set: Any, codec: Codec, encoder: CaptionEncoder | None, *, count: int, device: torch.device
 ) -> HeldOut:
     """Encode up to `count` held-out pictures, and the mean of as many training pictures."""
     samples = readable(dataset, count)
@@ -119,7 +120,7 @@ def _shuffled(condition: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.roll(len(value) // 2 + len(value) % 2, 0) for name, value in condition.items()}
 
 
-def _mean_latent(codec: nn.Module, images: Tensor) -> Tensor:
+def _mean_latent(codec: Codec, images: Tensor) -> Tensor:
     return codec.latents(codec.moments(images)).float()
 
 

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from dit.config import Config
-from dit.data.images import grid, to_uint8, unit
-from dit.dataset import collate
+from dit.dataset import collate, unit
 from dit.evaluation.held_out import readable
-from dit.weights.open import CODEC_FILE, fit_codec
+from dit.modules.autoencoder import ConvAutoencoder
+from dit.modules.vae import CODEC_FILE, Codec
+from dit.sampling.drawing import grid, to_uint8
+from dit.weights.open import fit_codec
 from shared.config import accumulation_steps
 from shared.data import BatchPlan, MapStream
 from shared.engine.checkpoint import load_strict, load_weights
@@ -33,17 +35,19 @@ LEARNING_RATE, BATCH = 3e-3, 16
 SHOWN = 8
 
 
-def prepare_codec(config: Config, codec: nn.Module, training_set: Any, validation_set: Any, info: DistInfo) -> None:
+def prepare_codec(config: Config, codec: Codec, training_set: Any, validation_set: Any, info: DistInfo) -> None:
     """Have a codec that is learned from the pictures ready: train it where it needs steps, fit it, load it."""
     output_dir = Path(config.run.output_dir)
-    if not hasattr(codec, "fit"):
+    if not codec.learns:
         return
-    if config.vae.type == "conv" and not (output_dir / CODEC_FILE).exists():
+    if isinstance(codec, ConvAutoencoder) and not (output_dir / CODEC_FILE).exists():
         train_autoencoder(config, codec, training_set, validation_set, info)
     fit_codec(codec, training_set, output_dir, info, seed=config.run.seed)
 
 
-def train_autoencoder(config: Config, codec: nn.Module, training_set: Any, validation_set: Any, info: DistInfo) -> None:
+def train_autoencoder(
+    config: Config, codec: ConvAutoencoder, training_set: Any, validation_set: Any, info: DistInfo
+) -> None:
     """Train `codec` to its planned step, resuming what is in OUT/autoencoder; its averaged weights are loaded into it.
 
     Raises UserError when the run was stopped before; the same command goes on from there.
@@ -53,7 +57,7 @@ def train_autoencoder(config: Config, codec: nn.Module, training_set: Any, valid
     if info.is_main:
         print(f"the autoencoder of the latents is trained first, into {output_dir}", flush=True)
     seed_everything(config.run.seed, WEIGHTS)
-    network = type(codec)(channels=codec.channels, factor=codec.factor, width=config.vae.width)
+    network = ConvAutoencoder(channels=codec.channels, factor=codec.factor, width=config.vae.width)
     order = BatchPlan(
         len(training_set), phase.training.batch_size, info.world, accumulation_steps(phase.training, info.world),
         config.run.seed, drop_last=False,

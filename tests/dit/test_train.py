@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from dit import precompute, train
 from dit.config import PRESETS, Config
 from dit.data.cache import CachedDataset
-from dit.data.images import unit
-from dit.dataset import TextImageDataset, collate
+from dit.dataset import TextImageDataset, collate, unit
 from dit.evaluation.held_out import errors, paired_p, prepare
 from dit.modules.text import HashTextEncoder
 from dit.modules.vae import PoolCodec
