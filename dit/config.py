@@ -403,7 +403,7 @@ def translate_guide(tree: dict[str, Any]) -> dict[str, Any]:
 # Settings of generate.py, metrics.py and precompute.py. No torch import, so --help is quick.
 
 
-METRICS = ("loss", "caption", "recon", "vae", "colour", "memory", "fid", "clip")
+METRICS = ("scenes", "loss", "caption", "recon", "vae", "colour", "memory", "fid", "clip")
 
 
 class GenerateOptions(Section):
@@ -444,7 +444,9 @@ class MetricsOptions(Section):
 
     checkpoint: str = setting("", "run folder or checkpoint folder")
     output: str | None = setting(None, "JSON file; null: metrics.json in the run folder", "out")
-    metrics: str = setting("loss,caption,recon,vae,colour,memory", f"comma-separated, of {', '.join(METRICS)}")
+    metrics: str = setting(
+        "auto", f"comma-separated, of {', '.join(METRICS)}; auto: those that need no download and fit the data"
+    )
     split: Literal["val", "train"] = setting("val", "pictures to measure on")
     num: int = setting(256, "pictures at most", ge=2)
     data_root: str | None = setting(None, "data folder in place of the trained-with one", "dataset_path")
