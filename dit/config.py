@@ -169,6 +169,9 @@ class TextConfig(Section):
         "openai/clip-vit-base-patch32", "clip: local folder or hub id", "text_encoder_path"
     )
     local_files_only: bool = setting(False, "never download")
+    context: bool = setting(
+        False, "hash: every word carries a trace of its neighbours, so that the order of words counts", fixed=True
+    )
 
 
 class DiffusionConfig(Section):
@@ -314,14 +317,14 @@ class Config(Section):
             and self.diffusion.prediction_type == "v_prediction"
         ):
             raise ValueError("model.learn_sigma works with prediction_type epsilon or sample")
+        if self.vae.type == "conv" and (self.vae.patch < 2 or self.vae.patch & (self.vae.patch - 1)):
+            raise ValueError(f"vae.patch {self.vae.patch}: vae.type conv halves, so a power of two from 2 is wanted")
         if self.data.image_size % (self.vae_factor * self.model.patch_size):
             raise ValueError(
                 f"data.image_size {self.data.image_size} must be a multiple of "
                 f"{self.vae_factor * self.model.patch_size} "
                 f"(latent cell {self.vae_factor} px x patch_size {self.model.patch_size})"
             )
-        if self.vae.type == "conv" and (self.vae.patch < 2 or self.vae.patch & (self.vae.patch - 1)):
-            raise ValueError(f"vae.patch {self.vae.patch}: vae.type conv halves, so a power of two from 2 is wanted")
         if self.data.dataset_name == "scenes" and self.model.num_classes:
             raise ValueError("model.num_classes: scenes carry sentences, not classes; leave it out")
         samplers = {"ddpm": NOISE_SAMPLERS, "flow": FLOW_SAMPLERS}[self.diffusion.objective]
