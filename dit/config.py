@@ -15,6 +15,7 @@ NOISE_SAMPLERS = ("ddim", "dpmpp_2m", "dpmpp_2m_karras", "ddpm")
 
 
 _NOT_FOR_SCENES = {
+    "num_samples": "the number of drawings is data.drawings",
     "crop": "scenes are composed at their size",
     "flip": "a mirrored scene would contradict its sentence",
     "caption_source": "sentences come from the scenes' ground truth",
@@ -33,9 +34,7 @@ class DataConfig(Section):
     dataset_path: str | None = setting(
         None, "folder, or .tar pattern for custom; sample: the pictures that ship with dit/", "data_root", "data_dir"
     )
-    num_samples: int | None = setting(
-        None, "use so many pictures (scenes: drawings), drawn by subset_seed; null: all", ge=1
-    )
+    num_samples: int | None = setting(None, "use so many pictures, drawn by subset_seed; null: all", ge=1)
     image_size: int = setting(256, "side of the square pictures, pixels", "resolution", fixed=True, ge=8)
     crop: Literal["center", "random", "random_resized", "resize"] = setting("center", "how a picture becomes a square")
     flip: float = setting(0.5, "probability of mirroring a training picture", ge=0, le=1)
@@ -51,6 +50,9 @@ class DataConfig(Section):
     subset_seed: int = setting(0, "seed of num_samples' draw", ge=0)
     val_fraction: float = setting(
         0.0, "share held out by hash of the name where the data have no split of their own", ge=0, lt=1
+    )
+    drawings: int | None = setting(
+        16, "scenes: use so many drawings, chosen by hash of name and subset_seed; null: all", fixed=True, ge=1
     )
     scene_kinds: list[Literal["one", "two"]] = setting(
         ["one"], "scenes: one object at a place, two with a relation; drawn from evenly", fixed=True

@@ -115,7 +115,7 @@ class _Sentences(Items):
 def read_drawings(settings: DataConfig, root: Path) -> tuple[list[Drawing], list[tuple[str, str]]]:
     """The drawings of a folder in the cub or the custom layout, and (name, reason) of what cannot be used.
 
-    The name is the first caption without its article. num_samples of them: by hash of the name, a class at a time
+    The name is the first caption without its article. settings.drawings of them: by hash of the name, a class at a time
     where the layout has classes, so that few drawings are of many kinds.
     """
     layout = "cub" if (root / "images.txt").is_file() or (root / "CUB_200_2011").is_dir() else "custom"
@@ -130,7 +130,7 @@ def read_drawings(settings: DataConfig, root: Path) -> tuple[list[Drawing], list
     order = _by_hash_and_class(named, settings.subset_seed)
     drawings: list[Drawing] = []
     for name in order:
-        if len(drawings) == (settings.num_samples or len(order)):
+        if len(drawings) == (settings.drawings or len(order)):
             break
         try:
             drawings.append(Drawing(name, cut_out(_opened(found.items, named[name]))))

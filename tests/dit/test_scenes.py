@@ -21,7 +21,7 @@ from shared.log import read_metrics
 from shared.media.scene_scores import truth_pictures
 from tests.dit.small import picture, tiny
 
-SCENES = {"dataset_name": "scenes", "dataset_path": "sample", "num_samples": 8, "image_size": 16}
+SCENES = {"dataset_name": "scenes", "dataset_path": "sample", "drawings": 8, "image_size": 16}
 PARTS = {
     "data": SCENES,
     "vae": {"type": "conv", "patch": 4, "steps": 4, "width": 8},
@@ -30,7 +30,7 @@ PARTS = {
 
 
 def dataset(*, is_train: bool = True, **settings) -> SceneDataset:
-    settings = {"dataset_name": "scenes", "dataset_path": "sample", "num_samples": 8, "image_size": 16, **settings}
+    settings = {"dataset_name": "scenes", "dataset_path": "sample", "drawings": 8, "image_size": 16, **settings}
     return SceneDataset(DataConfig(**settings), is_train=is_train)
 
 
@@ -67,7 +67,7 @@ def test_a_run_opens_scenes_by_the_usual_name():
 
 def test_few_drawings_are_of_many_kinds_and_follow_their_names():
     drawings, _ = read_drawings(DataConfig(**SCENES), dataset().root)
-    more, _ = read_drawings(DataConfig(**{**SCENES, "num_samples": 16}), dataset().root)
+    more, _ = read_drawings(DataConfig(**{**SCENES, "drawings": 16}), dataset().root)
     assert [drawing.name for drawing in more][:8] == [drawing.name for drawing in drawings]
     other, _ = read_drawings(DataConfig(**{**SCENES, "subset_seed": 1}), dataset().root)
     assert {drawing.name for drawing in other} != {drawing.name for drawing in drawings}
@@ -103,6 +103,7 @@ def test_a_folder_without_drawings_is_refused(tmp_path):
     ("flags", "wanted"),
     [
         (["--flip", "0.7"], "contradict its sentence"),
+        (["--num-samples", "9"], "data.drawings"),
         (["--crop", "random"], "composed at their size"),
         (["--cache-dir", "x"], "composed anew"),
         (["--val-fraction", "0.2"], "unseen_share"),
