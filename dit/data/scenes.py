@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dit.config import SAMPLE_DATA, Config, DataConfig
-from dit.data.readers import Item, Items, read
+from dit.data.readers import SPLIT_FILES, Item, Items, read
 from shared.errors import BadSample, UserError
 from shared.media.scenes import Drawing, Scene, Scenes, cut_out, noun_of
 
@@ -118,7 +118,8 @@ def read_drawings(settings: DataConfig, root: Path) -> tuple[list[Drawing], list
     The name is the first caption without its article. settings.drawings of them: by hash of the name, a class at a time
     where the layout has classes, so that few drawings are of many kinds.
     """
-    layout = "cub" if (root / "images.txt").is_file() or (root / "CUB_200_2011").is_dir() else "custom"
+    is_cub = any((folder / "images.txt").is_file() for folder in (root, root / "CUB_200_2011"))
+    layout = "cub" if is_cub and not (root / SPLIT_FILES[0]).is_file() else "custom"
     found = read(settings.model_copy(update={"dataset_name": layout}), root, is_train=True)
     skipped, named = list(found.skipped), {}
     for item in found.items:
