@@ -2,8 +2,8 @@
 
   python dit/metrics.py --checkpoint outputs/dit --output outputs/dit/metrics.json
   python dit/metrics.py --checkpoint OUT --metrics loss,caption,fid --inception-weights FILE.pth
-loss, caption, recon, vae, colour and memory need no download. fid (with KID, precision, recall) needs the Inception
-weights, clip a CLIP model; both say what to provide.
+scenes, loss, caption, recon, vae, colour and memory need no download; scenes counts what is right in drawn scenes. fid
+(with KID, precision, recall) needs the Inception weights, clip a CLIP model; both say what to provide.
 """
 
 import json
@@ -25,10 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dit.data.scenes import SceneDataset
 from dit.dataset import TextImageDataset, unit
 from dit.evaluation import fid
 from dit.evaluation.fid import psnr, ssim
 from dit.evaluation.held_out import errors, held_out_noise, prepare
+from dit.evaluation.scenes import scene_bars, scene_figures, scene_grid
 from dit.modules.text import condition_of
 from dit.sampling.drawing import Drawing, draw_pictures, grid, to_uint8
 from dit.weights.open import Trained, load_trained
@@ -46,6 +48,9 @@ from shared.metrics import (
 )
 from shared.report.page import Bar, Sample, write_report
 
+OF_PICTURES = ["loss", "caption", "recon", "vae", "colour", "memory"]  # what --metrics auto measures
+OF_SCENES = ["scenes", "loss", "caption", "recon", "vae"]
+
 
 class Measurement:
     """One evaluation: the held-out pictures, the drawn ones (made when first wanted), and a method for every metric."""
@@ -55,13 +60,12 @@ class Measurement:
         data = trained.config.data.model_copy(
             update={"dataset_path": options.data_root or trained.config.data.dataset_path, "cache_dir": None}
         )
-        classes, seed = trained.config.model.num_classes, trained.config.run.seed
-        self.training_set = TextImageDataset(settings=data, is_train=True, seed=seed, num_classes=classes)
-        measured = (
-            self.training_set
-            if options.split == "train"
-            else TextImageDataset(settings=data, is_train=False, seed=seed, num_classes=classes)
+        config = trained.config.model_copy(update={"data": data})
+        self.training_set = TextImageDataset.from_config(config, is_train=True)
+        self.measured = (
+            self.training_set if options.split == "train" else TextImageDataset.from_config(config, is_train=False)
         )
+        measured = self.measured
         if len(measured) < 2:
             raise UserError(
                 f"--split {options.split}: {len(measured)} pictures; set data.val_fraction when training, or use "
@@ -96,6 +100,7 @@ class Measurement:
             "shuffled_cost_percent": 100 * (shuffled.mean() / right.mean() - 1).item(),
             "p": paired_p((shuffled - right).mean(0)),
             "null_cost_percent": 100 * (null.mean() / right.mean() - 1).item(),
+            "null_p": paired_p((null - right).mean(0)),
         }
         if self.trained.text_encoder is not None:
             condition = condition_of(self.held.prompts, None, self.trained.text_encoder, self.info.device)
@@ -138,6 +143,13 @@ class Measurement:
         """Round trip through the codec: the ceiling of any result."""
         back = self._decode(self.held.latents)
         return {"psnr": psnr(back, self.held.images), "ssim": ssim(back, self.held.images)}
+
+    def scenes(self) -> dict:
+        """What is right in drawn scenes: object, ground, place, size; squared error and seams against the true ones."""
+        if not isinstance(self.measured, SceneDataset):
+            raise UserError("--metrics scenes: this run's pictures are not composed, so nobody knows what is right")
+        config = self.trained.config
+        return scene_figures(self.measured, self.drawn, config.vae_factor * config.model.patch_size)
 
     def colour(self) -> dict:
         """Whether drawn pictures show the colours of their captions; the real pictures' figure is the ceiling."""
@@ -239,6 +251,13 @@ class Measurement:
 def report(measurement: Measurement, found: dict, options: MetricsOptions, run_folder: Path) -> None:
     """The run's report with its bars, a grid of drawn pictures and the true ones beside it."""
     held, samples, bars = measurement.held, [], []
+    folder = run_folder / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    composed = isinstance(measurement.measured, SceneDataset)
+    if composed:
+        samples.append(scene_grid(measurement.measured, measurement.drawn, folder / "scenes.png"))
+    if "scenes" in found:
+        bars += scene_bars(measurement.measured, found["scenes"], found.get("caption", {}))
     if "loss" in found:
         bars.append(Bar("held-out loss / constant predictor's", found["loss"]["ratio"], 0.35, "at most", baseline=1.0))
     if "caption" in found:
@@ -255,16 +274,15 @@ def report(measurement: Measurement, found: dict, options: MetricsOptions, run_f
                 note=f"p {drawn['p']:.4f}; real pictures {real['own']:.3f}",
             )
         )
-    folder = run_folder / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
-    count = min(24, len(held.images))
-    drawn, real = measurement.drawn[:count], to_uint8(held.images[:count])
-    grid(drawn, columns=8, enlarge=2).save(folder / "drawn.png")
-    grid(real, columns=8, enlarge=2).save(folder / "real.png")
-    samples.append(
-        Sample(folder / "drawn.png", f"drawn for held-out captions: {'; '.join(held.prompts[:8])}; ...", "drawn")
-    )
-    samples.append(Sample(folder / "real.png", "the held-out pictures of the same captions", "real"))
+    if not composed:
+        count = min(24, len(held.images))
+        drawn, real = measurement.drawn[:count], to_uint8(held.images[:count])
+        grid(drawn, columns=8, enlarge=2).save(folder / "drawn.png")
+        grid(real, columns=8, enlarge=2).save(folder / "real.png")
+        samples.append(
+            Sample(folder / "drawn.png", f"drawn for held-out captions: {'; '.join(held.prompts[:8])}; ...", "drawn")
+        )
+        samples.append(Sample(folder / "real.png", "the held-out pictures of the same captions", "real"))
     summary = {
         f"{name}.{key}": value
         for name, group in found.items()
@@ -290,7 +308,8 @@ def main(argv: list[str] | None = None) -> dict:
     options = load_config(MetricsOptions, argv=argv, description=__doc__)
     if not options.checkpoint:
         raise UserError("--checkpoint is not set; give the folder of a training run")
-    wanted = [name.strip() for name in options.metrics.split(",") if name.strip()]
+    auto = options.metrics == "auto"
+    wanted = [] if auto else [name.strip() for name in options.metrics.split(",") if name.strip()]
     unknown = [name for name in wanted if name not in METRICS]
     if unknown:
         raise UserError(f"--metrics {unknown[0]}: use some of {', '.join(METRICS)}")
@@ -301,6 +320,9 @@ def main(argv: list[str] | None = None) -> dict:
         options.checkpoint, device=info.device, use_ema=options.ema, vae=options.vae, text_encoder=options.text_encoder
     )
     measurement = Measurement(trained, options, info)
+    if auto:
+        wanted = OF_SCENES if isinstance(measurement.measured, SceneDataset) else OF_PICTURES
+        wanted = [name for name in wanted if name != "caption" or measurement.held.condition]
     found = {name: getattr(measurement, name)() for name in wanted}
     run_folder = trained.folder.parent.parent if trained.folder.parent.name == "checkpoints" else trained.folder
     about = {

@@ -30,8 +30,9 @@ from dit.modules.text import make_text_encoder
 from dit.objective import Trainer
 from dit.plan import workload
 from dit.sampling.drawing import grid, to_uint8
+from dit.weights.autoencoder import prepare_codec
 from dit.weights.convert import load_pretrained
-from dit.weights.open import build_model, fit_codec, make_vae
+from dit.weights.open import build_model, make_vae
 from shared.data import BatchPlan, MapStream
 from shared.engine.dist import init_distributed, shutdown
 from shared.plan.table import plan_run
@@ -107,8 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     if info.is_main:
         _refuse_many_skipped(training_set, output_dir)
     vae_encoder, text_encoder = make_vae(config), make_text_encoder(config)
-    if vae_encoder.learns:
-        fit_codec(vae_encoder, training_set, output_dir, info, seed=config.run.seed)
+    prepare_codec(config, vae_encoder, training_set, validation_set, info)
     if text_encoder is not None and text_encoder.has_tokens:
         training_set.tokenize = text_encoder.tokenize
     data = CachedDataset(config, training_set) if config.data.cache_dir else training_set

@@ -45,6 +45,7 @@ def cache_settings(config: Config) -> dict[str, Any]:
 def text_settings(config: Config) -> dict[str, Any]:
     """The same for the captions."""
     name = config.text.pretrained_model_name if config.text.type == "clip" else config.text.type
+    name += " with context" if config.text.context else ""
     return {"text_encoder": name, "text_dim": config.model.text_dim, "text_len": config.model.text_len}
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from dit.config import Config
 from dit.dataset import TextImageDataset, unit
 from dit.model import DiTModel
-from dit.modules.autoencoder import PatchAutoencoder
+from dit.modules.autoencoder import ConvAutoencoder, PatchAutoencoder
 from dit.modules.text import CaptionEncoder, make_text_encoder
 from dit.modules.vae import CODEC_FILE, Codec, PixelCodec, PoolCodec, VAEEncoder
 from dit.objective import Objective, make_objective
@@ -45,6 +45,8 @@ def make_vae(config: Config) -> Codec:
         )
     elif vae.type == "patches":
         codec = PatchAutoencoder(channels=config.model.in_channels, patch=vae.patch, decoder_steps=vae.decoder_steps)
+    elif vae.type == "conv":
+        codec = ConvAutoencoder(channels=config.model.in_channels, factor=vae.patch, width=vae.width)
     else:
         codec = PixelCodec() if vae.type == "pixels" else PoolCodec()
     if codec.channels != config.model.in_channels:
