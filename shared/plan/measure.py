@@ -364,5 +364,5 @@ def describe(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _bytes(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.numel() * tensor.element_size()
