@@ -139,7 +139,9 @@ class DataConfig(Section):
 class _GuideNames(TrainingSection):
     """The loop's settings under the guide's names."""
 
-    optimizer: Literal["adamw", "adam"] = setting("adamw", "adam is adamw without weight decay", fixed=True)
+    optimizer: Literal["adamw", "adam"] = setting(  # type: ignore[assignment]  # wider than the shared section's
+        "adamw", "adam is adamw without weight decay", fixed=True
+    )
     max_grad_norm: float | None = setting(
         1.0, "clip the gradient norm to this; null: no clipping", "grad_clip", "gradient_clip_val", ge=0
     )
@@ -279,6 +281,11 @@ def data_root(data: DataConfig) -> Path:
     return SAMPLE_DATA if data.data_root is None else Path(data.data_root)
 
 
+def features_dir(config: Config) -> Path:
+    """The cache folder of a run."""
+    return Path(config.data.features_dir or Path(config.run.output_dir) / "features")
+
+
 def settle(config: Config | AutoencoderConfig, *, steps_per_epoch: int, device_type: str) -> None:
     """Turn epochs, least learning rate and mixed precision of the guide into the loop's settings, once, at start."""
     training = config.training
@@ -287,6 +294,5 @@ def settle(config: Config | AutoencoderConfig, *, steps_per_epoch: int, device_t
     if training.lr_min is not None and training.learning_rate > 0:
         training.min_lr_ratio = min(1.0, training.lr_min / training.learning_rate)
     if config.run.precision is None and device_type == "cuda":
-        config.run.precision = (
-            {"float16": "fp16", "bfloat16": "bf16"}[training.amp_dtype] if training.use_amp else "fp32"
-        )
+        amp: Literal["fp16", "bf16"] = "fp16" if training.amp_dtype == "float16" else "bf16"
+        config.run.precision = amp if training.use_amp else "fp32"

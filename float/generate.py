@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     import torch
 
     from float.sampling.animate import Animator
+    from float.sampling.motion import SamplingOptions
+
+
+# options of the same name in sampling.motion.SamplingOptions
+SAMPLING = ("nfe", "steps", "a_cfg_scale", "r_cfg_scale", "e_cfg_scale", "reference_guidance", "fix_noise_seed", "seed")
 
 
 class GenerateOptions(Section):
@@ -55,7 +60,7 @@ class GenerateOptions(Section):
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
 
 
-def generate(options: GenerateOptions, animator: "Animator") -> tuple[Path, int]:
+def generate(options: GenerateOptions, animator: "Animator", portrait_path: str, sound_path: str) -> tuple[Path, int]:
     """Write the video; returns its path and its number of frames."""
     import torch
 
@@ -67,18 +72,14 @@ def generate(options: GenerateOptions, animator: "Animator") -> tuple[Path, int]
     model, data, device = animator.config.model, animator.config.data, animator.device
     model.wav2vec_model_path = options.wav2vec_model_path or model.wav2vec_model_path
     model.audio2emotion_path = options.audio2emotion_path or model.audio2emotion_path
-    wave = read_audio(options.aud_path)
+    wave = read_audio(sound_path)
     if is_silent(wave):
-        print(f"note: {options.aud_path} is silent; the mouth follows no speech", file=sys.stderr)
+        print(f"note: {sound_path} is silent; the mouth follows no speech", file=sys.stderr)
     crop = not options.no_crop and (
         options.face_box is not None or data.face_crop or model.audio_features == "wav2vec2"
     )
     picture = prepare_picture(
-        read_image(options.ref_path),
-        model.input_size,
-        crop=crop,
-        box=_box(options.face_box),
-        name=str(options.ref_path),
+        read_image(portrait_path), model.input_size, crop=crop, box=_box(options.face_box), name=portrait_path
     )
     encoder = make_audio_encoder(
         model.audio_features, model.wav2vec_model_path, only_last_features=model.only_last_features
@@ -86,24 +87,18 @@ def generate(options: GenerateOptions, animator: "Animator") -> tuple[Path, int]
     sound = torch.from_numpy(wave).to(device)
     portrait = animator.portrait(picture)
     edit = animator.editor(_directions(options.set_direction), _directions(options.shift_direction))
-    sampling = sampling_options(
-        model,
-        nfe=options.nfe,
-        steps=options.steps,
-        method=options.torchdiffeq_ode_method,
-        a_cfg_scale=options.a_cfg_scale,
-        r_cfg_scale=options.r_cfg_scale,
-        e_cfg_scale=options.e_cfg_scale,
-        reference_guidance=options.reference_guidance,
-        fix_noise_seed=options.fix_noise_seed,
-        seed=options.seed,
-    )
+    chosen = {name: options[name] for name in SAMPLING}
+    sampling = sampling_options(animator.config, method=options.torchdiffeq_ode_method, **chosen)
     windows = audio_windows(
         encoder.to(device), sound, fps=data.video_fps, length=data.sequence_length, stream=options.stream
     )
     motions = animator.motion_windows(windows, portrait.motion, emotion_of(options, animator, sound), sampling)
     total = frames_of(len(wave), data.video_fps)
-    path = Path(options.output) if options.output else Path(options.res_dir) / _name(options, sampling)
+    path = (
+        Path(options.output)
+        if options.output
+        else Path(options.res_dir) / _name(options, sampling, portrait_path, sound_path)
+    )
     with VideoWriter(path, fps=data.video_fps, wave=wave) as video:
         for frame in animator.frames(portrait, motions, total=total, edit=edit):
             video.add(frame)
@@ -148,7 +143,8 @@ def _box(values: list[float] | None) -> tuple[float, float, float, float] | None
         return None
     if len(values) != 4:
         raise UserError(f"--face-box {values}: four numbers expected: left,top,right,bottom in pixels")
-    return tuple(values)
+    left, top, right, bottom = values
+    return left, top, right, bottom
 
 
 def _directions(assignments: list[str]) -> dict[int, float]:
@@ -162,11 +158,11 @@ def _directions(assignments: list[str]) -> dict[int, float]:
     return found
 
 
-def _name(options: GenerateOptions, sampling) -> str:
+def _name(options: GenerateOptions, sampling: "SamplingOptions", portrait_path: str, sound_path: str) -> str:
     parts = [
         time.strftime("%Y%m%d-%H%M%S"),
-        Path(options.ref_path).stem,
-        Path(options.aud_path).stem,
+        Path(portrait_path).stem,
+        Path(sound_path).stem,
         f"nfe{sampling.nfe}",
         f"seed{options.seed}",
         f"acfg{sampling.a_cfg_scale:g}",
@@ -190,28 +186,26 @@ def main(argv: list[str] | None = None) -> Path:
 
     started = time.perf_counter()
     animator = load_run(options.checkpoint, init_distributed(options.device).device)
-    _take_held_out_clip(options, animator)
-    path, frames = generate(options, animator)
+    path, frames = generate(options, animator, *_portrait_and_sound(options, animator))
     print(f"{path}: {frames} frames in {time.perf_counter() - started:.1f} s")
     return path
 
 
-def _take_held_out_clip(options: GenerateOptions, animator: "Animator") -> None:
-    """Fill in portrait, sound and emotion from the run's first held-out clip where they were not given."""
+def _portrait_and_sound(options: GenerateOptions, animator: "Animator") -> tuple[str, str]:
+    """The given files; the run's first held-out clip, with its emotion, stands in for what is not given."""
     from float.config import data_root
     from float.data.clips import find_clips
     from float.modules.emotion import EMOTIONS, FROM_SPEECH
 
     if options.ref_path is not None and options.aud_path is not None:
-        return
+        return options.ref_path, options.aud_path
     data = animator.config.data
     clip = find_clips(data_root(data), data.val_split)[0]
-    if options.ref_path is None:
-        options.ref_path = str(clip.video)
-        if options.emo == FROM_SPEECH and clip.emotion is not None:
-            options.emo = EMOTIONS[clip.emotion]
-    options.aud_path = options.aud_path or str(clip.audio)
-    print(f"portrait {options.ref_path}, sound {options.aud_path}, emotion {options.emo}")
+    if options.ref_path is None and options.emo == FROM_SPEECH and clip.emotion is not None:
+        options.emo = EMOTIONS[clip.emotion]
+    chosen = options.ref_path or str(clip.video), options.aud_path or str(clip.audio)
+    print(f"portrait {chosen[0]}, sound {chosen[1]}, emotion {options.emo}")
+    return chosen
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class TimestepEmbedder(nn.Module):
         return torch.cat([angle.cos(), angle.sin()], -1)
 
     def forward(self, t_B: Tensor) -> Tensor:
-        return self.mlp(self.frequencies(t_B).to(self.mlp[0].weight.dtype))
+        return self.mlp(self.frequencies(t_B).to(next(self.parameters()).dtype))
 
 
 class SequenceEmbedder(nn.Module):
@@ -137,6 +137,8 @@ class Decoder(nn.Module):
 class FlowMatchingTransformer(nn.Module):
     """Velocity of the motion in a window, given sound, reference motion, emotion and the frames before."""
 
+    alignment_mask: Tensor
+
     def __init__(
         self,
         *,
@@ -172,12 +174,13 @@ class FlowMatchingTransformer(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
         # zero gates: every block starts as the identity and the whole network as the constant 0
-        for module in [block.adaLN_modulation[1] for block in self.blocks] + [self.decoder.adaLN_modulation[1]]:
-            nn.init.zeros_(module.weight)
         nn.init.zeros_(self.decoder.linear.weight)
+        for name, parameter in self.named_parameters():
+            if name.startswith("t_embedder.mlp.") and name.endswith("weight"):
+                nn.init.normal_(parameter, std=0.02)
+            if name.endswith("adaLN_modulation.1.weight"):
+                nn.init.zeros_(parameter)
 
     def forward(
         self,
@@ -201,14 +204,20 @@ class FlowMatchingTransformer(nn.Module):
         tokens = x.shape[1]
         if tokens != self.pos_embed.shape[1] or wa.shape[1] != tokens:
             raise ValueError(f"{tokens} motion and {wa.shape[1]} audio frames, {self.pos_embed.shape[1]} expected")
-        # the first frame that each block takes, and the decoder: further back no frame of the window sees through the
-        # blocks that follow
+
+        # Only the window's velocity is wanted as a rule. A frame sees `attention_window` frames back in each block, so
+        # with k blocks to go those further back than k times as many no longer reach it: they are left out on the way.
+        # first: the first frame that each block takes, and the decoder.
         blocks_left, window = range(len(self.blocks), -1, -1), self.attention_window
         first = [max(0, self.num_prev_frames - window * left) if window_only else 0 for left in blocks_left]
         x, wa, tokens = x[:, first[0] :], wa[:, first[0] :], tokens - first[0]
+
+        # one condition a frame; every block and the decoder begin with the same SiLU of it, so it is taken once
         condition = torch.cat([wr_Bd[:, None].expand(-1, tokens, -1), wa, we_B1E.expand(-1, tokens, -1)], -1)
         activated = F.silu(self.c_embedder(condition) + self.t_embedder(t_B)[:, None])
         x = self.x_embedder(x) + self.pos_embed[:, first[0] :]
+
+        # added to the attention scores; as a bool mask it would be turned into this in every block
         mask_NN = x.new_zeros(tokens, tokens).masked_fill_(self.alignment_mask[first[0] :, first[0] :], float("-inf"))
         for block, (now, later) in zip(self.blocks, pairwise(first), strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -246,6 +255,10 @@ class MotionGenerator(nn.Module):
     whitening is the identity). With D > d it runs on d principal coordinates z = (r - mean) W, r = z W' + mean, set by
     `set_motion_statistics`.
     """
+
+    motion_mean: Tensor
+    motion_whiten: Tensor
+    motion_unwhiten: Tensor
 
     def __init__(self, fmt: FlowMatchingTransformer, raw_audio_dim: int, motion_width: int | None = None):
         super().__init__()
@@ -294,19 +307,23 @@ class MotionGenerator(nn.Module):
         null_audio_B: Tensor | None = None,
         window_only: bool = False,
     ) -> Tensor:
-        """Velocity (B, N, d), or (B, L, d) with window_only. audio_*: raw features, projected here. Motion is whitened
-        already.
+        """Velocity (B, N, d), or (B, L, d) with window_only. audio_*: raw features; motion: whitened already.
 
         drop: True replaces, per sample, wa, wr, we, prev_x, prev_wa by zeros (condition dropout). has_previous: False
         where the window starts the clip, so that projected previous sound is zero as in sampling. null_audio: rows
         that guidance asks without sound.
         """
+        # the projection learns too, so it runs here and not in the cache
         wa, prev_wa = self.audio_encoder(audio_BLF), self.audio_encoder(prev_audio_BPF)
         wr, we, prev_x = wr_Bd, we_B1E, prev_x_BPd
+
+        # "no sound" is zero behind the projection, whose bias would make silence of zeros before it
         if has_previous_B is not None:
             prev_wa = _zero_rows(prev_wa, ~has_previous_B)
         if null_audio_B is not None:
             wa = _zero_rows(wa, null_audio_B)
+
+        # condition dropout: guidance asks the same network with and without each condition
         if drop_B5 is not None:
             conditions = (wa, wr, we, prev_x, prev_wa)
             wa, wr, we, prev_x, prev_wa = (

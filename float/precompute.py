@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from float.config import PRESETS, Config, data_root
+from float.config import PRESETS, Config, data_root, features_dir
 from shared.config import load_config
 from shared.errors import UserError, command
 
@@ -22,11 +22,6 @@ if TYPE_CHECKING:
     from shared.engine.dist import DistInfo
 
 MAX_BAD_SHARE = 0.01
-
-
-def features_dir(config: Config) -> Path:
-    """The cache folder of a run."""
-    return Path(config.data.features_dir or Path(config.run.output_dir) / "features")
 
 
 def precompute(config: Config, encoder: "ClipEncoder", info: "DistInfo") -> dict[str, int]:
@@ -41,7 +36,8 @@ def precompute(config: Config, encoder: "ClipEncoder", info: "DistInfo") -> dict
     from shared.errors import remove_parts
 
     root, folder = data_root(config.data), features_dir(config)
-    boxes, counts = read_boxes(root), {}
+    boxes = read_boxes(root)
+    counts: dict[str, int] = {}
     for name, split in (("train", config.data.train_split), ("val", config.data.val_split)):
         clips = find_clips(root, split)
         if info.is_main:

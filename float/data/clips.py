@@ -88,8 +88,10 @@ def _from_table(root: Path, splits: tuple[str, ...]) -> list[Clip]:
 
 def _from_folders(root: Path, splits: tuple[str, ...]) -> list[Clip]:
     folder = next((root / name for name in splits if (root / name).is_dir()), None)
-    clips = []
-    for video in sorted(folder.rglob("*")) if folder else ():
+    clips: list[Clip] = []
+    if folder is None:
+        return clips
+    for video in sorted(folder.rglob("*")):
         if video.suffix.lower() not in VIDEO_SUFFIXES or video.name.startswith("."):
             continue
         inside = video.relative_to(folder)

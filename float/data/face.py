@@ -92,7 +92,7 @@ def read_boxes(root: Path) -> dict[str, FaceBox]:
     try:
         boxes = json.loads(path.read_text(encoding="utf-8"))
         return {
-            clip: tuple(float(edge) for edge in (left, top, right, bottom))
+            clip: (float(left), float(top), float(right), float(bottom))
             for clip, (left, top, right, bottom) in boxes.items()
         }
     except (ValueError, TypeError, AttributeError) as error:

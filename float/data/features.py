@@ -8,6 +8,7 @@ encode again.
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ class ClipEncoder:
 
     def _hash(self) -> str:
         """Changes with the encoders' weights and with every setting that changes what is cached."""
-        settings = [
+        settings: list[Any] = [
             FORMAT,
             self.data.video_fps,
             self.data.face_crop,

@@ -75,9 +75,10 @@ def count_frames(clip: Clip, fps: float) -> int:
     try:
         with av.open(str(clip.video)) as container:
             stream = container.streams.video[0]
-            if stream.frames and stream.average_rate:
-                return max(1, round(stream.frames / float(stream.average_rate) * fps))
-            return max(1, round((container.duration or 0) / av.time_base * fps))
+            rate = stream.average_rate
+            if stream.frames and rate is not None:
+                return max(1, round(stream.frames / float(rate) * fps))
+            return max(1, round((container.duration or 0) / 1e6 * fps))
     except (av.FFmpegError, IndexError, FileNotFoundError):
         return 0
 
@@ -101,9 +102,8 @@ def seek_frame(path: Path, seconds: float) -> np.ndarray:
 
 
 class FramePairs:
-    """Pairs (source, driving) of two random frames of one clip: float32 (3, S, S) in [-1, 1].
-
-    A loader reads `stored` pairs, a quarter of the bytes; `finished` makes a batch of them on its device.
+    """Pairs (source, driving) of two random frames of one clip, as they are kept: a quarter of the bytes of pictures in
+    float32, which `finished` makes of a batch on its device.
     """
 
     def __init__(self, store: FrameStore, *, pairs_per_second: float, seed: int, augment: bool):
@@ -116,17 +116,9 @@ class FramePairs:
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return self.sample(index, 0)
-
     def sample(self, index: int, epoch: int) -> dict[str, Tensor]:
-        """The pair of one index in one epoch; long clips come up more often."""
-        source, driving = finished(collate_pairs([self.stored(index, epoch)]))
-        return {"source": source[0], "driving": driving[0]}
-
-    def stored(self, index: int, epoch: int) -> dict[str, Tensor]:
-        """The same as it is kept: source and driving uint8 (S, S, 3), and colour (2, 3), changes of contrast and
-        brightness by channel.
+        """The pair of one index in one epoch: source and driving uint8 (S, S, 3), and colour (2, 3), the changes of
+        contrast and brightness by channel.
         """
         generator = keyed_generator(self.seed, _PAIRS, epoch, index)
         draws = torch.rand(11, generator=generator, dtype=torch.float64).tolist()
@@ -144,20 +136,6 @@ class FramePairs:
             if change < data.color_jitter_prob:
                 colour = JITTER * (2 * torch.tensor(shares).view(2, 3) - 1)
         return {"source": pair[0], "driving": pair[1], "colour": colour}
-
-
-class StoredPairs:
-    """The stored pairs as the data set of a stream."""
-
-    def __init__(self, pairs: FramePairs):
-        self.pairs, self.fingerprint = pairs, pairs.fingerprint
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def sample(self, index: int, epoch: int) -> dict[str, Tensor]:
-        """One stored pair."""
-        return self.pairs.stored(index, epoch)
 
 
 def collate_pairs(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -124,7 +124,7 @@ class VideoWriter:
     """
 
     def __init__(self, path: Path | str, *, fps: float, wave: np.ndarray | None = None):
-        self.path, self.fps, self.wave = Path(path), fps, wave
+        self.path, self.fps, self.wave, self.sounded = Path(path), fps, wave, 0
         self.temporary = self.path.with_name(f".{self.path.stem}.{os.getpid()}{self.path.suffix or '.mp4'}")
         self.frames = 0
 
@@ -150,10 +150,10 @@ class VideoWriter:
 
     def _add_sound(self, frames: int) -> None:
         """Sound up to the end of the frames written, so that both tracks grow together."""
-        if self.audio is None:
+        if self.audio is None or self.wave is None:
             return
         until = round(frames / self.fps * SAMPLE_RATE)
-        for start in range(getattr(self, "sounded", 0), until, AUDIO_CHUNK):
+        for start in range(self.sounded, until, AUDIO_CHUNK):
             part = self.wave[start : min(start + AUDIO_CHUNK, until)].astype(np.float32)
             part = np.pad(part, (0, min(AUDIO_CHUNK, until - start) - len(part)))
             frame = av.AudioFrame.from_ndarray(part[None], format="fltp", layout="mono")
@@ -165,9 +165,9 @@ class VideoWriter:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         try:
             if kind is None and self.frames:
-                for stream in filter(None, (self.video, self.audio)):
-                    for packet in stream.encode():
-                        self.container.mux(packet)
+                self.container.mux(self.video.encode())
+                if self.audio is not None:
+                    self.container.mux(self.audio.encode())
         finally:
             self.container.close()
             if kind is None and self.frames:

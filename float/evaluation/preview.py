@@ -46,7 +46,7 @@ def make_sampler(config: Config, autoencoder: Autoencoder, info: DistInfo) -> Ca
                 stream=False,
             )
             emotion = torch.zeros(model.dim_e) if clip.emotion is None else one_hot(clip.emotion)
-            motions = animator.motion_windows(sound, portrait.motion, emotion, sampling_options(model))
+            motions = animator.motion_windows(sound, portrait.motion, emotion, sampling_options(config))
             pictures = animator.frames(
                 portrait, motions, total=int(len(wave) / data.audio_sample_rate * data.video_fps)
             )

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ class Scores:
     """Numbers by name, and the same per clip."""
 
     values: dict[str, float] = field(default_factory=dict)
-    clips: list[dict[str, float | str]] = field(default_factory=list)
+    clips: list[dict[str, Any]] = field(default_factory=list)
 
 
 def load_material(animator: Animator, clips: list[Clip], root: Path) -> list[Material]:
@@ -123,17 +124,17 @@ class Scorer:
     ) -> tuple[Scores, list[np.ndarray]]:
         """Each held-out portrait with its own sound, and with every other sound as a contrast; means over seeds."""
         scores, made = Scores(), []
-        model, data = self.animator.config.model, self.animator.config.data
+        config, data = self.animator.config, self.animator.config.data
         for item in material:
             true, rows = self.reference(item), []
             for seed in seeds:
-                options = sampling_options(model, seed=seed)
+                options = sampling_options(config, seed=seed)
                 frames = self.generate(item, item.wave, options)
                 if seed == seeds[0]:
                     made.append(frames)
                 rows.append(self._row(frames, true))
             others = [other for other in sounds if other.clip.clip_id != item.clip.clip_id]
-            options = sampling_options(model, seed=seeds[0])
+            options = sampling_options(config, seed=seeds[0])
             wrong = [correlation(self.opening(self.generate(item, other.wave, options)), true) for other in others]
             energy = log_energy(item.wave, fps=data.video_fps, frames=len(item.frames))
             scores.clips.append(

@@ -7,23 +7,24 @@ Shapes: B batch, n samples, T video frames, F raw feature width.
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from float.sampling.motion import resample_features
 from shared.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 SAMPLE_RATE = 16000
 MEL_BANDS, SUB_FRAMES = 40, 4  # log-mel: bands, and 10 ms slices in one video frame of 40 ms
 WINDOW_SECONDS, FFT_SIZE = 0.025, 512
 SILENCE_POWER = 1e-8
 SLICES_AT_ONCE = 2048  # of log-mel, so that long sound needs no large spectrum
-OLD_WEIGHT_NORM = {
-    "weight_g": "parametrizations.weight.original0",
-    "weight_v": "parametrizations.weight.original1",
-}
+OLD_WEIGHT_NORM = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
 
 
 def frames_of(samples: int, fps: float) -> int:
@@ -48,7 +49,7 @@ def pad_to_frames(wave_Bn: Tensor, frames: int, fps: float) -> Tensor:
     return pad_to_samples(wave_Bn, int(frames * SAMPLE_RATE / fps))
 
 
-def config_of(path: str) -> dict:
+def config_of(path: str) -> "Wav2Vec2Config":
     """The configuration of a wav2vec2 folder; a UserError says how to get the model when it is not there."""
     from transformers import Wav2Vec2Config
 
@@ -60,17 +61,24 @@ def config_of(path: str) -> dict:
     return Wav2Vec2Config.from_pretrained(path)
 
 
+def resample_features(features_BTc: Tensor, frames: int) -> Tensor:
+    """Linear interpolation over time to `frames`, end points kept: (B, T', c) -> (B, frames, c)."""
+    moved = features_BTc.transpose(1, 2)
+    return F.interpolate(moved, size=frames, mode="linear", align_corners=True).transpose(1, 2)
+
+
 class AudioEncoder(nn.Module):
     """Frozen wav2vec2 whose convolutional features are resampled to video frames before its transformer."""
 
-    def __init__(self, wav2vec2: nn.Module, *, only_last_features: bool):
+    def __init__(self, wav2vec2: "Wav2Vec2Model", *, only_last_features: bool):
         super().__init__()
-        self.wav2vec2, self.only_last_features = wav2vec2.eval().requires_grad_(False), only_last_features
+        wav2vec2.eval().requires_grad_(False)
+        self.wav2vec2, self.only_last_features = wav2vec2, only_last_features
         hidden, layers = wav2vec2.config.hidden_size, wav2vec2.config.num_hidden_layers
         self.feature_width = hidden if only_last_features else hidden * layers
 
     @classmethod
-    def from_config(cls, config: object, *, only_last_features: bool) -> "AudioEncoder":
+    def from_config(cls, config: "Wav2Vec2Config", *, only_last_features: bool) -> "AudioEncoder":
         """Random weights of a given configuration (transformers.Wav2Vec2Config)."""
         from transformers import Wav2Vec2Model
 
@@ -140,6 +148,7 @@ class LogMelEncoder(nn.Module):
     """Log-mel energies, normalised per clip; a video frame holds SUB_FRAMES slices, so F = 160. No weights."""
 
     feature_width = MEL_BANDS * SUB_FRAMES
+    filters: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,7 +163,7 @@ class LogMelEncoder(nn.Module):
         width = int(WINDOW_SECONDS * SAMPLE_RATE)
         centre = (torch.arange(frames * SUB_FRAMES, dtype=torch.float64) + 0.5) / SUB_FRAMES / fps * SAMPLE_RATE
         first = centre.round().long() + FFT_SIZE - width // 2
-        padded = torch.nn.functional.pad(wave_n.float(), (FFT_SIZE, 2 * FFT_SIZE + int(SAMPLE_RATE / fps)))
+        padded = F.pad(wave_n.float(), (FFT_SIZE, 2 * FFT_SIZE + int(SAMPLE_RATE / fps)))
         parts = [self._log_energies(padded, block, width) for block in first.split(SLICES_AT_ONCE)]
         level = torch.cat(parts)
         level = level - level.mean(0)

@@ -1,9 +1,15 @@
 """Emotions: seven classes, the speech emotion recogniser, and the labels of the public data sets."""
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from shared.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 EMOTIONS = ("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise")
 FROM_SPEECH = "S2E"  # what `--emo` says when the voice itself decides
@@ -57,7 +63,7 @@ class ClassificationHead(nn.Module):
 class SpeechClassifier(nn.Module):
     """wav2vec2 and a head, with the names of r-f/wav2vec-english-speech-emotion-recognition."""
 
-    def __init__(self, wav2vec2: nn.Module):
+    def __init__(self, wav2vec2: "Wav2Vec2Model"):
         super().__init__()
         self.wav2vec2 = wav2vec2
         self.classifier = ClassificationHead(wav2vec2.config.hidden_size)
@@ -74,7 +80,7 @@ class Audio2Emotion(nn.Module):
         self.wav2vec2_for_emotion = model.eval().requires_grad_(False)
 
     @classmethod
-    def from_config(cls, config: object) -> "Audio2Emotion":
+    def from_config(cls, config: "Wav2Vec2Config") -> "Audio2Emotion":
         """Random weights of a given configuration (transformers.Wav2Vec2Config)."""
         from transformers import Wav2Vec2Model
 
@@ -83,8 +89,6 @@ class Audio2Emotion(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str) -> "Audio2Emotion":
         """Weights from a local folder such as checkpoints/wav2vec-english-speech-emotion-recognition."""
-        from pathlib import Path
-
         from transformers import Wav2Vec2Model
 
         from float.modules.audio import config_of, rename_weight_norm

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from float.config import PRESETS, Config, ModelConfig
+from float.config import PRESETS, Config
 from float.data.media import to_tensor, to_uint8
 from float.model import MotionGenerator
 from float.modules.audio import AudioEncoder, LogMelEncoder, frames_of, normalise_waveform, pad_to_frames
@@ -26,18 +26,13 @@ from shared.errors import UserError
 CONTEXT_SECONDS = 4.0  # sound to either side of a window that a streamed wav2vec2 sees
 
 
-def sampling_options(model: ModelConfig, **changes: Any) -> SamplingOptions:
-    """The sampler's settings of a model section, with changes."""
-    chosen = {
-        "nfe": model.nfe,
-        "method": model.ode_method,
-        "atol": model.ode_atol,
-        "rtol": model.ode_rtol,
-        "a_cfg_scale": model.a_cfg_scale,
-        "r_cfg_scale": model.r_cfg_scale,
-        "e_cfg_scale": model.e_cfg_scale,
-        "reference_guidance": model.reference_guidance,
-    }
+def sampling_options(config: Config, **changes: Any) -> SamplingOptions:
+    """The sampler's settings of a run, with the changes that are not None."""
+    model = config.model
+    same = ("nfe", "a_cfg_scale", "r_cfg_scale", "e_cfg_scale", "reference_guidance")
+    chosen: dict[str, Any] = {name: model[name] for name in same}
+    chosen |= {"method": model.ode_method, "atol": model.ode_atol, "rtol": model.ode_rtol}
+    chosen["noise_scale"] = config.training.sigma_max  # where the path that was trained begins
     return SamplingOptions(**chosen | {name: value for name, value in changes.items() if value is not None})
 
 

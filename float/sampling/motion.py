@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from float.rectified_flow import RectifiedFlow
+from float.sampling.ode import solve_ode
 
 # (t_B, x, wa, wr, we, prev_x, prev_wa) -> (B, P + L, d) or (B, L, d); FlowMatchingTransformer is one
 VelocityModel = Callable[..., Tensor]
@@ -32,6 +31,7 @@ class SamplingOptions:
     reference_guidance: bool = False  # a fourth pass without reference; the released sampler has none
     fix_noise_seed: bool = False  # the same noise in every window, as the released sampler does with this flag
     seed: int = 15
+    noise_scale: float = 1.0  # sigma_max of the training path
 
 
 def guided_velocity(
@@ -94,7 +94,7 @@ def sample_windows(
     frame. we: constant, or one (B, 1, E) per window. noise: start states (B, L, d); drawn from options.seed when None.
     Each window sees the last P frames of the sample before it and of that window's features; the first sees zeros.
     """
-    flow, noise = RectifiedFlow(), noise if noise is not None else _noise(wr_Bd, num_frames, options)
+    noise = noise if noise is not None else _noise(wr_Bd, num_frames, options)
     previous: tuple[Tensor, Tensor] | None = None
     for wa in wa_windows:
         wa = pad_frames(wa, num_frames)
@@ -108,9 +108,9 @@ def sample_windows(
             out = guided_velocity(model, t_B, x, wa, wr_Bd, we, prev_x, prev_wa, options, null_audio)
             return out[:, -num_frames:]
 
-        sample = flow.sample_ode(
+        sample = solve_ode(
             velocity,
-            next(noise).to(wa.device),
+            options.noise_scale * next(noise).to(wa.device),
             nfe=options.nfe,
             steps=options.steps,
             method=options.method,
@@ -118,10 +118,7 @@ def sample_windows(
             rtol=options.rtol,
         )
         yield sample
-        previous = (
-            _last_frames(prev_x, sample, num_prev_frames),
-            _last_frames(prev_wa, wa, num_prev_frames),
-        )
+        previous = (_last_frames(prev_x, sample, num_prev_frames), _last_frames(prev_wa, wa, num_prev_frames))
 
 
 def _last_frames(before: Tensor, window: Tensor, count: int) -> Tensor:
@@ -165,9 +162,3 @@ def sample_motion(
         noise=noise,
     )
     return torch.cat(list(samples), 1)[:, :frames]
-
-
-def resample_features(features_BTc: Tensor, frames: int) -> Tensor:
-    """Linear interpolation over time to `frames`, end points kept: (B, T', c) -> (B, frames, c)."""
-    moved = features_BTc.transpose(1, 2)
-    return F.interpolate(moved, size=frames, mode="linear", align_corners=True).transpose(1, 2)
