@@ -94,6 +94,9 @@ class DataConfig(Section):
     emotion_source: Literal["ser", "label", "mixed", "none"] = setting(
         "ser", "ser: recogniser on the clip's sound; label: the data set's; mixed: label where there is one"
     )
+    max_bad_share: float = setting(
+        0.01, "largest share of a split's clips that may be unusable (silent, unreadable); one always may", ge=0, le=1
+    )
     drop_last: bool = setting(True, "leave out the last incomplete batch of an epoch")
     pin_memory: Literal[True] = setting(True, "batches for a GPU lie in pinned memory", hidden=True)
     use_augmentation: bool = setting(
@@ -107,8 +110,9 @@ class DataConfig(Section):
         0.2, "phase 2: share of windows whose previous motion is made noisy", ge=0, le=1
     )
     gaussian_noise_std: float = setting(0.05, "its standard deviation, as a share of the motion's", ge=0)
-    face_crop: bool = setting(
-        False, "crop to the face before encoding (boxes.json or the centre square); false: clips are cropped already"
+    face_crop: bool | None = setting(
+        None,
+        "crop clips to the face, by boxes.json or the face detector; null: those whose frames are not square; false: none",
     )
     mouth_box: Box = setting(
         MOUTH_BOX,

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from float.data.clips import Clip
 from float.data.face import read_boxes
-from float.data.frames import clip_frames
-from float.data.media import read_audio, to_tensor
+from float.data.frames import ClipReader
+from float.data.media import to_tensor
 from float.evaluation.formulas import best_lag, correlation, log_energy, mouth_activity
 from float.evaluation.mouth_meter import MouthMeter, read_truth
 from float.modules.audio import frames_of, make_audio_encoder
@@ -47,9 +47,12 @@ def load_material(animator: Animator, clips: list[Clip], root: Path) -> list[Mat
     data, size, boxes = animator.config.data, animator.config.model.input_size, read_boxes(root)
     found = []
     for clip in clips:
-        frames, wave = np.stack(list(clip_frames(clip, size, data, boxes))), read_audio(clip.audio)
+        reader = ClipReader(size, data, boxes)
+        first = reader.first(clip)
+        frames, wave = np.stack(list(reader.frames(clip, first))), reader.sound(clip, first)
         count = min(len(frames), frames_of(len(wave), data.video_fps))
         truth = read_truth(clip)
+        truth = None if truth is None else truth[first:]
         found.append(Material(clip, frames[:count], wave[: round(count / data.video_fps * 16000)], truth))
     return found
 
