@@ -4,6 +4,7 @@ Nothing is allocated: the model is built and run forward and backward at full si
 """
 
 import math
+import re
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,21 +33,44 @@ class GPU:
 
 
 GPUS = {
+    "3070-ti": GPU(43.5, 21.7, 8, 16),
     "3080": GPU(59, 30, 10, 16),
     "3090": GPU(71, 36, 24, 16),
     "4090": GPU(165, 83, 24, 16),
     "5090": GPU(210, 105, 32, 32),
     "a10": GPU(125, 62, 24, 16),
     "l4": GPU(121, 60, 24, 16),
+    "l20": GPU(119.5, 59.8, 48, 32),
+    "l40": GPU(181, 90.5, 48, 32),
     "l40s": GPU(362, 183, 48, 32),
     "a6000": GPU(155, 77, 48, 28),
     "a100-40gb": GPU(312, 156, 40, 250),
     "a100": GPU(312, 156, 80, 250),
+    "a800": GPU(312, 156, 80, 180),
+    "h20": GPU(148, 74, 96, 400),
     "h100": GPU(989, 494, 80, 400),
     "h200": GPU(989, 494, 141, 400),
     "h800": GPU(989, 494, 80, 180),
     "b200": GPU(2250, 1100, 180, 800),
+    "mi300x": GPU(1307, 653, 192, 400),
+    "910b": GPU(354, 177, 64, 180),
 }
+
+
+def gpu_named(device_name: str) -> GPU | None:
+    """The table's entry for a device's own name, such as "NVIDIA A100-SXM4-80GB"; None where the table has none.
+
+    A model number counts as a whole only: an H20 is no H200, an A10G no A10, a laptop's chip not the desktop's.
+    """
+    name = re.sub(r"ascend(910b)\d*", r"\1", device_name.lower())
+    if "laptop" in name:
+        return None
+    words = re.split(r"[^a-z0-9]+", name)
+    for model in sorted(GPUS, key=len, reverse=True):  # "3070-ti" before a "3070", "a100-40gb" before "a100"
+        parts = model.split("-")
+        if all(part in words for part in parts):
+            return GPUS[model]
+    return None
 
 
 @dataclass(frozen=True)
@@ -145,6 +169,7 @@ class _LiveMemory(TorchDispatchMode):
 
     def note_gradient(self, parameter: nn.Parameter) -> None:
         """The gradient of a parameter is complete: from now on it counts as such."""
+        assert parameter.grad is not None
         self.gradients += _bytes(parameter.grad)
 
     def _forget(self, key: int, size: int) -> None:
