@@ -5,7 +5,7 @@ Sizes and lengths come from the records and the pictures' headers; pixels are re
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import islice
@@ -17,12 +17,28 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from bagel.data.images import ImageFault, ImageTransform, image_size, load_image, to_tensor
-from bagel.data.index import STORED_FROM, DataError, Index, IndexBuilder, Record, Records, index_path
+from bagel.config import Config, DataConfig, ModelConfig
 from bagel.data.records import FORMATS, RecordFault, Step, check_texts, format_of, image_items, keyed_draw, steps_of
-from bagel.data.sources import RawRecord, RecordFile, open_records, picture_names
+from bagel.data.sources import (
+    STORED_FROM,
+    DataError,
+    ImageFault,
+    ImageTransform,
+    Index,
+    IndexBuilder,
+    RawRecord,
+    Record,
+    RecordFile,
+    Records,
+    image_size,
+    index_path,
+    load_image,
+    open_records,
+    picture_names,
+    to_tensor,
+)
 from bagel.data.tokenizer import Tokenizer
-from bagel.packing import Draws, Dropout, PackBuilder, PackFormat, PlanItem
+from bagel.packing import PackFormat, PlanItem
 from shared.errors import BadSample, UserError, write_text
 from shared.rng import keyed_generator
 
@@ -330,18 +346,47 @@ def _malformed(error: DataError) -> DataFormatError:
     return DataFormatError(f"{error}; mend the record, or leave out --strict-data to skip such records")
 
 
-def make_collate(
-    layout: PackFormat, dropout: Dropout, seed: int, static_length: int | None = None
-) -> Callable[[list[dict]], dict]:
-    """A function that packs samples; every random number of a sample comes from (seed, epoch, index)."""
+def layout_of(config: ModelConfig, tokenizer: Tokenizer) -> PackFormat:
+    """Strides, table sizes and marks."""
+    return PackFormat(
+        tokenizer.special,
+        config.latent_stride,
+        config.max_latent_size,
+        config.vision.patch_size,
+        config.vision.patches_per_side,
+        config.interpolate_pos,
+        config.latent_patch_size,
+        config.autoencoder.z_channels,
+    )
 
-    def collate(samples: list[dict]) -> dict[str, Any]:
-        builder = PackBuilder(layout)
-        for sample in samples:
-            draws = Draws.keyed(keyed_generator(seed, _PACK, *sample["key"]), sample["items"])
-            builder.add(sample["items"], draws, dropout)
-        pack = builder.pack(static_length)
-        pack["keys"] = [list(sample["key"]) for sample in samples]
-        return pack
 
-    return collate
+def transforms_of(data: DataConfig, config: ModelConfig) -> tuple[ImageTransform, ImageTransform]:
+    """(for latents, for the vision tower); strides are the sides of one token."""
+    vae, vit = data.vae_image, data.vit_image
+    return (
+        ImageTransform(vae.max_size, vae.min_size, config.latent_stride, vae.max_pixels),
+        ImageTransform(vit.max_size, vit.min_size, config.vision.patch_size, vit.max_pixels),
+    )
+
+
+def open_dataset(
+    config: Config, model_config: ModelConfig, tokenizer: Tokenizer, path: str
+) -> UnifiedGenerationDataset:
+    """The records of `path` under the settings of the run."""
+    data = config.data
+    vae_transform, vit_transform = transforms_of(data, model_config)
+    return UnifiedGenerationDataset(
+        path,
+        tokenizer=tokenizer,
+        layout=layout_of(model_config, tokenizer),
+        vae_transform=vae_transform,
+        vit_transform=vit_transform,
+        image_root=data.image_root,
+        max_sequence_length=data.max_sequence_length,
+        truncate_text=data.truncate_text,
+        strict=data.strict_data,
+        escape_special_tokens=data.escape_special_tokens,
+        question_weight=data.question_weight,
+        flip_probability=data.flip_probability,
+        seed=config.run.seed,
+    )

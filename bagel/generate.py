@@ -148,8 +148,8 @@ def check(options: Options) -> list[str] | None:
 
 def held_out_prompts(opened: "Opened") -> list[str]:
     """Prompts of the run's validation records that ask for a picture and show none."""
+    from bagel.dataset import open_dataset
     from bagel.evaluation.validation import conversations
-    from bagel.train import open_dataset
 
     config = opened.config
     if config is None or config.data.val_data_path is None:
@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     prompts = check(options)
     import torch
 
-    from bagel.data.images import ImageFault, load_image
+    from bagel.data.sources import ImageFault, load_image
     from bagel.weights.open import open_model
 
     try:

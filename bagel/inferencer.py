@@ -10,16 +10,19 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from bagel.data.images import ImageTransform
-from bagel.modules.layers import unpatchify
-from bagel.modules.vae import Autoencoder, to_uint8
+from bagel.data.sources import ImageTransform
+from bagel.data.tokenizer import SpecialTokens
+from bagel.model import Bagel
+from bagel.modules.vision import Autoencoder, to_uint8
+from bagel.packing import unpatchify
 from bagel.sampling.context import Context
 from bagel.sampling.generation import (
     Drawing,
     Guidance,
-    SpecialTokens,
+    Wrapper,
+    bare,
     clean_latents,
     continue_text,
     draw,
@@ -69,7 +72,7 @@ class InterleaveInferencer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Bagel | Wrapper,
         vae_model: Autoencoder,
         tokenizer: Any,
         vae_transform: ImageTransform,
@@ -84,7 +87,7 @@ class InterleaveInferencer:
         self.tokens = (
             new_token_ids if isinstance(new_token_ids, SpecialTokens) else SpecialTokens.from_names(new_token_ids)
         )
-        self.config = getattr(model, "module", model).config
+        self.config = bare(model).config
         self.seed, self.sample_posterior = seed, sample_posterior
 
     # --- contexts ---

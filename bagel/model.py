@@ -6,6 +6,7 @@ of each.
 Letters of shapes: L tokens of a pack, D width, N latent tokens, C numbers of a latent token.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,15 +15,90 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bagel.config import ModelConfig
-from bagel.modules.attention import PackedAttention, PackLayout, Pair, Rows
-from bagel.modules.layers import Connector, PositionTable, TimestepEmbedder, training_times
-from bagel.modules.transformer import LanguageModel
-from bagel.modules.vit import VisionModel
+from bagel.modules.transformer import LanguageModel, PackedAttention, PackLayout, Pair, Rows
+from bagel.modules.vision import VisionModel
 from bagel.sampling.context import CachedAttention, Context
 from shared.errors import UserError
 from shared.flow import linear_path
 
 SEEING = ("vit_model.", "connector.")  # names of the vision tower's and the connector's weights
+
+
+def shift_times(t: Tensor, shift: float) -> Tensor:
+    """s t / (1 + (s - 1) t): keeps 0 and 1, and spends more of the path near noise for s > 1."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def training_times(raw: Tensor, shift: float) -> Tensor:
+    """Raw normals to times in [0, 1]: sigmoid, then shift. Minus infinity, a clean image, gives exactly 0."""
+    return shift_times(torch.sigmoid(raw.float()), shift)
+
+
+def sampling_times(num_timesteps: int, shift: float) -> Tensor:
+    """The falling grid from 1 to 0 with num_timesteps points, hence num_timesteps - 1 model steps."""
+    if num_timesteps < 2:
+        raise UserError(f"num_timesteps {num_timesteps} leaves no step to take; give 2 or more")
+    return shift_times(torch.linspace(1, 0, num_timesteps), shift)
+
+
+def sincos_table(width: int, side: int) -> Tensor:
+    """Fixed table (side^2, width) of a square grid: the first half encodes the column, the second half the row."""
+    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    angle = torch.arange(side, dtype=torch.float64)[:, None] * omega
+    code = torch.cat([angle.sin(), angle.cos()], dim=1)
+    column = code[None].expand(side, side, -1)
+    row = code[:, None].expand(side, side, -1)
+    return torch.cat([column, row], dim=-1).reshape(side * side, width).float()
+
+
+class PositionTable(nn.Module):
+    """A fixed 2-D sine table as a frozen parameter, so that it keeps its name in a checkpoint of the released form."""
+
+    def __init__(self, width: int, side: int):
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.empty(side * side, width), requires_grad=False)
+        self.side = side
+        self.reset()
+
+    def reset(self) -> None:
+        """Fill the table; nothing to do without memory (meta device)."""
+        if not self.pos_embed.is_meta:
+            with torch.no_grad():
+                self.pos_embed.copy_(sincos_table(self.pos_embed.shape[1], self.side))
+
+    def forward(self, position_N: Tensor) -> Tensor:
+        return self.pos_embed[position_N]
+
+
+class TimestepEmbedder(nn.Module):
+    """t in [0, 1], not multiplied by 1000 -> 256 cosines and sines -> two linear layers."""
+
+    def __init__(self, width: int, frequencies: int = 256):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        self.frequencies = frequencies
+
+    def code(self, t_L: Tensor) -> Tensor:
+        """[cos(t f), sin(t f)], f_i = 10000^(-i/128), in fp32: (L, 256)."""
+        half = self.frequencies // 2
+        frequency = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t_L.device) / half)
+        angle = t_L.float()[:, None] * frequency
+        return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+    def forward(self, t_L: Tensor) -> Tensor:
+        return self.mlp(self.code(t_L).to(self.mlp[0].weight.dtype))
+
+
+class Connector(nn.Module):
+    """Two linear layers that carry ViT features (L, vit width) to the language width."""
+
+    def __init__(self, vit_width: int, width: int):
+        super().__init__()
+        self.fc1 = nn.Linear(vit_width, width)
+        self.fc2 = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class Bagel(nn.Module):

@@ -9,15 +9,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bagel.config import Config, LanguageConfig, ModelConfig
-from bagel.data.layout import transforms_of
+from bagel.data.tokenizer import SpecialTokens
+from bagel.dataset import transforms_of
 from bagel.model import Bagel
 from bagel.modules.lora import add_adapters
 from bagel.modules.quantization import QuantizedLinear, quantize_projections
 from bagel.modules.transformer import MoTDecoderLayer
-from bagel.modules.vae import FluxAutoencoder
-from bagel.modules.vit import EncoderLayer
+from bagel.modules.vision import EncoderLayer, FluxAutoencoder
 from bagel.packing import Draws, Dropout, PackBuilder, PackFormat, PlanItem
-from bagel.sampling.generation import SpecialTokens
 from bagel.weights.pretrained import read_config
 from shared.data import to_device
 from shared.plan.measure import FrozenPart

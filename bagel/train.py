@@ -15,172 +15,24 @@ if not __package__:
 
 import json
 import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from bagel.config import PRESETS, SAMPLE_DATA, Config, TrainingConfig
-from shared.config import accumulation_steps, load_config
+from bagel.config import PRESETS, SAMPLE_DATA, Config
+from shared.config import load_config
 from shared.errors import UserError, command
 
 if TYPE_CHECKING:
-    import torch
-
-    from bagel.data.tokenizer import Tokenizer
     from bagel.dataset import UnifiedGenerationDataset
     from bagel.model import Bagel
-    from bagel.modules.vae import Autoencoder
-    from shared.engine.dist import DistInfo
-    from shared.loop import FitResult
 
 
-class UnifiedTrainer:
-    """What learns from what: the losses, the validation on fixed noise and times, the samples, the exports."""
+def __getattr__(name: str) -> Any:
+    """`from bagel.train import UnifiedTrainer`: the class of the guide, without torch behind --help."""
+    if name == "UnifiedTrainer":
+        from bagel.objective import UnifiedTrainer
 
-    def __init__(
-        self,
-        config: Config,
-        info: "DistInfo",
-        model: "Bagel",
-        autoencoder: "Autoencoder",
-        tokenizer: "Tokenizer",
-        train_set: "UnifiedGenerationDataset",
-        val_set: "UnifiedGenerationDataset | None" = None,
-    ):
-        from bagel.objective import SpeedMeter
-
-        self.config, self.info, self.model, self.tokenizer = config, info, model, tokenizer
-        self.autoencoder = autoencoder.to(info.device)
-        self.train_set, self.val_set = train_set, val_set
-        self.speed = SpeedMeter(model.config, info)
-
-    def losses(self, model: Any, batches: list[dict], step: int) -> Iterator[tuple["torch.Tensor", dict]]:
-        """The joint loss of every micro-batch, pre-weighted by the tokens of the whole step."""
-        from bagel.objective import joint_losses
-
-        packs = [self.encoded(pack) for pack in batches]
-        speed = self.speed.after_step(packs)
-        for loss, metrics in joint_losses(model, packs, self.config.training, self.info.world):
-            yield loss, {**metrics, **speed}
-
-    def encoded(self, pack: dict[str, Any]) -> dict[str, Any]:
-        """The pack with the latents of its pictures."""
-        from bagel.objective import with_latents
-
-        return with_latents(pack, self.autoencoder, self.model.config, together=self.config.data.pad_images_together)
-
-    def validate(self, model: Any, step: int) -> dict[str, float]:
-        """Losses of the held-out records, with the same noise and the same times in every validation."""
-        from bagel.evaluation.validation import held_out_losses
-
-        return held_out_losses(self, model)
-
-    def sample(self, model: Any, step: int, folder: Path) -> None:
-        """Pictures for held-out prompts and descriptions of held-out pictures; all ranks compute, rank 0 writes."""
-        from bagel.evaluation.validation import write_samples
-
-        write_samples(self, model, step, folder, most=self.config.training.sample_records)
-
-    def export(self, folder: Path, weights: dict[str, "torch.Tensor"], ema: dict[str, "torch.Tensor"] | None) -> None:
-        """Files of a checkpoint that others read: the adapter, or all trained weights as one plain file."""
-        import torch
-
-        from bagel.modules.lora import save_adapter
-
-        chosen = ema or weights
-        if self.config.model.use_lora:
-            save_adapter(folder, chosen, self.config.model)
-        else:
-            torch.save({name: value.contiguous() for name, value in chosen.items()}, folder / "trained_model.pt")
-
-    def train(self) -> "FitResult":
-        """Run to the planned step."""
-        import torch
-
-        from bagel.data.stream import PackStream
-        from bagel.modules.transformer import MoTDecoderLayer
-        from bagel.modules.vit import EncoderLayer
-        from shared.loop import fit, plan_steps
-
-        config, training = self.config, self.config.training
-        stream = PackStream(
-            self.train_set,
-            config.data,
-            self.info,
-            batch_size=training.batch_size,
-            accumulation=accumulation_steps(training, self.info.world),
-            collate=self.collate(),
-            num_workers=training.num_workers,
-            prefetch_factor=training.prefetch_factor,
-            bad_samples=Path(config.run.output_dir) / "bad_samples.jsonl",
-        )
-        if training.warmup_ratio and not training.warmup_steps:
-            training.warmup_steps = round(training.warmup_ratio * plan_steps(training, stream))
-        self.model.checkpoint_layers(training.gradient_checkpointing)
-        if training.compile:  # every pack has its own lengths: symbols from the first graph on
-            torch._dynamo.config.assume_static_by_default = False
-        return fit(
-            config=config,
-            info=self.info,
-            model=self.model,
-            stream=stream,
-            losses=self.losses,
-            validate=self.validate if self.val_set is not None else None,
-            sample=self.sample if training.sample_records else None,
-            export=self.export if training.export or config.model.use_lora else None,
-            groups=parameter_groups(self.model, training),
-            wrap_classes=(MoTDecoderLayer, EncoderLayer),
-            checkpoint_name="step_{step}",
-            title="BAGEL",
-        )
-
-    def collate(self) -> Any:
-        """Samples to packs, with the configured chances of leaving conditions out."""
-        from bagel.dataset import make_collate
-        from bagel.packing import Dropout
-
-        data = self.config.data
-        dropout = Dropout(data.text_cond_dropout_prob, data.vit_cond_dropout_prob, data.vae_cond_dropout_prob)
-        static = None if data.packing == "samples" else data.tokens_per_batch * self.config.training.batch_size
-        return make_collate(self.train_set.layout, dropout, self.config.run.seed, static)
-
-
-def parameter_groups(model: "Bagel", training: TrainingConfig) -> list[dict]:
-    """Trainable parameters by their weight decay; that of the vision tower and the connector may be its own."""
-    from bagel.model import SEEING
-    from shared.optim import decay_groups
-
-    decay, vision = training.weight_decay, training.vision_weight_decay
-    parts = [(False, decay), (True, decay if vision is None else vision)]
-    groups = [
-        {**group, "names": [name for name in group["names"] if name.startswith(SEEING) == seeing]}
-        for seeing, weight_decay in parts
-        for group in decay_groups(model, weight_decay)
-    ]
-    return [group for group in groups if group["names"]]
-
-
-def open_dataset(config: Config, model_config: Any, tokenizer: "Tokenizer", path: str) -> "UnifiedGenerationDataset":
-    """The records of `path` under the settings of the run."""
-    from bagel.data.layout import layout_of, transforms_of
-    from bagel.dataset import UnifiedGenerationDataset
-
-    data = config.data
-    vae_transform, vit_transform = transforms_of(data, model_config)
-    return UnifiedGenerationDataset(
-        path,
-        tokenizer=tokenizer,
-        layout=layout_of(model_config, tokenizer),
-        vae_transform=vae_transform,
-        vit_transform=vit_transform,
-        image_root=data.image_root,
-        max_sequence_length=data.max_sequence_length,
-        truncate_text=data.truncate_text,
-        strict=data.strict_data,
-        escape_special_tokens=data.escape_special_tokens,
-        question_weight=data.question_weight,
-        flip_probability=data.flip_probability,
-        seed=config.run.seed,
-    )
+        return UnifiedTrainer
+    raise AttributeError(name)
 
 
 def report_quantization(model: "Bagel", output_dir: Path) -> None:
@@ -255,7 +107,9 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from bagel.data.tokenizer import load_tokenizer
+    from bagel.dataset import open_dataset
     from bagel.model import count_parameters
+    from bagel.objective import UnifiedTrainer
     from bagel.weights.pretrained import build_model, load_autoencoder, read_config
     from shared.engine.dist import init_distributed, shutdown
     from shared.engine.strategy import choose_precision

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from bagel.data.tokenizer import SPECIAL_STRINGS
 from bagel.packing import PlanItem
 
 MAX_WEIGHT = 1000
-SPECIAL_STRINGS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 
 
 class RecordFault(Exception):

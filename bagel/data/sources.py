@@ -1,19 +1,143 @@
-"""Record files and the pictures beside them: .jsonl, .json, .parquet and .tar (webdataset).
-
-A picture is named by a string: a path, or `row:column` and `sample:extension` for bytes inside parquet and tar files.
-Records are read in order once, and singly by their place after that.
-"""
+"""Record files and pictures, opened safely; what opening a set must know of its records; pictures to tensors."""
 
 import codecs
+import hashlib
 import io
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
+from zipfile import BadZipFile
 
-from bagel.data.images import ImageFault
-from shared.errors import BadSample, UserError
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from bagel.data.records import FORMATS
+from shared.errors import BadSample, UserError, written_aside
+from shared.media.pictures import as_rgb
+
+MAX_AREA = 200_000_000  # pixels; larger files are refused before they are decoded
+DEFAULT_MAX_PIXELS = 14 * 14 * 9 * 1024
+
+
+class ImageFault(Exception):
+    """A picture that cannot be used; `code` is one of the E_IMAGE codes of the data format."""
+
+    def __init__(self, code: str, message: str):
+        super().__init__(message)
+        self.code = code
+
+
+def image_size(source: Path | BinaryIO) -> tuple[int, int]:
+    """(width, height) from the header alone; raises an ImageFault."""
+    with _opened(source) as image:
+        return image.size
+
+
+def load_image(source: Path | BinaryIO) -> Image.Image:
+    """The whole picture as RGB, transparency laid on white; raises an ImageFault for what is missing, damaged or too
+    large.
+    """
+    with _opened(source) as image:
+        try:
+            return as_rgb(image, upright=False)  # as the released loader, whose sizes come from the header
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ImageFault("E_IMAGE_DECODE", f"{_name(source)} is damaged or cut short ({error})") from None
+
+
+def _opened(source: Path | BinaryIO) -> Image.Image:
+    if isinstance(source, Path) and not os.path.isfile(source):  # unlike Path's, False also for an impossible name
+        raise ImageFault("E_IMAGE_MISSING", f"{source} is {'a folder' if os.path.isdir(source) else 'not there'}")
+    try:
+        image = Image.open(source)
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        raise ImageFault("E_IMAGE_DECODE", f"{_name(source)} is not a readable picture ({error})") from None
+    width, height = image.size
+    if width < 1 or height < 1 or width * height > MAX_AREA:
+        image.close()
+        raise ImageFault("E_IMAGE_SIZE", f"{_name(source)} has {width} x {height} pixels; 1 to {MAX_AREA} are allowed")
+    return image
+
+
+def _name(source: Path | BinaryIO) -> str:
+    return str(source) if isinstance(source, Path) else "the embedded picture"
+
+
+def resized_sides(
+    width: int,
+    height: int,
+    *,
+    max_size: int,
+    min_size: int,
+    stride: int,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    images: int = 1,
+) -> tuple[int, int]:
+    """(width, height) after the released resize rule; both are multiples of `stride`.
+
+    The long side goes down to max_size, the short side up to min_size, sides are rounded to the stride. An area above
+    max_pixels / images shrinks the sides by that very ratio (not its root), and a long side still above max_size again.
+    """
+    scale = max(min(max_size / max(width, height), 1.0), min_size / min(width, height))
+    width, height = _scaled(width, height, scale, stride)
+    if width * height > max_pixels / images:
+        width, height = _scaled(width, height, max_pixels / images / (width * height), stride)
+    if max(width, height) > max_size:
+        width, height = _scaled(width, height, max_size / max(width, height), stride)
+    return width, height
+
+
+def _scaled(width: int, height: int, scale: float, stride: int) -> tuple[int, int]:
+    sides = (round(width * scale), round(height * scale))
+    return tuple(max(stride, round(side / stride) * stride) for side in sides)
+
+
+class ImageTransform:
+    """Resizes by the rule and normalises. Sides in pixels; `image_stride` is the side of one token."""
+
+    def __init__(
+        self, max_image_size: int, min_image_size: int, image_stride: int, max_pixels: int = DEFAULT_MAX_PIXELS
+    ):
+        self.max_size, self.min_size, self.stride, self.max_pixels = (
+            max_image_size,
+            min_image_size,
+            image_stride,
+            max_pixels,
+        )
+
+    def sides(self, width: int, height: int, images: int = 1) -> tuple[int, int]:
+        """(width, height) that a picture of this size will have; `images`: pictures that share max_pixels."""
+        return resized_sides(
+            width,
+            height,
+            max_size=self.max_size,
+            min_size=self.min_size,
+            stride=self.stride,
+            max_pixels=self.max_pixels,
+            images=images,
+        )
+
+    def resize_transform(self, image: Image.Image, images: int = 1) -> Image.Image:
+        """The resized picture, bicubic with antialiasing."""
+        sides = self.sides(*image.size, images)
+        return image if sides == image.size else image.resize(sides, Image.Resampling.BICUBIC)
+
+    def __call__(self, image: Image.Image, images: int = 1) -> Tensor:
+        """(3, H, W) in [-1, 1]."""
+        return to_tensor(self.resize_transform(image, images))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """uint8 RGB to float32 (3, H, W) in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
+    return pixels.float() / 127.5 - 1
+
 
 PICTURE_FIELDS = ("image_path", "image", "source_image_path", "target_image_path", "image_list")
 ROWS_AT_ONCE = 4096
@@ -305,3 +429,150 @@ def _renamed(value: Any, names: dict[str, str]) -> Any:
     if isinstance(value, list):
         return [_renamed(item, names) for item in value]
     return names.get(value, value) if isinstance(value, str) else value
+
+
+VERSION = 1
+STORED_FROM = 10_000  # records: fewer are read anew in a moment
+ROW = np.dtype(
+    [
+        ("source", "i2"),
+        ("place", "i8"),
+        ("line", "i8"),
+        ("kind", "i1"),
+        ("fixed", "?"),
+        ("asks", "?"),
+        ("weight", "f8"),
+        ("length", "i4"),
+        ("sizes", "i8"),  # the record's first row in the table of picture sizes
+    ]
+)
+
+
+@dataclass(frozen=True)
+class DataError:
+    """One malformed record."""
+
+    file: str
+    line: int
+    id: str | None
+    code: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.code}: {self.message}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record that passed every check; `fixed`: nothing is drawn for it; `asks`: it answers about a given picture;
+    `sizes`: (width, height) of its pictures.
+    """
+
+    source: RecordFile
+    line: int
+    value: dict
+    kind: str
+    fixed: bool
+    asks: bool
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+class Index(NamedTuple):
+    """rows: (N,) of ROW, the valid records in order; sizes: (P, 2) width and height, 0 for what is no picture;
+    targets: how many texts, pictures and tokens there are to learn; digest: of all valid records.
+    """
+
+    rows: np.ndarray
+    sizes: np.ndarray
+    errors: list[DataError]
+    targets: dict[str, int]
+    digest: str
+
+    @classmethod
+    def load(cls, path: Path) -> "Index | None":
+        """What was stored there; None when there is nothing, or nothing whole."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                notes = json.loads(file["notes"].tobytes())
+                rows, sizes = file["rows"], file["sizes"]
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+            return None
+        errors = [DataError(**error) for error in notes["errors"]]
+        return cls(rows, sizes, errors, notes["targets"], notes["digest"])
+
+    def save(self, path: Path) -> None:
+        """Write it; a folder that cannot be written is left as it is."""
+        notes = {"errors": [asdict(error) for error in self.errors], "targets": self.targets, "digest": self.digest}
+        encoded = np.frombuffer(json.dumps(notes).encode(), dtype=np.uint8)
+        with suppress(OSError), written_aside(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, rows=self.rows, sizes=self.sizes, notes=encoded)
+
+
+class IndexBuilder:
+    """Collects an Index while the records are read, a block of arrays at a time."""
+
+    def __init__(self) -> None:
+        self.count, self._pictures, self._digest = 0, 0, hashlib.sha256()
+        self._rows: list[np.ndarray] = []
+        self._sizes: list[np.ndarray] = []
+        self._block: list[tuple] = []
+        self._block_sizes: list[tuple[int, int]] = []
+        self.targets: Counter[str] = Counter()
+
+    def add(self, source: int, place: int, record: Record, length: int) -> None:
+        """The next valid record: the number of its file, its place there, and its tokens in epoch 0."""
+        weight = float(record.value.get("weight", 1.0))
+        kind = FORMATS.index(record.kind)
+        row = (source, place, record.line, kind, record.fixed, record.asks, weight, length, self._pictures)
+        sizes = [record.sizes.get(name, (0, 0)) for name in picture_names(record.value)]
+        self._block.append(row)
+        self._block_sizes += sizes
+        self._pictures += len(sizes)
+        self._digest.update(json.dumps(record.value, sort_keys=True, default=str).encode())
+        self.count += 1
+
+    def end_block(self) -> None:
+        """Turn what was added since the last block into arrays."""
+        self._rows.append(np.array(self._block, dtype=ROW))
+        self._sizes.append(np.array(self._block_sizes, dtype=np.int32).reshape(-1, 2))
+        self._block, self._block_sizes = [], []
+
+    def index(self, errors: list[DataError]) -> Index:
+        """Everything that was added."""
+        rows = np.concatenate([np.zeros(0, ROW), *self._rows])
+        sizes = np.concatenate([np.zeros((0, 2), np.int32), *self._sizes])
+        return Index(rows, sizes, errors, dict(self.targets), self._digest.hexdigest()[:16])
+
+
+class Records(Sequence[Record]):
+    """records[i] -> Record, read from its file. BadSample: the file has changed since it was indexed."""
+
+    def __init__(self, sources: list[RecordFile], index: Index):
+        self.sources, self.rows, self.sizes = sources, index.rows, index.sizes
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> Record:
+        row = self.rows[number]
+        source, line = self.sources[row["source"]], int(row["line"])
+        value = source.read(int(row["place"]))
+        if not isinstance(value, dict):
+            raise BadSample(f"{source.path}:{line}: the file has changed since the run began; start the run again")
+        names, first = picture_names(value), int(row["sizes"])
+        found = self.sizes[first : first + len(names)].tolist()
+        sizes = {name: (width, height) for name, (width, height) in zip(names, found, strict=False) if width}
+        return Record(source, line, value, FORMATS[row["kind"]], bool(row["fixed"]), bool(row["asks"]), sizes)
+
+
+def index_path(sources: list[RecordFile], settings: Any) -> Path:
+    """Where the index of these files, as they are now and read with these settings, is stored."""
+    files = [(str(source.path.resolve()), *_state(source.path), str(source.root)) for source in sources]
+    mark = hashlib.sha256(json.dumps([VERSION, files, settings], default=str).encode()).hexdigest()[:16]
+    first = sources[0].path
+    return first.with_name(f".{first.name}.{mark}.records.npz")
+
+
+def _state(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns

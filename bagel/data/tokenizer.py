@@ -1,15 +1,30 @@
 """Text to ids and back: a released tokenizer from a local folder, or plain bytes for training from nothing."""
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from bagel.config import ModelConfig
-from bagel.data.records import SPECIAL_STRINGS
-from bagel.sampling.generation import SpecialTokens
 from shared.errors import UserError
 
+SPECIAL_STRINGS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json")
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids of the four marks."""
+
+    bos: int
+    eos: int
+    start_of_image: int
+    end_of_image: int
+
+    @classmethod
+    def from_names(cls, ids: dict[str, int]) -> "SpecialTokens":
+        """From the mapping with the names of the released code."""
+        return cls(ids["bos_token_id"], ids["eos_token_id"], ids["start_of_image"], ids["end_of_image"])
 
 
 class Tokenizer(Protocol):

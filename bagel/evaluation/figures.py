@@ -3,13 +3,14 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from bagel.dataset import UnifiedGenerationDataset
+from bagel.config import Config, MetricsOptions
+from bagel.dataset import UnifiedGenerationDataset, open_dataset
 from bagel.evaluation.pictures import (
     ClipScorer,
     clip_score,
@@ -23,21 +24,19 @@ from bagel.evaluation.validation import RECORDS_A_PACK, TIMES, Conversation, con
 from bagel.objective import with_latents
 from bagel.packing import Draws, Dropout, PackBuilder, PlanItem
 from bagel.sampling.generation import Guidance
-from bagel.train import open_dataset
 from bagel.weights.open import Opened
 from shared.data import to_device
 from shared.errors import UserError
 from shared.report.page import Bar, Sample, write_report
 from shared.rng import keyed_generator
 
-if TYPE_CHECKING:
-    from bagel.metrics import Options
-
 CANDIDATES = 10  # captions of which the right one must be first
 _CANDIDATES = 321  # random stream
 
 
-def evaluate(opened: Opened, options: "Options", folder: Path) -> tuple[dict[str, Any], list[tuple[Path, str, str]]]:
+def evaluate(
+    opened: Opened, options: MetricsOptions, folder: Path
+) -> tuple[dict[str, Any], list[tuple[Path, str, str]]]:
     """(figures by name, samples as (file, caption, group)). Files go into `folder`."""
     held_out, train = _datasets(opened, options)
     figures: dict[str, Any] = {
@@ -61,7 +60,9 @@ def evaluate(opened: Opened, options: "Options", folder: Path) -> tuple[dict[str
     return figures, samples
 
 
-def _datasets(opened: Opened, options: "Options") -> tuple[UnifiedGenerationDataset, UnifiedGenerationDataset | None]:
+def _datasets(
+    opened: Opened, options: MetricsOptions
+) -> tuple[UnifiedGenerationDataset, UnifiedGenerationDataset | None]:
     config = opened.config
     paths = [options.data, options.train_data]
     if config is not None:
@@ -69,8 +70,6 @@ def _datasets(opened: Opened, options: "Options") -> tuple[UnifiedGenerationData
     if paths[0] is None:
         raise UserError("no records to evaluate: give --data FILE")
     if config is None:
-        from bagel.config import Config
-
         config = Config(data=opened.data)
     config = config.model_copy(deep=True)
     config.data.flip_probability = 0.0
@@ -255,7 +254,7 @@ def _mean_nats(
 def answer_figures(
     opened: Opened,
     dataset: UnifiedGenerationDataset,
-    options: "Options",
+    options: MetricsOptions,
     folder: Path,
     samples: list[tuple[Path, str, str]],
 ) -> dict[str, Any]:
@@ -293,7 +292,7 @@ def answer_figures(
 def picture_figures(
     opened: Opened,
     dataset: UnifiedGenerationDataset,
-    options: "Options",
+    options: MetricsOptions,
     folder: Path,
     name: str,
     samples: list[tuple[Path, str, str]],
@@ -330,7 +329,7 @@ def picture_figures(
     }
 
 
-def draw_prompts(opened: Opened, prompts: "Sequence[Conversation]", options: "Options") -> list[Image.Image]:
+def draw_prompts(opened: Opened, prompts: "Sequence[Conversation]", options: MetricsOptions) -> list[Image.Image]:
     """One picture a prompt, in batches of one size."""
     guidance = Guidance(num_timesteps=options.num_timesteps, cfg_text_scale=options.cfg_text_scale, cfg_img_scale=1.0)
     drawn: list[Image.Image | None] = [None] * len(prompts)

@@ -2,34 +2,32 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
-from bagel.data.images import load_image
-from bagel.data.layout import transforms_of
+from bagel.config import TrainingConfig
 from bagel.data.records import keyed_draw, steps_of
+from bagel.data.sources import load_image
+from bagel.dataset import UnifiedGenerationDataset
 from bagel.inferencer import InterleaveInferencer
-from bagel.packing import Draws, Dropout, PackBuilder
+from bagel.packing import Draws, Dropout, Pack, PackBuilder
 from bagel.sampling.generation import Guidance
 from shared.data import to_device
-from shared.engine.dist import sum_over_ranks
+from shared.engine.dist import DistInfo, sum_over_ranks
 from shared.rng import keyed_generator
-
-if TYPE_CHECKING:
-    from bagel.dataset import UnifiedGenerationDataset
-    from bagel.train import UnifiedTrainer
 
 VALIDATION_SEED = 314_159
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # whatever the shift of training, so that runs compare
 RECORDS_A_PACK = 8
 
 
-def fixed_pack(dataset: "UnifiedGenerationDataset", indices: Sequence[int], t: float, shift: float) -> dict[str, Any]:
+def fixed_pack(dataset: UnifiedGenerationDataset, indices: Sequence[int], t: float, shift: float) -> Pack:
     """Records as a pack, nothing left out, their pictures at time t of a model trained with `shift`, their noise a
     function of the index.
 
@@ -44,20 +42,24 @@ def fixed_pack(dataset: "UnifiedGenerationDataset", indices: Sequence[int], t: f
     return builder.pack()
 
 
-def held_out_losses(trainer: "UnifiedTrainer", model: Any) -> dict[str, float]:
+def held_out_losses(
+    model: Callable[[Pack], dict[str, Tensor]],
+    dataset: UnifiedGenerationDataset,
+    encode: Callable[[Pack], Pack],
+    training: TrainingConfig,
+    info: DistInfo,
+    shift: float,
+) -> dict[str, float]:
     """loss (as trained), text_loss (nats a token) and image_loss (mean square of the velocity's error) of the
-    validation records.
+    validation records; `shift` is that of the training times.
     """
-    dataset, info, training = trainer.val_set, trainer.info, trainer.config.training
     count = min(len(dataset), training.validation_records)
     totals = torch.zeros(4, dtype=torch.float64)
     for first in range(0, count, RECORDS_A_PACK * info.world):
         start = first + info.rank * RECORDS_A_PACK
         indices = range(start, min(start + RECORDS_A_PACK, count))
         for number, t in enumerate(TIMES):
-            pack = trainer.encoded(
-                to_device(fixed_pack(dataset, indices, t, trainer.model.config.timestep_shift), info.device)
-            )
+            pack = encode(to_device(fixed_pack(dataset, indices, t, shift), info.device))
             losses = model(pack)
             if number == 0:  # text does not depend on the time of pictures, which no later token sees
                 totals[:2] += torch.tensor([losses["ce"].double().sum().item(), len(losses["ce"])], dtype=torch.float64)
@@ -83,7 +85,7 @@ class Conversation:
     size: tuple[int, int] = (0, 0)  # (height, width) of the picture to draw
 
 
-def conversations(dataset: "UnifiedGenerationDataset", most: int) -> tuple[list[Conversation], list[Conversation]]:
+def conversations(dataset: UnifiedGenerationDataset, most: int) -> tuple[list[Conversation], list[Conversation]]:
     """(records that begin with texts and then draw a picture; records that answer about pictures), at most `most` of
     each.
     """
@@ -116,13 +118,16 @@ def _load(record: Any, name: str) -> Image.Image:
     return load_image(record.source.picture(name))
 
 
-def write_samples(trainer: "UnifiedTrainer", model: Any, step: int, folder: Path, *, most: int) -> None:
+def write_samples(
+    inferencer: InterleaveInferencer,
+    dataset: UnifiedGenerationDataset,
+    folder: Path,
+    step: int,
+    *,
+    most: int,
+    writes: bool = True,
+) -> None:
     """step_N.png: one picture a prompt; step_N.json: prompts, and questions with the model's and the true answers."""
-    dataset = trainer.val_set or trainer.train_set
-    transforms = transforms_of(trainer.config.data, trainer.model.config)
-    inferencer = InterleaveInferencer(
-        model, trainer.autoencoder, trainer.tokenizer, *transforms, trainer.tokenizer.special
-    )
     prompts, questions = conversations(dataset, most)
     written: dict[str, Any] = {"step": step, "prompts": [case.inputs[-1] for case in prompts], "answers": []}
     pictures: list[Image.Image] = []
@@ -140,7 +145,7 @@ def write_samples(trainer: "UnifiedTrainer", model: Any, step: int, folder: Path
         written["answers"] = [
             {"answer": answer, "true": case.answer} for case, answer in zip(questions, answers, strict=True)
         ]
-    if not trainer.info.is_main:
+    if not writes:
         return
     folder.mkdir(parents=True, exist_ok=True)
     if pictures:

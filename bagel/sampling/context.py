@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bagel.modules.attention import Pair, Rows, scaled_dot_product
+from bagel.modules.transformer import Pair, Rows, scaled_dot_product
 
 
 @dataclass
@@ -51,17 +51,15 @@ class CachedAttention:
         kind = query[1].dtype
         parts = [self.rows.join(pair).split(self.query_lens) for pair in (query, key, value)]
         outputs = []
-        for context, query, key, value in zip(self.contexts, *parts, strict=True):
+        for context, new_query, new_key, new_value in zip(self.contexts, *parts, strict=True):
             if layer < len(context.keys):
                 old_key, old_value = context.keys[layer], context.values[layer]
-                key, value = (
-                    torch.cat([old_key, key.to(old_key.dtype)]),
-                    torch.cat([old_value, value.to(old_value.dtype)]),
-                )
+                new_key = torch.cat([old_key, new_key.to(old_key.dtype)])
+                new_value = torch.cat([old_value, new_value.to(old_value.dtype)])
             if self.store:
-                _put(context.keys, layer, key)
-                _put(context.values, layer, value)
-            outputs.append(scaled_dot_product(query.to(key.dtype), key, value, causal=self.causal))
+                _put(context.keys, layer, new_key)
+                _put(context.values, layer, new_value)
+            outputs.append(scaled_dot_product(new_query.to(new_key.dtype), new_key, new_value, causal=self.causal))
         return self.rows.part(torch.cat(outputs).to(kind))
 
 

@@ -6,29 +6,32 @@ Letters of shapes: N latent tokens of one picture, C numbers of a latent token.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from bagel.modules.layers import patchify, position_ids, sampling_times
+from bagel.data.tokenizer import SpecialTokens
+from bagel.model import Bagel, sampling_times
+from bagel.packing import patchify, position_ids
 from bagel.sampling.context import Context
 from shared.errors import UserError
 
 
-@dataclass(frozen=True)
-class SpecialTokens:
-    """Ids of the four marks."""
+class Wrapper(Protocol):
+    """What holds the model in training: data parallelism, or the loop's handle with its precision."""
 
-    bos: int
-    eos: int
-    start_of_image: int
-    end_of_image: int
+    @property
+    def module(self) -> nn.Module: ...
 
-    @classmethod
-    def from_names(cls, ids: dict[str, int]) -> "SpecialTokens":
-        """From the mapping with the names of the released code."""
-        return cls(ids["bos_token_id"], ids["eos_token_id"], ids["start_of_image"], ids["end_of_image"])
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Tensor]: ...
+
+
+def bare(model: Bagel | Wrapper) -> Bagel:
+    """The model inside its wrapper, for its settings and its device; calls go through the wrapper."""
+    inner = model if isinstance(model, Bagel) else model.module
+    assert isinstance(inner, Bagel)
+    return inner
 
 
 @dataclass
@@ -53,7 +56,7 @@ class Block:
 
 
 def extend(
-    model: nn.Module,
+    model: Bagel | Wrapper,
     contexts: Sequence[Context],
     blocks: Sequence[Block],
     *,
@@ -64,7 +67,7 @@ def extend(
 
     Blocks of one call are all text or all pictures. With `store` the contexts grow.
     """
-    config, device = _plain(model).config, next(_plain(model).parameters()).device
+    config, device = bare(model).config, next(bare(model).parameters()).device
     text, vit, vae, positions, start = [], [], [], [], 0
     for context, block in zip(contexts, blocks, strict=True):
         image = range(start + 1, start + 1 + len(block.cells))
@@ -104,11 +107,6 @@ def extend(
     return answer.get(want)
 
 
-def _plain(model: nn.Module) -> nn.Module:
-    """The model inside a wrapper of data parallelism."""
-    return model.module if hasattr(model, "module") else model
-
-
 def _joined(tensors: list[Tensor], empty: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.cat(tensors).to(device) if tensors else torch.zeros(empty, device=device)
 
@@ -118,9 +116,9 @@ def text_block(ids: list[int], tokens: SpecialTokens) -> Block:
     return Block([tokens.bos, *ids, tokens.eos])
 
 
-def vit_block(model: nn.Module, image: Tensor, tokens: SpecialTokens) -> Block:
+def vit_block(model: Bagel | Wrapper, image: Tensor, tokens: SpecialTokens) -> Block:
     """A picture (3, H, W) in [-1, 1] as the vision tower sees it."""
-    config = _plain(model).config
+    config = bare(model).config
     patch = config.vision.patch_size
     cells = position_ids(
         image.shape[1] // patch,
@@ -132,10 +130,10 @@ def vit_block(model: nn.Module, image: Tensor, tokens: SpecialTokens) -> Block:
 
 
 def latent_block(
-    model: nn.Module, latents_NC: Tensor, rows: int, columns: int, t: float, tokens: SpecialTokens
+    model: Bagel | Wrapper, latents_NC: Tensor, rows: int, columns: int, t: float, tokens: SpecialTokens
 ) -> Block:
     """A picture as latent tokens at time t; t = 0 is clean."""
-    config = _plain(model).config
+    config = bare(model).config
     cells = position_ids(rows, columns, config.max_latent_size, interpolate=config.interpolate_pos)
     return Block([tokens.start_of_image, tokens.end_of_image], latents=latents_NC, cells=cells, t=t)
 
@@ -152,7 +150,7 @@ def clean_latents(autoencoder: nn.Module, image: Tensor, latent_patch: int, *, n
 
 @torch.no_grad()
 def continue_text(
-    model: nn.Module,
+    model: Bagel | Wrapper,
     contexts: Sequence[Context],
     tokens: SpecialTokens,
     *,
@@ -236,7 +234,7 @@ class Drawing:
 
 @torch.no_grad()
 def draw(
-    model: nn.Module,
+    model: Bagel | Wrapper,
     drawings: Sequence[Drawing],
     guidance: Guidance,
     tokens: SpecialTokens,

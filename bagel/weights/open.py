@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from bagel.config import Config, DataConfig, ModelConfig
-from bagel.data.layout import transforms_of
 from bagel.data.tokenizer import Tokenizer, load_tokenizer
+from bagel.dataset import transforms_of
 from bagel.inferencer import InterleaveInferencer
 from bagel.model import Bagel
 from bagel.modules.lora import adapters, merge_adapters
-from bagel.modules.vae import Autoencoder
+from bagel.modules.vision import Autoencoder
 from bagel.weights.pretrained import build_model, export_folder, load_autoencoder, read_config
 from shared.config import load_saved
 from shared.engine.checkpoint import find_checkpoint, load_weights

@@ -14,12 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bagel.config import AutoencoderConfig, LanguageConfig, ModelConfig, VisionConfig
-from bagel.model import Bagel
-from bagel.modules.layers import PositionTable, RMSNorm
+from bagel.model import Bagel, PositionTable
 from bagel.modules.lora import add_adapters
 from bagel.modules.quantization import QuantizedLinear, quantize_projections
-from bagel.modules.vae import Autoencoder, FluxAutoencoder, build_autoencoder
-from bagel.modules.vit import linear_patch_embedding
+from bagel.modules.transformer import RMSNorm
+from bagel.modules.vision import Autoencoder, FluxAutoencoder, build_autoencoder, linear_patch_embedding
 from shared.engine.checkpoint import load_strict
 from shared.errors import UserError
 
