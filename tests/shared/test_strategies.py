@@ -126,7 +126,11 @@ def test_ranks_that_run_other_modules_are_caught(tmp_path, branches):
                 text = (Path(case["output_dir"]) / f"error_{rank}.txt").read_text()
                 assert "branch_" in text and "has a gradient on rank" in text and "placeholder" in text
         return
-    toy(tmp_path, 1, [{"output_dir": str(tmp_path / "one"), **common, "training": {**batches("", 2, 2, 1e-8), "total_steps": 6}}])
+    toy(
+        tmp_path,
+        1,
+        [{"output_dir": str(tmp_path / "one"), **common, "training": {**batches("", 2, 2, 1e-8), "total_steps": 6}}],
+    )
     expected = losses(tmp_path / "one")
     for case in cases:
         found = losses(Path(case["output_dir"]))
