@@ -4,6 +4,7 @@ Nothing is allocated: the model is built and run forward and backward at full si
 """
 
 import math
+import re
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -39,23 +40,46 @@ class GPU:
 
 
 GPUS = {
+    "3070-ti": GPU(43.5, 21.7, 21.7, 8, 608, 16, 3),
     "3080": GPU(59, 30, 30, 10, 760, 16, 3),
     "3090": GPU(71, 36, 36, 24, 936, 16, 3),
     "4090": GPU(165, 83, 83, 24, 1008, 16, 3),
     "5090": GPU(210, 105, 105, 32, 1792, 32, 3),
     "a10": GPU(125, 62, 31, 24, 600, 16, 3),
     "l4": GPU(121, 60, 30, 24, 300, 16, 3),
+    "l20": GPU(119.5, 59.8, 59.8, 48, 864, 32, 12),
+    "l40": GPU(181, 90.5, 90.5, 48, 864, 32, 12),
     "l40s": GPU(362, 183, 92, 48, 864, 32, 12),
     "a6000": GPU(155, 77, 39, 48, 768, 28, 3),
     "a100-40gb": GPU(312, 156, 19.5, 40, 1555, 250, 25),
     "a100": GPU(312, 156, 19.5, 80, 2039, 250, 25),
+    "a800": GPU(312, 156, 19.5, 80, 2039, 180, 25),
+    "h20": GPU(148, 74, 44, 96, 4000, 400, 50),
     "h100": GPU(989, 494, 67, 80, 3350, 400, 50),
     "h200": GPU(989, 494, 67, 141, 4800, 400, 50),
     "h800": GPU(989, 494, 67, 80, 3350, 180, 50),
     "b200": GPU(2250, 1100, 80, 180, 8000, 800, 50),
+    "mi300x": GPU(1307, 653, 163, 192, 5300, 400, 50),
+    "910b": GPU(354, 177, 94, 64, 1600, 180, 25),
 }
 ADAMW_BYTES = 28  # a fused step reads weight, gradient and two moments in fp32 and writes back all but the gradient
 EMA_BYTES = 12  # the average is read and written, the weight is read
+
+
+def gpu_named(device_name: str) -> GPU | None:
+    """The table's entry for a device's own name, such as "NVIDIA A100-SXM4-80GB"; None where the table has none.
+
+    A model number counts as a whole only: an H20 is no H200, an A10G no A10, a laptop's chip not the desktop's.
+    """
+    name = re.sub(r"ascend(910b)\d*", r"\1", device_name.lower())
+    if "laptop" in name:
+        return None
+    words = re.split(r"[^a-z0-9]+", name)
+    for model in sorted(GPUS, key=len, reverse=True):  # "3070-ti" before a "3070", "a100-40gb" before "a100"
+        parts = model.split("-")
+        if all(part in words for part in parts):
+            return GPUS[model]
+    return None
 
 
 @dataclass(frozen=True)

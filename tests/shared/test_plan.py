@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from shared.config import RunSection, TrainingSection
 from shared.errors import UserError
-from shared.plan.measure import FrozenPart, describe, make_plan, measure
+from shared.plan.measure import GPUS, FrozenPart, describe, gpu_named, make_plan, measure
 
 B, L, D, H, V, LAYERS = 2, 32, 64, 4, 100, 3
 BLOCK = (D * 3 * D + 3 * D) + (D * D + D) + (D * 4 * D + 4 * D) + (4 * D * D + D) + 4 * D  # two norms
@@ -252,3 +252,33 @@ def test_the_plan_as_text_says_what_fits(measured):
     large = dataclasses.replace(measured, trainable=10**10, trainable_bytes=4 * 10**10)
     assert "DOES NOT FIT" in describe(plan_of(large))
     assert "160.00 GB" in describe(plan_of(dataclasses.replace(large, activation_bytes=0, peak_bytes=0)))
+
+
+@pytest.mark.parametrize(
+    ("device", "model"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H20", "h20"),
+        ("NVIDIA H20-3e", "h20"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A800-SXM4-80GB", "a800"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L40", "l40"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA L20", "l20"),
+        ("NVIDIA RTX A6000", "a6000"),
+        ("NVIDIA GeForce RTX 3070 Ti", "3070-ti"),
+        ("NVIDIA GeForce RTX 4090", "4090"),
+        ("AMD Instinct MI300X", "mi300x"),
+        ("Ascend910B3", "910b"),
+        ("NVIDIA GeForce RTX 3070", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA A1000", None),
+        ("NVIDIA A10G", None),
+        ("", None),
+    ],
+)
+def test_a_devices_own_name_finds_its_peaks(device, model):
+    assert gpu_named(device) is (None if model is None else GPUS[model])
