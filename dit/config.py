@@ -10,13 +10,14 @@ from shared.config import RunSection, Section, TrainingSection, setting
 PRESETS = Path(__file__).parent / "configs"
 SAMPLE_DATA = Path(__file__).parent / "sample_data" / "CUB_200_2011"
 FLOW_SAMPLERS = ("euler", "heun", "midpoint", "rk4", "dopri5", "sde")
+Layout = Literal["coco", "cub", "custom"]
 NOISE_SAMPLERS = ("ddim", "dpmpp_2m", "dpmpp_2m_karras", "ddpm")
 
 
 class DataConfig(Section):
     """Pictures with captions."""
 
-    dataset_name: Literal["coco", "cub", "custom"] = setting("coco", "layout of the data on disk", "datasets")
+    dataset_name: Layout = setting("coco", "layout of the data on disk", "datasets")
     dataset_path: str | None = setting(
         None, "folder, or .tar pattern for custom; sample: the pictures that ship with dit/", "data_root", "data_dir"
     )
@@ -170,6 +171,8 @@ class DiffusionConfig(Section):
 class FlowConfig(Section):
     """Rectified flow; t = 0 is noise, t = 1 is data."""
 
+    retired: ClassVar[dict[str, Any]] = {"path": "linear", "loss_weight": "none"}  # in files of earlier runs
+
     timestep_sampling: Literal["uniform", "logit_normal"] = setting("uniform", "distribution of the training times")
     logit_mean: float = setting(0.0, "logit_normal: mean; below 0 favours noise")
     logit_std: float = setting(1.0, "logit_normal: standard deviation", gt=0)
@@ -177,21 +180,26 @@ class FlowConfig(Section):
     time_scale: float = setting(
         1000.0, "what t is multiplied by before the model sees it; 1 reproduces SiT", fixed=True, gt=0
     )
-    path: Literal["linear", "gvp", "vp"] = setting("linear", "linear, or SiT's other paths", fixed=True)
-    prediction: Literal["velocity", "noise", "score", "clean"] = setting(
-        "velocity", "what the model predicts", fixed=True
-    )
-    loss_weight: Literal["none", "velocity", "likelihood"] = setting(
-        "none", "noise and score predictions: SiT's weighting"
-    )
+    prediction: Literal["velocity", "clean"] = setting("velocity", "what the model predicts", fixed=True)
     contrastive: float = setting(
         0.0, "weight of the term that leads away from another sample's velocity; 0.05 is usual", ge=0, lt=1
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_retired(cls, tree: Any) -> Any:
+        """Runs of earlier versions name these settings; their only value of use was the default."""
+        if not isinstance(tree, dict):
+            return tree
+        for name, value in cls.retired.items():
+            if name in tree and tree[name] != value:
+                raise ValueError(f"{name} {tree[name]} is no longer offered: no public weights use it; leave it out")
+        return {name: value for name, value in tree.items() if name not in cls.retired}
+
     @field_validator("shift")
     @classmethod
     def _positive(cls, value: float | str) -> float | str:
-        if value != "auto" and not value > 0:
+        if isinstance(value, float) and not value > 0:
             raise ValueError("must be above 0, or auto")
         return value
 
@@ -212,7 +220,7 @@ class TrainingConfig(TrainingSection):
     sample_every_n_epochs: int | None = setting(None, "epochs between sample grids, in place of sample_steps", ge=1)
     sample_prompts: list[str] = setting([], "captions of the sample grid; none: the first held-out captions")
     eval_samples: int = setting(256, "held-out pictures of an evaluation", ge=1)
-    gradient_checkpointing: bool | int = setting(
+    gradient_checkpointing: bool | int = setting(  # type: ignore[assignment]  # wider than the loop's, which hands it on
         False, "recompute blocks in the backward pass to save memory: all, or with a number every so-manieth"
     )
     num_workers: int = setting(4, "loader processes per rank", "workers", ge=0)

@@ -25,15 +25,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit.data.images import grid, to_uint8, unit
-from dit.dataset import TextImageDataset
+from dit.dataset import TextImageDataset, unit
 from dit.evaluation import fid
-from dit.evaluation.held_out import errors, held_out_noise, paired_p, prepare
-from dit.sampling.drawing import Drawing, draw_pictures
-from dit.weights.open import Trained, condition_of, load_trained
+from dit.evaluation.fid import psnr, ssim
+from dit.evaluation.held_out import errors, held_out_noise, prepare
+from dit.modules.text import condition_of
+from dit.sampling.drawing import Drawing, draw_pictures, grid, to_uint8
+from dit.weights.open import Trained, load_trained
 from shared.engine.dist import DistInfo, init_distributed
 from shared.errors import write_text
-from shared.metrics import agreement
+from shared.media.inception import inception
+from shared.metrics import (
+    agreement,
+    clip_score,
+    frechet_distance,
+    kernel_distance,
+    paired_p,
+    picture_features,
+    precision_recall,
+)
 from shared.report.page import Bar, Sample, write_report
 
 
@@ -120,14 +130,14 @@ class Measurement:
             )
             found[str(round(level, 4))] = {
                 "latent_mse": (clean - held.latents).square().mean().item(),
-                "psnr": _psnr(self._decode(clean), held.images),
+                "psnr": psnr(self._decode(clean), held.images),
             }
         return found
 
     def vae(self) -> dict:
         """Round trip through the codec: the ceiling of any result."""
         back = self._decode(self.held.latents)
-        return {"psnr": _psnr(back, self.held.images), "ssim": _ssim(back, self.held.images)}
+        return {"psnr": psnr(back, self.held.images), "ssim": ssim(back, self.held.images)}
 
     def colour(self) -> dict:
         """Whether drawn pictures show the colours of their captions; the real pictures' figure is the ceiling."""
@@ -139,8 +149,8 @@ class Measurement:
     def memory(self) -> dict:
         """Distance of drawn pictures to the nearest training picture; far below that of held-out ones: memorised."""
         count = min(len(self.training_set), 2048)
-        seen = [self.training_set.sample(index, 0, flip=False)["image"] for index in range(count)]
-        seen = unit(torch.stack(seen)).flatten(1)
+        samples = [self.training_set.sample(index, 0, flip=False)["image"] for index in range(count)]
+        seen = unit(torch.stack(samples)).flatten(1)
         seen = torch.cat([seen, seen.unflatten(1, self.held.images.shape[1:]).flip(3).flatten(1)])
         drawn = torch.from_numpy(self.drawn).permute(0, 3, 1, 2).float().flatten(1) / 127.5 - 1
         scale = seen.shape[1] ** 0.5
@@ -153,13 +163,15 @@ class Measurement:
     def fid(self) -> dict:
         """Frechet and kernel distance, precision and recall of drawn against held-out pictures."""
         random = self.options.features == "random"
-        network = fid.RandomFeatures() if random else fid.inception(self.options.inception_weights)
+        network = fid.RandomFeatures() if random else inception(self.options.inception_weights)
         real = to_uint8(self.held.images)
-        made, true = (fid.features(network, pictures, device=self.info.device) for pictures in (self.drawn, real))
-        precision, recall = fid.precision_recall(made, true)
+        made, true = (
+            picture_features(network, list(pictures), device=self.info.device) for pictures in (self.drawn, real)
+        )
+        precision, recall = precision_recall(made, true)
         return {
-            "fid": fid.frechet_distance(made, true),
-            "kid": fid.kernel_distance(made, true, subset=min(1000, len(made))),
+            "fid": frechet_distance(made, true),
+            "kid": kernel_distance(made, true, subset=min(1000, len(made))),
             "precision": precision,
             "recall": recall,
             "pictures": len(made),
@@ -171,13 +183,7 @@ class Measurement:
 
     def clip(self) -> dict:
         """Mean of max(100 cos(picture, caption), 0), and how often the right caption comes first of all."""
-        from shared.metrics import clip_score
-
-        if self.options.clip_path is None:
-            raise UserError(
-                "--clip-path is not set; give a CLIP model, such as a local copy of openai/clip-vit-large-patch14"
-            )
-        return clip_score(self.drawn, self.held.prompts, self.options.clip_path, device=self.info.device)
+        return clip_score(list(self.drawn), self.held.prompts, self.options.clip_path, device=self.info.device)
 
     @property
     def drawn(self) -> np.ndarray:
@@ -289,7 +295,7 @@ def main(argv: list[str] | None = None) -> dict:
     if unknown:
         raise UserError(f"--metrics {unknown[0]}: use some of {', '.join(METRICS)}")
     if "fid" in wanted and options.features == "inception":
-        fid.inception(options.inception_weights)  # refused before anything is computed
+        inception(options.inception_weights)  # refused before anything is computed
     info = init_distributed(options.device)
     trained = load_trained(
         options.checkpoint, device=info.device, use_ema=options.ema, vae=options.vae, text_encoder=options.text_encoder
@@ -318,16 +324,6 @@ def main(argv: list[str] | None = None) -> dict:
             )
         )
     return found
-
-
-def _psnr(found: Tensor, wanted: Tensor) -> float:
-    return (10 * torch.log10(4 / (found - wanted.to(found.device)).square().mean().clamp_min(1e-12))).item()
-
-
-def _ssim(found: Tensor, wanted: Tensor) -> float:
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    return float(structural_similarity_index_measure(found, wanted.to(found.device), data_range=2.0))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from shared.errors import UserError, write_text
 from shared.flags import Leaf as Leaf
@@ -35,13 +36,22 @@ T = TypeVar("T", bound=BaseModel)
 STRATEGIES = ("none", "ddp", "fsdp", "zero1", "zero2", "zero3")
 
 
-def setting(default: Any, help: str, *flags: str, hidden: bool = False, fixed: bool = False, **limits: Any) -> Any:
+def setting(
+    default: Any,
+    help: str,
+    *flags: str,
+    hidden: bool = False,
+    fixed: bool = False,
+    common: bool = False,
+    **limits: Any,
+) -> Any:
     """A field with its help text.
 
     flags: further names, on the command line and in YAML. hidden: no flag. fixed: may not change when a run resumes.
-    limits: pydantic's ge, gt, le, lt. A mutable default is copied for every instance.
+    common: --help names it among the first. limits: pydantic's ge, gt, le, lt. A mutable default is copied for every
+    instance.
     """
-    extra = {"flags": list(flags), "hidden": hidden, "fixed": fixed}
+    extra: Any = {"flags": list(flags), "hidden": hidden, "fixed": fixed, "common": common}
     if isinstance(default, (list, dict)):
         return Field(
             default_factory=lambda: type(default)(default), description=help, json_schema_extra=extra, **limits
@@ -98,7 +108,7 @@ class RunSection(Section):
     )
     seed: int = setting(42, "seed of data order, noise and initial weights", fixed=True, ge=0, le=2**63 - 1)
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
-    strategy: Literal[STRATEGIES] | None = setting(
+    strategy: Literal["none", "ddp", "fsdp", "zero1", "zero2", "zero3"] | None = setting(
         None, "how ranks share the work; null: ddp on several ranks, none on one"
     )
     precision: Literal["fp32", "bf16", "fp16"] | None = setting(
@@ -269,8 +279,8 @@ def load_config(
             raise UserError(f"--set {assignment}: expected section.key=value")
         given[full_key(key, leaves)] = value
     kinds = {leaf.path: leaf.annotation for leaf in leaves}
-    for path, value in given.items():
-        put(tree, path, from_text(value, kinds[path]), schema)
+    for name, value in given.items():
+        put(tree, name, from_text(value, kinds[name]), schema)
     return validate(schema, tree, where, flags=given)
 
 
@@ -347,7 +357,7 @@ def _source(location: tuple, where: str, flags: Collection[str]) -> str:
     return f"command line or {where}" if mixed else where
 
 
-def _fault(item: dict, schema: type[BaseModel]) -> str:
+def _fault(item: ErrorDetails, schema: type[BaseModel]) -> str:
     path = ".".join(str(part) for part in item["loc"])
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":

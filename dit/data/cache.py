@@ -67,6 +67,7 @@ class CachedDataset(Dataset):
     """
 
     def __init__(self, config: Config, pictures: Any) -> None:
+        assert config.data.cache_dir is not None
         self.folder, self.seed, self.length = Path(config.data.cache_dir), config.run.seed, config.model.text_len
         manifest = self._manifest()
         wanted = cache_settings(config) | (text_settings(config) if config.model.text_conditioning != "none" else {})

@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from dit.modules.vae import NO_VARIANCE, Codec
 from shared.errors import UserError
 from shared.rng import keyed_generator
 
@@ -19,10 +20,13 @@ NOISE = 0.3  # largest standard deviation of the noise on the decoder's training
 BATCH = 16
 
 
-class PatchAutoencoder(nn.Module):
+class PatchAutoencoder(Codec):
     """encode(images (B, 3, H, W)) -> (B, C, H/P, W/P) of variance 1 over all channels together; decode back."""
 
-    posterior = "mode"
+    learns = True
+    center: Tensor
+    basis: Tensor
+    scale: Tensor
 
     def __init__(self, *, channels: int, patch: int, decoder_steps: int) -> None:
         super().__init__()
@@ -45,8 +49,8 @@ class PatchAutoencoder(nn.Module):
             nn.PixelShuffle(2),
         )
         self.requires_grad_(False)
-        self.mend[5].weight.zero_()  # at first the decoder is the linear one
-        self.mend[5].bias.zero_()
+        self.mend[5].get_parameter("weight").zero_()  # at first the decoder is the linear one
+        self.mend[5].get_parameter("bias").zero_()
 
     def fit(self, images: Tensor, *, seed: int) -> dict[str, float]:
         """Learn basis and decoder from images (N, 3, H, W) and their mirror images; returns the share of variance kept
@@ -68,7 +72,7 @@ class PatchAutoencoder(nn.Module):
     def moments(self, images: Tensor) -> Tensor:
         """Latents with no variance, in the form that a cache stores."""
         latents = self.encode(images)
-        return torch.cat([latents, torch.full_like(latents, -30.0)], dim=1)
+        return torch.cat([latents, torch.full_like(latents, NO_VARIANCE)], dim=1)
 
     def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         """The latents of a cache's moments."""
@@ -102,8 +106,8 @@ class PatchAutoencoder(nn.Module):
         """Squared error plus a little absolute error of edges, on latents with noise of a random size."""
         generator = keyed_generator(seed, _DECODER)
         for layer in (self.mend[1], self.mend[3]):
-            nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu", generator=generator)
-            nn.init.zeros_(layer.bias)
+            nn.init.kaiming_uniform_(layer.get_parameter("weight"), nonlinearity="relu", generator=generator)
+            nn.init.zeros_(layer.get_parameter("bias"))
         self.mend.requires_grad_(True)
         optimizer = torch.optim.AdamW(self.mend.parameters(), lr=2e-3, weight_decay=0.0)
         latents = self.encode(images)

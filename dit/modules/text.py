@@ -25,8 +25,30 @@ class TextCondition(NamedTuple):
     pooled: Tensor
 
 
-class TextEncoder(nn.Module):
+class CaptionEncoder(nn.Module):
+    """What every text encoder offers."""
+
+    width: int  # E
+    length: int  # T
+    has_tokens = False  # whether tokenize and encode_ids are there, so that loader processes can tokenize
+
+    def encode(self, captions: list[str]) -> TextCondition:
+        """Condition of every caption."""
+        raise NotImplementedError
+
+    def tokenize(self, captions: list[str]) -> dict[str, Tensor]:
+        """input_ids and attention_mask (B, T), int64."""
+        raise NotImplementedError
+
+    def encode_ids(self, ids_BT: Tensor) -> TextCondition:
+        """Condition of token ids."""
+        raise NotImplementedError
+
+
+class TextEncoder(CaptionEncoder):
     """CLIP's text tower, frozen. States follow the final layer norm; pooled is that of the first end-of-text token."""
+
+    has_tokens = True
 
     def __init__(
         self,
@@ -44,8 +66,7 @@ class TextEncoder(nn.Module):
         except (OSError, ValueError) as error:
             raise UserError(
                 f"text.pretrained_model_name {pretrained_model_name}: cannot be loaded ({_first_line(error)}); give a "
-                "local "
-                "folder with --text-encoder-path, or use --set text.type=hash, which needs no weights"
+                "local folder with --text-encoder-path, or use --set text.type=hash, which needs no weights"
             ) from None
         self.length, self.width = length, self.model.config.hidden_size
         self.model.requires_grad_(False).eval()
@@ -79,7 +100,7 @@ class TextEncoder(nn.Module):
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+|[#*+&%]")
 
 
-class HashTextEncoder(nn.Module):
+class HashTextEncoder(CaptionEncoder):
     """Words as fixed vectors: sums of random vectors of the word and its byte 3- and 4-grams (Bojanowski et al. 2017).
 
     Nothing is trained and nothing is stored: a vector follows from the bytes alone, so the same caption gives the same
@@ -122,7 +143,7 @@ class HashTextEncoder(nn.Module):
         return np.random.Generator(np.random.PCG64(zlib.crc32(gram))).standard_normal(self.width)
 
 
-def make_text_encoder(config: Config) -> nn.Module | None:
+def make_text_encoder(config: Config) -> CaptionEncoder | None:
     """The encoder that the settings name; None for a model that reads no text. Refuses a width that does not fit."""
     text, model = config.text, config.model
     if model.text_conditioning == "none":
@@ -133,10 +154,20 @@ def make_text_encoder(config: Config) -> nn.Module | None:
     if encoder.width != model.text_dim:
         raise UserError(
             f"text.pretrained_model_name {text.pretrained_model_name} has states of width {encoder.width}, "
-            "model.text_dim is "
-            f"{model.text_dim}; set --set model.text_dim={encoder.width}"
+            f"model.text_dim is {model.text_dim}; set --set model.text_dim={encoder.width}"
         )
     return encoder
+
+
+def condition_of(
+    texts: list[str], labels: Tensor | None, encoder: CaptionEncoder | None, device: torch.device
+) -> dict[str, Tensor]:
+    """The keyword arguments of the model that carry captions or labels."""
+    if encoder is None:
+        return {} if labels is None else {"labels": labels.to(device)}
+    # encoders answer with inference tensors, which autograd refuses to save: the copies are ordinary ones
+    states, mask, pooled = (part.to(device) for part in encoder.encode(texts))
+    return {"text_embeddings": states.clone(), "text_mask": mask.clone(), "text_pooled": pooled.clone()}
 
 
 def _clip(text: TextConfig, length: int) -> TextEncoder:

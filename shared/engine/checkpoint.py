@@ -43,7 +43,7 @@ class CheckpointStore:
         *,
         step: int,
         trainer: dict,
-        tensors: dict[str, tuple[list, Iterable[Tensor | None]]],
+        tensors: dict[str, tuple[list, Iterable[Tensor]]],
         meta: dict,
         extra: Callable[[Path], None] | None = None,
         best: str | None = None,

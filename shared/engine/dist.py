@@ -176,7 +176,7 @@ def raise_together(error: Exception | None) -> None:
     raise UserError(f"stopped because another rank failed: {'; '.join(failed)}")
 
 
-def beat(step: int, phase: int = 0) -> None:
+def heartbeat(step: int, phase: int = 0) -> None:
     """Leave a sign of life in the ranks' common store: which step, and which part of it."""
     if is_distributed():
         store = torch_dist.distributed_c10d._get_default_store()

@@ -196,6 +196,7 @@ class _LiveMemory(TorchDispatchMode):
 
     def note_gradient(self, parameter: nn.Parameter) -> None:
         """The gradient of a parameter is complete: from now on it counts as such."""
+        assert parameter.grad is not None
         self.gradients += _bytes(parameter.grad)
 
     def _forget(self, key: int, size: int) -> None:

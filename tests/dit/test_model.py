@@ -7,8 +7,7 @@ import torch
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 
 from dit.config import PRESETS, Config
-from dit.model import DiTModel
-from dit.modules.embeddings import position_table_1d
+from dit.model import DiTModel, position_table_1d
 from dit.weights.convert import load_pretrained
 from dit.weights.open import build_model
 from shared.config import load_config
