@@ -1,7 +1,7 @@
-"""torch.compile of each block: one whole graph, and none compiled again after the second step, in four of the five models.
+"""torch.compile of each block: one whole graph, and none compiled again after the second step.
 
-Counted by dynamo with the eager backend, which needs no compiler. BAGEL is not in the list: its attention, which calls one
-kernel for each split of a pack, stands outside of the graphs.
+Counted by dynamo with the eager backend, which needs no compiler. BAGEL is not in the list: its attention, which calls
+one kernel for each split of a pack, stands outside of the graphs.
 """
 
 import importlib
