@@ -24,6 +24,7 @@ from shared.engine.norm import ScaledNorm, is_plain_fp32
 
 Pair = tuple[Tensor, Tensor]  # tokens of the understanding expert (text, then ViT), tokens of the generation expert
 Attend = Callable[[int, Pair, Pair, Pair], Pair]
+AttendOne = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # the same for the understanding expert alone
 CAUSAL, FULL, NOISE = "causal", "full", "noise"
 
 
@@ -37,6 +38,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if is_plain_fp32(x, self.weight):
+            if not torch.is_grad_enabled():
+                return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
             return ScaledNorm.apply(x, self.weight, self.eps)
         return self.weight * F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
 
@@ -474,6 +477,14 @@ class MoTAttention(nn.Module):
         query, key = self.q_norm_moe_gen(self._heads(query)), self.k_norm_moe_gen(self._heads(key))
         return rotate(query, *angles), rotate(key, *angles), self._heads(value)
 
+    def understand(self, x_LD: Tensor, cos_LK: Tensor, signed_sin_LK: Tensor, attend: AttendOne, layer: int) -> Tensor:
+        """The understanding expert alone, without gradients."""
+        query, key, value = (self._heads(project(x_LD)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        both = torch.cat([self.q_norm(query), self.k_norm(key)], dim=1)
+        both = torch.addcmul(both * cos_LK, both.roll(self.head // 2, -1), signed_sin_LK)
+        query, key = both.split([query.shape[1], key.shape[1]], dim=1)
+        return self.o_proj(attend(layer, query, key, value).flatten(1))
+
     def _heads(self, x_LD: Tensor) -> Tensor:
         return x_LD.unflatten(-1, (-1, self.head))
 
@@ -518,6 +529,11 @@ class MoTDecoderLayer(nn.Module):
         gen = gen + self.mlp_moe_gen(self.post_attention_layernorm_moe_gen(gen))
         return und + (thought.detach() if freeze_und else thought), gen
 
+    def understand(self, x: Tensor, cos: Tensor, signed_sin: Tensor, attend: AttendOne, layer: int) -> Tensor:
+        """The understanding expert alone, where no token is generated and no gradient wanted."""
+        x = x + self.self_attn.understand(self.input_layernorm(x), cos, signed_sin, attend, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
 
 class MoTDecoder(nn.Module):
     """Embeddings, layers and the two final norms."""
@@ -543,6 +559,16 @@ class MoTDecoder(nn.Module):
                 und, gen = layer(und, gen, angles, attend, number, freeze_und)
         und = self.norm(und)
         return und.detach() if freeze_und else und, self.norm_moe_gen(gen)
+
+    def understand(self, x_LD: Tensor, position_L: Tensor, attend: AttendOne) -> Tensor:
+        """Hidden states (L, D) of the understanding expert alone before the final norm, without gradients."""
+        cos, sin = rotary_angles(position_L, self.head_width, self.theta)
+        sin[:, : self.head_width // 2].neg_()  # (x1, x2) -> (x1, x2) cos + (x2, x1) signed sin
+        cos, sin = cos[:, None].to(x_LD.dtype), sin[:, None].to(x_LD.dtype)
+        for number, layer in enumerate(self.layers):
+            assert isinstance(layer, MoTDecoderLayer)
+            x_LD = layer.understand(x_LD, cos, sin, attend, number)
+        return x_LD
 
 
 class LanguageModel(nn.Module):

@@ -42,12 +42,15 @@ class Opened:
     source: Path
 
     def inferencer(self, **settings: Any) -> InterleaveInferencer:
+        vae, vit, edit = transforms_of(self.data, self.model_config)
         return InterleaveInferencer(
             self.model,
             self.autoencoder,
             self.tokenizer,
-            *transforms_of(self.data, self.model_config),
+            vae,
+            vit,
             self.tokenizer.special,
+            edit_vit_transform=edit,
             **settings,
         )
 
