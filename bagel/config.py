@@ -114,6 +114,9 @@ class ModelConfig(Section):
         "folder of released form: llm_config.json, vit_config.json, ae.safetensors, "
         "ema.safetensors, tokenizer.json; its sizes replace the sections above",
     )
+    llm_path: str | None = setting(None, "folder of a plain Qwen2.5 to start from; needs vae_path")
+    vit_path: str | None = setting(None, "with llm_path: folder of a SigLIP; null: a tower from random weights")
+    vae_path: str | None = setting(None, "with llm_path: ae.safetensors of FLUX")
     from_scratch: bool = setting(
         False, "start from random weights; model_path, if given, then only gives sizes and tokenizer"
     )
@@ -168,6 +171,10 @@ class ModelConfig(Section):
                 f"quantization {self.quantization} stores frozen weights, which cannot be trained; add --use-lora, "
                 f"or use --quantization none"
             )
+        if self.llm_path is not None and self.model_path is not None:
+            raise ValueError("model_path and llm_path are two starts; give one of them")
+        if self.llm_path is None and (self.vit_path is not None or self.vae_path is not None):
+            raise ValueError("vit_path and vae_path belong to llm_path; give --llm-path, or --model-path alone")
         if self.use_lora and (self.freeze_und or self.freeze_llm):
             raise ValueError(
                 "use_lora already freezes the model; leave out freeze_und and freeze_llm, and choose with --lora-target"
@@ -307,6 +314,9 @@ class Config(Section):
             raise ValueError(f"--{wanted[0]} contradicts --precision {self.run.precision}; give one")
         if wanted:
             self.run.precision = wanted[0]
+        given = self.run.model_fields_set
+        if "wandb_project" in given and "wandb" not in given:  # whoever names a project wants it used
+            self.run.wandb = True
         return self
 
 

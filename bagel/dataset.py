@@ -229,9 +229,15 @@ class UnifiedGenerationDataset:
         """The items of a sample without pixels."""
         return self._plan_of_epoch(self.records[index % len(self)], index, epoch)
 
-    def length(self, index: int, epoch: int) -> int:
-        """Tokens of a sample when nothing is left out; where texts or turns are drawn, of the longest choice."""
+    def room(self, index: int, epoch: int) -> int:
+        """Tokens that a sample may take: where texts or turns are drawn, those of the longest choice. Known from the
+        start, so that filling packs reads no record.
+        """
         return int(self.records.rows[index % len(self)]["length"])
+
+    def length(self, index: int, epoch: int) -> int:
+        """Tokens of a sample when nothing is left out."""
+        return self.layout.length(self.plan(index, epoch))
 
     def sample(self, index: int, epoch: int) -> dict[str, Any]:
         """The items with pixels; raises a BadSample when a picture turns out to be damaged."""

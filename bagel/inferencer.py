@@ -3,6 +3,12 @@
 Three contexts are kept: `main`; `cfg_text`, all but the last text; `cfg_img`, the texts without the pictures.
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:  # `from inferencer import InterleaveInferencer` with this folder on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass

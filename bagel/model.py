@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bagel.config import ModelConfig
-from bagel.modules.transformer import LanguageModel, PackedAttention, PackLayout, Pair, Rows
+from bagel.modules.transformer import HAS_SLICED, LanguageModel, PackedAttention, PackLayout, Pair, Rows
 from bagel.modules.vision import VisionModel
 from bagel.sampling.context import CachedAttention, TextCache
 from shared.errors import UserError
@@ -116,9 +116,13 @@ class Bagel(nn.Module):
         self.vae2llm = nn.Linear(config.latent_width, width)
         self.llm2vae = nn.Linear(width, config.latent_width)
 
-    def initialize(self) -> "Bagel":
-        """Random weights: matrices normal, biases 0, norms 1, and a zero output head."""
+    def initialize(self, only: str = "") -> "Bagel":
+        """Random weights, of the modules whose names begin with `only`: matrices normal, biases 0, norms 1, and a zero
+        output head.
+        """
         for name, module in self.named_modules():
+            if not f"{name}.".startswith(only):
+                continue
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 seeing = name.startswith(SEEING)
                 nn.init.normal_(
@@ -126,7 +130,10 @@ class Bagel(nn.Module):
                 )
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        nn.init.zeros_(self.llm2vae.weight)
+            if isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+        if "llm2vae.".startswith(only):
+            nn.init.zeros_(self.llm2vae.weight)
         return self
 
     def freeze(self) -> "Bagel":
@@ -212,7 +219,7 @@ class Bagel(nn.Module):
     def backend(self, device: torch.device) -> str:
         """The attention of packs on this device."""
         if self.config.attention == "auto":
-            return {"cuda": "flex", "cpu": "sliced"}.get(device.type, "dense")
+            return {"cuda": "flex", "cpu": "sliced" if HAS_SLICED else "dense"}.get(device.type, "dense")
         if self.config.attention == "sliced" and device.type != "cpu":
             raise UserError(f"model.attention sliced works on a CPU, not on {device.type}; use auto, flex or dense")
         return self.config.attention

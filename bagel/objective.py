@@ -46,6 +46,11 @@ class UnifiedTrainer:
         self.autoencoder = autoencoder.to(info.device)
         self.train_set, self.val_set = train_set, val_set
         self.speed = SpeedMeter(model.config, info)
+        # Before a strategy shards the model: a checkpoint holds what trains, an export everything. No copy is made.
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        state = model.state_dict()
+        self.names = list(state)
+        self.frozen = {name: value for name, value in state.items() if name not in trained}
 
     def losses(self, model: Any, batches: list[Pack], step: int) -> Iterator[tuple[Tensor, dict]]:
         """The joint loss of every micro-batch, pre-weighted by the tokens of the whole step."""
@@ -76,12 +81,15 @@ class UnifiedTrainer:
         write_samples(inferencer, dataset, folder, step, most=most, writes=self.info.is_main)
 
     def export(self, folder: Path, weights: dict[str, Tensor], ema: dict[str, Tensor] | None) -> None:
-        """Files of a checkpoint that others read: the adapter, or all trained weights as one plain file."""
+        """Files of a checkpoint that others read: the adapter, or all weights as one plain file, which a strict
+        load_state_dict takes: what is frozen and the position tables belong to it.
+        """
         chosen = ema or weights
         if self.config.model.use_lora:
             save_adapter(folder, chosen, self.config.model)
         else:
-            torch.save({name: value.contiguous() for name, value in chosen.items()}, folder / "trained_model.pt")
+            whole = {name: chosen.get(name, self.frozen.get(name)) for name in self.names}
+            torch.save({name: value.contiguous() for name, value in whole.items()}, folder / "trained_model.pt")
 
     def train(self) -> FitResult:
         """Run to the planned step."""
@@ -97,6 +105,8 @@ class UnifiedTrainer:
             prefetch_factor=training.prefetch_factor,
             bad_samples=Path(config.run.output_dir) / "bad_samples.jsonl",
         )
+        if self.val_set is not None:
+            _check_metric(training, self.val_set)
         if training.warmup_ratio and not training.warmup_steps:
             training.warmup_steps = round(training.warmup_ratio * plan_steps(training, stream))
         self.model.checkpoint_layers(training.gradient_checkpointing)
@@ -249,6 +259,15 @@ class SpeedMeter:
             predictions=len(pack["ce_loss_indexes"]),
             vit_lens=pack["vit_token_seqlens"],
         )
+
+
+def _check_metric(training: TrainingConfig, val_set: UnifiedGenerationDataset) -> None:
+    """A best metric that the validation records cannot give would never find a best checkpoint."""
+    targets = val_set.describe()["targets"]
+    for name, kind in (("val/text_loss", "texts"), ("val/image_loss", "images")):
+        if training.best_metric == name and not targets.get(kind):
+            print(f"best_metric {name}: the validation records have no {kind} to learn; val/loss decides", flush=True)
+            training.best_metric = "val/loss"
 
 
 def parameter_groups(model: nn.Module, training: TrainingConfig) -> list[dict]:

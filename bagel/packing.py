@@ -46,8 +46,8 @@ class SampleSet(Protocol):
     def order(self, epoch: int) -> Sequence[int]:
         """The indices of an epoch."""
 
-    def length(self, index: int, epoch: int) -> int:
-        """Tokens of a sample when nothing is left out."""
+    def room(self, index: int, epoch: int) -> int:
+        """Tokens that a sample may take."""
 
     def sample(self, index: int, epoch: int) -> dict[str, Any]:
         """The items with pixels, and the key."""
@@ -508,12 +508,12 @@ class ReferencePacker(Packer):
 def make_packer(dataset: SampleSet, data: DataConfig, batch_size: int) -> Packer:
     """The configured way to fill packs, at the start of epoch 0."""
     if data.packing == "samples":
-        return SamplePacker(dataset.order, dataset.length, samples=batch_size)
+        return SamplePacker(dataset.order, dataset.room, samples=batch_size)
     if data.packing == "tokens":
-        return Packer(dataset.order, dataset.length, capacity=data.tokens_per_batch, buffer_size=data.buffer_size)
+        return Packer(dataset.order, dataset.room, capacity=data.tokens_per_batch, buffer_size=data.buffer_size)
     return ReferencePacker(
         dataset.order,
-        dataset.length,
+        dataset.room,
         expected=data.expected_num_tokens,
         capacity=data.tokens_per_batch,
         max_sample=data.max_sequence_length,
@@ -591,7 +591,7 @@ class PackStream:
         self._position: dict | None = None
         self._loaded: Iterator | None = None
 
-    def start(self, step: int, state: dict | None) -> None:
+    def start(self, step: int, state: dict | None = None) -> None:
         """Go to the packs of `step`: from the saved state, or by filling packs from the start of the run."""
         packer = make_packer(self.dataset, self.data, self.batch_size)
         if state:

@@ -183,7 +183,7 @@ def _conversation(record: dict, draw: Choice) -> list[Step]:
     `<image>` in a turn stands for the next of the record's pictures: given by the user, or to be drawn by the
     assistant. Pictures without a mark go first.
     """
-    pending = _paths_or_none(record)
+    pending = [*_paths_or_none(record)]
     given, marks = len(pending), 0
     steps: list[Step] = []
     speakers = []

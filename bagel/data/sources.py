@@ -263,7 +263,7 @@ class RecordFile:
                 raise UserError(f"{self.path}: UTF-16; save it as UTF-8")
             value, fault = _parse(head.decode("utf-8", "replace"))
             if self.path.suffix.lower() == ".json":
-                self._is_list = bool(fault) or not isinstance(value, dict) or isinstance(value.get("data"), list)
+                self._is_list = bool(fault) or not isinstance(value, dict) or more is None
             else:
                 self._is_list = head.startswith(b"[") and (bool(fault) or more is None) and self._reads_as_list()
         return self._is_list
@@ -568,7 +568,7 @@ def _shards_of(folder: Path) -> list[Path]:
             )
         if by_kind:
             return sorted(by_kind.popitem()[1])
-    raise UserError(f"{folder}: no record file in this folder; give .jsonl, .json, .parquet or .tar")
+    raise UserError(f"{folder}: a folder without record files; give .jsonl, .json, .parquet or .tar")
 
 
 def _is_shard_note(value: Any) -> bool:

@@ -146,7 +146,7 @@ def _mean_latents(
     sums: dict[tuple[int, int], Tensor] = {}
     counts: Counter[tuple[int, int]] = Counter()
     for index in range(min(len(train), options.max_records)):
-        pack = _encoded(opened, fixed_pack(train, [index], 1.0, (0.5,)))
+        pack = _encoded(opened, fixed_pack(train, [index], 0.5, 1.0))
         for shape, latents, target in _by_picture(pack):
             if target:
                 sums[shape] = sums.get(shape, torch.zeros_like(latents)) + latents

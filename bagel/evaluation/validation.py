@@ -28,7 +28,7 @@ SEARCHED = 20_000  # records among which prompts and questions are looked for
 
 
 def fixed_pack(
-    dataset: UnifiedGenerationDataset, indices: Sequence[int], shift: float, times: Sequence[float] = TIMES
+    dataset: UnifiedGenerationDataset, indices: Sequence[int], times: float | Sequence[float], shift: float
 ) -> Pack:
     """Records as a pack, nothing left out, every picture to draw at each of the times of a model trained with `shift`,
     with the same noise, a function of the index.
@@ -36,6 +36,7 @@ def fixed_pack(
     The copies of a picture see what is before them and are seen by nothing, so that one pass over texts, given pictures
     and latents serves all times. No index: an empty pack, for ranks that have no record left.
     """
+    times = [times] if isinstance(times, float) else times
     raws = [math.log(t / (1 - t)) - math.log(shift) for t in times]  # the shift adds its logarithm to the time's logit
     builder = PackBuilder(dataset.layout)
     for index in indices:
@@ -72,7 +73,7 @@ def held_out_packs(
         room -= length
     groups += [[]] * (-len(groups) % world)
     for group in groups[rank::world]:
-        yield {**fixed_pack(dataset, group, shift), "static_length": static}
+        yield {**fixed_pack(dataset, group, TIMES, shift), "static_length": static}
 
 
 def held_out_losses(

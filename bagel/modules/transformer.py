@@ -26,6 +26,8 @@ Pair = tuple[Tensor, Tensor]  # tokens of the understanding expert (text, then V
 Attend = Callable[[int, Pair, Pair, Pair], Pair]
 AttendOne = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # the same for the understanding expert alone
 CAUSAL, FULL, NOISE = "causal", "full", "noise"
+BLOCK = 128  # side of flex attention's blocks, tokens
+ROWS_AT_ONCE = 8 * BLOCK
 
 
 class RMSNorm(nn.Module):
@@ -148,7 +150,7 @@ class PackLayout:
             )
         self.sample_lens, self.split_lens, self.attn_modes = list(sample_lens), list(split_lens), list(attn_modes)
         self.length = sum(sample_lens)
-        self.padded_length = -(-max(self.length, static_length or 1) // 128) * 128
+        self.padded_length = -(-max(self.length, static_length or 1) // BLOCK) * BLOCK
         self.block_mask: Any = None  # flex attention's, made at the first layer
         self._segments: list[list[Segment]] | None = None  # by sample
         self._masks: list[Tensor] | None = None
@@ -265,8 +267,9 @@ def scaled_dot_product(
 # them shorter than a hundred tokens. Slices and concatenations of each, with their gradients, would take as long as the
 # kernel itself, so this node calls the kernel and its gradient on views of the pack.
 
-_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)  # private: may go one day
+_kernel_backward = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+HAS_SLICED = _kernel is not None and _kernel_backward is not None
 
 
 class _Sliced(torch.autograd.Function):
@@ -349,6 +352,33 @@ def flex_rule(sample: Tensor, block: Tensor, noise: Tensor):
     return visible
 
 
+def flex_block_mask(layout: PackLayout, device: torch.device) -> Any:
+    """The rule in blocks of 128 x 128: which hold nothing, some or all, worked out ROWS_AT_ONCE rows at a time. The
+    whole matrix of a pack of 36,864 tokens would take gigabytes, and a compiled maker of it another graph.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    padded = layout.padded_length
+    rule, key = flex_rule(*flex_ids(layout, padded, device)), torch.arange(padded, device=device)
+    some, all_of = [], []
+    for first in range(0, padded, ROWS_AT_ONCE):
+        query = torch.arange(first, min(first + ROWS_AT_ONCE, padded), device=device)
+        count = rule(0, 0, query[:, None], key[None]).unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).sum((1, 3))
+        some.append((count > 0) & (count < BLOCK * BLOCK))
+        all_of.append(count == BLOCK * BLOCK)
+    parts = (_ordered(torch.cat(found)) for found in (some, all_of))
+    (count, order), (full_count, full_order) = parts
+    return BlockMask.from_kv_blocks(count, order, full_count, full_order, BLOCK_SIZE=BLOCK, mask_mod=rule)
+
+
+def _ordered(found: Tensor) -> Pair:
+    """(number of blocks, their columns first) of every row, as BlockMask wants them: (1, 1, rows) and (1, 1, rows,
+    columns), int32.
+    """
+    order = found.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(torch.int32)
+    return found.sum(1, dtype=torch.int32)[None, None], order[None, None].contiguous()
+
+
 @lru_cache(maxsize=1)
 def _compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
@@ -358,12 +388,11 @@ def _compiled_flex():
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout) -> Tensor:
     """Flex attention with a block mask of 128, compiled on CUDA; the pack is padded inside this call only."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
     padded = layout.padded_length
     if layout.block_mask is None:
-        rule = flex_rule(*flex_ids(layout, padded, query.device))
-        layout.block_mask = create_block_mask(rule, None, None, padded, padded, device=query.device, BLOCK_SIZE=128)
+        layout.block_mask = flex_block_mask(layout, query.device)
     grow = (0, 0, 0, 0, 0, padded - layout.length)
     query, key, value = (F.pad(x, grow).transpose(0, 1)[None] for x in (query, key, value))
     kernel = _compiled_flex() if query.is_cuda else flex_attention
