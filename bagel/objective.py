@@ -46,6 +46,11 @@ class UnifiedTrainer:
         self.autoencoder = autoencoder.to(info.device)
         self.train_set, self.val_set = train_set, val_set
         self.speed = SpeedMeter(model.config, info)
+        # Before a strategy shards the model: a checkpoint holds what trains, an export everything. No copy is made.
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        state = model.state_dict()
+        self.names = list(state)
+        self.frozen = {name: value for name, value in state.items() if name not in trained}
 
     def losses(self, model: Any, batches: list[Pack], step: int) -> Iterator[tuple[Tensor, dict]]:
         """The joint loss of every micro-batch, pre-weighted by the tokens of the whole step."""
@@ -63,23 +68,28 @@ class UnifiedTrainer:
         """Losses of the held-out records, with the same noise and the same times in every validation."""
         assert self.val_set is not None  # without it fit() gets no validate
         return held_out_losses(
-            model, self.val_set, self.encoded, self.config.training, self.info, self.model.config.timestep_shift
+            model, self.val_set, self.encoded, self.config, self.info, self.model.config.timestep_shift
         )
 
     def sample(self, model: TrainedModel, step: int, folder: Path) -> None:
         """Pictures for held-out prompts and descriptions of held-out pictures; all ranks compute, rank 0 writes."""
-        transforms = transforms_of(self.config.data, self.model.config)
-        inferencer = InterleaveInferencer(model, self.autoencoder, self.tokenizer, *transforms, self.tokenizer.special)
+        vae, vit, edit = transforms_of(self.config.data, self.model.config)
+        inferencer = InterleaveInferencer(
+            model, self.autoencoder, self.tokenizer, vae, vit, self.tokenizer.special, edit_vit_transform=edit
+        )
         dataset, most = self.val_set or self.train_set, self.config.training.sample_records
         write_samples(inferencer, dataset, folder, step, most=most, writes=self.info.is_main)
 
     def export(self, folder: Path, weights: dict[str, Tensor], ema: dict[str, Tensor] | None) -> None:
-        """Files of a checkpoint that others read: the adapter, or all trained weights as one plain file."""
+        """Files of a checkpoint that others read: the adapter, or all weights as one plain file, which a strict
+        load_state_dict takes: what is frozen and the position tables belong to it.
+        """
         chosen = ema or weights
         if self.config.model.use_lora:
             save_adapter(folder, chosen, self.config.model)
         else:
-            torch.save({name: value.contiguous() for name, value in chosen.items()}, folder / "trained_model.pt")
+            whole = {name: chosen.get(name, self.frozen.get(name)) for name in self.names}
+            torch.save({name: value.contiguous() for name, value in whole.items()}, folder / "trained_model.pt")
 
     def train(self) -> FitResult:
         """Run to the planned step."""
@@ -95,6 +105,8 @@ class UnifiedTrainer:
             prefetch_factor=training.prefetch_factor,
             bad_samples=Path(config.run.output_dir) / "bad_samples.jsonl",
         )
+        if self.val_set is not None:
+            _check_metric(training, self.val_set)
         if training.warmup_ratio and not training.warmup_steps:
             training.warmup_steps = round(training.warmup_ratio * plan_steps(training, stream))
         self.model.checkpoint_layers(training.gradient_checkpointing)
@@ -119,7 +131,9 @@ class UnifiedTrainer:
         """Samples to packs, with the configured chances of leaving conditions out."""
         data = self.config.data
         dropout = Dropout(data.text_cond_dropout_prob, data.vit_cond_dropout_prob, data.vae_cond_dropout_prob)
-        static = None if data.packing == "samples" else data.tokens_per_batch * self.config.training.batch_size
+        # One static length, so that flex attention is compiled once; the padding is masked and costs little.
+        most = data.max_sequence_length if data.packing == "samples" else data.tokens_per_batch
+        static = most * self.config.training.batch_size
         return make_collate(self.train_set.layout, dropout, self.config.run.seed, static)
 
 
@@ -135,10 +149,12 @@ def with_latents(
     images, patch = pack["vae_images"], config.latent_patch_size
     groups: dict[tuple[int, int], list[int]] = {}
     for number, image in enumerate(images):
-        groups.setdefault(tuple(image.shape[1:]), []).append(number)
-    if together and images:
-        groups = {tuple(max(sides) for sides in zip(*groups, strict=True)): list(range(len(images)))}
-    tokens: list[Tensor] = [images[0].new_zeros(0)] * len(images) if images else []
+        if image is not None:  # None: the picture before it once more
+            groups.setdefault((image.shape[1], image.shape[2]), []).append(number)
+    if together and groups:
+        height, width = (max(sides) for sides in zip(*groups, strict=True))
+        groups = {(height, width): [number for members in groups.values() for number in members]}
+    tokens: list[Tensor | None] = [None] * len(images)
     for (height, width), members in groups.items():
         canvas = torch.stack([_grown(images[i], height, width) for i in members])
         cells = (height // config.autoencoder.downsample, width // config.autoencoder.downsample)
@@ -146,8 +162,11 @@ def with_latents(
         for i, latent in zip(members, autoencoder.encode(canvas, noise).float(), strict=True):
             rows, columns = pack["patchified_vae_latent_shapes"][i]
             tokens[i] = patchify(latent[:, : rows * patch, : columns * patch], patch)
-    joined = torch.cat(tokens) if tokens else pack["packed_noise"].new_zeros(0, config.latent_width)
-    return {**pack, "packed_latents": joined}
+    joined: list[Tensor] = []
+    for found in tokens:
+        joined.append(joined[-1] if found is None else found)
+    empty = pack["packed_noise"].new_zeros(0, config.latent_width)
+    return {**pack, "packed_latents": torch.cat(joined) if joined else empty}
 
 
 def _grown(image: Tensor, height: int, width: int) -> Tensor:
@@ -240,6 +259,15 @@ class SpeedMeter:
             predictions=len(pack["ce_loss_indexes"]),
             vit_lens=pack["vit_token_seqlens"],
         )
+
+
+def _check_metric(training: TrainingConfig, val_set: UnifiedGenerationDataset) -> None:
+    """A best metric that the validation records cannot give would never find a best checkpoint."""
+    targets = val_set.describe()["targets"]
+    for name, kind in (("val/text_loss", "texts"), ("val/image_loss", "images")):
+        if training.best_metric == name and not targets.get(kind):
+            print(f"best_metric {name}: the validation records have no {kind} to learn; val/loss decides", flush=True)
+            training.best_metric = "val/loss"
 
 
 def parameter_groups(model: nn.Module, training: TrainingConfig) -> list[dict]:

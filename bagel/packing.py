@@ -46,8 +46,8 @@ class SampleSet(Protocol):
     def order(self, epoch: int) -> Sequence[int]:
         """The indices of an epoch."""
 
-    def length(self, index: int, epoch: int) -> int:
-        """Tokens of a sample when nothing is left out."""
+    def room(self, index: int, epoch: int) -> int:
+        """Tokens that a sample may take."""
 
     def sample(self, index: int, epoch: int) -> dict[str, Any]:
         """The items with pixels, and the key."""
@@ -104,6 +104,7 @@ class PlanItem:
     split_start: bool = True  # first frame of its block
     split_end: bool = True  # last frame of its block
     frame_delta: int | None = None  # positions from this frame to the next
+    repeats: bool = False  # the picture before it once more, with the same noise at another time (validation)
 
     def tokens(self, latent_stride: int, vit_patch: int) -> int:
         """Tokens without the two marks."""
@@ -232,7 +233,7 @@ class PackBuilder:
             return len(item.ids) + 2
         if item.type == "vae_image" and item.loss:
             return item.frame_delta or 0
-        return 1
+        return 1 if item.frame_delta is None else item.frame_delta  # of a clean clip every frame tells its own
 
     def _mark(self, token: int, position: int) -> None:
         self.lists["packed_text_ids"].append(token)
@@ -258,6 +259,7 @@ class PackBuilder:
 
     def _closing(self, item: PlanItem) -> None:
         if item.special_token_loss:
+            assert item.special_token_label is not None
             self._predict(item.special_token_label, 1.0)
 
     def _vit(self, item: PlanItem, rope: int) -> None:
@@ -290,8 +292,11 @@ class PackBuilder:
         )
         self.lists["patchified_vae_latent_shapes"].append([rows, columns])
         self.lists["packed_timesteps"].extend([raw] * (rows * columns))
-        self.images.append(item.image)
-        if generator is not None:
+        self.images.append(None if item.repeats else item.image)
+        if item.repeats:
+            self.posterior_noise.append(self.posterior_noise[-1])
+            self.noise.append(self.noise[-1])
+        elif generator is not None:
             cells = (layout.latent_channels, rows * layout.latent_patch, columns * layout.latent_patch)
             self.posterior_noise.append(torch.randn(cells, generator=generator))
             shape = (rows * columns, layout.latent_width)
@@ -503,12 +508,12 @@ class ReferencePacker(Packer):
 def make_packer(dataset: SampleSet, data: DataConfig, batch_size: int) -> Packer:
     """The configured way to fill packs, at the start of epoch 0."""
     if data.packing == "samples":
-        return SamplePacker(dataset.order, dataset.length, samples=batch_size)
+        return SamplePacker(dataset.order, dataset.room, samples=batch_size)
     if data.packing == "tokens":
-        return Packer(dataset.order, dataset.length, capacity=data.tokens_per_batch, buffer_size=data.buffer_size)
+        return Packer(dataset.order, dataset.room, capacity=data.tokens_per_batch, buffer_size=data.buffer_size)
     return ReferencePacker(
         dataset.order,
-        dataset.length,
+        dataset.room,
         expected=data.expected_num_tokens,
         capacity=data.tokens_per_batch,
         max_sample=data.max_sequence_length,
@@ -572,15 +577,16 @@ class PackStream:
         self.packs_each = 1 if data.packing == "samples" else batch_size
         self.packs, self.num_workers, self.prefetch_factor = _Packs(dataset, collate), num_workers, prefetch_factor
         self.bad, self.bad_in_a_row = BadSamples(bad_samples, len(dataset)), 0
-        self.fingerprint = dataset.fingerprint()
+        self.fingerprint: str | None = dataset.fingerprint()
         packs_a_step = self.packs_each * accumulation * info.world
-        by_samples = data.packing == "samples"
-        # packs are counted in place of samples, unless a pack is a number of samples
-        self.samples_per_step = packs_a_step * (batch_size if by_samples else 1)
-        if by_samples:
+        self.steps_per_epoch: int | None
+        if data.packing == "samples":
+            self.samples_per_step = packs_a_step * batch_size
             self.steps_per_epoch = -(-len(dataset.order(0)) // self.samples_per_step)
-        else:
-            self.steps_per_epoch = -(-packs_per_epoch(dataset, data, batch_size) // packs_a_step)
+        else:  # packs hold as many samples as fit: their mean is what a step counts as
+            packs = packs_per_epoch(dataset, data, batch_size)
+            self.steps_per_epoch = -(-packs // packs_a_step)
+            self.samples_per_step = max(1, round(len(dataset.order(0)) / packs * packs_a_step))
         self._ahead: deque[dict] = deque()
         self._position: dict | None = None
         self._loaded: Iterator | None = None
@@ -595,18 +601,17 @@ class PackStream:
                 packer.next_pack()
         self._ahead.clear()
         self._position = packer.state()
-        workers = dict(prefetch_factor=self.prefetch_factor, worker_init_fn=start_process) if self.num_workers else {}
-        self._loaded = iter(
-            DataLoader(
-                self.packs,
-                sampler=_Keys(self, packer),
-                batch_size=None,
-                num_workers=self.num_workers,
-                pin_memory=self.info.device.type == "cuda",
-                generator=torch.Generator(),
-                **workers,
-            )
+        loader = DataLoader(
+            self.packs,
+            sampler=_Keys(self, packer),
+            batch_size=None,
+            num_workers=self.num_workers,
+            prefetch_factor=self.prefetch_factor if self.num_workers else None,
+            worker_init_fn=start_process if self.num_workers else None,
+            pin_memory=self.info.device.type == "cuda",
+            generator=torch.Generator(),
         )
+        self._loaded = iter(loader)
 
     def keys_of_steps(self, packer: Packer) -> Iterator[list[Key]]:
         """The keys of this rank's micro-batches, one after another; notes the packer's state after every step."""
@@ -621,6 +626,7 @@ class PackStream:
 
     def next_step(self) -> list[dict]:
         """The micro-batches of the next optimizer step."""
+        assert self._loaded is not None, "start() comes first"
         batches = []
         for _ in range(self.accumulation):
             batch, bad = next(self._loaded)
@@ -631,6 +637,7 @@ class PackStream:
 
     def state(self) -> dict:
         """Epoch, cursor and the samples that wait, after the last step handed out."""
+        assert self._position is not None, "start() comes first"
         return self._position
 
     def close(self) -> None:

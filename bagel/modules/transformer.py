@@ -24,7 +24,10 @@ from shared.engine.norm import ScaledNorm, is_plain_fp32
 
 Pair = tuple[Tensor, Tensor]  # tokens of the understanding expert (text, then ViT), tokens of the generation expert
 Attend = Callable[[int, Pair, Pair, Pair], Pair]
+AttendOne = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # the same for the understanding expert alone
 CAUSAL, FULL, NOISE = "causal", "full", "noise"
+BLOCK = 128  # side of flex attention's blocks, tokens
+ROWS_AT_ONCE = 8 * BLOCK
 
 
 class RMSNorm(nn.Module):
@@ -37,6 +40,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if is_plain_fp32(x, self.weight):
+            if not torch.is_grad_enabled():
+                return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
             return ScaledNorm.apply(x, self.weight, self.eps)
         return self.weight * F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
 
@@ -145,7 +150,7 @@ class PackLayout:
             )
         self.sample_lens, self.split_lens, self.attn_modes = list(sample_lens), list(split_lens), list(attn_modes)
         self.length = sum(sample_lens)
-        self.padded_length = -(-max(self.length, static_length or 1) // 128) * 128
+        self.padded_length = -(-max(self.length, static_length or 1) // BLOCK) * BLOCK
         self.block_mask: Any = None  # flex attention's, made at the first layer
         self._segments: list[list[Segment]] | None = None  # by sample
         self._masks: list[Tensor] | None = None
@@ -262,8 +267,9 @@ def scaled_dot_product(
 # them shorter than a hundred tokens. Slices and concatenations of each, with their gradients, would take as long as the
 # kernel itself, so this node calls the kernel and its gradient on views of the pack.
 
-_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)  # private: may go one day
+_kernel_backward = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+HAS_SLICED = _kernel is not None and _kernel_backward is not None
 
 
 class _Sliced(torch.autograd.Function):
@@ -346,6 +352,33 @@ def flex_rule(sample: Tensor, block: Tensor, noise: Tensor):
     return visible
 
 
+def flex_block_mask(layout: PackLayout, device: torch.device) -> Any:
+    """The rule in blocks of 128 x 128: which hold nothing, some or all, worked out ROWS_AT_ONCE rows at a time. The
+    whole matrix of a pack of 36,864 tokens would take gigabytes, and a compiled maker of it another graph.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    padded = layout.padded_length
+    rule, key = flex_rule(*flex_ids(layout, padded, device)), torch.arange(padded, device=device)
+    some, all_of = [], []
+    for first in range(0, padded, ROWS_AT_ONCE):
+        query = torch.arange(first, min(first + ROWS_AT_ONCE, padded), device=device)
+        count = rule(0, 0, query[:, None], key[None]).unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).sum((1, 3))
+        some.append((count > 0) & (count < BLOCK * BLOCK))
+        all_of.append(count == BLOCK * BLOCK)
+    parts = (_ordered(torch.cat(found)) for found in (some, all_of))
+    (count, order), (full_count, full_order) = parts
+    return BlockMask.from_kv_blocks(count, order, full_count, full_order, BLOCK_SIZE=BLOCK, mask_mod=rule)
+
+
+def _ordered(found: Tensor) -> Pair:
+    """(number of blocks, their columns first) of every row, as BlockMask wants them: (1, 1, rows) and (1, 1, rows,
+    columns), int32.
+    """
+    order = found.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(torch.int32)
+    return found.sum(1, dtype=torch.int32)[None, None], order[None, None].contiguous()
+
+
 @lru_cache(maxsize=1)
 def _compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
@@ -355,12 +388,11 @@ def _compiled_flex():
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout) -> Tensor:
     """Flex attention with a block mask of 128, compiled on CUDA; the pack is padded inside this call only."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
     padded = layout.padded_length
     if layout.block_mask is None:
-        rule = flex_rule(*flex_ids(layout, padded, query.device))
-        layout.block_mask = create_block_mask(rule, None, None, padded, padded, device=query.device, BLOCK_SIZE=128)
+        layout.block_mask = flex_block_mask(layout, query.device)
     grow = (0, 0, 0, 0, 0, padded - layout.length)
     query, key, value = (F.pad(x, grow).transpose(0, 1)[None] for x in (query, key, value))
     kernel = _compiled_flex() if query.is_cuda else flex_attention
@@ -474,6 +506,14 @@ class MoTAttention(nn.Module):
         query, key = self.q_norm_moe_gen(self._heads(query)), self.k_norm_moe_gen(self._heads(key))
         return rotate(query, *angles), rotate(key, *angles), self._heads(value)
 
+    def understand(self, x_LD: Tensor, cos_LK: Tensor, signed_sin_LK: Tensor, attend: AttendOne, layer: int) -> Tensor:
+        """The understanding expert alone, without gradients."""
+        query, key, value = (self._heads(project(x_LD)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        both = torch.cat([self.q_norm(query), self.k_norm(key)], dim=1)
+        both = torch.addcmul(both * cos_LK, both.roll(self.head // 2, -1), signed_sin_LK)
+        query, key = both.split([query.shape[1], key.shape[1]], dim=1)
+        return self.o_proj(attend(layer, query, key, value).flatten(1))
+
     def _heads(self, x_LD: Tensor) -> Tensor:
         return x_LD.unflatten(-1, (-1, self.head))
 
@@ -518,6 +558,11 @@ class MoTDecoderLayer(nn.Module):
         gen = gen + self.mlp_moe_gen(self.post_attention_layernorm_moe_gen(gen))
         return und + (thought.detach() if freeze_und else thought), gen
 
+    def understand(self, x: Tensor, cos: Tensor, signed_sin: Tensor, attend: AttendOne, layer: int) -> Tensor:
+        """The understanding expert alone, where no token is generated and no gradient wanted."""
+        x = x + self.self_attn.understand(self.input_layernorm(x), cos, signed_sin, attend, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
 
 class MoTDecoder(nn.Module):
     """Embeddings, layers and the two final norms."""
@@ -543,6 +588,16 @@ class MoTDecoder(nn.Module):
                 und, gen = layer(und, gen, angles, attend, number, freeze_und)
         und = self.norm(und)
         return und.detach() if freeze_und else und, self.norm_moe_gen(gen)
+
+    def understand(self, x_LD: Tensor, position_L: Tensor, attend: AttendOne) -> Tensor:
+        """Hidden states (L, D) of the understanding expert alone before the final norm, without gradients."""
+        cos, sin = rotary_angles(position_L, self.head_width, self.theta)
+        sin[:, : self.head_width // 2].neg_()  # (x1, x2) -> (x1, x2) cos + (x2, x1) signed sin
+        cos, sin = cos[:, None].to(x_LD.dtype), sin[:, None].to(x_LD.dtype)
+        for number, layer in enumerate(self.layers):
+            assert isinstance(layer, MoTDecoderLayer)
+            x_LD = layer.understand(x_LD, cos, sin, attend, number)
+        return x_LD
 
 
 class LanguageModel(nn.Module):
