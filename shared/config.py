@@ -126,6 +126,7 @@ class RunSection(Section):
     dry_run: bool = setting(False, "print the plan (parameters, FLOPs, memory, communication, time) and stop")
     world_size: int | None = setting(None, "ranks to plan for; null: the ranks of this launch", ge=1)
     gpu: str | None = setting(None, "GPU to plan for, such as a100, h100, h200, 4090; null: a100")
+    gpus_per_node: int = setting(8, "GPUs of a node to plan for: above it ranks talk over the network", ge=1)
     plan_table: bool = setting(False, "with dry_run: a table over strategies, micro-batches and up to world_size GPUs")
     time_limit_minutes: float | None = setting(None, "save and stop after this many minutes", gt=0)
     timeout_minutes: float = setting(10.0, "longest wait of one rank for the others, minutes", gt=0)
@@ -153,6 +154,11 @@ class TrainingSection(Section):
     gradient_accumulation_steps: int = setting(
         1, "micro-steps of one optimizer step when global_batch_size is null", "grad_accum", ge=1
     )
+    reduce_each_micro_step: bool = setting(
+        False,
+        "fsdp: scatter gradients in every micro-step (less memory) instead of only in the last (less traffic)",
+    )
+    allow_tf32: bool = setting(True, "fp32 products on a GPU may use TF32: about 8 times faster, 10 bits of mantissa")
     num_epochs: int | None = setting(
         100, "passes over the data; used when total_steps is null", "epochs", "num_train_epochs", ge=1
     )

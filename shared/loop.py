@@ -9,7 +9,7 @@ One optimizer step, in the order in which it happens:
   engine/strategy.py  backward                 gradients; all-reduced over ranks in the last micro-step only
   engine/strategy.py  optimizer_step           norm, clipping and leaving out, then the fused AdamW, all on the device
   SYSTEM              after_step               clamps, such as of a logit scale
-  engine/ema.py       EMA.update               moving average; as the log's numbers, taken in ONE STEP LATER (_Outcome)
+  engine/strategy.py  EMA.update               moving average; as the log's numbers, taken in ONE STEP LATER (_Outcome)
   log.py              RunLog.write             metrics.jsonl and the console, every logging_steps
   SYSTEM              validate, sample         under the averaged weights, on all ranks
   engine/state.py     save_run                 to the checkpoint manager of engine/checkpoint.py: aside, hashed, renamed
@@ -44,11 +44,10 @@ from shared.engine.dist import (
     raise_together,
     same_on_all_ranks,
 )
-from shared.engine.ema import EMA
 from shared.engine.parallel import make_strategy
 from shared.engine.preflight import claimed, compare_ranks
 from shared.engine.state import RunState, checkpoint_folder_name, resume, save_again, save_run
-from shared.engine.strategy import StepInfo, Strategy, check_gradients_agree, choose_precision
+from shared.engine.strategy import EMA, StepInfo, Strategy, check_gradients_agree, choose_precision
 from shared.errors import UserError, write_text
 from shared.log import RunLog
 from shared.optim import decay_groups, lr_at

@@ -52,8 +52,8 @@ class FSDP(Strategy):
             for module in self.module.modules():
                 for name, buffer in list(module.named_buffers(recurse=False)):
                     module._buffers[name] = buffer.to(self.info.device)
-        else:
-            self.module.to(self.info.device)
+        # fully_shard moves the weights of its unit to the device and keeps this rank's part, one unit after another:
+        # the device never holds the whole model.
         # Reshard after every forward, the root's too: swapped weights must not be seen in a stale gathered copy.
         on_gpu = self.info.device.type == "cuda"
         offload = CPUOffloadPolicy(pin_memory=on_gpu) if self.cpu_offload else OffloadPolicy()
@@ -63,7 +63,8 @@ class FSDP(Strategy):
     @contextlib.contextmanager
     def micro_step(self, is_last: bool) -> Iterator[None]:
         assert isinstance(self.module, FSDPModule)
-        self.module.set_requires_gradient_sync(is_last)
+        # Without the sync a rank keeps whole fp32 gradients until the last micro-step: fewer bytes sent, more held.
+        self.module.set_requires_gradient_sync(is_last or self.training.reduce_each_micro_step)
         self.module.set_is_last_backward(is_last)
         yield
 

@@ -33,8 +33,7 @@ from shared.engine.checkpoint import (
     read_manifest,
 )
 from shared.engine.dist import from_main, raise_together
-from shared.engine.ema import EMA
-from shared.engine.strategy import MOMENTS, Strategy
+from shared.engine.strategy import EMA, MOMENTS, Strategy
 from shared.errors import CheckpointError, UserError
 
 
