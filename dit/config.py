@@ -10,13 +10,27 @@ from shared.config import RunSection, Section, TrainingSection, setting
 PRESETS = Path(__file__).parent / "configs"
 SAMPLE_DATA = Path(__file__).parent / "sample_data" / "CUB_200_2011"
 FLOW_SAMPLERS = ("euler", "heun", "midpoint", "rk4", "dopri5", "sde")
+Layout = Literal["coco", "cub", "custom", "scenes"]
 NOISE_SAMPLERS = ("ddim", "dpmpp_2m", "dpmpp_2m_karras", "ddpm")
+
+
+_NOT_FOR_SCENES = {
+    "num_samples": "the number of drawings is data.drawings",
+    "crop": "scenes are composed at their size",
+    "flip": "a mirrored scene would contradict its sentence",
+    "caption_source": "sentences come from the scenes' ground truth",
+    "use_bbox": "drawings are cut out of their ground",
+    "val_fraction": "what is held out is chosen by unseen_share",
+    "cache_dir": "they are composed anew in every epoch, and a cache would hold one",
+}
 
 
 class DataConfig(Section):
     """Pictures with captions."""
 
-    dataset_name: Literal["coco", "cub", "custom"] = setting("coco", "layout of the data on disk", "datasets")
+    dataset_name: Layout = setting(
+        "coco", "layout of the data on disk; scenes: composed on the fly from the drawings of a folder", "datasets"
+    )
     dataset_path: str | None = setting(
         None, "folder, or .tar pattern for custom; sample: the pictures that ship with dit/", "data_root", "data_dir"
     )
@@ -37,11 +51,32 @@ class DataConfig(Section):
     val_fraction: float = setting(
         0.0, "share held out by hash of the name where the data have no split of their own", ge=0, lt=1
     )
+    drawings: int | None = setting(
+        16, "scenes: use so many drawings, chosen by hash of name and subset_seed; null: all", fixed=True, ge=1
+    )
+    scene_kinds: list[Literal["one", "two"]] = setting(
+        ["one"], "scenes: one object at a place, two with a relation; drawn from evenly", fixed=True
+    )
+    unseen_share: float = setting(
+        0.1, "scenes: share of the combinations that are never trained, chosen by hash", fixed=True, ge=0, lt=1
+    )
     on_error: Literal["skip", "raise"] = setting("skip", "missing or broken pictures: skip and list them, or stop")
     keep_in_memory: bool = setting(False, "keep decoded pictures in memory (small sets)")
     cache_dir: str | None = setting(
         None, "folder written by precompute.py; replaces the frozen encoders during training"
     )
+
+    @model_validator(mode="after")
+    def _scenes_are_composed(self) -> "DataConfig":
+        """What has no meaning for scenes is refused, not ignored."""
+        if self.dataset_name != "scenes":
+            return self
+        for name, why in _NOT_FOR_SCENES.items():
+            if getattr(self, name) != type(self).model_fields[name].default and (name, self[name]) != ("flip", 0):
+                raise ValueError(f"{name} {self[name]} does nothing with dataset_name scenes: {why}; leave it out")
+        if not self.scene_kinds:
+            raise ValueError("scene_kinds is empty; use some of one, two")
+        return self
 
 
 class ModelConfig(Section):
@@ -101,10 +136,10 @@ class ModelConfig(Section):
 class VaeConfig(Section):
     """Pictures to latents."""
 
-    type: Literal["sd", "patches", "pixels", "pool"] = setting(
+    type: Literal["sd", "conv", "patches", "pixels", "pool"] = setting(
         "sd",
-        "sd: AutoencoderKL; patches: a small one trained here on the training pictures; pixels: none; pool: 8x "
-        "averages, for tests",
+        "sd: AutoencoderKL; conv: a small convolutional one, trained first in the same run; patches: principal "
+        "components of patches, fitted here; pixels: none; pool: 8x averages, for tests",
         fixed=True,
     )
     pretrained_model_name: str = setting(
@@ -118,7 +153,9 @@ class VaeConfig(Section):
     latent_stats: str | None = setting(
         None, "safetensors with mean and std per channel in place of the single factor", fixed=True
     )
-    patch: int = setting(8, "patches: pixels per latent cell side", fixed=True, ge=1)
+    patch: int = setting(8, "patches, conv: pixels per latent cell side", fixed=True, ge=1)
+    steps: int = setting(1400, "conv: optimizer steps of its own training", fixed=True, ge=1)
+    width: int = setting(32, "conv: channels at half the picture's size; doubled with every halving", fixed=True, ge=4)
     decoder_steps: int = setting(
         300, "patches: training steps of the decoder; 0: the linear decoder alone", fixed=True, ge=0
     )
@@ -134,6 +171,9 @@ class TextConfig(Section):
         "openai/clip-vit-base-patch32", "clip: local folder or hub id", "text_encoder_path"
     )
     local_files_only: bool = setting(False, "never download")
+    context: bool = setting(
+        False, "hash: every word carries a trace of its neighbours, so that the order of words counts", fixed=True
+    )
 
 
 class DiffusionConfig(Section):
@@ -170,6 +210,8 @@ class DiffusionConfig(Section):
 class FlowConfig(Section):
     """Rectified flow; t = 0 is noise, t = 1 is data."""
 
+    retired: ClassVar[dict[str, Any]] = {"path": "linear", "loss_weight": "none"}  # in files of earlier runs
+
     timestep_sampling: Literal["uniform", "logit_normal"] = setting("uniform", "distribution of the training times")
     logit_mean: float = setting(0.0, "logit_normal: mean; below 0 favours noise")
     logit_std: float = setting(1.0, "logit_normal: standard deviation", gt=0)
@@ -177,21 +219,26 @@ class FlowConfig(Section):
     time_scale: float = setting(
         1000.0, "what t is multiplied by before the model sees it; 1 reproduces SiT", fixed=True, gt=0
     )
-    path: Literal["linear", "gvp", "vp"] = setting("linear", "linear, or SiT's other paths", fixed=True)
-    prediction: Literal["velocity", "noise", "score", "clean"] = setting(
-        "velocity", "what the model predicts", fixed=True
-    )
-    loss_weight: Literal["none", "velocity", "likelihood"] = setting(
-        "none", "noise and score predictions: SiT's weighting"
-    )
+    prediction: Literal["velocity", "clean"] = setting("velocity", "what the model predicts", fixed=True)
     contrastive: float = setting(
         0.0, "weight of the term that leads away from another sample's velocity; 0.05 is usual", ge=0, lt=1
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_retired(cls, tree: Any) -> Any:
+        """Runs of earlier versions name these settings; their only value of use was the default."""
+        if not isinstance(tree, dict):
+            return tree
+        for name, value in cls.retired.items():
+            if name in tree and tree[name] != value:
+                raise ValueError(f"{name} {tree[name]} is no longer offered: no public weights use it; leave it out")
+        return {name: value for name, value in tree.items() if name not in cls.retired}
+
     @field_validator("shift")
     @classmethod
     def _positive(cls, value: float | str) -> float | str:
-        if value != "auto" and not value > 0:
+        if isinstance(value, float) and not value > 0:
             raise ValueError("must be above 0, or auto")
         return value
 
@@ -212,13 +259,12 @@ class TrainingConfig(TrainingSection):
     sample_every_n_epochs: int | None = setting(None, "epochs between sample grids, in place of sample_steps", ge=1)
     sample_prompts: list[str] = setting([], "captions of the sample grid; none: the first held-out captions")
     eval_samples: int = setting(256, "held-out pictures of an evaluation", ge=1)
-    gradient_checkpointing: bool | int = setting(
+    gradient_checkpointing: bool | int = setting(  # type: ignore[assignment]  # wider than the loop's, which hands it on
         False, "recompute blocks in the backward pass to save memory: all, or with a number every so-manieth"
     )
     num_workers: int = setting(4, "loader processes per rank", "workers", ge=0)
     drop_last: bool = setting(True, "leave out the tail of an epoch that fills no batch")
     persistent_workers: bool = setting(True, "loader processes live on over epochs; false is refused, they always do")
-    allow_tf32: bool = setting(True, "TF32 matrix products on GPUs")
 
     @field_validator("save_every_n_epochs", "eval_every_n_epochs", "sample_every_n_epochs", mode="before")
     @classmethod
@@ -272,12 +318,16 @@ class Config(Section):
             and self.diffusion.prediction_type == "v_prediction"
         ):
             raise ValueError("model.learn_sigma works with prediction_type epsilon or sample")
+        if self.vae.type == "conv" and (self.vae.patch < 2 or self.vae.patch & (self.vae.patch - 1)):
+            raise ValueError(f"vae.patch {self.vae.patch}: vae.type conv halves, so a power of two from 2 is wanted")
         if self.data.image_size % (self.vae_factor * self.model.patch_size):
             raise ValueError(
                 f"data.image_size {self.data.image_size} must be a multiple of "
                 f"{self.vae_factor * self.model.patch_size} "
                 f"(latent cell {self.vae_factor} px x patch_size {self.model.patch_size})"
             )
+        if self.data.dataset_name == "scenes" and self.model.num_classes:
+            raise ValueError("model.num_classes: scenes carry sentences, not classes; leave it out")
         samplers = {"ddpm": NOISE_SAMPLERS, "flow": FLOW_SAMPLERS}[self.diffusion.objective]
         if self.sample.sampler not in ("auto", *samplers):
             raise ValueError(
@@ -291,7 +341,7 @@ class Config(Section):
     @property
     def vae_factor(self) -> int:
         """Pixels per latent cell side."""
-        return {"sd": 8, "pool": 8, "pixels": 1, "patches": self.vae.patch}[self.vae.type]
+        return {"sd": 8, "pool": 8, "pixels": 1, "patches": self.vae.patch, "conv": self.vae.patch}[self.vae.type]
 
     @property
     def latent_side(self) -> int:
@@ -357,7 +407,7 @@ def translate_guide(tree: dict[str, Any]) -> dict[str, Any]:
 # Settings of generate.py, metrics.py and precompute.py. No torch import, so --help is quick.
 
 
-METRICS = ("loss", "caption", "recon", "vae", "colour", "memory", "fid", "clip")
+METRICS = ("scenes", "loss", "caption", "recon", "vae", "colour", "memory", "fid", "clip")
 
 
 class GenerateOptions(Section):
@@ -398,7 +448,9 @@ class MetricsOptions(Section):
 
     checkpoint: str = setting("", "run folder or checkpoint folder")
     output: str | None = setting(None, "JSON file; null: metrics.json in the run folder", "out")
-    metrics: str = setting("loss,caption,recon,vae,colour,memory", f"comma-separated, of {', '.join(METRICS)}")
+    metrics: str = setting(
+        "auto", f"comma-separated, of {', '.join(METRICS)}; auto: those that need no download and fit the data"
+    )
     split: Literal["val", "train"] = setting("val", "pictures to measure on")
     num: int = setting(256, "pictures at most", ge=2)
     data_root: str | None = setting(None, "data folder in place of the trained-with one", "dataset_path")

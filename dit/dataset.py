@@ -1,6 +1,8 @@
 """Pictures with captions as training samples. Everything random about a sample follows from (seed, epoch, index)."""
 
 import hashlib
+import io
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -12,16 +14,17 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from dit.config import SAMPLE_DATA, Config, DataConfig
-from dit.data.images import crop_to_box, decode, to_square, unit
-from dit.data.readers import FileItems, Item, ShardItems, read
+from dit.config import SAMPLE_DATA, Config, DataConfig, Layout
+from dit.data.readers import Item, Items, read
+from dit.data.scenes import SceneDataset
 from shared.errors import BadSample, UserError
-from shared.media.pictures import to_pixels
+from shared.media.pictures import as_rgb, to_pixels
 from shared.rng import keyed_generator
 
 _AUGMENT, _SUBSET = 11, 12  # random streams
 _SIDES = ("left", "right", "leftward", "rightward", "leftwards", "rightwards")
 _WORDS = re.compile("[a-z]+")
+Crop = tuple[int, int, int, int]  # top, left of the window; height, width of the resized picture it was cut from
 
 
 class TextImageDataset(Dataset):
@@ -31,7 +34,7 @@ class TextImageDataset(Dataset):
 
     def __init__(
         self,
-        dataset_name: str = "coco",
+        dataset_name: Layout = "coco",
         dataset_path: str | Path | None = None,
         image_size: int = 256,
         num_samples: int | None = None,
@@ -51,6 +54,8 @@ class TextImageDataset(Dataset):
             )
         self.settings, self.is_train, self.seed = settings, is_train, seed
         self.num_classes, self.tokenize = num_classes, tokenize
+        if settings.dataset_name == "scenes":
+            raise UserError("dataset_name scenes is opened with TextImageDataset.from_config, not by the constructor")
         if settings.dataset_path is None:
             raise UserError(
                 "data.dataset_path is not set; give the folder of the pictures with --data-root (or --data-root sample)"
@@ -69,8 +74,10 @@ class TextImageDataset(Dataset):
         self._memory: dict[int, Image.Image] = {}
 
     @classmethod
-    def from_config(cls, config: Config, *, is_train: bool, tokenize: Callable | None = None) -> "TextImageDataset":
-        """The data set of a run."""
+    def from_config(cls, config: Config, *, is_train: bool, tokenize: Callable | None = None) -> Any:
+        """The data set of a run: one of these, or a SceneDataset, which has the same methods."""
+        if config.data.dataset_name == "scenes":
+            return SceneDataset.from_config(config, is_train=is_train, tokenize=tokenize)
         return cls(
             settings=config.data,
             is_train=is_train,
@@ -153,11 +160,12 @@ class TextImageDataset(Dataset):
         return image
 
     def _label(self, item: Item) -> int:
+        assert self.num_classes is not None  # asked for by class-conditional runs
         if item.label is None or not 0 <= item.label < self.num_classes:
             raise BadSample(f"{item.id}: class {item.label} is not in 0 .. {self.num_classes - 1} (model.num_classes)")
         return item.label
 
-    def _subset(self, items: FileItems | ShardItems) -> FileItems | ShardItems:
+    def _subset(self, items: Items) -> Items:
         wanted = self.settings.num_samples
         if wanted is None or not self.is_train:
             return items
@@ -192,3 +200,62 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _steady(crop: str) -> str:
     return "resize" if crop == "resize" else "center"
+
+
+# --- picture files to squares ----------------------------------------------------------------------------------------
+
+
+def decode(data: bytes, name: str) -> Image.Image:
+    """RGB picture: turned upright by EXIF, transparency laid on white, 16 bits scaled to 8. BadSample if broken."""
+    try:
+        return as_rgb(Image.open(io.BytesIO(data)))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadSample(f"{name}: not a readable picture ({error})") from None
+
+
+def crop_to_box(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
+    """The square, clipped to the picture, of which a box (x, y, width, height; pixels) fills three quarters a side."""
+    x, y, width, height = box
+    side = max(width, height) / 0.75
+    left, top = x + width / 2 - side / 2, y + height / 2 - side / 2
+    window = (
+        max(0, round(left)),
+        max(0, round(top)),
+        min(image.width, round(left + side)),
+        min(image.height, round(top + side)),
+    )
+    return image.crop(window) if window[2] > window[0] and window[3] > window[1] else image
+
+
+def to_square(
+    image: Image.Image, size: int, *, crop: str = "center", draw: Callable[[], float] = lambda: 0.5
+) -> tuple[Image.Image, Crop]:
+    """A size x size picture and where it lay.
+
+    center: the ADM rule (Dhariwal and Nichol 2021): halve by BOX while the shorter side is at least twice the size,
+    BICUBIC to the size, cut the centre. random: the same, any window. random_resized: a square of 80 to 100 % of the
+    area. resize: no cutting. draw() gives uniform numbers in [0, 1) for the random ones.
+    """
+    if crop == "resize":
+        return image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=None), (0, 0, size, size)
+    if crop == "random_resized":
+        side = min(image.size) * math.sqrt(0.8 + 0.2 * draw())
+        left, top = draw() * (image.width - side), draw() * (image.height - side)
+        scale = size / side
+        where = (round(top * scale), round(left * scale), round(image.height * scale), round(image.width * scale))
+        return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)), where
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    spare_x, spare_y = image.width - size, image.height - size
+    if crop == "random":
+        left, top = int(draw() * (spare_x + 1)), int(draw() * (spare_y + 1))
+    else:
+        left, top = spare_x // 2, spare_y // 2
+    return image.crop((left, top, left + size, top + size)), (top, left, image.height, image.width)
+
+
+def unit(pixels: Tensor) -> Tensor:
+    """float32 in [-1, 1] from uint8; what is float already is in that range and stays."""
+    return pixels if pixels.is_floating_point() else pixels.float().div_(127.5).sub_(1.0)

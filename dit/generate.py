@@ -11,7 +11,7 @@ number of ranks.
 import json
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -29,11 +29,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from dit.config import Config, DataConfig
-from dit.data.images import grid, to_uint8
 from dit.data.readers import read
 from dit.dataset import TextImageDataset
-from dit.sampling.drawing import Drawing, draw_latents
-from dit.weights.open import Trained, condition_of, load_trained, saved_settings
+from dit.modules.text import condition_of
+from dit.sampling.drawing import Drawing, draw_latents, grid, to_uint8
+from dit.weights.open import Trained, load_trained, saved_settings
 from shared.engine.dist import DistInfo, barrier, gather_objects, init_distributed, shutdown
 from shared.metrics import colour_caption
 from shared.rng import keyed_generator
@@ -44,7 +44,7 @@ _DRAW = 41  # random stream
 class Request(NamedTuple):
     """One picture to draw."""
 
-    index: int
+    number: int
     text: str
     label: int | None
     seed: int
@@ -60,11 +60,12 @@ def requests(options: GenerateOptions, config: Config) -> list[Request]:
         raise UserError("this model is not class-conditional: give --prompt")
     if classes is not None and (any(sources[:3]) or options.negative is not None):
         raise UserError("this model is class-conditional: give --labels, without --prompt and --negative")
-    if strange := [label for label in options.labels if not 0 <= label < classes]:
-        raise UserError(f"--labels {strange[0]}: the model knows the classes 0 to {classes - 1}")
+    known = range(classes or 0)
+    if strange := [label for label in options.labels if label not in known]:
+        raise UserError(f"--labels {strange[0]}: the model knows the classes 0 to {len(known) - 1}")
     if not any(sources) and classes is None:
         wanted: list[tuple[str, int | None]] = [(text, None) for text in held_out_captions(config)]
-    elif not any(sources) or options.labels:
+    elif classes is not None:
         wanted = [(f"class {label}", label) for label in options.labels or range(min(16, classes))]
     else:
         wanted = [(text, None) for text in _texts(options)]
@@ -93,8 +94,9 @@ def _texts(options: GenerateOptions) -> list[str]:
         kind, separator, path = options.captions.partition(":")
         if not separator or kind not in ("coco", "cub", "custom"):
             raise UserError(f"--captions {options.captions}: expected coco:PATH, cub:PATH or custom:PATH")
-        settings = DataConfig(dataset_name=kind, dataset_path=path, image_size=64)
+        settings = DataConfig.model_validate({"dataset_name": kind, "dataset_path": path, "image_size": 64})
         return [item.captions[0] for item in read(settings, Path(path), is_train=False).items]
+    assert options.prompts is not None  # one of the three is given
     return _prompts_of(Path(options.prompts))
 
 
@@ -184,7 +186,7 @@ def write_folder(
     folder.mkdir(parents=True, exist_ok=True)
     if pictures is not None:
         for request, picture in zip(mine, pictures, strict=True):
-            Image.fromarray(picture).save(folder / f"{request.index:06d}.png")
+            Image.fromarray(picture).save(folder / f"{request.number:06d}.png")
     everything = gather_objects(
         [
             (request, latents[row].numpy(), None if pictures is None else pictures[row])
@@ -194,12 +196,12 @@ def write_folder(
         else [(request, None, None) for request in mine]
     )
     if info.is_main:
-        rows = sorted((row for part in everything for row in part), key=lambda row: row[0].index)
+        rows = sorted((row for part in everything for row in part), key=lambda row: row[0].number)
         settings = options.model_dump(exclude={"prompt", "prompts", "captions", "labels", "output"})
         lines = [
             json.dumps(
                 {
-                    "file": f"{request.index:06d}.png",
+                    "file": f"{request.number:06d}.png",
                     "prompt": request.text,
                     "label": request.label,
                     "seed": request.seed,
@@ -230,13 +232,18 @@ def main(argv: list[str] | None = None) -> None:
         options.checkpoint, device=info.device, use_ema=options.ema, vae=options.vae, text_encoder=options.text_encoder
     )
     mine = wanted[info.rank :: info.world]
-    nothing: tuple[Any, Any] = (torch.zeros(0), np.zeros((0, 1, 1, 3), np.uint8))
+    nothing: tuple[torch.Tensor, np.ndarray | None] = (torch.zeros(0), np.zeros((0, 1, 1, 3), np.uint8))
     latents, pictures = draw(trained, mine, options, info.device) if mine else nothing
     output = Path(options.output)
     if output.suffix.lower() == ".png":
         if options.latents_only:
             raise UserError("--latents-only writes a folder; give an --output that does not end in .png")
-        parts = gather_objects([(request.index, picture) for request, picture in zip(mine, pictures, strict=True)])
+        parts = gather_objects(
+            [
+                (request.number, picture)
+                for request, picture in zip(mine, [] if pictures is None else pictures, strict=True)
+            ]
+        )
         if info.is_main:
             ordered = [
                 picture for _, picture in sorted((pair for part in parts for pair in part), key=lambda pair: pair[0])

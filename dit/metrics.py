@@ -2,8 +2,8 @@
 
   python dit/metrics.py --checkpoint outputs/dit --output outputs/dit/metrics.json
   python dit/metrics.py --checkpoint OUT --metrics loss,caption,fid --inception-weights FILE.pth
-loss, caption, recon, vae, colour and memory need no download. fid (with KID, precision, recall) needs the Inception
-weights, clip a CLIP model; both say what to provide.
+scenes, loss, caption, recon, vae, colour and memory need no download; scenes counts what is right in drawn scenes. fid
+(with KID, precision, recall) needs the Inception weights, clip a CLIP model; both say what to provide.
 """
 
 import json
@@ -25,16 +25,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit.data.images import grid, to_uint8, unit
-from dit.dataset import TextImageDataset
+from dit.data.scenes import SceneDataset
+from dit.dataset import TextImageDataset, unit
 from dit.evaluation import fid
-from dit.evaluation.held_out import errors, held_out_noise, paired_p, prepare
-from dit.sampling.drawing import Drawing, draw_pictures
-from dit.weights.open import Trained, condition_of, load_trained
+from dit.evaluation.fid import psnr, ssim
+from dit.evaluation.held_out import errors, held_out_noise, prepare
+from dit.evaluation.scenes import scene_bars, scene_figures, scene_grid
+from dit.modules.text import condition_of
+from dit.sampling.drawing import Drawing, draw_pictures, grid, to_uint8
+from dit.weights.open import Trained, load_trained
 from shared.engine.dist import DistInfo, init_distributed
 from shared.errors import write_text
-from shared.metrics import agreement
+from shared.media.inception import inception
+from shared.metrics import (
+    agreement,
+    clip_score,
+    frechet_distance,
+    kernel_distance,
+    paired_p,
+    picture_features,
+    precision_recall,
+)
 from shared.report.page import Bar, Sample, write_report
+
+OF_PICTURES = ["loss", "caption", "recon", "vae", "colour", "memory"]  # what --metrics auto measures
+OF_SCENES = ["scenes", "loss", "caption", "recon", "vae"]
 
 
 class Measurement:
@@ -45,13 +60,12 @@ class Measurement:
         data = trained.config.data.model_copy(
             update={"dataset_path": options.data_root or trained.config.data.dataset_path, "cache_dir": None}
         )
-        classes, seed = trained.config.model.num_classes, trained.config.run.seed
-        self.training_set = TextImageDataset(settings=data, is_train=True, seed=seed, num_classes=classes)
-        measured = (
-            self.training_set
-            if options.split == "train"
-            else TextImageDataset(settings=data, is_train=False, seed=seed, num_classes=classes)
+        config = trained.config.model_copy(update={"data": data})
+        self.training_set = TextImageDataset.from_config(config, is_train=True)
+        self.measured = (
+            self.training_set if options.split == "train" else TextImageDataset.from_config(config, is_train=False)
         )
+        measured = self.measured
         if len(measured) < 2:
             raise UserError(
                 f"--split {options.split}: {len(measured)} pictures; set data.val_fraction when training, or use "
@@ -86,6 +100,7 @@ class Measurement:
             "shuffled_cost_percent": 100 * (shuffled.mean() / right.mean() - 1).item(),
             "p": paired_p((shuffled - right).mean(0)),
             "null_cost_percent": 100 * (null.mean() / right.mean() - 1).item(),
+            "null_p": paired_p((null - right).mean(0)),
         }
         if self.trained.text_encoder is not None:
             condition = condition_of(self.held.prompts, None, self.trained.text_encoder, self.info.device)
@@ -120,14 +135,21 @@ class Measurement:
             )
             found[str(round(level, 4))] = {
                 "latent_mse": (clean - held.latents).square().mean().item(),
-                "psnr": _psnr(self._decode(clean), held.images),
+                "psnr": psnr(self._decode(clean), held.images),
             }
         return found
 
     def vae(self) -> dict:
         """Round trip through the codec: the ceiling of any result."""
         back = self._decode(self.held.latents)
-        return {"psnr": _psnr(back, self.held.images), "ssim": _ssim(back, self.held.images)}
+        return {"psnr": psnr(back, self.held.images), "ssim": ssim(back, self.held.images)}
+
+    def scenes(self) -> dict:
+        """What is right in drawn scenes: object, ground, place, size; squared error and seams against the true ones."""
+        if not isinstance(self.measured, SceneDataset):
+            raise UserError("--metrics scenes: this run's pictures are not composed, so nobody knows what is right")
+        config = self.trained.config
+        return scene_figures(self.measured, self.drawn, config.vae_factor * config.model.patch_size)
 
     def colour(self) -> dict:
         """Whether drawn pictures show the colours of their captions; the real pictures' figure is the ceiling."""
@@ -139,8 +161,8 @@ class Measurement:
     def memory(self) -> dict:
         """Distance of drawn pictures to the nearest training picture; far below that of held-out ones: memorised."""
         count = min(len(self.training_set), 2048)
-        seen = [self.training_set.sample(index, 0, flip=False)["image"] for index in range(count)]
-        seen = unit(torch.stack(seen)).flatten(1)
+        samples = [self.training_set.sample(index, 0, flip=False)["image"] for index in range(count)]
+        seen = unit(torch.stack(samples)).flatten(1)
         seen = torch.cat([seen, seen.unflatten(1, self.held.images.shape[1:]).flip(3).flatten(1)])
         drawn = torch.from_numpy(self.drawn).permute(0, 3, 1, 2).float().flatten(1) / 127.5 - 1
         scale = seen.shape[1] ** 0.5
@@ -153,13 +175,15 @@ class Measurement:
     def fid(self) -> dict:
         """Frechet and kernel distance, precision and recall of drawn against held-out pictures."""
         random = self.options.features == "random"
-        network = fid.RandomFeatures() if random else fid.inception(self.options.inception_weights)
+        network = fid.RandomFeatures() if random else inception(self.options.inception_weights)
         real = to_uint8(self.held.images)
-        made, true = (fid.features(network, pictures, device=self.info.device) for pictures in (self.drawn, real))
-        precision, recall = fid.precision_recall(made, true)
+        made, true = (
+            picture_features(network, list(pictures), device=self.info.device) for pictures in (self.drawn, real)
+        )
+        precision, recall = precision_recall(made, true)
         return {
-            "fid": fid.frechet_distance(made, true),
-            "kid": fid.kernel_distance(made, true, subset=min(1000, len(made))),
+            "fid": frechet_distance(made, true),
+            "kid": kernel_distance(made, true, subset=min(1000, len(made))),
             "precision": precision,
             "recall": recall,
             "pictures": len(made),
@@ -171,13 +195,7 @@ class Measurement:
 
     def clip(self) -> dict:
         """Mean of max(100 cos(picture, caption), 0), and how often the right caption comes first of all."""
-        from shared.metrics import clip_score
-
-        if self.options.clip_path is None:
-            raise UserError(
-                "--clip-path is not set; give a CLIP model, such as a local copy of openai/clip-vit-large-patch14"
-            )
-        return clip_score(self.drawn, self.held.prompts, self.options.clip_path, device=self.info.device)
+        return clip_score(list(self.drawn), self.held.prompts, self.options.clip_path, device=self.info.device)
 
     @property
     def drawn(self) -> np.ndarray:
@@ -233,6 +251,13 @@ class Measurement:
 def report(measurement: Measurement, found: dict, options: MetricsOptions, run_folder: Path) -> None:
     """The run's report with its bars, a grid of drawn pictures and the true ones beside it."""
     held, samples, bars = measurement.held, [], []
+    folder = run_folder / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    composed = isinstance(measurement.measured, SceneDataset)
+    if composed:
+        samples.append(scene_grid(measurement.measured, measurement.drawn, folder / "scenes.png"))
+    if "scenes" in found:
+        bars += scene_bars(measurement.measured, found["scenes"], found.get("caption", {}))
     if "loss" in found:
         bars.append(Bar("held-out loss / constant predictor's", found["loss"]["ratio"], 0.35, "at most", baseline=1.0))
     if "caption" in found:
@@ -249,16 +274,15 @@ def report(measurement: Measurement, found: dict, options: MetricsOptions, run_f
                 note=f"p {drawn['p']:.4f}; real pictures {real['own']:.3f}",
             )
         )
-    folder = run_folder / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
-    count = min(24, len(held.images))
-    drawn, real = measurement.drawn[:count], to_uint8(held.images[:count])
-    grid(drawn, columns=8, enlarge=2).save(folder / "drawn.png")
-    grid(real, columns=8, enlarge=2).save(folder / "real.png")
-    samples.append(
-        Sample(folder / "drawn.png", f"drawn for held-out captions: {'; '.join(held.prompts[:8])}; ...", "drawn")
-    )
-    samples.append(Sample(folder / "real.png", "the held-out pictures of the same captions", "real"))
+    if not composed:
+        count = min(24, len(held.images))
+        drawn, real = measurement.drawn[:count], to_uint8(held.images[:count])
+        grid(drawn, columns=8, enlarge=2).save(folder / "drawn.png")
+        grid(real, columns=8, enlarge=2).save(folder / "real.png")
+        samples.append(
+            Sample(folder / "drawn.png", f"drawn for held-out captions: {'; '.join(held.prompts[:8])}; ...", "drawn")
+        )
+        samples.append(Sample(folder / "real.png", "the held-out pictures of the same captions", "real"))
     summary = {
         f"{name}.{key}": value
         for name, group in found.items()
@@ -284,17 +308,21 @@ def main(argv: list[str] | None = None) -> dict:
     options = load_config(MetricsOptions, argv=argv, description=__doc__)
     if not options.checkpoint:
         raise UserError("--checkpoint is not set; give the folder of a training run")
-    wanted = [name.strip() for name in options.metrics.split(",") if name.strip()]
+    auto = options.metrics == "auto"
+    wanted = [] if auto else [name.strip() for name in options.metrics.split(",") if name.strip()]
     unknown = [name for name in wanted if name not in METRICS]
     if unknown:
         raise UserError(f"--metrics {unknown[0]}: use some of {', '.join(METRICS)}")
     if "fid" in wanted and options.features == "inception":
-        fid.inception(options.inception_weights)  # refused before anything is computed
+        inception(options.inception_weights)  # refused before anything is computed
     info = init_distributed(options.device)
     trained = load_trained(
         options.checkpoint, device=info.device, use_ema=options.ema, vae=options.vae, text_encoder=options.text_encoder
     )
     measurement = Measurement(trained, options, info)
+    if auto:
+        wanted = OF_SCENES if isinstance(measurement.measured, SceneDataset) else OF_PICTURES
+        wanted = [name for name in wanted if name != "caption" or measurement.held.condition]
     found = {name: getattr(measurement, name)() for name in wanted}
     run_folder = trained.folder.parent.parent if trained.folder.parent.name == "checkpoints" else trained.folder
     about = {
@@ -318,16 +346,6 @@ def main(argv: list[str] | None = None) -> dict:
             )
         )
     return found
-
-
-def _psnr(found: Tensor, wanted: Tensor) -> float:
-    return (10 * torch.log10(4 / (found - wanted.to(found.device)).square().mean().clamp_min(1e-12))).item()
-
-
-def _ssim(found: Tensor, wanted: Tensor) -> float:
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    return float(structural_similarity_index_measure(found, wanted.to(found.device), data_range=2.0))
 
 
 if __name__ == "__main__":

@@ -23,14 +23,13 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from dit.data.cache import VERSION, as_json, cache_settings, file_digest, text_settings
-from dit.data.images import unit
-from dit.dataset import TextImageDataset
-from dit.modules.text import make_text_encoder
-from dit.modules.vae import make_vae
-from dit.weights.open import CODEC_FILE, load_codec
+from dit.dataset import TextImageDataset, unit
+from dit.modules.text import CaptionEncoder, make_text_encoder
+from dit.modules.vae import CODEC_FILE, Codec
+from dit.weights.open import load_codec, make_vae
 from shared.engine.dist import DistInfo, barrier, init_distributed, raise_together, shutdown
 from shared.errors import remove_parts, write_text, written_aside
 
@@ -41,15 +40,17 @@ def write_shard(
     number: int,
     rows: range,
     dataset: TextImageDataset,
-    codec: nn.Module,
-    encoder: nn.Module | None,
+    codec: Codec,
+    encoder: CaptionEncoder | None,
     options: PrecomputeOptions,
     device: torch.device,
 ) -> dict:
     """Encode and write the files of one shard; returns its line of the manifest."""
     cache, folder = options.cache, Path(options.cache.out)
     variants, crops = [], []
-    plan = [(0, False), (0, True)] if cache.mirrored else [(0, False)]  # (epoch, flip) of every variant
+    plan: list[tuple[int, bool | None]] = (
+        [(0, False), (0, True)] if cache.mirrored else [(0, False)]
+    )  # (epoch, flip) of every variant
     if cache.crops:
         plan = [(crop, None) for crop in range(cache.crops)]
     for epoch, flip in plan:
@@ -68,11 +69,12 @@ def write_shard(
         files[f"text_{number:05d}.safetensors"] = encode_captions(
             [item.captions for item in items], encoder, DTYPES[cache.dtype]
         )
-    line = {"file": f"latents_{number:05d}.safetensors", "count": len(items), "sha256": {}}
+    digests = {}
     for name, tensors in files.items():
         with written_aside(folder / name) as temporary:
             save_file(tensors, temporary)
-            line["sha256"][name] = file_digest(temporary)
+            digests[name] = file_digest(temporary)
+    line = {"file": f"latents_{number:05d}.safetensors", "count": len(items), "sha256": digests}
     listing = [
         json.dumps({"id": item.id, "captions": item.captions, "crop": crop}, ensure_ascii=False) + "\n"
         for item, crop in zip(items, crops, strict=True)
@@ -82,7 +84,7 @@ def write_shard(
     return line
 
 
-def encode_captions(captions: list[tuple[str, ...]], encoder: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+def encode_captions(captions: list[tuple[str, ...]], encoder: CaptionEncoder, dtype: torch.dtype) -> dict[str, Tensor]:
     """States of real tokens only, end to end, with the place of every caption."""
     texts = [text for group in captions for text in group]
     owners = [item for item, group in enumerate(captions) for _ in group]
@@ -119,7 +121,7 @@ def write_cache(options: PrecomputeOptions, info: DistInfo) -> None:
         )
     dataset = TextImageDataset.from_config(options, is_train=True)
     codec = make_vae(options)
-    if hasattr(codec, "fit"):
+    if codec.learns:
         if cache.codec is None:
             raise UserError(
                 f"vae.type {options.vae.type} learns from the pictures; give the folder of a run that fitted it with "

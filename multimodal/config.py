@@ -1,15 +1,29 @@
 """Settings of the image, text and audio model. One documented line a field. No torch import, so --help is quick."""
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from shared.config import RunSection, Section, TrainingSection, setting
 
 PRESETS = Path(__file__).parent / "configs"
 SAMPLE_DATA = Path(__file__).parent / "sample_data"
-DATASETS = ("coco", "clotho", "audiocaps", "voxceleb", "jsonl", "shards", "synthetic")
+DatasetName = Literal[
+    "coco",
+    "clotho",
+    "audiocaps",
+    "voxceleb",
+    "flickr30k",
+    "audioset",
+    "esc50",
+    "fsd50k",
+    "jsonl",
+    "shards",
+    "synthetic",
+]
+DATASETS: tuple[str, ...] = get_args(DatasetName)
+ALL = ("coco", "clotho", "audiocaps", "voxceleb")  # what `all` of the downloader stands for
 
 
 class ModelConfig(Section):
@@ -29,6 +43,9 @@ class ModelConfig(Section):
     init_std: float = setting(
         0.02, "standard deviation of the towers' initial weights; at width 192 a short run learns from 0.07 only", gt=0
     )
+    linear_path: bool = setting(
+        False, "add a linear map of colours, edges, word vectors and bands to each embedding; learns from few samples"
+    )
     attention: Literal["auto", "sdpa", "chunked"] = setting(
         "auto", "sdpa: fused kernels; chunked: query chunks, exact; auto: chunked where no fused kernel fits"
     )
@@ -45,9 +62,7 @@ class DataConfig(Section):
     """What is read, and how it is turned into tensors."""
 
     data_root: str | None = setting(None, "folder that holds coco/, clotho/, audiocaps/, ...; null: the sample data")
-    datasets: list[Literal[DATASETS]] = setting(
-        ["coco", "clotho", "audiocaps"], "which of them to train on", fixed=True
-    )
+    datasets: list[DatasetName] = setting(["coco", "clotho", "audiocaps"], "which of them to train on", fixed=True)
     paths: dict[str, str] = setting({}, "folder of a data set that does not lie below data_root, by name")
     karpathy: bool = setting(False, "coco: use the Karpathy split (dataset_coco.json) instead of train2017/val2017")
     audio_frames: int = setting(1024, "10 ms frames of a training clip; a multiple of 16", fixed=True, ge=16)
@@ -61,6 +76,16 @@ class DataConfig(Section):
     mel_cache: str | None = setting(None, "folder for log-mel spectrograms as fp16 .npy, written at first use")
     keep_in_memory: bool = setting(False, "keep decoded pictures and spectrograms in memory (small sets)")
     synthetic_items: int = setting(256, "synthetic: pairs of each kind", ge=8)
+
+    @field_validator("datasets", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        """Take what the downloader takes: `all` stands for its sets, and glove holds no samples to train on."""
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list):
+            return value
+        spread = [own for name in names for own in (ALL if name == "all" else [name])]
+        return list(dict.fromkeys(name for name in spread if name != "glove"))
 
     @model_validator(mode="after")
     def _fits(self) -> "DataConfig":

@@ -14,7 +14,7 @@ from typing import Any, Literal
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from multimodal.config import DATASETS  # noqa: E402
+from multimodal.config import DatasetName  # noqa: E402
 from shared.config import Section, load_config, setting  # noqa: E402
 from shared.errors import UserError, command, write_text  # noqa: E402
 
@@ -24,9 +24,7 @@ class Options(Section):
 
     checkpoint: str = setting("outputs/multimodal", "a run's folder, a checkpoint folder or a .pt file")
     output: str = setting("retrieval.png", ".png: pictures; .json: pictures or sounds with their captions")
-    dataset: Literal[DATASETS] | None = setting(
-        None, "what is searched; null: the first data set of the run", "datasets"
-    )
+    dataset: DatasetName | None = setting(None, "what is searched; null: the first data set of the run", "datasets")
     data_root: str | None = setting(None, "its folder; null: the run's")
     split: Literal["train", "val", "test"] = setting("val", "part of the data that is searched")
     prompt: list[str] = setting([], "texts to search for; none: captions of the data")

@@ -15,7 +15,7 @@ from typing import Any, Literal
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from multimodal.config import DATASETS  # noqa: E402
+from multimodal.config import DatasetName  # noqa: E402
 from shared.config import Section, load_config, setting  # noqa: E402
 from shared.errors import UserError, command, write_text  # noqa: E402
 
@@ -30,7 +30,7 @@ class Options(Section):
 
     checkpoint: str = setting("outputs/multimodal", "a run's folder, a checkpoint folder or a .pt file")
     output: str = setting("metrics.json", "JSON file to write")
-    datasets: list[Literal[DATASETS]] | None = setting(
+    datasets: list[DatasetName] | None = setting(
         None, "data sets to measure; null: those of the run that are there", "dataset"
     )
     data_root: str | None = setting(None, "their folder; null: the run's")
@@ -133,9 +133,8 @@ def measure_sets(embedder: Any, options: Options, found: dict[str, Any]) -> tupl
 
 def records_of(embedder: Any, options: Options) -> dict[str, Any]:
     """Records by data set."""
-    from multimodal.data.records import read_records
     from multimodal.data.sharded import readable
-    from multimodal.data.sources import data_folder
+    from multimodal.data.sources import data_folder, read_records
     from multimodal.data.synthetic import synthetic_records
 
     config = embedder.config

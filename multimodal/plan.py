@@ -9,8 +9,7 @@ from multimodal.config import Config, stage_epochs
 from multimodal.data.records import Kind
 from multimodal.data.text import TextTokenizer
 from multimodal.modules.blocks import Block
-from multimodal.run import make_network
-from multimodal.trainer import STAGE_NAMES, choose_trainable, make_stage_module
+from multimodal.trainer import STAGE_NAMES, choose_trainable, make_network, make_stage_module
 from shared.plan.table import Workload, plan_run
 
 TEXT_TOKENS = 32  # captions of COCO and AudioCaps stay below this in 99 % of the cases

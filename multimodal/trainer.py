@@ -15,7 +15,7 @@ from multimodal.data.records import Kind
 from multimodal.data.sources import model_inputs
 from multimodal.dataset import CaptionedDataset, collate
 from multimodal.evaluation.held_out import embed_split, measure
-from multimodal.model import MultimodalModel
+from multimodal.model import MultimodalModel, create_model
 from multimodal.modules.contrastive import CachedStep, Pairing, total_loss
 from multimodal.objective import AlignModel, FinetuneModel, PretrainModel
 from multimodal.weights.files import FORMAT_VERSION, put, save_aside
@@ -45,6 +45,25 @@ class Progress:
     step: int = 0  # of this stage
     best: float | None = None
     improved: bool = False
+
+
+def make_network(config: Config, vocabulary: int) -> MultimodalModel:
+    """The towers of these settings over `vocabulary` token ids, with fresh weights."""
+    model = config.model
+    return create_model(
+        model.size,
+        model.num_classes,
+        embed_dim=model.embed_dim,
+        image_size=model.image_size,
+        image_patch=model.image_patch,
+        dropout=model.dropout,
+        attention=model.attention,
+        attention_chunk=model.attention_chunk,
+        vocabulary=vocabulary,
+        contrastive_loss=config.training.contrastive_loss,
+        init_std=model.init_std,
+        linear_path=model.linear_path,
+    )
 
 
 def make_stage_module(config: Config, stage: int, network: MultimodalModel) -> nn.Module:
@@ -81,7 +100,7 @@ def choose_trainable(
             name for name, present in (("image", has_image), ("text", has_text), ("audio", has_audio)) if present
         ]
         trained += (text if stage == 3 or config.training.train_words else text[1:]) if has_text else []
-        trained += [f"embed.{name}" for name in modalities]
+        trained += [f"{part}.{name}" for name in modalities for part in ("embed", "linear")]
         sigmoid = config.training.contrastive_loss == "siglip"
         trained += ["log_scale", *["bias"] * sigmoid] if "image" in kinds else []
         sounds = "audio" in kinds or ("voice" in kinds and framed)

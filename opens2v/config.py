@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from shared.config import RunSection, Section, TrainingSection, setting
+from shared.config import RunSection, Section, TrainingSection, extra_of, setting
 
 PRESETS = Path(__file__).parent / "configs"
 SAMPLE_DATA = Path(__file__).parent / "sample_data"
@@ -270,7 +270,12 @@ def from_guide(values: dict[str, Any], fields: tuple[str, ...]) -> dict[str, Any
 
     fields: what the schema has at its top level.
     """
-    sections = {"run": OpenS2VRunSection, "model": ModelConfig, "data": DataConfig, "training": TrainingConfig}
+    sections: dict[str, type[Section]] = {
+        "run": OpenS2VRunSection,
+        "model": ModelConfig,
+        "data": DataConfig,
+        "training": TrainingConfig,
+    }
     tree = {name: dict(value) if isinstance(value, dict) else value for name, value in values.items() if name in fields}
     flat = {name: value for name, value in values.items() if name not in tree}
     given = tree.setdefault("data", {})
@@ -299,10 +304,10 @@ def from_guide(values: dict[str, Any], fields: tuple[str, ...]) -> dict[str, Any
 
 def _homes(sections: dict[str, type[Section]]) -> dict[str, tuple[str, str]]:
     """Setting name (any of its names) -> (section, field)."""
-    homes = {}
+    homes: dict[str, tuple[str, str]] = {}
     for section, kind in sections.items():
         for field, info in kind.model_fields.items():
-            for name in (field, *(info.json_schema_extra or {}).get("flags", ())):
+            for name in (field, *extra_of(info).get("flags", ())):
                 homes.setdefault(name, (section, field))
     return homes
 

@@ -69,7 +69,7 @@ class Request:
 def requests_of(options: GenerateOptions) -> list[Request]:
     """The videos that the options ask for; none when neither prompt nor list is given."""
     if options.prompt_file is not None:
-        return _listed(options)
+        return _listed(options, Path(options.prompt_file))
     if options.prompt is None and not options.ref_image:
         return []
     if options.prompt is None:
@@ -77,8 +77,8 @@ def requests_of(options: GenerateOptions) -> list[Request]:
     return [Request(options.prompt, options.ref_image, Path(options.output))]
 
 
-def _listed(options: GenerateOptions) -> list[Request]:
-    path, found = Path(options.prompt_file), []
+def _listed(options: GenerateOptions, path: Path) -> list[Request]:
+    found: list[Request] = []
     if not path.exists():
         raise UserError(f"--prompt-file {path}: not found")
     folder = Path(options.output_dir or Path(options.output).parent)

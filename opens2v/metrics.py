@@ -17,7 +17,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 from shared.config import Section, load_config, setting
 from shared.errors import UserError, command, write_text, written_aside
@@ -112,7 +112,8 @@ class Drawn:
         from opens2v.dataset import collate_opens2v_batch
         from opens2v.evaluation.preview import reference_picture
 
-        self.generator, self.items, self.videos = generator, items, {}
+        self.generator, self.items = generator, items
+        self.videos: dict[tuple[int, int, int], Any] = {}
         self.conditions = generator.encoders.conditions(collate_opens2v_batch(items))
         self.backgrounds = [
             to_uint8(item["background_pixels"][:, None])[0] if "background_pixels" in item else None for item in items
@@ -170,13 +171,13 @@ def video_figures(drawn: Drawn, options: MetricsOptions, unseen: list[int]) -> d
         for name in ("motion", "motion_variance"):
             figures[f"{group}_{name}"] = float(np.mean([motion(video)[name] for _, video in rows]))
             figures[f"{group}_{name}_of_real_clips"] = float(np.mean([motion(drawn.truth[i])[name] for i in members]))
-        usable = [i for i in members if drawn.backgrounds[i] is not None]
+        usable = {i: ground for i in members if (ground := drawn.backgrounds[i]) is not None}
         if not usable:
             continue
         areas = [
-            np.mean([foreground_area(drawn.videos[i, i, seed], drawn.backgrounds[i]) for seed in range(options.seeds)])
-            / max(1e-6, foreground_area(drawn.truth[i], drawn.backgrounds[i]))
-            for i in usable
+            np.mean([foreground_area(drawn.videos[i, i, seed], ground) for seed in range(options.seeds)])
+            / max(1e-6, foreground_area(drawn.truth[i], ground))
+            for i, ground in usable.items()
         ]
         figures[f"{group}_foreground_area_over_truth"] = float(np.median(areas))
         figures[f"{group}_foreground_area_within_half_and_double_percent"] = 100 * float(
@@ -188,7 +189,7 @@ def video_figures(drawn: Drawn, options: MetricsOptions, unseen: list[int]) -> d
                 continue
             subject = subject_pixels(drawn.references[i])
             for seed in range(options.seeds):
-                own, other = (colour_likeness(drawn.videos[i, k, seed], drawn.backgrounds[i], subject) for k in (i, j))
+                own, other = (colour_likeness(drawn.videos[i, k, seed], usable[i], subject) for k in (i, j))
                 wins.append(1.0 if own > other else 0.5 if own == other else 0.0)
         figures[f"{group}_own_subject_wins_percent"] = 100 * float(np.mean(wins))
     return figures
@@ -199,7 +200,11 @@ def bars_of(figures: dict[str, float], has_unseen: bool) -> list:
     from shared.report.page import Bar
 
     def bar(
-        name: str, text: str, target: float | None, direction: str = "at least", baseline: float | None = None
+        name: str,
+        text: str,
+        target: float | None,
+        direction: Literal["at least", "at most"] = "at least",
+        baseline: float | None = None,
     ) -> Bar:
         return Bar(text, figures.get(name), target, direction, baseline)
 
@@ -277,11 +282,10 @@ def write_samples(drawn: Drawn, folder: Path, unseen: list[int], fps: float) -> 
     ]
 
 
-def draw_benchmark(options: MetricsOptions) -> list[Path]:
+def draw_benchmark(options: MetricsOptions, path: Path) -> list[Path]:
     """Videos <id>.mp4 for every entry of an OpenS2V-Eval prompt file; those that are there are passed over."""
     from opens2v.generate import GenerateOptions, Generator, Request
 
-    path = Path(options.eval_json)
     if not path.exists():
         raise UserError(f"--eval-json {path}: not found")
     if options.output_dir is None:
@@ -314,7 +318,7 @@ def main(argv: list[str] | None = None) -> dict[str, float] | list[Path]:
     if not options.checkpoint:
         raise UserError("--checkpoint is needed: a run folder, one of its checkpoints, or a model.pt")
     if options.eval_json is not None:
-        return draw_benchmark(options)
+        return draw_benchmark(options, Path(options.eval_json))
     from opens2v.generate import GenerateOptions, Generator
     from shared.report.page import write_report
 

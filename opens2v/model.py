@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel, WanTransformerBlock
 from torch import Tensor, nn
 
 from opens2v.modules.adapter import (
@@ -63,7 +62,7 @@ class RefWanBlock(WanTransformerBlock):
             attention.norm_q, attention.norm_k = RMSNorm(dim, eps=eps), RMSNorm(dim, eps=eps)
         self.layer = layer
 
-    def forward(
+    def forward(  # type: ignore[override]  # only RefWanTransformer3DModel.forward calls it
         self,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
@@ -80,13 +79,7 @@ class RefWanBlock(WanTransformerBlock):
 
         normed = (self.norm1(hidden_states.float()) * (1 + scale1) + shift1).type_as(hidden_states)
         attended = self_attention(
-            self.attn1,
-            normed,
-            rotary_emb,
-            runs=runs,
-            cache=cache,
-            layer=self.layer,
-            tokens_per_frame=tokens_per_frame,
+            self.attn1, normed, rotary_emb, runs=runs, cache=cache, layer=self.layer, tokens_per_frame=tokens_per_frame
         )
         hidden_states = (hidden_states.float() + attended * gate1).type_as(hidden_states)
 
@@ -149,6 +142,7 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
             rope_max_seq_len=rope_max_seq_len,
         )
         self.register_to_config(num_layers=num_layers)  # the base was built without blocks: ours follow
+        self.patch_size, self.vae_pos_embed, self.absolute_positions = patch_size, vae_pos_embed, absolute_positions
         if vae_pos_embed not in ("sincos2d", "none"):
             raise ValueError(f"vae_pos_embed {vae_pos_embed!r} is not one of sincos2d, none")
         dim = num_attention_heads * attention_head_dim
@@ -174,18 +168,23 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
     def reset_reference_parameters(self) -> None:
         """Put the reference modules back to the values that leave the base's output unchanged."""
         for block in self.blocks:
-            block.attn2.reset_reference_parameters()
+            attention = block.attn2
+            assert isinstance(attention, DualPathCrossAttention)
+            attention.reset_reference_parameters()
 
     @classmethod
-    def from_base(cls, base: str | Path | dict[str, Any] | nn.Module, **reference: Any) -> "RefWanTransformer3DModel":
+    def from_base(
+        cls, base: str | Path | dict[str, Any] | WanTransformer3DModel, **reference: Any
+    ) -> "RefWanTransformer3DModel":
         """Build around a base: a config dict (random weights), a diffusers folder, or a WanTransformer3DModel."""
-        if isinstance(base, str | Path):
-            base = WanTransformer3DModel.from_pretrained(str(base))
-        settings = dict(base) if isinstance(base, dict) else dict(base.config)
+        source = None if isinstance(base, dict) else base
+        if isinstance(source, str | Path):
+            source = WanTransformer3DModel.from_pretrained(str(source))
+        settings = base if isinstance(base, dict) else dict(getattr(source, "config"))  # noqa: B009 (untyped there)
         known = inspect.signature(cls.__init__).parameters
         model = cls(**{key: value for key, value in settings.items() if key in known}, **reference)
-        if not isinstance(base, dict):
-            model.load_base_state(base.state_dict())
+        if source is not None:
+            model.load_base_state(source.state_dict())
         return model
 
     def load_base_state(self, state: dict[str, Tensor]) -> None:
@@ -214,6 +213,7 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
         scale multiplies what the references add; remember keeps the blocks' keys and values for further calls.
         """
         given = ref_clip if ref_clip is not None else ref_latents
+        assert given is not None, "references need CLIP tokens, VAE latents or both"
         present_BN = (
             torch.ones(given.shape[:2], dtype=torch.bool, device=given.device) if ref_mask is None else ref_mask.bool()
         )
@@ -224,7 +224,7 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
         if ref_latents is not None:
             height, width = ref_latents.shape[-2:]
             vae = self.vae_proj(ref_latents.flatten(3).transpose(2, 3))
-            if self.config.vae_pos_embed == "sincos2d":
+            if self.vae_pos_embed == "sincos2d":
                 vae = vae + sincos_2d(height, width, vae.shape[-1]).to(vae)
             vae, mask_vae = vae.flatten(1, 2), subject_mask(present_BN, height * width)
         weight = present_BN.any(1)[:, None, None].float() * scale
@@ -253,29 +253,40 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
         cache: generation by blocks.
         """
         batch, _, frames, height, width = hidden_states.shape
-        _, patch_h, patch_w = self.config.patch_size
+        _, patch_h, patch_w = self.patch_size
         grid = (height // patch_h, width // patch_w)
         tokens_per_frame = grid[0] * grid[1]
+
+        # Teacher forcing: the clean frames stand before the noisy ones in one sequence, at the same rotary positions,
+        # each half with times of its own. Only frame_mask keeps a noisy block from looking at its own clean copy.
         rotary = self._rotary(hidden_states, frames, grid, cache, clean_hidden_states is not None)
         if clean_hidden_states is not None:
             if clean_timestep is None:
                 clean_timestep = torch.zeros(batch, frames, device=timestep.device)
             timestep = torch.cat([clean_timestep.float(), _by_frame(timestep, frames).float()], 1)
             hidden_states = torch.cat([clean_hidden_states, hidden_states], 2)
+
+        # contiguous(): the transposed view would make every product of the blocks copy it once more.
         x_BLD = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
-        if self.config.absolute_positions:
+        if self.absolute_positions:
             positions = absolute_positions(frames, grid, x_BLD.shape[-1], 0 if cache is None else cache.frames)
             x_BLD = x_BLD + positions.to(x_BLD).repeat(x_BLD.shape[1] // len(positions), 1)
         temb, modulation, text_BSD = self._conditions(timestep, encoder_hidden_states)
+
+        # The pictures are projected once; each block has its own keys and values of them. The causal mask becomes runs
+        # of frames, each one dense attention call, since a mask of L x L would cost the memory that SDPA saves.
         if references is None and (ref_clip is not None or ref_latents is not None):
             references = self.project_references(ref_clip, ref_latents, ref_mask)
         runs = None if frame_mask is None else attention_runs(frame_mask, tokens_per_frame)
+
+        # Everything that a block depends on is an argument, so that recomputing it in the backward pass sees the same:
+        # state kept on a module would have moved on by then, and the gradient would be wrong without an error.
         run_block = self._block_runner()
         for block in self.blocks:
             x_BLD = run_block(block, x_BLD, text_BSD, modulation, rotary, references, runs, cache, tokens_per_frame)
-        if cache is not None and cache.store:
+        if cache is not None and cache.store:  # the pass over a finished block: later blocks count on from here
             cache.frames += frames
-        if clean_hidden_states is not None:
+        if clean_hidden_states is not None:  # the clean half was there to be looked at; only the noisy one is predicted
             x_BLD = x_BLD[:, x_BLD.shape[1] // 2 :]
             temb = temb[:, frames:]
         output = self._unpatchify(self._head(x_BLD, temb), frames, grid)
@@ -318,7 +329,7 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
         return self.proj_out((self.norm_out(x_BLD.float()) * (1 + scale) + shift).type_as(x_BLD))
 
     def _unpatchify(self, x_BLP: Tensor, frames: int, grid: tuple[int, int]) -> Tensor:
-        patch_f, patch_h, patch_w = self.config.patch_size
+        patch_f, patch_h, patch_w = self.patch_size
         x = x_BLP.reshape(len(x_BLP), frames, *grid, patch_f, patch_h, patch_w, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
         return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 

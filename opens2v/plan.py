@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from opens2v.config import Config, pixel_frames
 from opens2v.model import RefWanBlock, RefWanTransformer3DModel
 from opens2v.modules.conditions import clip_token_width
-from opens2v.objective import RefImageFlowMatching
+from opens2v.objective import frame_mask
 from opens2v.weights.base import latent_shape, prepare_generator, transformer_settings
 from shared.plan.measure import FrozenPart
 from shared.plan.table import Workload, plan_run
@@ -46,7 +46,7 @@ def symbolic_loss(config: Config, model: nn.Module) -> Tensor:
     latents = torch.randn(batch, channels, frames, height, width)
     arguments: dict[str, Tensor] = {}
     if config.model.causal:
-        arguments["frame_mask"] = RefImageFlowMatching(config, None).frame_mask(frames)
+        arguments["frame_mask"] = frame_mask(config.model, frames)
     if config.model.teacher_forcing:
         arguments["clean_hidden_states"] = latents
     timestep = torch.rand(batch, frames) if config.model.causal else torch.rand(batch)
@@ -86,7 +86,7 @@ def frozen_parts(config: Config) -> list[FrozenPart]:
 
 def vae_encode_flops(frames: int, height: int, width: int) -> float:
     """FLOPs of encoding one clip with Wan's VAE, counted on fake tensors."""
-    from diffusers import AutoencoderKLWan
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
     with FakeTensorMode(), torch.no_grad():
         vae = AutoencoderKLWan()

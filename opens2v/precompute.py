@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
         load_frames="vae" in config.what,
         load_subjects="clip" in config.what,
     )
-    caches = {kind: FeatureCache(config.data.cache_dir, config, kind) for kind in config.what}
+    caches = {kind: FeatureCache(str(config.data.cache_dir), config, kind) for kind in config.what}
     if "text" in caches and info.is_main:
         caches["text"].write(*EMPTY_PROMPT, [text_rows(encoders, "")])
     counts = store(dataset, caches, encoders, range(first, len(dataset), step), config.cache_variants)

@@ -44,7 +44,8 @@ def parse(argv: list[str] | None) -> Config:
 
 def guide_arguments(argv: list[str]) -> list[str]:
     """The guide's `--set a=1 b=2` and `--set opens2v.key=value` as this project's: one --set each, section `data`."""
-    result, in_set = [], False
+    result: list[str] = []
+    in_set = False
     for text in argv:
         if text.startswith("--"):
             in_set = text == "--set"

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from shared.errors import UserError, write_text
 from shared.flags import Leaf as Leaf
@@ -35,13 +36,22 @@ T = TypeVar("T", bound=BaseModel)
 STRATEGIES = ("none", "ddp", "fsdp", "zero1", "zero2", "zero3")
 
 
-def setting(default: Any, help: str, *flags: str, hidden: bool = False, fixed: bool = False, **limits: Any) -> Any:
+def setting(
+    default: Any,
+    help: str,
+    *flags: str,
+    hidden: bool = False,
+    fixed: bool = False,
+    common: bool = False,
+    **limits: Any,
+) -> Any:
     """A field with its help text.
 
     flags: further names, on the command line and in YAML. hidden: no flag. fixed: may not change when a run resumes.
-    limits: pydantic's ge, gt, le, lt. A mutable default is copied for every instance.
+    common: --help names it among the first. limits: pydantic's ge, gt, le, lt. A mutable default is copied for every
+    instance.
     """
-    extra = {"flags": list(flags), "hidden": hidden, "fixed": fixed}
+    extra: Any = {"flags": list(flags), "hidden": hidden, "fixed": fixed, "common": common}
     if isinstance(default, (list, dict)):
         return Field(
             default_factory=lambda: type(default)(default), description=help, json_schema_extra=extra, **limits
@@ -98,7 +108,7 @@ class RunSection(Section):
     )
     seed: int = setting(42, "seed of data order, noise and initial weights", fixed=True, ge=0, le=2**63 - 1)
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
-    strategy: Literal[STRATEGIES] | None = setting(
+    strategy: Literal["none", "ddp", "fsdp", "zero1", "zero2", "zero3"] | None = setting(
         None, "how ranks share the work; null: ddp on several ranks, none on one"
     )
     precision: Literal["fp32", "bf16", "fp16"] | None = setting(
@@ -113,6 +123,7 @@ class RunSection(Section):
     dry_run: bool = setting(False, "print the plan (parameters, FLOPs, memory, communication, time) and stop")
     world_size: int | None = setting(None, "ranks to plan for; null: the ranks of this launch", ge=1)
     gpu: str | None = setting(None, "GPU to plan for, such as a100, h100, h200, 4090; null: a100")
+    gpus_per_node: int = setting(8, "GPUs of a node to plan for: above it ranks talk over the network", ge=1)
     plan_table: bool = setting(False, "with dry_run: a table over strategies, micro-batches and up to world_size GPUs")
     time_limit_minutes: float | None = setting(None, "save and stop after this many minutes", gt=0)
     timeout_minutes: float = setting(10.0, "longest wait of one rank for the others, minutes", gt=0)
@@ -140,6 +151,11 @@ class TrainingSection(Section):
     gradient_accumulation_steps: int = setting(
         1, "micro-steps of one optimizer step when global_batch_size is null", "grad_accum", ge=1
     )
+    reduce_each_micro_step: bool = setting(
+        False,
+        "fsdp: scatter gradients in every micro-step (less memory) instead of only in the last (less traffic)",
+    )
+    allow_tf32: bool = setting(True, "fp32 products on a GPU may use TF32: about 8 times faster, 10 bits of mantissa")
     num_epochs: int | None = setting(
         100, "passes over the data; used when total_steps is null", "epochs", "num_train_epochs", ge=1
     )
@@ -263,8 +279,8 @@ def load_config(
             raise UserError(f"--set {assignment}: expected section.key=value")
         given[full_key(key, leaves)] = value
     kinds = {leaf.path: leaf.annotation for leaf in leaves}
-    for path, value in given.items():
-        put(tree, path, from_text(value, kinds[path]), schema)
+    for name, value in given.items():
+        put(tree, name, from_text(value, kinds[name]), schema)
     return validate(schema, tree, where, flags=given)
 
 
@@ -341,7 +357,7 @@ def _source(location: tuple, where: str, flags: Collection[str]) -> str:
     return f"command line or {where}" if mixed else where
 
 
-def _fault(item: dict, schema: type[BaseModel]) -> str:
+def _fault(item: ErrorDetails, schema: type[BaseModel]) -> str:
     path = ".".join(str(part) for part in item["loc"])
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":

@@ -1,11 +1,14 @@
 """The two errors a user can cause, and the way every main() reports them: one sentence on stderr, exit code 2."""
 
 import errno
+import fcntl
 import functools
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -51,33 +54,101 @@ def _leave(message: str) -> None:
     raise SystemExit(2)
 
 
-# Files that are visible only when they are whole.
+# --- atomic writes: files that are visible only when they are whole ---------------------------------------------------
+
+_OWN: set[Path] = set()  # temporary folders that this process writes in
+_CLEARED: set[Path] = set()  # folders in which this process has looked for what dead writers left
+
+
+@contextmanager
+def own_folder(parent: Path | str, name: str) -> Iterator[Path]:
+    """Yield a new hidden folder in `parent` that is removed whole at the end, whatever a library left in it.
+
+    A lock says that its writer lives; where the writer was killed the lock is free, and remove_parts() takes the folder
+    away. It is named .NAME.RANDOM.part.
+    """
+    parent = Path(parent)
+    parent.mkdir(parents=True, exist_ok=True)
+    folder, lock = _locked_folder(parent, name)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+        shutil.rmtree(folder, ignore_errors=True)  # NFS keeps an open file's name till it is closed
+        _OWN.discard(folder)
+
+
+def _locked_folder(parent: Path, name: str) -> tuple[Path, int]:
+    while True:
+        try:
+            folder = Path(tempfile.mkdtemp(prefix=f".{name[:40]}.", suffix=".part", dir=parent.resolve()))
+        except OSError as error:
+            error.filename = os.fspath(parent / name)
+            raise
+        _OWN.add(folder)
+        try:
+            lock = _take_lock(folder, wait=True)
+        except FileNotFoundError:
+            continue
+        if (folder / "lock").exists() and os.path.samestat(os.fstat(lock), os.stat(folder / "lock")):
+            return folder, lock
+        os.close(lock)  # remove_parts() came between the making and the locking: take another
+
+
+def _take_lock(folder: Path, *, wait: bool) -> int:
+    """The open lock file. A POSIX lock: it ends with the process, is not inherited by forks, and works over NFS."""
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if not wait:
+            os.close(lock)
+            raise
+        # a file system without locks: remove_parts() cannot lock there either, and leaves the folder alone
+    return lock
 
 
 @contextmanager
 def written_aside(path: Path | str) -> Iterator[Path]:
-    """Yield a hidden name beside `path` to write to; it is renamed to `path` at the end, and removed when writing
-    fails. It ends in .part, so that no reader of a folder takes it for data. The folder is made.
+    """Atomic write: yield a temporary file, in a hidden folder of its own next to `path`, to write to. At the end it is
+    renamed to `path`, which is made with its folders; when writing fails or is killed, `path` stays as it was.
+
+    The temporary file ends in .part, so that no reader of a folder takes it for data.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    if path.parent not in _CLEARED:
+        _CLEARED.add(path.parent)
+        remove_parts(path.parent)
+    with own_folder(path.parent, path.name) as folder:
+        yield folder / "content.part"
+        try:
+            os.replace(folder / "content.part", path)
+        except OSError as error:
+            error.filename, error.filename2 = os.fspath(path), None
+            raise
 
 
 def remove_parts(folder: Path | str) -> None:
-    """Remove what killed writers left in a folder; called when none writes there any more."""
-    for left in Path(folder).glob(".*.part"):
-        left.unlink(missing_ok=True)
+    """Remove what killed writers left in a folder, with everything that their libraries left there. What a living
+    process writes, in this one or another, stays.
+    """
+    for left in Path(folder).resolve().glob(".*.part"):
+        if not left.is_dir() or left.is_symlink():
+            with suppress(OSError):
+                left.unlink()  # of an earlier version
+        elif left not in _OWN:
+            try:
+                lock = _take_lock(left, wait=False)
+            except OSError:
+                continue
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(lock)
 
 
 def write_text(path: Path | str, text: str, *, sync: bool = False) -> None:
-    """Write UTF-8 text aside and rename. sync: it is on the disk, not in the system's memory, before the renaming."""
+    """Atomic write of UTF-8 text. sync: it is on the disk, not in the system's memory, before the renaming."""
     with written_aside(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -1,4 +1,19 @@
-"""fit(), the only training loop. A system hands in functions (losses, validate, sample, after_step)."""
+"""fit(), the only training loop. A system hands in functions (losses, validate, sample, after_step).
+
+One optimizer step, in the order in which it happens:
+  data.py             ReadAhead.next_step      micro-batches on the device; a thread reads two steps ahead
+  engine/dist.py      max_over_ranks           all-reduce of one number: does any rank have to stop, or has it failed?
+  optim.py            lr_at                    the learning rate, a function of the step alone
+  SYSTEM/objective    losses(model, ...)       one pre-weighted loss for each micro-batch; it calls
+  SYSTEM/model.py     forward                  through TrainedModel below: the wrapped module under autocast
+  engine/strategy.py  backward                 gradients; all-reduced over ranks in the last micro-step only
+  engine/strategy.py  optimizer_step           norm, clipping and leaving out, then the fused AdamW, all on the device
+  SYSTEM              after_step               clamps, such as of a logit scale
+  engine/strategy.py  EMA.update               moving average; as the log's numbers, taken in ONE STEP LATER (_Outcome)
+  log.py              RunLog.write             metrics.jsonl and the console, every logging_steps
+  SYSTEM              validate, sample         under the averaged weights, on all ranks
+  engine/state.py     save_run                 to the checkpoint manager of engine/checkpoint.py: aside, hashed, renamed
+"""
 
 import math
 import os
@@ -18,19 +33,18 @@ from shared.engine.dist import (
     DistInfo,
     StopFlag,
     barrier,
-    beat,
+    heartbeat,
     max_over_ranks,
     mean_over_ranks,
     naming_late_ranks,
     raise_together,
     same_on_all_ranks,
 )
-from shared.engine.ema import EMA
 from shared.engine.parallel import make_strategy
 from shared.engine.state import RunState, checkpoint_folder_name, resume, save_run
-from shared.engine.strategy import StepInfo, Strategy, check_gradients_agree, choose_precision
-from shared.errors import UserError
-from shared.log import RunLog, memory_gb
+from shared.engine.strategy import EMA, StepInfo, Strategy, check_gradients_agree, choose_precision
+from shared.errors import UserError, write_text
+from shared.log import RunLog
 from shared.optim import decay_groups, lr_at
 from shared.rng import seed_everything
 
@@ -97,29 +111,44 @@ def fit(
     same order. Raises UserError for unreadable data, settings that do not fit the checkpoint, and lasting overflow.
     """
     run, training = config.run, config.training
+    # Ranks that started with other settings or data would train diverging replicas without an error: compare first.
     same_on_all_ranks(config_digest(config), "settings")
-    same_on_all_ranks(getattr(stream, "fingerprint", None), "samples")
+    same_on_all_ranks(stream.fingerprint, "samples")
     output_dir = Path(output_dir or run.output_dir)
     precision = choose_precision(run.precision, info.device)
     strategy = make_strategy(run.strategy, info, precision, training, run.cpu_offload)
-    frozen = frozen_digest(model) if info.is_main else None
+    frozen = frozen_digest(model) if info.is_main else None  # before the strategy shards the base
     strategy.prepare(model, groups or decay_groups(model, training.weight_decay), wrap_classes)
     ema = EMA(strategy, training.ema_decay, training.ema_warmup) if training.ema_decay > 0 else None
     trained = TrainedModel(strategy)
     store = CheckpointStore(
         output_dir / "checkpoints", info, keep_last=training.keep_last, keep_every=training.keep_every
     )
-    notes: list[str] = []
+    notes: list[str] = []  # the log opens after resuming, which decides from which step on it is kept
     state = resume(config, strategy, ema, store, stream, frozen, notes.append)
-    last_step, samples_per_step = plan_steps(training, stream), getattr(stream, "samples_per_step", 1)
+    last_step = plan_steps(training, stream)
     stop_at = min(last_step, training.max_steps or last_step)
     log = RunLog(output_dir, run, info, resume_step=state.step, settings=config.model_dump(mode="json"))
-    _announce(log, notes, strategy, config, state, stop_at, last_step, stream, output_dir, title)
+    if info.is_main:
+        save_config(config, output_dir / "config.yaml")
+        if state.step < stop_at:
+            (output_dir / "DONE").unlink(missing_ok=True)
+    trainable = sum(math.prod(strategy.shape(name)) for name in strategy.parameters)
+    log.say(
+        f"{title or output_dir}: {trainable:,} trainable and {strategy.frozen_count():,} frozen parameters; "
+        f"{strategy.name} on {info.world} rank(s), {info.device}, {strategy.precision}; {stream.samples_per_step} "
+        f"samples a step; steps {state.step} to {stop_at} of {last_step}; seed {run.seed}; restart {info.restart}; "
+        f"process {os.getpid()}"
+    )
+    for note in notes:
+        log.say(note)
     stream.start(state.data_step, state.stream)
     reader = ReadAhead(stream, info.device)
     log.start_bar(state.step, stop_at)
     metrics: dict[str, float] = {}
-    checkpoint, reason, error, checked = None, None, None, False
+    checkpoint: Path | None = None
+    reason: str | None = None
+    error: Exception | None = None
     began, began_step = time.perf_counter(), state.step
     outcome = _Outcome(state, ema, log)
 
@@ -132,42 +161,71 @@ def fit(
 
     with StopFlag(run.time_limit_minutes) as stop, naming_late_ranks():
         while state.step < stop_at and reason is None:
-            seed_everything(run.seed, _STEP_STREAM, info.rank, state.step)  # nothing random outlives a step
-            beat(state.step)
+            # Reseeding before every step is what makes resuming exact without saving any generator's state: dropout and
+            # the like depend on (seed, rank, step) alone. What belongs to a sample is keyed by its place in the global
+            # batch, batch["slot"], in the objective, so that it is the same on any number of ranks.
+            seed_everything(run.seed, _STEP_STREAM, info.rank, state.step)
+            heartbeat(state.step)
             waiting = time.perf_counter()
             try:
                 batches = reader.next_step()
             except (UserError, OSError) as problem:
                 error, batches = problem, []
             log.waited += time.perf_counter() - waiting
-            beat(state.step, phase=1)
-            turn = max_over_ranks(2.0 if error else 1.0 if stop.reason else 0.0)  # all ranks turn together
+            heartbeat(state.step, phase=1)
+
+            # All ranks turn together: one that left on its own signal or error would let the others wait in the next
+            # collective until the timeout, with nothing saved.
+            turn = max_over_ranks(2.0 if error else 1.0 if stop.reason else 0.0)
             if turn == 2:
                 raise_together(error)
             if turn == 1:
                 reason = stop.reason or "another rank's signal"
                 break
+
+            # The losses come one by one from a generator, so that the objective can count over all micro-batches before
+            # the first backward, and only one graph is alive. Every rank makes the same number of backward calls.
             strategy.set_lr(lr_at(state.step, training, last_step))
             strategy.module.train()
             iterator = losses(trained, batches, state.step)
             for micro in range(len(batches)):
                 with strategy.micro_step(is_last=micro == len(batches) - 1):
                     loss, extra = next(iterator)
-                    beat(state.step, phase=2 + micro)  # the forward pass of this micro-step is done
+                    heartbeat(state.step, phase=2 + micro)  # the forward pass of this micro-step is done
                     strategy.backward(loss)
                 log.add({"train/micro_loss": loss, **{f"train/{name}": value for name, value in extra.items()}})
-            checked = _guard(strategy, run.check_gradients_every, state.step, checked)
+            if run.check_gradients_every and (state.step == began_step or state.step % run.check_gradients_every == 0):
+                check_gradients_agree(strategy, state.step)
+
+            # Whether the gradient was finite is a number on the device, and reading it would stop the queue. So the
+            # last step's outcome (average, log, skipped steps) is taken in here, when the device has long done it.
             outcome.take_in()
             outcome.done = strategy.optimizer_step()
             if after_step is not None:
                 after_step(strategy.module, state.step)
             state.step, state.data_step, state.stream = state.step + 1, state.data_step + 1, reader.state()
-            state.samples_seen += samples_per_step
+            state.samples_seen += stream.samples_per_step
             log.step_done()
             at_end, is_best = state.step == stop_at, False
+
+            # Whatever is written, or runs on the averaged weights, needs this step's outcome at once.
             if state.step % training.logging_steps == 0 or at_end:
                 outcome.take_in()
-                metrics |= _log_line(log, state, stream, training, last_step, len(batches), info, began, began_step)
+                stream.agree()
+                speed, means = log.speed(len(batches), stream.samples_per_step), log.close_window()
+                mean_loss = means.pop("train/micro_loss") * len(batches)  # a step's micro-losses add up to its loss
+                rate = lr_at(state.step - 1, training, last_step)
+                epoch = state.step / stream.steps_per_epoch if stream.steps_per_epoch else 0.0
+                row = {"train/loss": mean_loss, **means, "train/lr": rate, "train/epoch": round(epoch, 4), **speed}
+                log.write(state.step, row)
+                left = (time.perf_counter() - began) / (state.step - began_step) * (stop_at - state.step)
+                log.say(
+                    f"Step {state.step}, Loss: {mean_loss:.4f} | of {last_step} | epoch {epoch:.2f} | lr {rate:.2e} | "
+                    f"grad norm {means.get('train/grad_norm', float('nan')):.3f} | "
+                    f"{speed['perf/samples_per_second']:.1f} samples/s | {speed['perf/memory_gb']:.2f} GB | "
+                    f"{_clock(left)} left"
+                )
+                metrics |= row
             if validate is not None and (at_end or _due(state.step, training.eval_steps)):
                 outcome.take_in()
                 found, is_best = _validate(validate, trained, ema, state, training, log)
@@ -188,7 +246,12 @@ def fit(
     store.wait()
     finished = state.step >= stop_at or (reason or "").startswith("no better")
     reader.close()
-    _leave(log, output_dir, info, state, finished, reason)
+    if reason is not None:
+        log.say(f"stopped at step {state.step} by {reason}; the same command goes on from here")
+    if finished and info.is_main:
+        write_text(output_dir / "DONE", f"{state.step}\n")
+    log.close()
+    barrier()
     return FitResult(state.step, finished, reason, metrics, state.best, checkpoint)
 
 
@@ -209,7 +272,9 @@ def _due(step: int, every: int | None) -> bool:
 
 
 def _epoch_due(state: RunState, stream: Stream, every: int | None) -> bool:
-    return every is not None and bool(stream.steps_per_epoch) and state.step % (every * stream.steps_per_epoch) == 0
+    if every is None or not stream.steps_per_epoch:
+        return False
+    return state.step % (every * stream.steps_per_epoch) == 0
 
 
 class _Outcome:
@@ -235,12 +300,6 @@ class _Outcome:
         if done.applied and self.ema is not None:
             self.ema.update()
         self.log.add({"train/grad_norm": done.grad_norm} if done.applied else {"train/skipped": 1.0})
-
-
-def _guard(strategy: Strategy, every: int, step: int, checked: bool) -> bool:
-    if every and (not checked or step % every == 0):
-        check_gradients_agree(strategy, step)
-    return True
 
 
 def _run_hook(hook: Callable, trained: TrainedModel, ema: EMA | None, *arguments: Any) -> Any:
@@ -280,85 +339,6 @@ def _patience_is_over(state: RunState, training: Any) -> bool:
     )
 
 
-def _log_line(
-    log: RunLog,
-    state: RunState,
-    stream: Stream,
-    training: Any,
-    last_step: int,
-    micro_steps: int,
-    info: DistInfo,
-    began: float,
-    began_step: int,
-) -> dict[str, float]:
-    elapsed, waited = time.perf_counter() - log.started, log.waited
-    steps = log.counts.get("train/micro_loss", 0) // micro_steps
-    if hasattr(stream, "agree"):
-        stream.agree()
-    means = log.close_window()
-    loss = means.pop("train/micro_loss") * micro_steps  # the micro-losses of a step add up to its loss
-    learning_rate = lr_at(state.step - 1, training, last_step)
-    rate = steps * getattr(stream, "samples_per_step", 1) / elapsed
-    epoch = state.step / stream.steps_per_epoch if stream.steps_per_epoch else 0.0
-    row = {
-        "train/loss": loss,
-        **means,
-        "train/lr": learning_rate,
-        "train/epoch": round(epoch, 4),
-        "perf/samples_per_second": rate,
-        "perf/seconds_per_step": elapsed / steps,
-        "perf/data_wait_share": waited / elapsed,
-        "perf/memory_gb": memory_gb(info.device),
-    }
-    log.write(state.step, row)
-    seconds_per_step = (time.perf_counter() - began) / (state.step - began_step)
-    left = seconds_per_step * (min(last_step, training.max_steps or last_step) - state.step)
-    log.say(
-        f"Step {state.step}, Loss: {loss:.4f} | of {last_step} | epoch {epoch:.2f} | lr {learning_rate:.2e} | "
-        f"grad norm {means.get('train/grad_norm', float('nan')):.3f} | {rate:.1f} samples/s | "
-        f"{row['perf/memory_gb']:.2f} GB | {_clock(left)} left"
-    )
-    return row
-
-
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-
-
-def _announce(
-    log: RunLog,
-    notes: list[str],
-    strategy: Strategy,
-    config: Any,
-    state: RunState,
-    stop_at: int,
-    last_step: int,
-    stream: Stream,
-    output_dir: Path,
-    title: str,
-) -> None:
-    info = strategy.info
-    if info.is_main:
-        save_config(config, output_dir / "config.yaml")
-        if state.step < stop_at:
-            (output_dir / "DONE").unlink(missing_ok=True)
-    trainable = sum(math.prod(strategy.shape(name)) for name in strategy.parameters)
-    frozen = sum(getattr(p, "ds_numel", p.numel()) for p in strategy.module.parameters() if not p.requires_grad)
-    log.say(
-        f"{title or output_dir}: {trainable:,} trainable and {frozen:,} frozen parameters; {strategy.name} on "
-        f"{info.world} rank(s), {info.device}, {strategy.precision}; {getattr(stream, 'samples_per_step', 1)} samples "
-        f"a step; steps {state.step} to {stop_at} of {last_step}; seed {config.run.seed}; restart {info.restart}; "
-        f"process {os.getpid()}"
-    )
-    for note in notes:
-        log.say(note)
-
-
-def _leave(log: RunLog, output_dir: Path, info: DistInfo, state: RunState, finished: bool, reason: str | None) -> None:
-    if reason is not None:
-        log.say(f"stopped at step {state.step} by {reason}; the same command goes on from here")
-    if finished and info.is_main:
-        (output_dir / "DONE").write_text(f"{state.step}\n")
-    log.close()
-    barrier()

@@ -1,11 +1,19 @@
-"""Measures that several systems report."""
+"""Measures that several systems report: Frechet distance, KID, FID, CLIP score, colours, a paired test.
+
+Shapes: N samples, F features, H W pixels, K colour names.
+"""
 
 import re
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from shared.errors import UserError
+
+# --- distances between two sets of features ---
 
 
 def gaussian_of(features_NF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -32,20 +40,134 @@ def frechet_gaussians(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray,
     return float(max(distance, 0.0))
 
 
-# Do pictures show the colours that their captions name? Measured on pixels, so it needs no other model.
-#
-# Shapes: N pictures, K colour names.
+def frechet_distance(first_NF: np.ndarray | Tensor, second_NF: np.ndarray | Tensor) -> float:
+    """The Frechet distance of two sets of features: FID on pictures, FVD on clips (Heusel et al. 2017, eq. 6).
 
+    ValueError: fewer than two rows, numbers that are not finite, or sets of different widths.
+    """
+    first, second = (gaussian_of(np.asarray(rows)) for rows in (first_NF, second_NF))
+    if len(first[0]) != len(second[0]):
+        raise ValueError(f"features are {len(first[0])} and {len(second[0])} wide; use one extractor for both")
+    return frechet_gaussians(*first, *second)
+
+
+def kernel_distance(
+    first_NF: np.ndarray | Tensor,
+    second_NF: np.ndarray | Tensor,
+    *,
+    subset: int = 1000,
+    subsets: int = 100,
+    seed: int = 0,
+) -> float:
+    """KID: the unbiased squared MMD with the kernel (x y / F + 1)^3, mean over subsets (Binkowski et al. 2018).
+
+    ValueError: fewer than two rows on one side.
+    """
+    first, second = np.asarray(first_NF), np.asarray(second_NF)
+    generator = np.random.default_rng(seed)
+    size, width = min(subset, len(first), len(second)), first.shape[1]
+    if size < 2:
+        raise ValueError(f"a kernel distance needs two or more rows on each side, found {len(first)} and {len(second)}")
+    found = []
+    for _ in range(subsets):
+        x = first[generator.choice(len(first), size, replace=False)].astype(np.float64)
+        y = second[generator.choice(len(second), size, replace=False)].astype(np.float64)
+        xx, yy, xy = ((a @ b.T / width + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+        within = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (size * (size - 1))
+        found.append(within - 2 * xy.mean())
+    return float(np.mean(found))
+
+
+def precision_recall(
+    made_NF: np.ndarray | Tensor, real_NF: np.ndarray | Tensor, *, neighbours: int = 3
+) -> tuple[float, float]:
+    """Share of made samples inside the real manifold, and of real ones inside the made one.
+
+    Kynkaanniemi et al. 2019: a manifold is the balls round its samples that reach their nearest `neighbours`.
+    """
+    made, real = (torch.as_tensor(np.asarray(rows)).double() for rows in (made_NF, real_NF))
+
+    def radius(points: Tensor) -> Tensor:
+        return torch.cdist(points, points).kthvalue(min(neighbours + 1, len(points)), dim=1).values
+
+    between = torch.cdist(made, real)
+    precision = (between <= radius(real)[None]).any(1).double().mean().item()
+    recall = (between <= radius(made)[:, None]).any(0).double().mean().item()
+    return precision, recall
+
+
+@torch.no_grad()
+def picture_features(
+    network: nn.Module, pictures: Sequence[np.ndarray], *, device: torch.device, batch_size: int = 32
+) -> np.ndarray:
+    """Features (N, F) of pictures, each (H, W, 3) uint8, in runs of equal size.
+
+    network: `shared.media.inception.inception(path)`, or any module from uint8 (B, 3, H, W) to (B, F).
+    """
+    network = network.to(device).eval()
+    parts, first = [], 0
+    while first < len(pictures):
+        last = first + 1
+        while last < min(first + batch_size, len(pictures)) and pictures[last].shape == pictures[first].shape:
+            last += 1
+        batch = np.stack([np.asarray(picture) for picture in pictures[first:last]])
+        found = network(torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous().to(device))
+        parts.append(found.flatten(1).float().cpu().numpy())
+        first = last
+    return np.concatenate(parts)
+
+
+def paired_p(difference_N: Tensor) -> float:
+    """One-sided p that the mean of paired differences is not above 0 (Student's t)."""
+    from scipy.stats import t as student
+
+    count = len(difference_N)
+    spread = difference_N.double().std().item() if count > 1 else 0.0
+    if spread == 0:
+        return 1.0
+    return float(student.sf(difference_N.double().mean().item() / (spread / count**0.5), count - 1))
+
+
+# --- colours: do pictures show the colours that their captions name? Measured on pixels, without another model ---
 
 NAMES = ("red", "orange", "yellow", "green", "teal", "blue", "purple", "pink", "brown", "grey", "black")
 _SAME = {"gray": "grey", "cyan": "teal", "turquoise": "teal", "violet": "purple", "golden": "yellow", "gold": "yellow"}
 _WORD = re.compile("[a-z]+")
+_SIGNS = {
+    "red": "\u7ea2",
+    "orange": "\u6a59",
+    "yellow": "\u9ec4",
+    "green": "\u7eff",
+    "teal": "\u9752",
+    "blue": "\u84dd",
+    "purple": "\u7d2b",
+    "pink": "\u7c89",
+    "brown": "\u68d5",
+    "grey": "\u7070",
+    "black": "\u9ed1",
+    "white": "\u767d",
+}
+# Chinese is written without spaces: words in which a colour's sign names no colour. In the order of _SIGNS: sweet
+# potato; orange (fruit, juice); cucumber, butter, dusk, gold's metal, Yellow River; mung bean; frog, youth, young,
+# youngster; bluetooth, blueberry; laver; powder, flour, vermicelli; palm; dust; blackboard, night, dark; daytime,
+# cabbage, understand, blank.
+_NOT_COLOURS = re.compile(
+    "\u7ea2\u85af|\u6a59\u5b50|\u6a59\u6c41|\u9ec4\u74dc|\u9ec4\u6cb9|\u9ec4\u660f|\u9ec4\u91d1|\u9ec4\u6cb3|\u7eff\u8c46|"
+    "\u9752\u86d9|\u9752\u5e74|\u9752\u6625|\u9752\u5c11\u5e74|\u84dd\u7259|\u84dd\u8393|\u7d2b\u83dc|\u7c89\u672b|\u9762\u7c89|"
+    "\u7c89\u4e1d|\u68d5\u6988|\u7070\u5c18|\u9ed1\u677f|\u9ed1\u591c|\u9ed1\u6697|\u767d\u5929|\u767d\u83dc|\u660e\u767d|\u7a7a\u767d"
+)
+_PINK = "\u7c89\u7ea2"  # pink is written "powder red" and is not red
 
 
-def named_colours(caption: str) -> set[str]:
-    """The colours that a caption names. White is left out: the pictures' ground is white."""
-    words = (_SAME.get(word, word) for word in _WORD.findall(caption.lower()))
-    return {word for word in words if word in NAMES}
+def named_colours(text: str, *, white: bool = False) -> set[str]:
+    """The colours that an English or Chinese text names, by whole words: "hundred" is not red, gray is grey.
+
+    White is left out unless asked for: the ground of the sample pictures is white.
+    """
+    found = {_SAME.get(word, word) for word in _WORD.findall(text.lower())}
+    signs = _NOT_COLOURS.sub(" ", text).replace(_PINK, _SIGNS["pink"])
+    found |= {name for name, sign in _SIGNS.items() if sign in signs}
+    return found & ({*NAMES, "white"} if white else set(NAMES))
 
 
 def colour_caption(captions: tuple[str, ...]) -> str:
@@ -117,41 +239,69 @@ def _hue(rgb: np.ndarray, high: np.ndarray, spread: np.ndarray) -> np.ndarray:
     return hue * 60
 
 
-# CLIP score of pictures and captions, by a CLIP model that should not be the one that conditioned the drawing.
+# --- CLIP score, by a CLIP model that should not be the one that conditioned the drawing ---
 
 
-@torch.no_grad()
+class ClipScorer:
+    """Cosines of pictures and texts under the CLIP model of --clip-path: a local folder, or a name on the hub.
+
+    UserError: none is given, the folder is not there, or it holds no CLIP model.
+    """
+
+    def __init__(self, path: str | None, *, device: torch.device | str = "cpu") -> None:
+        if path is None:
+            raise UserError("the CLIP score needs a model: --clip-path FOLDER, or openai/clip-vit-large-patch14")
+        if not Path(path).is_dir() and (path.count("/") != 1 or path[0] in "./~"):
+            raise UserError(
+                f"--clip-path {path}: not a folder; give a folder, or a name such as openai/clip-vit-base-patch32"
+            )
+        from safetensors import SafetensorError
+        from transformers import CLIPModel, CLIPProcessor
+
+        try:
+            model: nn.Module = CLIPModel.from_pretrained(path)
+            self.model = model.to(device).eval()
+            self.processor = CLIPProcessor.from_pretrained(path)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+            raise UserError(f"--clip-path {path}: holds no CLIP model that can be loaded ({reason})") from None
+        self.path, self.device = path, device
+
+    @torch.no_grad()
+    def embed(self, pictures: Sequence, texts: Sequence[str], *, batch_size: int = 32) -> tuple[Tensor, Tensor]:
+        """Unit rows of pictures and of texts, both (N, F), on the CPU. pictures: PIL, or (H, W, 3) uint8."""
+        image_rows, text_rows = [], []
+        for first in range(0, len(pictures), batch_size):
+            part = slice(first, first + batch_size)
+            inputs = self.processor(
+                text=list(texts[part]), images=list(pictures[part]), return_tensors="pt", padding=True, truncation=True
+            ).to(self.device)
+            output = self.model(**inputs)
+            image_rows.append(output.image_embeds.float().cpu())
+            text_rows.append(output.text_embeds.float().cpu())
+        images, words = (nn.functional.normalize(torch.cat(rows), dim=1) for rows in (image_rows, text_rows))
+        return images, words
+
+    def cosines(self, texts: Sequence[str], pictures: Sequence) -> list[float]:
+        """One cosine for each pair."""
+        images, words = self.embed(pictures, texts)
+        return (images * words).sum(1).tolist()
+
+
 def clip_score(
-    pictures: np.ndarray, captions: list[str], model_path: str, *, device: torch.device, batch_size: int = 32
-) -> dict:
+    pictures: Sequence, captions: Sequence[str], model_path: str | None, *, device: torch.device, batch_size: int = 32
+) -> dict[str, float | int | str]:
     """Mean of max(100 cos, 0) over pairs (Hessel et al. 2021), and the share of pictures whose own caption fits best
     of at most 100.
 
     Scores of different CLIP models do not compare; the model's name is part of the answer.
     """
-    from transformers import CLIPModel, CLIPProcessor
-
-    try:
-        model = CLIPModel.from_pretrained(model_path).to(device).eval()
-        processor = CLIPProcessor.from_pretrained(model_path)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--clip-path {model_path}: cannot be loaded ({str(error).strip().splitlines()[0][:160]})"
-        ) from None
-    image_rows, text_rows = [], []
-    for first in range(0, len(pictures), batch_size):
-        part = slice(first, first + batch_size)
-        inputs = processor(
-            text=captions[part], images=list(pictures[part]), return_tensors="pt", padding=True, truncation=True
-        ).to(device)
-        output = model(**inputs)
-        image_rows.append(output.image_embeds)
-        text_rows.append(output.text_embeds)
-    images, texts = (torch.nn.functional.normalize(torch.cat(rows), dim=1) for rows in (image_rows, text_rows))
-    among = (images[:100] @ texts[:100].T).argmax(1).cpu()
+    scorer = ClipScorer(model_path, device=device)
+    images, texts = scorer.embed(pictures, captions, batch_size=batch_size)
+    among = (images[:100] @ texts[:100].T).argmax(1)
     return {
         "score": (100 * (images * texts).sum(1)).clamp_min(0).mean().item(),
         "r_at_1": (among == torch.arange(len(among))).double().mean().item(),
         "among": len(among),
-        "model": model_path,
+        "model": scorer.path,
     }

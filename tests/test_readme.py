@@ -62,6 +62,8 @@ def check_flags(script: str, words: list[str], known: set[str] = frozenset()) ->
     text = help_of(script)
     for word in words:
         flag = word.split("=")[0]
+        if "- and _ are alike in all flags" in text:
+            flag = flag.replace("_", "-")
         if flag.startswith("--") and flag not in known:
             assert re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", text), f"{script} has no {flag}"
 

@@ -45,6 +45,7 @@ def cache_settings(config: Config) -> dict[str, Any]:
 def text_settings(config: Config) -> dict[str, Any]:
     """The same for the captions."""
     name = config.text.pretrained_model_name if config.text.type == "clip" else config.text.type
+    name += " with context" if config.text.context else ""
     return {"text_encoder": name, "text_dim": config.model.text_dim, "text_len": config.model.text_len}
 
 
@@ -67,6 +68,7 @@ class CachedDataset(Dataset):
     """
 
     def __init__(self, config: Config, pictures: Any) -> None:
+        assert config.data.cache_dir is not None
         self.folder, self.seed, self.length = Path(config.data.cache_dir), config.run.seed, config.model.text_len
         manifest = self._manifest()
         wanted = cache_settings(config) | (text_settings(config) if config.model.text_conditioning != "none" else {})

@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,10 +36,35 @@ class Item(NamedTuple):
     label: int | None = None
 
 
-class FileItems(Sequence[Item]):
-    """Items whose pictures are files. dit/sharded.py has the same for tar shards."""
+class Items:
+    """The pictures of a data set: an Item by its number, and its encoded picture."""
 
     captions_at_hand = True  # all captions can be looked through without reading pictures
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Item:
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[Item]:
+        return (self[index] for index in range(len(self)))
+
+    def ids(self) -> Iterator[str]:
+        """The items' names."""
+        return (item.id for item in self)
+
+    def take(self, indices: list[int]) -> "Items":
+        """Only these items, in this order."""
+        raise NotImplementedError
+
+    def picture(self, item: Item) -> tuple[bytes, str]:
+        """The encoded picture of an item, and its place."""
+        raise NotImplementedError
+
+
+class FileItems(Items):
+    """Items whose pictures are files."""
 
     def __init__(self, items: list[Item]) -> None:
         self.items = items
@@ -50,26 +75,30 @@ class FileItems(Sequence[Item]):
     def __getitem__(self, index: int) -> Item:
         return self.items[index]
 
-    def ids(self) -> Iterator[str]:
-        """The items' names."""
-        return (item.id for item in self.items)
-
     def take(self, indices: list[int]) -> "FileItems":
         """Only these items, in this order."""
         return FileItems([self.items[index] for index in indices])
 
     def picture(self, item: Item) -> tuple[bytes, str]:
         """The encoded picture of an item, and where it lies."""
+        assert isinstance(item.image, Path)
         try:
             return item.image.read_bytes(), str(item.image)
         except OSError as error:
             raise BadSample(f"{item.image}: cannot be read ({error.strerror})") from None
 
 
+class Listed(NamedTuple):
+    """What a layout lists, and (name, reason) of what it cannot use."""
+
+    items: list[Item]
+    skipped: list[tuple[str, str]]
+
+
 class Found(NamedTuple):
     """Items in the order of their ids (shards: of the files), and (name, reason) of what was left out."""
 
-    items: Sequence[Item]
+    items: Items
     skipped: list[tuple[str, str]]
 
 
@@ -90,7 +119,7 @@ def read(settings: DataConfig, root: Path, *, is_train: bool, num_classes: int |
     return found
 
 
-def _usable(found: Found, num_classes: int | None) -> Found:
+def _usable(found: Listed, num_classes: int | None) -> Found:
     """The items that have what training needs, in the order of their ids."""
     items, skipped = [], list(found.skipped)
     for item in found.items:
@@ -122,7 +151,7 @@ def held_out(name: str, fraction: float) -> bool:
 # --- MS-COCO ----------------------------------------------------------------------------------------------------------
 
 
-def _coco(settings: DataConfig, root: Path, is_train: bool, num_classes: int | None) -> Found:
+def _coco(settings: DataConfig, root: Path, is_train: bool, num_classes: int | None) -> Listed:
     split = "train" if is_train else "val"
     listings = [root / "annotations" / f"captions_{split}{year}.json" for year in (2017, 2014)]
     listing = next((path for path in listings if path.is_file()), None)
@@ -147,7 +176,7 @@ def _coco(settings: DataConfig, root: Path, is_train: bool, num_classes: int | N
         raise UserError(
             f"{folders[0]}: no such folder (nor {folders[1]}); it should hold the pictures of {listing.name}"
         )
-    return Found(
+    return Listed(
         [
             Item(f"{number:012d}", folder / name, clean_captions(captions.get(number, [])))
             for number, name in names.items()
@@ -159,7 +188,7 @@ def _coco(settings: DataConfig, root: Path, is_train: bool, num_classes: int | N
 # --- CUB-200-2011 -----------------------------------------------------------------------------------------------------
 
 
-def _cub(settings: DataConfig, root: Path, is_train: bool, num_classes: int | None) -> Found:
+def _cub(settings: DataConfig, root: Path, is_train: bool, num_classes: int | None) -> Listed:
     root = next((path for path in (root, root / "CUB_200_2011") if (path / "images.txt").is_file()), root)
     names = _table(root / "images.txt", required=True)
     classes = _table(root / "classes.txt", required=False)
@@ -176,7 +205,7 @@ def _cub(settings: DataConfig, root: Path, is_train: bool, num_classes: int | No
         box = _numbers(boxes[number], root / "bounding_boxes.txt") if settings.use_bbox and number in boxes else None
         label = int(labels[number]) - 1 if labels.get(number, "").isdecimal() else None
         items.append(Item(name, root / "images" / name, source.captions(number, name, class_name), box, label))
-    return Found(items, [])
+    return Listed(items, [])
 
 
 class _CubCaptions:
@@ -246,7 +275,7 @@ def is_sharded(root: Path) -> bool:
     return is_pattern or (root.is_dir() and any(root.glob("*.tar")))
 
 
-def _custom(settings: DataConfig, root: Path, is_train: bool, num_classes: int | None) -> Found:
+def _custom(settings: DataConfig, root: Path, is_train: bool, num_classes: int | None) -> Listed:
     if all((root / name).is_file() for name in SPLIT_FILES):
         return _rows(root / SPLIT_FILES[0 if is_train else 1])  # the data have their own split
     names = (SPLIT_FILES[0], "metadata.jsonl", "metadata.csv")
@@ -262,13 +291,14 @@ def _custom(settings: DataConfig, root: Path, is_train: bool, num_classes: int |
     return found._replace(items=[item for item in found.items if held_out(item.id, settings.val_fraction) != is_train])
 
 
-def _rows(listing: Path) -> Found:
+def _rows(listing: Path) -> Listed:
     """metadata.jsonl or .csv: one picture a row."""
     if listing.suffix == ".csv":
-        numbered = list(enumerate(csv.DictReader(io.StringIO(_text(listing), newline="")), 2))
+        numbered: list[tuple[int, Any]] = list(enumerate(csv.DictReader(io.StringIO(_text(listing), newline="")), 2))
     else:
         numbered = [(number, line) for number, line in enumerate(_text(listing).split("\n"), 1) if line.strip()]
-    items, skipped = [], []
+    items: list[Item] = []
+    skipped: list[tuple[str, str]] = []
     for number, row in numbered:
         try:
             record = json.loads(row) if isinstance(row, str) else row
@@ -280,7 +310,7 @@ def _rows(listing: Path) -> Found:
             f"{skipped[0][0]}: {skipped[0][1]}; each row needs one of {', '.join(IMAGE_KEYS)} and one of "
             f"{', '.join(CAPTION_KEYS)}"
         )
-    return Found(items, skipped)
+    return Listed(items, skipped)
 
 
 def _from_record(record: Any, folder: Path) -> Item:
@@ -293,7 +323,7 @@ def _from_record(record: Any, folder: Path) -> Item:
     return Item(name, folder / name, captions_of(record), label=int(label) if label.isdecimal() else None)
 
 
-def _pixart(root: Path) -> Found:
+def _pixart(root: Path) -> Listed:
     folder = next((root / name for name in ("InternImgs", "images") if (root / name).is_dir()), root)
     items, skipped = [], []
     records = _json(root / "data_info.json")
@@ -304,10 +334,10 @@ def _pixart(root: Path) -> Found:
             items.append(Item(record["path"], folder / record["path"], clean_captions(record.get("prompt"))))
         else:
             skipped.append((f"data_info.json[{number}]", "no path"))
-    return Found(items, skipped)
+    return Listed(items, skipped)
 
 
-def _sidecars(root: Path) -> Found:
+def _sidecars(root: Path) -> Listed:
     items = []
     for path in sorted(path for path in root.rglob("[!.]*") if path.suffix.lower() in IMAGE_SUFFIXES):
         note = next((side for suffix in (".txt", ".caption") if (side := path.with_suffix(suffix)).is_file()), None)
@@ -317,12 +347,12 @@ def _sidecars(root: Path) -> Found:
             f"{root}: neither metadata.jsonl, train.jsonl, metadata.csv, data_info.json, .tar shards nor pictures with "
             ".txt files; see dit/README.md"
         )
-    return Found(items, [])
+    return Listed(items, [])
 
 
-def _class_folders(root: Path) -> Found:
+def _class_folders(root: Path) -> Listed:
     folders = sorted(folder for folder in root.iterdir() if folder.is_dir())
-    return Found(
+    return Listed(
         [
             Item(f"{folder.name}/{path.name}", path, (folder.name.replace("_", " "),), label=label)
             for label, folder in enumerate(folders)
@@ -333,52 +363,14 @@ def _class_folders(root: Path) -> Found:
     )
 
 
-# --- small files ------------------------------------------------------------------------------------------------------
-
-
-def _text(path: Path) -> str:
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return data.decode("latin-1")
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(_text(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); copy the file again") from None
-
-
-def _table(path: Path, *, required: bool) -> dict[str, str]:
-    """CUB's "<number> <rest of the line>" files."""
-    if not path.is_file():
-        if required:
-            raise UserError(f"{path}: no such file; dataset_name cub needs CUB-200-2011's layout")
-        return {}
-    rows = (line.split(" ", 1) for line in _text(path).splitlines() if line.strip())
-    return {row[0]: row[1].strip() if len(row) > 1 else "" for row in rows}
-
-
-def _numbers(text: str, path: Path) -> tuple[float, float, float, float]:
-    try:
-        x, y, width, height = (float(part) for part in text.split())
-    except ValueError:
-        raise UserError(f"{path}: expected four numbers, found {text!r}") from None
-    return x, y, width, height
-
-
-# Pictures in webdataset tar files as a sequence of items that are read when asked for.
-#
+# --- webdataset tar files: items that are read when asked for --------------------------------------------------------
 # A million samples open in seconds with a few bytes of memory each: names come from the shards' index, captions when a
 # sample is used.
-
 
 PICTURES = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
 
 
-class ShardItems(Sequence[Item]):
+class ShardItems(Items):
     """items[i] -> Item whose picture is the sample's number. BadSample: no caption, or a json that cannot be read."""
 
     captions_at_hand = False
@@ -424,6 +416,7 @@ class ShardItems(Sequence[Item]):
 
     def picture(self, item: Item) -> tuple[bytes, str]:
         """The encoded picture of an item, and its name."""
+        assert isinstance(item.image, int)
         sample = self.shards.read(item.image, PICTURES)
         return next(sample[extension] for extension in PICTURES if extension in sample), item.id
 
@@ -439,3 +432,39 @@ def tar_files(root: Path) -> list[Path]:
         first, last = inside.split("..")
         return [root.parent / f"{before}{number:0{len(first)}d}{after}" for number in range(int(first), int(last) + 1)]
     return sorted(root.parent.glob(name)) if "*" in name else [root]
+
+
+# --- small files ------------------------------------------------------------------------------------------------------
+
+
+def _text(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); copy the file again") from None
+
+
+def _table(path: Path, *, required: bool) -> dict[str, str]:
+    """CUB's "<number> <rest of the line>" files."""
+    if not path.is_file():
+        if required:
+            raise UserError(f"{path}: no such file; dataset_name cub needs CUB-200-2011's layout")
+        return {}
+    rows = (line.split(" ", 1) for line in _text(path).splitlines() if line.strip())
+    return {row[0]: row[1].strip() if len(row) > 1 else "" for row in rows}
+
+
+def _numbers(text: str, path: Path) -> tuple[float, float, float, float]:
+    try:
+        x, y, width, height = (float(part) for part in text.split())
+    except ValueError:
+        raise UserError(f"{path}: expected four numbers, found {text!r}") from None
+    return x, y, width, height

@@ -7,13 +7,14 @@ Shapes: N held-out pictures, L levels, C H W of a latent.
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dit.data.images import unit
-from dit.weights.open import condition_of
+from dit.dataset import unit
+from dit.modules.text import CaptionEncoder, condition_of
+from dit.modules.vae import Codec
 from shared.engine.dist import DistInfo, sum_over_ranks
 from shared.errors import BadSample
-from shared.metrics import colour_caption
+from shared.metrics import colour_caption, paired_p
 from shared.rng import keyed_randn
 
 _HELD_OUT_NOISE = 31  # random stream
@@ -33,7 +34,7 @@ class HeldOut(NamedTuple):
 
 @torch.no_grad()
 def prepare(
-    dataset: Any, training_set: Any, codec: nn.Module, encoder: nn.Module | None, *, count: int, device: torch.device
+    dataset: Any, training_set: Any, codec: Codec, encoder: CaptionEncoder | None, *, count: int, device: torch.device
 ) -> HeldOut:
     """Encode up to `count` held-out pictures, and the mean of as many training pictures."""
     samples = readable(dataset, count)
@@ -103,23 +104,12 @@ def summary(right_LN: Tensor, shuffled_LN: Tensor | None, constant_LN: Tensor) -
     return figures
 
 
-def paired_p(difference_N: Tensor) -> float:
-    """One-sided p that the mean difference is not above 0 (Student's t over pictures)."""
-    from scipy.stats import t as student
-
-    count = len(difference_N)
-    spread = difference_N.double().std().item()
-    if count < 2 or spread == 0:
-        return 1.0
-    return float(student.sf(difference_N.double().mean().item() / (spread / count**0.5), count - 1))
-
-
 def _shuffled(condition: dict[str, Tensor]) -> dict[str, Tensor]:
     """Every picture gets the caption of the one half the set away: of another class, where sets are sorted by class."""
     return {name: value.roll(len(value) // 2 + len(value) % 2, 0) for name, value in condition.items()}
 
 
-def _mean_latent(codec: nn.Module, images: Tensor) -> Tensor:
+def _mean_latent(codec: Codec, images: Tensor) -> Tensor:
     return codec.latents(codec.moments(images)).float()
 
 

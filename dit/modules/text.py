@@ -25,8 +25,30 @@ class TextCondition(NamedTuple):
     pooled: Tensor
 
 
-class TextEncoder(nn.Module):
+class CaptionEncoder(nn.Module):
+    """What every text encoder offers."""
+
+    width: int  # E
+    length: int  # T
+    has_tokens = False  # whether tokenize and encode_ids are there, so that loader processes can tokenize
+
+    def encode(self, captions: list[str]) -> TextCondition:
+        """Condition of every caption."""
+        raise NotImplementedError
+
+    def tokenize(self, captions: list[str]) -> dict[str, Tensor]:
+        """input_ids and attention_mask (B, T), int64."""
+        raise NotImplementedError
+
+    def encode_ids(self, ids_BT: Tensor) -> TextCondition:
+        """Condition of token ids."""
+        raise NotImplementedError
+
+
+class TextEncoder(CaptionEncoder):
     """CLIP's text tower, frozen. States follow the final layer norm; pooled is that of the first end-of-text token."""
+
+    has_tokens = True
 
     def __init__(
         self,
@@ -44,8 +66,7 @@ class TextEncoder(nn.Module):
         except (OSError, ValueError) as error:
             raise UserError(
                 f"text.pretrained_model_name {pretrained_model_name}: cannot be loaded ({_first_line(error)}); give a "
-                "local "
-                "folder with --text-encoder-path, or use --set text.type=hash, which needs no weights"
+                "local folder with --text-encoder-path, or use --set text.type=hash, which needs no weights"
             ) from None
         self.length, self.width = length, self.model.config.hidden_size
         self.model.requires_grad_(False).eval()
@@ -79,16 +100,20 @@ class TextEncoder(nn.Module):
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+|[#*+&%]")
 
 
-class HashTextEncoder(nn.Module):
+NEIGHBOURS, NEIGHBOUR_WEIGHT = 4, 0.7  # "to the left of" is four words
+
+
+class HashTextEncoder(CaptionEncoder):
     """Words as fixed vectors: sums of random vectors of the word and its byte 3- and 4-grams (Bojanowski et al. 2017).
 
     Nothing is trained and nothing is stored: a vector follows from the bytes alone, so the same caption gives the same
     states on any machine. Related spellings get related vectors; the model's own text projection learns what they mean.
+    With `context` every state also carries a trace of its neighbours, so that "a left of b" differs from "b left of a".
     """
 
-    def __init__(self, *, width: int = 128, length: int = 24) -> None:
+    def __init__(self, *, width: int = 128, length: int = 24, context: bool = False) -> None:
         super().__init__()
-        self.width, self.length = width, length
+        self.width, self.length, self.context = width, length, context
         self._words: dict[str, np.ndarray] = {}
 
     def encode(self, captions: list[str]) -> TextCondition:
@@ -99,7 +124,8 @@ class HashTextEncoder(nn.Module):
         for row, caption in enumerate(captions):
             words = [*self.words(caption)[: self.length - 1], "</s>"]  # the end mark also stands for the empty caption
             vectors = np.stack([self._vector(word) for word in words])
-            states[row, : len(words)], mask[row, : len(words)] = vectors, True
+            states[row, : len(words)] = _with_context(vectors) if self.context else vectors
+            mask[row, : len(words)] = True
             pooled[row] = vectors.sum(0) / math.sqrt(len(words))
         return TextCondition(torch.from_numpy(states), torch.from_numpy(mask), torch.from_numpy(pooled))
 
@@ -122,21 +148,43 @@ class HashTextEncoder(nn.Module):
         return np.random.Generator(np.random.PCG64(zlib.crc32(gram))).standard_normal(self.width)
 
 
-def make_text_encoder(config: Config) -> nn.Module | None:
+def _with_context(vectors_TE: np.ndarray) -> np.ndarray:
+    """Add the vectors of the neighbours, weaker with distance: of those before turned by one place, of those after by
+    one place the other way, so that before and after differ.
+    """
+    states_TE = vectors_TE.copy()
+    for distance in range(1, min(NEIGHBOURS + 1, len(vectors_TE))):
+        weight = NEIGHBOUR_WEIGHT**distance
+        states_TE[distance:] += weight * np.roll(vectors_TE[:-distance], 1, axis=1)
+        states_TE[:-distance] += weight * np.roll(vectors_TE[distance:], -1, axis=1)
+    return states_TE
+
+
+def make_text_encoder(config: Config) -> CaptionEncoder | None:
     """The encoder that the settings name; None for a model that reads no text. Refuses a width that does not fit."""
     text, model = config.text, config.model
     if model.text_conditioning == "none":
         return None
     if text.type == "hash":
-        return HashTextEncoder(width=model.text_dim, length=model.text_len)
+        return HashTextEncoder(width=model.text_dim, length=model.text_len, context=text.context)
     encoder = _clip(text, model.text_len)
     if encoder.width != model.text_dim:
         raise UserError(
             f"text.pretrained_model_name {text.pretrained_model_name} has states of width {encoder.width}, "
-            "model.text_dim is "
-            f"{model.text_dim}; set --set model.text_dim={encoder.width}"
+            f"model.text_dim is {model.text_dim}; set --set model.text_dim={encoder.width}"
         )
     return encoder
+
+
+def condition_of(
+    texts: list[str], labels: Tensor | None, encoder: CaptionEncoder | None, device: torch.device
+) -> dict[str, Tensor]:
+    """The keyword arguments of the model that carry captions or labels."""
+    if encoder is None:
+        return {} if labels is None else {"labels": labels.to(device)}
+    # encoders answer with inference tensors, which autograd refuses to save: the copies are ordinary ones
+    states, mask, pooled = (part.to(device) for part in encoder.encode(texts))
+    return {"text_embeddings": states.clone(), "text_mask": mask.clone(), "text_pooled": pooled.clone()}
 
 
 def _clip(text: TextConfig, length: int) -> TextEncoder:

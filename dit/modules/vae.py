@@ -1,17 +1,16 @@
-"""Pictures to latents and back: the Stable Diffusion autoencoder, and three codecs that need no weights.
+"""Pictures to latents and back: the Stable Diffusion autoencoder, and four codecs that need no weights.
 
 All offer moments(images) -> unscaled mean and log variance (B, 2C, h, w), latents(moments, noise) -> what the model is
 trained on, encode(images), decode(latents). Images are float32 in [-1, 1].
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dit.config import Config
-from dit.modules.autoencoder import PatchAutoencoder
 from shared.errors import UserError
 
 SD_ALIASES = (
@@ -19,12 +18,44 @@ SD_ALIASES = (
     "or a local folder"
 )
 NO_VARIANCE = -30.0  # log variance of a codec that is not random
+CODEC_FILE = "autoencoder.safetensors"  # a fitted codec, beside the checkpoints and in each of them
 
 
-class VAEEncoder(nn.Module):
+class Codec(nn.Module):
+    """What every codec offers. Images (B, 3, H, W) float32 in [-1, 1]; latents (B, C, h, w)."""
+
+    factor: int  # pixels per latent cell side
+    channels: int  # C
+    posterior: str = "mode"  # sample: latents are drawn around the mean
+    learns = False  # whether fit() must have been called, on training pictures
+
+    def fit(self, images: Tensor, *, seed: int) -> dict[str, float]:
+        """Learn from images (N, 3, H, W); returns figures to print."""
+        raise NotImplementedError
+
+    def moments(self, images: Tensor) -> Tensor:
+        """Unscaled mean and log variance (B, 2C, h, w): what a cache stores."""
+        raise NotImplementedError
+
+    def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """What the model is trained on, from moments; `noise` (B, C, h, w) draws from the posterior."""
+        raise NotImplementedError
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents of images."""
+        return self.latents(self.moments(images), noise)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images in [-1, 1]."""
+        raise NotImplementedError
+
+
+class VAEEncoder(Codec):
     """AutoencoderKL, frozen. encode(images) -> (B, C, H/8, W/8) scaled by the VAE's own factor (0.18215 for SD 1.5)."""
 
     factor = 8
+    mean: Tensor
+    scale: Tensor
 
     def __init__(
         self,
@@ -37,7 +68,7 @@ class VAEEncoder(nn.Module):
         local_files_only: bool = False,
     ) -> None:
         super().__init__()
-        self.vae = _load_vae(pretrained_model_name, local_files_only).requires_grad_(False).eval()
+        self.vae: Any = _load_vae(pretrained_model_name, local_files_only).requires_grad_(False).eval()  # diffusers'
         if use_slicing:
             self.vae.enable_slicing()
         if use_tiling:
@@ -83,10 +114,12 @@ class VAEEncoder(nn.Module):
         return self.vae.decode(unscaled.to(self.vae.device, self.vae.dtype)).sample.float().clamp(-1, 1)
 
 
-class PixelCodec(nn.Module):
+class PixelCodec(Codec):
     """No compression: pixels, brought to mean 0 and variance 1 by the training pictures' channel statistics."""
 
-    factor, channels, posterior = 1, 3, "mode"
+    factor, channels, learns = 1, 3, True
+    mean: Tensor
+    std: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,19 +141,15 @@ class PixelCodec(nn.Module):
         pixels = moments[:, :3]
         return (pixels - self.mean.to(pixels.device)) / self.std.to(pixels.device)
 
-    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Normalised pixels."""
-        return self.latents(images)
-
     def decode(self, latents: Tensor) -> Tensor:
         """Images in [-1, 1]."""
         return (latents * self.std.to(latents.device) + self.mean.to(latents.device)).clamp(-1, 1)
 
 
-class PoolCodec(nn.Module):
+class PoolCodec(Codec):
     """For tests: 8x8 averages of red, green, blue and brightness; decodes by repeating."""
 
-    factor, channels, posterior = 8, 4, "mode"
+    factor, channels = 8, 4
 
     def moments(self, images: Tensor) -> Tensor:
         """Averages with no variance."""
@@ -132,41 +161,12 @@ class PoolCodec(nn.Module):
         """The averages."""
         return moments[:, :4]
 
-    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """The averages."""
-        return self.moments(images)[:, :4]
-
     def decode(self, latents: Tensor) -> Tensor:
         """Images in [-1, 1]."""
         return nn.functional.interpolate(latents[:, :3], scale_factor=8, mode="nearest").clamp(-1, 1)
 
 
-def make_vae(config: Config) -> nn.Module:
-    """The codec that the settings name. Refuses a number of channels that the model does not expect."""
-    vae = config.vae
-    if vae.type == "sd":
-        codec: nn.Module = VAEEncoder(
-            vae.pretrained_model_name,
-            vae.use_slicing,
-            use_tiling=vae.use_tiling,
-            posterior=vae.posterior,
-            latent_stats=vae.latent_stats,
-            local_files_only=config.text.local_files_only,
-        )
-    elif vae.type == "patches":
-        codec = PatchAutoencoder(channels=config.model.in_channels, patch=vae.patch, decoder_steps=vae.decoder_steps)
-    else:
-        codec = PixelCodec() if vae.type == "pixels" else PoolCodec()
-    if codec.channels != config.model.in_channels:
-        raise UserError(
-            f"vae.type {vae.type} gives latents of {codec.channels} channels, model.in_channels is "
-            f"{config.model.in_channels}; "
-            f"set --in-channels {codec.channels}"
-        )
-    return codec
-
-
-def _load_vae(name: str, local_files_only: bool) -> nn.Module:
+def _load_vae(name: str, local_files_only: bool) -> Any:
     """From the folder "vae" of a pipeline, or from a VAE's own folder."""
     from diffusers import AutoencoderKL
 

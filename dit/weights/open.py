@@ -7,20 +7,19 @@ from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from dit.config import Config
-from dit.data.images import unit
+from dit.dataset import TextImageDataset, unit
 from dit.model import DiTModel
-from dit.modules.text import make_text_encoder
-from dit.modules.vae import make_vae
-from dit.objective import make_objective
+from dit.modules.autoencoder import ConvAutoencoder, PatchAutoencoder
+from dit.modules.text import CaptionEncoder, make_text_encoder
+from dit.modules.vae import CODEC_FILE, Codec, PixelCodec, PoolCodec, VAEEncoder
+from dit.objective import Objective, make_objective
 from shared.config import load_saved
 from shared.engine.checkpoint import find_checkpoint, load_strict, load_weights
 from shared.engine.dist import DistInfo, barrier
 from shared.errors import UserError, written_aside
 
-CODEC_FILE = "autoencoder.safetensors"
 CODEC_PICTURES = 2048  # training pictures that a codec is fitted on
 
 
@@ -32,9 +31,34 @@ def build_model(config: Config) -> DiTModel:
     return model
 
 
-def fit_codec(
-    codec: nn.Module, dataset: torch.utils.data.Dataset, output_dir: Path, info: DistInfo, *, seed: int
-) -> None:
+def make_vae(config: Config) -> Codec:
+    """The codec that the settings name. Refuses a number of channels that the model does not expect."""
+    vae = config.vae
+    if vae.type == "sd":
+        codec: Codec = VAEEncoder(
+            vae.pretrained_model_name,
+            vae.use_slicing,
+            use_tiling=vae.use_tiling,
+            posterior=vae.posterior,
+            latent_stats=vae.latent_stats,
+            local_files_only=config.text.local_files_only,
+        )
+    elif vae.type == "patches":
+        codec = PatchAutoencoder(channels=config.model.in_channels, patch=vae.patch, decoder_steps=vae.decoder_steps)
+    elif vae.type == "conv":
+        codec = ConvAutoencoder(channels=config.model.in_channels, factor=vae.patch, width=vae.width)
+    else:
+        codec = PixelCodec() if vae.type == "pixels" else PoolCodec()
+    if codec.channels != config.model.in_channels:
+        raise UserError(
+            f"vae.type {vae.type} gives latents of {codec.channels} channels, model.in_channels is "
+            f"{config.model.in_channels}; "
+            f"set --in-channels {codec.channels}"
+        )
+    return codec
+
+
+def fit_codec(codec: Codec, dataset: TextImageDataset, output_dir: Path, info: DistInfo, *, seed: int) -> None:
     """Fit a codec that learns from the training pictures, once a run folder: rank 0 fits and saves, all ranks load."""
     path = output_dir / CODEC_FILE
     if info.is_main and not path.exists():
@@ -53,7 +77,7 @@ def fit_codec(
     load_codec(codec, path)
 
 
-def load_codec(codec: nn.Module, path: Path) -> None:
+def load_codec(codec: Codec, path: Path) -> None:
     """Load what fit_codec saved."""
     if not path.exists():
         raise UserError(
@@ -77,9 +101,9 @@ class Trained(NamedTuple):
 
     config: Config
     model: DiTModel
-    codec: nn.Module
-    text_encoder: nn.Module | None
-    objective: object
+    codec: Codec
+    text_encoder: CaptionEncoder | None
+    objective: Objective
     folder: Path
 
 
@@ -104,7 +128,7 @@ def load_trained(
     model = build_model(config)
     load_strict(model, load_weights(path if path.is_file() else folder, prefer_ema=use_ema), what=str(path))
     codec = make_vae(config)
-    if hasattr(codec, "fit"):
+    if codec.learns:
         places = [folder / CODEC_FILE, folder.parent / CODEC_FILE, folder.parent.parent / CODEC_FILE]
         load_codec(codec, next((place for place in places if place.exists()), places[0]))
     encoder = make_text_encoder(config)
@@ -119,13 +143,3 @@ def load_trained(
         objective,
         folder,
     )
-
-
-def condition_of(
-    texts: list[str], labels: Tensor | None, encoder: nn.Module | None, device: torch.device
-) -> dict[str, Tensor]:
-    """The keyword arguments of the model that carry captions or labels."""
-    if encoder is None:
-        return {} if labels is None else {"labels": labels.to(device)}
-    states, mask, pooled = (part.to(device) for part in encoder.encode(texts))
-    return {"text_embeddings": states.clone(), "text_mask": mask.clone(), "text_pooled": pooled.clone()}

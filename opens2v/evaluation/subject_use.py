@@ -86,6 +86,7 @@ def paired_errors(
     references: "all", or "next": besides the own only that of the next clip (the rest of the matrix is NaN).
     """
     clean = conditions.latents_BCFhw
+    assert clean is not None  # the clips were encoded
     count = len(clean)
     region = (
         torch.ones(clean[:, 0].shape, dtype=torch.bool, device=clean.device) if region_BFhw is None else region_BFhw

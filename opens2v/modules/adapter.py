@@ -84,6 +84,9 @@ def attend(q_BLD: Tensor, k_BSD: Tensor, v_BSD: Tensor, heads: int, mask_BS: Ten
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
+Path = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # keys, values, mask of the keys, gate
+
+
 class DualPathCrossAttention(WanAttention):
     """A Wan block's cross-attention with subject paths beside the text path.
 
@@ -95,6 +98,10 @@ class DualPathCrossAttention(WanAttention):
     fused = A(q, RMS(k_fused u; norm_k_fused), v_fused u), u = [p ; z]     only with fused_path
     out   = Wo(text + gate_clip clip + vae + fused)
     """
+
+    # WanAttention declares these as optional; with clip_path "separate" they are layers.
+    add_k_proj: nn.Linear  # type: ignore[assignment]
+    add_v_proj: nn.Linear  # type: ignore[assignment]
 
     def __init__(self, dim: int, heads: int, *, eps: float = 1e-6, clip_path: str = "shared", fused_path: bool = False):
         super().__init__(dim=dim, heads=heads, dim_head=dim // heads, eps=eps, cross_attention_dim_head=dim // heads)
@@ -139,7 +146,7 @@ class DualPathCrossAttention(WanAttention):
             paths.append((self.k_fused, self.v_fused, self.norm_k_fused))
         return paths
 
-    def forward(
+    def forward(  # type: ignore[override]  # the block calls it, no processor of diffusers
         self, x_BLD: Tensor, text_BSD: Tensor, references: ReferenceTokens | None = None, layer: int = 0
     ) -> Tensor:
         """x: normed video tokens; text: projected text. Without references this is the base's arithmetic."""
@@ -151,11 +158,12 @@ class DualPathCrossAttention(WanAttention):
                 out = out + (path if gate is None else gate.to(q.dtype) * path)
         return self.to_out[0](out)
 
-    def _keys_values(self, references: ReferenceTokens, layer: int) -> list[tuple]:
-        """(keys, values, mask, gate) of every subject path; remembered when the references carry a memory."""
+    def _keys_values(self, references: ReferenceTokens, layer: int) -> list[Path]:
+        """Every subject path; remembered when the references carry a memory."""
         if references.memory is not None and layer in references.memory:
             return references.memory[layer]
-        clip, vae, found = references.clip_BSD, references.vae_BSD, []
+        clip, vae = references.clip_BSD, references.vae_BSD
+        found: list[Path] = []
         if clip is not None and self.clip_path == "shared":
             key = self.norm_k(self.to_k(clip))
             found.append((key, self.to_v(clip), references.mask_clip_BS, self.gate_clip))
@@ -166,6 +174,7 @@ class DualPathCrossAttention(WanAttention):
             found.append((rms_norm(self.norm_k_vae, self.k_vae(vae)), self.v_vae(vae), references.mask_vae_BS, None))
         if self.fused_path and clip is not None and vae is not None:
             both = torch.cat([clip, vae], 1)
+            assert references.mask_clip_BS is not None and references.mask_vae_BS is not None  # come with their tokens
             mask = torch.cat([references.mask_clip_BS, references.mask_vae_BS], 1)
             found.append((rms_norm(self.norm_k_fused, self.k_fused(both)), self.v_fused(both), mask, None))
         if references.memory is not None:

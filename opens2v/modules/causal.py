@@ -6,7 +6,8 @@ Shapes: B batch, F latent frames, S tokens of a frame, L = F S tokens, H heads, 
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from diffusers.models.transformers.transformer_wan import WanAttention, WanRotaryPosEmbed
+from torch import Tensor
 from torch.nn import functional
 
 
@@ -86,19 +87,21 @@ def attention_in_runs(q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, runs: list
     return torch.cat(parts, 2)
 
 
-def rotary_table(rope: nn.Module, frames: int, height: int, width: int, first_frame: int = 0) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    rope: WanRotaryPosEmbed, frames: int, height: int, width: int, first_frame: int = 0
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine (1, L, 1, K) of a patch grid whose time index starts at `first_frame`.
 
-    rope: diffusers' WanRotaryPosEmbed, whose tables are split over time, height and width.
+    The tables of `rope` are split over time, height and width.
     """
     sizes = [rope.t_dim, rope.h_dim, rope.w_dim]
     axes = (slice(first_frame, first_frame + frames), slice(0, height), slice(0, width))
-    if max(part.stop for part in axes) > len(rope.freqs_cos):
-        raise ValueError(
-            f"the rotary table has {len(rope.freqs_cos)} positions, {max(part.stop for part in axes)} are needed"
-        )
+    cosines, sines = rope.freqs_cos, rope.freqs_sin
+    assert isinstance(cosines, Tensor) and isinstance(sines, Tensor)
+    if max(part.stop for part in axes) > len(cosines):
+        raise ValueError(f"the rotary table has {len(cosines)} positions, {max(part.stop for part in axes)} are needed")
     tables = []
-    for table in (rope.freqs_cos, rope.freqs_sin):
+    for table in (cosines, sines):
         time_, row, column = (part[axis] for part, axis in zip(table.split(sizes, 1), axes, strict=True))
         grid = torch.cat(
             [
@@ -154,7 +157,7 @@ class KeyValueCache:
 
 
 def self_attention(
-    attention: nn.Module,
+    attention: WanAttention,
     x_BLD: Tensor,
     rotary: tuple[Tensor, Tensor],
     *,

@@ -143,7 +143,7 @@ class VideoSampler:
         return x
 
     def _denoise_unipc(self, x: Tensor, velocity: Callable[[Tensor, float], Tensor]) -> Tensor:
-        from diffusers import UniPCMultistepScheduler
+        from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
         solver = UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=self.sampler.shift

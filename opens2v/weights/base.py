@@ -162,6 +162,7 @@ def train_base(config: Config, info: DistInfo, path: Path, steps: int) -> None:
     if result.step < steps:
         raise UserError(f"the base was stopped at step {result.step} of {steps}; the same command goes on from there")
     if info.is_main:
+        assert result.checkpoint is not None
         with written_aside(path) as temporary:
             shutil.copyfile(result.checkpoint / "generator.safetensors", temporary)
     barrier()

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from opens2v.config import Config
 from opens2v.model import RefWanTransformer3DModel
@@ -62,4 +63,5 @@ def load_trained_generator(
     model, _ = load_generator(config, path)
     load_trained(model, read_trained(weights, use_ema=use_ema), str(weights))
     encoders = load_encoders(config, path if path.is_dir() else path.parent, everything=True)
-    return model.to(device).eval().requires_grad_(False), encoders.to(torch.device(device)), config, weights
+    nn.Module.to(model, device)
+    return model.eval().requires_grad_(False), encoders.to(torch.device(device)), config, weights

@@ -150,11 +150,13 @@ def read_generator_state(path: str | Path, *, use_ema: bool = False) -> dict[str
             stacklevel=2,
         )
     order = ("generator_ema", "generator") if use_ema else ("generator", "generator_ema")
+    state: Mapping = loaded
     for key in (*order, "model", "state_dict"):
-        if isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
+        inner = loaded.get(key)
+        if isinstance(inner, Mapping):
+            state = inner
             break
-    return normalise_state({name: value for name, value in loaded.items() if isinstance(value, Tensor)})
+    return normalise_state({name: value for name, value in state.items() if isinstance(value, Tensor)})
 
 
 def _first_line(error: Exception) -> str:

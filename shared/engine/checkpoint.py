@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from shared.config import read_yaml
 from shared.engine.dist import DistInfo, from_main, raise_together
 from shared.errors import CheckpointError, UserError, write_text
 
@@ -42,7 +43,7 @@ class CheckpointStore:
         *,
         step: int,
         trainer: dict,
-        tensors: dict[str, tuple[list, Iterable[Tensor | None]]],
+        tensors: dict[str, tuple[list, Iterable[Tensor]]],
         meta: dict,
         extra: Callable[[Path], None] | None = None,
         best: str | None = None,
@@ -172,24 +173,26 @@ class CheckpointStore:
 
     def newest_valid(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint whose files all have the right hash, and sentences on the others; rank 0 decides."""
-        if not self.info.is_main:
-            return from_main(None)
-        passed_over, chosen = [], None
-        readable = {path for _, path in self.listed()}
-        folders = (
-            [p for p in self.root.iterdir() if p.is_dir() and not p.name.startswith(".")] if self.root.exists() else []
-        )
-        passed_over += [
-            f"{path}: manifest.json is missing or unreadable" for path in sorted(folders) if path not in readable
+        return from_main(self.look() if self.info.is_main else None)
+
+    def look(self) -> tuple[Path | None, list[str]]:
+        """newest_valid() of this process alone."""
+        readable = self.listed()
+        folders = sorted(path for path in self.root.iterdir() if path.is_dir()) if self.root.is_dir() else []
+        known = {path for _, path in readable}
+        passed_over = [
+            f"{path}: manifest.json is missing or unreadable"
+            for path in folders
+            if path not in known and not path.name.startswith(".")
         ]
-        for _, path in self.listed():
+        for _, path in readable:
             try:
                 verify(path)
-                chosen = path
-                break
             except CheckpointError as error:
                 passed_over.append(str(error))
-        return from_main((chosen, passed_over))
+            else:
+                return path, passed_over
+        return None, passed_over
 
 
 def verify(path: Path) -> dict:
@@ -223,28 +226,63 @@ def verify(path: Path) -> dict:
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
     """The newest complete, undamaged checkpoint of a run folder."""
-    return CheckpointStore(Path(output_dir) / "checkpoints", DistInfo()).newest_valid()[0]
+    return CheckpointStore(Path(output_dir) / "checkpoints", DistInfo()).look()[0]
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a user means by OUT, OUT/NAME or OUT/checkpoints/NAME.
+def open_run(path: Path | str, say: Callable[[str], None] | None = None) -> Path:
+    """The checkpoint of a finished or running run that a user means by OUT, OUT/NAME or OUT/checkpoints/NAME.
 
-    CheckpointError where there is none, and where the one named is damaged: it is never replaced by another.
+    The one rule, for all systems: of a run folder the newest checkpoint that is whole; of a run that stops early by its
+    validation (early_stopping_patience) the best one. One line says which, and names newer ones that are damaged; it
+    goes to `say`, by default rank 0's console. CheckpointError where there is none, and where the one named is damaged:
+    that is never replaced by another.
     """
-    path = Path(path)
+    folder, why = _choose(Path(path))
+    (say or _print_once)(f"checkpoint: {folder} ({why})")
+    return folder
+
+
+def find_checkpoint(path: Path | str) -> Path:
+    """open_run() without a word."""
+    return _choose(Path(path))[0]
+
+
+def _choose(path: Path) -> tuple[Path, str]:
     for folder in (path, path.parent / "checkpoints" / path.name):
         if (folder / "manifest.json").exists():
-            verify(folder)
-            return folder
+            return folder, f"step {verify(folder)['step']}, as named"
+    passed_over: list[str] = []
     if (path / "checkpoints").is_dir():
-        newest = newest_checkpoint(path)
+        newest, passed_over = CheckpointStore(path / "checkpoints", DistInfo()).look()
+        best = _best_of_early_stopping(path) if newest is not None else None
+        if best is not None:
+            return best, f"step {verify(best)['step']}, the best by validation; {newest} is the newest"
         if newest is not None:
-            return newest
-    found = sorted(item.name for item in path.parent.glob("*/manifest.json")) if path.parent.is_dir() else []
+            step = json.loads((newest / "manifest.json").read_text())["step"]
+            newer = f"; passed over {'; passed over '.join(passed_over)}" if passed_over else ""
+            return newest, f"step {step}, the newest{newer}"
+    found = sorted(item.parent.name for item in path.parent.glob("*/manifest.json")) if path.parent.is_dir() else []
     raise CheckpointError(
-        f"{path}: {'holds no complete checkpoint' if path.exists() else 'no such checkpoint'}; "
+        f"{path}: {'holds no complete checkpoint' if path.exists() else 'no such checkpoint'}"
+        f"{''.join(f'; passed over {sentence}' for sentence in passed_over)}; "
         f"give a run folder or one of its checkpoints{f' ({found})' if found else ''}"
     )
+
+
+def _best_of_early_stopping(output_dir: Path) -> Path | None:
+    try:
+        settings = read_yaml(output_dir / "config.yaml")
+        patience = settings["training"]["early_stopping_patience"]
+        best = output_dir / "checkpoints" / (output_dir / "checkpoints" / "best").read_text().strip()
+        verify(best)
+    except (OSError, KeyError, TypeError, ValueError, UserError):
+        return None
+    return None if patience is None else best
+
+
+def _print_once(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
 
 
 def load_weights(path: Path | str, *, prefer_ema: bool = True) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """What a checkpoint holds of strategy and EMA, and how it comes back under any strategy and number of ranks."""
 
+import functools
 import importlib.metadata
 import json
 import time
@@ -15,12 +16,11 @@ from shared.config import check_resume, config_digest, fixed_settings, save_conf
 from shared.data import Stream
 from shared.engine.checkpoint import CheckpointStore, TensorFile, find_checkpoint, load_weights, persistent_buffers
 from shared.engine.dist import barrier, from_main
-from shared.engine.ema import EMA
-from shared.engine.strategy import MOMENTS, Strategy
+from shared.engine.strategy import EMA, MOMENTS, Strategy
 from shared.errors import CheckpointError, UserError
 
 
-def tensors_to_save(strategy: Strategy, ema: EMA | None) -> dict[str, tuple[list, Iterable[Tensor | None]]]:
+def tensors_to_save(strategy: Strategy, ema: EMA | None) -> dict[str, tuple[list, Iterable[Tensor]]]:
     """File name -> (specs, values) for CheckpointStore.save; the values are gathered one by one when drawn."""
     names = list(strategy.parameters)
     buffers = persistent_buffers(strategy.module)
@@ -68,7 +68,7 @@ def restore(folder: Path, trainer: dict, strategy: Strategy, ema: EMA | None, sa
             model[name],
             name,
             folder,
-            lambda value, name=name: strategy.load_full("weight", name, value),
+            functools.partial(strategy.load_full, "weight", name),
         )
     with torch.no_grad():
         for name, buffer in buffers.items():
@@ -105,7 +105,7 @@ def restore_weights_only(path: Path, strategy: Strategy, ema: EMA | None, say: C
             weights[name],
             name,
             path,
-            lambda value, name=name: strategy.load_full("weight", name, value),
+            functools.partial(strategy.load_full, "weight", name),
         )
         if ema is not None:
             ema.load_full(name, weights[name])
@@ -165,7 +165,7 @@ def resume(
 ) -> RunState:
     """The state to continue from; weights, moments and averages are put into place."""
     wish = config.run.resume
-    samples_per_step, fingerprint = getattr(stream, "samples_per_step", 1), getattr(stream, "fingerprint", None)
+    samples_per_step, fingerprint = stream.samples_per_step, stream.fingerprint
     if wish == "none":
         _set_aside(store, say)
         return RunState(fingerprint=fingerprint, global_batch=samples_per_step)
@@ -253,7 +253,7 @@ def save_run(
 
     def extra(folder: Path) -> None:
         save_config(config, folder / "config.yaml")
-        if whole is not None:
+        if export is not None and whole is not None:
             export(folder, *whole)
 
     meta = {

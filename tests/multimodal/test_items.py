@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from multimodal.config import Config
-from multimodal.data.records import ListRecords, read_records
-from multimodal.data.sources import SAMPLE_DATA, PairedStream, make_datasets
+from multimodal.data.records import ListRecords
+from multimodal.data.sources import SAMPLE_DATA, PairedStream, make_datasets, read_records
 from multimodal.data.synthetic import synthetic_records
 from multimodal.data.text import TextTokenizer, load_word_vectors
 from multimodal.dataset import Augmentation, collate

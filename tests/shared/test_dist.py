@@ -15,7 +15,7 @@ import atexit, sys
 sys.path[0] = {str(ROOT)!r}
 import torch.distributed
 atexit.register(lambda: print("in a group:", torch.distributed.is_initialized()))  # handlers run last to first
-from shared.dist import init_distributed, same_on_all_ranks
+from shared.engine.dist import init_distributed, same_on_all_ranks
 from shared.errors import command
 
 @command

@@ -6,7 +6,18 @@ from functools import partial
 import pytest
 import torch
 
-from shared.flow import drop_per_sample, guided, integrate, linear_path, sample_times, shift_noise_level, time_grid
+from shared.errors import UserError
+from shared.flow import (
+    FIXED_GRID,
+    check_solver,
+    drop_per_sample,
+    guided,
+    integrate,
+    linear_path,
+    sample_times,
+    shift_noise_level,
+    time_grid,
+)
 
 SHAPES = [(5,), (5, 3), (5, 2, 4, 4)]
 
@@ -97,7 +108,7 @@ def constant_velocity(x, t_B, value):
     return value
 
 
-@pytest.mark.parametrize("method", ["euler", "heun", "midpoint"])
+@pytest.mark.parametrize("method", [*FIXED_GRID, "dopri5"])
 @pytest.mark.parametrize("steps", [1, 7])
 def test_constant_velocity_is_solved_exactly(method, steps):
     start, end = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
@@ -116,14 +127,14 @@ def error_after(method, steps, start_time=0.0, end_time=1.0):
 
 
 @pytest.mark.parametrize("ends", [(0.0, 1.0), (1.0, 0.0)])
-@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2), ("midpoint", 2)])
+@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2), ("midpoint", 2), ("rk4", 4)])
 def test_order_of_the_solvers(method, order, ends):
     errors = [error_after(method, steps, *ends) for steps in (32, 64, 128)]
     for coarse, fine in zip(errors[:-1], errors[1:], strict=True):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.08)
 
 
-@pytest.mark.parametrize("method", ["heun", "midpoint"])
+@pytest.mark.parametrize("method", ["heun", "midpoint", "rk4", "dopri5"])
 def test_there_and_back_again(method):
     def field(x, t_B):
         return torch.sin(x) + t_B[:, None]
@@ -152,8 +163,57 @@ def test_what_cannot_be_solved_is_refused():
     for times in ([0.0], [], [0.0, 0.5, 0.5, 1.0], [0.0, 0.6, 0.4, 1.0]):
         with pytest.raises(ValueError, match="monotone"):
             integrate(torch.ones_like, start, torch.tensor(times))
-    with pytest.raises(ValueError, match="'rk4' is not one of euler, heun, midpoint"):
-        integrate(torch.ones_like, start, time_grid(2), "rk4")
+    for attempt in (lambda: integrate(torch.ones_like, start, time_grid(2), "rk45"), lambda: check_solver("rk45")):
+        with pytest.raises(UserError, match="'rk45' is .*euler, heun, midpoint, rk4 or dopri5"):
+            attempt()
+    with pytest.raises(UserError, match="more than 1000 steps .*larger tolerances"):
+        integrate(lambda x, t_B: torch.sin(1e6 * t_B)[:, None], start, time_grid(1), "dopri5", atol=1e-12, rtol=0.0)
+
+
+def test_rk4_is_the_three_eighths_rule_by_hand():
+    """One step of dx/dt = t^4 from 0 to 1 is the rule's quadrature: (0 + 3/81 + 3 * 16/81 + 1) / 8."""
+    found = integrate(lambda x, t_B: (t_B**4)[:, None], torch.zeros(1, 1, dtype=torch.float64), time_grid(1), "rk4")
+    assert found.item() == pytest.approx((3 / 81 + 48 / 81 + 1) / 8)
+
+
+@pytest.mark.parametrize("ends", [(0.0, 1.0), (1.0, 0.0), (-2.0, 3.0)])
+def test_adaptive_steps_hold_the_tolerance(ends):
+    """dx/dt = 3 cos(3 t) has the solution sin(3 t); a tighter tolerance takes more evaluations and errs less."""
+    calls: list[int] = []
+
+    def field(x, t_B):
+        calls.append(1)
+        return 3 * torch.cos(3 * t_B)[:, None].expand_as(x)
+
+    start, end = (math.sin(3 * t) for t in ends)
+    errors, counts = [], []
+    for tolerance in (1e-3, 1e-6, 1e-9):
+        calls.clear()
+        grid = torch.tensor(ends, dtype=torch.float64)
+        found = integrate(
+            field, torch.full((2, 1), start, dtype=torch.float64), grid, "dopri5", atol=tolerance, rtol=tolerance
+        )
+        errors.append((found - end).abs().max().item())
+        counts.append(len(calls))
+        assert errors[-1] < 20 * tolerance and len(calls) % 6 == 1  # six new slopes a step, the seventh is kept
+    assert errors[0] > errors[2] and counts[0] < counts[2]
+
+
+def test_the_solvers_agree_with_those_of_torchdiffeq():
+    torchdiffeq = pytest.importorskip("torchdiffeq")
+    start = torch.randn(4, 3, dtype=torch.float64)
+    cases = {
+        "euler": "euler",
+        "heun": "heun2",
+        "midpoint": "midpoint",
+        "rk4": "rk4",
+        "dopri5": "dopri5",
+        "bosh3": "bosh3",
+    }
+    for own, theirs in cases.items():
+        found = integrate(lambda x, t_B: torch.sin(x) + t_B[:, None], start, time_grid(4), own, atol=1e-9, rtol=1e-9)
+        expected = torchdiffeq.odeint(lambda t, x: torch.sin(x) + t, start, time_grid(4), method=theirs, rtol=1e-9)[-1]
+        assert torch.allclose(found, expected, atol=1e-7 if own == "dopri5" else 1e-12), own
 
 
 # --- conditions -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from shared.config import TrainingSection
-from shared.engine.checkpoint import CheckpointStore, find_checkpoint, load_weights, newest_checkpoint
+from shared.engine.checkpoint import CheckpointStore, find_checkpoint, load_weights, newest_checkpoint, open_run
 from shared.engine.dist import DistInfo
 from shared.engine.strategy import KINDS, Strategy
 from shared.errors import CheckpointError, UserError
@@ -241,6 +241,30 @@ def test_damage_is_named_and_the_checkpoint_before_is_taken(finished, tmp_path, 
     assert same_bits(whole, final_tensors(tmp_path / "run"))
 
 
+def test_a_run_is_opened_by_one_rule_and_one_line_says_what_was_taken(finished, tmp_path, capfd):
+    run = shutil.copytree(finished, tmp_path / "run")
+    newest_one = open_run(run)
+    assert (
+        newest_one.name == "step_00000009"
+        and capfd.readouterr().out == f"checkpoint: {newest_one} (step 9, the newest)\n"
+    )
+    assert open_run(run / "step_00000006").name == "step_00000006" and "as named" in capfd.readouterr().out
+    settings = (run / "config.yaml").read_text()
+    (run / "checkpoints" / "best").write_text("step_00000003\n")
+    (run / "config.yaml").write_text(settings.replace("early_stopping_patience: null", "early_stopping_patience: 2"))
+    assert open_run(run).name == "step_00000003" and "best by validation" in capfd.readouterr().out
+    (run / "config.yaml").write_text(settings)
+    flip_a_bit(newest_one)
+    said = []
+    assert open_run(run, said.append).name == "step_00000006" and len(said) == 1
+    assert "step_00000009: model.safetensors is damaged" in said[0] and not capfd.readouterr().out
+    assert find_checkpoint(run).name == "step_00000006"
+    with pytest.raises(CheckpointError, match="model.safetensors is damaged"):
+        open_run(newest_one)
+    with pytest.raises(CheckpointError, match="no such checkpoint; give a run folder or one of its checkpoints"):
+        open_run(tmp_path / "nothing")
+
+
 def test_nothing_half_written_stays_when_the_disk_is_full(finished, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path / "run")
     import shared.engine.checkpoint as checkpoint
@@ -333,8 +357,8 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 import torch
-from shared.checkpoint import CheckpointStore
-from shared.dist import DistInfo
+from shared.engine.checkpoint import CheckpointStore
+from shared.engine.dist import DistInfo
 store, step = CheckpointStore(Path(sys.argv[1]), DistInfo()), 0
 while True:
     step = (store.listed() or [(0, None)])[0][0] + 1
@@ -359,8 +383,8 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 import torch
-import shared.checkpoint as checkpoint
-from shared.dist import init_distributed
+import shared.engine.checkpoint as checkpoint
+from shared.engine.dist import init_distributed
 info = init_distributed("cpu", 60)
 def full(*_):
     raise OSError(28, "No space left on device")
