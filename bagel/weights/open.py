@@ -160,8 +160,8 @@ def finish(config: Config, model_config: ModelConfig) -> None:
     output = Path(config.run.output_dir)
     if config.model.use_lora:
         print(
-            f"adapters in {output}; python bagel/weights/export.py --checkpoint {output} --output DIR merges them into a "
-            "folder of released form, and --form peft writes them for PEFT"
+            f"adapters in {output}; python bagel/weights/export.py --checkpoint {output} --output DIR merges them into "
+            "a folder of released form, and --form peft writes them for PEFT"
         )
     if not config.training.export or config.model.use_lora:
         return
