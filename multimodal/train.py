@@ -156,7 +156,7 @@ class Run:
             assert self.start is not None
             store = CheckpointStore(folder / "checkpoints", self.info)
             frozen = frozen_digest(module) if self.info.is_main else None
-            resume = str(unpack_training(self.start, store, frozen, self.config))
+            resume = str(unpack_training(self.start, store, frozen))
         config = self._stage_config(stage, epochs, stream, resume)
         per_epoch = stream.epoch_steps
         before = sum(self.epochs[number] for number in self.epochs if number < stage)

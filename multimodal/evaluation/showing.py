@@ -117,8 +117,7 @@ def write_run_report(
         samples += _items_with_captions(run, name, split, sources)
     summary: dict[str, float | str] = {
         "model": f"{embedder.config.model.size}, {embedder.model.network.num_parameters():,} parameters",
-        "checkpoint": f"stage {embedder.payload['stage']}, epoch {embedder.payload['epoch']}, chosen by "
-        f"{embedder.payload.get('best_metric', 'val/loss')}; lowest validation loss {embedder.payload['best_val_loss']}",
+        "checkpoint": embedder.what,
     }
     for kind, values in (("classification", found["classification"]), ("zero-shot", found.get("zeroshot", {}))):
         summary |= {f"{kind} {name}": str(value) for name, value in values.items()}

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel
+import yaml
 from torch import Tensor
 
 from multimodal.data.text import TextTokenizer
 from multimodal.model import MultimodalModel, create_model
-from shared.config import save_config
 from shared.engine.checkpoint import CheckpointStore, load_strict
-from shared.errors import UserError, written_aside
+from shared.errors import UserError, write_text, written_aside
 
 FORMAT_VERSION = 1
 NAMES = ("best_model.pt", "final_model.pt")
@@ -38,8 +37,8 @@ def put(source: Path, target: Path) -> None:
             shutil.copyfile(source, temporary)
 
 
-def read_payload(path: Path | str) -> tuple[dict[str, Any], Path]:
-    """The dict of OUT (its best model), of a checkpoint folder or of a .pt file, and the file read."""
+def checkpoint_file(path: Path | str) -> Path:
+    """The file that a user means by OUT (its best model), a checkpoint folder or a .pt file."""
     path = Path(path)
     if path.is_dir():
         places = [path / "model.pt", *(path / "checkpoints" / name for name in NAMES), *(path / name for name in NAMES)]
@@ -48,10 +47,15 @@ def read_payload(path: Path | str) -> tuple[dict[str, Any], Path]:
             raise UserError(
                 f"--checkpoint {path}: holds no best_model.pt or final_model.pt; give a run's folder or a .pt file"
             )
-    elif path.exists():
-        file = path
-    else:
+        return file
+    if not path.exists():
         raise UserError(f"--checkpoint {path}: no such file or folder")
+    return path
+
+
+def read_payload(path: Path | str) -> tuple[dict[str, Any], Path]:
+    """The dict of a checkpoint, and the file read."""
+    file = checkpoint_file(path)
     try:
         payload = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for damaged files
@@ -64,7 +68,7 @@ def read_payload(path: Path | str) -> tuple[dict[str, Any], Path]:
     return payload, file
 
 
-def unpack_training(payload: dict[str, Any], store: CheckpointStore, frozen: str | None, config: BaseModel) -> Path:
+def unpack_training(payload: dict[str, Any], store: CheckpointStore, frozen: str | None) -> Path:
     """A checkpoint folder that the loop resumes from, out of a checkpoint_epoch_N.pt of another run; a collective.
 
     frozen: the digest of what this stage does not train, taken from the same file.
@@ -83,7 +87,7 @@ def unpack_training(payload: dict[str, Any], store: CheckpointStore, frozen: str
     parts["optimizer.safetensors"] = payload["optimizer_state_dict"]
 
     def extra(folder: Path) -> None:
-        save_config(config, folder / "config.yaml")
+        write_text(folder / "config.yaml", yaml.safe_dump(payload["config"], sort_keys=False, allow_unicode=True))
         more = ("optimizer_state_dict", "trainer_state", "trained_state_dict", "trained_names")
         save_aside({name: value for name, value in payload.items() if name not in more}, folder / "model.pt")
 

@@ -16,7 +16,7 @@ from multimodal.data.text import TextTokenizer
 from multimodal.dataset import CaptionedDataset
 from multimodal.evaluation.held_out import Split, embed_split
 from multimodal.objective import AlignModel, FinetuneModel
-from multimodal.weights.files import load_model
+from multimodal.weights.files import checkpoint_file, load_model
 from shared.config import validate
 from shared.data import to_device
 from shared.engine.dist import DistInfo, init_distributed
@@ -40,11 +40,21 @@ class Embedder:
         cls, checkpoint: str, *, device: str = "auto", tokenizer: str | None = None, batch_size: int = 64
     ) -> "Embedder":
         """From OUT, a checkpoint folder or a .pt file."""
-        network, own_tokenizer, payload = load_model(checkpoint, tokenizer)
+        file = checkpoint_file(checkpoint)
+        network, own_tokenizer, payload = load_model(file, tokenizer)
         info = init_distributed(device)
         config = validate(Config, payload["config"], f"the settings in {checkpoint}")
         stage = FinetuneModel(network) if payload["stage"] == 3 else AlignModel(network)
-        return cls(stage.to(info.device).eval(), own_tokenizer, config, payload, info, batch_size)
+        found = cls(stage.to(info.device).eval(), own_tokenizer, config, payload, info, batch_size)
+        print(f"checkpoint: {file} ({found.what})", flush=True)
+        return found
+
+    @property
+    def what(self) -> str:
+        """Which checkpoint it is, in words."""
+        score, name = self.payload.get("best_value"), self.payload.get("best_metric", "val/loss")
+        best = f", best {name} so far {score:.4f}" if score is not None else ""
+        return f"stage {self.payload['stage']}, epoch {self.payload['epoch']}{best}"
 
     @property
     def loss_kind(self) -> str:
