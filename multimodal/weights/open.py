@@ -1,5 +1,6 @@
 """A trained model ready to embed pictures, texts and sounds; what generate.py, metrics.py and embed.py share."""
 
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ class Embedder:
         config = validate(Config, payload["config"], f"the settings in {checkpoint}")
         stage = FinetuneModel(network) if payload["stage"] == 3 else AlignModel(network)
         found = cls(stage.to(info.device).eval(), own_tokenizer, config, payload, info, batch_size)
-        print(f"checkpoint: {file} ({found.what})", flush=True)
+        print(f"checkpoint: {file} ({found.what})", file=sys.stderr, flush=True)
         return found
 
     @property
@@ -73,7 +74,15 @@ class Embedder:
             records, data, self.tokenizer, image_size=self.config.model.image_size, num_classes=num_classes
         )
 
-    def split(self, records: Records, kind: Kind, *, audio_crops: int = 1, num_classes: int | None = None) -> Split:
+    def split(
+        self,
+        records: Records,
+        kind: Kind,
+        *,
+        audio_crops: int = 1,
+        num_classes: int | None = None,
+        workers: int = 0,
+    ) -> Split:
         """All items and captions of one kind; audio_crops 3: start, middle and end of long sounds, averaged."""
         positions = (0.0,) if audio_crops == 1 else tuple(i / (audio_crops - 1) for i in range(audio_crops))
         return embed_split(
@@ -83,6 +92,7 @@ class Embedder:
             self.info,
             batch_size=self.batch_size,
             positions=positions,
+            workers=workers,
         )
 
     def texts(self, texts: list[str]) -> Tensor:
