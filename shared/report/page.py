@@ -264,6 +264,11 @@ def _show(sample: dict, folder: Path) -> str:
     return f"<figure>{shown}<figcaption>{caption}</figcaption></figure>"
 
 
+def html_page(title: str, sections: list[str]) -> str:
+    """A whole page of these sections in the style of the reports, with nothing outside it."""
+    return _page(title, sections)
+
+
 def _page(title: str, sections: list[str]) -> str:
     return (
         "<!doctype html><html lang=en><meta charset=utf-8>"
