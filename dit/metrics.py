@@ -165,7 +165,9 @@ class Measurement:
         random = self.options.features == "random"
         network = fid.RandomFeatures() if random else inception(self.options.inception_weights)
         real = to_uint8(self.held.images)
-        made, true = (picture_features(network, list(pictures), device=self.info.device) for pictures in (self.drawn, real))
+        made, true = (
+            picture_features(network, list(pictures), device=self.info.device) for pictures in (self.drawn, real)
+        )
         precision, recall = precision_recall(made, true)
         return {
             "fid": frechet_distance(made, true),
