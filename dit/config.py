@@ -43,6 +43,9 @@ class DataConfig(Section):
         "true: mirror nothing when any caption speaks of left or right (in shards: as picture); "
         "picture: spare only those pictures",
     )
+    coco_year: Literal["auto", "2017", "2014"] = setting(
+        "auto", "coco: which of the lists captions_train2017.json and captions_train2014.json; auto: 2017 where it lies"
+    )
     caption_source: Literal["auto", "text", "attributes", "class"] = setting(
         "auto", "where cub captions come from; auto: the first that exists"
     )

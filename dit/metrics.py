@@ -28,14 +28,24 @@ from torch import Tensor
 from dit.data.scenes import SceneDataset
 from dit.dataset import TextImageDataset, unit
 from dit.evaluation import fid
-from dit.evaluation.held_out import errors, held_out_noise, paired_p, prepare
+from dit.evaluation.fid import psnr, ssim
+from dit.evaluation.held_out import errors, held_out_noise, prepare
 from dit.evaluation.scenes import scene_bars, scene_figures, scene_grid
 from dit.modules.text import condition_of
 from dit.sampling.drawing import Drawing, draw_pictures, grid, to_uint8
 from dit.weights.open import Trained, load_trained
 from shared.engine.dist import DistInfo, init_distributed
 from shared.errors import write_text
-from shared.metrics import agreement
+from shared.media.inception import inception
+from shared.metrics import (
+    agreement,
+    clip_score,
+    frechet_distance,
+    kernel_distance,
+    paired_p,
+    picture_features,
+    precision_recall,
+)
 from shared.report.page import Bar, Sample, write_report
 
 OF_PICTURES = ["loss", "caption", "recon", "vae", "colour", "memory"]  # what --metrics auto measures
@@ -125,14 +135,14 @@ class Measurement:
             )
             found[str(round(level, 4))] = {
                 "latent_mse": (clean - held.latents).square().mean().item(),
-                "psnr": _psnr(self._decode(clean), held.images),
+                "psnr": psnr(self._decode(clean), held.images),
             }
         return found
 
     def vae(self) -> dict:
         """Round trip through the codec: the ceiling of any result."""
         back = self._decode(self.held.latents)
-        return {"psnr": _psnr(back, self.held.images), "ssim": _ssim(back, self.held.images)}
+        return {"psnr": psnr(back, self.held.images), "ssim": ssim(back, self.held.images)}
 
     def scenes(self) -> dict:
         """What is right in drawn scenes: object, ground, place, size; squared error and seams against the true ones."""
@@ -165,13 +175,15 @@ class Measurement:
     def fid(self) -> dict:
         """Frechet and kernel distance, precision and recall of drawn against held-out pictures."""
         random = self.options.features == "random"
-        network = fid.RandomFeatures() if random else fid.inception(self.options.inception_weights)
+        network = fid.RandomFeatures() if random else inception(self.options.inception_weights)
         real = to_uint8(self.held.images)
-        made, true = (fid.features(network, pictures, device=self.info.device) for pictures in (self.drawn, real))
-        precision, recall = fid.precision_recall(made, true)
+        made, true = (
+            picture_features(network, list(pictures), device=self.info.device) for pictures in (self.drawn, real)
+        )
+        precision, recall = precision_recall(made, true)
         return {
-            "fid": fid.frechet_distance(made, true),
-            "kid": fid.kernel_distance(made, true, subset=min(1000, len(made))),
+            "fid": frechet_distance(made, true),
+            "kid": kernel_distance(made, true, subset=min(1000, len(made))),
             "precision": precision,
             "recall": recall,
             "pictures": len(made),
@@ -183,13 +195,7 @@ class Measurement:
 
     def clip(self) -> dict:
         """Mean of max(100 cos(picture, caption), 0), and how often the right caption comes first of all."""
-        from shared.metrics import clip_score
-
-        if self.options.clip_path is None:
-            raise UserError(
-                "--clip-path is not set; give a CLIP model, such as a local copy of openai/clip-vit-large-patch14"
-            )
-        return clip_score(self.drawn, self.held.prompts, self.options.clip_path, device=self.info.device)
+        return clip_score(list(self.drawn), self.held.prompts, self.options.clip_path, device=self.info.device)
 
     @property
     def drawn(self) -> np.ndarray:
@@ -308,7 +314,7 @@ def main(argv: list[str] | None = None) -> dict:
     if unknown:
         raise UserError(f"--metrics {unknown[0]}: use some of {', '.join(METRICS)}")
     if "fid" in wanted and options.features == "inception":
-        fid.inception(options.inception_weights)  # refused before anything is computed
+        inception(options.inception_weights)  # refused before anything is computed
     info = init_distributed(options.device)
     trained = load_trained(
         options.checkpoint, device=info.device, use_ema=options.ema, vae=options.vae, text_encoder=options.text_encoder
@@ -340,18 +346,6 @@ def main(argv: list[str] | None = None) -> dict:
             )
         )
     return found
-
-
-def _psnr(found: Tensor, wanted: Tensor) -> float:
-    return (10 * torch.log10(4 / (found - wanted.to(found.device)).square().mean().clamp_min(1e-12))).item()
-
-
-def _ssim(found: Tensor, wanted: Tensor) -> float:
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    value = structural_similarity_index_measure(found, wanted.to(found.device), data_range=2.0)
-    assert isinstance(value, Tensor)  # a pair only when its picture is asked for
-    return value.item()
 
 
 if __name__ == "__main__":

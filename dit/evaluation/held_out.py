@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dit.dataset import unit
+from dit.dataset import spread, unit
 from dit.modules.text import CaptionEncoder, condition_of
 from dit.modules.vae import Codec
 from shared.engine.dist import DistInfo, sum_over_ranks
 from shared.errors import BadSample
-from shared.metrics import colour_caption
+from shared.metrics import colour_caption, paired_p
 from shared.rng import keyed_randn
 
 _HELD_OUT_NOISE = 31  # random stream
@@ -104,17 +104,6 @@ def summary(right_LN: Tensor, shuffled_LN: Tensor | None, constant_LN: Tensor) -
     return figures
 
 
-def paired_p(difference_N: Tensor) -> float:
-    """One-sided p that the mean difference is not above 0 (Student's t over pictures)."""
-    from scipy.stats import t as student
-
-    count = len(difference_N)
-    spread = difference_N.double().std().item()
-    if count < 2 or spread == 0:
-        return 1.0
-    return float(student.sf(difference_N.double().mean().item() / (spread / count**0.5), count - 1))
-
-
 def _shuffled(condition: dict[str, Tensor]) -> dict[str, Tensor]:
     """Every picture gets the caption of the one half the set away: of another class, where sets are sorted by class."""
     return {name: value.roll(len(value) // 2 + len(value) % 2, 0) for name, value in condition.items()}
@@ -125,13 +114,15 @@ def _mean_latent(codec: Codec, images: Tensor) -> Tensor:
 
 
 def readable(dataset: Any, count: int, *, epoch: int = 0) -> list[dict]:
-    """The first `count` samples that can be read, not mirrored; broken ones are listed when training meets them."""
+    """Up to `count` samples that can be read, spread over the set by hash, in its order, not mirrored. Broken ones are
+    listed when training meets them.
+    """
     samples: list[dict] = []
-    for index in range(len(dataset)):
+    for index in spread(dataset, count):
         if len(samples) == count:
             break
         try:
             samples.append(dataset.sample(index, epoch, flip=False))
         except BadSample:
             continue
-    return samples
+    return sorted(samples, key=lambda sample: sample["index"])

@@ -6,7 +6,7 @@ so a picture does not depend on the batch or the rank that it is made in.
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -39,12 +39,7 @@ def sample_flow(
         if draw is None:
             raise ValueError("the SDE needs the noise of every step: give draw")
         return euler_maruyama(velocity, noise, steps=steps, draw=draw)
-    if method == "dopri5":
-        return dopri5(velocity, noise)
-    times = time_grid(steps, shift=shift, noise_at="start")
-    if method == "rk4":
-        return rk4(velocity, noise, times)
-    return integrate(velocity, noise, times, method=cast(Literal["euler", "heun", "midpoint"], method))
+    return integrate(velocity, noise, time_grid(steps, shift=shift, noise_at="start"), method=method)
 
 
 def euler_maruyama(velocity: Model, start: Tensor, *, steps: int = 250, last_step: float = 0.04, draw: Draw) -> Tensor:
@@ -62,55 +57,6 @@ def euler_maruyama(velocity: Model, start: Tensor, *, steps: int = 250, last_ste
         slope = drift(x, now)
         x = x + (then - now) * slope + math.sqrt(2 * (1 - now) * (then - now)) * draw(k)
     return x + last_step * drift(x, times[-1])
-
-
-def rk4(velocity: Model, start: Tensor, times: Tensor) -> Tensor:
-    """Kutta's 3/8 rule, fourth order, four evaluations a step."""
-    x, points = start, times.tolist()
-    for now, then in zip(points[:-1], points[1:], strict=True):
-        step = then - now
-        k1 = velocity(x, _times(x, now))
-        k2 = velocity(x + step * k1 / 3, _times(x, now + step / 3))
-        k3 = velocity(x + step * (k2 - k1 / 3), _times(x, now + 2 * step / 3))
-        k4 = velocity(x + step * (k1 - k2 + k3), _times(x, then))
-        x = x + step * (k1 + 3 * (k2 + k3) + k4) / 8
-    return x
-
-
-# Dormand and Prince 1980: nodes, stages, and the difference between the fifth and the fourth order weights.
-_NODES = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
-_STAGES = (
-    (),
-    (1 / 5,),
-    (3 / 40, 9 / 40),
-    (44 / 45, -56 / 15, 32 / 9),
-    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
-    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
-    (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
-)
-_ERROR = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
-
-
-def dopri5(
-    velocity: Model, start: Tensor, *, absolute: float = 1e-6, relative: float = 1e-3, limit: int = 1000
-) -> Tensor:
-    """Solve from t = 0 to 1 with steps chosen for the tolerances (root mean square over the whole batch)."""
-    x, t, step = start, 0.0, 0.05
-    for _ in range(limit):
-        step = min(step, 1.0 - t)
-        slopes: list[Tensor] = []
-        for node, weights in zip(_NODES, _STAGES, strict=True):
-            at = x + step * sum((w * k for w, k in zip(weights, slopes, strict=True) if w), torch.zeros_like(x))
-            slopes.append(velocity(at, _times(x, t + node * step)))
-        proposal = at  # the last stage sits at the fifth-order solution
-        error = step * sum(w * k for w, k in zip(_ERROR, slopes, strict=True) if w)
-        ratio = (error / (absolute + relative * torch.maximum(x.abs(), proposal.abs()))).square().mean().sqrt().item()
-        if ratio <= 1:
-            x, t = proposal, t + step
-            if t >= 1.0 - 1e-12:
-                return x
-        step *= min(10.0, max(0.2, 0.9 * max(ratio, 1e-10) ** -0.2))
-    raise UserError(f"dopri5 needed more than {limit} steps (at t = {t:.3f}); use --sampler heun with --steps 50")
 
 
 def sample_noise(

@@ -5,7 +5,7 @@ import torch
 
 from dit.config import FlowConfig
 from dit.objective import FlowObjective
-from dit.sampling.samplers import dopri5, guide, sample_flow
+from dit.sampling.samplers import guide, sample_flow
 from shared.flow import integrate
 from tests.dit.golden import assert_close, cases, golden_model
 
@@ -49,7 +49,7 @@ def test_ode_samples_equal_the_reference(sit, method, points):
 
 def test_adaptive_sample_equals_the_reference(sit):
     golden, _, velocity = sit
-    assert_close(dopri5(velocity, golden["x0_noise"]), golden["ode.dopri5.out"], 1e-3)
+    assert_close(sample_flow(velocity, golden["x0_noise"], method="dopri5"), golden["ode.dopri5.out"], 1e-3)
 
 
 def test_guided_sample_equals_the_reference(sit):

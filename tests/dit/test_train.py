@@ -13,7 +13,7 @@ from dit import precompute, train
 from dit.config import PRESETS, Config
 from dit.data.cache import CachedDataset
 from dit.dataset import TextImageDataset, collate, unit
-from dit.evaluation.held_out import errors, paired_p, prepare
+from dit.evaluation.held_out import errors, prepare
 from dit.modules.text import HashTextEncoder
 from dit.modules.vae import PoolCodec
 from dit.train import Trainer
@@ -21,6 +21,7 @@ from dit.weights.open import build_model
 from shared.config import load_config, save_config
 from shared.engine.dist import DistInfo
 from shared.log import read_metrics
+from shared.metrics import paired_p
 from tests import launching
 from tests.dit.small import tiny
 
