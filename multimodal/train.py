@@ -42,6 +42,7 @@ from multimodal.trainer import (
 )
 from multimodal.weights.files import NAMES, load_start, put, read_payload
 from shared.engine.dist import barrier, init_distributed, shutdown
+from shared.engine.preflight import preflight
 from shared.log import Board
 from shared.loop import FitResult, fit, is_done
 from shared.rng import keyed_generator, keyed_seed
@@ -66,6 +67,7 @@ class Run:
         self.resume = self._resume_points()
         self._check_settings()
         self.info = init_distributed(config.run.device, 60 * config.run.timeout_minutes)
+        preflight(config, self.info)
         self.classify = self.data.labelled(config.training.label_set)
         if not self.classify and config.training.label_set != "none":
             self.data.notes.append(

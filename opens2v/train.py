@@ -118,9 +118,11 @@ class OpenS2VTrainer:
         from opens2v.objective import RefImageFlowMatching
         from opens2v.weights.base import ensure_base, load_generator
         from shared.engine.dist import init_distributed
+        from shared.engine.preflight import preflight
 
         check_inputs(config)
         self.info = info or init_distributed(config.run.device, config.run.timeout_minutes * 60)
+        preflight(config, self.info)
         self.config = config = with_drawn_seed(config, self.info)
         dataset = create_dataset(
             config.data,

@@ -29,7 +29,7 @@ def command(main: Callable) -> Callable:
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None):
-        before = len(_AT_END)
+        _AT_END.append([])
         try:
             return main(argv)
         except UserError as error:
@@ -46,18 +46,23 @@ def command(main: Callable) -> Callable:
                 raise
             _leave(f"error: {error.filename}: {error.strerror}; give another path")
         finally:
-            while len(_AT_END) > before:
-                _AT_END.pop()()
+            for action in _AT_END.pop():
+                action()
 
     return run
 
 
-_AT_END: list[Callable[[], object]] = []
+_AT_END: list[list[Callable[[], object]]] = []  # of every command that runs, the inner one last
+
+
+def in_command() -> bool:
+    """Whether a command() runs; not where a notebook or a test calls its parts."""
+    return bool(_AT_END)
 
 
 def at_end(action: Callable[[], object]) -> None:
     """Do this when the command that runs now ends, however it ends."""
-    _AT_END.append(action)
+    _AT_END[-1].append(action)
 
 
 def _leave(message: str) -> None:

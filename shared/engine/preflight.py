@@ -18,7 +18,7 @@ from shared.engine.dist import DistInfo, StopFlag, raise_together, same_settings
 from shared.engine.parallel import check_strategy
 from shared.engine.state import code_digest, versions
 from shared.engine.strategy import choose_precision
-from shared.errors import UserError, at_end
+from shared.errors import UserError, at_end, in_command
 
 LEAST_FREE = 1_000_000  # bytes: with less not even the log of a run fits
 WORKERS_PER_CORE = 16
@@ -43,7 +43,8 @@ def preflight(
     StopFlag.start_clock()
     compare_ranks(config, info)
     raise_together(attempt(lambda: _check(config, info, [config, *phases], metrics, folders or {})))
-    raise_together(attempt(lambda: at_end(_take(Path(config.run.output_dir)).close)) if info.is_main else None)
+    taking = info.is_main and in_command()  # elsewhere fit() holds it while it trains
+    raise_together(attempt(lambda: at_end(_take(Path(config.run.output_dir)).close)) if taking else None)
 
 
 def compare_ranks(config: Any, info: DistInfo) -> None:
@@ -101,7 +102,7 @@ def _check_resume(path: Path) -> None:
     places = [path, path.parent / "checkpoints" / path.name]
     if any((place / "manifest.json").is_file() for place in places):
         return
-    if not any((path / "checkpoints").glob("*/manifest.json")):
+    if not any(item for below in ("", "*/") for item in path.glob(f"{below}checkpoints/*/manifest.json")):
         find_checkpoint(path, newest=True)  # says what is wrong
 
 
