@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.config import accumulation_steps, flat_settings, is_place
+from shared.data import check_shared_memory
 from shared.engine.checkpoint import attempt, find_checkpoint
 from shared.engine.dist import DistInfo, StopFlag, raise_together, same_settings_on_all_ranks
 from shared.engine.parallel import check_strategy
@@ -66,6 +67,7 @@ def _check(
     for phase in phases:
         accumulation_steps(phase.training, info.world)
         _check_workers(phase.training.num_workers)
+        check_shared_memory(phase.training.num_workers)
     if training.total_steps is None and training.num_epochs is None:
         raise UserError("neither total_steps nor num_epochs is set; give --total-steps N or --num-epochs N")
     _check_loggers(run)
