@@ -142,12 +142,15 @@ def main(argv: list[str] | None = None) -> "FitResult | None":
     )
     from float.plan import print_plan
     from shared.engine.dist import init_distributed, shutdown
+    from shared.engine.preflight import preflight
 
     if config.run.dry_run:
         print_plan(config)
         return None
     info = init_distributed(config.run.device, config.run.timeout_minutes * 60)
     try:
+        has_phase_one = not config.synthetic and config.model.autoencoder_path is None
+        preflight(config, info, phases=[autoencoder_config(config)] if has_phase_one else [])
         return run(config, info)
     finally:
         shutdown()

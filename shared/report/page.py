@@ -10,10 +10,12 @@ import json
 import math
 import mimetypes
 import os
+import re
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 from shared.errors import UserError, command, write_text
 
@@ -199,22 +201,28 @@ def _figure(points: dict[str, list]) -> str:
 
 
 def _markdown(report: dict) -> str:
-    lines = [f"# {report['title']}", "", "    " + report["command"], ""]
+    command = "\n".join("    " + line for line in str(report["command"]).splitlines())
+    lines = [f"# {_plain_text(report['title'])}", "", command, ""]
     if report["text"]:
-        lines += [report["text"], ""]
+        lines += [_plain_text(report["text"]), ""]
     if report["bars"]:
         lines += ["| figure | value | baseline | target | reached |", "|---|---|---|---|---|"]
-        lines += [
-            f"| {bar['name']} | {_number(bar['value'])} | {_number(bar['baseline'])} | {_target(bar)} "
-            f"| {_verdict(bar)} |"
-            for bar in report["bars"]
-        ]
+        for bar in report["bars"]:
+            cells = [bar["name"], _number(bar["value"]), _number(bar["baseline"]), _target(bar), _verdict(bar)]
+            lines.append(f"| {' | '.join(_plain_text(cell) for cell in cells)} |")
         lines.append("")
     if cost := _cost_text(report):
-        lines += [f"Training: {cost}.", ""]
-    lines += [f"- {name}: {_number(value)}" for name, value in report["summary"].items()]
-    lines += ["", *(f"- [{sample['caption'] or sample['path']}]({sample['path']})" for sample in report["samples"])]
+        lines += [f"Training: {_plain_text(cost)}.", ""]
+    lines += [f"- {_plain_text(name)}: {_plain_text(_number(value))}" for name, value in report["summary"].items()]
+    links = ((sample["caption"] or sample["path"], quote(sample["path"])) for sample in report["samples"])
+    lines += ["", *(f"- [{_plain_text(text)}]({path})" for text, path in links)]
     return "\n".join(lines) + "\n"
+
+
+def _plain_text(text: object) -> str:
+    """Text that Markdown shows as it is, on one line: no tag, link, table border or heading of its own."""
+    line = html.escape(" ".join(str(text).split()), quote=False)
+    return re.sub(r"([\\`\[\]|])", r"\\\1", line)
 
 
 def _section(report: dict, folder: Path) -> str:
@@ -313,14 +321,15 @@ def _target(bar: dict) -> str:
 
 
 def _verdict(bar: dict) -> str:
-    return {True: "yes", False: "no", None: "-"}[bar["reached"]]
+    return {True: "yes", False: "no"}.get(bar["reached"], "-")
 
 
 def _cells(bar: dict) -> str:
     """A bar's cells of a table row."""
     return (
-        f"<td>{html.escape(bar['name'])}{_remark(bar)}<td>{_number(bar['value'])}<td>{_number(bar['baseline'])}"
-        f"<td>{_target(bar)}<td class={'yes' if bar['reached'] else 'no'}>{_verdict(bar)}"
+        f"<td>{html.escape(bar['name'])}{_remark(bar)}<td>{html.escape(_number(bar['value']))}"
+        f"<td>{html.escape(_number(bar['baseline']))}<td>{html.escape(_target(bar))}"
+        f"<td class={'yes' if bar['reached'] is True else 'no'}>{_verdict(bar)}"
     )
 
 
