@@ -418,7 +418,7 @@ border:1px solid var(--line);border-radius:.8rem;padding:1.2rem}
 .strip p{margin:.3rem 0;color:var(--quiet)}.strip .headline{font-size:1.15rem;color:var(--ink);text-wrap:balance}
 .made{display:flex;flex-wrap:wrap;gap:1rem;align-items:start}
 .made figure{flex:1 1 15rem;max-width:100%;position:relative}
-.made img,.made video{max-height:26rem;object-fit:contain;background:none}
+.made img,.made video{max-height:26rem;object-fit:contain;object-position:left;background:none}
 figure{margin:0}audio{width:100%}img,video{width:100%;display:block;border-radius:.5rem}
 figcaption{font-size:.88rem;color:var(--quiet);overflow-wrap:anywhere;margin-top:.3rem}
 .sound{position:absolute;top:.5rem;right:.5rem;font:inherit;font-size:.85rem;padding:.25rem .7rem;border-radius:2rem;
