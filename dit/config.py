@@ -43,6 +43,9 @@ class DataConfig(Section):
         "true: mirror nothing when any caption speaks of left or right (in shards: as picture); "
         "picture: spare only those pictures",
     )
+    coco_year: Literal["auto", "2017", "2014"] = setting(
+        "auto", "coco: which of the lists captions_train2017.json and captions_train2014.json; auto: 2017 where it lies"
+    )
     caption_source: Literal["auto", "text", "attributes", "class"] = setting(
         "auto", "where cub captions come from; auto: the first that exists"
     )
@@ -154,7 +157,7 @@ class VaeConfig(Section):
         None, "safetensors with mean and std per channel in place of the single factor", fixed=True
     )
     patch: int = setting(8, "patches, conv: pixels per latent cell side", fixed=True, ge=1)
-    steps: int = setting(1400, "conv: optimizer steps of its own training", fixed=True, ge=1)
+    steps: int = setting(3000, "conv: optimizer steps of its own training", fixed=True, ge=1)
     width: int = setting(32, "conv: channels at half the picture's size; doubled with every halving", fixed=True, ge=4)
     decoder_steps: int = setting(
         300, "patches: training steps of the decoder; 0: the linear decoder alone", fixed=True, ge=0

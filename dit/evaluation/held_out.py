@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dit.dataset import unit
+from dit.dataset import spread, unit
 from dit.modules.text import CaptionEncoder, condition_of
 from dit.modules.vae import Codec
 from shared.engine.dist import DistInfo, sum_over_ranks
@@ -114,13 +114,15 @@ def _mean_latent(codec: Codec, images: Tensor) -> Tensor:
 
 
 def readable(dataset: Any, count: int, *, epoch: int = 0) -> list[dict]:
-    """The first `count` samples that can be read, not mirrored; broken ones are listed when training meets them."""
+    """Up to `count` samples that can be read, spread over the set by hash, in its order, not mirrored. Broken ones are
+    listed when training meets them.
+    """
     samples: list[dict] = []
-    for index in range(len(dataset)):
+    for index in spread(dataset, count):
         if len(samples) == count:
             break
         try:
             samples.append(dataset.sample(index, epoch, flip=False))
         except BadSample:
             continue
-    return samples
+    return sorted(samples, key=lambda sample: sample["index"])
