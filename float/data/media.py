@@ -69,7 +69,7 @@ def _video_stream(container: av.container.InputContainer, path: Path | str) -> a
 
 def _zero(container: av.container.InputContainer) -> float:
     """Time 0 of the file on its own timestamps, seconds."""
-    tracks = (*container.streams.video, *container.streams.audio)
+    tracks: list[av.VideoStream | av.AudioStream] = [*container.streams.video, *container.streams.audio]
     return min((_start(stream) for stream in tracks if stream.start_time is not None), default=0.0)
 
 
