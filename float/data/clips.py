@@ -25,15 +25,15 @@ class Clip:
     motion: Path | None = None  # csv with true mouth motion (rendered clips only)
 
 
-def find_clips(root: Path, split: str) -> list[Clip]:
-    """The clips of one split, ordered by id. UserError when the folder holds none."""
+def find_clips(root: Path, split: str, *, required: bool = True) -> list[Clip]:
+    """The clips of one split, ordered by id. UserError when the folder holds none and the split is required."""
     if not root.is_dir():
         raise UserError(
             f"--data-root {root}: no such folder; give one with metadata.csv, or with {split}/<identity>/<clip>.mp4"
         )
     names = SPLIT_NAMES.get(split, (split,))
     clips = _from_table(root, names) if (root / "metadata.csv").is_file() else _from_folders(root, names)
-    if not clips:
+    if not clips and required:
         raise UserError(
             f"{root}: no clips of split '{split}'; rows with that split in metadata.csv, "
             f"or {split}/<identity>/<clip>.mp4 expected"

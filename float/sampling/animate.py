@@ -205,8 +205,8 @@ def load_run(path: str | Path, device: torch.device) -> Animator:
 
 
 def is_of_run(path: Path) -> bool:
-    """Whether a file of weights lies in a run's folder; others are taken for the released model's."""
-    return any((folder / "config.yaml").is_file() for folder in path.parents[:3])
+    """Whether a file of weights lies in a checkpoint of a run; others are taken for the released model's."""
+    return (path.parent / "manifest.json").is_file()
 
 
 def framing_of_run(config: Config, folder: Path) -> Framing | None:

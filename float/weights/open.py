@@ -15,6 +15,7 @@ from shared.errors import UserError
 
 Autoencoder = MotionAutoencoder | CompactAutoencoder
 AUTOENCODER_PREFIX = "motion_autoencoder."
+WRAPPERS = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, Lightning
 
 
 def make_autoencoder(model: ModelConfig) -> Autoencoder:
@@ -58,6 +59,15 @@ def check_weights(flag: str, path: str) -> None:
         find_checkpoint(path)
 
 
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Tensors by name of a run, a checkpoint or a file, without what wrappers put before every name."""
+    state = load_weights(path)
+    for prefix in WRAPPERS:
+        if state and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
 def load_autoencoder(model: ModelConfig, path: str) -> Autoencoder:
     """A trained auto-encoder, frozen and in eval mode; path: a phase-1 run or checkpoint, a file of weights, or
     float.pth.
@@ -65,7 +75,7 @@ def load_autoencoder(model: ModelConfig, path: str) -> Autoencoder:
     autoencoder = make_autoencoder(model)
     state = {
         name.removeprefix(AUTOENCODER_PREFIX): value
-        for name, value in load_weights(path).items()
+        for name, value in read_weights(path).items()
         if name.startswith(AUTOENCODER_PREFIX)
     }
     if not state:
@@ -78,7 +88,7 @@ def load_generator(generator: MotionGenerator, path: str | Path) -> None:
     """Weights of a phase-2 run or checkpoint, or the transformer and projection of float.pth."""
     state = {
         name: value
-        for name, value in load_weights(path).items()
+        for name, value in read_weights(path).items()
         if name.startswith(("fmt.", "audio_encoder.audio_", "motion_"))
     }
     state = {name: value for name, value in state.items() if not name.startswith(AUTOENCODER_PREFIX)}
