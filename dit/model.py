@@ -336,6 +336,7 @@ class DiTModel(nn.Module):
         mlp: Literal["gelu", "swiglu"] = "gelu",
         pos: Literal["sincos", "rope2d", "sincos+rope2d"] = "sincos",
         drop_path: float = 0.0,
+        pos_scale: float = 1.0,
         time_freq_shift: Literal[0, 1] = 0,
     ) -> None:
         super().__init__()
@@ -345,7 +346,7 @@ class DiTModel(nn.Module):
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.grid = (input_size // patch_size,) * 2
         self.text_conditioning, self.text_mask, self.pos, self.null_text = text_conditioning, text_mask, pos, null_text
-        self.text_len = text_len
+        self.text_len, self.pos_scale = text_len, pos_scale
         self.gradient_checkpointing: bool | int = False
         self.pos_embed: Tensor | None
         self.null_text_states: Tensor
@@ -365,7 +366,8 @@ class DiTModel(nn.Module):
             self._make_null_text(text_len, text_dim)
         self.register_buffer("pos_embed", None)
         if "sincos" in pos:
-            self.register_buffer("pos_embed", position_table_2d(hidden_size, *self.grid).float()[None])
+            table = position_table_2d(hidden_size, *self.grid, scale=pos_scale)
+            self.register_buffer("pos_embed", table.float()[None])
         is_single = conditioning == "adaln_single"
         self.adaLN_single = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size)) if is_single else None
         self.blocks = nn.ModuleList(
@@ -527,8 +529,8 @@ class DiTModel(nn.Module):
             return self.pos_embed
         key = (grid, self.pos_embed.device)
         if key not in self._positions:
-            table = position_table_2d(self.hidden_size, *grid).float()[None]
-            self._positions[key] = table.to(self.pos_embed.device)
+            table = position_table_2d(self.hidden_size, *grid, scale=self.pos_scale)
+            self._positions[key] = table.float()[None].to(self.pos_embed.device)
         return self._positions[key]
 
     def _rotation(self, grid: tuple[int, int], tokens_before: int, device: torch.device) -> Rotation:
