@@ -501,20 +501,25 @@ def translate_guide(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 METRICS = ("loss", "caption", "recon", "vae", "colour", "memory", "fid", "clip")
+DEFAULT_METRICS = ("loss", "caption", "recon", "vae", "colour", "memory")
 
 
 class GenerateOptions(Section):
     """What to draw and how."""
 
-    checkpoint: str = setting("", "run folder, checkpoint folder, or a weights file beside its config.yaml")
+    checkpoint: str = setting("", "run folder, checkpoint folder, or a weights file next to its config.yaml")
     output: str = setting("samples.png", "grid.png, or a folder", "out")
     prompt: list[str] = setting([], "captions")
     prompts: str | None = setting(None, "file of captions: .txt, one a line, or .jsonl with prompt, text or caption")
-    captions: str | None = setting(None, "captions of a data set: coco:PATH, cub:PATH or custom:PATH (held-out split)")
+    captions: str | None = setting(
+        None, "captions of a data set: coco:PATH (coco2014:, coco2017:), cub:PATH or custom:PATH (held-out split)"
+    )
     labels: list[int] = setting([], "classes, for a class-conditional model")
-    num: int | None = setting(None, "use so many of the captions, drawn by --seed", ge=1)
+    count: int | None = setting(
+        None, "so many of the captions, drawn by --seed; of classes: so many pictures, evenly over them", "num", ge=1
+    )
     images_per_prompt: int = setting(1, "pictures of each caption", ge=1)
-    negative: str | None = setting(None, "caption to lead away from, in place of the null condition")
+    negative: str | None = setting(None, "caption to lead away from, instead of the null condition")
     sampler: str = setting("auto", f"auto, {', '.join(NOISE_SAMPLERS)}; {', '.join(FLOW_SAMPLERS)}")
     steps: int | None = setting(None, "sampling steps; null: as trained", "num_inference_steps", ge=1)
     cfg_scale: float | None = setting(None, "guidance scale; null: as trained", "guidance_scale", ge=0)
@@ -528,8 +533,8 @@ class GenerateOptions(Section):
     ema: bool = setting(True, "use the averaged weights")
     dtype: Literal["fp32", "bf16"] = setting("fp32", "precision of the network")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
-    vae: str | None = setting(None, "VAE by path or hub id, in place of the trained-with one")
-    text_encoder: str | None = setting(None, "text encoder by path or hub id, in place of the trained-with one")
+    vae: str | None = setting(None, "VAE by path or hub id, instead of the trained-with one")
+    text_encoder: str | None = setting(None, "text encoder by path or hub id, instead of the trained-with one")
     npz: bool = setting(False, "also write samples.npz with arr_0 uint8 (N, H, W, 3), the ADM suite's form")
     grid: bool = setting(False, "also write grid.png into the folder")
     latents_only: bool = setting(False, "write latents.safetensors and no pictures")
@@ -541,21 +546,31 @@ class MetricsOptions(Section):
 
     checkpoint: str = setting("", "run folder or checkpoint folder")
     output: str | None = setting(None, "JSON file; null: metrics.json in the run folder", "out")
-    metrics: str = setting("loss,caption,recon,vae,colour,memory", f"comma-separated, of {', '.join(METRICS)}")
+    metrics: str | None = setting(
+        None, f"comma-separated, of {', '.join(METRICS)}; null: {', '.join(DEFAULT_METRICS)}, as far as they apply"
+    )
     split: Literal["val", "train"] = setting("val", "pictures to measure on")
-    num: int = setting(256, "pictures at most", ge=2)
-    data_root: str | None = setting(None, "data folder in place of the trained-with one", "dataset_path")
+    count: int = setting(256, "pictures at most, chosen by the hash of their names", "num", ge=2)
+    data_root: str | None = setting(None, "data folder instead of the trained-with one", "dataset_path")
     ema: bool = setting(True, "use the averaged weights")
     cfg_scale: float | None = setting(None, "guidance scale of drawn pictures; null: as trained", ge=0)
     steps: int | None = setting(None, "sampling steps; null: as trained", ge=1)
+    batch_size: int = setting(32, "pictures drawn at a time", ge=1)
     seed: int = setting(0, "seed of the drawn pictures", ge=0, le=2**63 - 1)
     features: Literal["inception", "random"] = setting("inception", "fid: random is for tests only")
     inception_weights: str | None = setting(None, "fid: local weights file")
+    pictures: str | None = setting(
+        None, "fid: folder or .npz of made pictures instead of a checkpoint's, such as generate.py writes"
+    )
+    reference: str | None = setting(
+        None, "fid: folder or .npz to compare with (ADM's VIRTUAL_*.npz too); null: the held-out pictures"
+    )
+    resize: Literal["legacy", "clean"] = setting("legacy", "fid: how pictures become 299 pixels; papers: legacy")
     clip_path: str | None = setting(
         None, "clip: a CLIP model by path or hub id, another one than the model's text encoder"
     )
-    vae: str | None = setting(None, "VAE by path or hub id, in place of the trained-with one")
-    text_encoder: str | None = setting(None, "text encoder by path or hub id, in place of the trained-with one")
+    vae: str | None = setting(None, "VAE by path or hub id, instead of the trained-with one")
+    text_encoder: str | None = setting(None, "text encoder by path or hub id, instead of the trained-with one")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dit.config import Config
-from dit.data.cache import read_manifest
+from dit.data.cache import file_digest, read_manifest
 from dit.dataset import TextImageDataset, unit
 from dit.model import DiTModel
 from dit.modules.autoencoder import PatchAutoencoder
@@ -158,6 +158,14 @@ class Trained(NamedTuple):
     text_encoder: CaptionEncoder | None
     objective: Objective
     folder: Path
+    name: str  # the checkpoint, and what its files hold
+
+
+def _name_of(path: Path, folder: Path) -> str:
+    """The checkpoint's name with the hash of its manifest, or of its file: two of one name are told by it."""
+    manifest = folder / "manifest.json"
+    held = file_digest(path if path.is_file() else manifest) if path.is_file() or manifest.exists() else "unknown"
+    return f"{path.name if path.is_file() else folder.name} {held[:12]}"
 
 
 def load_trained(
@@ -195,4 +203,5 @@ def load_trained(
         None if encoder is None else encoder.to(device),
         objective,
         folder,
+        _name_of(path, folder),
     )
