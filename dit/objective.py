@@ -36,7 +36,7 @@ from shared.flow import expand_like, linear_path, sample_times, shift_noise_leve
 from shared.loop import FitResult, fit
 from shared.rng import keyed_rand, keyed_randn
 
-TIMES, NOISE, DROPS, POSTERIOR = 1, 2, 3, 4  # random streams
+TIMES, NOISE, DROPS, POSTERIOR, PATHS = 1, 2, 3, 4, 5  # random streams
 LEAST_GAP = 0.05  # smallest 1 - t that a clean prediction is divided by in training; sampling goes closer to the data
 
 
@@ -156,7 +156,7 @@ class NoiseObjective(Objective):
     def min_snr_weight(self, t_B: Tensor) -> Tensor:
         """min(SNR, gamma) over SNR, SNR + 1 or 1 for noise, velocity, data (Hang et al. 2023), from float32 tables."""
         assert self.settings.snr_gamma is not None
-        a = self.alphas_cumprod.to(t_B.device)[t_B]
+        a = self._alphas(t_B)
         snr = a / (1 - a)
         divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[
             self.settings.prediction_type
@@ -181,7 +181,7 @@ class NoiseObjective(Objective):
 
     def noise_level(self, t_B: Tensor) -> Tensor:
         """sqrt(1 - a): 0 is data, 1 is noise."""
-        return (1 - self.alphas_cumprod.to(t_B.device)[t_B.long()]).sqrt()
+        return (1 - self._alphas(t_B)).sqrt()
 
     def sample(
         self,
@@ -202,8 +202,14 @@ class NoiseObjective(Objective):
         check_sampler(method, self.samplers, "noise prediction")
         return sample_noise(predict, noise, dict(self.noise_scheduler.config), method=method, steps=steps, draw=draw)
 
+    def _alphas(self, t_B: Tensor) -> Tensor:
+        """The table's entries (B,), float32; the table goes to the device once."""
+        if self.alphas_cumprod.device != t_B.device:
+            self.alphas_cumprod = self.alphas_cumprod.to(t_B.device)
+        return self.alphas_cumprod[t_B.long()]
+
     def _signal_and_spread(self, t_B: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        a = expand_like(self.alphas_cumprod.to(t_B.device)[t_B.long()], like).to(like.dtype)
+        a = expand_like(self._alphas(t_B), like).to(like.dtype)
         return a.sqrt(), (1 - a).sqrt()
 
 
@@ -376,6 +382,9 @@ class Trainer:
             # Dropped rows get the null condition inside the model, so every rank runs the same modules in every step.
             if condition and self.config.diffusion.cfg_dropout:
                 condition["drop"] = drop_B
+            if self.config.model.drop_path:
+                shape = (self.config.model.num_layers, 3)
+                condition["path_draws"] = keyed_rand(shape, key=(seed, PATHS, step), **draws)
             predicted = model(noisy_BCHW, self.objective.model_time(t_B), **condition)
 
             # The loop adds the micro-batches' losses up: each is divided here by their number. The error is fp32.
