@@ -13,14 +13,27 @@ from shared.errors import UserError
 PRESETS = Path(__file__).parent / "configs"
 SAMPLE_DATA = Path(__file__).parent / "sample_data" / "CUB_200_2011"
 FLOW_SAMPLERS = ("euler", "heun", "midpoint", "rk4", "dopri5", "sde")
-Layout = Literal["coco", "cub", "custom"]
+Layout = Literal["coco", "cub", "custom", "scenes"]
 NOISE_SAMPLERS = ("ddim", "dpmpp_2m", "dpmpp_2m_karras", "ddpm")
+
+
+_NOT_FOR_SCENES = {
+    "num_samples": "the number of drawings is data.drawings",
+    "crop": "scenes are composed at their size",
+    "flip": "a mirrored scene would contradict its sentence",
+    "caption_source": "sentences come from the scenes' ground truth",
+    "use_bbox": "drawings are cut out of their ground",
+    "val_fraction": "what is held out is chosen by unseen_share",
+    "cache_dir": "they are composed anew in every epoch, and a cache would hold one",
+}
 
 
 class DataConfig(Section):
     """Pictures with captions."""
 
-    dataset_name: Layout = setting("coco", "layout of the data on disk", "datasets")
+    dataset_name: Layout = setting(
+        "coco", "layout of the data on disk; scenes: composed on the fly from the drawings of a folder", "datasets"
+    )
     dataset_path: str | None = setting(
         None, "folder, or .tar pattern for custom; sample: the pictures that ship with dit/", "data_root", "data_dir"
     )
@@ -44,11 +57,32 @@ class DataConfig(Section):
     val_fraction: float = setting(
         0.0, "share held out by hash of the name where the data have no split of their own", ge=0, lt=1
     )
+    drawings: int | None = setting(
+        16, "scenes: use so many drawings, chosen by hash of name and subset_seed; null: all", fixed=True, ge=1
+    )
+    scene_kinds: list[Literal["one", "two"]] = setting(
+        ["one"], "scenes: one object at a place, two with a relation; drawn from evenly", fixed=True
+    )
+    unseen_share: float = setting(
+        0.1, "scenes: share of the combinations that are never trained, chosen by hash", fixed=True, ge=0, lt=1
+    )
     on_error: Literal["skip", "raise"] = setting("skip", "missing or broken pictures: skip and list them, or stop")
     keep_in_memory: bool = setting(False, "keep decoded pictures in memory (small sets)")
     cache_dir: str | None = setting(
         None, "folder written by precompute.py; replaces the frozen encoders during training"
     )
+
+    @model_validator(mode="after")
+    def _scenes_are_composed(self) -> "DataConfig":
+        """What has no meaning for scenes is refused, not ignored."""
+        if self.dataset_name != "scenes":
+            return self
+        for name, why in _NOT_FOR_SCENES.items():
+            if getattr(self, name) != type(self).model_fields[name].default and (name, self[name]) != ("flip", 0):
+                raise ValueError(f"{name} {self[name]} does nothing with dataset_name scenes: {why}; leave it out")
+        if not self.scene_kinds:
+            raise ValueError("scene_kinds is empty; use some of one, two")
+        return self
 
 
 class ModelConfig(Section):
@@ -113,10 +147,11 @@ class ModelConfig(Section):
 class VaeConfig(Section):
     """Pictures to latents."""
 
-    type: Literal["sd", "patches", "pixels", "pool"] = setting(
+    type: Literal["sd", "conv", "patches", "pixels", "pool"] = setting(
         "sd",
-        "sd: a VAE of diffusers (AutoencoderKL, AutoencoderDC, AutoencoderKLFlux2); patches: a small one trained here "
-        "on the training pictures; pixels: none; pool: 8x averages, for tests",
+        "sd: a VAE of diffusers (AutoencoderKL, AutoencoderDC, AutoencoderKLFlux2); conv: a small convolutional one, "
+        "trained first in the same run; patches: principal components of patches, fitted here; pixels: none; pool: 8x "
+        "averages, for tests",
         fixed=True,
     )
     pretrained_model_name: str = setting(
@@ -140,7 +175,9 @@ class VaeConfig(Section):
     latent_stats: str | None = setting(
         None, "safetensors with mean and std per channel in place of the single factor", fixed=True
     )
-    patch: int = setting(8, "patches: pixels per latent cell side", fixed=True, ge=1)
+    patch: int = setting(8, "patches, conv: pixels per latent cell side", fixed=True, ge=1)
+    steps: int = setting(3000, "conv: optimizer steps of its own training", fixed=True, ge=1)
+    width: int = setting(32, "conv: channels at half the picture's size; doubled with every halving", fixed=True, ge=4)
     decoder_steps: int = setting(
         300, "patches: training steps of the decoder; 0: the linear decoder alone", fixed=True, ge=0
     )
@@ -202,6 +239,9 @@ class TextConfig(Section):
     )
     local_files_only: bool = setting(False, "never download")
     content: str | None = setting(None, "what the encoder holds, noted by training", hidden=True, fixed=True)
+    context: bool = setting(
+        False, "hash: every word carries a trace of its neighbours, so that the order of words counts", fixed=True
+    )
 
 
 class DiffusionConfig(Section):
@@ -297,7 +337,6 @@ class TrainingConfig(TrainingSection):
     num_workers: int = setting(4, "loader processes per rank", "workers", ge=0)
     drop_last: bool = setting(True, "leave out the tail of an epoch that fills no batch")
     persistent_workers: bool = setting(True, "loader processes live on over epochs; false is refused, they always do")
-    allow_tf32: bool = setting(True, "TF32 matrix products on GPUs")
 
     @field_validator("keep_last", mode="before")
     @classmethod
@@ -356,12 +395,16 @@ class Config(Section):
             and self.diffusion.prediction_type == "v_prediction"
         ):
             raise ValueError("model.learn_sigma works with prediction_type epsilon or sample")
+        if self.vae.type == "conv" and (self.vae.patch < 2 or self.vae.patch & (self.vae.patch - 1)):
+            raise ValueError(f"vae.patch {self.vae.patch}: vae.type conv halves, so a power of two from 2 is wanted")
         if self.data.image_size % (self.vae_factor * self.model.patch_size):
             raise ValueError(
                 f"data.image_size {self.data.image_size} must be a multiple of "
                 f"{self.vae_factor * self.model.patch_size} "
                 f"(latent cell {self.vae_factor} px x patch_size {self.model.patch_size})"
             )
+        if self.data.dataset_name == "scenes" and self.model.num_classes:
+            raise ValueError("model.num_classes: scenes carry sentences, not classes; leave it out")
         samplers = {"ddpm": NOISE_SAMPLERS, "flow": FLOW_SAMPLERS}[self.diffusion.objective]
         if self.sample.sampler not in ("auto", *samplers):
             raise ValueError(
@@ -397,7 +440,7 @@ class Config(Section):
     def vae_factor(self) -> int:
         """Pixels per latent cell side; 8 for a VAE that is not on this disk and of which nothing is said."""
         of_sd = self.vae.factor or vae_factor(self.vae.pretrained_model_name) or 8
-        return {"sd": of_sd, "pool": 8, "pixels": 1, "patches": self.vae.patch}[self.vae.type]
+        return {"sd": of_sd, "pool": 8, "pixels": 1, "patches": self.vae.patch, "conv": self.vae.patch}[self.vae.type]
 
     @property
     def latent_side(self) -> int:
@@ -423,7 +466,10 @@ def refuse_unused(config: Config) -> None:
         (layout == "cub", f"data.dataset_name is {layout}", ("data.use_bbox", "data.caption_source")),
         (layout == "coco", f"data.dataset_name is {layout}", ("data.coco_year",)),
         (config.vae.type == "sd", f"vae.type is {config.vae.type}", tuple(f"vae.{name}" for name in _OF_SD)),
-        (config.vae.type == "patches", f"vae.type is {config.vae.type}", ("vae.patch", "vae.decoder_steps")),
+        (config.vae.type in ("patches", "conv"), f"vae.type is {config.vae.type}", ("vae.patch",)),
+        (config.vae.type == "patches", f"vae.type is {config.vae.type}", ("vae.decoder_steps",)),
+        (config.vae.type == "conv", f"vae.type is {config.vae.type}", ("vae.steps", "vae.width")),
+        (config.text.type == "hash", f"text.type is {config.text.type}", ("text.context",)),
     ]
     faults = []
     for is_used, reason, names in rules:
@@ -500,8 +546,7 @@ def translate_guide(tree: dict[str, Any]) -> dict[str, Any]:
 # Settings of generate.py, metrics.py and precompute.py. No torch import, so --help is quick.
 
 
-METRICS = ("loss", "caption", "recon", "vae", "colour", "memory", "fid", "clip")
-DEFAULT_METRICS = ("loss", "caption", "recon", "vae", "colour", "memory")
+METRICS = ("scenes", "loss", "caption", "recon", "vae", "colour", "memory", "fid", "clip")
 
 
 class GenerateOptions(Section):
@@ -546,8 +591,8 @@ class MetricsOptions(Section):
 
     checkpoint: str = setting("", "run folder or checkpoint folder")
     output: str | None = setting(None, "JSON file; null: metrics.json in the run folder", "out")
-    metrics: str | None = setting(
-        None, f"comma-separated, of {', '.join(METRICS)}; null: {', '.join(DEFAULT_METRICS)}, as far as they apply"
+    metrics: str = setting(
+        "auto", f"comma-separated, of {', '.join(METRICS)}; auto: those that need no download and fit the data"
     )
     split: Literal["val", "train"] = setting("val", "pictures to measure on")
     count: int = setting(256, "pictures at most, chosen by the hash of their names", "num", ge=2)

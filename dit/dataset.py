@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, default_collate
 
 from dit.config import SAMPLE_DATA, Config, DataConfig, Layout
 from dit.data.readers import Item, Items, read
+from dit.data.scenes import SceneDataset
 from shared.errors import BadSample, UserError
 from shared.media.pictures import as_rgb, to_pixels
 from shared.rng import keyed_generator
@@ -54,6 +55,8 @@ class TextImageDataset(Dataset):
             )
         self.settings, self.is_train, self.seed = settings, is_train, seed
         self.num_classes, self.tokenize = num_classes, tokenize
+        if settings.dataset_name == "scenes":
+            raise UserError("dataset_name scenes is opened with TextImageDataset.from_config, not by the constructor")
         if settings.dataset_path is None:
             raise UserError(
                 "data.dataset_path is not set; give the folder of the pictures with --data-root (or --data-root sample)"
@@ -75,8 +78,10 @@ class TextImageDataset(Dataset):
             print(f"warning: {blank} captions are empty; their pictures train without one", file=sys.stderr)
 
     @classmethod
-    def from_config(cls, config: Config, *, is_train: bool, tokenize: Callable | None = None) -> "TextImageDataset":
-        """The data set of a run."""
+    def from_config(cls, config: Config, *, is_train: bool, tokenize: Callable | None = None) -> Any:
+        """The data set of a run: one of these, or a SceneDataset, which has the same methods."""
+        if config.data.dataset_name == "scenes":
+            return SceneDataset.from_config(config, is_train=is_train, tokenize=tokenize)
         return cls(
             settings=config.data,
             is_train=is_train,
@@ -212,7 +217,7 @@ def spread(dataset: Named, count: int) -> list[int]:
     """Indices in the order in which an evaluation takes them: at most `count` are wanted, in the order of the hash of
     their names, so that no class and no folder comes first; those behind them stand in for broken ones.
     """
-    if count >= len(dataset):
+    if count >= len(dataset) or isinstance(dataset, SceneDataset):  # scenes come in no order
         return list(range(len(dataset)))
     digests = [hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8] for name in dataset.names()]
     return sorted(range(len(dataset)), key=digests.__getitem__)

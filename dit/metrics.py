@@ -3,19 +3,20 @@
   python dit/metrics.py --checkpoint outputs/dit --output outputs/dit/metrics.json
   python dit/metrics.py --checkpoint OUT --metrics loss,caption,fid --inception-weights FILE.pth
   python dit/metrics.py --pictures pictures/ --reference VIRTUAL_imagenet256_labeled.npz --inception-weights FILE.pth
-loss, caption, recon, vae, colour and memory need no download. fid (FID, sFID, Inception score, precision, recall, KID)
-needs the Inception weights, clip a CLIP model; both say what to provide. Under torchrun the work is shared.
+scenes, loss, caption, recon, vae, colour and memory need no download; scenes counts what is right in drawn scenes. fid
+(FID, sFID, Inception score, precision, recall, KID) needs the Inception weights, clip a CLIP model; both say what to provide. Under torchrun the work is shared.
 """
 
 import json
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from dit.config import DEFAULT_METRICS, METRICS, GenerateOptions, MetricsOptions
+from dit.config import METRICS, GenerateOptions, MetricsOptions
 from shared.config import load_config
 from shared.errors import UserError, command
 
@@ -27,9 +28,11 @@ import torch
 from torch import Tensor
 
 from dit.data.cache import key_of
+from dit.data.scenes import SceneDataset
 from dit.dataset import TextImageDataset, spread, unit
 from dit.evaluation.figures import Extractor, Pictures, figures, psnr, reference_of, ssim
 from dit.evaluation.held_out import errors, held_out_noise, prepare
+from dit.evaluation.scenes import scene_bars, scene_figures, scene_grid
 from dit.generate import Drawer, Request, batches_of, draw_folder, guidance
 from dit.modules.text import condition_of
 from dit.sampling.drawing import grid, to_uint8
@@ -39,6 +42,9 @@ from shared.errors import write_text
 from shared.media.inception import inception
 from shared.metrics import agreement, clip_score, colour_caption, paired_p
 from shared.report.page import Bar, Sample, write_report
+
+OF_PICTURES = ["loss", "caption", "recon", "vae", "colour", "memory"]  # what --metrics auto measures
+OF_SCENES = ["scenes", "loss", "caption", "recon", "vae"]
 
 
 class Measurement:
@@ -50,6 +56,7 @@ class Measurement:
         self.training_set = (
             measured if options.split == "train" else _measured(options.model_copy(update={"split": "train"}), trained)
         )
+        self.measured: Any = measured  # a SceneDataset has the same methods
         self.held = prepare(
             measured, self.training_set, trained.codec, trained.text_encoder, count=options.count, device=info.device
         )
@@ -124,6 +131,13 @@ class Measurement:
         back = self._decode(self.held.latents)
         return {"psnr": psnr(back, self.held.images), "ssim": ssim(back, self.held.images)}
 
+    def scenes(self) -> dict:
+        """What is right in drawn scenes: object, ground, place, size; squared error and seams against the true ones."""
+        if not isinstance(self.measured, SceneDataset):
+            raise UserError("--metrics scenes: this run's pictures are not composed, so nobody knows what is right")
+        config = self.trained.config
+        return scene_figures(self.measured, self.drawn, config.vae_factor * config.model.patch_size)
+
     def colour(self) -> dict:
         """Whether drawn pictures show the colours of their captions; the real pictures' figure is the ceiling."""
         return {
@@ -186,6 +200,13 @@ class Measurement:
 def report(measurement: Measurement, found: dict, options: MetricsOptions, run_folder: Path) -> None:
     """The run's report with its bars, a grid of drawn pictures and the true ones beside it."""
     held, samples, bars = measurement.held, [], []
+    folder = run_folder / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    composed = isinstance(measurement.measured, SceneDataset)
+    if composed:
+        samples.append(scene_grid(measurement.measured, measurement.drawn, folder / "scenes.png"))
+    if "scenes" in found:
+        bars += scene_bars(measurement.measured, found["scenes"], found.get("caption", {}))
     if "loss" in found:
         bars.append(Bar("held-out loss / constant predictor's", found["loss"]["ratio"], 0.35, "at most", baseline=1.0))
     if "caption" in found:
@@ -205,16 +226,15 @@ def report(measurement: Measurement, found: dict, options: MetricsOptions, run_f
                 note=f"p {drawn['p']:.4f}; real pictures {real['own']:.3f}",
             )
         )
-    folder = run_folder / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
-    count = min(24, len(held.images))
-    drawn, real = measurement.drawn[:count], to_uint8(held.images[:count])
-    grid(drawn, columns=8, enlarge=2).save(folder / "drawn.png")
-    grid(real, columns=8, enlarge=2).save(folder / "real.png")
-    samples.append(
-        Sample(folder / "drawn.png", f"drawn for held-out captions: {'; '.join(held.prompts[:8])}; ...", "drawn")
-    )
-    samples.append(Sample(folder / "real.png", "the held-out pictures of the same captions", "real"))
+    if not composed:
+        count = min(24, len(held.images))
+        drawn, real = measurement.drawn[:count], to_uint8(held.images[:count])
+        grid(drawn, columns=8, enlarge=2).save(folder / "drawn.png")
+        grid(real, columns=8, enlarge=2).save(folder / "real.png")
+        samples.append(
+            Sample(folder / "drawn.png", f"drawn for held-out captions: {'; '.join(held.prompts[:8])}; ...", "drawn")
+        )
+        samples.append(Sample(folder / "real.png", "the held-out pictures of the same captions", "real"))
     summary = {
         f"{name}.{key}": value
         for name, group in found.items()
@@ -304,9 +324,7 @@ def _measured(options: MetricsOptions, trained: Trained) -> TextImageDataset:
     data = config.data.model_copy(
         update={"dataset_path": options.data_root or config.data.dataset_path, "cache_dir": None}
     )
-    dataset = TextImageDataset(
-        settings=data, is_train=options.split == "train", seed=config.run.seed, num_classes=config.model.num_classes
-    )
+    dataset = TextImageDataset.from_config(config.model_copy(update={"data": data}), is_train=options.split == "train")
     if len(dataset) < 2:
         raise UserError(
             f"--split {options.split}: {len(dataset)} pictures; set data.val_fraction when training, or use "
@@ -331,17 +349,20 @@ def run_folder_of(trained: Trained) -> Path:
 
 def _wanted(options: MetricsOptions, trained: Trained | None) -> list[str]:
     """The names of the metrics: those asked for, or all that apply."""
-    if options.metrics is None:
-        if trained is None:
-            return ["fid"]
-        has_condition = trained.config.model.text_conditioning != "none" or trained.config.model.num_classes is not None
-        return [name for name in DEFAULT_METRICS if has_condition or name not in ("caption", "colour")]
-    return [name.strip() for name in options.metrics.split(",") if name.strip()]
+    if options.metrics != "auto":
+        return [name.strip() for name in options.metrics.split(",") if name.strip()]
+    if trained is None:
+        return ["fid"]
+    config = trained.config
+    has_condition = config.model.text_conditioning != "none" or config.model.num_classes is not None
+    wanted = OF_SCENES if config.data.dataset_name == "scenes" else OF_PICTURES
+    return [name for name in wanted if has_condition or name not in ("caption", "colour")]
 
 
 def _check(options: MetricsOptions) -> None:
     """Refuse what cannot be measured, before anything is computed."""
-    wanted = [] if options.metrics is None else [name.strip() for name in options.metrics.split(",") if name.strip()]
+    auto = options.metrics == "auto"
+    wanted = [] if auto else [name.strip() for name in options.metrics.split(",") if name.strip()]
     if unknown := [name for name in wanted if name not in METRICS]:
         raise UserError(f"--metrics {unknown[0]}: use some of {', '.join(METRICS)}")
     if not options.checkpoint and options.pictures is None:

@@ -42,9 +42,10 @@ from dit.modules.vae import CODEC_FILE, Codec
 from dit.objective import Trainer
 from dit.plan import workload
 from dit.sampling.drawing import grid, to_uint8
+from dit.weights.autoencoder import prepare_codec
 from dit.weights.convert import load_pretrained
 from dit.weights.guide import is_guide_folder
-from dit.weights.open import build_model, cached_codec, fit_codec, make_vae
+from dit.weights.open import build_model, cached_codec, make_vae
 from shared.data import BatchPlan, MapStream
 from shared.engine.checkpoint import find_checkpoint, newest_checkpoint
 from shared.engine.dist import DistInfo, from_main, init_distributed, raise_together, shutdown
@@ -145,8 +146,7 @@ def _from_pictures(config: Config, sets: dict[str, TextImageDataset], info: Dist
     training_set, validation_set = sets["train"], sets["val"]
     output_dir = Path(config.run.output_dir)
     codec, encoder = make_vae(config), make_text_encoder(config)
-    if codec.learns:
-        fit_codec(codec, training_set, output_dir, info, seed=config.run.seed)
+    prepare_codec(config, codec, training_set, validation_set, info)
     config.vae.content, config.text.content = from_main(
         contents(config, codec=output_dir / CODEC_FILE) if info.is_main else None
     )
@@ -207,7 +207,6 @@ def main(argv: list[str] | None = None) -> None:
     if not is_gone:
         sets = {split: TextImageDataset.from_config(config, is_train=split == "train") for split in SPLITS}
     info = init_distributed(config.run.device, 60 * config.run.timeout_minutes)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.allow_tf32
     output_dir = Path(config.run.output_dir)
     going_on = from_main(_checkpoint_to_resume(config) if info.is_main else None)
     if going_on is not None:

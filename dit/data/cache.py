@@ -66,6 +66,7 @@ def text_settings(config: Config, text_content: str | None) -> dict[str, Any]:
         return {}
     return {
         "text_type": config.text.type,
+        "context": config.text.context,
         "text_content": text_content,
         "text_dim": config.model.text_dim,
         "text_len": config.model.text_len,

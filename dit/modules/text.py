@@ -189,16 +189,20 @@ def _loading(name: str) -> Iterator[None]:
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+|[#*+&%]")
 
 
+NEIGHBOURS, NEIGHBOUR_WEIGHT = 4, 0.7  # "to the left of" is four words
+
+
 class HashTextEncoder(CaptionEncoder):
     """Words as fixed vectors: sums of random vectors of the word and its byte 3- and 4-grams (Bojanowski et al. 2017).
 
     Nothing is trained and nothing is stored: a vector follows from the bytes alone, so the same caption gives the same
     states on any machine. Related spellings get related vectors; the model's own text projection learns what they mean.
+    With `context` every state also carries a trace of its neighbours, so that "a left of b" differs from "b left of a".
     """
 
-    def __init__(self, *, width: int = 128, length: int = 24) -> None:
+    def __init__(self, *, width: int = 128, length: int = 24, context: bool = False) -> None:
         super().__init__()
-        self.width, self.length = width, length
+        self.width, self.length, self.context = width, length, context
         self._words: dict[str, np.ndarray] = {}
 
     def encode(self, captions: list[str]) -> TextCondition:
@@ -209,7 +213,8 @@ class HashTextEncoder(CaptionEncoder):
         for row, caption in enumerate(captions):
             words = [*self.words(caption)[: self.length - 1], "</s>"]  # the end mark also stands for the empty caption
             vectors = np.stack([self._vector(word) for word in words])
-            states[row, : len(words)], mask[row, : len(words)] = vectors, True
+            states[row, : len(words)] = _with_context(vectors) if self.context else vectors
+            mask[row, : len(words)] = True
             pooled[row] = vectors.sum(0) / math.sqrt(len(words))
         return TextCondition(torch.from_numpy(states), torch.from_numpy(mask), torch.from_numpy(pooled))
 
@@ -236,13 +241,25 @@ class HashTextEncoder(CaptionEncoder):
         return np.random.Generator(np.random.PCG64(zlib.crc32(gram))).standard_normal(self.width)
 
 
+def _with_context(vectors_TE: np.ndarray) -> np.ndarray:
+    """Add the vectors of the neighbours, weaker with distance: of those before turned by one place, of those after by
+    one place the other way, so that before and after differ.
+    """
+    states_TE = vectors_TE.copy()
+    for distance in range(1, min(NEIGHBOURS + 1, len(vectors_TE))):
+        weight = NEIGHBOUR_WEIGHT**distance
+        states_TE[distance:] += weight * np.roll(vectors_TE[:-distance], 1, axis=1)
+        states_TE[:-distance] += weight * np.roll(vectors_TE[distance:], -1, axis=1)
+    return states_TE
+
+
 def make_text_encoder(config: Config) -> CaptionEncoder | None:
     """The encoder that the settings name; None for a model that reads no text. Refuses a width that does not fit."""
     text, model = config.text, config.model
     if model.text_conditioning == "none":
         return None
     if text.type == "hash":
-        return HashTextEncoder(width=model.text_dim, length=model.text_len)
+        return HashTextEncoder(width=model.text_dim, length=model.text_len, context=text.context)
     kind = TextEncoder if text.type == "clip" else LanguageEncoder
     encoder = kind(text.pretrained_model_name, length=model.text_len, local_files_only=text.local_files_only)
     if encoder.width != model.text_dim:

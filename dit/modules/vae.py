@@ -1,4 +1,4 @@
-"""Pictures to latents and back: the Stable Diffusion autoencoder, and three codecs that need no weights.
+"""Pictures to latents and back: the Stable Diffusion autoencoder, and four codecs that need no weights.
 
 All offer moments(images) -> unscaled mean and log variance (B, 2C, h, w), latents(moments, noise) -> what the model is
 trained on, encode(images), decode(latents). Images are float32 in [-1, 1].

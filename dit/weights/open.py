@@ -14,7 +14,7 @@ from dit.config import Config
 from dit.data.cache import file_digest, read_manifest
 from dit.dataset import TextImageDataset, unit
 from dit.model import DiTModel
-from dit.modules.autoencoder import PatchAutoencoder
+from dit.modules.autoencoder import ConvAutoencoder, PatchAutoencoder
 from dit.modules.text import CaptionEncoder, make_text_encoder
 from dit.modules.vae import CODEC_FILE, Codec, PixelCodec, PoolCodec, VAEEncoder, scaled_latents
 from dit.objective import Objective, make_objective
@@ -52,6 +52,8 @@ def make_vae(config: Config) -> Codec:
         )
     elif vae.type == "patches":
         codec = PatchAutoencoder(channels=config.model.in_channels, patch=vae.patch, decoder_steps=vae.decoder_steps)
+    elif vae.type == "conv":
+        codec = ConvAutoencoder(channels=config.model.in_channels, factor=vae.patch, width=vae.width)
     else:
         codec = PixelCodec() if vae.type == "pixels" else PoolCodec()
     if codec.factor != config.vae_factor:
