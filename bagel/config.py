@@ -114,6 +114,9 @@ class ModelConfig(Section):
         "folder of released form: llm_config.json, vit_config.json, ae.safetensors, "
         "ema.safetensors, tokenizer.json; its sizes replace the sections above",
     )
+    llm_path: str | None = setting(None, "folder of a plain Qwen2.5 to start from; needs vae_path")
+    vit_path: str | None = setting(None, "with llm_path: folder of a SigLIP; null: a tower from random weights")
+    vae_path: str | None = setting(None, "with llm_path: ae.safetensors of FLUX")
     from_scratch: bool = setting(
         False, "start from random weights; model_path, if given, then only gives sizes and tokenizer"
     )
@@ -168,6 +171,10 @@ class ModelConfig(Section):
                 f"quantization {self.quantization} stores frozen weights, which cannot be trained; add --use-lora, "
                 f"or use --quantization none"
             )
+        if self.llm_path is not None and self.model_path is not None:
+            raise ValueError("model_path and llm_path are two starts; give one of them")
+        if self.llm_path is None and (self.vit_path is not None or self.vae_path is not None):
+            raise ValueError("vit_path and vae_path belong to llm_path; give --llm-path, or --model-path alone")
         if self.use_lora and (self.freeze_und or self.freeze_llm):
             raise ValueError(
                 "use_lora already freezes the model; leave out freeze_und and freeze_llm, and choose with --lora-target"
@@ -216,6 +223,12 @@ class DataConfig(Section):
     prefer_buffer_before: int = setting(16384, "below this length the buffer comes first (reference)", fixed=True, ge=0)
     vae_image: ImageSizeConfig = ImageSizeConfig()
     vit_image: ImageSizeConfig = ImageSizeConfig(max_size=980, min_size=224, max_pixels=2007040)
+    edit_vit_image: ImageSizeConfig | None = setting(
+        None, "sides of a picture that the vision tower sees beside its latents, in an edit; null: as vit_image"
+    )
+    max_malformed_share: float = setting(
+        0.01, "share of the records that may be malformed; above it the run stops before training", ge=0, le=1
+    )
     text_cond_dropout_prob: float = setting(0.1, "chance that a text condition is left out", ge=0, le=1)
     vae_cond_dropout_prob: float = setting(
         0.3, "chance that the latents of a condition picture are left out", ge=0, le=1
@@ -281,6 +294,9 @@ class TrainingConfig(TrainingSection):
         return self
 
 
+HALVES: tuple[Literal["fp16"], Literal["bf16"]] = ("fp16", "bf16")
+
+
 class Config(Section):
     """Everything a run needs."""
 
@@ -291,11 +307,44 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _precision(self) -> "Config":
-        wanted = [name for name in ("fp16", "bf16") if self.training[name]]
+        wanted: list[Literal["fp16", "bf16"]] = [name for name in HALVES if self.training[name]]
         if len(wanted) == 2:
             raise ValueError("--fp16 and --bf16 exclude each other; give one")
         if wanted and self.run.precision not in (None, wanted[0]):
             raise ValueError(f"--{wanted[0]} contradicts --precision {self.run.precision}; give one")
         if wanted:
             self.run.precision = wanted[0]
+        given = self.run.model_fields_set
+        if "wandb_project" in given and "wandb" not in given:  # whoever names a project wants it used
+            self.run.wandb = True
         return self
+
+
+class MetricsOptions(Section):
+    """Command line of metrics.py."""
+
+    checkpoint: str = setting(
+        "outputs/bagel", "a run's output folder, one of its checkpoints, or a folder of released form", "model_path"
+    )
+    base: str | None = setting(None, "folder of the base weights of a run, if they have moved")
+    data: str | None = setting(None, "records to evaluate; null: the run's validation records", "val_data_path")
+    train_data: str | None = setting(None, "records for baselines; null: the run's training records", "train_data_path")
+    image_root: str | None = setting(None, "folder that relative picture paths start from")
+    output: str | None = setting(None, "JSON file; null: metrics.json in the run's folder")
+    max_records: int = setting(256, "records evaluated, and training records used for each comparison", ge=1)
+    baseline_records: int = setting(10_000, "training records that the n-gram baselines are fitted to", ge=1)
+    tokens_per_batch: int = setting(
+        16384, "tokens of a pack of the losses; a longer record has a pack of its own", ge=1
+    )
+    max_pictures: int = setting(12, "pictures drawn from held-out prompts, and as many from training prompts", ge=0)
+    num_timesteps: int = setting(25, "points of the time grid of drawn pictures", ge=2)
+    cfg_text_scale: float = setting(3.0, "guidance by the text")
+    max_length: int = setting(64, "longest answer, tokens", ge=1)
+    seed: int = setting(0, "seed of noise", ge=0, le=2**63 - 1)
+    ema: bool = setting(True, "use averaged weights where there are some")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    nltk_data: str | None = setting(None, "folder with the WordNet corpus, for METEOR")
+    bertscore_model: str | None = setting(None, "local folder of an encoder, for BERTScore")
+    bertscore_layer: int | None = setting(None, "its layer; null: the last")
+    fid_weights: str | None = setting(None, "local TorchScript file of Inception features, for FID")
+    clip_model: str | None = setting(None, "local folder of a CLIP model, for the CLIP score")

@@ -268,7 +268,6 @@ class TrainingConfig(TrainingSection):
     num_workers: int = setting(4, "loader processes per rank", "workers", ge=0)
     drop_last: bool = setting(True, "leave out the tail of an epoch that fills no batch")
     persistent_workers: bool = setting(True, "loader processes live on over epochs; false is refused, they always do")
-    allow_tf32: bool = setting(True, "TF32 matrix products on GPUs")
 
     @field_validator("save_every_n_epochs", "eval_every_n_epochs", "sample_every_n_epochs", mode="before")
     @classmethod

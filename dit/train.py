@@ -103,7 +103,6 @@ def main(argv: list[str] | None = None) -> None:
     training_set = TextImageDataset.from_config(config, is_train=True)
     validation_set = TextImageDataset.from_config(config, is_train=False)
     info = init_distributed(config.run.device, 60 * config.run.timeout_minutes)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.allow_tf32
     output_dir = Path(config.run.output_dir)
     if info.is_main:
         _refuse_many_skipped(training_set, output_dir)

@@ -94,6 +94,9 @@ class DataConfig(Section):
     emotion_source: Literal["ser", "label", "mixed", "none"] = setting(
         "ser", "ser: recogniser on the clip's sound; label: the data set's; mixed: label where there is one"
     )
+    max_bad_share: float = setting(
+        0.01, "largest share of a split's clips that may be unusable (silent, unreadable); one always may", ge=0, le=1
+    )
     drop_last: bool = setting(True, "leave out the last incomplete batch of an epoch")
     pin_memory: Literal[True] = setting(True, "batches for a GPU lie in pinned memory", hidden=True)
     use_augmentation: bool = setting(
@@ -107,8 +110,9 @@ class DataConfig(Section):
         0.2, "phase 2: share of windows whose previous motion is made noisy", ge=0, le=1
     )
     gaussian_noise_std: float = setting(0.05, "its standard deviation, as a share of the motion's", ge=0)
-    face_crop: bool = setting(
-        False, "crop to the face before encoding (boxes.json or the centre square); false: clips are cropped already"
+    face_crop: bool | None = setting(
+        None,
+        "crop clips to the face, by boxes.json or the face detector; null: those whose frames are not square; false: none",
     )
     mouth_box: Box = setting(
         MOUTH_BOX,
@@ -139,7 +143,9 @@ class DataConfig(Section):
 class _GuideNames(TrainingSection):
     """The loop's settings under the guide's names."""
 
-    optimizer: Literal["adamw", "adam"] = setting("adamw", "adam is adamw without weight decay", fixed=True)
+    optimizer: Literal["adamw", "adam"] = setting(  # type: ignore[assignment]  # wider than the shared section's
+        "adamw", "adam is adamw without weight decay", fixed=True
+    )
     max_grad_norm: float | None = setting(
         1.0, "clip the gradient norm to this; null: no clipping", "grad_clip", "gradient_clip_val", ge=0
     )
@@ -279,6 +285,11 @@ def data_root(data: DataConfig) -> Path:
     return SAMPLE_DATA if data.data_root is None else Path(data.data_root)
 
 
+def features_dir(config: Config) -> Path:
+    """The cache folder of a run."""
+    return Path(config.data.features_dir or Path(config.run.output_dir) / "features")
+
+
 def settle(config: Config | AutoencoderConfig, *, steps_per_epoch: int, device_type: str) -> None:
     """Turn epochs, least learning rate and mixed precision of the guide into the loop's settings, once, at start."""
     training = config.training
@@ -287,6 +298,5 @@ def settle(config: Config | AutoencoderConfig, *, steps_per_epoch: int, device_t
     if training.lr_min is not None and training.learning_rate > 0:
         training.min_lr_ratio = min(1.0, training.lr_min / training.learning_rate)
     if config.run.precision is None and device_type == "cuda":
-        config.run.precision = (
-            {"float16": "fp16", "bfloat16": "bf16"}[training.amp_dtype] if training.use_amp else "fp32"
-        )
+        amp: Literal["fp16", "bf16"] = "fp16" if training.amp_dtype == "float16" else "bf16"
+        config.run.precision = amp if training.use_amp else "fp32"

@@ -31,9 +31,9 @@ BATCH_KEYS = (
 )
 
 
-# Reading rows of the features cached of a clip (see float/data/features.py) without mapping the file: a window is
-# a few short reads, where a mapping costs page faults and a view object for every tensor.
-
+# --- rows of the features cached of a clip (float/data/features.py) ---------------------------------------------------
+# Read without mapping the file: a window is a few short reads, where a mapping costs page faults and a view object for
+# every tensor.
 
 KINDS = {"F32": torch.float32, "F16": torch.float16, "BOOL": torch.bool}
 HEADER_BYTES = 4096  # read at first; longer headers are read again
@@ -86,9 +86,12 @@ class FeatureFile:
         stop = length if stop is None else min(stop, length)
         rows = torch.empty(stop - start, *rest, dtype=KINDS[self._tensors[name]["dtype"]])
         begin = self._data + self._tensors[name]["data_offsets"][0] + start * math.prod(rest) * rows.itemsize
-        if os.preadv(self._file, [rows.numpy()], begin) != rows.nbytes:
+        if os.preadv(self._file, [rows.numpy().data], begin) != rows.nbytes:
             raise ValueError(f"{name} is not whole")
         return rows
+
+
+# --- windows ----------------------------------------------------------------------------------------------------------
 
 
 class FLOATDataset:
@@ -101,13 +104,7 @@ class FLOATDataset:
     """
 
     def __init__(
-        self,
-        folder: Path | str,
-        data: DataConfig,
-        *,
-        train: bool,
-        seed: int = 0,
-        transforms: Sequence[Transform] = (),
+        self, folder: Path | str, data: DataConfig, *, train: bool, seed: int = 0, transforms: Sequence[Transform] = ()
     ):
         self.folder, self.data, self.train, self.seed = Path(folder), data, train, seed
         self.transforms = list(transforms)

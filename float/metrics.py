@@ -75,7 +75,7 @@ def _load_pair(options: MetricsOptions, first: str, second: str) -> list:
     return arrays
 
 
-def run_scores(options: MetricsOptions) -> dict:
+def run_scores(options: MetricsOptions, checkpoint: str) -> dict:
     """Everything that a trained run can be scored on, with report and videos in the run's folder."""
     from float.config import data_root
     from float.data.clips import find_clips
@@ -84,8 +84,8 @@ def run_scores(options: MetricsOptions) -> dict:
     from float.sampling.animate import load_run, run_folder
     from shared.engine.dist import init_distributed
 
-    animator = load_run(options.checkpoint, init_distributed(options.device).device)
-    folder, data = run_folder(Path(options.checkpoint)), animator.config.data
+    animator = load_run(checkpoint, init_distributed(options.device).device)
+    folder, data = run_folder(Path(checkpoint)), animator.config.data
     data.data_root = options.data_root or data.data_root
     root, split = data_root(data), options.split or data.val_split
     held_out = load_material(animator, find_clips(root, split), root)
@@ -123,42 +123,21 @@ def _report(
     from shared.report.page import Bar, Sample, write_report
 
     samples = []
+    caption = "true, rebuilt from its true motion, generated from the sound"
     for item, reconstruction, generated in zip(held_out, rebuilt, made, strict=True):
         path = folder / "samples" / f"compare_{item.clip.clip_id}.mp4"
-        enlarge = max(1, 192 // item.frames.shape[1])
-        write_video(
-            path, side_by_side(item.frames, reconstruction, generated, enlarge=enlarge), fps=fps, wave=item.wave
-        )
-        samples.append(
-            Sample(
-                path,
-                f"{item.clip.clip_id}: true, rebuilt from its true motion, generated from the sound",
-                "held-out clips",
-            )
-        )
+        frames = side_by_side(item.frames, reconstruction, generated, enlarge=max(1, 192 // item.frames.shape[1]))
+        write_video(path, frames, fps=fps, wave=item.wave)
+        samples.append(Sample(path, f"{item.clip.clip_id}: {caption}", "held-out clips"))
     rule = "trained meter on generated frames" if values["uses_meter"] else "mouth activity, no true opening at hand"
+    copy, copy_mouth, other = values["psnr_copy"], values["psnr_mouth_copy"], values["mouth_r_other_sound"]
+    by_copy, by_other = "baseline: copy of the first frame", "baseline: another clip's sound"
+    rebuilt_r, generated_r = values["mouth_r_reconstruction"], values["mouth_r_own_sound"]
     bars = [
-        Bar(
-            "PSNR of reconstruction, dB",
-            values["psnr"],
-            values["psnr_copy"] + TARGET_GAIN,
-            baseline=values["psnr_copy"],
-            note="baseline: copy of the first frame",
-        ),
-        Bar(
-            "PSNR of the mouth, dB",
-            values["psnr_mouth"],
-            values["psnr_mouth_copy"] + TARGET_GAIN,
-            baseline=values["psnr_mouth_copy"],
-        ),
-        Bar("mouth on reconstructions, r", values["mouth_r_reconstruction"], TARGET_RECONSTRUCTION, note=rule),
-        Bar(
-            "mouth on generated frames, r",
-            values["mouth_r_own_sound"],
-            TARGET_MOUTH,
-            baseline=values["mouth_r_other_sound"],
-            note="baseline: another clip's sound",
-        ),
+        Bar("PSNR of reconstruction, dB", values["psnr"], copy + TARGET_GAIN, baseline=copy, note=by_copy),
+        Bar("PSNR of the mouth, dB", values["psnr_mouth"], copy_mouth + TARGET_GAIN, baseline=copy_mouth),
+        Bar("mouth on reconstructions, r", rebuilt_r, TARGET_RECONSTRUCTION, note=rule),
+        Bar("mouth on generated frames, r", generated_r, TARGET_MOUTH, baseline=other, note=by_other),
         Bar("own sound minus other sounds, r", values["mouth_r_margin"], TARGET_MARGIN),
         Bar("largest lag, frames", values["worst_lag_frames"], 1.0, direction="at most"),
     ]
@@ -182,14 +161,16 @@ def main(argv: list[str] | None = None) -> dict:
     if options.checkpoint is not None:
         if not Path(options.checkpoint).exists():
             raise UserError(f"--checkpoint {options.checkpoint}: no such file or folder")
-        scores |= run_scores(options)
+        scores |= run_scores(options, options.checkpoint)
     if not scores:
         raise UserError("nothing to score: give --checkpoint, or feature files (see --help)")
-    if options.output or options.checkpoint:
+    output = Path(options.output) if options.output else None
+    if output is None and options.checkpoint is not None:
         from float.sampling.animate import run_folder
 
-        path = Path(options.output) if options.output else run_folder(Path(options.checkpoint)) / "metrics.json"
-        write_text(path, json.dumps(scores, indent=1))
+        output = run_folder(Path(options.checkpoint)) / "metrics.json"
+    if output is not None:
+        write_text(output, json.dumps(scores, indent=1))
     for name, value in scores.items():
         if isinstance(value, (int, float)):
             print(f"{name:28s} {value:.4f}")

@@ -1,21 +1,37 @@
-"""Rectified flow on motion latents (Liu et al. 2022; Lipman et al. 2022): path, losses, sampling.
+"""The objective of phase 2: rectified flow on motion latents (Liu et al. 2022; Lipman et al. 2022).
 
-t = 0 is noise, t = 1 is data. Shapes: B batch, L frames of the window, P frames before it, d motion width.
+Path, loss, and the trainer that hands both to the loop. t = 0 is noise, t = 1 is data. Shapes: B batch, L frames of the
+window, P frames before it, d motion width.
 """
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.errors import UserError
-from shared.flow import expand_like, integrate, sample_times
+from float.config import Config, settle
+from float.dataset import FLOATDataset, collate_windows, create_dataloader
+from float.model import FMTBlock, MotionGenerator
+from float.sampling.ode import Velocity, solve_ode
+from shared.config import accumulation_steps
+from shared.data import to_device
+from shared.engine.dist import DistInfo
+from shared.flow import sample_times
+from shared.loop import FitResult, fit
+from shared.optim import adamw, decay_groups
+from shared.rng import keyed_rand, keyed_randn
 
-Velocity = Callable[[Tensor, Tensor], Tensor]  # (x, t_B) -> velocity of the same shape as x
-FIXED_GRID = ("euler", "midpoint", "heun", "rk4")
+TIMES, NOISE, DROPS, HELD_OUT = 321, 322, 323, 324  # random streams
+VALIDATION_BATCH = 32
 HUBER_DELTA = 1.0
+# called at the end of every epoch with (trainer, epoch, metrics)
+Callback = Callable[["FlowMatchingTrainer", int, dict[str, float]], None]
+
+
+# --- the path ---------------------------------------------------------------------------------------------------------
 
 
 class RectifiedFlow:
@@ -38,7 +54,7 @@ class RectifiedFlow:
 
     def interpolate(self, noise: Tensor, data: Tensor, t_B: Tensor) -> Tensor:
         """x_t between noise x_0 and data x_1, both (B, ...); t (B,) in [0, 1]."""
-        t = expand_like(t_B, data).to(data.dtype)
+        t = t_B.reshape(-1, *[1] * (data.ndim - 1)).to(data.dtype)
         return (self.sigma_max + (self.sigma_min - self.sigma_max) * t) * noise + t * data
 
     def target_velocity(self, noise: Tensor, data: Tensor) -> Tensor:
@@ -47,75 +63,23 @@ class RectifiedFlow:
 
     def times(self, uniform_B: Tensor) -> Tensor:
         """Training times (B,) from uniform draws in [0, 1)."""
-        return sample_times(self.time_sampling, uniform_B)
+        return uniform_B if self.time_sampling == "uniform" else sample_times(self.time_sampling, uniform_B)
 
     def sample_time(self, batch: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Training times (batch,) from torch's random numbers."""
         return self.times(torch.rand(batch, generator=generator))
 
-    def sample_ode(
-        self,
-        velocity: Velocity,
-        noise: Tensor,
-        *,
-        nfe: int = 10,
-        steps: int | None = None,
-        method: str = "euler",
-        atol: float = 1e-5,
-        rtol: float = 1e-5,
-    ) -> Tensor:
-        """Solve dx/dt = velocity(x, t) from noise at t = 0 to data at t = 1.
-
-        nfe counts time points as the released sampler does: nfe 10 is 9 steps of 1/9. `steps` counts steps and
-        overrides nfe. method: euler, midpoint, heun, rk4 on that grid; any other name goes to torchdiffeq with atol and
-        rtol.
-        """
-        intervals = nfe - 1 if steps is None else steps
-        if intervals < 1:
-            raise ValueError("nfe counts time points and must be at least 2 (steps at least 1)")
-        times = torch.linspace(0, 1, intervals + 1)
-        if self.sigma_max != 1.0:
-            noise = self.sigma_max * noise
-        if method == "rk4":
-            return _rk4(velocity, noise, times.tolist())
-        if method in FIXED_GRID:
-            return integrate(velocity, noise, times, method)
-        return _solve_adaptive(velocity, noise, times, method, atol, rtol)
+    def sample_ode(self, velocity: Velocity, noise: Tensor, **options: Any) -> Tensor:
+        """From standard normal noise (B, ...) at t = 0 to data at t = 1; options: those of sampling.ode.solve_ode."""
+        return solve_ode(velocity, noise if self.sigma_max == 1.0 else self.sigma_max * noise, **options)
 
 
-def _rk4(velocity: Velocity, x: Tensor, times: list[float]) -> Tensor:
-    """The classic tableau, fourth order, four evaluations a step."""
-
-    def slope(x: Tensor, t: float) -> Tensor:
-        return velocity(x, torch.full((len(x),), t, dtype=x.dtype, device=x.device))
-
-    for now, then in zip(times[:-1], times[1:], strict=True):
-        step, middle = then - now, (now + then) / 2
-        first = slope(x, now)
-        second = slope(x + step / 2 * first, middle)
-        third = slope(x + step / 2 * second, middle)
-        x = x + step / 6 * (first + 2 * second + 2 * third + slope(x + step * third, then))
-    return x
-
-
-def _solve_adaptive(velocity: Velocity, x: Tensor, times: Tensor, method: str, atol: float, rtol: float) -> Tensor:
-    try:
-        from torchdiffeq import odeint
-    except ImportError:
-        raise UserError(
-            f"ODE method {method!r} needs torchdiffeq; run: pip install torchdiffeq, "
-            f"or use one of {', '.join(FIXED_GRID)}"
-        ) from None
-
-    def slope(t: Tensor, x: Tensor) -> Tensor:
-        return velocity(x, t.to(x.dtype).expand(len(x)))
-
-    return odeint(slope, x, times.to(x.device), method=method, atol=atol, rtol=rtol)[-1]
+# --- the loss ---------------------------------------------------------------------------------------------------------
 
 
 def _pointwise(loss_type: str) -> Callable[[Tensor, Tensor], Tensor]:
     """Loss per element of a named kind."""
-    named = {
+    named: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "mse": lambda output, target: (output - target).square(),
         "l1": lambda output, target: (output - target).abs(),
         "huber": lambda output, target: F.huber_loss(output, target, reduction="none", delta=HUBER_DELTA),
@@ -161,17 +125,17 @@ class RectifiedFlowLoss(nn.Module):
     ) -> dict[str, Tensor]:
         """-> loss, loss_flow, loss_vel, loss_prev (scalars) and loss_B, the total per sample.
 
-        model_output: (B, P + L, d) or (B, L, d); target: velocity (B, L, d). prev_target: clean previous motion (B, P,
-        d); prev_valid_B: rows whose previous motion was given to the model (not dropped, and not before the clip's
-        start).
+        model_output: (B, P + L, d) or (B, L, d); target: velocity (B, L, d). prev_target: clean previous motion
+        (B, P, d); prev_valid_B: rows whose previous motion was given to the model (not dropped, and not before the
+        clip's start).
         """
         frames = target.shape[1]
         current = model_output[:, -frames:]
         flow_B = self._per_sample(current, target)
-        if frames > 1:
-            vel_B = self._per_sample(current.diff(dim=1), target.diff(dim=1))
-        else:
-            vel_B = torch.zeros_like(flow_B)
+
+        # a velocity that is right on average but trembles from frame to frame is what the eye sees first
+        vel_B = self._per_sample(current.diff(dim=1), target.diff(dim=1)) if frames > 1 else torch.zeros_like(flow_B)
+
         prev_B = torch.zeros_like(flow_B)
         if prev_target is not None and self.prev_loss_weight > 0:
             prev_B = self._per_sample(model_output[:, :-frames], prev_target)
@@ -185,3 +149,188 @@ class RectifiedFlowLoss(nn.Module):
             "loss_prev": prev_B.mean(),
             "loss_B": loss_B,
         }
+
+
+# --- the trainer ------------------------------------------------------------------------------------------------------
+
+
+class FlowMatchingTrainer:
+    """Losses, validation and samples of phase 2 as functions for the loop.
+
+    criterion: any module with RectifiedFlowLoss's call; None: the settings' one. In the hooks `model` is what is called
+    (wrapped by the strategy and in the run's precision) and self.model the bare module behind it, for its constants.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: MotionGenerator,
+        train_set: FLOATDataset | None = None,
+        val_set: FLOATDataset | None = None,
+        *,
+        info: DistInfo | None = None,
+        criterion: nn.Module | None = None,
+        callbacks: Sequence[Callback] = (),
+        sampler: Callable[[Any, int, Path], None] | None = None,
+    ):
+        training = config.training
+        self.config, self.model, self.train_set, self.val_set = config, model, train_set, val_set
+        self.info, self.callbacks, self.sampler = info or DistInfo(), list(callbacks), sampler
+        self.flow = RectifiedFlow(
+            sigma_min=training.sigma_min, sigma_max=training.sigma_max, time_sampling=training.time_sampling
+        )
+        self.criterion = criterion or RectifiedFlowLoss(
+            training.loss_type,
+            lambda_ot=training.lambda_ot,
+            lambda_vel=training.lambda_vel,
+            prev_loss_weight=training.prev_loss_weight,
+        )
+        # a criterion of the user's own may ask for the previous frames' velocity whatever the settings say
+        self.window_only = training.window_only and (
+            isinstance(self.criterion, RectifiedFlowLoss) and self.criterion.prev_loss_weight == 0
+        )
+        chances = config.model
+        self.drop_chances = torch.tensor(  # of wa, wr, we, prev_x, prev_wa, each drawn on its own per sample
+            [chances.audio_dropout_prob, chances.ref_dropout_prob, chances.emotion_dropout_prob]
+            + [chances.prev_frame_dropout_prob] * 2
+        )
+        self.shape = config.data.sequence_length, model.fmt.dim_w  # of one sample in the flow's space, (L, d)
+        self.last_metrics: dict[str, Tensor] = {}
+        self.steps_per_epoch: int | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    # --- hooks of the loop --------------------------------------------------------------------------------------------
+
+    def losses(self, model: Callable, batches: list[dict], step: int) -> Iterator[tuple[Tensor, dict]]:
+        """One (loss, metrics) a micro-batch."""
+        seed = self.config.run.seed
+        for batch in batches:
+            # `slot` is a sample's place in the global batch of the step. Draws keyed by (seed, step, slot) are the same
+            # on one rank and on eight, in one micro-step and in four, before and after a restart.
+            slots, device = batch["slot"], batch["motion_latent_cur"].device
+            t_B = self.flow.times(keyed_rand((), key=(seed, TIMES, step), slots=slots, device=device))
+            noise = keyed_randn(self.shape, key=(seed, NOISE, step), slots=slots, device=device)
+            draws_B5 = keyed_rand((5,), key=(seed, DROPS, step), slots=slots, device=device)
+
+            terms = self._terms(model, batch, t_B, noise, draws_B5 < self.drop_chances.to(device))
+            loss_B = terms.pop("loss_B").detach()
+            self.last_metrics = {name: value.detach() for name, value in terms.items()}
+            metrics = {name: value for name, value in self.last_metrics.items() if name != "loss"}
+            # the loop adds up what is yielded: the mean over micro-batches is made here
+            yield terms["loss"] / len(batches), {**metrics, "loss_by_t": (t_B, loss_B)}
+
+    def _terms(
+        self, model: Callable, batch: dict, t_B: Tensor, noise: Tensor, drop_B5: Tensor | None
+    ) -> dict[str, Tensor]:
+        whiten, has_previous_B = self.model.whiten, batch["has_previous"]
+        data = whiten(batch["motion_latent_cur"])
+        # a window at the start of its clip has no previous motion: zeros after whitening, as the sampler's first window
+        previous = whiten(batch["motion_latent_prev"]) * has_previous_B[:, None, None]
+
+        output = model(
+            t_B,
+            self.flow.interpolate(noise, data, t_B),
+            batch["audio_cur"].float(),  # cached in half precision, perhaps
+            whiten(batch["reference_motion"]),
+            batch["emotion_features"],
+            previous,
+            batch["audio_prev"].float(),
+            drop_B5=drop_B5,
+            has_previous_B=has_previous_B,
+            window_only=self.window_only,
+        )
+
+        # the velocity of previous frames can be asked for only where the model was shown them
+        valid_B = has_previous_B if drop_B5 is None else has_previous_B & ~drop_B5[:, 3]
+        velocity = self.flow.target_velocity(noise, data)
+        return self.criterion(output, velocity, prev_target=previous, prev_valid_B=valid_B)
+
+    def validate(self, model: Callable, step: int) -> dict[str, float]:
+        """Loss on all held-out windows without condition dropout, with the same noise and times in every validation."""
+        val_set = self.val_set
+        assert val_set is not None, "fit calls this hook only where there is a validation set"
+        totals: dict[str, float] = {}
+        for start in range(0, len(val_set), VALIDATION_BATCH):
+            indices = range(start, min(start + VALIDATION_BATCH, len(val_set)))
+            batch = collate_windows([val_set.sample(index, 0) for index in indices])
+            batch = to_device({**batch, "slot": torch.tensor(list(indices))}, self.info.device)
+            for name, value in self._held_out_terms(model, batch).items():
+                totals[name] = totals.get(name, 0.0) + float(value) * len(indices) / len(val_set)
+        return totals
+
+    def _held_out_terms(self, model: Callable, batch: dict) -> dict[str, Tensor]:
+        seed, slots, device = self.config.run.seed, batch["slot"], batch["motion_latent_cur"].device
+        t_B = keyed_rand((), key=(seed, HELD_OUT, 0), slots=slots, device=device)
+        noise = keyed_randn(self.shape, key=(seed, HELD_OUT, 1), slots=slots, device=device)
+        terms = self._terms(model, batch, t_B, noise, None)
+        return {name: value for name, value in terms.items() if name != "loss_B"}
+
+    def after_step(self, module: nn.Module, step: int) -> None:
+        """Run the callbacks when an epoch ends."""
+        if self.callbacks and self.steps_per_epoch and (step + 1) % self.steps_per_epoch == 0:
+            metrics = {f"train/{name}": float(value) for name, value in self.last_metrics.items()}
+            for callback in self.callbacks:
+                callback(self, (step + 1) // self.steps_per_epoch, metrics)
+
+    def train(self, output_dir: Path | None = None) -> FitResult:
+        """Train to the planned step, resuming what is in the output folder."""
+        config, training = self.config, self.config.training
+        assert self.train_set is not None, "train() needs a train_set"
+        output_dir = Path(output_dir or config.run.output_dir)
+        stream = create_dataloader(
+            self.train_set,
+            batch_size=training.batch_size,
+            info=self.info,
+            accumulation=accumulation_steps(training, self.info.world),
+            seed=config.run.seed,
+            num_workers=training.num_workers,
+            prefetch_factor=training.prefetch_factor,
+            drop_last=config.data.drop_last,
+            bad_samples=output_dir / "bad_samples.jsonl",
+        )
+        self.steps_per_epoch = stream.steps_per_epoch
+        settle(config, steps_per_epoch=stream.steps_per_epoch, device_type=self.info.device.type)
+        return fit(
+            config=config,
+            info=self.info,
+            model=self.model,
+            stream=stream,
+            losses=self.losses,
+            validate=self.validate if self.val_set is not None else None,
+            sample=self.sampler,
+            after_step=self.after_step,
+            wrap_classes=(FMTBlock,),
+            output_dir=output_dir,
+            title="FLOAT phase 2, motion flow",
+        )
+
+    # --- one step at a time, outside the loop -------------------------------------------------------------------------
+
+    def train_step(self, batch: dict, step: int = 0) -> dict[str, float]:
+        """One optimizer step on one batch: {loss, loss_flow, loss_vel, loss_prev, grad_norm}. For notebooks; `train`
+        is the loop.
+        """
+        training = self.config.training
+        if self.optimizer is None:
+            self.optimizer = adamw(
+                decay_groups(self.model, training.weight_decay), dict(self.model.named_parameters()), training
+            )
+        self.model.train()
+        loss, _ = next(self.losses(self.model, [_with_slots(batch)], step))
+        loss.backward()
+        limit = training.max_grad_norm if training.max_grad_norm is not None else float("inf")
+        grad_norm = nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], limit)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return {name: float(value) for name, value in {**self.last_metrics, "grad_norm": grad_norm}.items()}
+
+    @torch.no_grad()
+    def validate_step(self, batch: dict) -> dict[str, float]:
+        """{val_loss, val_loss_flow, ...} of one batch, without dropout, with fixed noise and times."""
+        self.model.eval()
+        terms = self._held_out_terms(self.model, _with_slots(batch))
+        return {f"val_{name}": float(value) for name, value in terms.items()}
+
+
+def _with_slots(batch: dict) -> dict:
+    return {"slot": torch.arange(len(batch["motion_latent_cur"])), **batch}

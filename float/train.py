@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from float.config import AUTOENCODER_PRESETS, PRESETS, AutoencoderConfig, Config
+from float.config import AUTOENCODER_PRESETS, PRESETS, AutoencoderConfig, Config, features_dir
 from shared.config import load_config
 from shared.errors import UserError, command
 
 if TYPE_CHECKING:
-    import torch
-
     from float.dataset import FLOATDataset
+    from float.weights.open import Autoencoder
     from shared.engine.dist import DistInfo
     from shared.loop import FitResult
 
@@ -74,7 +73,7 @@ def _steps_wanted(phase: AutoencoderConfig) -> int:
     return min(wanted) if wanted else sys.maxsize
 
 
-def prepare_features(config: Config, info: "DistInfo") -> "torch.nn.Module":
+def prepare_features(config: Config, info: "DistInfo") -> "Autoencoder":
     """Have an auto-encoder and the features of all clips; returns the frozen auto-encoder."""
     from float.data.features import ClipEncoder
     from float.precompute import precompute
@@ -91,7 +90,6 @@ def prepare_features(config: Config, info: "DistInfo") -> "torch.nn.Module":
 def datasets(config: Config) -> tuple["FLOATDataset", "FLOATDataset"]:
     """Training and validation windows of the cache."""
     from float.dataset import FLOATDataset
-    from float.precompute import features_dir
 
     folder, seed = features_dir(config), config.run.seed
     train_set = FLOATDataset(folder / "train", config.data, train=True, seed=seed)
@@ -102,7 +100,7 @@ def run(config: Config, info: "DistInfo") -> "FitResult":
     """All phases of one run."""
     from float.data.synthetic import write_synthetic_features
     from float.evaluation.preview import make_sampler
-    from float.objective import FlowMatchingTrainer
+    from float.rectified_flow import FlowMatchingTrainer
     from float.weights.open import load_generator, make_generator
     from shared.rng import seed_everything
 

@@ -68,10 +68,7 @@ class AutoencoderTrainer:
         started = float(step >= training.adversarial_start)
         for batch in batches:
             output, target, judged = model(
-                *finished(batch),
-                judge=self.is_adversarial,
-                penalise=penalise,
-                both_ways=training.both_ways,
+                *finished(batch), judge=self.is_adversarial, penalise=penalise, both_ways=training.both_ways
             )
             terms = self._picture_terms(output.float(), target)
             weights = {
@@ -86,7 +83,7 @@ class AutoencoderTrainer:
                 "r1": started * training.r1_gamma / 2 * training.r1_every,
             }
             terms |= judged
-            total = sum(weights[name] * value for name, value in terms.items())
+            total = sum((weights[name] * value for name, value in terms.items()), start=output.new_zeros(()))
             yield total / len(batches), {f"loss_{name}": value.detach() for name, value in terms.items()}
 
     def _picture_terms(self, output: "Tensor", target: "Tensor") -> dict[str, "Tensor"]:
@@ -154,7 +151,7 @@ class AutoencoderTrainer:
 
     def train(self, output_dir: Path | None = None) -> "FitResult":
         """Train to the planned step, resuming what is in the output folder."""
-        from float.data.frames import StoredPairs, collate_pairs
+        from float.data.frames import collate_pairs
         from shared.data import BatchPlan, MapStream
         from shared.loop import fit
 
@@ -175,7 +172,7 @@ class AutoencoderTrainer:
             drop_last=self.config.data.drop_last,
         )
         stream = MapStream(
-            StoredPairs(self.pairs),
+            self.pairs,
             plan,
             self.info,
             collate=collate_pairs,

@@ -29,6 +29,7 @@ def command(main: Callable) -> Callable:
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None):
+        before = len(_AT_END)
         try:
             return main(argv)
         except UserError as error:
@@ -44,8 +45,19 @@ def command(main: Callable) -> Callable:
             if error.filename is None:
                 raise
             _leave(f"error: {error.filename}: {error.strerror}; give another path")
+        finally:
+            while len(_AT_END) > before:
+                _AT_END.pop()()
 
     return run
+
+
+_AT_END: list[Callable[[], object]] = []
+
+
+def at_end(action: Callable[[], object]) -> None:
+    """Do this when the command that runs now ends, however it ends."""
+    _AT_END.append(action)
 
 
 def _leave(message: str) -> None:

@@ -259,7 +259,8 @@ class ClipScorer:
         from transformers import CLIPModel, CLIPProcessor
 
         try:
-            self.model = CLIPModel.from_pretrained(path).to(device).eval()
+            model: nn.Module = CLIPModel.from_pretrained(path)
+            self.model = model.to(device).eval()
             self.processor = CLIPProcessor.from_pretrained(path)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]

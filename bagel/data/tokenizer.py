@@ -1,15 +1,30 @@
 """Text to ids and back: a released tokenizer from a local folder, or plain bytes for training from nothing."""
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from bagel.config import ModelConfig
-from bagel.data.records import SPECIAL_STRINGS
-from bagel.sampling.generation import SpecialTokens
 from shared.errors import UserError
 
+SPECIAL_STRINGS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json")
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids of the four marks."""
+
+    bos: int
+    eos: int
+    start_of_image: int
+    end_of_image: int
+
+    @classmethod
+    def from_names(cls, ids: dict[str, int]) -> "SpecialTokens":
+        """From the mapping with the names of the released code."""
+        return cls(ids["bos_token_id"], ids["eos_token_id"], ids["start_of_image"], ids["end_of_image"])
 
 
 class Tokenizer(Protocol):
@@ -53,7 +68,8 @@ class FolderTokenizer:
         missing = [mark for mark in SPECIAL_STRINGS if mark not in known]
         if missing:
             self.inner.add_special_tokens({"additional_special_tokens": missing})
-        self.special = SpecialTokens(*self.inner.convert_tokens_to_ids(list(SPECIAL_STRINGS)))
+        bos, eos, start, end = (self.inner.convert_tokens_to_ids(mark) for mark in SPECIAL_STRINGS)
+        self.special = SpecialTokens(bos, eos, start, end)
         self.vocab_size = len(self.inner)
         files = [path for path in (folder / name for name in TOKENIZER_FILES) if path.is_file()]
         self.identity = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
@@ -62,14 +78,14 @@ class FolderTokenizer:
         return self.inner.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def decode(self, ids: list[int]) -> str:
-        return self.inner.decode(ids, skip_special_tokens=True)
+        return str(self.inner.decode(ids, skip_special_tokens=True))
 
 
 def load_tokenizer(config: ModelConfig) -> Tokenizer:
     """The configured tokenizer; raises a UserError when it is too large for the embedding of a model trained from
     nothing.
     """
-    name = config.tokenizer or config.model_path
+    name = config.tokenizer or config.model_path or config.llm_path
     if name is None:
         raise UserError("no tokenizer: give --model-path, or --tokenizer bytes or a folder with tokenizer.json")
     tokenizer = ByteTokenizer() if name == "bytes" else FolderTokenizer(Path(name))

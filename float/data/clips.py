@@ -5,11 +5,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from float.data.media import VIDEO_SUFFIXES
+from float.data.media import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from float.modules.emotion import MEAD_CLASSES, ravdess_emotion
 from shared.errors import UserError
 
-AUDIO_SUFFIXES = (".wav", ".m4a", ".mp3", ".flac")
 # the same split under the names in use
 SPLIT_NAMES = {"test": ("test", "val"), "val": ("val", "test")}
 
@@ -88,16 +87,21 @@ def _from_table(root: Path, splits: tuple[str, ...]) -> list[Clip]:
 
 def _from_folders(root: Path, splits: tuple[str, ...]) -> list[Clip]:
     folder = next((root / name for name in splits if (root / name).is_dir()), None)
-    clips = []
-    for video in sorted(folder.rglob("*")) if folder else ():
+    clips: list[Clip] = []
+    if folder is None:
+        return clips
+    folders: dict[Path, dict[str, Path]] = {}
+    for video in sorted(folder.rglob("*")):
         if video.suffix.lower() not in VIDEO_SUFFIXES or video.name.startswith("."):
             continue
         inside = video.relative_to(folder)
+        if video.parent not in folders:
+            folders[video.parent] = {path.name.lower(): path for path in video.parent.iterdir()}
         clips.append(
             Clip(
                 clip_id="/".join(inside.with_suffix("").parts).replace("/", "__"),
                 video=video,
-                audio=_sound_beside(video),
+                audio=_sound_beside(video, folders[video.parent]),
                 identity=inside.parts[0] if len(inside.parts) > 1 else video.stem,
                 emotion=_label(inside),
             )
@@ -105,12 +109,14 @@ def _from_folders(root: Path, splits: tuple[str, ...]) -> list[Clip]:
     return clips
 
 
-def _sound_beside(video: Path) -> Path:
-    """A sound file of the same name, with or without the ending _processed; else the video's own track."""
+def _sound_beside(video: Path, beside: dict[str, Path]) -> Path:
+    """A sound file of the same name, with or without the ending _processed; else the video's own track. beside: the
+    files of its folder by their names in small letters.
+    """
     for stem in (video.stem, video.stem.removesuffix("_processed")):
         for suffix in AUDIO_SUFFIXES:
-            path = video.with_name(stem + suffix)
-            if path.exists():
+            path = beside.get((stem + suffix).lower())
+            if path is not None:
                 return path
     return video
 

@@ -28,6 +28,9 @@ _METER = 341  # random stream
 class MouthMeter(nn.Module):
     """Picture -> opening of the mouth, in units of the truth's deviation around its mean."""
 
+    mean: Tensor
+    deviation: Tensor
+
     def __init__(self, box: list[float]):
         super().__init__()
         self.box = box
@@ -125,7 +128,8 @@ def meter_for(clips: list[Clip], frames: list[np.ndarray], box: list[float], cac
         meter = MouthMeter(box)
         meter.load_state_dict(load_file(cache))
         return meter.eval()
-    meter = train_meter(frames, [read_truth(clip) for clip in clips], box)
+    truths = [truth for truth in map(read_truth, clips) if truth is not None]
+    meter = train_meter(frames, truths, box)
     with written_aside(cache) as temporary:
         save_file({name: value.contiguous() for name, value in meter.state_dict().items()}, temporary, {"key": key})
     return meter

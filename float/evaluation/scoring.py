@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from float.data.clips import Clip
 from float.data.face import read_boxes
-from float.data.frames import clip_frames
-from float.data.media import read_audio, to_tensor
+from float.data.frames import ClipReader
+from float.data.media import to_tensor
 from float.evaluation.formulas import best_lag, correlation, log_energy, mouth_activity
 from float.evaluation.mouth_meter import MouthMeter, read_truth
 from float.modules.audio import frames_of, make_audio_encoder
@@ -38,7 +39,7 @@ class Scores:
     """Numbers by name, and the same per clip."""
 
     values: dict[str, float] = field(default_factory=dict)
-    clips: list[dict[str, float | str]] = field(default_factory=list)
+    clips: list[dict[str, Any]] = field(default_factory=list)
 
 
 def load_material(animator: Animator, clips: list[Clip], root: Path) -> list[Material]:
@@ -46,9 +47,12 @@ def load_material(animator: Animator, clips: list[Clip], root: Path) -> list[Mat
     data, size, boxes = animator.config.data, animator.config.model.input_size, read_boxes(root)
     found = []
     for clip in clips:
-        frames, wave = np.stack(list(clip_frames(clip, size, data, boxes))), read_audio(clip.audio)
+        reader = ClipReader(size, data, boxes)
+        first = reader.first(clip)
+        frames, wave = np.stack(list(reader.frames(clip, first))), reader.sound(clip, first)
         count = min(len(frames), frames_of(len(wave), data.video_fps))
         truth = read_truth(clip)
+        truth = None if truth is None else truth[first:]
         found.append(Material(clip, frames[:count], wave[: round(count / data.video_fps * 16000)], truth))
     return found
 
@@ -123,17 +127,17 @@ class Scorer:
     ) -> tuple[Scores, list[np.ndarray]]:
         """Each held-out portrait with its own sound, and with every other sound as a contrast; means over seeds."""
         scores, made = Scores(), []
-        model, data = self.animator.config.model, self.animator.config.data
+        config, data = self.animator.config, self.animator.config.data
         for item in material:
             true, rows = self.reference(item), []
             for seed in seeds:
-                options = sampling_options(model, seed=seed)
+                options = sampling_options(config, seed=seed)
                 frames = self.generate(item, item.wave, options)
                 if seed == seeds[0]:
                     made.append(frames)
                 rows.append(self._row(frames, true))
             others = [other for other in sounds if other.clip.clip_id != item.clip.clip_id]
-            options = sampling_options(model, seed=seeds[0])
+            options = sampling_options(config, seed=seeds[0])
             wrong = [correlation(self.opening(self.generate(item, other.wave, options)), true) for other in others]
             energy = log_energy(item.wave, fps=data.video_fps, frames=len(item.frames))
             scores.clips.append(

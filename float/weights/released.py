@@ -99,7 +99,7 @@ def export_released_layout(path: str | Path, autoencoder: "Autoencoder", generat
     """Write both modules as one flat file that the released tool can read; returns the number of tensors."""
     import torch
 
-    if generator.motion_mean.shape[0] != generator.fmt.dim_w or generator.motion_mean.any():
+    if len(generator.motion_mean) != generator.fmt.dim_w or bool(generator.motion_mean.any()):
         raise UserError("a run with whiten_motion has a flow space of its own, which the released layout cannot hold")
     path, state = Path(path), released_state(autoencoder, generator)
     with written_aside(path) as temporary:

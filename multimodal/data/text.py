@@ -35,6 +35,7 @@ class TextTokenizer:
             raise UserError(f"--tokenizer {self.path}: not a tokenizers JSON file ({error})") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        self._tokenizer.encode_special_tokens = True  # a caption that says [PAD] is text, not padding
         self.sha256 = hashlib.sha256(data).hexdigest()
         self.vocabulary = self._tokenizer.get_vocab_size()
 

@@ -86,6 +86,8 @@ def find_subjects(entry: dict[str, Any], frame: np.ndarray, *, use_bbox: bool = 
     for annotation_idx, record in annotation["mask_map"].items():
         if annotation_idx not in masks:
             continue
+        if not isinstance(record["class_name"], str):
+            raise ValueError(f"{key}, mask {annotation_idx}: class_name is {record['class_name']!r}, a noun is needed")
         mask = decode_rle(
             masks[annotation_idx]["counts"], masks[annotation_idx]["size"], f"{key}, mask {annotation_idx}"
         )
@@ -223,7 +225,8 @@ def _numbers(counts: str | bytes, where: str) -> list[int]:
     before.
     """
     text = counts.encode("ascii", "replace") if isinstance(counts, str) else counts
-    runs, value, shift = [], 0, 0
+    runs: list[int] = []
+    value = shift = 0
     for code in text:
         bits = code - 48
         if not 0 <= bits < 64:

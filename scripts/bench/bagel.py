@@ -25,16 +25,13 @@ import torch
 from PIL import Image
 
 from bagel.config import PRESETS, Config, LanguageConfig, ModelConfig, VisionConfig
-from bagel.data.layout import transforms_of
-from bagel.data.stream import PackStream, make_packer
-from bagel.data.tokenizer import load_tokenizer
-from bagel.dataset import UnifiedGenerationDataset
+from bagel.data.tokenizer import SpecialTokens, load_tokenizer
+from bagel.dataset import UnifiedGenerationDataset, open_dataset, transforms_of
 from bagel.model import Bagel
 from bagel.objective import with_latents
-from bagel.packing import Draws, Dropout, PackBuilder, PackFormat, PlanItem
+from bagel.packing import Draws, Dropout, PackBuilder, PackFormat, PackStream, PlanItem, make_packer
 from bagel.plan import dense_flops_per_token, workload
-from bagel.sampling.generation import SpecialTokens
-from bagel.train import complete, open_dataset
+from bagel.train import complete
 from bagel.weights.pretrained import build_model, load_autoencoder, read_config
 from shared.engine.dist import DistInfo
 from shared.plan.measure import ASSUMED_UTILISATION, GPUS
@@ -214,7 +211,7 @@ def open_stream(config: Config) -> PackStream:
     model = ModelConfig(from_scratch=True, tokenizer="bytes")
     tokenizer = load_tokenizer(model)
     dataset: UnifiedGenerationDataset = open_dataset(config, read_config(model), tokenizer, config.data.train_data_path)
-    from bagel.dataset import make_collate
+    from bagel.packing import make_collate
 
     return PackStream(
         dataset, config.data, DistInfo(), batch_size=1, accumulation=1,

@@ -18,6 +18,8 @@ def as_rgb(image: Image.Image, *, upright: bool = True) -> Image.Image:
         values = np.asarray(image, dtype=np.float32)
         # "I;16" says how many bits there are, "I" and "F" (TIFF) do not: there the values have to
         scale = 257.0 if image.mode.startswith("I;16") or values.max() > 255 else 1.0
+        if image.mode == "F" and values.max() <= 1:  # floats from 0 to 1 would all become black
+            scale = 1 / 255
         image = Image.fromarray((values / scale).round().clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")

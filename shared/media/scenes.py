@@ -170,6 +170,10 @@ class Scenes:
         """uint8 (T, H, W, 3): the object crosses the picture from the first frame to the last."""
         return np.stack([self._painted(scene, frame / max(count - 1, 1)) for frame in range(count)])
 
+    def frame(self, scene: Scene, at: float) -> np.ndarray:
+        """uint8 (H, W, 3) of a moving scene. at: 0 first frame, 1 last."""
+        return self._painted(scene, at)
+
     def mask(self, scene: Scene, at: float = 0.5) -> np.ndarray:
         """How much of every pixel the objects cover: float32 (H, W) in [0, 1]. at: 0 first frame, 1 last."""
         covered = np.zeros((self.height, self.width), np.float32)

@@ -123,7 +123,9 @@ def _open_index(path: Path, cache_dir: Path | None) -> tuple[np.ndarray, np.ndar
 
 
 def _read_headers(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    members, starts, last = [], [], None
+    members: list[tuple[int, int, bytes]] = []
+    starts: list[int] = []
+    last = None
     if path.stat().st_size % tarfile.BLOCKSIZE:  # tarfile takes a header cut short for the end
         raise UserError(f"{path}: cut short, its size is no multiple of 512 bytes; copy or make the shard again")
     files = _plain_files(path)
@@ -184,6 +186,6 @@ def _files(path: Path) -> Iterator[tuple[int, int, str]]:
             for member in archive:
                 if member.isfile():
                     yield member.offset_data, member.size, member.name
-                archive.members = []  # tarfile keeps every header otherwise
+                archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
     except (tarfile.TarError, EOFError) as error:
         raise UserError(f"{path}: not a readable tar file ({error}); copy or make the shard again") from None

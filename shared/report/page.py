@@ -13,7 +13,7 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from shared.errors import UserError, command, write_text
 
@@ -66,7 +66,7 @@ def write_report(
     file is in it, relative to the working folder. text: a paragraph on what is seen.
     """
     output_dir = Path(output_dir)
-    report = {
+    report: dict[str, Any] = {
         "title": title,
         "command": command,
         "text": text,
@@ -80,7 +80,7 @@ def write_report(
         "cost": _read_cost(output_dir),
     }
     path = output_dir / "report.json"
-    report = _plain(report)
+    report = {name: _plain(part) for name, part in report.items()}
     write_text(path, json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False))
     write_text(output_dir / "report.md", _markdown(report))
     write_text(output_dir / "report.html", _page(title, [_section(report, output_dir)]))
@@ -121,7 +121,7 @@ def _located(path: Path | str, output_dir: Path) -> Path:
     return inside if inside.exists() or not Path(path).exists() else Path(path)
 
 
-def _plain(value: object) -> object:
+def _plain(value: Any) -> Any:
     """The same in what JSON knows: numbers of numpy and torch as float, those that are not finite as null."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
@@ -262,6 +262,11 @@ def _show(sample: dict, folder: Path) -> str:
             "audio": f"<audio controls src='{source}'></audio>",
         }.get(kind.split("/")[0], html.escape(path.name))
     return f"<figure>{shown}<figcaption>{caption}</figcaption></figure>"
+
+
+def html_page(title: str, sections: list[str]) -> str:
+    """A whole page of these sections in the style of the reports, with nothing outside it."""
+    return _page(title, sections)
 
 
 def _page(title: str, sections: list[str]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bagel.data.images import ImageTransform
+from bagel.data.sources import ImageTransform
 from bagel.data.tokenizer import ByteTokenizer
 from bagel.dataset import UnifiedGenerationDataset
 from bagel.packing import PackFormat

@@ -182,7 +182,7 @@ def test_two_ranks_train_the_autoencoder_as_one(tmp_path, clips):
 @pytest.mark.slow
 def test_overfits_eight_clips(tmp_path):
     """The reference network of the spec: below a quarter of the starting flow loss after 400 steps."""
-    from float.objective import FlowMatchingTrainer
+    from float.rectified_flow import FlowMatchingTrainer
     from float.weights.open import make_generator
 
     config = Config()
@@ -214,7 +214,7 @@ def test_overfits_eight_clips(tmp_path):
 
 
 def test_trainer_steps_callbacks_and_what_moves(tmp_path):
-    from float.objective import FlowMatchingTrainer
+    from float.rectified_flow import FlowMatchingTrainer
     from float.weights.open import make_generator
 
     config = load_config(
@@ -249,7 +249,7 @@ def test_trainer_steps_callbacks_and_what_moves(tmp_path):
 
 def test_each_condition_is_dropped_as_often_as_its_own_setting_says(tmp_path):
     """And a window at the start of its clip is given no previous motion, whatever whitening makes of zeros."""
-    from float.objective import FlowMatchingTrainer
+    from float.rectified_flow import FlowMatchingTrainer
     from float.weights.open import make_generator
 
     config = load_config(Config, presets=PRESETS, argv=[*TINY, "--output-dir", str(tmp_path)], default="small")
