@@ -395,6 +395,7 @@ def _page(
         + (f"<section><h2>Curves</h2>{curves}</section>" if curves else "")
         + (f"<section><h2>More, and all figures</h2>{folded}</section>" if folded else "")
     )
+    body += f"<script>{_SCRIPT}</script>"
     return html_page(title, body, head=f"<meta http-equiv=refresh content={REFRESH_SECONDS}>" if running else "")
 
 
@@ -404,7 +405,7 @@ def html_page(title: str, body: str, *, head: str = "") -> str:
         f"<!doctype html><html lang=en><head><meta charset=utf-8>{head}"
         "<meta name=viewport content='width=device-width,initial-scale=1'>"
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>"
-        f"<body><main><h1>{html.escape(title)}</h1>{body}</main><script>{_SCRIPT}</script></body></html>\n"
+        f"<body><main><h1>{html.escape(title)}</h1>{body}</main></body></html>\n"
     )
 
 
