@@ -35,6 +35,7 @@ from dit.weights.convert import load_pretrained
 from dit.weights.open import build_model, make_vae
 from shared.data import BatchPlan, MapStream
 from shared.engine.dist import init_distributed, shutdown
+from shared.engine.preflight import preflight
 from shared.plan.table import plan_run
 from shared.rng import seed_everything
 
@@ -103,6 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     training_set = TextImageDataset.from_config(config, is_train=True)
     validation_set = TextImageDataset.from_config(config, is_train=False)
     info = init_distributed(config.run.device, 60 * config.run.timeout_minutes)
+    preflight(config, info)
     output_dir = Path(config.run.output_dir)
     if info.is_main:
         _refuse_many_skipped(training_set, output_dir)

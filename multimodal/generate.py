@@ -1,6 +1,6 @@
 """Retrieve with a trained model, into a file a person can look at.
 
-python multimodal/generate.py --checkpoint outputs/multimodal --output sheet.png      held-out captions, five pictures each
+python multimodal/generate.py --checkpoint outputs/multimodal --output sheet.png     held-out captions and pictures
 python multimodal/generate.py --checkpoint outputs/multimodal --dataset clotho --output sounds.json
 python multimodal/generate.py --checkpoint outputs/multimodal --prompt "a red circle" --output circle.png
 """

@@ -465,7 +465,7 @@ def _target(bar: dict) -> str:
 
 
 def _verdict(bar: dict) -> str:
-    return {True: "yes", False: "no", None: "-"}[bar["reached"]]
+    return {True: "yes", False: "no"}.get(bar["reached"], "-")
 
 
 def _cells(bar: dict) -> str:
