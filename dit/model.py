@@ -2,28 +2,220 @@
 
 Tensor names are those of the public class-conditional DiT and SiT, so their weights load; text enters by cross-
 attention whose last projection starts at zero, so a loaded model starts as the function that it was. Peebles and Xie
-2022, arXiv 2212.09748.
+2022, arXiv 2212.09748. Below: tables, embedders, the parts of a block, the block, the model.
 
-Shapes: B batch, N image tokens, T text tokens, L all tokens of a block, D width, K head width, C channels, H W latent
-size.
+Shapes: B batch, N image tokens (row index slow, column fast), T text tokens, L all tokens of a block, D width, K head
+width, C channels, H W latent size, h w token grid.
 """
 
+import math
 from typing import Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from dit.modules.embeddings import (
-    LabelEmbedder,
-    PatchEmbed,
-    TimestepEmbedder,
-    position_table_2d,
-    rotation_table_2d,
-    unpatchify,
-)
-from dit.modules.layers import MLP, Attention, CrossAttention, Norm, Rotation, modulate
+EPS = 1e-6
+Rotation = tuple[Tensor, Tensor] | None
+
+# --- tables and embedders ---------------------------------------------------------------------------------------------
+
+
+def timestep_sinusoid(t_B: Tensor, dim: int, *, max_period: float = 10000.0, freq_shift: int = 0) -> Tensor:
+    """Cosines, then sines, of t times frequencies from 1 down to about 1 / max_period: (B, dim) float32.
+
+    freq_shift 0 divides the exponent by half the dimension (official DiT), 1 by one less (diffusers' DiT): weights
+    trained with one give several per cent of error with the other. An odd dim gets one zero column at the end.
+    """
+    half = dim // 2
+    exponents = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t_B.device) / (half - freq_shift)
+    angles = t_B.float()[:, None] * exponents.exp()[None]
+    columns = [angles.cos(), angles.sin()]
+    if dim % 2:
+        columns.append(torch.zeros_like(angles[:, :1]))
+    return torch.cat(columns, dim=1)
+
+
+def position_table_1d(dim: int, positions: Tensor) -> Tensor:
+    """Sines, then cosines, of the positions (any shape, flattened): (count, dim) float64. `dim` is even."""
+    frequencies = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim / 2.0))
+    angles = positions.reshape(-1).double()[:, None] * frequencies[None]
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def position_table_2d(dim: int, rows: int, columns: int, *, scale: float = 1.0) -> Tensor:
+    """The table (rows * columns, dim) float64 that DiT adds to its tokens. `dim` is a multiple of 4.
+
+    The FIRST half encodes the COLUMN and the second the row, as in the public weights. `scale` multiplies the
+    coordinates (PixArt divides them when the grid is larger than the one trained on).
+    """
+    row, column = torch.meshgrid(torch.arange(rows) * scale, torch.arange(columns) * scale, indexing="ij")
+    return torch.cat([position_table_1d(dim // 2, column), position_table_1d(dim // 2, row)], dim=1)
+
+
+def rotation_table_2d(head_width: int, rows: int, columns: int, *, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (N, K) of the rotary embedding: half of a head turns with the row, half with the column."""
+    quarter = head_width // 4
+    frequencies = theta ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    angles = torch.cat([row.reshape(-1, 1) * frequencies, column.reshape(-1, 1) * frequencies], dim=1)
+    angles = angles.repeat_interleave(2, dim=1)  # neighbours (0, 1), (2, 3), ... turn together
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(heads_BHNK: Tensor, cos_NK: Tensor, sin_NK: Tensor) -> Tensor:
+    """Turn neighbouring pairs of the last dimension by the table's angles."""
+    pairs = rearrange(heads_BHNK, "b heads n (k two) -> b heads n k two", two=2)
+    turned = rearrange(torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1), "b heads n k two -> b heads n (k two)")
+    return heads_BHNK * cos_NK.to(heads_BHNK.dtype) + turned * sin_NK.to(heads_BHNK.dtype)
+
+
+class PatchEmbed(nn.Module):
+    """Latent (B, C, H, W) to tokens (B, N, D): one linear map per p x p patch."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, latent_BCHW: Tensor) -> Tensor:
+        # in the order of memory: every later sum would keep the convolution's order, and every normalisation copy
+        return rearrange(self.proj(latent_BCHW), "b d h w -> b (h w) d").contiguous()
+
+
+def unpatchify(tokens_BNV: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """Tokens whose last dimension is (row in patch, column in patch, channel), channel fastest, to (B, C, H, W)."""
+    return rearrange(tokens_BNV, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=patch_size, q=patch_size)
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype of a module's first weights: what its input must have outside autocast."""
+    return next(module.parameters()).dtype
+
+
+class TimestepEmbedder(nn.Module):
+    """Time (B,), fractions allowed, to a vector (B, D)."""
+
+    def __init__(self, hidden_size: int, *, frequency_dim: int = 256, freq_shift: int = 0) -> None:
+        super().__init__()
+        self.frequency_dim, self.freq_shift = frequency_dim, freq_shift
+        self.mlp = nn.Sequential(nn.Linear(frequency_dim, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, t_B: Tensor) -> Tensor:
+        sinusoid = timestep_sinusoid(t_B, self.frequency_dim, freq_shift=self.freq_shift)
+        return self.mlp(sinusoid.to(dtype_of(self.mlp)))
+
+
+class LabelEmbedder(nn.Module):
+    """Class label (B,) to a vector (B, D). With a null row, index num_classes stands for "no class"."""
+
+    def __init__(self, num_classes: int, hidden_size: int, *, null_row: bool = True) -> None:
+        super().__init__()
+        self.num_classes, self.null_row = num_classes, null_row
+        self.embedding_table = nn.Embedding(num_classes + int(null_row), hidden_size)
+
+    def forward(self, labels_B: Tensor, drop_B: Tensor | None = None) -> Tensor:
+        if drop_B is not None:
+            if not self.null_row:
+                raise ValueError("labels cannot be dropped: the table has no null row (class_dropout is 0)")
+            labels_B = torch.where(drop_B, self.num_classes, labels_B)
+        return self.embedding_table(labels_B)
+
+
+# --- the parts of a block ---------------------------------------------------------------------------------------------
+
+
+def modulate(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
+    """x (1 + scale) + shift, the same for every token of a sample."""
+    return torch.addcmul(shift_BD[:, None], x_BLD, 1 + scale_BD[:, None])
+
+
+class Norm(nn.Module):
+    """Normalisation over the width without trained parameters: layernorm, rmsnorm, or none."""
+
+    def __init__(self, hidden_size: int, kind: str = "layernorm") -> None:
+        super().__init__()
+        self.hidden_size, self.kind = hidden_size, kind
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        if self.kind == "layernorm":
+            return layer_norm(x_BLD, (self.hidden_size,), eps=EPS)
+        if self.kind == "rmsnorm":
+            return nn.functional.rms_norm(x_BLD, (self.hidden_size,), eps=EPS)
+        return x_BLD
+
+
+class Attention(nn.Module):
+    """Self-attention; rows of qkv are ordered q, k, v and inside each by head."""
+
+    def __init__(self, hidden_size: int, num_heads: int, *, qk_norm: bool = False) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+        head_width = hidden_size // num_heads
+        self.q_norm = nn.RMSNorm(head_width, eps=EPS) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(head_width, eps=EPS) if qk_norm else nn.Identity()
+
+    def forward(self, x_BLD: Tensor, rotation: Rotation = None, mask_BL: Tensor | None = None) -> Tensor:
+        qkv = rearrange(self.qkv(x_BLD), "b l (three heads k) -> b l three heads k", three=3, heads=self.num_heads)
+        # unbound where they lie, so that their gradients are stacked in the order of memory
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        mask = None if mask_BL is None else mask_BL[:, None, None]
+        return self.proj(
+            rearrange(scaled_dot_product_attention(q, k, v, attn_mask=mask), "b heads l k -> b l (heads k)")
+        )
+
+
+class CrossAttention(nn.Module):
+    """Image tokens look at text tokens; padding is masked."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(hidden_size, hidden_size)
+        self.kv = nn.Linear(hidden_size, 2 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x_BND: Tensor, text_BTD: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+        q = rearrange(self.q(x_BND), "b n (heads k) -> b heads n k", heads=self.num_heads)
+        kv = rearrange(self.kv(text_BTD), "b t (two heads k) -> b t two heads k", two=2, heads=self.num_heads)
+        k, v = (part.transpose(1, 2) for part in kv.unbind(2))
+        mask = None if mask_BT is None else mask_BT[:, None, None]
+        return self.proj(
+            rearrange(scaled_dot_product_attention(q, k, v, attn_mask=mask), "b heads n k -> b n (heads k)")
+        )
+
+
+class MLP(nn.Module):
+    """GELU (tanh) or SwiGLU, whose 8D/3 hidden units, rounded up to 256, make about the same number of parameters."""
+
+    def __init__(self, hidden_size: int, *, kind: str = "gelu", ratio: float = 4.0) -> None:
+        super().__init__()
+        self.gated = kind == "swiglu"
+        hidden = -(-8 * hidden_size // 3 // 256) * 256 if self.gated else int(hidden_size * ratio)
+        self.fc1 = nn.Linear(hidden_size, 2 * hidden if self.gated else hidden)
+        self.fc2 = nn.Linear(hidden, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gated:
+            gate, value = self.fc1(x).chunk(2, dim=-1)
+            return self.fc2(nn.functional.silu(gate) * value)
+        return self.fc2(nn.functional.gelu(self.fc1(x), approximate="tanh"))
+
+
+# --- the block and the model ------------------------------------------------------------------------------------------
+
+
+def _modulation(vectors: int, hidden_size: int, conditioning: str) -> tuple[nn.Sequential | None, nn.Parameter | None]:
+    """Condition to shifts, scales and gates: a projection of its own, or a table added to vectors that all share."""
+    if conditioning == "adaln_zero":
+        return nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, vectors * hidden_size)), None
+    return None, nn.Parameter(torch.empty(vectors, hidden_size))
 
 
 class DiTBlock(nn.Module):
@@ -55,12 +247,7 @@ class DiTBlock(nn.Module):
         self.cross_attn = CrossAttention(hidden_size, num_heads) if cross else None
         self.norm2 = Norm(hidden_size, norm)
         self.mlp = MLP(hidden_size, kind=mlp, ratio=mlp_ratio)
-        if conditioning == "adaln_zero":
-            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
-            self.scale_shift_table = None
-        else:
-            self.adaLN_modulation = None
-            self.scale_shift_table = nn.Parameter(torch.empty(6, hidden_size))
+        self.adaLN_modulation, self.scale_shift_table = _modulation(6, hidden_size, conditioning)
 
     def forward(
         self,
@@ -70,24 +257,32 @@ class DiTBlock(nn.Module):
         text_mask_BT: Tensor | None = None,
         rotation: Rotation = None,
         mask_BL: Tensor | None = None,
+        draws_B3: Tensor | None = None,
     ) -> Tensor:
-        if self.scale_shift_table is None:
+        # the order of the six is that of the public weights
+        if self.adaLN_modulation is not None:
             shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
         else:
+            assert self.scale_shift_table is not None  # one of the two is there
             shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + condition).unbind(1)
         attended = self.attn(modulate(self.norm1(x_BLD), shift1, scale1), rotation, mask_BL)
-        x_BLD = torch.addcmul(x_BLD, gate1[:, None], self._drop(attended))
-        if self.cross_attn is not None:
-            x_BLD = x_BLD + self._drop(self.cross_attn(self.cross_norm(x_BLD), text_BTD, text_mask_BT))
+        x_BLD = torch.addcmul(x_BLD, gate1[:, None], self._drop(attended, draws_B3, 0))
+        # text enters between the two, ungated: its last projection starts at zero, so it needs no gate to start as
+        # the identity
+        if self.cross_attn is not None and self.cross_norm is not None:
+            x_BLD = x_BLD + self._drop(self.cross_attn(self.cross_norm(x_BLD), text_BTD, text_mask_BT), draws_B3, 1)
         expanded = self.mlp(modulate(self.norm2(x_BLD), shift2, scale2))
-        return torch.addcmul(x_BLD, gate2[:, None], self._drop(expanded))
+        return torch.addcmul(x_BLD, gate2[:, None], self._drop(expanded, draws_B3, 2))
 
-    def _drop(self, branch_BLD: Tensor) -> Tensor:
-        """Stochastic depth: leave the branch out for whole samples in training, and scale the rest up."""
+    def _drop(self, branch_BLD: Tensor, draws_B3: Tensor | None, branch: int) -> Tensor:
+        """Stochastic depth (Huang et al. 2016): leave the branch out for whole samples in training, and scale the rest
+        up. draws_B3: uniform numbers for the three branches, the sample's own; without them torch's generator draws.
+        """
         if not self.training or self.drop_path == 0.0:
             return branch_BLD
-        keep = torch.rand(branch_BLD.shape[0], 1, 1, device=branch_BLD.device) >= self.drop_path
-        return branch_BLD * keep / (1 - self.drop_path)
+        count = len(branch_BLD)
+        draw_B = torch.rand(count, device=branch_BLD.device) if draws_B3 is None else draws_B3[:, branch]
+        return branch_BLD * (draw_B >= self.drop_path)[:, None, None] / (1 - self.drop_path)
 
 
 class FinalLayer(nn.Module):
@@ -105,17 +300,13 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.norm_final = Norm(hidden_size, norm)
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
-        if conditioning == "adaln_zero":
-            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
-            self.scale_shift_table = None
-        else:
-            self.adaLN_modulation = None
-            self.scale_shift_table = nn.Parameter(torch.empty(2, hidden_size))
+        self.adaLN_modulation, self.scale_shift_table = _modulation(2, hidden_size, conditioning)
 
     def forward(self, x_BND: Tensor, c_BD: Tensor) -> Tensor:
-        if self.scale_shift_table is None:
+        if self.adaLN_modulation is not None:
             shift, scale = self.adaLN_modulation(c_BD).chunk(2, dim=-1)
         else:
+            assert self.scale_shift_table is not None  # one of the two is there
             shift, scale = (self.scale_shift_table + c_BD[:, None]).unbind(1)
         return self.linear(modulate(self.norm_final(x_BND), shift, scale))
 
@@ -149,6 +340,7 @@ class DiTModel(nn.Module):
         mlp: Literal["gelu", "swiglu"] = "gelu",
         pos: Literal["sincos", "rope2d", "sincos+rope2d"] = "sincos",
         drop_path: float = 0.0,
+        pos_scale: float = 1.0,
         time_freq_shift: Literal[0, 1] = 0,
     ) -> None:
         super().__init__()
@@ -158,9 +350,14 @@ class DiTModel(nn.Module):
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.grid = (input_size // patch_size,) * 2
         self.text_conditioning, self.text_mask, self.pos, self.null_text = text_conditioning, text_mask, pos, null_text
-        self.text_len = text_len
+        self.text_len, self.pos_scale = text_len, pos_scale
         self.gradient_checkpointing: bool | int = False
-        self._tables: dict[tuple, Tensor | Rotation] = {}
+        self.pos_embed: Tensor | None
+        self.null_text_states: Tensor
+        self.null_text_mask: Tensor
+        self.null_text_pooled: Tensor
+        self._positions: dict[tuple, Tensor] = {}
+        self._rotations: dict[tuple, tuple[Tensor, Tensor]] = {}
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size, freq_shift=time_freq_shift)
@@ -173,13 +370,25 @@ class DiTModel(nn.Module):
             self._make_null_text(text_len, text_dim)
         self.register_buffer("pos_embed", None)
         if "sincos" in pos:
-            self.register_buffer("pos_embed", position_table_2d(hidden_size, *self.grid).float()[None])
+            table = position_table_2d(hidden_size, *self.grid, scale=pos_scale)
+            self.register_buffer("pos_embed", table.float()[None])
         is_single = conditioning == "adaln_single"
         self.adaLN_single = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size)) if is_single else None
-        options = {"mlp_ratio": mlp_ratio, "mlp": mlp, "norm": norm, "qk_norm": qk_norm, "cross_norm": cross_norm}
-        options |= {"cross": text_conditioning == "cross", "conditioning": conditioning}
-        rates = [drop_path * index / max(num_layers - 1, 1) for index in range(num_layers)]
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, drop_path=rate, **options) for rate in rates)
+        self.blocks = nn.ModuleList(
+            DiTBlock(
+                hidden_size,
+                num_heads,
+                mlp_ratio=mlp_ratio,
+                mlp=mlp,
+                norm=norm,
+                qk_norm=qk_norm,
+                cross=text_conditioning == "cross",
+                cross_norm=cross_norm,
+                conditioning=conditioning,
+                drop_path=drop_path * index / max(num_layers - 1, 1),
+            )
+            for index in range(num_layers)
+        )
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, norm=norm, conditioning=conditioning)
         self.initialize_weights()
 
@@ -193,41 +402,58 @@ class DiTModel(nn.Module):
         text_pooled: Tensor | None = None,
         labels: Tensor | None = None,
         drop: Tensor | None = None,
+        path_draws: Tensor | None = None,
     ) -> Tensor:
         """noisy_latents (B, C, H, W), timesteps (B,), text_embeddings (B, T, text_dim), text_mask (B, T) True at real
         tokens, text_pooled (B, text_dim), labels (B,). Where drop (B,) is True the null condition takes the place of
-        text or label.
+        text or label. path_draws (B, layers, 3): uniform numbers that decide on drop_path.
         """
+        # The null condition replaces states, mask and pooled vector together, sample by sample: guidance at sampling
+        # compares with exactly what training showed.
         grid = (noisy_latents.shape[2] // self.patch_size, noisy_latents.shape[3] // self.patch_size)
         states, mask, pooled = self._with_null_text(text_embeddings, text_mask, text_pooled, drop)
+
+        # Patches become tokens; positions are added once, or turned into q and k in every block (rope), or both.
         x_BLD = self.x_embedder(noisy_latents)
         if self.pos_embed is not None:
             x_BLD = x_BLD + self._position_table(grid).to(x_BLD.dtype)
+
+        # One vector c a sample: time, plus what is known of the whole picture. Every block reads its shifts, scales
+        # and gates from it.
         c_BD = self.t_embedder(timesteps)
         if self.pooled_embedder is not None:
             c_BD = c_BD + self.pooled_embedder(pooled)
         if self.y_embedder is not None:
             c_BD = c_BD + self.y_embedder(labels, drop)
-        if self.text_conditioning == "cross" and mask is not None and mask.device.type == "cpu":
-            longest = _real_tokens(mask)  # on a GPU the number would have to be waited for
+
+        # Text tokens are projected once. cross: they stay aside, cut to the longest caption of the batch, which changes
+        # no result; on a GPU that number would have to be waited for. joint: they go in front of the image tokens.
+        if self.text_conditioning == "cross" and states is not None and mask is not None and mask.device.type == "cpu":
+            longest = _real_tokens(mask)
             states, mask = states[:, :longest], mask[:, :longest]
         text_BTD = None if self.text_embedder is None else self.text_embedder(states)
         tokens_before, mask_BL = 0, None
-        if self.text_conditioning == "joint":
+        if self.text_conditioning == "joint" and text_BTD is not None:
             tokens_before = text_BTD.shape[1]
             if mask is not None:
                 mask_BL = torch.cat([mask, mask.new_ones(x_BLD.shape[:2])], dim=1)
             x_BLD, text_BTD, mask = torch.cat([text_BTD, x_BLD], dim=1), None, None
+
+        # The blocks. A recomputed one keeps its input only; use_reentrant=False is the form that works under every
+        # strategy. adaln_single: the six vectors are made here, once for all blocks.
         condition = (
             c_BD if self.adaLN_single is None else rearrange(self.adaLN_single(c_BD), "b (six d) -> b six d", six=6)
         )
         rotation = self._rotation(grid, tokens_before, x_BLD.device) if "rope" in self.pos else None
         for index, block in enumerate(self.blocks):
             every = int(self.gradient_checkpointing)
+            draws = None if path_draws is None else path_draws[:, index]
             if every and self.training and index % every == 0:
-                x_BLD = checkpoint(block, x_BLD, condition, text_BTD, mask, rotation, mask_BL, use_reentrant=False)
+                x_BLD = checkpoint(
+                    block, x_BLD, condition, text_BTD, mask, rotation, mask_BL, draws, use_reentrant=False
+                )
             else:
-                x_BLD = block(x_BLD, condition, text_BTD, mask, rotation, mask_BL)
+                x_BLD = block(x_BLD, condition, text_BTD, mask, rotation, mask_BL, draws)
         return unpatchify(self.final_layer(x_BLD[:, tokens_before:], c_BD), grid, self.patch_size)
 
     @torch.no_grad()
@@ -247,23 +473,27 @@ class DiTModel(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        assert self.x_embedder.proj.bias is not None  # made with one
         nn.init.zeros_(self.x_embedder.proj.bias)
-        small = [self.t_embedder.mlp[0], self.t_embedder.mlp[2]]
+        small: list[nn.Module] = [self.t_embedder.mlp[0], self.t_embedder.mlp[2]]
         small += [] if self.text_embedder is None else [self.text_embedder[0], self.text_embedder[2]]
         small += [] if self.y_embedder is None else [self.y_embedder.embedding_table]
         small += [] if self.adaLN_single is None else [self.adaLN_single[1]]
         for module in small:
-            nn.init.normal_(module.weight, std=0.02)
-        zero = [self.final_layer.linear] + ([] if self.pooled_embedder is None else [self.pooled_embedder[2]])
-        for layer in (*self.blocks, self.final_layer):
+            nn.init.normal_(module.get_parameter("weight"), std=0.02)
+        zero: list[nn.Module] = [self.final_layer.linear]
+        zero += [] if self.pooled_embedder is None else [self.pooled_embedder[2]]
+        blocks = [block for block in self.blocks if isinstance(block, DiTBlock)]
+        layers: list[DiTBlock | FinalLayer] = [*blocks, self.final_layer]
+        for layer in layers:
             if layer.adaLN_modulation is not None:
                 zero.append(layer.adaLN_modulation[1])
-            else:
+            elif layer.scale_shift_table is not None:
                 nn.init.normal_(layer.scale_shift_table, std=self.hidden_size**-0.5)
-        zero += [block.cross_attn.proj for block in self.blocks if block.cross_attn is not None]
+        zero += [block.cross_attn.proj for block in blocks if block.cross_attn is not None]
         for module in zero:
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
+            nn.init.zeros_(module.get_parameter("weight"))
+            nn.init.zeros_(module.get_parameter("bias"))
 
     def _make_null_text(self, text_len: int, text_dim: int) -> None:
         self.register_buffer("null_text_mask", torch.ones(text_len, dtype=torch.bool))
@@ -283,7 +513,7 @@ class DiTModel(nn.Module):
         if self.text_embedder is not None:
             if states is None:
                 raise ValueError("this model reads text: give text_embeddings (B, T, text_dim)")
-            states = states.to(self.text_embedder[0].weight.dtype)
+            states = states.to(dtype_of(self.text_embedder))
             mask = None if mask is None else mask.bool()
             if drop is not None:
                 length = states.shape[1]
@@ -292,30 +522,34 @@ class DiTModel(nn.Module):
                     mask = torch.where(drop[:, None], self.null_text_mask[:length], mask)
         if self.pooled_embedder is not None:
             if pooled is None:  # the guide's call gives token states only; the mean over real tokens stands in
+                if states is None:
+                    raise ValueError("this model reads pooled text: give text_pooled (B, text_dim)")
                 weight = torch.ones(states.shape[:2], device=states.device) if mask is None else mask.float()
                 pooled = (states * weight[..., None]).sum(1) / weight.sum(1, keepdim=True).clamp_min(1)
-            pooled = pooled.to(self.pooled_embedder[0].weight.dtype)
+            pooled = pooled.to(dtype_of(self.pooled_embedder))
             if drop is not None:
                 pooled = torch.where(drop[:, None], self.null_text_pooled.to(pooled.dtype), pooled)
         return states, mask if self.text_mask else None, pooled
 
     def _position_table(self, grid: tuple[int, int]) -> Tensor:
+        assert self.pos_embed is not None  # asked for by models that add positions
         if grid == self.grid:
             return self.pos_embed
-        key = ("table", grid, self.pos_embed.device)
-        if key not in self._tables:
-            self._tables[key] = position_table_2d(self.hidden_size, *grid).float()[None].to(self.pos_embed.device)
-        return self._tables[key]
+        key = (grid, self.pos_embed.device)
+        if key not in self._positions:
+            table = position_table_2d(self.hidden_size, *grid, scale=self.pos_scale)
+            self._positions[key] = table.float()[None].to(self.pos_embed.device)
+        return self._positions[key]
 
     def _rotation(self, grid: tuple[int, int], tokens_before: int, device: torch.device) -> Rotation:
         """Angles for the image tokens; text tokens in front of them are not turned."""
-        key = ("rotation", grid, tokens_before, device)
-        if key not in self._tables:
+        key = (grid, tokens_before, device)
+        if key not in self._rotations:
             cos, sin = rotation_table_2d(self.hidden_size // self.num_heads, *grid)
             cos = torch.cat([torch.ones(tokens_before, cos.shape[1]), cos])
             sin = torch.cat([torch.zeros(tokens_before, sin.shape[1]), sin])
-            self._tables[key] = (cos.to(device), sin.to(device))
-        return self._tables[key]
+            self._rotations[key] = (cos.to(device), sin.to(device))
+        return self._rotations[key]
 
 
 def _real_tokens(mask_BT: Tensor) -> int:

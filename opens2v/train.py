@@ -152,12 +152,14 @@ class OpenS2VTrainer:
         from opens2v.weights.base import ensure_base, load_generator
         from opens2v.weights.export import load_init
         from shared.engine.dist import init_distributed
+        from shared.engine.preflight import preflight
         from shared.engine.strategy import choose_precision
 
         check_inputs(config)
         if config.run.wandb_save_dir is not None:
             os.environ["WANDB_DIR"] = config.run.wandb_save_dir
         self.info = info or init_distributed(config.run.device, config.run.timeout_minutes * 60)
+        preflight(config, self.info)
         self.config = config = with_drawn_seed(config, self.info)
         dataset = training_set(config, **cached_changes(config))
         self.dataset = with_cached_features(dataset, config)

@@ -5,4 +5,4 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="$root/.venv/bin/python"
 [[ -x "$python" ]] || python="$(command -v python3)"
-exec "$python" "$root/shared/bench.py" "$@"
+exec "$python" "$root/scripts/bench/bench.py" "$@"

@@ -2,13 +2,15 @@
 
 import contextlib
 import json
+import re
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,14 +22,20 @@ from shared.errors import BadSample, UserError
 from shared.rng import keyed_generator, keyed_seed
 
 MAX_BAD_SHARE = 0.01  # training stops when more of the data cannot be read
+LEAST_SHARED = 1 << 20  # bytes of /dev/shm, for loader processes
 SMALL = 1 << 16  # bytes of a tensor that loader processes send by value
 SUBSTITUTES = 20  # how many other samples are tried in place of a broken one
 STEPS_AHEAD = 2  # read while a step is computed; one that comes late is then made up for by the next
 _ORDER, _SUBSTITUTE = 101, 102  # random streams
 
 
-class SampleKey(NamedTuple):
-    """One place in the global batch of one step."""
+@dataclass(frozen=True, slots=True)
+class SampleKey:
+    """One place in the global batch of one step.
+
+    The slot keys what is drawn for the sample in this step (noise, times, dropped conditions; shared/rng.py): one rank
+    and N ranks give the sample in a slot the same draw, and a resumed step the same again.
+    """
 
     index: int  # sample in the dataset
     epoch: int
@@ -98,7 +106,9 @@ class BatchPlan:
 
 
 class Stream(Protocol):
-    """What the loop reads from, ahead in a thread. MapStream is one; a system with packing writes its own."""
+    """What the loop reads from, ahead in a thread; the place of a dataloader. MapStream is one; a system with packing
+    writes its own.
+    """
 
     steps_per_epoch: int | None
     samples_per_step: int  # over all ranks
@@ -109,9 +119,33 @@ class Stream(Protocol):
 
     def next_step(self) -> list[Any]:
         """The micro-batches of this rank for one optimizer step."""
+        ...
 
     def state(self) -> dict:
         """What a resumed run needs beyond the step: JSON-able, the same on all ranks."""
+        ...
+
+    def agree(self) -> None:
+        """Count over all ranks what could not be read, and raise when it is too much; a collective."""
+
+    def close(self) -> None:
+        """End the processes that read."""
+
+
+@runtime_checkable
+class Augmented(Protocol):
+    """A dataset whose samples depend on the epoch too."""
+
+    def sample(self, index: int, epoch: int) -> dict:
+        """The sample as this epoch shows it, a function of (index, epoch) alone."""
+        ...
+
+
+@runtime_checkable
+class Listed(Protocol):
+    """A dataset that says which samples it holds."""
+
+    fingerprint: str | None
 
 
 class _KeyedDataset(Dataset):
@@ -127,10 +161,12 @@ class _KeyedDataset(Dataset):
             return error, key.slot, []
 
     def _fetch(self, key: SampleKey) -> tuple[dict, int, list]:
-        bad, index = [], key.index
+        bad: list[tuple[int, str]] = []
+        index = key.index
         for attempt in range(SUBSTITUTES):
             try:
-                item = self.dataset.sample(index, key.epoch) if hasattr(self.dataset, "sample") else self.dataset[index]
+                keyed = isinstance(self.dataset, Augmented)
+                item = self.dataset.sample(index, key.epoch) if keyed else self.dataset[index]
                 return item, key.slot, bad
             except BadSample as error:
                 bad.append((index, str(error)))
@@ -148,7 +184,7 @@ class _Collate:
         failed = next((item for item, _, _ in fetched if isinstance(item, Exception)), None)
         if failed is not None:
             return failed, []
-        batch = self.collate([item for item, _, _ in fetched])
+        batch = self.collate([item for item, _, _ in fetched if isinstance(item, dict)])
         batch["slot"] = torch.tensor([slot for _, slot, _ in fetched])
         return batch, [entry for _, _, bad in fetched for entry in bad]
 
@@ -167,6 +203,9 @@ class _KeyBatches:
             step += 1
 
 
+_NO_NAME = re.compile(r"<_io\.BytesIO object at 0x[0-9a-f]+>")  # what Pillow calls bytes from a shard
+
+
 class BadSamples:
     """The samples that could not be read: listed in a file, one JSON object a line, and counted over all ranks.
 
@@ -179,7 +218,7 @@ class BadSamples:
 
     def note(self, found: list[tuple[int, str]]) -> None:
         """Take in (index, reason) of samples that were passed over."""
-        new = {index: reason for index, reason in found if index not in self.reasons}
+        new = {index: _NO_NAME.sub("the file", reason) for index, reason in found if index not in self.reasons}
         self.reasons.update(new)
         if new and self.path is not None:
             with open(self.path, "a", encoding="utf-8") as file:
@@ -199,7 +238,7 @@ class BadSamples:
         if len(self.reasons) > max(1, MAX_BAD_SHARE * self.total):
             raise UserError(
                 f"{len(self.reasons)} of {self.total} samples cannot be read, more than {MAX_BAD_SHARE:.0%}; "
-                f"the last: {list(self.reasons.values())[-1]}; all are listed in {self.path}; mend or remove them"
+                f"the last: {list(self.reasons.values())[-1]}; all are listed in {self.path}; fix or remove them"
             )
 
 
@@ -224,14 +263,15 @@ class MapStream:
         self.dataset, self.plan, self.info = dataset, plan, info
         self.collate, self.num_workers, self.prefetch_factor = _Collate(collate), num_workers, prefetch_factor
         self.bad = BadSamples(bad_samples, len(dataset))
-        self.steps_per_epoch, self.samples_per_step = plan.steps_per_epoch, plan.global_batch
-        self.fingerprint = getattr(dataset, "fingerprint", None)
+        self.steps_per_epoch: int | None = plan.steps_per_epoch
+        self.samples_per_step = plan.global_batch
+        self.fingerprint = dataset.fingerprint if isinstance(dataset, Listed) else None
         self._batches: Iterator | None = None
 
     def start(self, step: int, state: dict | None = None) -> None:
         """Read on from the batches of `step`."""
         self.close()
-        workers = dict(prefetch_factor=self.prefetch_factor, worker_init_fn=start_process) if self.num_workers else {}
+        check_shared_memory(self.num_workers)
         loader = DataLoader(
             _KeyedDataset(self.dataset, self.plan.seed),
             batch_sampler=_KeyBatches(self.plan, self.info.rank, step),
@@ -239,12 +279,14 @@ class MapStream:
             num_workers=self.num_workers,
             pin_memory=self.info.device.type == "cuda",
             generator=torch.Generator(),
-            **workers,
+            prefetch_factor=self.prefetch_factor if self.num_workers else None,
+            worker_init_fn=start_process if self.num_workers else None,
         )
         self._batches = iter(loader)
 
     def next_step(self) -> list[dict]:
         """The micro-batches of the next optimizer step."""
+        assert self._batches is not None, "start() comes first"
         batches = []
         for _ in range(self.plan.accumulation):
             batch, bad = next(self._batches)
@@ -306,8 +348,17 @@ class ReadAhead:
     def close(self) -> None:
         """Let the thread end, and the stream after it."""
         self._thread.shutdown(cancel_futures=True)
-        if hasattr(self.stream, "close"):
-            self.stream.close()
+        self.stream.close()
+
+
+def check_shared_memory(num_workers: int, place: Path = Path("/dev/shm")) -> None:
+    """Refuse loader processes where the memory that they hand samples over in is as good as full."""
+    free = shutil.disk_usage(place).free if num_workers and place.is_dir() else LEAST_SHARED
+    if free < LEAST_SHARED:
+        raise UserError(
+            f"--num-workers {num_workers}: {place} has {free / 1e3:.0f} kB free, which loader processes need; enlarge "
+            "it (docker run --shm-size 8g), or use --num-workers 0"
+        )
 
 
 def start_process(worker: int) -> None:

@@ -60,6 +60,12 @@ class Leaf(typing.NamedTuple):
         return [self.path.rsplit(".", 1)[-1], *extra_of(self.field).get("flags", ())]
 
     @property
+    def common(self) -> bool:
+        """Whether --help names it among the first."""
+        section, _, name = self.path.rpartition(".")
+        return extra_of(self.field).get("common", False) or (section in ("run", "training") and name in COMMON)
+
+    @property
     def hidden(self) -> bool:
         """Whether it has no flag."""
         return extra_of(self.field).get("hidden", False)
@@ -79,11 +85,25 @@ def _spellings(names: list[str]) -> list[str]:
     return list(dict.fromkeys("--" + form for name in names for form in (name.replace("_", "-"), name)))
 
 
+# What most commands are given; in this order they open --help, with those that a system marks itself (common=True).
+COMMON = "output_dir total_steps num_epochs batch_size learning_rate strategy precision resume dry_run".split()
+
+
 class _Parser(argparse.ArgumentParser):
     """Reports what it cannot read as a UserError, without the long list of flags."""
 
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message} (--help lists the flags)")
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """One spelling of each name, and the dotted name only where a setting has no other."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        flags = [flag for flag in action.option_strings if "_" not in flag]
+        flags = [flag for flag in flags if "." not in flag] or flags
+        value = "" if action.nargs == 0 else " " + self._format_args(action, action.dest.upper())
+        return ", ".join(flags) + value
 
 
 def unknown_flag(text: str, leaves: list[Leaf]) -> UserError:
@@ -106,41 +126,61 @@ def make_parser(
 ) -> argparse.ArgumentParser:
     """The parser of every flag, in both spellings; a short name that several settings share has no flag."""
     parser = _Parser(
+        usage="%(prog)s [--config PRESET|FILE.yaml] [--SETTING VALUE ...]"
+        if presets is not None
+        else "%(prog)s [--SETTING VALUE ...]",
         description=description,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
+        epilog="Every setting also has its dotted name (--section.name), and - and _ are alike in all flags.",
     )
     others: dict[str, list[str]] = {}
     for spelling, flag in aliases.items():
         others.setdefault(flag, []).extend(_spellings([spelling.lstrip("-")]))
     taken: set[str] = set()
+    in_sections = any("." in leaf.path for leaf in leaves)
+    first = parser.add_argument_group("settings that people use" if in_sections else "settings")
     if presets is not None:
-        names = ", ".join(sorted(item.stem for item in presets.glob("*.yaml")))
-        parser.add_argument(
+        known = ", ".join(sorted(item.stem for item in presets.glob("*.yaml")))
+        first.add_argument(
             "--config",
             *others.get("--config", ()),
             dest="--config",
             metavar="PRESET|FILE",
-            help=f"preset ({names}) or a YAML file (default: {default})",
+            help=f"preset ({known}) or a YAML file (default: {default})",
         )
         taken.update(["--config", *others.get("--config", ())])
+    shown = [leaf for leaf in leaves if not leaf.hidden]
+    short_names = [name for leaf in shown for name in set(leaf.flags)]
+    flags_of: dict[str, list[str]] = {}
+    for leaf in shown:
+        names = [leaf.path, *(name for name in leaf.flags if short_names.count(name) == 1)]
+        flags = [flag for flag in _spellings(names) if flag not in taken and flag != "--set"]
+        flags += [flag for own in list(flags) for flag in others.get(own, ()) if flag not in taken]
+        taken.update(flags)
+        flags_of[leaf.path] = flags
+    groups: dict[str, typing.Any] = {}
+    for leaf in sorted(shown, key=_place):
+        group = first
+        if in_sections and not leaf.common:
+            section = leaf.path.rpartition(".")[0]
+            group = groups.setdefault(section, None) or parser.add_argument_group(section or "other settings")
+            groups[section] = group
+        _add_flag(group, leaf, flags_of[leaf.path])
     parser.add_argument(
         "--set", dest="--set", action="append", metavar="KEY=VALUE", help="any setting by its dotted name; repeatable"
     )
-    taken.add("--set")
-    shown = [leaf for leaf in leaves if not leaf.hidden]
-    short_names = [name for leaf in shown for name in set(leaf.flags)]
-    for leaf in shown:
-        names = [leaf.path, *(name for name in leaf.flags if short_names.count(name) == 1)]
-        flags = [flag for flag in _spellings(names) if flag not in taken]
-        flags += [flag for own in list(flags) for flag in others.get(own, ()) if flag not in taken]
-        taken.update(flags)
-        _add_flag(parser, leaf, flags)
     return parser
 
 
-def _add_flag(parser: argparse.ArgumentParser, leaf: Leaf, flags: list[str]) -> None:
+def _place(leaf: Leaf) -> int:
+    """The common ones first, in their order; the rest as the schema has them (sorting is stable)."""
+    name = leaf.path.rpartition(".")[2]
+    return COMMON.index(name) if leaf.common and name in COMMON else len(COMMON)
+
+
+def _add_flag(parser: argparse._ActionsContainer, leaf: Leaf, flags: list[str]) -> None:
     path, preset = leaf.path, leaf.field.get_default(call_default_factory=True)
     kinds = _kinds(leaf.annotation)
     text = f"{leaf.field.description or ''} (default: {preset})".replace("%", "%%").strip()
@@ -208,13 +248,24 @@ def put(tree: dict, path: str, value: Any, schema: type[BaseModel]) -> None:
     """Lay `value` at a dotted path over the tree, and drop the other names that the YAML may have used for it."""
     *parents, name = path.split(".")
     for parent in parents:
-        schema = section_of(schema.model_fields[parent].annotation)
+        section = section_of(schema.model_fields[parent].annotation)
+        assert section is not None, f"{parent} of {path} is no section"
+        schema = section
         if not isinstance(tree.get(parent), dict):
             tree[parent] = {}
         tree = tree[parent]
     for other in extra_of(schema.model_fields[name]).get("flags", ()):
         tree.pop(other, None)
     tree[name] = value
+
+
+def take_out(tree: dict, path: str, schema: type[BaseModel]) -> None:
+    """Take a setting, under any of its names, out of the tree, so that its default counts."""
+    put(tree, path, None, schema)
+    *parents, name = path.split(".")
+    for parent in parents:
+        tree = tree[parent]
+    del tree[name]
 
 
 def full_key(key: str, leaves: list[Leaf]) -> str:

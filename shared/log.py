@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +14,9 @@ from torch import Tensor
 from shared.config import RunSection
 from shared.engine.dist import DistInfo, mean_over_ranks, sum_over_ranks
 from shared.errors import UserError, write_text
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 TIME_BINS = 10  # bins of a loss over t in [0, 1]
 
@@ -31,7 +36,8 @@ class RunLog:
             self.metrics = open(output_dir / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
             self.board = _tensorboard(output_dir, resume_step) if run.tensorboard else None
             self.wandb = _wandb(output_dir, run, settings or {}) if run.wandb else None
-        self.bar = None
+        self.bar: tqdm | None = None
+        self.has_console = True
         self._start_window()
 
     def start_bar(self, step: int, last_step: int) -> None:
@@ -49,10 +55,14 @@ class RunLog:
     def say(self, text: str) -> None:
         """One line to the console and train.log."""
         if self.file is not None:
-            if self.bar is not None:
-                self.bar.write(text)
-            else:
-                print(text, flush=True)
+            try:
+                if self.bar is not None:
+                    self.bar.write(text)
+                elif self.has_console:
+                    print(text, flush=True)
+            except OSError:  # closed, as by `| head`, or full: training and train.log go on
+                self.has_console = False
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             self.file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     # --- the window between two log lines -----------------------------------------------------------------------------
@@ -78,6 +88,16 @@ class RunLog:
         table = self.bins.setdefault(name, torch.zeros(2, TIME_BINS, device=t_B.device))
         table[0].index_add_(0, index_B, error_B.detach().float().flatten())
         table[1].index_add_(0, index_B, torch.ones_like(index_B, dtype=torch.float32))
+
+    def speed(self, micro_steps: int, samples_per_step: int) -> dict[str, float]:
+        """This rank's speed and memory in the window so far; micro_steps of one optimizer step."""
+        elapsed, steps = time.perf_counter() - self.started, self.counts["train/micro_loss"] // micro_steps
+        return {
+            "perf/samples_per_second": steps * samples_per_step / elapsed,
+            "perf/seconds_per_step": elapsed / steps,
+            "perf/data_wait_share": self.waited / elapsed,
+            "perf/memory_gb": memory_gb(self.info.device),
+        }
 
     def close_window(self) -> dict[str, float]:
         """The window's means over steps and ranks; starts the next window. A collective."""

@@ -7,13 +7,15 @@ Shapes: N held-out pictures, L levels, C H W of a latent.
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dit.data.images import unit
-from dit.weights.open import condition_of
+from dit.data.cache import CachedDataset
+from dit.dataset import spread, unit
+from dit.modules.text import CaptionEncoder, condition_of
+from dit.modules.vae import Codec
 from shared.engine.dist import DistInfo, sum_over_ranks
 from shared.errors import BadSample
-from shared.metrics import colour_caption
+from shared.metrics import colour_caption, paired_p
 from shared.rng import keyed_randn
 
 _HELD_OUT_NOISE = 31  # random stream
@@ -24,16 +26,17 @@ class HeldOut(NamedTuple):
     """Pictures that no training step saw, as latents, with their conditions."""
 
     latents: Tensor
-    condition: dict[str, Tensor]
+    condition: dict[str, Tensor]  # of the first captions, or labels
     captions: list[str]
-    images: Tensor
+    images: Tensor  # (N, 3, S, S) in [-1, 1]; empty where a cache stands for the pictures
     prompts: list[str]  # what to draw: the first caption that names a colour, else the first
+    prompt_condition: dict[str, Tensor]
     mean_latent: Tensor  # of training pictures: what the constant predictor knows
 
 
 @torch.no_grad()
 def prepare(
-    dataset: Any, training_set: Any, codec: nn.Module, encoder: nn.Module | None, *, count: int, device: torch.device
+    dataset: Any, training_set: Any, codec: Codec, encoder: CaptionEncoder | None, *, count: int, device: torch.device
 ) -> HeldOut:
     """Encode up to `count` held-out pictures, and the mean of as many training pictures."""
     samples = readable(dataset, count)
@@ -44,7 +47,46 @@ def prepare(
     seen = unit(torch.stack([sample["image"] for sample in readable(training_set, count)]))
     mean = torch.cat([_mean_latent(codec, part.to(device)) for part in seen.split(16)]).mean(0)
     prompts = [colour_caption(dataset.items[sample["index"]].captions or ("",)) for sample in samples]
-    return HeldOut(latents, condition_of(captions, labels, encoder, device), captions, images, prompts, mean)
+    first, drawn = (condition_of(texts, labels, encoder, device) for texts in (captions, prompts))
+    return HeldOut(latents, first, captions, images, prompts, drawn, mean)
+
+
+@torch.no_grad()
+def prepare_cached(
+    dataset: CachedDataset, training_set: CachedDataset, codec: Codec, *, count: int, device: torch.device
+) -> HeldOut:
+    """The same from a cache: no picture is opened and nothing is encoded."""
+    indices = sorted(spread(dataset, count)[:count])
+    captions = [dataset.captions_of(index) for index in indices]
+    prompts = [colour_caption(texts) for texts in captions]
+    first = [dataset.sample(index, 0, flip=False) for index in indices]
+    drawn = [
+        dataset.sample(index, 0, flip=False, caption=texts.index(prompt))
+        for index, texts, prompt in zip(indices, captions, prompts, strict=True)
+    ]
+    seen = [training_set.sample(index, 0, flip=False) for index in spread(training_set, count)[:count]]
+    latents, mean = (
+        codec.latents(torch.stack([sample["moments"] for sample in samples]).to(device)).float()
+        for samples in (first, seen)
+    )
+    return HeldOut(
+        latents,
+        stacked_condition(first, device),
+        [texts[0] for texts in captions],
+        torch.zeros(0),
+        prompts,
+        stacked_condition(drawn, device),
+        mean.mean(0),
+    )
+
+
+def stacked_condition(samples: list[dict], device: torch.device) -> dict[str, Tensor]:
+    """The model's keyword arguments for samples of a cache."""
+    names = {"text_embeddings": "text_embeddings", "text_mask": "text_mask", "text_pooled": "text_pooled"}
+    found = {name: torch.stack([sample[name] for sample in samples]).to(device) for name in names if name in samples[0]}
+    if not found and "label" in samples[0]:
+        found["labels"] = torch.tensor([sample["label"] for sample in samples], device=device)
+    return found
 
 
 def held_out_noise(latents: Tensor, level: int, pictures: Tensor) -> Tensor:
@@ -103,34 +145,25 @@ def summary(right_LN: Tensor, shuffled_LN: Tensor | None, constant_LN: Tensor) -
     return figures
 
 
-def paired_p(difference_N: Tensor) -> float:
-    """One-sided p that the mean difference is not above 0 (Student's t over pictures)."""
-    from scipy.stats import t as student
-
-    count = len(difference_N)
-    spread = difference_N.double().std().item()
-    if count < 2 or spread == 0:
-        return 1.0
-    return float(student.sf(difference_N.double().mean().item() / (spread / count**0.5), count - 1))
-
-
 def _shuffled(condition: dict[str, Tensor]) -> dict[str, Tensor]:
     """Every picture gets the caption of the one half the set away: of another class, where sets are sorted by class."""
     return {name: value.roll(len(value) // 2 + len(value) % 2, 0) for name, value in condition.items()}
 
 
-def _mean_latent(codec: nn.Module, images: Tensor) -> Tensor:
+def _mean_latent(codec: Codec, images: Tensor) -> Tensor:
     return codec.latents(codec.moments(images)).float()
 
 
 def readable(dataset: Any, count: int, *, epoch: int = 0) -> list[dict]:
-    """The first `count` samples that can be read, not mirrored; broken ones are listed when training meets them."""
+    """Up to `count` samples that can be read, spread over the set by hash, in its order, not mirrored. Broken ones are
+    listed when training meets them.
+    """
     samples: list[dict] = []
-    for index in range(len(dataset)):
+    for index in spread(dataset, count):
         if len(samples) == count:
             break
         try:
             samples.append(dataset.sample(index, epoch, flip=False))
         except BadSample:
             continue
-    return samples
+    return sorted(samples, key=lambda sample: sample["index"])

@@ -4,11 +4,14 @@ Shapes: B pictures, C H W of a latent.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from PIL import Image
+from torch import Tensor
 
+from dit.modules.vae import Codec
 from dit.sampling.samplers import guide
 
 
@@ -41,7 +44,7 @@ class PictureNoise:
 @torch.no_grad()
 def draw_latents(
     model: Callable,
-    objective,
+    objective: Any,
     condition: dict[str, Tensor],
     seeds: list[int],
     shape: tuple[int, ...],
@@ -77,8 +80,8 @@ def draw_latents(
 
 def draw_pictures(
     model: Callable,
-    objective,
-    codec: nn.Module,
+    objective: Any,
+    codec: Codec,
     condition: dict[str, Tensor],
     seeds: list[int],
     shape: tuple[int, ...],
@@ -91,3 +94,22 @@ def draw_pictures(
     latents = draw_latents(model, objective, condition, seeds, shape, drawing=drawing, device=device, null=null)
     with torch.no_grad():
         return codec.decode(latents).float()
+
+
+def to_uint8(images: Tensor, *, rule: str = "round") -> np.ndarray:
+    """(B, H, W, 3) uint8 from [-1, 1]. round: nearest. adm: clamp(127.5 x + 128), truncated, as ADM's scripts do."""
+    scaled = 127.5 * images.float() + (128.0 if rule == "adm" else 127.5)
+    scaled = scaled if rule == "adm" else scaled.round()
+    return scaled.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def grid(pictures: np.ndarray, columns: int, *, enlarge: int = 1) -> Image.Image:
+    """One picture of many (B, H, W, 3), row by row, with a thin white gap."""
+    count, height, width, _ = pictures.shape
+    rows = -(-count // columns)
+    canvas = np.full((rows * (height + 2) - 2, columns * (width + 2) - 2, 3), 255, dtype=np.uint8)
+    for index, picture in enumerate(pictures):
+        top, left = index // columns * (height + 2), index % columns * (width + 2)
+        canvas[top : top + height, left : left + width] = picture
+    image = Image.fromarray(canvas)
+    return image.resize((image.width * enlarge, image.height * enlarge), Image.Resampling.NEAREST)

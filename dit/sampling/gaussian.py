@@ -1,6 +1,6 @@
 """The noise-prediction diffusion of the public DiT: tables, learned variance and its bound, ancestral and DDIM steps.
 
-The ordinary training path uses diffusers' schedulers (objectives.py); this file is what they lack: the variational
+The ordinary training path uses diffusers' schedulers (objective.py); this file is what they lack: the variational
 bound of models with a learned variance, and sampling on a subset of the steps as the public weights were evaluated. Ho
 et al. 2020 (arXiv 2006.11239); Nichol and Dhariwal 2021 (arXiv 2102.09672), equations 9 to 16. x is data at t = -1.
 """
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from shared.flow import expand_like
+
+Target = Literal["epsilon", "sample"]  # what the first channels of an output are
 
 
 def kept_timesteps(total: int, respacing: str) -> list[int]:
@@ -30,13 +32,14 @@ def kept_timesteps(total: int, respacing: str) -> list[int]:
             f"no whole stride gives {wanted} of {total} steps; use a divisor of {total}, or --sampler ddpm"
         )
     counts = [int(part) for part in respacing.split(",")]
-    kept, start = [], 0
+    kept: list[int] = []
+    start = 0
     for section, count in enumerate(counts):
         size = total // len(counts) + (1 if section < total % len(counts) else 0)
         if not 1 <= count <= size:
             raise ValueError(f"section {section} has {size} steps, {count} were asked for; ask for 1 to {size}")
-        stride = 1.0 if count == 1 else (size - 1) / (count - 1)
-        kept += [start + round(index * stride) for index in range(count)]
+        gap = 1.0 if count == 1 else (size - 1) / (count - 1)
+        kept += [start + round(index * gap) for index in range(count)]
         start += size
     return sorted(set(kept))
 
@@ -82,9 +85,7 @@ class GaussianDiffusion:
         """Mean of q(x_{t-1} | x_t, clean)."""
         return self.at(self.posterior_mean_coef1, t_B, x_t) * clean + self.at(self.posterior_mean_coef2, t_B, x_t) * x_t
 
-    def moments(
-        self, output: Tensor, x_t: Tensor, t_B: Tensor, *, target: Literal["epsilon", "sample"] = "epsilon"
-    ) -> Moments:
+    def moments(self, output: Tensor, x_t: Tensor, t_B: Tensor, *, target: Target = "epsilon") -> Moments:
         """p(x_{t-1} | x_t). With twice the channels of x_t, the second half interpolates the log variance (eq. 15);
         otherwise the variance is beta, with the posterior's at the first step."""
         channels = x_t.shape[1]
@@ -119,7 +120,7 @@ class GaussianDiffusion:
         x_t: Tensor,
         t_B: Tensor,
         *,
-        target: Literal["epsilon", "sample"] = "epsilon",
+        target: Target = "epsilon",
     ) -> Tensor:
         """Per-sample bound in bits a dimension (B,), gradients through the variance only: KL to the posterior, and the
         likelihood of 8-bit data at t = 0. No factor total / 1000."""
@@ -146,19 +147,21 @@ class GaussianDiffusion:
         *,
         ancestral: bool,
         draw: Callable[[int], Tensor] | None = None,
-        target: Literal["epsilon", "sample"] = "epsilon",
+        target: Target = "epsilon",
     ) -> Tensor:
         """From noise to data over the kept steps: ancestral steps with noise draw(k), or DDIM with eta 0.
 
         model(x, t_B) is given the original times. The latent is never clipped: latents do not lie in [-1, 1].
         """
         x = start
+        if ancestral and draw is None:
+            raise ValueError("ancestral steps need the noise of every step: give draw")
         for k, index in enumerate(reversed(range(len(self.betas)))):
             t_B = torch.full((len(x),), index, dtype=torch.long, device=x.device)
             output = model(x, self.timesteps.to(x.device)[t_B])
             step = self.moments(output, x, t_B, target=target)
             if ancestral:
-                x = step.mean + (0.0 if index == 0 else (0.5 * step.log_variance).exp() * draw(k))
+                x = step.mean if index == 0 or draw is None else step.mean + (0.5 * step.log_variance).exp() * draw(k)
             else:
                 noise = self.noise_from_clean(step.clean, x, t_B)
                 previous = self.at(self.alphas_cumprod_previous, t_B, x)

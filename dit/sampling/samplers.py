@@ -4,17 +4,25 @@ Every sampler takes model(x, t_B) -> prediction, already guided, and noise drawn
 so a picture does not depend on the batch or the rank that it is made in.
 """
 
+import math
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from dit.sampling.gaussian import GaussianDiffusion, kept_timesteps
-from dit.sampling.paths import PathName, euler_maruyama
+from dit.sampling.gaussian import GaussianDiffusion, Target, kept_timesteps
 from shared.errors import UserError
 from shared.flow import guided, integrate, time_grid
 
 Model = Callable[[Tensor, Tensor], Tensor]
+Draw = Callable[[int], Tensor]  # the noise of step k, shaped like a batch of latents
+
+
+def check_sampler(method: str, allowed: tuple[str, ...], what: str) -> None:
+    """UserError for a sampler that an objective does not have."""
+    if method not in allowed:
+        raise UserError(f"--sampler {method}: not a sampler of {what}; use one of {', '.join(allowed)}")
 
 
 def sample_flow(
@@ -24,67 +32,31 @@ def sample_flow(
     method: str = "euler",
     steps: int = 50,
     shift: float = 1.0,
-    path: PathName = "linear",
-    draw: Callable[[int], Tensor] | None = None,
+    draw: Draw | None = None,
 ) -> Tensor:
     """Data at t = 1 from noise at t = 0. `steps` counts intervals; SiT's num_steps counts points (250 is 249 here)."""
     if method == "sde":
-        return euler_maruyama(velocity, noise, path=path, steps=steps, draw=draw)
-    if method == "dopri5":
-        return dopri5(velocity, noise)
-    times = time_grid(steps, shift=shift, noise_at="start")
-    if method == "rk4":
-        return rk4(velocity, noise, times)
-    return integrate(velocity, noise, times, method=method)
+        if draw is None:
+            raise ValueError("the SDE needs the noise of every step: give draw")
+        return euler_maruyama(velocity, noise, steps=steps, draw=draw)
+    return integrate(velocity, noise, time_grid(steps, shift=shift, noise_at="start"), method=method)
 
 
-def rk4(velocity: Model, start: Tensor, times: Tensor) -> Tensor:
-    """Kutta's 3/8 rule, fourth order, four evaluations a step."""
-    x, points = start, times.tolist()
-    for now, then in zip(points[:-1], points[1:], strict=True):
-        step = then - now
-        k1 = velocity(x, _times(x, now))
-        k2 = velocity(x + step * k1 / 3, _times(x, now + step / 3))
-        k3 = velocity(x + step * (k2 - k1 / 3), _times(x, now + 2 * step / 3))
-        k4 = velocity(x + step * (k1 - k2 + k3), _times(x, then))
-        x = x + step * (k1 + 3 * (k2 + k3) + k4) / 8
-    return x
+def euler_maruyama(velocity: Model, start: Tensor, *, steps: int = 250, last_step: float = 0.04, draw: Draw) -> Tensor:
+    """Solve SiT's reverse SDE with diffusion w(t) = 1 - t: `steps` - 1 noisy steps up to 1 - last_step, then one of the
+    mean (Ma et al. 2024, arXiv 2401.08740). The "SBDM" diffusion divides by t and is not offered.
+    """
+    times = torch.linspace(0, 1 - last_step, steps, dtype=torch.float64).tolist()
 
+    def drift(x: Tensor, t: float) -> Tensor:
+        slope = velocity(x, _times(x, t))
+        return slope + (t * slope - x)  # w times the score, which is (t v - x) / (1 - t)
 
-# Dormand and Prince 1980: nodes, stages, and the difference between the fifth and the fourth order weights.
-_NODES = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
-_STAGES = (
-    (),
-    (1 / 5,),
-    (3 / 40, 9 / 40),
-    (44 / 45, -56 / 15, 32 / 9),
-    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
-    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
-    (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
-)
-_ERROR = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
-
-
-def dopri5(
-    velocity: Model, start: Tensor, *, absolute: float = 1e-6, relative: float = 1e-3, limit: int = 1000
-) -> Tensor:
-    """Solve from t = 0 to 1 with steps chosen for the tolerances (root mean square over the whole batch)."""
-    x, t, step = start, 0.0, 0.05
-    for _ in range(limit):
-        step = min(step, 1.0 - t)
-        slopes: list[Tensor] = []
-        for node, weights in zip(_NODES, _STAGES, strict=True):
-            at = x + step * sum((w * k for w, k in zip(weights, slopes, strict=True) if w), torch.zeros_like(x))
-            slopes.append(velocity(at, _times(x, t + node * step)))
-        proposal = at  # the last stage sits at the fifth-order solution
-        error = step * sum(w * k for w, k in zip(_ERROR, slopes, strict=True) if w)
-        ratio = (error / (absolute + relative * torch.maximum(x.abs(), proposal.abs()))).square().mean().sqrt().item()
-        if ratio <= 1:
-            x, t = proposal, t + step
-            if t >= 1.0 - 1e-12:
-                return x
-        step *= min(10.0, max(0.2, 0.9 * max(ratio, 1e-10) ** -0.2))
-    raise UserError(f"dopri5 needed more than {limit} steps (at t = {t:.3f}); use --sampler heun with --steps 50")
+    x = start
+    for k, (now, then) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        slope = drift(x, now)
+        x = x + (then - now) * slope + math.sqrt(2 * (1 - now) * (then - now)) * draw(k)
+    return x + last_step * drift(x, times[-1])
 
 
 def sample_noise(
@@ -94,7 +66,7 @@ def sample_noise(
     *,
     method: str = "ddim",
     steps: int = 50,
-    draw: Callable[[int], Tensor] | None = None,
+    draw: Draw | None = None,
 ) -> Tensor:
     """Data from noise for the noise objective. scheduler_config is the training scheduler's `.config`.
 
@@ -115,7 +87,14 @@ def sample_noise(
     return x
 
 
-def make_sampler(scheduler_config: dict, method: str):
+def training_scheduler(**settings: Any) -> Any:
+    """diffusers' DDPMScheduler, whose class attributes its type does not declare."""
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler(**settings)
+
+
+def make_sampler(scheduler_config: dict, method: str) -> Any:
     """diffusers' scheduler for `method` with the betas and the prediction type of the training scheduler."""
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
@@ -145,16 +124,14 @@ def make_sampler(scheduler_config: dict, method: str):
     )
 
 
-def _ancestral(
-    model: Model, noise: Tensor, scheduler_config: dict, steps: int, draw: Callable[[int], Tensor] | None
-) -> Tensor:
-    from diffusers import DDPMScheduler
-
+def _ancestral(model: Model, noise: Tensor, scheduler_config: dict, steps: int, draw: Draw | None) -> Tensor:
     if scheduler_config["prediction_type"] == "v_prediction":
         raise UserError("--sampler ddpm predicts noise or data; a v_prediction model needs --sampler ddim or dpmpp_2m")
-    betas = DDPMScheduler.from_config(scheduler_config).betas
+    betas = training_scheduler(**{key: value for key, value in scheduler_config.items() if key[0] != "_"}).betas
     diffusion = GaussianDiffusion(betas, kept_timesteps(len(betas), str(steps)))
-    return diffusion.sample(model, noise, ancestral=True, draw=draw, target=scheduler_config["prediction_type"])
+    return diffusion.sample(
+        model, noise, ancestral=True, draw=draw, target=cast(Target, scheduler_config["prediction_type"])
+    )
 
 
 def guide(

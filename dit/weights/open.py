@@ -1,40 +1,119 @@
 """From settings to the parts of a run: the network, the codec of the latents, a model to draw with."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from dit.config import Config
-from dit.data.images import unit
+from dit.data.cache import file_digest, read_manifest
+from dit.dataset import TextImageDataset, unit
 from dit.model import DiTModel
-from dit.modules.text import make_text_encoder
-from dit.modules.vae import make_vae
-from dit.objective import make_objective
+from dit.modules.autoencoder import ConvAutoencoder, PatchAutoencoder
+from dit.modules.text import CaptionEncoder, make_text_encoder
+from dit.modules.vae import CODEC_FILE, Codec, PixelCodec, PoolCodec, VAEEncoder, scaled_latents
+from dit.objective import Objective, make_objective
 from shared.config import load_saved
 from shared.engine.checkpoint import find_checkpoint, load_strict, load_weights
 from shared.engine.dist import DistInfo, barrier
 from shared.errors import UserError, written_aside
 
-CODEC_FILE = "autoencoder.safetensors"
 CODEC_PICTURES = 2048  # training pictures that a codec is fitted on
 
 
 def build_model(config: Config) -> DiTModel:
     """The network of the settings, with fresh weights."""
     options = config.model.model_dump(exclude={"pretrained_path"})
+    options["class_dropout"] = 0.0 if config.model.class_dropout == 0 else 0.1  # for the model: is there a null row?
     model = DiTModel(input_size=config.latent_side, null_text=config.diffusion.null_text, **options)
     model.gradient_checkpointing = config.training.gradient_checkpointing
     return model
 
 
-def fit_codec(
-    codec: nn.Module, dataset: torch.utils.data.Dataset, output_dir: Path, info: DistInfo, *, seed: int
-) -> None:
+def make_vae(config: Config) -> Codec:
+    """The codec that the settings name. Refuses a number of channels that the model does not expect."""
+    vae = config.vae
+    if vae.type == "sd":
+        codec: Codec = VAEEncoder(
+            vae.pretrained_model_name,
+            vae.use_slicing,
+            use_tiling=vae.use_tiling,
+            posterior=vae.posterior,
+            latent_stats=vae.latent_stats,
+            scaling_factor=vae.scaling_factor,
+            precision=vae.vae_precision,
+            chunk=vae.vae_chunk,
+            local_files_only=config.text.local_files_only,
+        )
+    elif vae.type == "patches":
+        codec = PatchAutoencoder(channels=config.model.in_channels, patch=vae.patch, decoder_steps=vae.decoder_steps)
+    elif vae.type == "conv":
+        codec = ConvAutoencoder(channels=config.model.in_channels, factor=vae.patch, width=vae.width)
+    else:
+        codec = PixelCodec() if vae.type == "pixels" else PoolCodec()
+    if codec.factor != config.vae_factor:
+        raise UserError(
+            f"vae.pretrained_model_name {vae.pretrained_model_name}: a latent cell is {codec.factor} pixels wide, the "
+            f"run was laid out for {config.vae_factor}; set --set vae.factor={codec.factor}"
+        )
+    if codec.channels != config.model.in_channels:
+        raise UserError(
+            f"vae.type {vae.type} gives latents of {codec.channels} channels, model.in_channels is "
+            f"{config.model.in_channels}; "
+            f"set --in-channels {codec.channels}"
+        )
+    return codec
+
+
+class LazyVAE(Codec):
+    """The VAE of a run that trains from a cache: latents follow from the cache's numbers, and the weights are opened
+    when a picture is to be drawn.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, config: Config, numbers: dict[str, list[float]]) -> None:
+        super().__init__()
+        self.config, self.posterior = config, config.vae.posterior
+        self.factor, self.channels = config.vae_factor, config.model.in_channels
+        self.register_buffer("mean", torch.tensor(numbers["mean"]).reshape(1, -1, 1, 1))
+        self.register_buffer("scale", torch.tensor(numbers["scale"]).reshape(1, -1, 1, 1))
+        self._opened: Codec | None = None
+
+    def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """As VAEEncoder.latents."""
+        return scaled_latents(moments, noise if self.posterior == "sample" else None, self.mean, self.scale)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images in [-1, 1]; UserError where the VAE cannot be opened."""
+        if self._opened is None:
+            self._opened = make_vae(self.config).to(latents.device).eval()
+        return self._opened.decode(latents)
+
+
+def cached_codec(config: Config, output_dir: Path, info: DistInfo) -> Codec:
+    """The codec of a run that trains from a cache; a fitted one is taken from there into the run's folder."""
+    assert config.data.cache_dir is not None
+    folder = Path(config.data.cache_dir)
+    if config.vae.type == "sd":
+        return LazyVAE(config, read_manifest(folder)["latents"])
+    codec = make_vae(config)
+    if codec.learns:
+        if info.is_main and not (output_dir / CODEC_FILE).exists():
+            with written_aside(output_dir / CODEC_FILE) as temporary:
+                shutil.copyfile(folder / CODEC_FILE, temporary)
+        barrier()
+        load_codec(codec, output_dir / CODEC_FILE)
+    return codec
+
+
+def fit_codec(codec: Codec, dataset: TextImageDataset, output_dir: Path, info: DistInfo, *, seed: int) -> None:
     """Fit a codec that learns from the training pictures, once a run folder: rank 0 fits and saves, all ranks load."""
     path = output_dir / CODEC_FILE
     if info.is_main and not path.exists():
@@ -53,7 +132,7 @@ def fit_codec(
     load_codec(codec, path)
 
 
-def load_codec(codec: nn.Module, path: Path) -> None:
+def load_codec(codec: Codec, path: Path) -> None:
     """Load what fit_codec saved."""
     if not path.exists():
         raise UserError(
@@ -77,10 +156,18 @@ class Trained(NamedTuple):
 
     config: Config
     model: DiTModel
-    codec: nn.Module
-    text_encoder: nn.Module | None
-    objective: object
+    codec: Codec
+    text_encoder: CaptionEncoder | None
+    objective: Objective
     folder: Path
+    name: str  # the checkpoint, and what its files hold
+
+
+def _name_of(path: Path, folder: Path) -> str:
+    """The checkpoint's name with the hash of its manifest, or of its file: two of one name are told by it."""
+    manifest = folder / "manifest.json"
+    held = file_digest(path if path.is_file() else manifest) if path.is_file() or manifest.exists() else "unknown"
+    return f"{path.name if path.is_file() else folder.name} {held[:12]}"
 
 
 def load_trained(
@@ -104,7 +191,7 @@ def load_trained(
     model = build_model(config)
     load_strict(model, load_weights(path if path.is_file() else folder, prefer_ema=use_ema), what=str(path))
     codec = make_vae(config)
-    if hasattr(codec, "fit"):
+    if codec.learns:
         places = [folder / CODEC_FILE, folder.parent / CODEC_FILE, folder.parent.parent / CODEC_FILE]
         load_codec(codec, next((place for place in places if place.exists()), places[0]))
     encoder = make_text_encoder(config)
@@ -118,14 +205,5 @@ def load_trained(
         None if encoder is None else encoder.to(device),
         objective,
         folder,
+        _name_of(path, folder),
     )
-
-
-def condition_of(
-    texts: list[str], labels: Tensor | None, encoder: nn.Module | None, device: torch.device
-) -> dict[str, Tensor]:
-    """The keyword arguments of the model that carry captions or labels."""
-    if encoder is None:
-        return {} if labels is None else {"labels": labels.to(device)}
-    states, mask, pooled = (part.to(device) for part in encoder.encode(texts))
-    return {"text_embeddings": states.clone(), "text_mask": mask.clone(), "text_pooled": pooled.clone()}

@@ -302,14 +302,13 @@ def load_wan_vae(base_model_path: str | None, dtype: torch.dtype = torch.float32
     return WanVAE(AutoencoderKLWan.from_pretrained(str(path), torch_dtype=dtype))
 
 
-def load_umt5(base_model_path: str | None, dtype: torch.dtype = torch.bfloat16) -> UMT5Text:
-    """UMT5-XXL from base_model_path/text_encoder and its tokenizer."""
+def load_umt5(base_model_path: str | None, rows: int = TEXT_ROWS, dtype: torch.dtype = torch.bfloat16) -> UMT5Text:
+    """UMT5-XXL from base_model_path/text_encoder and its tokenizer; it gives so many rows a text."""
     encoder, tokenizer = (_folder(base_model_path, name, "the text encoder") for name in ("text_encoder", "tokenizer"))
     from transformers import AutoTokenizer, UMT5EncoderModel
 
-    return UMT5Text(
-        UMT5EncoderModel.from_pretrained(str(encoder), dtype=dtype), AutoTokenizer.from_pretrained(str(tokenizer))
-    )
+    model = UMT5EncoderModel.from_pretrained(str(encoder), dtype=dtype)
+    return UMT5Text(model, AutoTokenizer.from_pretrained(str(tokenizer)), rows)
 
 
 def load_clip(image_encoder_path: str | None, dtype: torch.dtype = torch.bfloat16) -> ClipImages:

@@ -28,7 +28,7 @@ from torch import nn
 
 from dit.config import PRESETS, Config
 from dit.model import DiTModel
-from dit.train import workload
+from dit.plan import workload
 from shared.data import BatchPlan, MapStream
 from shared.engine.dist import DistInfo
 

@@ -1,22 +1,25 @@
 """ddp and fsdp (FSDP2) behind the interface of strategy.py, and the choice of a strategy by its name."""
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as torch_dist
 from torch import Tensor
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from shared.config import TrainingSection
 from shared.engine.dist import DistInfo
-from shared.engine.strategy import (
-    Strategy,
-    blocks_of,
-    ensure_group,
-)
+from shared.engine.strategy import Strategy, blocks_of, ensure_group
 from shared.errors import UserError
 from shared.optim import adamw
 
@@ -26,20 +29,20 @@ class DDP(Strategy):
 
     def _wrap(self, groups: list[dict]) -> None:
         ids = [self.info.device.index] if self.info.device.type == "cuda" else None
-        self.model = DistributedDataParallel(
+        self.model = self.replicas = DistributedDataParallel(
             self.module, device_ids=ids, gradient_as_bucket_view=True, forward_sync_buffers=False
         )
         self.optimizer = adamw(groups, self.parameters, self.training)
 
     def micro_step(self, is_last: bool) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext() if is_last else self.model.no_sync()
+        return contextlib.nullcontext() if is_last else self.replicas.no_sync()
 
 
 class FSDP(Strategy):
     """FSDP2: parameters, gradients and moments are sharded; blocks are gathered when they run."""
 
     def _place(self, wrap_classes: tuple[type, ...]) -> None:
-        mesh = torch_dist.device_mesh.init_device_mesh(self.info.device.type, (self.info.world,))
+        mesh = init_device_mesh(self.info.device.type, (self.info.world,))
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         # Inputs keep their dtype (times and positions must stay fp32); autocast does the casting inside.
         policy = MixedPrecisionPolicy(
@@ -47,33 +50,37 @@ class FSDP(Strategy):
         )
         if self.cpu_offload:  # parameters stay in host memory, buffers are read on the device
             for module in self.module.modules():
-                for name, buffer in module._buffers.items():
-                    module._buffers[name] = None if buffer is None else buffer.to(self.info.device)
-        else:
-            self.module.to(self.info.device)
+                for name, buffer in list(module.named_buffers(recurse=False)):
+                    module._buffers[name] = buffer.to(self.info.device)
+        # fully_shard moves the weights of its unit to the device and keeps this rank's part, one unit after another:
+        # the device never holds the whole model.
         # Reshard after every forward, the root's too: swapped weights must not be seen in a stale gathered copy.
-        options = dict(mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-        if self.cpu_offload:
-            options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.info.device.type == "cuda")
-        for block in blocks_of(self.module, wrap_classes):
-            fully_shard(block, **options)
-        fully_shard(self.module, **options)
+        on_gpu = self.info.device.type == "cuda"
+        offload = CPUOffloadPolicy(pin_memory=on_gpu) if self.cpu_offload else OffloadPolicy()
+        for module in [*blocks_of(self.module, wrap_classes), self.module]:
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True, offload_policy=offload)
 
     @contextlib.contextmanager
     def micro_step(self, is_last: bool) -> Iterator[None]:
         assert isinstance(self.module, FSDPModule)
-        self.module.set_requires_gradient_sync(is_last)
+        # Without the sync a rank keeps whole fp32 gradients until the last micro-step: fewer bytes sent, more held.
+        self.module.set_requires_gradient_sync(is_last or self.training.reduce_each_micro_step)
         self.module.set_is_last_backward(is_last)
         yield
 
+    def _sharded(self, name: str) -> DTensor:
+        parameter = self.parameters[name]
+        assert isinstance(parameter, DTensor)
+        return parameter
+
     def local_value(self, name: str) -> Tensor:
-        return self.parameters[name].to_local().detach()
+        return self._sharded(name).to_local().detach()
 
     def compute_part(self, name: str) -> Tensor:
-        return self.parameters[name].to_local().detach()
+        return self._sharded(name).to_local().detach()
 
     def gather_local(self, name: str, local: Tensor) -> Tensor:
-        parameter = self.parameters[name]
+        parameter = self._sharded(name)
         whole = DTensor.from_local(
             local,
             parameter.device_mesh,
@@ -85,27 +92,36 @@ class FSDP(Strategy):
         return whole.full_tensor().float().cpu()
 
     def split_full(self, name: str, full: Tensor) -> Tensor:
-        return self._own_part(self.parameters[name], full).to_local()
+        part = self._own_part(self._sharded(name), full)
+        assert isinstance(part, DTensor)
+        return part.to_local()
 
     def _gather(self, value: Tensor) -> Tensor:
         return value.full_tensor() if isinstance(value, DTensor) else value
 
-    def _own_part(self, parameter: DTensor, value: Tensor) -> DTensor:
+    def _own_part(self, parameter: Tensor, value: Tensor) -> Tensor:
+        assert isinstance(parameter, DTensor)
         value = value.to(parameter.device, torch.float32)
         return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def check_strategy(name: str | None, world: int, cpu_offload: bool) -> str:
+    """The strategy that is meant. UserError for what cannot work."""
+    name = name or ("ddp" if world > 1 else "none")
+    if name == "none" and world > 1:
+        raise UserError(f"--strategy none runs on one rank, {world} were started; use ddp, fsdp, zero1, zero2 or zero3")
+    if cpu_offload and name in ("none", "ddp"):
+        raise UserError(f"--cpu-offload works with the strategies fsdp, zero1, zero2 and zero3, not with {name}")
+    if name.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(f"--strategy {name} needs DeepSpeed: pip install 'deepspeed>=0.19,<0.20'")
+    return name
 
 
 def make_strategy(
     name: str | None, info: DistInfo, precision: str, training: TrainingSection, cpu_offload: bool = False
 ) -> Strategy:
     """The strategy of that name; null means ddp on several ranks and none on one. UserError for what cannot work."""
-    name = name or ("ddp" if info.world > 1 else "none")
-    if name == "none" and info.world > 1:
-        raise UserError(
-            f"--strategy none runs on one rank, {info.world} were started; use ddp, fsdp, zero1, zero2 or zero3"
-        )
-    if cpu_offload and name in ("none", "ddp"):
-        raise UserError(f"--cpu-offload works with the strategies fsdp, zero1, zero2 and zero3, not with {name}")
+    name = check_strategy(name, info.world, cpu_offload)
     if name == "none":
         return Strategy(name, info, precision, training)
     ensure_group()

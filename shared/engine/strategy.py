@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from shared.config import TrainingSection
-from shared.engine.dist import DistInfo, gather_objects
+from shared.engine.dist import DistInfo, gather_objects, use_tf32
 from shared.errors import UserError
-from shared.optim import adamw
+from shared.optim import FusedOptimizer, adamw
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("weight", *MOMENTS)
@@ -75,13 +75,14 @@ class Strategy:
         self.module: nn.Module
         self.model: nn.Module  # what the objective calls
         self.parameters: dict[str, nn.Parameter]
-        self.optimizer: torch.optim.Optimizer
+        self.optimizer: FusedOptimizer
 
     # --- set-up -------------------------------------------------------------------------------------------------------
 
     def prepare(self, model: nn.Module, groups: list[dict], wrap_classes: tuple[type, ...] = ()) -> None:
         """Place, compile and wrap the model; make the optimizer over its trainable parameters, grouped by name."""
         self.module = model
+        use_tf32(self.training.allow_tf32)
         self._place(wrap_classes)
         if self.training.compile:
             for block in blocks_of(model, wrap_classes):
@@ -116,8 +117,8 @@ class Strategy:
     def optimizer_step(self) -> StepInfo:
         """Clip, step and clear. A gradient that is not finite leaves the weights as they are, on all ranks alike.
 
-        The fused optimizer scales the gradients, or leaves the step out, by numbers on the device: nothing waits here
-        but fp16, whose next loss scale depends on this step.
+        The fused optimizer scales the gradients, or leaves the step out, by numbers on the device (FusedOptimizer's
+        attributes): nothing waits here but fp16, whose next loss scale depends on this step.
         """
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
@@ -145,14 +146,18 @@ class Strategy:
 
     # --- state by name ------------------------------------------------------------------------------------------------
 
+    def frozen_count(self) -> int:
+        """Numbers in the frozen parameters."""
+        return sum(p.numel() for p in self.module.parameters() if not p.requires_grad)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The whole parameter's shape."""
         return tuple(self.parameters[name].shape)
 
-    def full(self, kind: str, name: str) -> Tensor | None:
-        """The whole fp32 tensor of a parameter's weight or moment, on the CPU; None where no such state exists yet."""
-        value = self.parameters[name] if kind == "weight" else self.optimizer.state[self.parameters[name]].get(kind)
-        return None if value is None else self._gather(value.detach()).float().cpu()
+    def full(self, kind: str, name: str) -> Tensor:
+        """The whole fp32 tensor of a parameter's weight or moment, on the CPU. Moments: of those in steps_taken()."""
+        value = self.parameters[name] if kind == "weight" else self.optimizer.state[self.parameters[name]][kind]
+        return self._gather(value.detach()).float().cpu()
 
     def load_full(self, kind: str, name: str, value: Tensor) -> None:
         """Put a whole tensor into place; every rank passes the same one."""
@@ -269,3 +274,38 @@ def check_gradients_agree(strategy: Strategy, step: int) -> None:
         raise RuntimeError(
             f"step {step}: trainable parameter {name} has no gradient on any rank; freeze it, or use it at weight 0"
         )
+
+
+# Moving average of the trainable weights, kept where the fp32 weights live (sharded under fsdp and zero3).
+
+
+class EMA:
+    """values <- decay values + (1 - decay) weights after every applied optimizer step.
+
+    warmup: decay min(decay, (1 + n) / (10 + n)) at update n = 0, 1, ..., so that a short run does not evaluate its
+    initial weights.
+    """
+
+    def __init__(self, strategy: Strategy, decay: float, warmup: bool = True):
+        self.strategy, self.decay, self.warmup, self.updates = strategy, decay, warmup, 0
+        self.values = {name: strategy.local_value(name).clone() for name in strategy.parameters}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights of this step."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+        weights = [self.strategy.local_value(name) for name in self.values]
+        torch._foreach_lerp_(list(self.values.values()), weights, 1 - decay)
+        self.updates += 1
+
+    def applied(self) -> contextlib.AbstractContextManager:
+        """A context in which the model runs with the averaged weights."""
+        return self.strategy.swapped(self.values)
+
+    def full(self, name: str) -> Tensor:
+        """The whole averaged tensor on the CPU; a collective."""
+        return self.strategy.gather_local(name, self.values[name])
+
+    def load_full(self, name: str, value: Tensor) -> None:
+        """Put a whole tensor into place; every rank passes the same one."""
+        self.values[name].copy_(self.strategy.split_full(name, value))

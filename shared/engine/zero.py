@@ -6,6 +6,7 @@ The private names used here (the flat fp32 partitions and the lazy initialisatio
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as torch_dist
@@ -35,6 +36,8 @@ def import_deepspeed():
 class Zero(Strategy):
     """stage 1 shards the moments, stage 2 also the gradients, stage 3 also the weights."""
 
+    optimizer: Any  # DeepSpeed's own, around ours
+
     @property
     def stage(self) -> int:
         """ZeRO's stage, 1 to 3."""
@@ -54,7 +57,7 @@ class Zero(Strategy):
             parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._seen.add(name))
 
     def _settings(self) -> dict:
-        settings = {
+        settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,  # the loop owns the micro-steps, see micro_step
             "gradient_clipping": self.training.max_grad_norm or 0.0,
@@ -88,7 +91,7 @@ class Zero(Strategy):
     def optimizer_step(self) -> StepInfo:
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
-        applied = not getattr(self.optimizer, "overflow", False)
+        applied = not getattr(self.optimizer, "overflow", False)  # DeepSpeed's fp32 optimizers have no such attribute
         if applied and not self._linked:
             self._link_moments()
         self._seen.clear()
@@ -99,11 +102,17 @@ class Zero(Strategy):
 
     # --- state by name ------------------------------------------------------------------------------------------------
 
+    def frozen_count(self) -> int:
+        if self.stage < 3:
+            return super().frozen_count()
+        frozen: list[Any] = [p for p in self.module.parameters() if not p.requires_grad]
+        return sum(p.ds_numel for p in frozen)
+
     def shape(self, name: str) -> tuple[int, ...]:
-        parameter = self.parameters[name]
+        parameter: Any = self.parameters[name]
         return tuple(parameter.ds_shape if self.stage == 3 else parameter.shape)
 
-    def full(self, kind: str, name: str) -> Tensor | None:
+    def full(self, kind: str, name: str) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         parameter = self.parameters[name]
@@ -111,10 +120,8 @@ class Zero(Strategy):
             value = safe_get_full_fp32_param(parameter)
             value = parameter.detach() if value is None else value
         else:
-            if not self.optimizer.optimizer.state:
-                return None
             value = safe_get_full_optimizer_state(parameter, kind)
-        return None if value is None else value.float().cpu().reshape(self.shape(name))
+        return value.float().cpu().reshape(self.shape(name))
 
     def load_full(self, kind: str, name: str, value: Tensor) -> None:
         import deepspeed
@@ -175,7 +182,7 @@ class Zero(Strategy):
     def gather_local(self, name: str, local: Tensor) -> Tensor:
         if self.stage < 3:
             return super().gather_local(name, local)
-        parameter = self.parameters[name]
+        parameter: Any = self.parameters[name]
         parts = [torch.empty_like(local) for _ in range(self.info.world)]
         torch_dist.all_gather(parts, local.contiguous())
         return torch.cat(parts)[: parameter.ds_numel].reshape(self.shape(name)).float().cpu()
@@ -184,12 +191,13 @@ class Zero(Strategy):
         full = full.to(self.info.device, torch.float32)
         if self.stage < 3:
             return full
-        length = self.parameters[name].ds_tensor.numel()
+        parameter: Any = self.parameters[name]
+        length = parameter.ds_tensor.numel()
         padded = functional.pad(full.flatten(), (0, length * self.info.world - full.numel()))
         return padded[self.info.rank * length : (self.info.rank + 1) * length].clone()
 
     def compute_part(self, name: str) -> Tensor:
-        parameter = self.parameters[name]
+        parameter: Any = self.parameters[name]
         return parameter.ds_tensor.data if self.stage == 3 else parameter.data
 
     @contextlib.contextmanager

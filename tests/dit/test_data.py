@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from dit.config import SAMPLE_DATA, DataConfig
-from dit.data.images import decode, grid, to_square, to_uint8, unit
 from dit.data.readers import read
-from dit.dataset import TextImageDataset, collate
+from dit.dataset import TextImageDataset, collate, decode, to_square, unit
+from dit.sampling.drawing import grid, to_uint8
 from shared.errors import BadSample, UserError
 from shared.media.pictures import to_pixels
 from shared.media.shards import Shards

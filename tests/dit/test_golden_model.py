@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from dit.model import DiTModel
-from dit.modules.embeddings import position_table_1d, position_table_2d, timestep_sinusoid, unpatchify
-from dit.modules.layers import modulate
+from dit.model import DiTModel, modulate, position_table_1d, position_table_2d, timestep_sinusoid, unpatchify
 from tests.dit.golden import MANIFEST, assert_close, cases, golden_model
 
 

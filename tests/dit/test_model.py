@@ -7,8 +7,7 @@ import torch
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 
 from dit.config import PRESETS, Config
-from dit.model import DiTModel
-from dit.modules.embeddings import position_table_1d
+from dit.model import DiTModel, position_table_1d
 from dit.weights.convert import load_pretrained
 from dit.weights.open import build_model
 from shared.config import load_config
@@ -142,7 +141,9 @@ def test_presets_have_their_stated_parameters():
         "flow_256": 211_815_184,
         "large": 520_338_192,
         "xl": 674_834_720,
-        "small": 2_338_224,
+        "small": 916_200,
+        "showcase": 5_203_408,
+        "small_cub": 2_338_224,
     }
     for name, count in wanted.items():
         config = load_config(Config, presets=PRESETS, argv=["--config", name])

@@ -6,8 +6,7 @@ from torch import nn
 
 from shared.config import TrainingSection
 from shared.engine.dist import DistInfo
-from shared.engine.ema import EMA
-from shared.engine.strategy import Strategy
+from shared.engine.strategy import EMA, Strategy
 from shared.optim import decay_groups
 
 

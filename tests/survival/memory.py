@@ -13,8 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from shared.config import load_config
 from shared.engine.dist import DistInfo
-from shared.engine.ema import EMA
-from shared.engine.strategy import Strategy
+from shared.engine.strategy import EMA, Strategy
 from shared.optim import decay_groups
 from shared.plan.table import Workload
 

@@ -18,9 +18,8 @@ from torch import nn
 from shared.config import TrainingSection
 from shared.engine.checkpoint import CheckpointStore
 from shared.engine.dist import DistInfo
-from shared.engine.ema import EMA
 from shared.engine.state import tensors_to_save, trainer_state
-from shared.engine.strategy import Strategy
+from shared.engine.strategy import EMA, Strategy
 from shared.optim import decay_groups
 
 WIDTH, ROWS = 1024, 64  # layers of a million parameters; samples of a step
