@@ -165,7 +165,7 @@ def with_latents(
     joined: list[Tensor] = []
     for found in tokens:
         joined.append(joined[-1] if found is None else found)
-    empty = pack["packed_noise"].new_zeros(0, config.latent_width)
+    empty = pack["packed_noise"][:0]
     return {**pack, "packed_latents": torch.cat(joined) if joined else empty}
 
 

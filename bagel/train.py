@@ -213,7 +213,8 @@ def main(argv: list[str] | None = None) -> None:
     from bagel.dataset import open_dataset
     from bagel.model import count_parameters
     from bagel.objective import UnifiedTrainer
-    from bagel.weights.pretrained import build_model, load_autoencoder, read_config
+    from bagel.weights.autoencoder import prepare_autoencoder
+    from bagel.weights.pretrained import build_model, read_config
     from shared.engine.dist import init_distributed, shutdown
     from shared.engine.preflight import preflight
     from shared.engine.strategy import choose_precision
@@ -230,6 +231,7 @@ def main(argv: list[str] | None = None) -> None:
     for dataset in sets.values():
         refuse_malformed(dataset, config.data.max_malformed_share)
     output_dir.mkdir(parents=True, exist_ok=True)
+    autoencoder = prepare_autoencoder(config, model_config, sets["train"], info)
     torch.manual_seed(config.run.seed)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     model = build_model(model_config, rows=tokenizer.vocab_size, dtype=dtype)
@@ -241,9 +243,7 @@ def main(argv: list[str] | None = None) -> None:
             ", ".join(f"{name} {count:,}" for name, count in count_parameters(model).items())
             + f" (ready in {time.perf_counter() - began:.1f} s)"
         )
-    trainer = UnifiedTrainer(
-        config, info, model, load_autoencoder(model_config), tokenizer, sets["train"], sets.get("val")
-    )
+    trainer = UnifiedTrainer(config, info, model, autoencoder, tokenizer, sets["train"], sets.get("val"))
     result = trainer.train()
     shutdown()  # what follows is for rank 0 alone
     if info.is_main and result.finished:

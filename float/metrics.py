@@ -20,6 +20,7 @@ if not __package__:
 from shared.config import Section, load_config, setting
 from shared.errors import UserError, command, write_text
 
+METER_CLIPS = 4  # that suffice to train the mouth meter
 TARGET_GAIN, TARGET_RECONSTRUCTION, TARGET_MOUTH, TARGET_MARGIN = 3.0, 0.75, 0.65, 0.5
 
 
@@ -89,8 +90,12 @@ def run_scores(options: MetricsOptions, checkpoint: str) -> dict:
     data.data_root = options.data_root or data.data_root
     root, split = data_root(data), options.split or data.val_split
     held_out = load_material(animator, find_clips(root, split), root)
-    train = load_material(animator, find_clips(root, data.train_split), root)
+    train = load_material(animator, find_clips(root, data.train_split, required=False), root)
     rendered = [item for item in train if item.truth is not None]
+    # the meter learns from other people than it judges, where there are enough of them
+    judged = {item.clip.identity for item in held_out}
+    others = [item for item in rendered if item.clip.identity not in judged]
+    rendered = others if len(others) >= METER_CLIPS else rendered
     meter = None
     if rendered and all(item.truth is not None for item in held_out):
         key = f"{root.resolve()} {[(item.clip.clip_id, len(item.frames)) for item in rendered]} {data.mouth_box}"

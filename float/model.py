@@ -256,15 +256,16 @@ class FlowMatchingTransformer(nn.Module):
         prev_wa_BPa: Tensor,
         *,
         passes: Sequence[Pass],
+        window_only: bool = False,
     ) -> Tensor:
-        """The window's velocity under several choices of conditions at once, (passes, B, L, d), for guidance.
+        """Velocity under several choices of conditions at once: (passes, B, N, d), (passes, B, L, d) with window_only.
 
-        passes: (with sound, with reference, with emotion); what is left out is zero, in the window's frames. The same
-        as forward with window_only for each, but what passes have in common is computed once: the embedded motion, the
+        For guidance. passes: (with sound, with reference, with emotion); what is left out is zero, in the window's
+        frames. The same as forward for each, but what passes have in common is computed once: the embedded motion, the
         parts of the condition, and the modulation of all frames that have one condition, such as a whole window
         without sound.
         """
-        first = self._first_frames(window_only=True)
+        first = self._first_frames(window_only)
         before, length = self.num_prev_frames - first[0], self.num_frames
         batch, count, tokens = len(x_BLd), len(passes), before + length
         wa = torch.cat([prev_wa_BPa[:, first[0] :], wa_BLa], 1)
@@ -400,7 +401,7 @@ class MotionGenerator(nn.Module):
         assert wr_Bd is not None and we_B1E is not None and prev_x_BPd is not None and prev_audio_BPF is not None
         if passes is not None:
             inputs = t_B, x_BLd, audio_BLF, wr_Bd, we_B1E, prev_x_BPd, prev_audio_BPF
-            return self.fmt.velocities(*inputs, passes=passes)
+            return self.fmt.velocities(*inputs, passes=passes, window_only=True)
 
         # the projection learns too, so it runs here and not in the cache
         wa, prev_wa = self.audio_encoder(audio_BLF), self.audio_encoder(prev_audio_BPF)

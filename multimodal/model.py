@@ -23,7 +23,6 @@ MAX_TEXT = 77
 MEL_BANDS, AUDIO_PATCH = 80, 16
 AUDIO_BANDS = MEL_BANDS // AUDIO_PATCH
 POSITIVE_RATE = 0.036  # about 2.9 of 80 classes per COCO picture: the classifier starts at this probability
-MAX_LOG_SCALE = math.log(100)
 
 
 @dataclass(frozen=True)
@@ -199,11 +198,11 @@ class MultimodalModel(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     @torch.no_grad()
-    def clamp_scales(self) -> None:
-        """Keep both temperatures in [1, 100]; called after an optimizer step."""
+    def clamp_scales(self, largest: float = 100.0) -> None:
+        """Keep both temperatures in [1, largest]; called after an optimizer step."""
         for scale in (self.log_scale, self.audio_log_scale):
             local = scale.to_local() if isinstance(scale, DTensor) else scale.data  # FSDP: this rank's part
-            local.clamp_(0, MAX_LOG_SCALE)
+            local.clamp_(0, math.log(largest))
 
     # --- towers -------------------------------------------------------------------------------------------------------
 

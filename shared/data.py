@@ -263,7 +263,8 @@ class MapStream:
         self.dataset, self.plan, self.info = dataset, plan, info
         self.collate, self.num_workers, self.prefetch_factor = _Collate(collate), num_workers, prefetch_factor
         self.bad = BadSamples(bad_samples, len(dataset))
-        self.steps_per_epoch, self.samples_per_step = plan.steps_per_epoch, plan.global_batch
+        self.steps_per_epoch: int | None = plan.steps_per_epoch
+        self.samples_per_step = plan.global_batch
         self.fingerprint = dataset.fingerprint if isinstance(dataset, Listed) else None
         self._batches: Iterator | None = None
 

@@ -62,6 +62,7 @@ class TrainedModel:
 
     def __init__(self, strategy: Strategy):
         self.strategy = strategy
+        self.last_step: StepInfo | None = None  # what the last optimizer step did, for after_step
 
     @property
     def module(self) -> nn.Module:
@@ -255,7 +256,7 @@ def fit(
             # Whether the gradient was finite is a number on the device, and reading it would stop the queue. So the
             # last step's outcome (average, log, skipped steps) is taken in here, when the device has long done it.
             outcome.take_in()
-            outcome.done = strategy.optimizer_step()
+            outcome.done = trained.last_step = strategy.optimizer_step()
             if after_step is not None:
                 after_step(strategy.module, state.step)
             state.step, state.data_step, state.stream = state.step + 1, state.data_step + 1, reader.state()

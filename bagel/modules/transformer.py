@@ -379,24 +379,24 @@ def _ordered(found: Tensor) -> Pair:
     return found.sum(1, dtype=torch.int32)[None, None], order[None, None].contiguous()
 
 
-@lru_cache(maxsize=1)
-def _compiled_flex():
+@lru_cache(maxsize=2)
+def flex_kernel(is_compiled: bool) -> Callable[..., Tensor]:
+    """Flex attention; compiled for static shapes, so that every pack should have the same padded length."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention, dynamic=False) if is_compiled else flex_attention
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout) -> Tensor:
     """Flex attention with a block mask of 128, compiled on CUDA; the pack is padded inside this call only."""
-    from torch.nn.attention.flex_attention import flex_attention
-
     padded = layout.padded_length
     if layout.block_mask is None:
         layout.block_mask = flex_block_mask(layout, query.device)
     grow = (0, 0, 0, 0, 0, padded - layout.length)
     query, key, value = (F.pad(x, grow).transpose(0, 1)[None] for x in (query, key, value))
-    kernel = _compiled_flex() if query.is_cuda else flex_attention
-    return kernel(query, key, value, block_mask=layout.block_mask, enable_gqa=True)[0].transpose(0, 1)[: layout.length]
+    return flex_kernel(query.is_cuda)(query, key, value, block_mask=layout.block_mask, enable_gqa=True)[0].transpose(
+        0, 1
+    )[: layout.length]
 
 
 # --- from experts to the pack and back --------------------------------------------------------------------------------

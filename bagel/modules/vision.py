@@ -334,12 +334,63 @@ class PixelAutoencoder(nn.Module):
         return rearrange(latent / self.scale + self.shift, "b (c p q) h w -> b c (h p) (w q)", p=self.side, q=self.side)
 
 
-Autoencoder = FluxAutoencoder | PixelAutoencoder
+class ConvAutoencoder(nn.Module):
+    """A small one with overlapping fields, trained first in the run that uses it, then frozen: what it decodes has no
+    seams, as patches of pixels have. Latents have mean 0 and variance 1 in every channel once `settle` was called.
+    """
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        width, halvings = config.ch, config.downsample.bit_length() - 2  # after the first, which only moves pixels
+        down: list[nn.Module] = [nn.PixelUnshuffle(2), _conv(12, width), nn.SiLU(), _conv(width, width), nn.SiLU()]
+        up: list[nn.Module] = []
+        for _ in range(halvings):
+            down += [nn.Conv2d(width, 2 * width, 4, stride=2, padding=1), nn.SiLU()]
+            down += [_conv(2 * width, 2 * width), nn.SiLU()]
+            up = [_conv(2 * width, 4 * width), nn.PixelShuffle(2), nn.SiLU(), _conv(width, width), nn.SiLU(), *up]
+            width *= 2
+        self.encoder = nn.Sequential(*down, nn.Conv2d(width, config.z_channels, 1))
+        first = [_conv(config.z_channels, width), nn.SiLU(), _conv(width, width), nn.SiLU()]
+        self.decoder = nn.Sequential(*first, *up, _conv(config.ch, 12), nn.PixelShuffle(2))
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.zeros(1, config.z_channels, 1, 1))
+        self.register_buffer("std", torch.ones(1, config.z_channels, 1, 1))
+
+    def forward(self, image: Tensor, noise: Tensor, spread_B: Tensor) -> tuple[Tensor, Tensor]:
+        """(decoded, latents) of a training step. On the way to the decoder noise is added, `spread_B` (B,) times as
+        large as the sample's own latents vary: drawn latents are off by that much, and the decoder must not care.
+        """
+        latent = self.encoder(image)
+        size = latent.detach().flatten(1).std(1) * spread_B
+        return self.decoder(latent + size[:, None, None, None] * noise), latent
+
+    @torch.no_grad()
+    def settle(self, images: Tensor) -> None:
+        """Measure the channels on pictures (B, 3, H, W)."""
+        latent = self.encoder(images)
+        self.mean.copy_(latent.mean((0, 2, 3), keepdim=True))
+        self.std.copy_(latent.std((0, 2, 3), keepdim=True).clamp_min(1e-6))
+
+    def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The code of a picture has no width, so `noise` changes nothing."""
+        return (self.encoder(image) - self.mean) / self.std
+
+    def decode(self, latent: Tensor) -> Tensor:
+        return self.decoder(latent * self.std + self.mean)
+
+
+def _conv(inside: int, outside: int) -> nn.Conv2d:
+    return nn.Conv2d(inside, outside, 3, padding=1)
+
+
+Autoencoder = FluxAutoencoder | ConvAutoencoder | PixelAutoencoder
 
 
 def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
     """The configured autoencoder, frozen and in evaluation mode."""
-    autoencoder = FluxAutoencoder(config) if config.kind == "flux" else PixelAutoencoder(config)
+    kinds: dict[str, type[Autoencoder]] = {"flux": FluxAutoencoder, "conv": ConvAutoencoder, "pixel": PixelAutoencoder}
+    autoencoder = kinds[config.kind](config)
     return autoencoder.requires_grad_(False).eval()
 
 

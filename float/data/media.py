@@ -69,7 +69,7 @@ def _video_stream(container: av.container.InputContainer, path: Path | str) -> a
 
 def _zero(container: av.container.InputContainer) -> float:
     """Time 0 of the file on its own timestamps, seconds."""
-    tracks = (*container.streams.video, *container.streams.audio)
+    tracks: list[av.VideoStream | av.AudioStream] = [*container.streams.video, *container.streams.audio]
     return min((_start(stream) for stream in tracks if stream.start_time is not None), default=0.0)
 
 
@@ -79,23 +79,35 @@ def _start(stream: av.VideoStream | av.AudioStream) -> float:
 
 
 def _decoded(
-    container: av.container.InputContainer, stream: av.VideoStream | av.AudioStream, path: Path | str, kind: str
+    container: av.container.InputContainer,
+    stream: av.VideoStream | av.AudioStream,
+    path: Path | str,
+    kind: str,
+    lost: list[float] | None = None,
 ) -> Iterator[av.VideoFrame | av.AudioFrame]:
-    """Frames in the order of presentation. Damaged packets are passed over; BadSample where they are too many."""
-    whole, broken, reason = 0, 0, ""
+    """Frames in the order of presentation. Damaged packets are passed over; BadSample where they are too many.
+
+    lost: receives the seconds that timestamps do not know of. MP3 has none of its own: they are counted in packets, and
+    a damaged stretch of any length counts as one, so its bytes tell how long it is.
+    """
+    whole, broken, reason, size, counts = 0, 0, "", 0, "mp3" in container.format.name
     packets = container.demux(stream)
+    packet: av.Packet | None = None
     while True:
         try:
             packet = next(packets, None)
             frames = packet.decode() if packet is not None else None
         except av.FFmpegError as error:
             broken, reason = broken + 1, str(error.strerror)
+            if lost is not None and counts and packet is not None and whole and packet.duration:
+                seconds = float(packet.duration * (packet.time_base or 0))
+                lost.append(max(0.0, (packet.size * whole / size - 1) * seconds))
             if broken > whole + 10:  # nothing but damage: not worth going on
                 break
             continue
         if frames is None:
             break
-        whole += 1
+        whole, size = whole + 1, size + (packet.size if packet is not None else 0)
         yield from (frame for frame in frames if isinstance(frame, av.VideoFrame | av.AudioFrame))
     if broken > MAX_BROKEN * (whole + broken):
         raise BadSample(
@@ -282,10 +294,11 @@ def _sound_pieces(path: Path | str, rate: int, layout: str) -> Iterator[np.ndarr
     with _opened(path, "sound") as container:
         stream, zero = _audio_stream(container, path), _zero(container)
         resampler, written, heard, begun = av.AudioResampler("fltp", layout, rate), 0, 0.0, False
-        channels = 1 if layout == "mono" else 2
-        for frame in _decoded(container, stream, path, "sound"):
+        channels, lost = 1 if layout == "mono" else 2, [0.0]
+        for frame in _decoded(container, stream, path, "sound", lost):
             assert isinstance(frame, av.AudioFrame)
-            gap = 0.0 if frame.time is None else frame.time - zero - heard  # heard: where the next sample should lie
+            # heard: where the next sample should lie
+            gap = 0.0 if frame.time is None else frame.time - zero + sum(lost) - heard
             samples = frame.samples / frame.sample_rate
             if gap > (GAP if begun else 1e-4):  # silence where nothing was recorded
                 rest = _planes(resampler.resample(None))

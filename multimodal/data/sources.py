@@ -271,7 +271,8 @@ class PairedStream:
                 bad_samples=bad_samples,
             )
         first = next(iter(self.streams.values()))
-        self.steps_per_epoch: int | None = first.steps_per_epoch
+        self.epoch_steps = first.plan.steps_per_epoch
+        self.steps_per_epoch: int | None = self.epoch_steps
         self.samples_per_step = first.samples_per_step
         self.fingerprint: str | None = "+".join(f"{kind}:{stream.fingerprint}" for kind, stream in self.streams.items())
 
