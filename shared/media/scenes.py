@@ -10,7 +10,7 @@ Shapes: H W of a picture, T frames, S side of a drawing.
 import hashlib
 import itertools
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -65,6 +65,11 @@ class Scene(NamedTuple):
     motion: str = ""  # of a single object that moves
     shifts: tuple[tuple[float, float], ...] = ((0.0, 0.0), (0.0, 0.0))  # (right, down) of each object, from -1 to 1
     channels: tuple[int, int, int] = (0, 1, 2)  # order of the drawings' colour channels; others recolour them
+
+
+def _with(scene: Scene, what: str, value: Any) -> Scene:
+    changes: dict[str, Any] = {what: value}
+    return scene._replace(**changes)
 
 
 def cut_out(image: Image.Image) -> np.ndarray:
@@ -147,7 +152,7 @@ class Scenes:
                 "use more drawings or another share"
             )
         if not unseen and draw.random() < self.recoloured:
-            scene = scene._replace(channels=_ORDERS[draw.integers(1, len(_ORDERS))])
+            scene = _with(scene, "channels", _ORDERS[draw.integers(1, len(_ORDERS))])
         return scene
 
     def is_unseen(self, scene: Scene) -> bool:
@@ -249,7 +254,7 @@ class Scenes:
             "relation": f"put the {noun} {value} the {self.name(scene, 1).lower() if scene.relation else ''}",
             "motion": f"let the {noun} move {value}",
         }
-        return told[what], scene._replace(**{what: value})
+        return told[what], _with(scene, what, value)
 
     def alternatives(self, scene: Scene, what: str, *, among: int | None = None) -> list[Scene]:
         """The scene itself, then those that differ from it in `what` alone: object, second, ground, place, size,
@@ -264,7 +269,7 @@ class Scenes:
             swapped = [tuple(other if k == which else n for k, n in enumerate(scene.objects)) for other in numbers]
             return [scene, *(scene._replace(objects=objects) for objects in swapped)]
         others = [value for value in _VALUES[what] if value != getattr(scene, what)]
-        return [scene, *(scene._replace(**{what: value}) for value in others)]
+        return [scene, *(_with(scene, what, value) for value in others)]
 
     # --- how it is done -----------------------------------------------------------------------------------------------
 
