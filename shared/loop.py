@@ -204,6 +204,9 @@ def fit(
         outcome.take_in()
         if not training.save:
             return None
+        if info.is_main and not (output_dir / "config.yaml").exists():  # the folder was removed under the run
+            save_config(config, output_dir / "config.yaml")
+            log.reopen()
         keep = _epoch_due(state, stream, training.save_every_n_epochs)
         return save_run(name_now(), config, state, strategy, ema, store, frozen, export, keep=keep)
 
@@ -402,6 +405,8 @@ def _validate(
     if training.best_metric not in found and (training.best_metric != default or training.early_stopping_patience):
         raise UserError(f"--best-metric {training.best_metric}: the validation gives {', '.join(sorted(found))}")
     log.write(state.step, found)
+    if not math.isfinite(found.get(training.best_metric, 0.0)):
+        log.say(f"warning: {training.best_metric} is not finite; lower --learning-rate and go back to a checkpoint")
     log.say(f"Step {state.step}, " + ", ".join(f"{key}: {value:.4f}" for key, value in found.items()))
     score, sign = found.get(training.best_metric), 1 if training.best_mode == "min" else -1
     if score is None or not math.isfinite(score):

@@ -491,3 +491,29 @@ def test_going_back_on_two_ranks(tmp_path):
     path = write(tmp_path, **case(tmp_path / "branch", run=other, training={"save_steps": 4, **BRANCH}))
     run(2, Path(toy.__file__), path)
     assert same_bits(final_tensors(tmp_path / "run"), final_tensors(tmp_path / "branch"))
+
+
+def test_a_folder_that_is_removed_under_the_run_is_made_again(tmp_path, monkeypatch):
+    original = toy.losses
+
+    def removing(described):
+        hook = original(described)
+
+        def losses(model, batches, step):
+            if step == 4:
+                shutil.rmtree(tmp_path / "run")
+            yield from hook(model, batches, step)
+
+        return losses
+
+    monkeypatch.setattr(toy, "losses", removing)
+    assert run_here(case(tmp_path / "run", training={"total_steps": 9, "save_in_background": False})).finished
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"config.yaml", "train.log", "metrics.jsonl", "DONE"} <= names
+    assert "was removed while" in (tmp_path / "run" / "train.log").read_text() and verify(at(tmp_path / "run", 9))
+
+
+def test_a_validation_that_is_not_finite_is_said(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(toy, "validate", lambda model, step: {"loss": float("inf")})
+    assert run_here(case(tmp_path / "run", training={"total_steps": 3})).finished
+    assert "warning: val/loss is not finite" in capfd.readouterr().out
