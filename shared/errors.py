@@ -26,7 +26,7 @@ class CheckpointError(UserError):
 
 
 def command(main: Callable) -> Callable:
-    """Decorate a ``main(argv)`` so that what the user can mend ends with exit code 2 and one sentence on stderr."""
+    """Decorate a ``main(argv)`` so that what the user can fix ends with exit code 2 and one sentence on stderr."""
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None):

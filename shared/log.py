@@ -198,9 +198,7 @@ def _wandb(output_dir: Path, run: RunSection, settings: dict):
 
 
 class Board:
-    """Copies the new lines of a metrics file into event files. Off: does nothing, and tensorboard need not be
-    installed.
-    """
+    """Copies the new lines of a metrics file into event files. Off: does nothing, and needs no tensorboard."""
 
     def __init__(self, folder: Path, metrics: Path, enabled: bool):
         self.metrics, self.position, self.writer = metrics, 0, None

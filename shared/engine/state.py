@@ -411,9 +411,7 @@ def _trainer(config: Any, state: RunState, strategy: Strategy, ema: EMA | None) 
 
 
 def _exporter(config: Any, strategy: Strategy, ema: EMA | None, export: Callable | None) -> Callable[[Path], None]:
-    """What rank 0 writes besides the tensors. A guide's own files want all weights at once: gathered here, on all
-    ranks.
-    """
+    """What rank 0 writes besides the tensors. A guide's own files want all weights at once: all ranks gather them."""
     weights = averaged = None
     if export is not None:
         weights = {key: strategy.full("weight", key).clone() for key in strategy.parameters}

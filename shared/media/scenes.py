@@ -200,7 +200,7 @@ class Scenes:
     # --- words: all choices are keyed by (seed, index) as well ----------------------------------------------------
 
     def sentence(self, scene: Scene, index: int, *, nouns: Sequence[str] | None = None) -> str:
-        """A sentence that tells all of the ground truth, in words chosen by `index`. nouns: in place of the names."""
+        """A sentence that tells all of the ground truth, in words chosen by `index`. nouns: instead of the names."""
         draw = _generator(self.seed, _WORDS, index)
         nouns = [noun.lower() for noun in nouns or [self.drawings[n].name for n in scene.objects]]
 

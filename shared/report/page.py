@@ -30,7 +30,7 @@ PICTURES, MOVING = (".png", ".jpg", ".jpeg", ".gif", ".webp"), (".mp4", ".webm")
 
 @dataclass(frozen=True)
 class Bar:
-    """One measured figure beside its trivial baseline and the target that the preset is meant to reach."""
+    """One measured figure next to its trivial baseline and the target that the preset is meant to reach."""
 
     name: str
     value: float | None
