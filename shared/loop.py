@@ -81,10 +81,10 @@ class FitResult:
     step: int
     finished: bool
     stopped_by: str | None = None
-    interrupted: str | None = None  # a signal or the time limit, even if it came when the last step was done
     metrics: dict[str, float] = field(default_factory=dict)
     best: float | None = None
     checkpoint: Path | None = None  # the one that it ended at, resumed from or written; None only without saving
+    interrupted: str | None = None  # a signal or the time limit, even if it came when the last step was done
 
 
 def steps_done(output_dir: Path | str) -> int:
@@ -332,7 +332,7 @@ def fit(
         write_text(output_dir / "DONE", f"{state.step}\n")
     log.close()
     barrier()
-    return FitResult(state.step, finished, reason, interrupted, metrics, state.best, checkpoint)
+    return FitResult(state.step, finished, reason, metrics, state.best, checkpoint, interrupted)
 
 
 def plan_steps(training: Any, stream: Stream) -> int:
