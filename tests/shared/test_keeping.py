@@ -519,3 +519,12 @@ def test_a_validation_that_is_not_finite_is_said(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(toy, "validate", lambda model, step: {"loss": float("inf")})
     assert run_here(case(tmp_path / "run", training={"total_steps": 3})).finished
     assert "warning: val/loss is not finite" in capfd.readouterr().out
+
+
+def test_weights_of_the_same_folder_are_read_before_the_run_is_set_aside(tmp_path, capfd):
+    run_here(case(tmp_path / "run", training={"total_steps": 6}))
+    file = at(tmp_path / "run", 6) / "model.safetensors"
+    run_here(case(tmp_path / "run", run={"resume": str(file)}, training={"total_steps": 2}))
+    assert "weights taken from" in capfd.readouterr().out and checkpoints(tmp_path / "run") == ["step_00000002"]
+    (aside,) = tmp_path.glob("run/checkpoints.before-*")
+    assert (aside / "step_00000006").is_dir()
