@@ -10,7 +10,7 @@ Shapes: H W of a picture, T frames, S side of a drawing.
 import hashlib
 import itertools
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -263,8 +263,8 @@ class Scenes:
                 numbers = draw.choice(numbers, among - 1, replace=False).tolist()
             swapped = [tuple(other if k == which else n for k, n in enumerate(scene.objects)) for other in numbers]
             return [scene, *(scene._replace(objects=objects) for objects in swapped)]
-        others = [value for value in _VALUES[what] if value != getattr(scene, what)]
-        return [scene, *(scene._replace(**{what: value}) for value in others)]
+        changes: list[dict[str, Any]] = [{what: value} for value in _VALUES[what] if value != getattr(scene, what)]
+        return [scene, *(scene._replace(**change) for change in changes)]
 
     # --- how it is done -----------------------------------------------------------------------------------------------
 
