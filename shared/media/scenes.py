@@ -249,7 +249,8 @@ class Scenes:
             "relation": f"put the {noun} {value} the {self.name(scene, 1).lower() if scene.relation else ''}",
             "motion": f"let the {noun} move {value}",
         }
-        return told[what], scene._replace(**{what: value})
+        change: dict[str, Any] = {what: value}
+        return told[what], scene._replace(**change)
 
     def alternatives(self, scene: Scene, what: str, *, among: int | None = None) -> list[Scene]:
         """The scene itself, then those that differ from it in `what` alone: object, second, ground, place, size,
