@@ -19,9 +19,18 @@ from shared.config import Section, load_config, setting
 from shared.errors import UserError, command
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy as np
     import torch
 
+    from float.data.clips import Clip
     from float.sampling.animate import Animator
+    from float.sampling.motion import SamplingOptions
+
+
+# options of the same name in sampling.motion.SamplingOptions
+SAMPLING = ("nfe", "steps", "a_cfg_scale", "r_cfg_scale", "e_cfg_scale", "reference_guidance", "fix_noise_seed", "seed")
 
 
 class GenerateOptions(Section):
@@ -35,7 +44,7 @@ class GenerateOptions(Section):
     output: str | None = setting(None, "mp4 to write; null: a name made of the inputs, in res_dir", "res_video_path")
     res_dir: str = setting("./results", "folder for generated names")
     emo: str = setting("S2E", "angry, disgust, fear, happy, neutral, sad, surprise; S2E: from the voice")
-    no_crop: bool = setting(False, "take the whole picture, squeezed to a square")
+    no_crop: bool = setting(False, "take the whole picture, squeezed to a square; else it is cropped to the face")
     face_box: list[float] | None = setting(None, "face in the picture: left, top, right, bottom, pixels")
     seed: int = setting(15, "seed of the noise", ge=0, le=2**63 - 1)
     fix_noise_seed: bool = setting(False, "the same noise in every window, as the released tool")
@@ -55,62 +64,72 @@ class GenerateOptions(Section):
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
 
 
-def generate(options: GenerateOptions, animator: "Animator") -> tuple[Path, int]:
+def generate(options: GenerateOptions, animator: "Animator", portrait_path: str, sound_path: str) -> tuple[Path, int]:
     """Write the video; returns its path and its number of frames."""
     import torch
 
-    from float.data.face import prepare_picture
-    from float.data.media import VideoWriter, is_silent, read_audio, read_image
+    from float.data.media import VideoWriter, is_silent, read_audio, sound_of_file
     from float.modules.audio import frames_of, make_audio_encoder
     from float.sampling.animate import audio_windows, sampling_options
 
-    model, data, device = animator.config.model, animator.config.data, animator.device
-    model.wav2vec_model_path = options.wav2vec_model_path or model.wav2vec_model_path
-    model.audio2emotion_path = options.audio2emotion_path or model.audio2emotion_path
-    wave = read_audio(options.aud_path)
+    config, data, device = animator.config, animator.config.data, animator.device
+    picture = _picture(options, animator, portrait_path)
+    wave = read_audio(sound_path)
     if is_silent(wave):
-        print(f"note: {options.aud_path} is silent; the mouth follows no speech", file=sys.stderr)
-    crop = not options.no_crop and (
-        options.face_box is not None or data.face_crop or model.audio_features == "wav2vec2"
-    )
-    picture = prepare_picture(
-        read_image(options.ref_path),
-        model.input_size,
-        crop=crop,
-        box=_box(options.face_box),
-        name=str(options.ref_path),
-    )
-    encoder = make_audio_encoder(
-        model.audio_features, model.wav2vec_model_path, only_last_features=model.only_last_features
-    )
-    sound = torch.from_numpy(wave).to(device)
-    portrait = animator.portrait(picture)
+        print(f"note: {sound_path} is silent; the mouth follows no speech", file=sys.stderr)
+    sound, portrait = torch.from_numpy(wave).to(device), animator.portrait(picture)
+    emotion = emotion_of(options, animator, sound)
     edit = animator.editor(_directions(options.set_direction), _directions(options.shift_direction))
-    sampling = sampling_options(
-        model,
-        nfe=options.nfe,
-        steps=options.steps,
-        method=options.torchdiffeq_ode_method,
-        a_cfg_scale=options.a_cfg_scale,
-        r_cfg_scale=options.r_cfg_scale,
-        e_cfg_scale=options.e_cfg_scale,
-        reference_guidance=options.reference_guidance,
-        fix_noise_seed=options.fix_noise_seed,
-        seed=options.seed,
+    chosen = {name: options[name] for name in SAMPLING}
+    sampling = sampling_options(config, method=options.torchdiffeq_ode_method, **chosen)
+    encoder = make_audio_encoder(
+        config.model.audio_features,
+        config.model.wav2vec_model_path,
+        only_last_features=config.model.only_last_features,
     )
     windows = audio_windows(
         encoder.to(device), sound, fps=data.video_fps, length=data.sequence_length, stream=options.stream
     )
-    motions = animator.motion_windows(windows, portrait.motion, emotion_of(options, animator, sound), sampling)
+    motions = animator.motion_windows(windows, portrait.motion, emotion, sampling)
     total = frames_of(len(wave), data.video_fps)
-    path = Path(options.output) if options.output else Path(options.res_dir) / _name(options, sampling)
-    with VideoWriter(path, fps=data.video_fps, wave=wave) as video:
+    name = options.output or Path(options.res_dir) / _name(options, sampling, portrait_path, sound_path)
+    with VideoWriter(name, fps=data.video_fps, sound=sound_of_file(sound_path)) as video:
         for frame in animator.frames(portrait, motions, total=total, edit=edit):
             video.add(frame)
-    return path, video.frames
+    return Path(name), video.frames
 
 
-def emotion_of(options: GenerateOptions, animator: "Animator", sound: "torch.Tensor"):
+def _picture(options: GenerateOptions, animator: "Animator", path: str) -> "np.ndarray":
+    """The portrait, cropped as the model's training clips are, uint8 (S, S, 3)."""
+    from float.data.face import RELEASED, crop_centre, prepare_portrait
+    from float.data.media import read_image, resize
+
+    size = animator.config.model.input_size
+    if options.ref_path is None:  # a clip of the run's own
+        return animator.first_frame(held_out_clip(animator))
+    picture = read_image(path)
+    height, width = picture.shape[:2]
+    box, note = _box(options.face_box), None
+    if box is not None:
+        return (animator.framing or RELEASED).crop(picture, box, size)
+    if options.no_crop:
+        if height != width:
+            note = f"{path}: {width} x {height} pixels are squeezed to a square, as --no-crop asks"
+        prepared = resize(picture, size)
+    elif animator.framing is None:  # the training clips show no faces that can be found
+        if height != width:
+            note = f"{path}: {width} x {height} pixels, the centre square is taken; give --face-box"
+        prepared = crop_centre(picture, size)
+    else:
+        prepared, note = prepare_portrait(picture, size, name=path, framing=animator.framing)
+    if note is not None:
+        print(f"note: {note}", file=sys.stderr)
+    return prepared
+
+
+def emotion_of(
+    options: GenerateOptions, animator: "Animator", sound: "torch.Tensor"
+) -> "torch.Tensor | Iterator[torch.Tensor]":
     """(7,) for the whole clip, or an iterator of one (7,) per window. Without a recogniser S2E means no emotion, and
     says so.
     """
@@ -121,8 +140,6 @@ def emotion_of(options: GenerateOptions, animator: "Animator", sound: "torch.Ten
 
     model, data = animator.config.model, animator.config.data
     if options.emo != FROM_SPEECH:
-        if options.dynamic_emotion:
-            raise UserError(f"--dynamic-emotion hears the emotion, --emo {options.emo} fixes it; give one of them")
         return one_hot(emotion_index(options.emo))
     if not Path(model.audio2emotion_path).is_dir():
         if model.audio_features == "wav2vec2" or options.dynamic_emotion:
@@ -139,8 +156,10 @@ def emotion_of(options: GenerateOptions, animator: "Animator", sound: "torch.Ten
     wave = normalise_waveform(sound)
     if not options.dynamic_emotion:
         return recogniser(wave[None])[0]
+    # a window at the clip's end hears as much sound as the others, for a few samples have no emotion
     length = int(data.sequence_length * SAMPLE_RATE / data.video_fps)
-    return (recogniser(piece[None])[0] for piece in wave.split(length))
+    ends = range(length, len(wave) + length, length)
+    return (recogniser(wave[None, max(0, min(end, len(wave)) - length) : end])[0] for end in ends)
 
 
 def _box(values: list[float] | None) -> tuple[float, float, float, float] | None:
@@ -148,7 +167,8 @@ def _box(values: list[float] | None) -> tuple[float, float, float, float] | None
         return None
     if len(values) != 4:
         raise UserError(f"--face-box {values}: four numbers expected: left,top,right,bottom in pixels")
-    return tuple(values)
+    left, top, right, bottom = values
+    return left, top, right, bottom
 
 
 def _directions(assignments: list[str]) -> dict[int, float]:
@@ -162,11 +182,11 @@ def _directions(assignments: list[str]) -> dict[int, float]:
     return found
 
 
-def _name(options: GenerateOptions, sampling) -> str:
+def _name(options: GenerateOptions, sampling: "SamplingOptions", portrait_path: str, sound_path: str) -> str:
     parts = [
         time.strftime("%Y%m%d-%H%M%S"),
-        Path(options.ref_path).stem,
-        Path(options.aud_path).stem,
+        Path(portrait_path).stem,
+        Path(sound_path).stem,
         f"nfe{sampling.nfe}",
         f"seed{options.seed}",
         f"acfg{sampling.a_cfg_scale:g}",
@@ -180,38 +200,64 @@ def _name(options: GenerateOptions, sampling) -> str:
 def main(argv: list[str] | None = None) -> Path:
     """Read the flags, generate, print the path."""
     options = load_config(GenerateOptions, argv=argv, description=__doc__)
+    _check(options)
+    from float.sampling.animate import load_run
+    from shared.engine.dist import init_distributed
+
+    assert options.checkpoint is not None, "_check has seen to it"
+    started = time.perf_counter()
+    animator = load_run(options.checkpoint, init_distributed(options.device).device)
+    model = animator.config.model
+    model.wav2vec_model_path = options.wav2vec_model_path or model.wav2vec_model_path
+    model.audio2emotion_path = options.audio2emotion_path or model.audio2emotion_path
+    path, frames = generate(options, animator, *_portrait_and_sound(options, animator))
+    print(f"{path}: {frames} frames in {time.perf_counter() - started:.1f} s")
+    return path
+
+
+def _check(options: GenerateOptions) -> None:
+    """Everything that can be wrong with the flags alone, before anything is loaded."""
+    from float.modules.emotion import FROM_SPEECH, emotion_index
+
     if options.checkpoint is None:
         raise UserError("--checkpoint is missing: the output folder of float/train.py, or float.pth")
     for flag, value in (("--ref-path", options.ref_path), ("--aud-path", options.aud_path)):
         if value is not None and not Path(value).exists():
             raise UserError(f"{flag} {value}: no such file")
-    from float.sampling.animate import load_run
-    from shared.engine.dist import init_distributed
+        if value is not None and Path(value).is_dir():
+            raise UserError(f"{flag} {value}: a folder; give one file")
+    if options.output is not None and Path(options.output).is_dir():
+        raise UserError(f"--output {options.output}: a folder; give the name of an mp4, or --res-dir {options.output}")
+    if options.emo != FROM_SPEECH:
+        emotion_index(options.emo)
+        if options.dynamic_emotion:
+            raise UserError(f"--dynamic-emotion hears the emotion, --emo {options.emo} fixes it; give one of them")
+    _box(options.face_box)
+    _directions(options.set_direction)
+    _directions(options.shift_direction)
 
-    started = time.perf_counter()
-    animator = load_run(options.checkpoint, init_distributed(options.device).device)
-    _take_held_out_clip(options, animator)
-    path, frames = generate(options, animator)
-    print(f"{path}: {frames} frames in {time.perf_counter() - started:.1f} s")
-    return path
 
-
-def _take_held_out_clip(options: GenerateOptions, animator: "Animator") -> None:
-    """Fill in portrait, sound and emotion from the run's first held-out clip where they were not given."""
+def held_out_clip(animator: "Animator") -> "Clip":
+    """The first held-out clip of the run's data."""
     from float.config import data_root
     from float.data.clips import find_clips
+
+    data = animator.config.data
+    return find_clips(data_root(data), data.val_split)[0]
+
+
+def _portrait_and_sound(options: GenerateOptions, animator: "Animator") -> tuple[str, str]:
+    """The given files; the run's first held-out clip, with its emotion, stands in for what is not given."""
     from float.modules.emotion import EMOTIONS, FROM_SPEECH
 
     if options.ref_path is not None and options.aud_path is not None:
-        return
-    data = animator.config.data
-    clip = find_clips(data_root(data), data.val_split)[0]
-    if options.ref_path is None:
-        options.ref_path = str(clip.video)
-        if options.emo == FROM_SPEECH and clip.emotion is not None:
-            options.emo = EMOTIONS[clip.emotion]
-    options.aud_path = options.aud_path or str(clip.audio)
-    print(f"portrait {options.ref_path}, sound {options.aud_path}, emotion {options.emo}")
+        return options.ref_path, options.aud_path
+    clip = held_out_clip(animator)
+    if options.ref_path is None and options.emo == FROM_SPEECH and clip.emotion is not None:
+        options.emo = EMOTIONS[clip.emotion]
+    chosen = options.ref_path or str(clip.video), options.aud_path or str(clip.audio)
+    print(f"portrait {chosen[0]}, sound {chosen[1]}, emotion {options.emo}")
+    return chosen
 
 
 if __name__ == "__main__":

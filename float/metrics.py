@@ -13,6 +13,7 @@ videos beside the checkpoint.
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -20,6 +21,13 @@ if not __package__:
 from shared.config import Section, load_config, setting
 from shared.errors import UserError, command, write_text
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from float.evaluation.scoring import Material, Scorer
+    from shared.report.page import Sample
+
+METER_CLIPS = 4  # that suffice to train the mouth meter
 TARGET_GAIN, TARGET_RECONSTRUCTION, TARGET_MOUTH, TARGET_MARGIN = 3.0, 0.75, 0.65, 0.5
 
 
@@ -75,7 +83,7 @@ def _load_pair(options: MetricsOptions, first: str, second: str) -> list:
     return arrays
 
 
-def run_scores(options: MetricsOptions) -> dict:
+def run_scores(options: MetricsOptions, checkpoint: str) -> dict:
     """Everything that a trained run can be scored on, with report and videos in the run's folder."""
     from float.config import data_root
     from float.data.clips import find_clips
@@ -84,23 +92,22 @@ def run_scores(options: MetricsOptions) -> dict:
     from float.sampling.animate import load_run, run_folder
     from shared.engine.dist import init_distributed
 
-    animator = load_run(options.checkpoint, init_distributed(options.device).device)
-    folder, data = run_folder(Path(options.checkpoint)), animator.config.data
+    animator = load_run(checkpoint, init_distributed(options.device).device)
+    folder, data = run_folder(Path(checkpoint)), animator.config.data
     data.data_root = options.data_root or data.data_root
     root, split = data_root(data), options.split or data.val_split
     held_out = load_material(animator, find_clips(root, split), root)
-    train = load_material(animator, find_clips(root, data.train_split), root)
+    train = load_material(animator, find_clips(root, data.train_split, required=False), root)
     rendered = [item for item in train if item.truth is not None]
+    # the meter learns from other people than it judges, where there are enough of them
+    judged = {item.clip.identity for item in held_out}
+    others = [item for item in rendered if item.clip.identity not in judged]
+    rendered = others if len(others) >= METER_CLIPS else rendered
     meter = None
     if rendered and all(item.truth is not None for item in held_out):
         key = f"{root.resolve()} {[(item.clip.clip_id, len(item.frames)) for item in rendered]} {data.mouth_box}"
-        meter = meter_for(
-            [item.clip for item in rendered],
-            [item.frames for item in rendered],
-            data.mouth_box,
-            folder / "mouth_meter.safetensors",
-            key,
-        )
+        frames, truths = [item.frames for item in rendered], [item.truth for item in rendered if item.truth is not None]
+        meter = meter_for(frames, truths, data.mouth_box, folder / "mouth_meter.safetensors", key)
     scorer = Scorer(animator, meter)
     reconstruction, rebuilt = scorer.score_reconstruction(held_out)
     contrast = (held_out + train)[: options.max_sounds + 1]
@@ -111,54 +118,54 @@ def run_scores(options: MetricsOptions) -> dict:
         "held_out_clips": len(held_out),
         "uses_meter": meter is not None,
     }
-    _report(folder, options, values, held_out, rebuilt, made, data.video_fps)
+    known = {item.clip.identity for item in train}
+    made_by_clip = list(zip(held_out, rebuilt, made, strict=True))
+    samples = [
+        sample
+        for item, one, other in made_by_clip
+        for sample in _shown(folder, scorer, item, one, other, known=item.clip.identity in known)
+    ]
+    _report(folder, options, values, samples)
     return {**values, "clips": [{**a, **b} for a, b in zip(reconstruction.clips, generation.clips, strict=True)]}
 
 
-def _report(
-    folder: Path, options: MetricsOptions, values: dict, held_out: list, rebuilt: list, made: list, fps: float
-) -> None:
+def _shown(
+    folder: Path, scorer: "Scorer", item: "Material", rebuilt: "np.ndarray", made: "np.ndarray", *, known: bool
+) -> "list[Sample]":
+    """For the page: the talking face with its mouth's curve over the sound's, the video, and the three side by side."""
     from float.data.media import write_video
-    from float.evaluation.scoring import side_by_side
-    from shared.report.page import Bar, Sample, write_report
+    from float.evaluation.scoring import side_by_side, talking_sheet
+    from shared.report.page import Sample
 
-    samples = []
-    for item, reconstruction, generated in zip(held_out, rebuilt, made, strict=True):
-        path = folder / "samples" / f"compare_{item.clip.clip_id}.mp4"
-        enlarge = max(1, 192 // item.frames.shape[1])
-        write_video(
-            path, side_by_side(item.frames, reconstruction, generated, enlarge=enlarge), fps=fps, wave=item.wave
-        )
-        samples.append(
-            Sample(
-                path,
-                f"{item.clip.clip_id}: true, rebuilt from its true motion, generated from the sound",
-                "held-out clips",
-            )
-        )
+    fps, clip = scorer.config.data.video_fps, item.clip.clip_id
+    who = "a person of the training clips" if known else "a person that no training clip shows"
+    enlarge = max(1, 384 // made.shape[1])
+    sheet, alone, compared = (
+        folder / "samples" / name for name in (f"talking_{clip}.png", f"talking_{clip}.mp4", f"compare_{clip}.mp4")
+    )
+    talking_sheet(sheet, made, scorer.opening(made), scorer.reference(item), item.wave, fps=fps)
+    write_video(alone, side_by_side(made, enlarge=enlarge), fps=fps, wave=item.wave)
+    three = side_by_side(item.frames, rebuilt, made, enlarge=max(1, enlarge // 2))
+    write_video(compared, three, fps=fps, wave=item.wave)
+    return [
+        Sample(sheet, f"{clip}, {who}: one portrait and the sound; above frames, below the mouth", "talking"),
+        Sample(alone, f"{clip}, {who}: generated from the first frame and the sound", "talking"),
+        Sample(compared, f"{clip}: true, rebuilt from its true motion, generated from the sound", "side by side"),
+    ]
+
+
+def _report(folder: Path, options: MetricsOptions, values: dict, samples: "list[Sample]") -> None:
+    from shared.report.page import Bar, write_report
+
     rule = "trained meter on generated frames" if values["uses_meter"] else "mouth activity, no true opening at hand"
+    copy, copy_mouth, other = values["psnr_copy"], values["psnr_mouth_copy"], values["mouth_r_other_sound"]
+    by_copy, by_other = "baseline: copy of the first frame", "baseline: another clip's sound"
+    rebuilt_r, generated_r = values["mouth_r_reconstruction"], values["mouth_r_own_sound"]
     bars = [
-        Bar(
-            "PSNR of reconstruction, dB",
-            values["psnr"],
-            values["psnr_copy"] + TARGET_GAIN,
-            baseline=values["psnr_copy"],
-            note="baseline: copy of the first frame",
-        ),
-        Bar(
-            "PSNR of the mouth, dB",
-            values["psnr_mouth"],
-            values["psnr_mouth_copy"] + TARGET_GAIN,
-            baseline=values["psnr_mouth_copy"],
-        ),
-        Bar("mouth on reconstructions, r", values["mouth_r_reconstruction"], TARGET_RECONSTRUCTION, note=rule),
-        Bar(
-            "mouth on generated frames, r",
-            values["mouth_r_own_sound"],
-            TARGET_MOUTH,
-            baseline=values["mouth_r_other_sound"],
-            note="baseline: another clip's sound",
-        ),
+        Bar("PSNR of reconstruction, dB", values["psnr"], copy + TARGET_GAIN, baseline=copy, note=by_copy),
+        Bar("PSNR of the mouth, dB", values["psnr_mouth"], copy_mouth + TARGET_GAIN, baseline=copy_mouth),
+        Bar("mouth on reconstructions, r", rebuilt_r, TARGET_RECONSTRUCTION, note=rule),
+        Bar("mouth on generated frames, r", generated_r, TARGET_MOUTH, baseline=other, note=by_other),
         Bar("own sound minus other sounds, r", values["mouth_r_margin"], TARGET_MARGIN),
         Bar("largest lag, frames", values["worst_lag_frames"], 1.0, direction="at most"),
     ]
@@ -182,14 +189,16 @@ def main(argv: list[str] | None = None) -> dict:
     if options.checkpoint is not None:
         if not Path(options.checkpoint).exists():
             raise UserError(f"--checkpoint {options.checkpoint}: no such file or folder")
-        scores |= run_scores(options)
+        scores |= run_scores(options, options.checkpoint)
     if not scores:
         raise UserError("nothing to score: give --checkpoint, or feature files (see --help)")
-    if options.output or options.checkpoint:
+    output = Path(options.output) if options.output else None
+    if output is None and options.checkpoint is not None:
         from float.sampling.animate import run_folder
 
-        path = Path(options.output) if options.output else run_folder(Path(options.checkpoint)) / "metrics.json"
-        write_text(path, json.dumps(scores, indent=1))
+        output = run_folder(Path(options.checkpoint)) / "metrics.json"
+    if output is not None:
+        write_text(output, json.dumps(scores, indent=1))
     for name, value in scores.items():
         if isinstance(value, (int, float)):
             print(f"{name:28s} {value:.4f}")

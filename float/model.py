@@ -5,6 +5,7 @@ emotions, h hidden. Module and parameter names follow the released checkpoint.
 """
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 TIME_FREQUENCIES = 256
+Pass = tuple[bool, bool, bool]  # whether sound, reference motion and emotion are given
 NORM_EPSILON = 1e-6
 
 
@@ -51,7 +53,7 @@ class TimestepEmbedder(nn.Module):
         return torch.cat([angle.cos(), angle.sin()], -1)
 
     def forward(self, t_B: Tensor) -> Tensor:
-        return self.mlp(self.frequencies(t_B).to(self.mlp[0].weight.dtype))
+        return self.mlp(self.frequencies(t_B).to(next(self.parameters()).dtype))
 
 
 class SequenceEmbedder(nn.Module):
@@ -105,6 +107,15 @@ def _adaptive(width: int, parts: int) -> nn.Sequential:
     return nn.Sequential(nn.SiLU(), nn.Linear(width, parts * width))
 
 
+def _modulation(linear: nn.Module, activated: Tensor, rows: Tensor | None) -> Tensor:
+    """(B, N, parts h). Where several frames have one condition it is projected once: activated (B, R, h) holds the
+    different ones, rows (passes, N) says which is whose; then -> (B passes, N, parts h).
+    """
+    if rows is None:
+        return linear(activated)
+    return linear(activated)[:, rows].flatten(0, 1)
+
+
 class FMTBlock(nn.Module):
     """A transformer block with adaLN-Zero modulation per frame (Peebles and Xie 2023, applied frame by frame)."""
 
@@ -114,9 +125,10 @@ class FMTBlock(nn.Module):
         self.mlp = FeedForward(width, int(width * mlp_ratio))
         self.adaLN_modulation = _adaptive(width, 6)
 
-    def forward(self, x: Tensor, activated: Tensor, mask_NN: Tensor) -> Tensor:
-        """activated: the condition behind adaLN_modulation's SiLU, which all blocks share."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation[1](activated).chunk(6, -1)
+    def forward(self, x: Tensor, activated: Tensor, mask_NN: Tensor, rows: Tensor | None = None) -> Tensor:
+        """activated: the condition behind adaLN_modulation's SiLU, which all blocks share; rows: see _modulation."""
+        modulation = _modulation(self.adaLN_modulation[1], activated, rows)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, -1)
         x = x + gate_a * self.attn(modulated_norm(x, shift_a, scale_a), mask_NN)
         return x + gate_m * self.mlp(modulated_norm(x, shift_m, scale_m))
 
@@ -129,13 +141,15 @@ class Decoder(nn.Module):
         self.adaLN_modulation = _adaptive(width, 2)
         self.linear = nn.Linear(width, dim_w)
 
-    def forward(self, x: Tensor, activated: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation[1](activated).chunk(2, -1)
+    def forward(self, x: Tensor, activated: Tensor, rows: Tensor | None = None) -> Tensor:
+        shift, scale = _modulation(self.adaLN_modulation[1], activated, rows).chunk(2, -1)
         return self.linear(modulated_norm(x, shift, scale))
 
 
 class FlowMatchingTransformer(nn.Module):
     """Velocity of the motion in a window, given sound, reference motion, emotion and the frames before."""
+
+    alignment_mask: Tensor
 
     def __init__(
         self,
@@ -172,12 +186,13 @@ class FlowMatchingTransformer(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
         # zero gates: every block starts as the identity and the whole network as the constant 0
-        for module in [block.adaLN_modulation[1] for block in self.blocks] + [self.decoder.adaLN_modulation[1]]:
-            nn.init.zeros_(module.weight)
         nn.init.zeros_(self.decoder.linear.weight)
+        for name, parameter in self.named_parameters():
+            if name.startswith("t_embedder.mlp.") and name.endswith("weight"):
+                nn.init.normal_(parameter, std=0.02)
+            if name.endswith("adaLN_modulation.1.weight"):
+                nn.init.zeros_(parameter)
 
     def forward(
         self,
@@ -198,17 +213,16 @@ class FlowMatchingTransformer(nn.Module):
         hold all N frames already.
         """
         x, wa = self._with_previous(x_BLd, prev_x_BPd), self._with_previous(wa_BLa, prev_wa_BPa)
+        first = self._first_frames(window_only)
+        x, wa = x[:, first[0] :], wa[:, first[0] :]
+
+        # one condition a frame; every block and the decoder begin with the same SiLU of it, so it is taken once
         tokens = x.shape[1]
-        if tokens != self.pos_embed.shape[1] or wa.shape[1] != tokens:
-            raise ValueError(f"{tokens} motion and {wa.shape[1]} audio frames, {self.pos_embed.shape[1]} expected")
-        # the first frame that each block takes, and the decoder: further back no frame of the window sees through the
-        # blocks that follow
-        blocks_left, window = range(len(self.blocks), -1, -1), self.attention_window
-        first = [max(0, self.num_prev_frames - window * left) if window_only else 0 for left in blocks_left]
-        x, wa, tokens = x[:, first[0] :], wa[:, first[0] :], tokens - first[0]
         condition = torch.cat([wr_Bd[:, None].expand(-1, tokens, -1), wa, we_B1E.expand(-1, tokens, -1)], -1)
         activated = F.silu(self.c_embedder(condition) + self.t_embedder(t_B)[:, None])
         x = self.x_embedder(x) + self.pos_embed[:, first[0] :]
+
+        # added to the attention scores; as a bool mask it would be turned into this in every block
         mask_NN = x.new_zeros(tokens, tokens).masked_fill_(self.alignment_mask[first[0] :, first[0] :], float("-inf"))
         for block, (now, later) in zip(self.blocks, pairwise(first), strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -220,12 +234,87 @@ class FlowMatchingTransformer(nn.Module):
                 x, activated, mask_NN = x[:, dropped:], activated[:, dropped:], mask_NN[dropped:, dropped:].contiguous()
         return self.decoder(x, activated)
 
+    def _first_frames(self, window_only: bool) -> list[int]:
+        """The first frame that each block takes, and the decoder.
+
+        Only the window's velocity is wanted as a rule. A frame sees `attention_window` frames back in each block, so
+        with k blocks to go those further back than k times as many no longer reach it: they are left out on the way.
+        """
+        if not window_only:
+            return [0] * (len(self.blocks) + 1)
+        blocks_left = range(len(self.blocks), -1, -1)
+        return [max(0, self.num_prev_frames - self.attention_window * left) for left in blocks_left]
+
+    def velocities(
+        self,
+        t_B: Tensor,
+        x_BLd: Tensor,
+        wa_BLa: Tensor,
+        wr_Bd: Tensor,
+        we_B1E: Tensor,
+        prev_x_BPd: Tensor,
+        prev_wa_BPa: Tensor,
+        *,
+        passes: Sequence[Pass],
+        window_only: bool = False,
+    ) -> Tensor:
+        """Velocity under several choices of conditions at once: (passes, B, N, d), (passes, B, L, d) with window_only.
+
+        For guidance. passes: (with sound, with reference, with emotion); what is left out is zero, in the window's
+        frames. The same as forward for each, but what passes have in common is computed once: the embedded motion, the
+        parts of the condition, and the modulation of all frames that have one condition, such as a whole window
+        without sound.
+        """
+        first = self._first_frames(window_only)
+        before, length = self.num_prev_frames - first[0], self.num_frames
+        batch, count, tokens = len(x_BLd), len(passes), before + length
+        wa = torch.cat([prev_wa_BPa[:, first[0] :], wa_BLa], 1)
+
+        # the condition is a sum: of the reference, the sound and the emotion, each projected once
+        weight_r, weight_a, weight_e = self.c_embedder.weight.split([self.dim_w, self.dim_a, we_B1E.shape[-1]], 1)
+        reference, sound, emotion = wr_Bd[:, None] @ weight_r.T, wa @ weight_a.T, we_B1E @ weight_e.T
+        start = self.c_embedder.bias + self.t_embedder(t_B)[:, None]
+
+        # parts: the different conditions; rows: which of them each frame of each pass has
+        parts: list[Tensor] = []
+        places: dict[tuple[bool, ...], Tensor] = {}  # of frames that an earlier pass has under the same conditions
+        rows = []
+
+        def place(key: tuple[bool, ...], conditions: Tensor, frames: int) -> Tensor:
+            if key not in places:
+                offset = sum(part.shape[1] for part in parts)
+                parts.append(conditions)
+                places[key] = offset + torch.arange(conditions.shape[1], device=wa.device)
+            return places[key].expand(frames)
+
+        for with_sound, with_reference, with_emotion in passes:
+            common = start + reference * with_reference + emotion * with_emotion
+            previous = place((with_reference, with_emotion), common + sound[:, :before], before) if before else None
+            current = common + sound[:, before:] if with_sound else common
+            window = place((with_sound, with_reference, with_emotion), current, length)
+            rows.append(window if previous is None else torch.cat([previous, window]))
+        rows_N = torch.stack(rows)  # (passes, tokens)
+        activated = F.silu(torch.cat(parts, 1))
+
+        x = self.x_embedder(torch.cat([prev_x_BPd[:, first[0] :], x_BLd], 1)) + self.pos_embed[:, first[0] :]
+        x = x[:, None].expand(-1, count, -1, -1).reshape(batch * count, tokens, -1)
+        mask_NN = x.new_zeros(tokens, tokens).masked_fill_(self.alignment_mask[first[0] :, first[0] :], float("-inf"))
+        for block, (now, later) in zip(self.blocks, pairwise(first), strict=True):
+            x = block(x, activated, mask_NN, rows_N)
+            if later > now:
+                dropped = later - now
+                x, rows_N, mask_NN = x[:, dropped:], rows_N[:, dropped:], mask_NN[dropped:, dropped:].contiguous()
+        return rearrange(self.decoder(x, activated, rows_N), "(b passes) n d -> passes b n d", passes=count)
+
     def _with_previous(self, current: Tensor, previous: Tensor | None) -> Tensor:
         if previous is None:
             if current.shape[1] == self.num_frames + self.num_prev_frames:
                 return current
             previous = current.new_zeros(len(current), self.num_prev_frames, current.shape[-1])
-        return torch.cat([previous, current], 1)
+        frames = torch.cat([previous, current], 1)
+        if frames.shape[1] != self.num_frames + self.num_prev_frames:
+            raise ValueError(f"{frames.shape[1]} frames, {self.num_frames + self.num_prev_frames} expected")
+        return frames
 
 
 class AudioProjection(nn.Module):
@@ -244,26 +333,36 @@ class MotionGenerator(nn.Module):
 
     motion_width D: width of the auto-encoder's motion latents. As a rule the flow runs on them directly (D = d,
     whitening is the identity). With D > d it runs on d principal coordinates z = (r - mean) W, r = z W' + mean, set by
-    `set_motion_statistics`.
+    `set_motion_statistics`. relative: it runs on the motion minus the reference's own.
     """
 
-    def __init__(self, fmt: FlowMatchingTransformer, raw_audio_dim: int, motion_width: int | None = None):
+    motion_mean: Tensor
+    motion_whiten: Tensor
+    motion_unwhiten: Tensor
+
+    def __init__(
+        self,
+        fmt: FlowMatchingTransformer,
+        raw_audio_dim: int,
+        motion_width: int | None = None,
+        *,
+        relative: bool = False,
+    ):
         super().__init__()
         width = motion_width or fmt.dim_w
-        self.fmt = fmt
+        self.fmt, self.relative = fmt, relative
         self.audio_encoder = AudioProjection(raw_audio_dim, fmt.dim_a)
         self.register_buffer("motion_mean", torch.zeros(width))
         self.register_buffer("motion_whiten", torch.eye(width, fmt.dim_w))
         self.register_buffer("motion_unwhiten", torch.eye(fmt.dim_w, width))
 
-    def set_motion_statistics(self, motion_TD: Tensor, *, floor: float = 0.05) -> None:
-        """Whiten with the mean and the first d principal axes of many frames.
+    def set_motion_statistics(self, motion_TD: Tensor, *, spread_TD: Tensor | None = None, floor: float = 0.05) -> None:
+        """Whiten with the mean and the first d principal axes of many frames; spread: other frames for the axes.
 
         Axes whose deviation is below `floor` of the largest are not blown up to unit size: they are noise.
         """
-        motion = motion_TD.double()
-        mean = motion.mean(0)
-        variance, axes = torch.linalg.eigh(torch.cov((motion - mean).T))  # ascending
+        mean, spread = motion_TD.double().mean(0), (motion_TD if spread_TD is None else spread_TD).double()
+        variance, axes = torch.linalg.eigh(torch.cov((spread - spread.mean(0)).T))  # ascending
         axes = axes[:, -self.fmt.dim_w :]
         deviation = variance[-self.fmt.dim_w :].clamp(min=0).sqrt()
         deviation = deviation.clamp(min=max(floor * deviation.max().item(), 1e-8))
@@ -271,42 +370,58 @@ class MotionGenerator(nn.Module):
         self.motion_whiten.copy_(axes / deviation)
         self.motion_unwhiten.copy_((axes * deviation).T)
 
-    def whiten(self, motion: Tensor) -> Tensor:
-        """Motion latents (..., d) -> the space of the flow."""
+    def whiten(self, motion: Tensor, reference_Bd: Tensor | None = None) -> Tensor:
+        """Motion latents (..., d) -> the space of the flow. Where it is relative, (B, T, d) less the reference (B, d)."""
+        if self.relative and reference_Bd is not None:
+            return (motion - reference_Bd[:, None]) @ self.motion_whiten
         return (motion - self.motion_mean) @ self.motion_whiten
 
-    def unwhiten(self, whitened: Tensor) -> Tensor:
-        """The space of the flow -> motion latents (..., d)."""
+    def unwhiten(self, whitened: Tensor, reference_Bd: Tensor | None = None) -> Tensor:
+        """The space of the flow -> motion latents (..., d); the inverse of whiten."""
+        if self.relative and reference_Bd is not None:
+            return whitened @ self.motion_unwhiten + reference_Bd[:, None]
         return whitened @ self.motion_unwhiten + self.motion_mean
 
     def forward(
         self,
-        t_B: Tensor,
-        x_BLd: Tensor,
+        t_B: Tensor | None,
+        x_BLd: Tensor | None,
         audio_BLF: Tensor,
-        wr_Bd: Tensor,
-        we_B1E: Tensor,
-        prev_x_BPd: Tensor,
-        prev_audio_BPF: Tensor,
+        wr_Bd: Tensor | None = None,
+        we_B1E: Tensor | None = None,
+        prev_x_BPd: Tensor | None = None,
+        prev_audio_BPF: Tensor | None = None,
         *,
         drop_B5: Tensor | None = None,
         has_previous_B: Tensor | None = None,
-        null_audio_B: Tensor | None = None,
         window_only: bool = False,
+        passes: Sequence[Pass] | None = None,
     ) -> Tensor:
-        """Velocity (B, N, d), or (B, L, d) with window_only. audio_*: raw features, projected here. Motion is whitened
-        already.
+        """Velocity (B, N, d), or (B, L, d) with window_only. audio_*: raw features; motion: whitened already.
 
         drop: True replaces, per sample, wa, wr, we, prev_x, prev_wa by zeros (condition dropout). has_previous: False
-        where the window starts the clip, so that projected previous sound is zero as in sampling. null_audio: rows
-        that guidance asks without sound.
+        where the window starts the clip, so that projected previous sound is zero as in sampling.
+
+        Sampling asks in two steps, through this one entry, for a wrapped model has no other: audio_BLF alone is
+        projected, (B, L, a); with `passes` audio_* are such projections, and all passes' velocities come out,
+        (passes, B, L, d).
         """
+        if t_B is None or x_BLd is None:
+            return self.audio_encoder(audio_BLF)
+        assert wr_Bd is not None and we_B1E is not None and prev_x_BPd is not None and prev_audio_BPF is not None
+        if passes is not None:
+            inputs = t_B, x_BLd, audio_BLF, wr_Bd, we_B1E, prev_x_BPd, prev_audio_BPF
+            return self.fmt.velocities(*inputs, passes=passes, window_only=True)
+
+        # the projection learns too, so it runs here and not in the cache
         wa, prev_wa = self.audio_encoder(audio_BLF), self.audio_encoder(prev_audio_BPF)
         wr, we, prev_x = wr_Bd, we_B1E, prev_x_BPd
+
+        # "no sound" is zero behind the projection, whose bias would make silence of zeros before it
         if has_previous_B is not None:
             prev_wa = _zero_rows(prev_wa, ~has_previous_B)
-        if null_audio_B is not None:
-            wa = _zero_rows(wa, null_audio_B)
+
+        # condition dropout: guidance asks the same network with and without each condition
         if drop_B5 is not None:
             conditions = (wa, wr, we, prev_x, prev_wa)
             wa, wr, we, prev_x, prev_wa = (

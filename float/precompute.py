@@ -2,18 +2,19 @@
 
   python float/precompute.py --config official --autoencoder-path float.pth --data-root datasets --features-dir CACHE
   torchrun --nproc_per_node=8 float/precompute.py ...        the clips are shared out over the ranks
-The same command again goes on where it stopped; clips of other encoders' weights are encoded anew. float/train.py does
+The same command again goes on where it stopped; clips of other encoders' weights are encoded again. float/train.py does
 this itself.
 """
 
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from float.config import PRESETS, Config, data_root
+from float.config import PRESETS, Config, data_root, features_dir
 from shared.config import load_config
 from shared.errors import UserError, command
 
@@ -21,46 +22,55 @@ if TYPE_CHECKING:
     from float.data.features import ClipEncoder
     from shared.engine.dist import DistInfo
 
-MAX_BAD_SHARE = 0.01
+
+@dataclass
+class Cache:
+    """What the cache holds of a run's clips: their ids by split (train, val), and counts of what was done."""
+
+    clips: dict[str, list[str]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
 
 
-def features_dir(config: Config) -> Path:
-    """The cache folder of a run."""
-    return Path(config.data.features_dir or Path(config.run.output_dir) / "features")
+def precompute(config: Config, encoder: "ClipEncoder", info: "DistInfo") -> Cache:
+    """Fill the cache of both splits, features_dir/{train,val}/<clip>.safetensors.
 
-
-def precompute(config: Config, encoder: "ClipEncoder", info: "DistInfo") -> dict[str, int]:
-    """Fill the cache of both splits, features_dir/{train,val}/<clip>.safetensors; -> counts. Over 1 % bad: UserError.
-
-    Files of clips that the split does not list (any more) are removed: every file of the folder is trained on.
+    UserError where more clips cannot be used than data.max_bad_share allows; one of a split always may.
     """
     from float.data.clips import find_clips
     from float.data.face import read_boxes
-    from float.data.features import encode_clips, remove_unlisted
-    from shared.engine.dist import gather_objects
-    from shared.errors import remove_parts
+    from float.data.features import Encoded, encode_clips
+    from shared.engine.dist import gather_objects, raise_together
 
-    root, folder = data_root(config.data), features_dir(config)
-    boxes, counts = read_boxes(root), {}
+    root, folder, cache = data_root(config.data), features_dir(config), Cache()
+    boxes, share = read_boxes(root), config.data.max_bad_share
     for name, split in (("train", config.data.train_split), ("val", config.data.val_split)):
-        clips = find_clips(root, split)
+        clips, mine, total, error = find_clips(root, split), Encoded(), Encoded(), None
+        try:
+            mine = encode_clips(encoder, clips, boxes, folder / name, rank=info.rank, world=info.world)
+        except (UserError, OSError) as problem:
+            error = problem
+        raise_together(error)  # else the other ranks would wait for this one
+        for part in gather_objects(mine):
+            total.add(part)
         if info.is_main:
-            remove_unlisted(clips, folder / name)
-        mine = encode_clips(encoder, clips, boxes, folder / name, rank=info.rank, world=info.world)
-        parts = gather_objects(mine)
-        total = {key: [entry for part in parts for entry in part[key]] for key in mine}
-        if info.is_main:
-            remove_parts(folder / name)
-            for sentence in total["notes"]:
+            for sentence in total.notes:
                 print(f"note: {sentence}")
-            _list_bad(folder, name, total["bad"])
-        if len(total["bad"]) > max(0, MAX_BAD_SHARE * len(clips)):
+            if total.bad:
+                print(f"note: {len(total.bad)} of {len(clips)} clips of '{split}' are left out: {total.bad[0]}")
+            _list_bad(folder, name, total.bad)
+        if len(total.bad) > max(1, share * len(clips)) or len(total.bad) == len(clips):
             raise UserError(
-                f"{len(total['bad'])} of {len(clips)} clips of '{split}' cannot be used, over {MAX_BAD_SHARE:.0%}; "
-                f"the first: {total['bad'][0]} (all in {folder / f'bad_{name}.txt'}); mend or remove them"
+                f"{len(total.bad)} of {len(clips)} clips of '{split}' cannot be used, over {share:.0%}; "
+                f"the first: {total.bad[0]} (all in {folder / f'bad_{name}.txt'}); mend or remove them, "
+                "or raise --max-bad-share"
             )
-        counts |= {f"{name}_{key}": len(value) for key, value in total.items() if key != "notes"}
-    return counts
+        cache.clips[name] = total.encoded + total.kept
+        cache.counts |= {
+            f"{name}_encoded": len(total.encoded),
+            f"{name}_kept": len(total.kept),
+            f"{name}_bad": len(total.bad),
+        }
+    return cache
 
 
 def _list_bad(folder: Path, name: str, sentences: list[str]) -> None:
@@ -85,7 +95,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     info = init_distributed(config.run.device, config.run.timeout_minutes * 60)
     try:
         autoencoder = load_autoencoder(config.model, config.model.autoencoder_path)
-        counts = precompute(config, ClipEncoder(config.model, config.data, autoencoder, info.device), info)
+        counts = precompute(config, ClipEncoder(config.model, config.data, autoencoder, info.device), info).counts
         if info.is_main:
             print(", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in counts.items()))
         return counts

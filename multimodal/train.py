@@ -48,6 +48,7 @@ from multimodal.trainer import (
 from multimodal.weights.files import NAMES, load_start, put, read_payload, unpack_training
 from shared.engine.checkpoint import CheckpointStore, find_checkpoint, frozen_digest
 from shared.engine.dist import barrier, init_distributed, shutdown
+from shared.engine.preflight import preflight
 from shared.log import Board
 from shared.loop import FitResult, fit
 from shared.rng import keyed_generator, keyed_seed
@@ -72,6 +73,7 @@ class Run:
         self.start: dict[str, Any] | None = None  # of a checkpoint that --resume names
         self.resume = self._resume_points()
         self.info = init_distributed(config.run.device, 60 * config.run.timeout_minutes)
+        preflight(config, self.info)
         self._check_batch()
         self._check_settings()
         self.classify = self.data.labelled(config.training.label_set)

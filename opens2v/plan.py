@@ -4,13 +4,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils.flop_counter import FlopCounterMode
 
 from opens2v.config import Config, pixel_frames
 from opens2v.model import RefWanBlock, RefWanTransformer3DModel
 from opens2v.modules.conditions import clip_token_width
-from opens2v.objective import RefImageFlowMatching
+from opens2v.objective import causal_arguments
 from opens2v.weights.base import latent_shape, prepare_generator, transformer_settings
 from shared.plan.measure import FrozenPart
 from shared.plan.table import Workload, plan_run
@@ -25,8 +25,18 @@ def workload(config: Config) -> Workload:
     """One micro-step of the generator with its frozen encoders."""
 
     def build(config: Config) -> nn.Module:
-        model = RefWanTransformer3DModel(**transformer_settings(config))
-        prepare_generator(config, model)
+        # On the meta device first: peft moves its layers to where the base's lie, and fake weights cannot be moved.
+        with unset_fake_temporarily(), torch.device("meta"):
+            model = RefWanTransformer3DModel(**transformer_settings(config))
+            prepare_generator(config, model, precision=config.run.precision or "bf16")
+        for module in model.modules():
+            for name, tensor in module._parameters.items():
+                if tensor is not None:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    module._parameters[name] = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+            for name, tensor in module._buffers.items():
+                if tensor is not None:
+                    module._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
         return model
 
     def step(config: Config) -> Callable[[nn.Module], Tensor]:
@@ -44,11 +54,7 @@ def symbolic_loss(config: Config, model: nn.Module) -> Tensor:
     channels, frames, height, width = latent_shape(config, pixel_frames(config), data.pixel_height, data.pixel_width)
     ref_height, ref_width = latent_shape(config, 1, data.ref_height, data.ref_width)[2:]
     latents = torch.randn(batch, channels, frames, height, width)
-    arguments: dict[str, Tensor] = {}
-    if config.model.causal:
-        arguments["frame_mask"] = RefImageFlowMatching(config, None).frame_mask(frames)
-    if config.model.teacher_forcing:
-        arguments["clean_hidden_states"] = latents
+    arguments = causal_arguments(config.model, latents)
     timestep = torch.rand(batch, frames) if config.model.causal else torch.rand(batch)
     clip_tokens = CLIP_TOKENS if config.model.image_encoder == "clip" else 17
     clip = None if config.model.clip_path == "off" else torch.randn(batch, slots, clip_tokens, clip_token_width(config))
@@ -86,7 +92,7 @@ def frozen_parts(config: Config) -> list[FrozenPart]:
 
 def vae_encode_flops(frames: int, height: int, width: int) -> float:
     """FLOPs of encoding one clip with Wan's VAE, counted on fake tensors."""
-    from diffusers import AutoencoderKLWan
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
     with FakeTensorMode(), torch.no_grad():
         vae = AutoencoderKLWan()

@@ -259,6 +259,15 @@ def put(tree: dict, path: str, value: Any, schema: type[BaseModel]) -> None:
     tree[name] = value
 
 
+def take_out(tree: dict, path: str, schema: type[BaseModel]) -> None:
+    """Take a setting, under any of its names, out of the tree, so that its default counts."""
+    put(tree, path, None, schema)
+    *parents, name = path.split(".")
+    for parent in parents:
+        tree = tree[parent]
+    del tree[name]
+
+
 def full_key(key: str, leaves: list[Leaf]) -> str:
     """The dotted name that `key` (dotted or short, any of a setting's names) stands for."""
     parent, _, name = key.rpartition(".")

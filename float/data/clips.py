@@ -5,11 +5,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from float.data.media import VIDEO_SUFFIXES
+from float.data.media import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from float.modules.emotion import MEAD_CLASSES, ravdess_emotion
 from shared.errors import UserError
 
-AUDIO_SUFFIXES = (".wav", ".m4a", ".mp3", ".flac")
 # the same split under the names in use
 SPLIT_NAMES = {"test": ("test", "val"), "val": ("val", "test")}
 
@@ -26,15 +25,15 @@ class Clip:
     motion: Path | None = None  # csv with true mouth motion (rendered clips only)
 
 
-def find_clips(root: Path, split: str) -> list[Clip]:
-    """The clips of one split, ordered by id. UserError when the folder holds none."""
+def find_clips(root: Path, split: str, *, required: bool = True) -> list[Clip]:
+    """The clips of one split, ordered by id. UserError when the folder holds none and the split is required."""
     if not root.is_dir():
         raise UserError(
             f"--data-root {root}: no such folder; give one with metadata.csv, or with {split}/<identity>/<clip>.mp4"
         )
     names = SPLIT_NAMES.get(split, (split,))
     clips = _from_table(root, names) if (root / "metadata.csv").is_file() else _from_folders(root, names)
-    if not clips:
+    if not clips and required:
         raise UserError(
             f"{root}: no clips of split '{split}'; rows with that split in metadata.csv, "
             f"or {split}/<identity>/<clip>.mp4 expected"
@@ -88,34 +87,42 @@ def _from_table(root: Path, splits: tuple[str, ...]) -> list[Clip]:
 
 def _from_folders(root: Path, splits: tuple[str, ...]) -> list[Clip]:
     folder = next((root / name for name in splits if (root / name).is_dir()), None)
-    clips = []
-    for video in sorted(folder.rglob("*")) if folder else ():
+    clips: list[Clip] = []
+    if folder is None:
+        return clips
+    folders: dict[Path, dict[str, Path]] = {}
+    for video in sorted(folder.rglob("*")):
         if video.suffix.lower() not in VIDEO_SUFFIXES or video.name.startswith("."):
             continue
         inside = video.relative_to(folder)
+        if video.parent not in folders:
+            folders[video.parent] = {path.name.lower(): path for path in video.parent.iterdir()}
         clips.append(
             Clip(
                 clip_id="/".join(inside.with_suffix("").parts).replace("/", "__"),
                 video=video,
-                audio=_sound_beside(video),
+                audio=sound_beside(video, folders[video.parent]),
                 identity=inside.parts[0] if len(inside.parts) > 1 else video.stem,
-                emotion=_label(inside),
+                emotion=label_of(inside),
             )
         )
     return clips
 
 
-def _sound_beside(video: Path) -> Path:
-    """A sound file of the same name, with or without the ending _processed; else the video's own track."""
+def sound_beside(video: Path, beside: dict[str, Path] | None = None) -> Path:
+    """A sound file of the same name, with or without the ending _processed; else the video's own track. beside: the
+    files of its folder by their names in small letters, where they are known.
+    """
+    beside = {path.name.lower(): path for path in video.parent.iterdir()} if beside is None else beside
     for stem in (video.stem, video.stem.removesuffix("_processed")):
         for suffix in AUDIO_SUFFIXES:
-            path = video.with_name(stem + suffix)
-            if path.exists():
+            path = beside.get((stem + suffix).lower())
+            if path is not None:
                 return path
     return video
 
 
-def _label(inside: Path) -> int | None:
+def label_of(inside: Path) -> int | None:
     """The class by a RAVDESS file name or a MEAD folder name; None for HDTF."""
     ravdess = ravdess_emotion(inside.stem)
     if ravdess is not None:

@@ -1,25 +1,28 @@
 """Encoding clips with the frozen encoders, and the cache of what comes out.
 
 One safetensors file per clip: motion (T, d), motion_flipped (T, d) when mirrored versions are cached, audio_raw (T, F),
-emotion (7), has_emotion (1). The header's metadata names the clip and the hash of the encoders; another hash means:
-encode again.
+emotion (7), has_emotion (1). The header's metadata names the clip, its material and the encoders; other encoders or
+other material under the same name mean: encode again. Nothing is removed, and no file that this program did not write
+is replaced.
 """
 
 import hashlib
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from float.config import DataConfig, ModelConfig
 from float.data.clips import Clip
 from float.data.face import FaceBox
-from float.data.frames import clip_frames
-from float.data.media import is_silent, read_audio, to_tensor
+from float.data.frames import ClipReader
+from float.data.media import is_silent, to_tensor
 from float.modules.audio import SAMPLE_RATE, AudioEncoder, LogMelEncoder, make_audio_encoder, normalise_waveform
 from float.modules.emotion import EMOTIONS, Audio2Emotion, one_hot
 from float.weights.open import Autoencoder, weights_hash
@@ -27,7 +30,8 @@ from shared.errors import BadSample, UserError, written_aside
 
 ENCODE_BATCH = 32
 MAX_SHIFT_SECONDS = 0.1  # sound and picture may differ by so much; more is cut to the shorter one with a note
-FORMAT = 1
+FORMAT = 2
+SAMPLED_BYTES = 1 << 16  # of the beginning and the end of a file stand for it
 
 
 class ClipEncoder:
@@ -47,32 +51,39 @@ class ClipEncoder:
 
     def _hash(self) -> str:
         """Changes with the encoders' weights and with every setting that changes what is cached."""
-        settings = [
-            FORMAT,
-            self.data.video_fps,
-            self.data.face_crop,
-            self.data.emotion_source,
-            self.flipped,
-            self.data.feature_dtype,
-        ]
-        settings += [self.model.input_size, self.model.audio_features, self.model.only_last_features]
+        data, model = self.data, self.model
+        settings: list[Any] = [FORMAT, data.video_fps, data.face_crop, data.emotion_source, self.flipped]
+        settings += [data.feature_dtype, model.input_size, model.audio_features, model.only_last_features]
         parts = [json.dumps(settings), weights_hash(self.autoencoder), weights_hash(self.audio)]
         parts += [weights_hash(self.recogniser)] if self.recogniser is not None else []
         return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
     def encode(self, clip: Clip, boxes: dict[str, FaceBox]) -> tuple[dict[str, Tensor], list[str]]:
-        """All cached tensors of a clip, and sentences on what was odd. BadSample when it cannot be used."""
-        notes: list[str] = []
-        frames = np.stack(list(clip_frames(clip, self.model.input_size, self.data, boxes)) or [np.zeros(0)])
-        if frames.ndim != 4:
-            raise BadSample(f"{clip.video}: holds no frame")
-        wave = read_audio(clip.audio)
+        """All cached tensors of a clip, and sentences on what was odd. BadSample when it cannot be used.
+
+        Frames are encoded as they are read: memory does not grow with the clip's pictures.
+        """
+        reader = ClipReader(self.model.input_size, self.data, boxes)
+        first = reader.first(clip)
+        wave = reader.sound(clip, first)
         if is_silent(wave):
             raise BadSample(f"{clip.audio}: is silent; there is nothing to learn from")
-        frames, wave = self._same_length(frames, wave, clip, notes)
-        tensors = {"motion": self.motion(frames), "audio_raw": self.audio_features(wave)[: len(frames)]}
+        motion: list[Tensor] = []
+        flipped: list[Tensor] = []
+        waiting: list[np.ndarray] = []
+        for frame in reader.frames(clip, first):
+            waiting.append(frame)
+            if len(waiting) == ENCODE_BATCH:
+                self._encode_frames(waiting, motion, flipped)
+        self._encode_frames(waiting, motion, flipped)
+        if not motion:
+            raise BadSample(f"{clip.video}: holds no frame with sound")
+        tensors = {"motion": torch.cat(motion)}
         if self.flipped:
-            tensors["motion_flipped"] = self.motion(frames[:, :, ::-1])
+            tensors["motion_flipped"] = torch.cat(flipped)
+        count, wave = self._same_length(len(tensors["motion"]), wave, clip, reader.notes)
+        tensors = {name: rows[:count] for name, rows in tensors.items()}
+        tensors["audio_raw"] = self.audio_features(wave)[:count]
         emotion = self._emotion(clip, wave)
         tensors["has_emotion"] = torch.tensor([emotion is not None])
         tensors["emotion"] = torch.zeros(len(EMOTIONS)) if emotion is None else emotion
@@ -81,35 +92,36 @@ class ClipEncoder:
                 raise BadSample(
                     f"{clip.video}: encoding gave numbers that are not finite ({name}); check the encoder's weights"
                 )
-        return tensors, notes
+        return tensors, reader.notes
 
-    def _same_length(
-        self, frames: np.ndarray, wave: np.ndarray, clip: Clip, notes: list[str]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Cut the longer of picture and sound."""
-        picture, sound = len(frames) / self.data.video_fps, len(wave) / SAMPLE_RATE
+    def _encode_frames(self, waiting: list[np.ndarray], motion: list[Tensor], flipped: list[Tensor]) -> None:
+        """Add the motion of the frames that wait, and of their mirror images; none waits any more."""
+        if not waiting:
+            return
+        frames = np.stack(waiting)
+        waiting.clear()
+        motion.append(self.motion(frames))
+        if self.flipped:
+            flipped.append(self.motion(frames[:, :, ::-1]))
+
+    def _same_length(self, frames: int, wave: np.ndarray, clip: Clip, notes: list[str]) -> tuple[int, np.ndarray]:
+        """Cut the longer of picture and sound: -> frames, sound."""
+        picture, sound = frames / self.data.video_fps, len(wave) / SAMPLE_RATE
         if abs(picture - sound) >= MAX_SHIFT_SECONDS:
             notes.append(f"{clip.clip_id}: {picture:.2f} s of picture, {sound:.2f} s of sound; cut to the shorter")
-        count = max(1, min(len(frames), int(sound * self.data.video_fps + 1e-6)))
-        return frames[:count], wave[: round(count / self.data.video_fps * SAMPLE_RATE)]
+        count = max(1, min(frames, int(sound * self.data.video_fps + 1e-6)))
+        return count, wave[: round(count / self.data.video_fps * SAMPLE_RATE)]
 
     @torch.no_grad()
     def motion(self, frames: np.ndarray) -> Tensor:
         """Motion latents (T, d), float32 on the CPU, of frames (T, S, S, 3)."""
-        parts = [
-            self.autoencoder.encode_motion(to_tensor(frames[start : start + ENCODE_BATCH]).to(self.device))
-            .float()
-            .cpu()
-            for start in range(0, len(frames), ENCODE_BATCH)
-        ]
-        return torch.cat(parts)
+        return self.autoencoder.encode_motion(to_tensor(frames).to(self.device)).float().cpu()
 
     def audio_features(self, wave: np.ndarray) -> Tensor:
         """Raw features (T, F) of a whole clip, on the CPU."""
-        features = self.audio.encode_clip(
-            torch.from_numpy(np.ascontiguousarray(wave)).to(self.device), self.data.video_fps
-        )
-        return features.to("cpu", getattr(torch, self.data.feature_dtype))
+        dtype = getattr(torch, self.data.feature_dtype)
+        pieces = self.audio.pieces(torch.from_numpy(np.ascontiguousarray(wave)).to(self.device), self.data.video_fps)
+        return torch.cat([piece.to("cpu", dtype) for piece in pieces])
 
     def _emotion(self, clip: Clip, wave: np.ndarray) -> Tensor | None:
         source = self.data.emotion_source
@@ -127,54 +139,99 @@ class ClipEncoder:
         return self.recogniser(normalised[None])[0].float().cpu()
 
 
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
 def feature_path(folder: Path, clip_id: str) -> Path:
     """Where a clip's features lie."""
     return folder / f"{clip_id}.safetensors"
 
 
-def is_encoded(path: Path, encoder_hash: str) -> bool:
-    """Whether a clip's features are there, whole, and of these encoders."""
+def material_hash(clip: Clip) -> str:
+    """Stands for a clip's files, wherever they lie: their sizes, beginnings and ends."""
+    digest = hashlib.sha256()
+    for path in dict.fromkeys((clip.video, clip.audio)):
+        size = path.stat().st_size
+        digest.update(str(size).encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(SAMPLED_BYTES))
+            file.seek(max(0, size - SAMPLED_BYTES))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def cached_metadata(path: Path) -> dict[str, str] | None:
+    """What a file of the cache says of itself; None where there is none, one word for a damaged one."""
+    if not path.exists():
+        return None
     try:
         with safe_open(str(path), "pt") as file:
-            return (file.metadata() or {}).get("encoders") == encoder_hash
+            return file.metadata() or {}
     except (OSError, SafetensorError):
-        return False
+        return {"encoders": "none: damaged"}
 
 
-def write_features(path: Path, tensors: dict[str, Tensor], clip: Clip, encoder_hash: str) -> None:
+def write_features(path: Path, tensors: dict[str, Tensor], clip: Clip, encoder_hash: str, material: str = "") -> None:
     """Write aside and rename."""
     metadata = {"encoders": encoder_hash, "clip_id": clip.clip_id, "identity": clip.identity}
+    metadata |= {"material": material, "source": str(clip.video.resolve())}
     with written_aside(path) as temporary:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, metadata)
+        temporary.write_bytes(save({name: value.contiguous() for name, value in tensors.items()}, metadata))
 
 
-def remove_unlisted(clips: list[Clip], folder: Path) -> None:
-    """Remove features of clips that are not among these."""
-    listed = {feature_path(folder, clip.clip_id) for clip in clips}
-    for path in set(folder.glob("*.safetensors")) - listed:
-        path.unlink()
+@dataclass
+class Encoded:
+    """What became of the clips: ids of those encoded now and of those found in the cache; sentences on the rest."""
+
+    encoded: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, other: "Encoded") -> None:
+        """Take in what another rank did."""
+        for name, entries in vars(other).items():
+            getattr(self, name).extend(entries)
 
 
 def encode_clips(
     encoder: ClipEncoder, clips: list[Clip], boxes: dict[str, FaceBox], folder: Path, *, rank: int = 0, world: int = 1
-) -> dict[str, list[str]]:
-    """Encode what is missing; every rank takes its share. -> encoded, kept: ids; bad, notes: sentences.
+) -> Encoded:
+    """Encode what is missing; every rank takes its share. A clip that cannot be used is left out and listed.
 
-    A clip that cannot be used is left out and listed; files of other encoders are replaced.
+    UserError where a file of the cache's name is not the cache's own, or holds a clip of another data folder.
     """
-    done: dict[str, list[str]] = {"encoded": [], "kept": [], "bad": [], "notes": []}
+    done = Encoded()
     for clip in clips[rank::world]:
         path = feature_path(folder, clip.clip_id)
-        if is_encoded(path, encoder.hash):
-            done["kept"].append(clip.clip_id)
-            continue
+        found = cached_metadata(path)
         try:
+            material = material_hash(clip)
+            if found is not None and found.get("encoders") == encoder.hash and found.get("material") == material:
+                done.kept.append(clip.clip_id)
+                continue
+            _may_replace(path, found, clip, material)
             tensors, notes = encoder.encode(clip, boxes)
-        except BadSample as error:
-            done["bad"].append(str(error))
-            path.unlink(missing_ok=True)
+        except FileNotFoundError as error:
+            done.bad.append(f"{error.filename}: no such file")
             continue
-        write_features(path, tensors, clip, encoder.hash)
-        done["encoded"].append(clip.clip_id)
-        done["notes"] += notes
+        except BadSample as error:
+            done.bad.append(str(error))
+            continue
+        write_features(path, tensors, clip, encoder.hash, material)
+        done.encoded.append(clip.clip_id)
+        done.notes += notes
     return done
+
+
+def _may_replace(path: Path, found: dict[str, str] | None, clip: Clip, material: str) -> None:
+    """UserError unless a file of the cache is this clip's own."""
+    if found is None:
+        return
+    if "encoders" not in found:
+        raise UserError(f"{path}: was not written by this program; give another --features-dir")
+    source = found.get("source", "")
+    if found.get("material") not in (None, material) and source != str(clip.video.resolve()) and Path(source).exists():
+        raise UserError(
+            f"{path}: holds the clip {source}, and {clip.video} has the same id; give another --features-dir"
+        )

@@ -1,46 +1,121 @@
-"""Frames of clips for phase 1: in memory where they fit, else read from the files by seeking.
+"""Frames of clips as the encoders want them, and pairs of them for phase 1.
 
 A frame is uint8 (S, S, 3), cropped to the face and resized to the encoders' side.
 """
 
+import math
 from collections.abc import Iterator
-from pathlib import Path
 
-import av
 import numpy as np
 import torch
 from torch import Tensor
 
 from float.config import DataConfig
 from float.data.clips import Clip
-from float.data.face import FaceBox, prepare_picture
-from float.data.media import iterate_frames, resize, scaled
-from shared.errors import BadSample
+from float.data.face import MARGIN, FaceBox, common_box, crop_square, default_detector, main_face
+from float.data.media import (
+    count_frames,
+    iterate_frames,
+    picture_span,
+    read_audio,
+    resize,
+    scaled,
+    seek_frame,
+    sound_start,
+)
+from float.modules.audio import SAMPLE_RATE
+from shared.errors import BadSample, UserError
 from shared.rng import keyed_generator
 
 MEMORY_LIMIT = 2 << 30  # bytes of decoded frames
+LOOKS = 9  # frames of a clip in which the face is looked for
+SQUARE = 0.02  # sides that differ by a smaller share count as equal
 _PAIRS = 301  # random stream
 JITTER = 0.2  # largest change of contrast, and of brightness on the scale [-1, 1]
 
 
-def clip_frames(clip: Clip, size: int, data: DataConfig, boxes: dict[str, FaceBox]) -> Iterator[np.ndarray]:
-    """All frames of a clip, one after another, ready for the encoder. One box serves the whole clip."""
-    for frame in iterate_frames(clip.video, data.video_fps):
-        yield _ready(frame, clip, size, data, boxes)
+class ClipReader:
+    """Reads clips cropped to the face. One crop serves a whole clip; `notes` collects what a person should know.
 
+    face_crop null: clips whose frames are square are cropped already, others are cropped; true: all are; false: none,
+    and what is not square gives its centre square. A crop is by boxes.json, else by the face detector; a clip in which
+    no face is found gives its centre square. Nothing is ever squeezed.
+    """
 
-def _ready(frame: np.ndarray, clip: Clip, size: int, data: DataConfig, boxes: dict[str, FaceBox]) -> np.ndarray:
-    if not data.face_crop:
-        return resize(frame, size)
-    return prepare_picture(frame, size, box=boxes.get(clip.clip_id), name=str(clip.video))
+    def __init__(self, size: int, data: DataConfig, boxes: dict[str, FaceBox]):
+        self.size, self.data, self.boxes = size, data, boxes
+        self.notes: list[str] = []
+        self._crops: dict[str, FaceBox | None] = {}  # by clip id; None: the centre square
+
+    def first(self, clip: Clip) -> int:
+        """The first frame of the clip's clock that has both a picture and sound."""
+        fps, picture, sound = self.data.video_fps, picture_span(clip.video).start, sound_start(clip.audio)
+        start = max(picture, sound)
+        if start * fps > 0.5:
+            self.notes.append(
+                f"{clip.clip_id}: the picture begins at {picture:.2f} s and the sound at {sound:.2f} s; "
+                f"the first {start:.2f} s are left out"
+            )
+        return max(0, math.ceil(start * fps - 0.5 - 1e-6))
+
+    def frames(self, clip: Clip, first: int = 0) -> Iterator[np.ndarray]:
+        """All frames from `first` on, one after another."""
+        for frame in iterate_frames(clip.video, self.data.video_fps, start=first / self.data.video_fps):
+            yield self._ready(frame, clip)
+
+    def sound(self, clip: Clip, first: int = 0) -> np.ndarray:
+        """The sound from the beginning of frame `first` on, (n,), mono, 16 kHz."""
+        return read_audio(clip.audio)[round(first / self.data.video_fps * SAMPLE_RATE) :]
+
+    def frame(self, clip: Clip, index: int) -> np.ndarray:
+        """One of the frames, by seeking in the file."""
+        return self._ready(seek_frame(clip.video, (index + 0.5) / self.data.video_fps), clip)
+
+    def _ready(self, frame: np.ndarray, clip: Clip) -> np.ndarray:
+        if clip.clip_id not in self._crops:
+            self._crops[clip.clip_id] = self._crop_of(clip, frame.shape)
+        box = self._crops[clip.clip_id]
+        if box is not None:
+            try:
+                return resize(crop_square(frame, box, margin=MARGIN), self.size)
+            except UserError as error:
+                raise BadSample(f"{clip.video}: {error}; mend its entry in boxes.json") from None
+        height, width = frame.shape[:2]
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        return resize(frame[top : top + side, left : left + side], self.size)
+
+    def _crop_of(self, clip: Clip, shape: tuple[int, ...]) -> FaceBox | None:
+        """The face's box in a clip; None where the (centre) square is to be taken."""
+        height, width = shape[:2]
+        is_square = abs(height - width) <= SQUARE * max(height, width)
+        wanted = not is_square if self.data.face_crop is None else self.data.face_crop
+        if wanted and clip.clip_id in self.boxes:
+            return self.boxes[clip.clip_id]
+        detector = default_detector() if wanted else None
+        reason = "the face is not looked for (face_crop false)" if not wanted else "there is no face detector"
+        if detector is not None:
+            found = []
+            span = picture_span(clip.video)
+            for place in range(LOOKS):
+                time = span.start + (place + 0.5) / LOOKS * (span.end - span.start)
+                face = main_face(detector(seek_frame(clip.video, time)))
+                found += [] if face is None else [face.box]
+            if len(found) > LOOKS // 3:
+                return common_box(found)
+            reason = f"a face is found in {len(found)} of {LOOKS} frames only"
+        if not is_square:
+            self.notes.append(f"{clip.clip_id}: {width} x {height} pixels, and {reason}; its centre square is taken")
+        return None
 
 
 class FrameStore:
-    """Random access to the frames of clips."""
+    """Random access to the frames of clips: in memory where they fit, else from the files by seeking."""
 
     def __init__(self, clips: list[Clip], size: int, data: DataConfig, boxes: dict[str, FaceBox]):
-        self.clips, self.size, self.data, self.boxes = clips, size, data, boxes
-        self.counts = [count_frames(clip, data.video_fps) for clip in clips]
+        self.clips, self.size, self.data = clips, size, data
+        self.reader = ClipReader(size, data, boxes)
+        self.counts = [count_frames(clip.video, data.video_fps) for clip in clips]
         self.in_memory = sum(self.counts) * size * size * 3 <= MEMORY_LIMIT
         self._frames: dict[int, np.ndarray] = {}
 
@@ -49,19 +124,13 @@ class FrameStore:
         if self.in_memory:
             frames = self.all_frames(clip)
             return frames[min(index, len(frames) - 1)]
-        return _ready(
-            seek_frame(self.clips[clip].video, (index + 0.5) / self.data.video_fps),
-            self.clips[clip],
-            self.size,
-            self.data,
-            self.boxes,
-        )
+        return self.reader.frame(self.clips[clip], index)
 
     def all_frames(self, clip: int) -> np.ndarray:
         """The whole clip, (T, S, S, 3); kept when all clips fit into memory."""
         if clip in self._frames:
             return self._frames[clip]
-        frames = list(clip_frames(self.clips[clip], self.size, self.data, self.boxes))
+        frames = list(self.reader.frames(self.clips[clip]))
         if not frames:
             raise BadSample(f"{self.clips[clip].video}: holds no frame")
         stacked = np.stack(frames)
@@ -70,40 +139,9 @@ class FrameStore:
         return stacked
 
 
-def count_frames(clip: Clip, fps: float) -> int:
-    """Frames of a clip at `fps`, from the file's head; 0 when it cannot be read."""
-    try:
-        with av.open(str(clip.video)) as container:
-            stream = container.streams.video[0]
-            if stream.frames and stream.average_rate:
-                return max(1, round(stream.frames / float(stream.average_rate) * fps))
-            return max(1, round((container.duration or 0) / av.time_base * fps))
-    except (av.FFmpegError, IndexError, FileNotFoundError):
-        return 0
-
-
-def seek_frame(path: Path, seconds: float) -> np.ndarray:
-    """The frame shown at a time, uint8 (H, W, 3)."""
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            container.seek(int(seconds / stream.time_base), stream=stream)
-            picture = None
-            for frame in container.decode(stream):
-                if picture is not None and frame.time is not None and frame.time > seconds:
-                    break
-                picture = frame
-    except (av.FFmpegError, IndexError) as error:
-        raise BadSample(f"{path}: cannot be read as video ({error})") from None
-    if picture is None:
-        raise BadSample(f"{path}: holds no frame at {seconds:.2f} s")
-    return picture.to_ndarray(format="rgb24")
-
-
 class FramePairs:
-    """Pairs (source, driving) of two random frames of one clip: float32 (3, S, S) in [-1, 1].
-
-    A loader reads `stored` pairs, a quarter of the bytes; `finished` makes a batch of them on its device.
+    """Pairs (source, driving) of two random frames of one clip, as they are kept: a quarter of the bytes of pictures in
+    float32, which `finished` makes of a batch on its device.
     """
 
     def __init__(self, store: FrameStore, *, pairs_per_second: float, seed: int, augment: bool):
@@ -116,17 +154,9 @@ class FramePairs:
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return self.sample(index, 0)
-
     def sample(self, index: int, epoch: int) -> dict[str, Tensor]:
-        """The pair of one index in one epoch; long clips come up more often."""
-        source, driving = finished(collate_pairs([self.stored(index, epoch)]))
-        return {"source": source[0], "driving": driving[0]}
-
-    def stored(self, index: int, epoch: int) -> dict[str, Tensor]:
-        """The same as it is kept: source and driving uint8 (S, S, 3), and colour (2, 3), changes of contrast and
-        brightness by channel.
+        """The pair of one index in one epoch: source and driving uint8 (S, S, 3), and colour (2, 3), the changes of
+        contrast and brightness by channel.
         """
         generator = keyed_generator(self.seed, _PAIRS, epoch, index)
         draws = torch.rand(11, generator=generator, dtype=torch.float64).tolist()
@@ -146,27 +176,13 @@ class FramePairs:
         return {"source": pair[0], "driving": pair[1], "colour": colour}
 
 
-class StoredPairs:
-    """The stored pairs as the data set of a stream."""
-
-    def __init__(self, pairs: FramePairs):
-        self.pairs, self.fingerprint = pairs, pairs.fingerprint
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def sample(self, index: int, epoch: int) -> dict[str, Tensor]:
-        """One stored pair."""
-        return self.pairs.stored(index, epoch)
-
-
 def collate_pairs(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack a batch of stored pairs."""
+    """Stack a batch of pairs."""
     return {name: torch.stack([item[name] for item in items]) for name in ("source", "driving", "colour")}
 
 
 def finished(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Source and driving pictures, float32 (B, 3, S, S) in [-1, 1], of stored pairs, with their change of colour."""
+    """Source and driving pictures, float32 (B, 3, S, S) in [-1, 1], of collated pairs, with their change of colour."""
     contrast, brightness = batch["colour"][..., None, None].unbind(1)
     pictures = (scaled(batch[name]).contiguous() for name in ("source", "driving"))
     source, driving = ((picture * (1 + contrast) + brightness).clamp(-1, 1) for picture in pictures)

@@ -5,12 +5,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from float.config import Config
+from float.config import Config, features_dir
 from float.data.clips import Clip
 from float.data.features import feature_path, write_features
 from float.modules.audio import raw_audio_width
 from float.modules.emotion import one_hot
-from float.precompute import features_dir
 from shared.engine.dist import DistInfo, barrier
 from shared.rng import keyed_generator
 
@@ -30,12 +29,7 @@ def synthetic_clip(index: int, dim_w: int, audio_width: int, seed: int) -> dict[
     motion = torch.sin(6.283 * hertz * time + phase)
     mixture = torch.randn(dim_w, audio_width, generator=keyed_generator(seed, _CLIPS)) / dim_w**0.5
     audio = motion @ mixture + 0.1 * torch.randn(FRAMES, audio_width, generator=generator)
-    return {
-        "motion": motion,
-        "audio_raw": audio,
-        "emotion": one_hot(index % 7),
-        "has_emotion": torch.tensor([True]),
-    }
+    return {"motion": motion, "audio_raw": audio, "emotion": one_hot(index % 7), "has_emotion": torch.tensor([True])}
 
 
 def write_synthetic_features(config: Config, info: DistInfo) -> None:

@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 
-from float.config import Config, data_root
+from float.config import Config, data_root, features_dir
 from float.data.clips import find_clips
 from float.data.face import read_boxes
-from float.data.frames import clip_frames
-from float.data.media import VideoWriter, read_audio
+from float.data.features import feature_path
+from float.data.frames import ClipReader
+from float.data.media import VideoWriter, sound_of_wave
+from float.dataset import FeatureFile
+from float.model import MotionGenerator
 from float.modules.audio import make_audio_encoder
-from float.modules.emotion import one_hot
 from float.sampling.animate import Animator, audio_windows, sampling_options
 from float.weights.open import Autoencoder
 from shared.engine.dist import DistInfo
@@ -21,39 +23,38 @@ CLIPS = 2  # previews a time
 MAX_SECONDS = 4.0
 
 
-def make_sampler(config: Config, autoencoder: Autoencoder, info: DistInfo) -> Callable[[Any, int, Path], None]:
-    """The loop's sample hook: samples/step_NNNNNNNN_CLIP.mp4 for the first held-out clips. All ranks compute, rank 0
-    writes.
+def make_sampler(
+    config: Config, generator: MotionGenerator, autoencoder: Autoencoder, info: DistInfo
+) -> Callable[[Any, int, Path], None]:
+    """The loop's sample hook: samples/step_NNNNNNNN_CLIP.mp4 for the first held-out clips with features. All ranks
+    compute, rank 0 writes. The emotion is the one that training sees: the cached one.
     """
     model, data = config.model, config.data
     encoder = make_audio_encoder(
         model.audio_features, model.wav2vec_model_path, only_last_features=model.only_last_features
     )
     encoder.to(info.device)
-    root = data_root(data)
-    clips, boxes = find_clips(root, data.val_split)[:CLIPS], read_boxes(root)
+    root, cache = data_root(data), features_dir(config) / "val"
+    encoded = [clip for clip in find_clips(root, data.val_split) if feature_path(cache, clip.clip_id).is_file()]
+    clips = encoded[:CLIPS]
 
-    def sample(trained: Any, step: int, folder: Path) -> None:
-        animator = Animator(trained, autoencoder, config, info.device)
+    def sample(trained: Callable, step: int, folder: Path) -> None:
+        animator = Animator(generator, autoencoder, config, info.device, call=trained)
         for clip in clips:
-            wave = read_audio(clip.audio)[: int(MAX_SECONDS * data.audio_sample_rate)]
-            portrait = animator.portrait(next(clip_frames(clip, model.input_size, data, boxes)))
-            sound = audio_windows(
-                encoder,
-                torch.from_numpy(wave).to(info.device),
-                fps=data.video_fps,
-                length=data.sequence_length,
-                stream=False,
-            )
-            emotion = torch.zeros(model.dim_e) if clip.emotion is None else one_hot(clip.emotion)
-            motions = animator.motion_windows(sound, portrait.motion, emotion, sampling_options(model))
-            pictures = animator.frames(
-                portrait, motions, total=int(len(wave) / data.audio_sample_rate * data.video_fps)
-            )
+            reader = ClipReader(model.input_size, data, read_boxes(root))
+            first = reader.first(clip)
+            wave = reader.sound(clip, first)[: int(MAX_SECONDS * data.audio_sample_rate)]
+            portrait = animator.portrait(next(reader.frames(clip, first)))
+            with FeatureFile(feature_path(cache, clip.clip_id)) as file:
+                emotion = file.rows("emotion").float()
+            sound = torch.from_numpy(wave).to(info.device)
+            windows = audio_windows(encoder, sound, fps=data.video_fps, length=data.sequence_length, stream=False)
+            motions = animator.motion_windows(windows, portrait.motion, emotion, sampling_options(config))
+            total = int(len(wave) / data.audio_sample_rate * data.video_fps)
+            pictures = animator.frames(portrait, motions, total=total)
             if info.is_main:
-                with VideoWriter(
-                    folder / f"step_{step:08d}_{clip.clip_id}.mp4", fps=data.video_fps, wave=wave
-                ) as video:
+                path = folder / f"step_{step:08d}_{clip.clip_id}.mp4"
+                with VideoWriter(path, fps=data.video_fps, sound=sound_of_wave(wave)) as video:
                     for picture in pictures:
                         video.add(picture)
             else:

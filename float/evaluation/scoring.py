@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from float.data.clips import Clip
 from float.data.face import read_boxes
-from float.data.frames import clip_frames
-from float.data.media import read_audio, to_tensor
+from float.data.frames import ClipReader
+from float.data.media import to_tensor
 from float.evaluation.formulas import best_lag, correlation, log_energy, mouth_activity
 from float.evaluation.mouth_meter import MouthMeter, read_truth
 from float.modules.audio import frames_of, make_audio_encoder
@@ -21,6 +22,7 @@ from float.sampling.animate import Animator, audio_windows, sampling_options
 from float.sampling.motion import SamplingOptions
 
 ENCODE_BATCH = 32
+SHEET_FRAMES = 7
 
 
 @dataclass
@@ -38,7 +40,7 @@ class Scores:
     """Numbers by name, and the same per clip."""
 
     values: dict[str, float] = field(default_factory=dict)
-    clips: list[dict[str, float | str]] = field(default_factory=list)
+    clips: list[dict[str, Any]] = field(default_factory=list)
 
 
 def load_material(animator: Animator, clips: list[Clip], root: Path) -> list[Material]:
@@ -46,9 +48,12 @@ def load_material(animator: Animator, clips: list[Clip], root: Path) -> list[Mat
     data, size, boxes = animator.config.data, animator.config.model.input_size, read_boxes(root)
     found = []
     for clip in clips:
-        frames, wave = np.stack(list(clip_frames(clip, size, data, boxes))), read_audio(clip.audio)
+        reader = ClipReader(size, data, boxes)
+        first = reader.first(clip)
+        frames, wave = np.stack(list(reader.frames(clip, first))), reader.sound(clip, first)
         count = min(len(frames), frames_of(len(wave), data.video_fps))
         truth = read_truth(clip)
+        truth = None if truth is None else truth[first:]
         found.append(Material(clip, frames[:count], wave[: round(count / data.video_fps * 16000)], truth))
     return found
 
@@ -57,7 +62,7 @@ class Scorer:
     """Runs one animator over material."""
 
     def __init__(self, animator: Animator, meter: MouthMeter | None):
-        self.animator, self.meter = animator, meter
+        self.animator, self.meter, self.config = animator, meter, animator.config
         model = animator.config.model
         self.encoder = make_audio_encoder(
             model.audio_features, model.wav2vec_model_path, only_last_features=model.only_last_features
@@ -123,17 +128,17 @@ class Scorer:
     ) -> tuple[Scores, list[np.ndarray]]:
         """Each held-out portrait with its own sound, and with every other sound as a contrast; means over seeds."""
         scores, made = Scores(), []
-        model, data = self.animator.config.model, self.animator.config.data
+        config, data = self.animator.config, self.animator.config.data
         for item in material:
             true, rows = self.reference(item), []
             for seed in seeds:
-                options = sampling_options(model, seed=seed)
+                options = sampling_options(config, seed=seed)
                 frames = self.generate(item, item.wave, options)
                 if seed == seeds[0]:
                     made.append(frames)
                 rows.append(self._row(frames, true))
             others = [other for other in sounds if other.clip.clip_id != item.clip.clip_id]
-            options = sampling_options(model, seed=seeds[0])
+            options = sampling_options(config, seed=seeds[0])
             wrong = [correlation(self.opening(self.generate(item, other.wave, options)), true) for other in others]
             energy = log_energy(item.wave, fps=data.video_fps, frames=len(item.frames))
             scores.clips.append(
@@ -171,3 +176,41 @@ def side_by_side(*videos: np.ndarray, enlarge: int = 1) -> Iterator[np.ndarray]:
     for frames in zip(*videos, strict=False):
         row = np.concatenate(frames, 1)
         yield row.repeat(enlarge, 0).repeat(enlarge, 1)
+
+
+def talking_sheet(
+    path: Path, frames: np.ndarray, opening: np.ndarray, truth: np.ndarray, wave: np.ndarray, *, fps: float
+) -> None:
+    """A picture: generated frames, from the widest mouth to the most shut, over the curves of mouth and sound.
+
+    frames: uint8 (T, S, S, 3); opening: the mouth read off them, (T,); truth: that of the true frames; wave: (n,).
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    order = np.argsort(-opening[: len(frames)])
+    shown = sorted(order[np.linspace(0, len(order) - 1, SHEET_FRAMES).astype(int)])
+    figure, (above, below) = pyplot.subplots(2, 1, figsize=(12, 5), height_ratios=(2, 1.2), layout="constrained")
+    above.imshow(np.concatenate(list(frames[shown]), 1), interpolation="nearest")
+    above.axis("off")
+    time = np.arange(len(opening)) / fps
+    energy = log_energy(wave, fps=fps, frames=len(opening))
+    curves = (
+        ("sound, log energy", energy, "0.7"),
+        ("mouth, true", truth, "tab:green"),
+        ("mouth, generated", opening, "k"),
+    )
+    for name, values, colour in curves:
+        values = values[: len(time)]
+        level = (values - values.mean()) / max(float(values.std()), 1e-6)
+        below.plot(time[: len(values)], level, label=name, color=colour, linewidth=1.4)
+    for index in shown:
+        below.axvline(index / fps, color="tab:blue", linewidth=0.6, linestyle=":")
+    below.set_xlabel("seconds; dotted: the frames above")
+    below.set_yticks([])
+    below.legend(loc="upper right", fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)

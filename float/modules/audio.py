@@ -6,24 +6,29 @@ Shapes: B batch, n samples, T video frames, F raw feature width.
 """
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from float.sampling.motion import resample_features
 from shared.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 SAMPLE_RATE = 16000
 MEL_BANDS, SUB_FRAMES = 40, 4  # log-mel: bands, and 10 ms slices in one video frame of 40 ms
 WINDOW_SECONDS, FFT_SIZE = 0.025, 512
 SILENCE_POWER = 1e-8
 SLICES_AT_ONCE = 2048  # of log-mel, so that long sound needs no large spectrum
-OLD_WEIGHT_NORM = {
-    "weight_g": "parametrizations.weight.original0",
-    "weight_v": "parametrizations.weight.original1",
-}
+CHUNK_SAMPLES = 8 * SAMPLE_RATE  # that wav2vec2's convolutions take at once
+WHOLE_FRAMES = 1000  # a clip of so many frames (40 s) is heard whole
+CONTEXT_SECONDS = 4.0  # sound to either side of a piece of a longer one
+OLD_WEIGHT_NORM = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
 
 
 def frames_of(samples: int, fps: float) -> int:
@@ -48,7 +53,7 @@ def pad_to_frames(wave_Bn: Tensor, frames: int, fps: float) -> Tensor:
     return pad_to_samples(wave_Bn, int(frames * SAMPLE_RATE / fps))
 
 
-def config_of(path: str) -> dict:
+def config_of(path: str) -> "Wav2Vec2Config":
     """The configuration of a wav2vec2 folder; a UserError says how to get the model when it is not there."""
     from transformers import Wav2Vec2Config
 
@@ -60,17 +65,24 @@ def config_of(path: str) -> dict:
     return Wav2Vec2Config.from_pretrained(path)
 
 
+def resample_features(features_BTc: Tensor, frames: int) -> Tensor:
+    """Linear interpolation over time to `frames`, end points kept: (B, T', c) -> (B, frames, c)."""
+    moved = features_BTc.transpose(1, 2)
+    return F.interpolate(moved, size=frames, mode="linear", align_corners=True).transpose(1, 2)
+
+
 class AudioEncoder(nn.Module):
     """Frozen wav2vec2 whose convolutional features are resampled to video frames before its transformer."""
 
-    def __init__(self, wav2vec2: nn.Module, *, only_last_features: bool):
+    def __init__(self, wav2vec2: "Wav2Vec2Model", *, only_last_features: bool):
         super().__init__()
-        self.wav2vec2, self.only_last_features = wav2vec2.eval().requires_grad_(False), only_last_features
+        wav2vec2.eval().requires_grad_(False)
+        self.wav2vec2, self.only_last_features = wav2vec2, only_last_features
         hidden, layers = wav2vec2.config.hidden_size, wav2vec2.config.num_hidden_layers
         self.feature_width = hidden if only_last_features else hidden * layers
 
     @classmethod
-    def from_config(cls, config: object, *, only_last_features: bool) -> "AudioEncoder":
+    def from_config(cls, config: "Wav2Vec2Config", *, only_last_features: bool) -> "AudioEncoder":
         """Random weights of a given configuration (transformers.Wav2Vec2Config)."""
         from transformers import Wav2Vec2Model
 
@@ -94,7 +106,7 @@ class AudioEncoder(nn.Module):
         """Normalised sound (B, n) -> (B, frames, F): the last hidden state, or those of all layers side by side, first
         layer first.
         """
-        features = self.wav2vec2.feature_extractor(wave_Bn).transpose(1, 2)
+        features = convolved(self.wav2vec2, wave_Bn)
         hidden, _ = self.wav2vec2.feature_projection(resample_features(features, frames))
         layers: list[Tensor] = []
         # the encoder of transformers 5 does not hand out hidden states when it is called on its own: collect them on
@@ -110,11 +122,85 @@ class AudioEncoder(nn.Module):
                 hook.remove()
         return last if self.only_last_features else torch.cat(layers, -1)
 
+    def pieces(
+        self, wave_n: Tensor, fps: float, *, length: int = WHOLE_FRAMES, context: float = CONTEXT_SECONDS
+    ) -> Iterator[Tensor]:
+        """A clip (n,), not normalised -> raw features (length, F), piece by piece; ceil(n fps / 16000) frames in all.
+
+        A clip of no more than `length` frames is heard whole, as the released tool hears every clip. Of a longer one
+        each piece is heard with `context` seconds to either side, so that memory does not grow with the clip.
+        """
+        total, reach = frames_of(len(wave_n), fps), round(context * fps)
+        mean, deviation = moments(wave_n)
+        samples = SAMPLE_RATE / fps
+        for start in range(0, total, length):
+            first, last = max(0, start - reach), min(total, start + length + reach)
+            piece = (wave_n[round(first * samples) : round(last * samples)] - mean) / deviation
+            if last == total:
+                piece = pad_to_samples(piece, int(total * samples) - round(first * samples))
+            features = self.raw_features(piece[None], last - first)[0]
+            yield features[start - first : min(start + length, total) - first]
+
     def encode_clip(self, wave_n: Tensor, fps: float) -> Tensor:
-        """A whole clip (n,), not normalised -> (T, F), T = ceil(n fps / 16000)."""
-        frames = frames_of(len(wave_n), fps)
-        wave_Bn = pad_to_frames(normalise_waveform(wave_n)[None], frames, fps)
-        return self.raw_features(wave_Bn, frames)[0]
+        """All of `pieces`, (T, F)."""
+        return torch.cat(list(self.pieces(wave_n, fps)))
+
+
+def moments(wave_n: Tensor) -> tuple[Tensor, Tensor]:
+    """What normalise_waveform takes off and divides by."""
+    return wave_n.mean(-1, keepdim=True), torch.sqrt(wave_n.var(-1, unbiased=False, keepdim=True) + 1e-7)
+
+
+@torch.no_grad()
+def convolved(wav2vec2: "Wav2Vec2Model", wave_Bn: Tensor) -> Tensor:
+    """wav2vec2's convolutional features (B, T', c), about 50 a second. Long sound goes through in chunks: the first
+    layer alone makes 512 channels of 3,200 values a second. A norm over time sees the whole sound all the same.
+    """
+    count = wave_Bn.shape[-1]
+    extractor, strides, kernels = wav2vec2.feature_extractor, wav2vec2.config.conv_stride, wav2vec2.config.conv_kernel
+    if count <= CHUNK_SAMPLES:
+        return extractor(pad_with_silence(wave_Bn, receptive_field(wav2vec2))).transpose(1, 2)
+    first, norm = extractor.conv_layers[0], None
+    if isinstance(getattr(first, "layer_norm", None), nn.GroupNorm):  # over time: its mean and variance come first
+        norm = first.layer_norm
+        total = torch.zeros(2, len(wave_Bn), norm.num_channels, 1, dtype=torch.float64, device=wave_Bn.device)
+        outputs = (count - kernels[0]) // strides[0] + 1
+        for start in range(0, outputs, CHUNK_SAMPLES // strides[0]):
+            stop = min(outputs, start + CHUNK_SAMPLES // strides[0])
+            x = first.conv(wave_Bn[:, None, start * strides[0] : (stop - 1) * strides[0] + kernels[0]]).double()
+            total += torch.stack([x.sum(-1, keepdim=True), x.square().sum(-1, keepdim=True)])
+        mean = total[0] / outputs
+        scale = (total[1] / outputs - mean.square() + norm.eps).rsqrt()
+        mean, scale = mean.float(), scale.float()
+    stride, field = math.prod(strides), receptive_field(wav2vec2)
+    outputs = (count - field) // stride + 1
+    parts = []
+    for start in range(0, outputs, CHUNK_SAMPLES // stride):
+        stop = min(outputs, start + CHUNK_SAMPLES // stride)
+        x = wave_Bn[:, start * stride : (stop - 1) * stride + field]
+        x = x[:, None]
+        if norm is not None:
+            x = (first.conv(x) - mean) * scale * norm.weight[:, None] + norm.bias[:, None]
+            x = first.activation(x)
+        for layer in extractor.conv_layers[1 if norm is not None else 0 :]:
+            x = layer(x)
+        parts.append(x)
+    return torch.cat(parts, -1).transpose(1, 2)
+
+
+def receptive_field(wav2vec2: "Wav2Vec2Model") -> int:
+    """Samples that one convolutional feature sees; 400 for wav2vec2."""
+    field = 1
+    for kernel, stride in zip(
+        reversed(wav2vec2.config.conv_kernel), reversed(wav2vec2.config.conv_stride), strict=True
+    ):
+        field = (field - 1) * stride + kernel
+    return field
+
+
+def pad_with_silence(wave_Bn: Tensor, samples: int) -> Tensor:
+    """At least `samples` of sound: shorter ones are followed by zeros."""
+    return F.pad(wave_Bn, (0, max(0, samples - wave_Bn.shape[-1])))
 
 
 def rename_weight_norm(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -140,6 +226,7 @@ class LogMelEncoder(nn.Module):
     """Log-mel energies, normalised per clip; a video frame holds SUB_FRAMES slices, so F = 160. No weights."""
 
     feature_width = MEL_BANDS * SUB_FRAMES
+    filters: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,12 +241,16 @@ class LogMelEncoder(nn.Module):
         width = int(WINDOW_SECONDS * SAMPLE_RATE)
         centre = (torch.arange(frames * SUB_FRAMES, dtype=torch.float64) + 0.5) / SUB_FRAMES / fps * SAMPLE_RATE
         first = centre.round().long() + FFT_SIZE - width // 2
-        padded = torch.nn.functional.pad(wave_n.float(), (FFT_SIZE, 2 * FFT_SIZE + int(SAMPLE_RATE / fps)))
+        padded = F.pad(wave_n.float(), (FFT_SIZE, 2 * FFT_SIZE + int(SAMPLE_RATE / fps)))
         parts = [self._log_energies(padded, block, width) for block in first.split(SLICES_AT_ONCE)]
         level = torch.cat(parts)
         level = level - level.mean(0)
         level = level / level.std().clamp(min=0.1)
         return level.reshape(frames, self.feature_width)
+
+    def pieces(self, wave_n: Tensor, fps: float) -> Iterator[Tensor]:
+        """The same as one piece: log-mel is small, and its levels are those of the whole clip."""
+        yield self.encode_clip(wave_n, fps)
 
     def _log_energies(self, padded_n: Tensor, first_S: Tensor, width: int) -> Tensor:
         """Log-mel energies (S, 40) of windows that begin at `first_S`."""

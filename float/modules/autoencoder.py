@@ -150,7 +150,8 @@ class SynthesisDecoder(nn.Module):
     def forward(self, latent_Bd: Tensor, features: list[Tensor]) -> tuple[Tensor, Tensor]:
         """-> picture (B, 3, S, S), not clamped, and the 64 px sampling grid (the last one of smaller pictures)."""
         x = self.conv1(self.input(len(latent_Bd)), latent_Bd)
-        image = raw_flow = grid_out = None
+        image: Tensor | None = None
+        raw_flow = grid_out = None
         for level, (to_flow, to_rgb) in enumerate(zip(self.to_flows, self.to_rgbs, strict=True)):
             x = self.convs[2 * level](x, latent_Bd)
             x = self.convs[2 * level + 1](x, latent_Bd)
@@ -158,6 +159,7 @@ class SynthesisDecoder(nn.Module):
             image = to_rgb(warped, image)  # colours come from the warped features, not from x
             if grid.shape[1] <= FLOW_SIDE:
                 grid_out = grid
+        assert image is not None and grid_out is not None, "levels() gives one level at least"
         return image, grid_out
 
 
@@ -184,11 +186,6 @@ class MotionAutoencoder(nn.Module):
         """Picture of the source under a motion latent; (B, 3, S, S), clamp to [-1, 1] before saving."""
         return self.dec(w_Bd + motion_Bd, features)[0]
 
-    def relative_motion(self, target_BM: Tensor, start_BM: Tensor, source_BM: Tensor) -> Tensor:
-        """Coefficients -> motion (B, d) of the source, moved by as much as the target differs from its start."""
-        direction = self.dec.direction
-        return direction(target_BM) - direction(start_BM) + direction(source_BM)
-
     def forward(self, source: Tensor, driving: Tensor) -> Tensor:
         """The source picture with the motion of the driving picture."""
         w_Bd, _, features = self.encode_source(source)
@@ -196,10 +193,7 @@ class MotionAutoencoder(nn.Module):
 
 
 def edit_motion(
-    motion: Tensor,
-    basis_dM: Tensor,
-    targets: dict[int, float] | None = None,
-    deltas: dict[int, float] | None = None,
+    motion: Tensor, basis_dM: Tensor, targets: dict[int, float] | None = None, deltas: dict[int, float] | None = None
 ) -> Tensor:
     """Set coefficients of single directions (`targets`) or shift them (`deltas`); the others stay as they are.
 

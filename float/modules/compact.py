@@ -119,8 +119,8 @@ class WarpDecoder(nn.Module):
         )
         self.mouth_residual = nn.Conv2d(mouth_width, FOLDED_RGB, 3, 1, 1)
         for head in (self.flow, self.residual, self.mouth_residual):
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
+            for parameter in head.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, latent_Bd: Tensor, features: list[Tensor]) -> tuple[Tensor, Tensor]:
         """features: encoder features, smallest first, then the source picture. -> picture, sampling grid (B, S, S,

@@ -112,11 +112,10 @@ class Discriminators(nn.Module):
         return terms
 
 
-# What phase 1 trains: the motion auto-encoder and, when adversarial terms are on, its discriminators.
-
-
 class AutoencoderWithJudges(nn.Module):
-    """One forward pass gives the picture and the discriminators' terms, so that any strategy can wrap the whole."""
+    """What phase 1 trains: the motion auto-encoder and, when adversarial terms are on, its discriminators. One forward
+    pass gives the picture and all terms, so that any strategy can wrap the whole.
+    """
 
     def __init__(self, model: ModelConfig, data: DataConfig, *, adversarial: bool):
         super().__init__()

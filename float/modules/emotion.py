@@ -1,11 +1,20 @@
 """Emotions: seven classes, the speech emotion recogniser, and the labels of the public data sets."""
 
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
+from float.modules.audio import SAMPLE_RATE, config_of, convolved, rename_weight_norm
 from shared.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
 EMOTIONS = ("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise")
+HEARD_SECONDS = 40  # that the recogniser hears at once
 FROM_SPEECH = "S2E"  # what `--emo` says when the voice itself decides
 # RAVDESS codes 01 to 08 (calm counts as neutral); MEAD folder names (contempt has no class)
 RAVDESS_CLASSES = {1: 4, 2: 4, 3: 3, 4: 5, 5: 0, 6: 2, 7: 1, 8: 6}
@@ -57,13 +66,24 @@ class ClassificationHead(nn.Module):
 class SpeechClassifier(nn.Module):
     """wav2vec2 and a head, with the names of r-f/wav2vec-english-speech-emotion-recognition."""
 
-    def __init__(self, wav2vec2: nn.Module):
+    def __init__(self, wav2vec2: "Wav2Vec2Model"):
         super().__init__()
         self.wav2vec2 = wav2vec2
         self.classifier = ClassificationHead(wav2vec2.config.hidden_size)
 
     def forward(self, wave_Bn: Tensor) -> Tensor:
-        return self.classifier(self.wav2vec2(wave_Bn).last_hidden_state.mean(1))
+        return self.classifier(self.pooled(wave_Bn))
+
+    def pooled(self, wave_Bn: Tensor) -> Tensor:
+        """The mean hidden state (B, h). Sound of more than HEARD_SECONDS is heard in pieces of equal length, so that
+        memory does not grow with it.
+        """
+        count = max(1, math.ceil(wave_Bn.shape[-1] / (HEARD_SECONDS * SAMPLE_RATE)))
+        total = torch.zeros((), device=wave_Bn.device)
+        for piece in wave_Bn.tensor_split(count, -1):
+            hidden, _ = self.wav2vec2.feature_projection(convolved(self.wav2vec2, piece))
+            total = total + self.wav2vec2.encoder(hidden)[0].mean(1) / count
+        return total
 
 
 class Audio2Emotion(nn.Module):
@@ -74,7 +94,7 @@ class Audio2Emotion(nn.Module):
         self.wav2vec2_for_emotion = model.eval().requires_grad_(False)
 
     @classmethod
-    def from_config(cls, config: object) -> "Audio2Emotion":
+    def from_config(cls, config: "Wav2Vec2Config") -> "Audio2Emotion":
         """Random weights of a given configuration (transformers.Wav2Vec2Config)."""
         from transformers import Wav2Vec2Model
 
@@ -83,11 +103,8 @@ class Audio2Emotion(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str) -> "Audio2Emotion":
         """Weights from a local folder such as checkpoints/wav2vec-english-speech-emotion-recognition."""
-        from pathlib import Path
-
         from transformers import Wav2Vec2Model
 
-        from float.modules.audio import config_of, rename_weight_norm
         from shared.engine.checkpoint import load_strict, load_weights
 
         model = SpeechClassifier(Wav2Vec2Model(config_of(path)))

@@ -40,6 +40,8 @@ def upfirdn2d(x_BCHW: Tensor, kernel: Tensor, up: int = 1, down: int = 1, pad: t
 class Blur(nn.Module):
     """Smooth without changing the scale."""
 
+    kernel: Tensor
+
     def __init__(self, pad: tuple[int, int], upsample_factor: int = 1):
         super().__init__()
         self.pad = pad
@@ -52,23 +54,14 @@ class Blur(nn.Module):
 class Upsample(nn.Module):
     """(B, C, H, W) -> (B, C, 2H, 2W), smooth."""
 
+    kernel: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("kernel", smoothing_kernel() * 4)
 
     def forward(self, x: Tensor) -> Tensor:
         return upfirdn2d(x, self.kernel, up=2, pad=(2, 1))
-
-
-class Downsample(nn.Module):
-    """(B, C, H, W) -> (B, C, H/2, W/2), smooth."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("kernel", smoothing_kernel())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return upfirdn2d(x, self.kernel, down=2, pad=(1, 1))
 
 
 def leaky_relu_gain(x: Tensor, bias: Tensor) -> Tensor:

@@ -24,6 +24,9 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class FeatureStack(nn.Module):
     """A frozen convolutional stack; hands out the activations that begin each resolution (relu1_1, relu2_1, ...)."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, plan: tuple, *, seed: int | None = None):
         super().__init__()
         layers: list[nn.Module] = []
@@ -50,6 +53,7 @@ class FeatureStack(nn.Module):
             if isinstance(layer, nn.Conv2d):
                 fan_in = layer.in_channels * 9
                 layer.weight.data = torch.randn(layer.weight.shape, generator=generator) * (2 / fan_in) ** 0.5
+                assert layer.bias is not None, "made with one above"
                 layer.bias.data.zero_()
 
     def forward(self, image: Tensor) -> list[Tensor]:

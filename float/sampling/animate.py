@@ -3,8 +3,8 @@
 Shapes: T frames of the clip, L frames of a window, F raw audio width, d motion width, S picture side.
 """
 
-import sys
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,31 +13,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from float.config import PRESETS, Config, ModelConfig
+from float.config import PRESETS, Config, data_root
+from float.data.clips import Clip, find_clips
+from float.data.face import RELEASED, Framing, default_detector, read_boxes
+from float.data.frames import ClipReader
 from float.data.media import to_tensor, to_uint8
-from float.model import MotionGenerator
-from float.modules.audio import AudioEncoder, LogMelEncoder, frames_of, normalise_waveform, pad_to_frames
+from float.model import MotionGenerator, Pass
+from float.modules.audio import AudioEncoder, LogMelEncoder
 from float.modules.autoencoder import edit_motion
 from float.sampling.motion import SamplingOptions, sample_windows
-from float.weights.open import Autoencoder, chosen_checkpoint, load_autoencoder, load_generator, make_generator
+from float.weights.open import Autoencoder, load_autoencoder, load_generator, make_generator
 from shared.config import load_saved
+from shared.engine.checkpoint import open_run
 from shared.errors import UserError
 
-CONTEXT_SECONDS = 4.0  # sound to either side of a window that a streamed wav2vec2 sees
+FRAMING_CLIPS, FRAMING_SIDE = 8, 256  # how many clips a run's framing is measured on, in which size
 
 
-def sampling_options(model: ModelConfig, **changes: Any) -> SamplingOptions:
-    """The sampler's settings of a model section, with changes."""
-    chosen = {
-        "nfe": model.nfe,
-        "method": model.ode_method,
-        "atol": model.ode_atol,
-        "rtol": model.ode_rtol,
-        "a_cfg_scale": model.a_cfg_scale,
-        "r_cfg_scale": model.r_cfg_scale,
-        "e_cfg_scale": model.e_cfg_scale,
-        "reference_guidance": model.reference_guidance,
-    }
+def sampling_options(config: Config, **changes: Any) -> SamplingOptions:
+    """The sampler's settings of a run, with the changes that are not None."""
+    model = config.model
+    same = ("nfe", "a_cfg_scale", "r_cfg_scale", "e_cfg_scale", "reference_guidance")
+    chosen: dict[str, Any] = {name: model[name] for name in same}
+    chosen |= {"method": model.ode_method, "atol": model.ode_atol, "rtol": model.ode_rtol}
+    chosen["noise_scale"] = config.training.sigma_max  # where the path that was trained begins
     return SamplingOptions(**chosen | {name: value for name, value in changes.items() if value is not None})
 
 
@@ -51,16 +50,24 @@ class Portrait:
 
 
 class Animator:
-    """Generator and auto-encoder on one device. `generator` may be the wrapped model of a running training."""
+    """Generator and auto-encoder on one device.
 
-    def __init__(self, generator: Any, autoencoder: Autoencoder, config: Config, device: torch.device):
+    call: what runs the generator where that is not the module itself: the wrapped model of a running training. framing:
+    how a photo is cropped for this model; None where its training clips show no faces that can be found.
+    """
+
+    def __init__(
+        self,
+        generator: MotionGenerator,
+        autoencoder: Autoencoder,
+        config: Config,
+        device: torch.device,
+        *,
+        call: Callable[..., Tensor] | None = None,
+        framing: Framing | None = RELEASED,
+    ):
         self.generator, self.autoencoder = generator, autoencoder.to(device).eval()
-        self.config, self.device = config, device
-
-    @property
-    def module(self) -> MotionGenerator:
-        """The bare generator, for its constants."""
-        return getattr(self.generator, "module", self.generator)
+        self.config, self.device, self.call, self.framing = config, device, call or generator, framing
 
     @torch.no_grad()
     def portrait(self, picture: np.ndarray) -> Portrait:
@@ -68,23 +75,14 @@ class Animator:
         identity, motion, features = self.autoencoder.encode_source(to_tensor(picture)[None].to(self.device))
         return Portrait(identity, motion, features)
 
-    def _velocity(
-        self, t_B: Tensor, x: Tensor, wa: Tensor, wr: Tensor, we: Tensor, prev_x: Tensor, prev_wa: Tensor
-    ) -> Tensor:
-        """The generator in the sampler's form: raw sound goes in, rows of NaN stand for no sound (see _windows)."""
-        no_sound, no_previous = wa[:, 0, 0].isnan(), prev_wa[:, 0, 0].isnan()
-        return self.generator(
-            t_B,
-            x,
-            wa.nan_to_num(),
-            wr,
-            we,
-            prev_x,
-            prev_wa.nan_to_num(),
-            null_audio_B=no_sound,
-            has_previous_B=~no_previous,
-            window_only=True,
-        ).float()
+    def first_frame(self, clip: Clip) -> np.ndarray:
+        """The first frame of a data set's clip that has both picture and sound, as training sees it."""
+        reader = ClipReader(self.config.model.input_size, self.config.data, read_boxes(data_root(self.config.data)))
+        return next(reader.frames(clip, reader.first(clip)))
+
+    def velocities(self, t_B: Tensor, *inputs: Tensor, passes: Sequence[Pass]) -> Tensor:
+        """The generator as the sampler asks for it."""
+        return self.call(t_B, *inputs, passes=passes).float()
 
     @torch.no_grad()
     def motion_windows(
@@ -99,25 +97,21 @@ class Animator:
         audio_windows: raw features (1, n, F). motion: the portrait's own, (1, d). emotion: (7,), or one (7,) per
         window.
         """
-        data = self.config.data
-        wr = self.module.whiten(motion_1d)
-        we = (
-            emotion.to(self.device)[None, None]
-            if isinstance(emotion, Tensor)
-            else (e.to(self.device)[None, None] for e in emotion)
-        )
+        data, we = self.config.data, emotion
         windows = sample_windows(
-            self._velocity,
-            (window.to(self.device).float() for window in audio_windows),
-            wr,
-            we,
+            self,
+            # projected once a window, not in every step of the solver
+            (self.call(None, None, window.to(self.device).float()) for window in audio_windows),
+            self.generator.whiten(motion_1d),
+            we.to(self.device)[None, None]
+            if isinstance(we, Tensor)
+            else (one.to(self.device)[None, None] for one in we),
             num_frames=data.sequence_length,
             num_prev_frames=data.prev_frames,
             options=options,
-            null_audio=float("nan"),
         )
         for window in windows:
-            yield self.module.unwhiten(window)
+            yield self.generator.unwhiten(window, motion_1d)
 
     @torch.no_grad()
     def frames(
@@ -159,21 +153,20 @@ def audio_windows(
 ) -> Iterator[Tensor]:
     """Raw features (1, n, F) of windows of `length` frames.
 
-    stream=False, and log-mel always: features of the whole clip at once. stream=True: wav2vec2 sees the window and
-    CONTEXT_SECONDS to either side, so that memory does not grow with the clip; the features then differ slightly from
-    those of the whole clip.
+    stream=False: heard as training hears clips (AudioEncoder.pieces). stream=True: wav2vec2 hears each window by itself
+    with some seconds to either side, so that the first window is ready soon; the features then differ slightly.
     """
-    total = frames_of(len(wave_n), fps)
-    if not stream or isinstance(encoder, LogMelEncoder):
-        yield from encoder.encode_clip(wave_n, fps)[None].split(length, 1)
+    if isinstance(encoder, AudioEncoder) and stream:
+        yield from (piece[None] for piece in encoder.pieces(wave_n, fps, length=length))
         return
-    wave_n = pad_to_frames(normalise_waveform(wave_n)[None], total, fps)[0]
-    context, samples = round(CONTEXT_SECONDS * fps), len(wave_n) / total
-    for start in range(0, total, length):
-        first, last = max(0, start - context), min(total, start + length + context)
-        piece = wave_n[round(first * samples) : round(last * samples)]
-        features = encoder.raw_features(piece[None], last - first)
-        yield features[:, start - first : min(start + length, total) - first]
+    waiting: list[Tensor] = []  # pieces do not end where windows do
+    for piece in encoder.pieces(wave_n, fps):
+        joined = torch.cat([*waiting, piece])
+        whole = len(joined) // length * length
+        yield from joined[:whole, None].transpose(0, 1).split(length, 1) if whole else ()
+        waiting = [joined[whole:]]
+    if waiting and len(waiting[0]):
+        yield waiting[0][None]
 
 
 def run_folder(path: Path) -> Path:
@@ -190,21 +183,52 @@ def autoencoder_source(config: Config, output_dir: Path) -> str:
 
 
 def load_run(path: str | Path, device: torch.device) -> Animator:
-    """Everything of a trained run (its best checkpoint), of one of its checkpoints, or of the released float.pth."""
+    """Everything of a trained run (shared.engine.checkpoint.open_run says which checkpoint), of one of its checkpoints,
+    or of a file of weights with the released names.
+    """
     path = Path(path)
     if not path.exists():
         raise UserError(
             f"--checkpoint {path}: no such file or folder; give the output folder of float/train.py, or float.pth"
         )
-    if path.is_file() and path.suffix in (".pth", ".pt"):
-        config = load_saved(Config, PRESETS / "official.yaml")
-        source = str(path)
+    if path.is_file() and not is_of_run(path):
+        config, source, weights = load_saved(Config, PRESETS / "official.yaml"), str(path), path
+        framing: Framing | None = RELEASED
     else:
-        folder = run_folder(path)
+        folder, weights = run_folder(path), path if path.is_file() else open_run(path)
         config = load_saved(Config, folder / "config.yaml")
-        source = autoencoder_source(config, folder)
+        source, framing = autoencoder_source(config, folder), framing_of_run(config, folder)
     generator = make_generator(config.model, config.data)
-    load_generator(generator, path)
+    load_generator(generator, weights)
     autoencoder = load_autoencoder(config.model, source)
-    print(f"motion generator of {chosen_checkpoint(path)}", file=sys.stderr)
-    return Animator(generator.to(device).eval(), autoencoder, config, device)
+    return Animator(generator.to(device).eval(), autoencoder, config, device, framing=framing)
+
+
+def is_of_run(path: Path) -> bool:
+    """Whether a file of weights lies in a checkpoint of a run; others are taken for the released model's."""
+    return (path.parent / "manifest.json").is_file()
+
+
+def framing_of_run(config: Config, folder: Path) -> Framing | None:
+    """How a run's clips frame their faces: written by float/train.py, else measured on the clips where they are at
+    hand, else as released.
+    """
+    saved = folder / "framing.json"
+    if saved.is_file():
+        values = json.loads(saved.read_text(encoding="utf-8"))
+        return Framing(values["margin"], tuple(values["shift"])) if values else None
+    try:
+        clips = find_clips(data_root(config.data), config.data.train_split)
+        return measured_framing(clips, config)
+    except UserError:
+        return RELEASED
+
+
+def measured_framing(clips: list[Clip], config: Config) -> Framing | None:
+    """The framing of the first frames of some clips; None where they show no faces that the detector finds."""
+    detector = default_detector()
+    if detector is None or not clips:
+        return RELEASED
+    reader = ClipReader(max(FRAMING_SIDE, config.model.input_size), config.data, {})
+    frames = (next(reader.frames(clip)) for clip in clips[:: max(1, len(clips) // FRAMING_CLIPS)])
+    return Framing.of_frames(frames, detector)

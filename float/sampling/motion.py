@@ -4,17 +4,38 @@ Shapes: B batch, T frames of the clip, L frames of a window, P frames before it,
 emotions.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from float.rectified_flow import RectifiedFlow
+from float.model import Pass
+from shared.flow import integrate
 
-# (t_B, x, wa, wr, we, prev_x, prev_wa) -> (B, P + L, d) or (B, L, d); FlowMatchingTransformer is one
+# (t_B, x, wa, wr, we, prev_x, prev_wa) -> (B, P + L, d) or (B, L, d)
 VelocityModel = Callable[..., Tensor]
+
+
+@runtime_checkable
+class ModelOfPasses(Protocol):
+    """A model that computes several choices of conditions at once; FlowMatchingTransformer is one."""
+
+    def velocities(self, t_B: Tensor, *inputs: Tensor, passes: Sequence[Pass]) -> Tensor:
+        """inputs as a VelocityModel's; -> (passes, B, L, d)."""
+        ...
+
+
+def solver_times(nfe: int, steps: int | None = None) -> Tensor:
+    """The solver's times from noise at 0 to data at 1. nfe counts time points as the released sampler does: nfe 10 is 9
+    steps of 1/9. `steps` counts steps and overrides nfe.
+    """
+    intervals = nfe - 1 if steps is None else steps
+    if intervals < 1:
+        raise ValueError("nfe counts time points and must be at least 2 (steps at least 1)")
+    return torch.linspace(0, 1, intervals + 1)
 
 
 @dataclass(frozen=True)
@@ -32,10 +53,11 @@ class SamplingOptions:
     reference_guidance: bool = False  # a fourth pass without reference; the released sampler has none
     fix_noise_seed: bool = False  # the same noise in every window, as the released sampler does with this flag
     seed: int = 15
+    noise_scale: float = 1.0  # sigma_max of the training path
 
 
 def guided_velocity(
-    model: VelocityModel,
+    model: VelocityModel | ModelOfPasses,
     t_B: Tensor,
     x: Tensor,
     wa: Tensor,
@@ -44,29 +66,45 @@ def guided_velocity(
     prev_x: Tensor,
     prev_wa: Tensor,
     options: SamplingOptions,
-    null_audio: float = 0.0,
+    has_emotion: bool = True,
 ) -> Tensor:
-    """Velocity of the model's shape under incremental guidance.
+    """Velocity of the window (or of the model's shape) under incremental guidance.
 
-    v = v_u + a (v_a - v_u) + e (v_all - v_a), where v_u sees neither sound nor emotion, v_a the sound, v_all both;
-    null is zero (`null_audio` fills the sound's null, for models that project the sound themselves).
-    With reference_guidance v_u is replaced by v_0 + r (v_u - v_0), v_0 without the reference too. All passes go in one
-    batch.
+    v = v_u + a (v_a - v_u) + e (v_all - v_a), where v_u sees neither sound nor emotion, v_a the sound, v_all both; null
+    is zero. With reference_guidance v_u is replaced by v_0 + r (v_u - v_0), v_0 without the reference too.
+    has_emotion: False where the emotion is zero, so that v_all is v_a.
     """
     a, r, e = options.a_cfg_scale, options.r_cfg_scale, options.e_cfg_scale
     if a == r == e == 1:
-        return model(t_B, x, wa, wr, we, prev_x, prev_wa)
-    no_wa, no_we = torch.full_like(wa, null_audio), torch.zeros_like(we)
-    passes = [(no_wa, wr, no_we), (wa, wr, we), (wa, wr, no_we)]
-    if options.reference_guidance:
-        passes.append((no_wa, torch.zeros_like(wr), no_we))
-    count = len(passes)
-    was, wrs, wes = (torch.cat(parts) for parts in zip(*passes, strict=True))
-    repeated = [torch.cat([value] * count) for value in (t_B, x, prev_x, prev_wa)]
-    out = model(repeated[0], repeated[1], was, wrs, wes, repeated[2], repeated[3]).chunk(count)
-    v_u, v_all, v_a = out[:3]
-    base = v_u if count == 3 else out[3] + r * (v_u - out[3])
-    return base + a * (v_a - v_u) + e * (v_all - v_a)
+        return _passes(model, [(True, True, True)], t_B, x, wa, wr, we, prev_x, prev_wa)[0]
+    passes: list[Pass] = [(False, True, False), (True, True, False)]
+    passes += [(True, True, True)] if has_emotion else []
+    passes += [(False, False, False)] if options.reference_guidance else []
+    v_u, v_a, *others = _passes(model, passes, t_B, x, wa, wr, we, prev_x, prev_wa).unbind(0)
+    guided = a * (v_a - v_u)
+    if has_emotion:
+        guided = guided + e * (others[0] - v_a)
+    return v_u + guided if not options.reference_guidance else others[-1] + r * (v_u - others[-1]) + guided
+
+
+def _passes(
+    model: VelocityModel | ModelOfPasses,
+    passes: list[Pass],
+    t_B: Tensor,
+    x: Tensor,
+    wa: Tensor,
+    wr: Tensor,
+    we: Tensor,
+    prev_x: Tensor,
+    prev_wa: Tensor,
+) -> Tensor:
+    """(passes, B, ., d): in one call of a model that shares what passes have in common, else as one larger batch."""
+    if isinstance(model, ModelOfPasses):
+        return model.velocities(t_B, x, wa, wr, we, prev_x, prev_wa, passes=passes)
+    chosen = [[condition * given for condition, given in zip((wa, wr, we), one, strict=True)] for one in passes]
+    was, wrs, wes = (torch.cat(parts) for parts in zip(*chosen, strict=True))
+    ts, xs, prev_xs, prev_was = (torch.cat([value] * len(passes)) for value in (t_B, x, prev_x, prev_wa))
+    return model(ts, xs, was, wrs, wes, prev_xs, prev_was).unflatten(0, (len(passes), len(x)))
 
 
 def pad_frames(frames: Tensor, length: int) -> Tensor:
@@ -77,7 +115,7 @@ def pad_frames(frames: Tensor, length: int) -> Tensor:
 
 @torch.no_grad()
 def sample_windows(
-    model: VelocityModel,
+    model: VelocityModel | ModelOfPasses,
     wa_windows: Iterator[Tensor],
     wr_Bd: Tensor,
     we_B1E: Tensor | Iterator[Tensor],
@@ -86,7 +124,6 @@ def sample_windows(
     num_prev_frames: int,
     options: SamplingOptions,
     noise: Iterator[Tensor] | None = None,
-    null_audio: float = 0.0,
 ) -> Iterator[Tensor]:
     """Motion (B, L, d) of one window after another; memory does not grow with the number of windows.
 
@@ -94,34 +131,35 @@ def sample_windows(
     frame. we: constant, or one (B, 1, E) per window. noise: start states (B, L, d); drawn from options.seed when None.
     Each window sees the last P frames of the sample before it and of that window's features; the first sees zeros.
     """
-    flow, noise = RectifiedFlow(), noise if noise is not None else _noise(wr_Bd, num_frames, options)
+    noise = noise if noise is not None else _noise(wr_Bd, num_frames, options)
     previous: tuple[Tensor, Tensor] | None = None
     for wa in wa_windows:
         wa = pad_frames(wa, num_frames)
         if previous is None:
             no_motion = wa.new_zeros(len(wa), num_prev_frames, wr_Bd.shape[-1])
-            previous = no_motion, wa.new_full((len(wa), num_prev_frames, wa.shape[-1]), null_audio)
+            previous = no_motion, wa.new_zeros(len(wa), num_prev_frames, wa.shape[-1])
         prev_x, prev_wa = previous
         we = we_B1E if isinstance(we_B1E, Tensor) else next(we_B1E)
-
-        def velocity(x: Tensor, t_B: Tensor, wa=wa, we=we, prev_x=prev_x, prev_wa=prev_wa) -> Tensor:
-            out = guided_velocity(model, t_B, x, wa, wr_Bd, we, prev_x, prev_wa, options, null_audio)
-            return out[:, -num_frames:]
-
-        sample = flow.sample_ode(
-            velocity,
-            next(noise).to(wa.device),
-            nfe=options.nfe,
-            steps=options.steps,
-            method=options.method,
-            atol=options.atol,
-            rtol=options.rtol,
+        ask = partial(
+            guided_velocity,
+            model,
+            wa=wa,
+            wr=wr_Bd,
+            we=we,
+            prev_x=prev_x,
+            prev_wa=prev_wa,
+            options=options,
+            has_emotion=bool(we.any()),
         )
+
+        def velocity(x: Tensor, t_B: Tensor, ask: Callable[..., Tensor] = ask) -> Tensor:
+            return ask(t_B, x)[:, -num_frames:]
+
+        start = options.noise_scale * next(noise).to(wa.device)
+        times = solver_times(options.nfe, options.steps)
+        sample = integrate(velocity, start, times, options.method, atol=options.atol, rtol=options.rtol)
         yield sample
-        previous = (
-            _last_frames(prev_x, sample, num_prev_frames),
-            _last_frames(prev_wa, wa, num_prev_frames),
-        )
+        previous = (_last_frames(prev_x, sample, num_prev_frames), _last_frames(prev_wa, wa, num_prev_frames))
 
 
 def _last_frames(before: Tensor, window: Tensor, count: int) -> Tensor:
@@ -139,7 +177,7 @@ def _noise(wr_Bd: Tensor, num_frames: int, options: SamplingOptions) -> Iterator
 
 
 def sample_motion(
-    model: VelocityModel,
+    model: VelocityModel | ModelOfPasses,
     wa_BTa: Tensor,
     wr_Bd: Tensor,
     we_B1E: Tensor,
@@ -165,9 +203,3 @@ def sample_motion(
         noise=noise,
     )
     return torch.cat(list(samples), 1)[:, :frames]
-
-
-def resample_features(features_BTc: Tensor, frames: int) -> Tensor:
-    """Linear interpolation over time to `frames`, end points kept: (B, T', c) -> (B, frames, c)."""
-    moved = features_BTc.transpose(1, 2)
-    return F.interpolate(moved, size=frames, mode="linear", align_corners=True).transpose(1, 2)

@@ -60,9 +60,9 @@ def load_released_checkpoint(path: str | Path, autoencoder: "Autoencoder", gener
     Buffers are computed here and need not be in the file; unknown names are reported, not refused. A pos_embed of
     another window length is not copied: it is a fixed table.
     """
-    from shared.engine.checkpoint import load_weights
+    from float.weights.open import read_weights
 
-    state, report = load_weights(path), NameReport()
+    state, report = read_weights(path), NameReport()
     own: dict[str, Tensor] = {}
     for prefix, module in _parts(autoencoder, generator).items():
         own |= {prefix + name: value.data for name, value in module.named_parameters()}
@@ -99,7 +99,7 @@ def export_released_layout(path: str | Path, autoencoder: "Autoencoder", generat
     """Write both modules as one flat file that the released tool can read; returns the number of tensors."""
     import torch
 
-    if generator.motion_mean.shape[0] != generator.fmt.dim_w or generator.motion_mean.any():
+    if len(generator.motion_mean) != generator.fmt.dim_w or bool(generator.motion_mean.any()):
         raise UserError("a run with whiten_motion has a flow space of its own, which the released layout cannot hold")
     path, state = Path(path), released_state(autoencoder, generator)
     with written_aside(path) as temporary:

@@ -25,16 +25,15 @@ import tempfile
 import torch
 from torch import nn
 
-from float.config import AUTOENCODER_PRESETS, PRESETS, SAMPLE_DATA, AutoencoderConfig, Config
+from float.config import AUTOENCODER_PRESETS, PRESETS, SAMPLE_DATA, AutoencoderConfig, Config, features_dir
 from float.data.clips import Clip, find_clips
 from float.data.features import feature_path, write_features
-from float.data.frames import FramePairs, FrameStore, StoredPairs, collate_pairs
+from float.data.frames import FramePairs, FrameStore, collate_pairs
 from float.data.synthetic import synthetic_clip, write_synthetic_features
 from float.dataset import FLOATDataset, create_dataloader
 from float.model import FlowMatchingTransformer
 from float.modules.audio import SAMPLE_RATE, LogMelEncoder
 from float.plan import autoencoder_workload, workload
-from float.precompute import features_dir
 from float.sampling.animate import Animator, sampling_options
 from float.weights.open import make_autoencoder, make_generator
 from shared.data import BatchPlan, MapStream
@@ -129,7 +128,7 @@ def animation(config: Config, seconds: int) -> Job:
     side, frames = config.model.input_size, round(seconds * config.data.video_fps)
     portrait = animator.portrait(torch.zeros(side, side, 3, dtype=torch.uint8).numpy())
     sound = torch.randn(1, frames, generator.audio_encoder.audio_projection[0].in_features)
-    options = sampling_options(config.model)
+    options = sampling_options(config)
 
     def animate() -> None:
         windows = iter(sound.split(config.data.sequence_length, 1))
@@ -190,13 +189,13 @@ def pair_loader(bench: Bench) -> None:
     decoded = [store.all_frames(clip) for clip in range(PHASE_1_CLIPS)]
     pairs = FramePairs(store, pairs_per_second=config.training.pairs_per_second, seed=0, augment=True)
     size = config.training.batch_size
-    stream = MapStream(StoredPairs(pairs), BatchPlan(len(pairs), size), DistInfo(), collate=collate_pairs)
+    stream = MapStream(pairs, BatchPlan(len(pairs), size), DistInfo(), collate=collate_pairs)
     note = f"batch {size}, {config.model.input_size} px, {sum(map(len, decoded))} decoded frames in memory"
     planned = planned_step(autoencoder_workload(config), config)
     bench.starving("phase 1, default, frame pairs", stream, planned, note=note)
     store.in_memory = False
     bench.time(
-        "loading, phase 1's pairs by seeking in the files", lambda: [pairs.stored(i, 0) for i in range(size)],
+        "loading, phase 1's pairs by seeking in the files", lambda: [pairs.sample(i, 0) for i in range(size)],
         per=size, unit="ms a pair",
     )  # fmt: skip
 

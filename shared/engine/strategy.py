@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from shared.config import TrainingSection
-from shared.engine.dist import DistInfo, gather_objects
+from shared.engine.dist import DistInfo, gather_objects, use_tf32
 from shared.errors import UserError
-from shared.optim import FusedAdamW, adamw
+from shared.optim import FusedOptimizer, adamw
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("weight", *MOMENTS)
@@ -75,13 +75,14 @@ class Strategy:
         self.module: nn.Module
         self.model: nn.Module  # what the objective calls
         self.parameters: dict[str, nn.Parameter]
-        self.optimizer: FusedAdamW
+        self.optimizer: FusedOptimizer
 
     # --- set-up -------------------------------------------------------------------------------------------------------
 
     def prepare(self, model: nn.Module, groups: list[dict], wrap_classes: tuple[type, ...] = ()) -> None:
         """Place, compile and wrap the model; make the optimizer over its trainable parameters, grouped by name."""
         self.module = model
+        use_tf32(self.training.allow_tf32)
         self._place(wrap_classes)
         if self.training.compile:
             for block in blocks_of(model, wrap_classes):
@@ -116,7 +117,7 @@ class Strategy:
     def optimizer_step(self) -> StepInfo:
         """Clip, step and clear. A gradient that is not finite leaves the weights as they are, on all ranks alike.
 
-        The fused optimizer scales the gradients, or leaves the step out, by numbers on the device (FusedAdamW's
+        The fused optimizer scales the gradients, or leaves the step out, by numbers on the device (FusedOptimizer's
         attributes): nothing waits here but fp16, whose next loss scale depends on this step.
         """
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]

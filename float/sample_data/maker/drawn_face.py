@@ -55,7 +55,8 @@ IDENTITIES = {
 
 def shade(colour: Colour, factor: float) -> Colour:
     """Brighter or darker."""
-    return tuple(int(max(0, min(255, part * factor))) for part in colour)
+    red, green, blue = (int(max(0, min(255, part * factor))) for part in colour)
+    return red, green, blue
 
 
 def ellipse(
@@ -180,8 +181,10 @@ class Face:
             mixed = tuple(0.55 * np.array(look.skin) + 0.45 * np.array(look.hair))
             self._polygon(draw, self.points(motion, np.concatenate([outline[keep], inner])), shade(mixed, 0.95))
         for side in (-1, 1):
-            blush = tuple(int(0.9 * c + 0.1 * r) for c, r in zip(look.skin, (230, 90, 80), strict=True))
-            self._polygon(draw, self.points(motion, ellipse(side * 0.105, 0.07, 0.040, 0.028), 0.05), blush)
+            red, green, blue = (int(0.9 * c + 0.1 * r) for c, r in zip(look.skin, (230, 90, 80), strict=True))
+            self._polygon(
+                draw, self.points(motion, ellipse(side * 0.105, 0.07, 0.040, 0.028), 0.05), (red, green, blue)
+            )
         if look.hair_style != "bald":
             edge_y = -h * (0.60 if look.hair_style == "short" else 0.52)
             top = ellipse(0, -0.012, w * 1.05, h * 1.06, 40, math.pi * 1.06, math.pi * 1.94)

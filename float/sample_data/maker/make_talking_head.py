@@ -82,7 +82,7 @@ def mouth_from_audio(wave: np.ndarray, fps: int, frames: int) -> tuple[np.ndarra
     hiss = high / (high + low + 1e-6) * (loud > 0.02)
     opening = loud**1.3 * (0.35 + 0.65 * first) * (1 - 0.7 * hiss)
     wide = 0.5 + (second - 0.5) * np.minimum(1, 2 * loud)
-    return tuple(_smoothed(curve) for curve in (opening, wide, np.maximum(hiss, 0.6 * opening)))
+    return _smoothed(opening), _smoothed(wide), _smoothed(np.maximum(hiss, 0.6 * opening))
 
 
 def _smoothed(curve: np.ndarray) -> np.ndarray:
