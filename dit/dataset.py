@@ -5,9 +5,9 @@ import io
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -100,12 +100,7 @@ class TextImageDataset(Dataset):
     def sample(self, index: int, epoch: int, *, flip: bool | None = None) -> dict[str, Any]:
         """Item `index` as seen in `epoch`; image is uint8. Evaluation: the centre, the first caption, no mirroring."""
         item, settings = self.items[index], self.settings
-        generator = keyed_generator(self.seed, _AUGMENT, epoch, index)
-
-        def draw() -> float:
-            return torch.rand((), generator=generator).item()
-
-        caption_draw, flip_draw = draw(), draw()  # both always: the crop's draws depend on no other setting
+        caption_draw, flip_draw, draw = draws_of_visit(self.seed, epoch, index)
         caption = item.captions[int(caption_draw * len(item.captions)) if self.is_train else 0] if item.captions else ""
         if flip is None:
             is_spared = settings.flip_guard and names_sides(item.captions)
@@ -125,13 +120,14 @@ class TextImageDataset(Dataset):
             sample |= {name: ids[0] for name, ids in self.tokenize([caption]).items()}
         return sample
 
+    def names(self) -> Iterator[str]:
+        """The samples' names, in order."""
+        return self.items.ids()
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the list of ids: two runs with the same one see the same samples."""
-        digest = hashlib.sha256()
-        for number, name in enumerate(self.items.ids()):
-            digest.update((f"\n{name}" if number else name).encode("utf-8", "surrogateescape"))
-        return digest.hexdigest()
+        return fingerprint_of(self.names())
 
     def _flip_rule(self) -> bool:
         """Whether training pictures may be mirrored at all; with the guard, not where any caption names a side."""
@@ -180,18 +176,50 @@ class TextImageDataset(Dataset):
         return items.take(sorted(chosen.tolist()))
 
 
+def draws_of_visit(seed: int, epoch: int, index: int) -> tuple[float, float, Callable[[], float]]:
+    """What is random about one visit to a sample: caption, mirroring, and as many numbers as its crop takes.
+
+    Caption and mirroring are always drawn, so that the crop's numbers depend on no other setting, and a cache's samples
+    are those of the pictures.
+    """
+    generator = keyed_generator(seed, _AUGMENT, epoch, index)
+
+    def draw() -> float:
+        return torch.rand((), generator=generator).item()
+
+    return draw(), draw(), draw
+
+
+def fingerprint_of(names: Iterator[str]) -> str:
+    """SHA-256 of names joined by line ends."""
+    digest = hashlib.sha256()
+    for number, name in enumerate(names):
+        digest.update((f"\n{name}" if number else name).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
 def names_sides(captions: Sequence[str]) -> bool:
     """Whether a caption speaks of left or right, which mirroring would make wrong."""
     return any(word in _SIDES for caption in captions for word in _WORDS.findall(caption.lower()))
 
 
-def spread(dataset: TextImageDataset, count: int) -> list[int]:
+class Named(Protocol):
+    """A data set whose samples have names."""
+
+    def __len__(self) -> int: ...
+
+    def names(self) -> Iterator[str]:
+        """The samples' names, in order."""
+        ...
+
+
+def spread(dataset: Named, count: int) -> list[int]:
     """Indices in the order in which an evaluation takes them: at most `count` are wanted, in the order of the hash of
     their names, so that no class and no folder comes first; those behind them stand in for broken ones.
     """
-    if count >= len(dataset):
+    if count >= len(dataset) or isinstance(dataset, SceneDataset):  # scenes come in no order
         return list(range(len(dataset)))
-    digests = [hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8] for name in dataset.items.ids()]
+    digests = [hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8] for name in dataset.names()]
     return sorted(range(len(dataset)), key=digests.__getitem__)
 
 

@@ -314,7 +314,7 @@ def page(options: PageOptions) -> Path:
         f"<script>const items={data};const width={whole.shape[1]};"
         f"const packed='{base64.b64encode(_bytes(scaled.numpy())).decode()}';{_SCRIPT}</script>"
     )
-    write_text(Path(options.output), html_page("Pictures, texts and sounds that find each other", [body]))
+    write_text(Path(options.output), html_page("Pictures, texts and sounds that find each other", body))
     print(options.output)
     return Path(options.output)
 

@@ -76,7 +76,7 @@ class Items:
         raise NotImplementedError
 
 
-class _Strings:
+class Strings:
     """Many strings in one piece of memory: a list of objects would be copied into every loader process, page by page,
     as each look at one counts it.
     """
@@ -98,9 +98,9 @@ class FileItems(Items):
         paths = [str(item.image) for item in items]
         self.root = os.path.commonpath(paths) if items and isinstance(items[0].image, Path) else ""
         self.root = os.path.dirname(self.root) if self.root in paths else self.root
-        self._ids = _Strings([item.id for item in items])
-        self._images = _Strings([path[len(self.root) :] for path in paths])
-        self._captions = _Strings(["\n".join(item.captions) for item in items])
+        self._ids = Strings([item.id for item in items])
+        self._images = Strings([path[len(self.root) :] for path in paths])
+        self._captions = Strings(["\n".join(item.captions) for item in items])
         self._is_bare = np.array([not item.captions for item in items], dtype=bool)
         self._labels = np.array([-1 if item.label is None else item.label for item in items], dtype=np.int64)
         nowhere = (np.nan,) * 4
@@ -148,11 +148,15 @@ class FileItems(Items):
     def stamp(self, item: Item) -> str:
         """Size and time of the file."""
         assert isinstance(item.image, Path)
-        try:
-            found = item.image.stat()
-        except OSError as error:
-            raise BadSample(f"{item.image}: cannot be read ({error.strerror})") from None
-        return f"{found.st_size} {found.st_mtime_ns}"
+        return _stamp(item.image)
+
+
+def _stamp(path: Path) -> str:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise BadSample(f"{path}: cannot be read ({error.strerror})") from None
+    return f"{found.st_size} {found.st_mtime_ns}"
 
 
 @dataclass
@@ -614,8 +618,9 @@ class ShardItems(Items):
         return next(sample[extension] for extension in PICTURES if extension in sample), item.id
 
     def stamp(self, item: Item) -> str:
-        """The hash of the picture's bytes: a shard's own time says nothing about one sample."""
-        return hashlib.sha256(self.picture(item)[0]).hexdigest()[:32]
+        """Size and time of the shard, and the number of the sample."""
+        assert isinstance(item.image, int)
+        return f"{_stamp(self.shards.path_of(item.image))} {item.image}"
 
 
 class ParquetItems(FileItems):
@@ -691,8 +696,9 @@ class ParquetItems(FileItems):
         return data, item.id
 
     def stamp(self, item: Item) -> str:
-        """The hash of the picture's bytes."""
-        return hashlib.sha256(self.picture(item)[0]).hexdigest()[:32]
+        """Size and time of the file, and the number of the row."""
+        assert isinstance(item.image, int)
+        return f"{_stamp(self.files[item.image >> 40])} {item.image}"
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if not name.startswith("_open_")}

@@ -41,7 +41,14 @@ class ConvAutoencoder(Codec):
         for _ in range(halvings):
             down += [nn.Conv2d(width, 2 * width, 4, stride=2, padding=1), nn.SiLU(), _conv(2 * width, 2 * width)]
             down.append(nn.SiLU())
-            up = [_conv(2 * width, 4 * width), nn.PixelShuffle(2), nn.SiLU(), _conv(width, width), nn.SiLU(), *up]
+            up: list[nn.Module] = [
+                _conv(2 * width, 4 * width),
+                nn.PixelShuffle(2),
+                nn.SiLU(),
+                _conv(width, width),
+                nn.SiLU(),
+                *up,
+            ]
             width *= 2
         self.encoder = nn.Sequential(*down, nn.Conv2d(width, channels, 1))
         first = [_conv(channels, width), nn.SiLU(), _conv(width, width), nn.SiLU()]

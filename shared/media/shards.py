@@ -52,6 +52,10 @@ class Shards:
                 sample[extension] = self._read(shard, offset, size)
         return sample
 
+    def path_of(self, index: int) -> Path:
+        """The shard that holds a sample."""
+        return self.paths[self._members(index)[0]]
+
     def names(self, index: int) -> tuple[str, list[str]]:
         """The sample's key and the extensions of its members, from the index alone."""
         names = [split_name(name.decode()) for _, _, name in self._members(index)[1]]

@@ -464,3 +464,19 @@ def _peak_name(plan: Plan) -> str:
 
 def _bytes(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.numel() * tensor.element_size()
+
+
+def measure_frozen(build: Callable[[], nn.Module], run: Callable[[nn.Module], object]) -> tuple[int, int, int, float]:
+    """(parameters, their bytes, largest sum of live tensors next to them, FLOPs) of a frozen module in one run(module)
+    without gradients, on fake tensors.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        module = build().eval()
+        parameters = list(module.parameters())
+        memory = _LiveMemory([*parameters, *module.buffers()])
+        with memory:
+            run(module)
+        with FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOPS) as counter:
+            run(module)
+        flops = float(counter.get_total_flops())
+    return sum(p.numel() for p in parameters), sum(map(_bytes, parameters)), memory.peak, flops

@@ -391,16 +391,21 @@ def _page(
         for name, text in (consoles or {}).items()
     )
     body = (
-        f"<main><h1>{html.escape(title)}</h1>{remarks}{status}{''.join(part.strip for part in shown)}"
+        f"{remarks}{status}{''.join(part.strip for part in shown)}"
         + (f"<section><h2>Curves</h2>{curves}</section>" if curves else "")
         + (f"<section><h2>More, and all figures</h2>{folded}</section>" if folded else "")
     )
-    refresh = f"<meta http-equiv=refresh content={REFRESH_SECONDS}>" if running else ""
+    body += f"<script>{_SCRIPT}</script>"
+    return html_page(title, body, head=f"<meta http-equiv=refresh content={REFRESH_SECONDS}>" if running else "")
+
+
+def html_page(title: str, body: str, *, head: str = "") -> str:
+    """A whole page in the style of the reports, with nothing outside it; `body` and `head` are HTML."""
     return (
-        f"<!doctype html><html lang=en><head><meta charset=utf-8>{refresh}"
+        f"<!doctype html><html lang=en><head><meta charset=utf-8>{head}"
         "<meta name=viewport content='width=device-width,initial-scale=1'>"
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>"
-        f"<body>{body}</main><script>{_SCRIPT}</script></body></html>\n"
+        f"<body><main><h1>{html.escape(title)}</h1>{body}</main></body></html>\n"
     )
 
 
