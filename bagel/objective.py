@@ -88,7 +88,7 @@ class UnifiedTrainer:
         if self.config.model.use_lora:
             save_adapter(folder, chosen, self.config.model)
         else:
-            whole = {name: chosen.get(name, self.frozen.get(name)) for name in self.names}
+            whole = {name: chosen[name] if name in chosen else self.frozen[name] for name in self.names}
             torch.save({name: value.contiguous() for name, value in whole.items()}, folder / "trained_model.pt")
 
     def train(self) -> FitResult:

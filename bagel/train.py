@@ -17,7 +17,7 @@ if not __package__:
 import json
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from bagel.config import PRESETS, SAMPLE_DATA, Config, ModelConfig
 from shared.config import load_config, load_saved
@@ -142,6 +142,9 @@ def complete(config: Config, argv: list[str] | None = None) -> Config:
             )
         if not _given(argv, *NAMES["tokenizer"]) and (Path(model.model_path) / "tokenizer.json").is_file():
             model.tokenizer = None
+    own = data.train_data_path is not None and not data.train_data_path.startswith("scenes")
+    if own and not _given(argv, "val-data-path", "data.val-data-path") and data.val_data_path == "scenes:unseen":
+        data.val_data_path = None  # the preset's, which belongs to its own training data
     if data.train_data_path is None:
         if not model.from_scratch or model.model_path is not None:
             raise UserError("no data: give --train-data-path FILE (.jsonl, .json, .parquet or .tar, or a folder)")
@@ -156,7 +159,7 @@ def _holds_weights(folder: Path) -> bool:
     return any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json"))
 
 
-def _deepspeed_strategy(path: Path, given: str | None) -> str:
+def _deepspeed_strategy(path: Path, given: str | None) -> Literal["zero1", "zero2", "zero3"]:
     """zero1, zero2 or zero3 by the file's stage; its other keys are set by our own flags."""
     try:
         stage = json.loads(path.read_text())["zero_optimization"]["stage"]
@@ -168,7 +171,8 @@ def _deepspeed_strategy(path: Path, given: str | None) -> str:
         raise UserError(
             f"--deepspeed {path}: stage {stage!r} with --strategy {given}; use stage 1, 2 or 3 and leave --strategy out"
         )
-    return f"zero{stage}"
+    zero: dict[int, Literal["zero1", "zero2", "zero3"]] = {1: "zero1", 2: "zero2", 3: "zero3"}
+    return zero[stage]
 
 
 def refuse_malformed(dataset: "UnifiedGenerationDataset", most: float) -> None:

@@ -42,6 +42,12 @@ class ModelConfig(Section):
         "run the flow on the dim_m whitened coordinates of the motion; for newly trained auto-encoders",
         fixed=True,
     )
+    relative_motion: bool = setting(
+        False,
+        "run the flow on the motion minus the reference's own, which is added back at the portrait: what tells people "
+        "apart in a new auto-encoder's motion falls out; the released model is absolute",
+        fixed=True,
+    )
     audio_dropout_prob: float = setting(0.1, "training: share of samples without sound", ge=0, le=1)
     ref_dropout_prob: float = setting(0.1, "training: share of samples without reference motion", ge=0, le=1)
     emotion_dropout_prob: float = setting(0.1, "training: share of samples without emotion", ge=0, le=1)

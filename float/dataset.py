@@ -210,12 +210,13 @@ class FLOATDataset:
         scale = self.data.gaussian_noise_std * item["motion_latent_cur"].std()
         return {**item, "motion_latent_prev": previous + scale * noise * item["has_previous"]}
 
-    def all_motion(self) -> Tensor:
-        """Motion latents of all frames of all clips, (frames, d)."""
+    def all_motion(self, *, centred: bool = False) -> Tensor:
+        """Motion latents of all frames of all clips, (frames, d); centred: minus the mean of each clip."""
         parts = []
         for path in self.paths:
             with FeatureFile(path) as file:
-                parts.append(file.rows("motion").float())
+                motion = file.rows("motion").float()
+                parts.append(motion - motion.mean(0) if centred else motion)
         return torch.cat(parts)
 
 

@@ -266,16 +266,16 @@ class FlowMatchingTrainer:
         drop_B5: Tensor | None,
         prev_share: float | None = None,
     ) -> dict[str, Tensor]:
-        whiten, has_previous_B = self.model.whiten, batch["has_previous"]
-        data = whiten(batch["motion_latent_cur"])
+        whiten, has_previous_B, reference_Bd = self.model.whiten, batch["has_previous"], batch["reference_motion"]
+        data = whiten(batch["motion_latent_cur"], reference_Bd)
         # a window at the start of its clip has no previous motion: zeros after whitening, as the sampler's first window
-        previous = whiten(batch["motion_latent_prev"]) * has_previous_B[:, None, None]
+        previous = whiten(batch["motion_latent_prev"], reference_Bd) * has_previous_B[:, None, None]
 
         output = model(
             t_B,
             self.flow.interpolate(noise, data, t_B),
             batch["audio_cur"].float(),  # cached in half precision, perhaps
-            whiten(batch["reference_motion"]),
+            whiten(reference_Bd),
             batch["emotion_features"],
             previous,
             batch["audio_prev"].float(),
@@ -288,7 +288,7 @@ class FlowMatchingTrainer:
         if self.window_only:
             return self.criterion(output, velocity)
         # what the previous frames are asked for is their motion before augmentation, where the model was shown them
-        clean = whiten(batch.get("motion_latent_prev_clean", batch["motion_latent_prev"]))
+        clean = whiten(batch.get("motion_latent_prev_clean", batch["motion_latent_prev"]), reference_Bd)
         previous_terms: dict[str, Any] = {"prev_target": clean, "prev_valid_B": _has_previous(batch, drop_B5)}
         if prev_share is not None:
             previous_terms["prev_share"] = prev_share

@@ -217,7 +217,9 @@ def run(config: Config, info: "DistInfo", *, batch_given: bool = False) -> "FitR
     if config.model.fmt_path is not None:
         load_generator(generator, config.model.fmt_path)
     elif config.model.whiten_motion:
-        generator.set_motion_statistics(train_set.all_motion())
+        # what tells people apart is no motion: where it falls out, it must not set the scale either
+        spread = train_set.all_motion(centred=True) if config.model.relative_motion else None
+        generator.set_motion_statistics(train_set.all_motion(), spread_TD=spread)
     sampler = None if autoencoder is None else make_sampler(config, generator, autoencoder, info)
     return FlowMatchingTrainer(config, generator, train_set, val_set, info=info, sampler=sampler).train()
 

@@ -244,6 +244,9 @@ class TrainingConfig(TrainingSection):
         16, "samples per rank and step of the base; with global_batch_size: of all ranks", ge=1
     )
     base_learning_rate: float = setting(1e-3, "peak learning rate of the base", gt=0)
+    base_with_references: bool = setting(
+        False, "train the small base together with the reference modules; it is frozen afterwards and they go on"
+    )
     codec_steps: int | None = setting(
         None, "steps of the convolutional auto-encoder that is trained first; null: half of base_steps", ge=1
     )

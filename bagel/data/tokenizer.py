@@ -68,8 +68,8 @@ class FolderTokenizer:
         missing = [mark for mark in SPECIAL_STRINGS if mark not in known]
         if missing:
             self.inner.add_special_tokens({"additional_special_tokens": missing})
-        bos, eos, start, end = (self.inner.convert_tokens_to_ids(mark) for mark in SPECIAL_STRINGS)
-        self.special = SpecialTokens(bos, eos, start, end)
+        ids = self.inner.get_vocab()
+        self.special = SpecialTokens(*(int(ids[mark]) for mark in SPECIAL_STRINGS))
         self.vocab_size = len(self.inner)
         files = [path for path in (folder / name for name in TOKENIZER_FILES) if path.is_file()]
         self.identity = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]

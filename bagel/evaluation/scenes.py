@@ -13,7 +13,7 @@ from PIL import Image
 from bagel.config import MetricsOptions
 from bagel.data.scenes import DESCRIBE, QUESTIONS, SceneFile, World
 from bagel.evaluation.validation import grid
-from bagel.inferencer import InterleaveInferencer
+from bagel.inferencer import Input, InterleaveInferencer
 from bagel.sampling.generation import Guidance
 from bagel.weights.open import Opened
 from shared.media.scene_scores import rights, summary, truth_pictures
@@ -80,7 +80,7 @@ def _answered(inferencer: InterleaveInferencer, world: World, truths: list[Scene
     pictures = [Image.fromarray(picture) for picture in true]
     for kind in QUESTIONS:
         turns = [world.question(truth, kind) for truth in truths]
-        asked = [[picture, question] for picture, (question, _) in zip(pictures, turns, strict=True)]
+        asked: list[list[Input]] = [[picture, question] for picture, (question, _) in zip(pictures, turns, strict=True)]
         answers = inferencer.answer_batch(asked, 16)
         found[f"answer_{kind}"] = float(
             np.mean([answer.strip() == right for answer, (_, right) in zip(answers, turns, strict=True)])
@@ -102,7 +102,9 @@ def _changed(
     """How often an edit changes what was asked, and keeps all the rest."""
     edits = [world.edit(number, unseen=True) for number in range(options.scenes)]
     before = truth_pictures(world.scenes, [edit[0] for edit in edits])
-    inputs = [[Image.fromarray(picture), edit[2]] for picture, edit in zip(before, edits, strict=True)]
+    inputs: list[list[Input]] = [
+        [Image.fromarray(picture), edit[2]] for picture, edit in zip(before, edits, strict=True)
+    ]
     drawn = np.stack([np.asarray(picture) for picture in inferencer.draw_batch(inputs, GUIDANCE, _size(before))])
     right = rights(world.scenes, [edit[3] for edit in edits], drawn)
     asked = np.array([right[edit[1]][row] for row, edit in enumerate(edits)])
@@ -134,7 +136,7 @@ def _talk(
         side = (world.scenes.height, world.scenes.width)
         first = inferencer.draw_batch([[sentence]], GUIDANCE, side)[0]
         said = [f"user: {sentence}", "model: (first picture)"]
-        heard: list[str | Image.Image] = [sentence, first]
+        heard: list[Input] = [sentence, first]
         for kind in ("what", "where", "colour"):
             question = world.question(before, kind)[0]
             answer = inferencer.gen_text(inferencer.read([*heard, question]).main, 16, do_sample=False).strip()

@@ -221,18 +221,36 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def _middle(channels: int) -> nn.Module:
-    middle = nn.Module()
-    middle.block_1, middle.attn_1, middle.block_2 = (
-        ResnetBlock(channels, channels),
-        AttentionBlock(channels),
-        ResnetBlock(channels, channels),
-    )
-    return middle
+class Middle(nn.Module):
+    """Attention between two residual blocks, at the coarsest level."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.block_1, self.attn_1 = ResnetBlock(channels, channels), AttentionBlock(channels)
+        self.block_2 = ResnetBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
 
 
-def _run_middle(middle: nn.Module, x: Tensor) -> Tensor:
-    return middle.block_2(middle.attn_1(middle.block_1(x)))
+class Stage(nn.Module):
+    """The residual blocks of a level, and what leads to the next one where there is one."""
+
+    def __init__(self, blocks: list[nn.Module], *, down: int | None = None, up: int | None = None):
+        super().__init__()
+        self.block = nn.ModuleList(blocks)
+        if down is not None:
+            self.downsample = Downsample(down)
+        if up is not None:
+            self.upsample = Upsample(up)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        for name in ("downsample", "upsample"):
+            if name in self._modules:
+                x = self.get_submodule(name)(x)
+        return x
 
 
 class Encoder(nn.Module):
@@ -241,29 +259,23 @@ class Encoder(nn.Module):
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         self.conv_in = nn.Conv2d(3, config.ch, 3, padding=1)
-        self.down = nn.ModuleList()
-        channels = config.ch
+        stages, channels = [], config.ch
         for level, factor in enumerate(config.ch_mult):
-            stage = nn.Module()
-            stage.block = nn.ModuleList()
+            blocks: list[nn.Module] = []
             for _ in range(config.num_res_blocks):
-                stage.block.append(ResnetBlock(channels, config.ch * factor))
+                blocks.append(ResnetBlock(channels, config.ch * factor))
                 channels = config.ch * factor
-            if level < len(config.ch_mult) - 1:
-                stage.downsample = Downsample(channels)
-            self.down.append(stage)
-        self.mid = _middle(channels)
+            stages.append(Stage(blocks, down=channels if level < len(config.ch_mult) - 1 else None))
+        self.down = nn.ModuleList(stages)
+        self.mid = Middle(channels)
         self.norm_out = nn.GroupNorm(32, channels, eps=1e-6)
         self.conv_out = nn.Conv2d(channels, 2 * config.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
-        for level, stage in enumerate(self.down):
-            for block in stage.block:
-                x = block(x)
-            if level < len(self.down) - 1:
-                x = stage.downsample(x)
-        return self.conv_out(F.silu(self.norm_out(_run_middle(self.mid, x))))
+        for stage in self.down:
+            x = stage(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
 class Decoder(nn.Module):
@@ -273,28 +285,22 @@ class Decoder(nn.Module):
         super().__init__()
         channels = config.ch * config.ch_mult[-1]
         self.conv_in = nn.Conv2d(config.z_channels, channels, 3, padding=1)
-        self.mid = _middle(channels)
+        self.mid = Middle(channels)
         stages = []
         for level in reversed(range(len(config.ch_mult))):
-            stage = nn.Module()
-            stage.block = nn.ModuleList()
+            blocks: list[nn.Module] = []
             for _ in range(config.num_res_blocks + 1):
-                stage.block.append(ResnetBlock(channels, config.ch * config.ch_mult[level]))
+                blocks.append(ResnetBlock(channels, config.ch * config.ch_mult[level]))
                 channels = config.ch * config.ch_mult[level]
-            if level > 0:
-                stage.upsample = Upsample(channels)
-            stages.append(stage)
+            stages.append(Stage(blocks, up=channels if level > 0 else None))
         self.up = nn.ModuleList(reversed(stages))
         self.norm_out = nn.GroupNorm(32, channels, eps=1e-6)
         self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = _run_middle(self.mid, self.conv_in(z))
+        x = self.mid(self.conv_in(z))
         for level in reversed(range(len(self.up))):
-            for block in self.up[level].block:
-                x = block(x)
-            if level > 0:
-                x = self.up[level].upsample(x)
+            x = self.up[level](x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 

@@ -56,7 +56,7 @@ def train_autoencoder(
     network.requires_grad_(True)
     stream = PictureStream(dataset, info, phase.training.batch_size, config.run.seed)
 
-    def losses(call: Callable, batches: list[list[Tensor]], step: int) -> Iterator[tuple[Tensor, dict]]:
+    def losses(call: Callable, batches: list[Tensor], step: int) -> Iterator[tuple[Tensor, dict]]:
         for images in batches:
             generator = keyed_generator(config.run.seed, _NOISE, step, info.rank)
             cells = [side // model.autoencoder.downsample for side in images.shape[2:]]
@@ -107,10 +107,11 @@ class PictureStream:
 
     def __init__(self, dataset: UnifiedGenerationDataset, info: DistInfo, batch_size: int, seed: int):
         self.dataset, self.info, self.batch_size, self.seed = dataset, info, batch_size, seed
-        self.samples_per_step, self.fingerprint = batch_size * info.world, dataset.fingerprint()
+        self.samples_per_step = batch_size * info.world
+        self.fingerprint: str | None = dataset.fingerprint()
         self.step = 0
 
-    def start(self, step: int, state: dict | None = None) -> None:
+    def start(self, step: int, state: dict | None) -> None:
         """Go to a step."""
         self.step = step
 

@@ -396,7 +396,7 @@ def _save_weights(folder: Path, weights: dict[str, Tensor], dtype: torch.dtype, 
             size = 0
         shards[-1].append(name)
         size += value.numel() * width
-    where = {}
+    where: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if shard_bytes else WEIGHTS[0]
         save_file({name: weights[name].to(dtype).contiguous() for name in names}, folder / file, {"format": "pt"})

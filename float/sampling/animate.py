@@ -111,7 +111,7 @@ class Animator:
             options=options,
         )
         for window in windows:
-            yield self.generator.unwhiten(window)
+            yield self.generator.unwhiten(window, motion_1d)
 
     @torch.no_grad()
     def frames(

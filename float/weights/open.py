@@ -47,7 +47,10 @@ def make_generator(model: ModelConfig, data: DataConfig, *, gradient_checkpointi
     """Transformer and audio projection with fresh weights."""
     width = raw_audio_width(model.audio_features, model.wav2vec_model_path, only_last_features=model.only_last_features)
     return MotionGenerator(
-        make_transformer(model, data, gradient_checkpointing=gradient_checkpointing), width, model.dim_w
+        make_transformer(model, data, gradient_checkpointing=gradient_checkpointing),
+        width,
+        model.dim_w,
+        relative=model.relative_motion,
     )
 
 

@@ -254,7 +254,12 @@ class Scenes:
             "relation": f"put the {noun} {value} the {self.name(scene, 1).lower() if scene.relation else ''}",
             "motion": f"let the {noun} move {value}",
         }
+<<<<<<< HEAD
         return told[what], _with(scene, what, value)
+=======
+        change: dict[str, Any] = {what: value}
+        return told[what], scene._replace(**change)
+>>>>>>> main
 
     def alternatives(self, scene: Scene, what: str, *, among: int | None = None) -> list[Scene]:
         """The scene itself, then those that differ from it in `what` alone: object, second, ground, place, size,
@@ -268,8 +273,13 @@ class Scenes:
                 numbers = draw.choice(numbers, among - 1, replace=False).tolist()
             swapped = [tuple(other if k == which else n for k, n in enumerate(scene.objects)) for other in numbers]
             return [scene, *(scene._replace(objects=objects) for objects in swapped)]
+<<<<<<< HEAD
         others = [value for value in _VALUES[what] if value != getattr(scene, what)]
         return [scene, *(_with(scene, what, value) for value in others)]
+=======
+        changes: list[dict[str, Any]] = [{what: value} for value in _VALUES[what] if value != getattr(scene, what)]
+        return [scene, *(scene._replace(**change) for change in changes)]
+>>>>>>> main
 
     # --- how it is done -----------------------------------------------------------------------------------------------
 
@@ -337,7 +347,7 @@ class Scenes:
 
 # --- words ------------------------------------------------------------------------------------------------------------
 
-_ORDERS = tuple(itertools.permutations(range(3)))  # the first changes nothing
+_ORDERS = [(a, b, 3 - a - b) for a, b in itertools.permutations(range(3), 2)]  # the first changes nothing
 _GROUND_NAMES, _SIZE_NAMES = tuple(GROUNDS), tuple(SIZES)
 _VALUES: dict[str, tuple[str, ...]] = {
     "ground": _GROUND_NAMES,

@@ -205,9 +205,16 @@ def _figure(points: dict[str, list]) -> str:
     from matplotlib import pyplot
 
     ink = "#123456"  # stands for the text's colour, which differs by day and by night
+<<<<<<< HEAD
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     look: Any = {**dict.fromkeys(inked, ink), "svg.fonttype": "none", "svg.hashsalt": "report"}
     with matplotlib.rc_context(look):
+=======
+    look: dict[Any, Any] = {
+        name: ink for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    }
+    with matplotlib.rc_context({**look, "svg.fonttype": "none", "svg.hashsalt": "report"}):
+>>>>>>> main
         figure, axes = pyplot.subplots(figsize=(5.2, 2.9), layout="constrained")
         for name, values in points.items():
             axes.plot(
@@ -396,6 +403,7 @@ def _page(
         + (f"<section><h2>Curves</h2>{curves}</section>" if curves else "")
         + (f"<section><h2>More, and all figures</h2>{folded}</section>" if folded else "")
     )
+    body += f"<script>{_SCRIPT}</script>"
     return html_page(title, body, head=f"<meta http-equiv=refresh content={REFRESH_SECONDS}>" if running else "")
 
 
@@ -405,7 +413,7 @@ def html_page(title: str, body: str, *, head: str = "") -> str:
         f"<!doctype html><html lang=en><head><meta charset=utf-8>{head}"
         "<meta name=viewport content='width=device-width,initial-scale=1'>"
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>"
-        f"<body><main><h1>{html.escape(title)}</h1>{body}</main><script>{_SCRIPT}</script></body></html>\n"
+        f"<body><main><h1>{html.escape(title)}</h1>{body}</main></body></html>\n"
     )
 
 

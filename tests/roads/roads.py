@@ -138,7 +138,13 @@ def float_motion(preset: str) -> Road:
 
 LANGUAGE = [
     f"model.language.{name}"
-    for name in ("hidden_size=32", "intermediate_size=48", "num_hidden_layers=2", "num_attention_heads=4")
+    for name in (
+        "hidden_size=32",
+        "intermediate_size=48",
+        "num_hidden_layers=2",
+        "num_attention_heads=4",
+        "num_key_value_heads=2",
+    )
 ]
 VISION = [f"model.vision.{name}" for name in ("hidden_size=32", "intermediate_size=32", "num_hidden_layers=1")]
 
