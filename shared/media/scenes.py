@@ -67,11 +67,6 @@ class Scene(NamedTuple):
     channels: tuple[int, int, int] = (0, 1, 2)  # order of the drawings' colour channels; others recolour them
 
 
-def _with(scene: Scene, what: str, value: Any) -> Scene:
-    changes: dict[str, Any] = {what: value}
-    return scene._replace(**changes)
-
-
 def cut_out(image: Image.Image) -> np.ndarray:
     """RGBA uint8 (S, S, 4) of a picture: by its transparency, or, where it has none, by its white ground.
 
@@ -152,7 +147,7 @@ class Scenes:
                 "use more drawings or another share"
             )
         if not unseen and draw.random() < self.recoloured:
-            scene = _with(scene, "channels", _ORDERS[draw.integers(1, len(_ORDERS))])
+            scene = scene._replace(channels=_ORDERS[draw.integers(1, len(_ORDERS))])
         return scene
 
     def is_unseen(self, scene: Scene) -> bool:
@@ -200,7 +195,7 @@ class Scenes:
     # --- words: all choices are keyed by (seed, index) as well ----------------------------------------------------
 
     def sentence(self, scene: Scene, index: int, *, nouns: Sequence[str] | None = None) -> str:
-        """A sentence that tells all of the ground truth, in words chosen by `index`. nouns: instead of the names."""
+        """A sentence that tells all of the ground truth, in words chosen by `index`. nouns: in place of the names."""
         draw = _generator(self.seed, _WORDS, index)
         nouns = [noun.lower() for noun in nouns or [self.drawings[n].name for n in scene.objects]]
 
@@ -254,12 +249,8 @@ class Scenes:
             "relation": f"put the {noun} {value} the {self.name(scene, 1).lower() if scene.relation else ''}",
             "motion": f"let the {noun} move {value}",
         }
-<<<<<<< HEAD
-        return told[what], _with(scene, what, value)
-=======
         change: dict[str, Any] = {what: value}
         return told[what], scene._replace(**change)
->>>>>>> main
 
     def alternatives(self, scene: Scene, what: str, *, among: int | None = None) -> list[Scene]:
         """The scene itself, then those that differ from it in `what` alone: object, second, ground, place, size,
@@ -273,13 +264,8 @@ class Scenes:
                 numbers = draw.choice(numbers, among - 1, replace=False).tolist()
             swapped = [tuple(other if k == which else n for k, n in enumerate(scene.objects)) for other in numbers]
             return [scene, *(scene._replace(objects=objects) for objects in swapped)]
-<<<<<<< HEAD
-        others = [value for value in _VALUES[what] if value != getattr(scene, what)]
-        return [scene, *(_with(scene, what, value) for value in others)]
-=======
         changes: list[dict[str, Any]] = [{what: value} for value in _VALUES[what] if value != getattr(scene, what)]
         return [scene, *(scene._replace(**change) for change in changes)]
->>>>>>> main
 
     # --- how it is done -----------------------------------------------------------------------------------------------
 
