@@ -4,14 +4,13 @@ import pytest
 
 from tests.launching import ROOT, run
 from tests.roads.__main__ import walk
-from tests.roads.roads import PLANNED_ONLY, ROADS
+from tests.roads.roads import ROADS
 
 
 def test_every_shipped_preset_has_a_road():
     shipped = {(path.parts[-3], path.stem) for path in ROOT.glob("*/configs/*.yaml")}
     walked = {(road.system, road.preset) for road in ROADS if road.script == "train.py"}
-    planned = {(system, preset) for system, presets in PLANNED_ONLY.items() for preset in presets}
-    assert walked | planned == shipped
+    assert walked == shipped
     first = {path.stem for path in ROOT.glob("float/configs/autoencoder/*.yaml")}
     assert {road.preset for road in ROADS if road.script == "train_autoencoder.py"} == first
 
@@ -19,7 +18,7 @@ def test_every_shipped_preset_has_a_road():
 @pytest.mark.slow
 @pytest.mark.parametrize("road", ROADS, ids=lambda road: road.name)
 def test_the_small_command_is_accepted(road, tmp_path_factory, tmp_path):
-    if road.system == "bagel" and road.preset != "small":
+    if road.system == "bagel" and not road.preset.startswith("small"):
         pytest.skip("its base is made by a run; python -m tests.roads does so")
     files = tmp_path_factory.getbasetemp() / "files"
     files.mkdir(exist_ok=True)
