@@ -77,6 +77,7 @@ class TextImageDataset(Dataset):
                 f"data.dataset_path {self.root}: no usable picture with {wanted} was found for dataset_name "
                 f"{settings.dataset_name}; {len(self.skipped)} were left out"
                 f"{f', the first: {self.skipped[0][1]}' if self.skipped else ''}; check the layout and the captions"
+                f"{'' if num_classes or settings.dataset_name != 'custom' else ' (folders of classes: --num-classes)'}"
             )
         self.may_flip = self._flip_rule()
         self.shapes = bucket_shapes(settings.image_size, bucket_step) if settings.buckets and is_train else []

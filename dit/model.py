@@ -164,7 +164,11 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(head_width, eps=EPS) if qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(head_width, eps=EPS) if qk_norm else nn.Identity()
 
-    def forward(
+    def forward(self, x_BLD: Tensor, rotation: Rotation = None, mask_BL: Tensor | None = None) -> Tensor:
+        """Attended tokens (B, L, D)."""
+        return self.attend(x_BLD, rotation, mask_BL)[0]
+
+    def attend(
         self,
         x_BLD: Tensor,
         rotation: Rotation = None,
@@ -283,7 +287,7 @@ class DiTBlock(nn.Module):
         else:
             assert self.scale_shift_table is not None  # one of the two is there
             shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + condition).unbind(1)
-        attended, values = self.attn(modulate(self.norm1(x_BLD), shift1, scale1), rotation, mask_BL, first_v)
+        attended, values = self.attn.attend(modulate(self.norm1(x_BLD), shift1, scale1), rotation, mask_BL, first_v)
         x_BLD = torch.addcmul(x_BLD, gate1[:, None], self._drop(attended, draws_B3, 0))
         # text enters between the two, ungated: its last projection starts at zero, so it needs no gate to start as
         # the identity
