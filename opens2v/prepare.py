@@ -67,9 +67,9 @@ def read_captions(options: PrepareOptions, videos: list[Path]) -> dict[str, tupl
     found: dict[str, tuple[str, str | None]] = {}
     if options.captions is None:
         for video in videos:
-            text = video.with_suffix(".txt")
-            if text.exists():
-                found[video.name] = (text.read_text(encoding="utf-8-sig", errors="replace").strip(), None)
+            beside = video.with_suffix(".txt")
+            if beside.exists():
+                found[video.name] = (beside.read_text(encoding="utf-8-sig", errors="replace").strip(), None)
     else:
         path = Path(options.captions)
         if path.suffix not in (".csv", ".jsonl"):
@@ -101,7 +101,7 @@ def noun_of(caption: str, subject: str | None) -> str:
     if words and words[0].lower() in ("a", "an", "the"):
         words = words[1:]
     stops = {"is", "are", "in", "on", "at", "with", "and", "of", "who", "that", "to", "by", "from", "looks", "moves"}
-    kept = []
+    kept: list[str] = []
     for word in words:
         if word.lower().strip(",") in stops or (kept and word.endswith(("s", "ing")) and len(kept) > 1):
             break
@@ -320,7 +320,7 @@ def prepare_video(
         if not found:
             left_out.append(f"{where}: no subject {name!r} was found")
             continue
-        kept = []
+        kept: list[Found] = []
         for one in found:
             frame = read_frames(video, [one.frame])[0]
             reason = judge(one, frame, options)
@@ -391,7 +391,8 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     if options.detector is not None:
         finder = Finder(options.detector, str(options.segmenter), options.device, options.detector_threshold)
     output = Path(options.output)
-    entries, left_out = {}, []
+    entries: dict[str, dict] = {}
+    left_out: list[str] = []
     for video in videos:
         caption, subject = captions[video.name]
         done, digest = (

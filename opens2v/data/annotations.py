@@ -182,7 +182,9 @@ def _fresh_table(path: Path, out: Path) -> np.ndarray | None:
 
 
 def _rows_fit(path: Path, table: np.ndarray, count: int = 256) -> bool:
-    places = np.unique(np.linspace(0, len(table) - 1, min(count, len(table))).astype(int)) if len(table) else []
+    if not len(table):
+        return True
+    places = np.unique(np.linspace(0, len(table) - 1, min(count, len(table))).astype(int))
     with open(path, "rb") as file:
         for key_at, key_length, entry_at, entry_length, digest in table[places].tolist():
             file.seek(key_at)

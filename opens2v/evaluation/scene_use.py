@@ -111,7 +111,7 @@ def scene_figures(dataset: SceneDataset, scenes: list[Scene], drawn: np.ndarray)
                 errors = [squared_error(video, dataset.clip(one)) for one in world.alternatives(scene, what)]
                 found[name].append(float(np.argmin(errors) == 0))
             errors = [
-                np.mean([_box_error(dataset, scene, one, picture, frame) for frame, picture in enumerate(video)])
+                float(np.mean([_box_error(dataset, scene, one, picture, frame) for frame, picture in enumerate(video)]))
                 for one in world.alternatives(scene, "object", among=OTHERS + 1)
             ]
             found["own_of_eight"].append(float(np.argmin(errors) == 0))

@@ -49,10 +49,10 @@ class Motion(nn.Module):
             nn.Conv2d(width, 4 * 6 * self.frames, 3, padding=1), nn.PixelShuffle(2),
         )  # fmt: skip
         last = self.decoder[-2]
-        assert isinstance(last, nn.Conv2d)
+        assert isinstance(last, nn.Conv2d) and last.bias is not None
         with torch.no_grad():  # near the identity: nothing moves and nothing is painted over
             last.weight.mul_(0.1)
-            last.bias.zero_()
+            nn.init.zeros_(last.bias)
 
     def decode(self, source: Tensor, latents: Tensor) -> Tensor:
         """(B, 3, H, W) and (B, C, h, w) -> the next four frames (B, 3, 4, H, W)."""

@@ -205,7 +205,9 @@ def _figure(points: dict[str, list]) -> str:
     from matplotlib import pyplot
 
     ink = "#123456"  # stands for the text's colour, which differs by day and by night
-    look: dict[Any, Any] = {name: ink for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")}
+    look: dict[Any, Any] = {
+        name: ink for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    }
     with matplotlib.rc_context({**look, "svg.fonttype": "none", "svg.hashsalt": "report"}):
         figure, axes = pyplot.subplots(figsize=(5.2, 2.9), layout="constrained")
         for name, values in points.items():
