@@ -1,8 +1,11 @@
 """Both phases through the loop: learning, exact resume, ranks, what moves, settings, and what users see."""
 
 import json
+import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +120,50 @@ def test_the_released_network_trains_in_phase_one(tmp_path, clips):
     assert result.finished and np.isfinite(result.metrics["val/psnr"])
 
 
+def speaks_while_the_sound_comes_in(tmp_path, run, portrait):
+    """From a pipe, and from a file that a recorder is writing; the video grows under its own name."""
+    data, made = (tmp_path / "speech.wav").read_bytes(), tmp_path / "live.mp4"
+    flags = ["--checkpoint", str(run), "--ref-path", portrait, "--emo", "sad", "--stream", "--device", "cpu"]
+    grown = []
+
+    def play(target) -> None:
+        for start in range(0, len(data), 16000):  # half a second
+            target.write(data[start : start + 16000])
+            target.flush()
+            time.sleep(0.4)
+            grown.append(made.stat().st_size if made.exists() else 0)
+
+    def play_pipe() -> None:
+        with open(tmp_path / "pipe", "wb") as target:
+            play(target)
+
+    os.mkfifo(tmp_path / "pipe")
+    player = threading.Thread(target=play_pipe)
+    player.start()
+    generate([*flags, "--aud-path", str(tmp_path / "pipe"), "--output", str(made)])
+    player.join()
+    assert len(list(iterate_frames(made, 25))) == 75
+    assert any(0 < size < made.stat().st_size for size in grown), grown
+    assert abs(len(read_audio(made)) - 48000) <= 2048
+
+    target = open(tmp_path / "growing.wav", "wb")
+    target.write(data[:8000])
+    target.flush()
+    player = threading.Thread(target=lambda: [time.sleep(0.1), play_rest()])
+
+    def play_rest() -> None:
+        for start in range(8000, len(data), 4000):
+            target.write(data[start : start + 4000])
+            target.flush()
+            time.sleep(0.02)
+        target.close()
+
+    player.start()
+    generate([*flags, "--aud-path", str(tmp_path / "growing.wav"), "--output", str(made)])
+    player.join()
+    assert len(list(iterate_frames(made, 25))) == 75
+
+
 @pytest.mark.slow
 def test_from_clips_to_a_talking_video(tmp_path, clips):
     output = tmp_path / "run"
@@ -148,6 +195,7 @@ def test_from_clips_to_a_talking_video(tmp_path, clips):
         ]
     )
     assert len(list(iterate_frames(made, 25))) == 75 and len(read_audio(made)) >= 48000
+    speaks_while_the_sound_comes_in(tmp_path, output, portrait)
     scores = metrics(["--checkpoint", str(output), "--seeds", "1", "--device", "cpu"])
     assert scores["held_out_clips"] == 2 and not scores["uses_meter"]
     assert (
