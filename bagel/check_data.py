@@ -35,8 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     """Read the records and report."""
     options = load_config(Options, argv=argv, description=__doc__)
     from bagel.data.tokenizer import load_tokenizer
-    from bagel.dataset import DataError
-    from bagel.train import open_dataset
+    from bagel.dataset import DataError, open_dataset
     from shared.errors import UserError
 
     if not options.data_path:

@@ -80,14 +80,15 @@ class AutoencoderConfig(Section):
     """The frozen code of pictures."""
 
     fixed_on_resume = True
-    kind: Literal["flux", "pixel"] = setting(
-        "flux", "flux: the FLUX autoencoder; pixel: cells of pixels, no weights needed"
+    kind: Literal["flux", "conv", "pixel"] = setting(
+        "flux", "flux: the FLUX autoencoder; conv: a small one, trained first in the same run; pixel: cells of pixels"
     )
-    ch: int = setting(128, "channels of the finest level (flux)", ge=32, multiple_of=32)
+    ch: int = setting(128, "channels of the finest level (flux, conv)", ge=32, multiple_of=32)
     ch_mult: list[int] = setting([1, 2, 4, 4], "channel factors of the levels, finest first (flux)")
     num_res_blocks: int = setting(2, "residual blocks a level (flux)", ge=1)
     z_channels: int = setting(16, "latent channels; pixel: 3 x downsample^2", ge=1)
-    downsample: int = setting(8, "pixels of a latent cell's side; flux: 2^(levels - 1)", ge=1)
+    downsample: int = setting(8, "pixels of a latent cell's side; flux: 2^(levels - 1); conv: 2, 4, 8, ...", ge=1)
+    steps: int = setting(1400, "training steps of 16 pictures (conv)", ge=1)
     scale_factor: float = setting(0.3611, "latent = scale_factor * (z - shift_factor)", gt=0)
     shift_factor: float = setting(0.1159, "see scale_factor")
 
@@ -96,6 +97,8 @@ class AutoencoderConfig(Section):
         side = 2 ** (len(self.ch_mult) - 1)
         if self.kind == "flux" and self.downsample != side:
             raise ValueError(f"downsample {self.downsample} must be 2^(levels - 1) = {side} for ch_mult {self.ch_mult}")
+        if self.kind == "conv" and (self.downsample < 2 or self.downsample & (self.downsample - 1)):
+            raise ValueError(f"downsample {self.downsample} must be 2, 4, 8, ... for a convolutional autoencoder")
         if self.kind == "pixel" and self.z_channels != 3 * self.downsample**2:
             raise ValueError(
                 f"z_channels {self.z_channels} must be 3 x downsample^2 = {3 * self.downsample**2} for pixel cells"
@@ -114,10 +117,17 @@ class ModelConfig(Section):
         "folder of released form: llm_config.json, vit_config.json, ae.safetensors, "
         "ema.safetensors, tokenizer.json; its sizes replace the sections above",
     )
+    llm_path: str | None = setting(None, "folder of a plain Qwen2.5 to start from; needs vae_path")
+    vit_path: str | None = setting(None, "with llm_path: folder of a SigLIP; null: a tower from random weights")
+    vae_path: str | None = setting(None, "with llm_path: ae.safetensors of FLUX")
     from_scratch: bool = setting(
         False, "start from random weights; model_path, if given, then only gives sizes and tokenizer"
     )
-    tokenizer: str | None = setting(None, "bytes, or a folder with a tokenizer; null: model_path's", fixed=True)
+    tokenizer: str | None = setting(
+        None,
+        "bytes, sample (bytes and words of the scenes), or a folder with a tokenizer; null: model_path's",
+        fixed=True,
+    )
     initializer_range: float = setting(0.02, "standard deviation of matrices that start from random", gt=0)
     vision_initializer_range: float = setting(
         0.02,
@@ -168,6 +178,10 @@ class ModelConfig(Section):
                 f"quantization {self.quantization} stores frozen weights, which cannot be trained; add --use-lora, "
                 f"or use --quantization none"
             )
+        if self.llm_path is not None and self.model_path is not None:
+            raise ValueError("model_path and llm_path are two starts; give one of them")
+        if self.llm_path is None and (self.vit_path is not None or self.vae_path is not None):
+            raise ValueError("vit_path and vae_path belong to llm_path; give --llm-path, or --model-path alone")
         if self.use_lora and (self.freeze_und or self.freeze_llm):
             raise ValueError(
                 "use_lora already freezes the model; leave out freeze_und and freeze_llm, and choose with --lora-target"
@@ -187,6 +201,25 @@ class ImageSizeConfig(Section):
         if self.min_size > self.max_size:
             raise ValueError(f"min_size {self.min_size} is above max_size {self.max_size}")
         return self
+
+
+class SceneConfig(Section):
+    """Scenes composed on the fly, where train_data_path is `scenes` and val_data_path `scenes:unseen`."""
+
+    fixed_on_resume = True
+    drawings: str | None = setting(
+        None,
+        "JSON object of picture paths, beside it, and names; pictures on white or with transparency; null: shipped",
+    )
+    objects: int = setting(16, "drawings that are used, the first ones", ge=2)
+    side: int = setting(32, "side of a scene, pixels", ge=16)
+    unseen_share: float = setting(
+        0.1, "share of the combinations of object, ground and place never trained", gt=0, lt=1
+    )
+    draw: float = setting(0.45, "share of scenes drawn from a sentence", ge=0)
+    ask: float = setting(0.2, "share of scenes asked about and described", ge=0)
+    edit: float = setting(0.25, "share of scenes that are changed as told", ge=0)
+    talk: float = setting(0.1, "share of conversations that draw, ask and change", ge=0)
 
 
 class DataConfig(Section):
@@ -214,8 +247,15 @@ class DataConfig(Section):
     buffer_size: int = setting(50, "samples that wait for a pack they fit in", "max_buffer_size", fixed=True, ge=1)
     expected_num_tokens: int = setting(32768, "a pack is emitted from this length on (reference)", fixed=True, ge=1)
     prefer_buffer_before: int = setting(16384, "below this length the buffer comes first (reference)", fixed=True, ge=0)
+    scenes: SceneConfig = SceneConfig()
     vae_image: ImageSizeConfig = ImageSizeConfig()
     vit_image: ImageSizeConfig = ImageSizeConfig(max_size=980, min_size=224, max_pixels=2007040)
+    edit_vit_image: ImageSizeConfig | None = setting(
+        None, "sides of a picture that the vision tower sees beside its latents, in an edit; null: as vit_image"
+    )
+    max_malformed_share: float = setting(
+        0.01, "share of the records that may be malformed; above it the run stops before training", ge=0, le=1
+    )
     text_cond_dropout_prob: float = setting(0.1, "chance that a text condition is left out", ge=0, le=1)
     vae_cond_dropout_prob: float = setting(
         0.3, "chance that the latents of a condition picture are left out", ge=0, le=1
@@ -281,6 +321,9 @@ class TrainingConfig(TrainingSection):
         return self
 
 
+HALVES: tuple[Literal["fp16"], Literal["bf16"]] = ("fp16", "bf16")
+
+
 class Config(Section):
     """Everything a run needs."""
 
@@ -291,11 +334,47 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _precision(self) -> "Config":
-        wanted = [name for name in ("fp16", "bf16") if self.training[name]]
+        wanted: list[Literal["fp16", "bf16"]] = [name for name in HALVES if self.training[name]]
         if len(wanted) == 2:
             raise ValueError("--fp16 and --bf16 exclude each other; give one")
         if wanted and self.run.precision not in (None, wanted[0]):
             raise ValueError(f"--{wanted[0]} contradicts --precision {self.run.precision}; give one")
         if wanted:
             self.run.precision = wanted[0]
+        given = self.run.model_fields_set
+        if "wandb_project" in given and "wandb" not in given:  # whoever names a project wants it used
+            self.run.wandb = True
         return self
+
+
+class MetricsOptions(Section):
+    """Command line of metrics.py."""
+
+    checkpoint: str = setting(
+        "outputs/bagel", "a run's output folder, one of its checkpoints, or a folder of released form", "model_path"
+    )
+    base: str | None = setting(None, "folder of the base weights of a run, if they have moved")
+    data: str | None = setting(None, "records to evaluate; null: the run's validation records", "val_data_path")
+    train_data: str | None = setting(None, "records for baselines; null: the run's training records", "train_data_path")
+    image_root: str | None = setting(None, "folder that relative picture paths start from")
+    output: str | None = setting(None, "JSON file; null: metrics.json in the run's folder")
+    max_records: int = setting(256, "records evaluated, and training records used for each comparison", ge=1)
+    baseline_records: int = setting(10_000, "training records that the n-gram baselines are fitted to", ge=1)
+    tokens_per_batch: int = setting(
+        16384, "tokens of a pack of the losses; a longer record has a pack of its own", ge=1
+    )
+    max_pictures: int = setting(12, "pictures drawn from held-out prompts, and as many from training prompts", ge=0)
+    scenes: int = setting(
+        96, "scenes never trained that are drawn, asked about and changed, where the data are scenes", ge=2
+    )
+    num_timesteps: int = setting(25, "points of the time grid of drawn pictures", ge=2)
+    cfg_text_scale: float = setting(3.0, "guidance by the text")
+    max_length: int = setting(64, "longest answer, tokens", ge=1)
+    seed: int = setting(0, "seed of noise", ge=0, le=2**63 - 1)
+    ema: bool = setting(True, "use averaged weights where there are some")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    nltk_data: str | None = setting(None, "folder with the WordNet corpus, for METEOR")
+    bertscore_model: str | None = setting(None, "local folder of an encoder, for BERTScore")
+    bertscore_layer: int | None = setting(None, "its layer; null: the last")
+    fid_weights: str | None = setting(None, "local TorchScript file of Inception features, for FID")
+    clip_model: str | None = setting(None, "local folder of a CLIP model, for the CLIP score")

@@ -5,7 +5,7 @@ Sizes and lengths come from the records and the pictures' headers; pixels are re
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import islice
@@ -17,12 +17,42 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from bagel.data.images import ImageFault, ImageTransform, image_size, load_image, to_tensor
-from bagel.data.index import STORED_FROM, DataError, Index, IndexBuilder, Record, Records, index_path
-from bagel.data.records import FORMATS, RecordFault, Step, check_texts, format_of, image_items, keyed_draw, steps_of
-from bagel.data.sources import RawRecord, RecordFile, open_records, picture_names
+from bagel.config import Config, DataConfig, ModelConfig, SceneConfig
+from bagel.data.records import (
+    FORMATS,
+    Choice,
+    Keyed,
+    RecordFault,
+    Scripted,
+    Step,
+    check_texts,
+    format_of,
+    image_items,
+    scripts_of,
+    steps_of,
+)
+from bagel.data.scenes import NAME as SCENES_PATH
+from bagel.data.scenes import SceneFile
+from bagel.data.sources import (
+    STORED_FROM,
+    DataError,
+    ImageFault,
+    ImageTransform,
+    Index,
+    IndexBuilder,
+    RawRecord,
+    Record,
+    RecordFile,
+    Records,
+    check_sides,
+    image_size,
+    index_path,
+    open_records,
+    picture_names,
+    to_tensor,
+)
 from bagel.data.tokenizer import Tokenizer
-from bagel.packing import Draws, Dropout, PackBuilder, PackFormat, PlanItem
+from bagel.packing import PackFormat, PlanItem
 from shared.errors import BadSample, UserError, write_text
 from shared.rng import keyed_generator
 
@@ -50,6 +80,7 @@ class UnifiedGenerationDataset:
         layout: PackFormat,
         vae_transform: ImageTransform,
         vit_transform: ImageTransform,
+        edit_vit_transform: ImageTransform | None = None,
         image_root: str | None = None,
         max_sequence_length: int = 16384,
         truncate_text: bool = False,
@@ -58,13 +89,20 @@ class UnifiedGenerationDataset:
         question_weight: float = 1.0,
         flip_probability: float = 0.0,
         seed: int = 0,
+        scenes: SceneConfig | None = None,
     ):
         self.data_path, self.tokenizer, self.layout, self.seed = data_path, tokenizer, layout, seed
         self.vae_transform, self.vit_transform = vae_transform, vit_transform
+        self.edit_vit_transform = edit_vit_transform or vit_transform
         self.max_length, self.truncate, self.escape = max_sequence_length, truncate_text, escape_special_tokens
         self.strict, self.question_weight, self.flip_probability = strict, question_weight, flip_probability
         self.errors: list[DataError] = []
-        sources = open_records(data_path, image_root)
+        is_composed = data_path.startswith(SCENES_PATH) and not Path(data_path).exists()
+        sources: list[RecordFile] = (
+            [SceneFile(data_path, scenes or SceneConfig(), seed)]
+            if is_composed
+            else open_records(data_path, image_root)
+        )
         index = self._index(sources)
         self.records, self.errors = Records(sources, index), index.errors
         self._targets, self._digest = index.targets, index.digest
@@ -75,14 +113,14 @@ class UnifiedGenerationDataset:
 
     def _index(self, sources: list[RecordFile]) -> Index:
         """What was stored about the files, or what reading all of them tells."""
-        identity = getattr(self.tokenizer, "identity", None)
-        transforms = [vars(self.vae_transform), vars(self.vit_transform)]
+        identity = self.tokenizer.identity
+        transforms = [vars(each) for each in (self.vae_transform, self.vit_transform, self.edit_vit_transform)]
         limits = [self.max_length, self.truncate, self.escape, self.seed]
         path = index_path(sources, [identity, str(self.layout), transforms, limits])
         index = Index.load(path)
         if index is None:
             index, inside = self._read_all(sources)
-            if inside and identity and len(index.rows) >= STORED_FROM:
+            if inside and len(index.rows) >= STORED_FROM:
                 index.save(path)
         elif self.strict and index.errors:
             raise _malformed(index.errors[0])
@@ -93,24 +131,27 @@ class UnifiedGenerationDataset:
         builder, inside = IndexBuilder(), True
         raws = ((number, raw) for number, source in enumerate(sources) for raw in source.records())
         while block := list(islice(raws, BLOCK)):
-            read = [(number, raw.place, self._read(sources[number], raw)) for number, raw in block]
-            read = [entry for entry in read if entry[2] is not None]
-            inside &= self._read_sizes([record for _, _, record in read])
-            for number, place, record in read:
-                self._keep(builder, number, place, record)
+            read = [(number, raw.place, found) for number, raw in block if (found := self._read(sources[number], raw))]
+            inside &= self._read_sizes([record for _, _, (record, _) in read])
+            for number, place, (record, is_drawn) in read:
+                self._keep(builder, number, place, record, is_drawn)
             builder.end_block()
         return builder.index(self.errors), inside
 
-    def _read(self, source: RecordFile, raw: RawRecord) -> Record | None:
-        """The record without a look at its pictures; None for a fault, which is listed."""
+    def _read(self, source: RecordFile, raw: RawRecord) -> tuple[Record, bool] | None:
+        """The record without a look at its pictures, and whether something in it is drawn for every epoch; None for a
+        fault, which is listed.
+        """
         try:
             if raw.fault:
                 raise RecordFault("E_JSON", f"not valid JSON ({raw.fault})")
             kind = format_of(raw.value)
-            asked: list[int] = []
-            steps = steps_of(raw.value, kind, lambda count: asked.append(count) or 0)
-            check_texts(steps, self.escape)
-            return Record(source, raw.line, raw.value, kind, all(count == 1 for count in asked), _asks(steps))
+            choices = [Scripted(script, len) for script in scripts_of(raw.value, kind)]
+            found = [steps_of(raw.value, kind, choice) for choice in choices]
+            for steps in found:
+                check_texts(steps, self.escape)
+            check_texts([Step(text=text) for choice in choices for text in choice.options], self.escape)
+            return Record(source, raw.line, raw.value, kind, _asks(found[0])), any(choice.chose for choice in choices)
         except RecordFault as fault:
             self._fault(source, raw.line, raw.value, fault.code, str(fault))
             return None
@@ -130,22 +171,34 @@ class UnifiedGenerationDataset:
         with ThreadPoolExecutor(8) as pool:
             found = dict(zip(wanted, pool.map(read, wanted), strict=True))
         for record in records:
-            names = picture_names(record.value)
-            record.sizes.update({name: found[record.source, name] for name in names if found[record.source, name]})
+            for name in picture_names(record.value):
+                if size := found[record.source, name]:
+                    record.sizes[name] = size
         return all(source.holds(name) for source, name in wanted)
 
-    def _keep(self, builder: IndexBuilder, number: int, place: int, record: Record) -> None:
+    def _keep(self, builder: IndexBuilder, number: int, place: int, record: Record, is_drawn: bool) -> None:
         try:
             items = self._plan(record, builder.count, 0)
+            length = self.layout.length(items)
+            if is_drawn:  # packs are filled by the longest of the choices, so that no epoch has to read the records
+                length = max(length, self._longest(record))
         except (RecordFault, ImageFault) as fault:
             self._fault(record.source, record.line, record.value, fault.code, str(fault))
             return
-        builder.add(number, place, record, self.layout.length(items))
+        builder.add(number, place, record, length)
         for item in items:
             if item.loss:
                 kind = "text" if item.type == "text" else "image"
                 builder.targets[f"{kind} tokens"] += item.tokens(self.layout.latent_stride, self.layout.vit_patch)
                 builder.targets[f"{kind}s"] += 1
+
+    def _longest(self, record: Record) -> int:
+        """Tokens of the longest sample that an epoch may make of the record, within the limit."""
+        scripts = [Scripted(script, self._count_tokens) for script in scripts_of(record.value, record.kind)]
+        return min(self.max_length, max(self.layout.length(self._items(record, script)) for script in scripts))
+
+    def _count_tokens(self, text: str) -> int:
+        return len(self.tokenizer.encode(text))
 
     def _fault(self, source: RecordFile, line: int, value: Any, code: str, message: str) -> None:
         name = value.get("id") if isinstance(value, dict) else None
@@ -181,28 +234,31 @@ class UnifiedGenerationDataset:
 
     def plan(self, index: int, epoch: int) -> list[PlanItem]:
         """The items of a sample without pixels."""
-        return self._plan_of_epoch(self.records[index % len(self)], index, epoch)
+        return self._plan_of_epoch(self.records.at(index % len(self), epoch), index, epoch)
+
+    def room(self, index: int, epoch: int) -> int:
+        """Tokens that a sample may take: where texts or turns are drawn, those of the longest choice. Known from the
+        start, so that filling packs reads no record.
+        """
+        row = self.records.rows[index % len(self)]
+        if self.records.sources[row["source"]].changes:
+            return self.length(index, epoch)
+        return int(row["length"])
 
     def length(self, index: int, epoch: int) -> int:
         """Tokens of a sample when nothing is left out."""
-        row = self.records.rows[index % len(self)]
-        if row["fixed"]:
-            return int(row["length"])
-        try:
-            return self.layout.length(self.plan(index, epoch))
-        except ImageFault:  # a picture of this epoch is damaged, which sample() tells
-            return int(row["length"])
+        return self.layout.length(self.plan(index, epoch))
 
     def sample(self, index: int, epoch: int) -> dict[str, Any]:
         """The items with pixels; raises a BadSample when a picture turns out to be damaged."""
-        record = self.records[index % len(self)]
+        record = self.records.at(index % len(self), epoch)
         flip = torch.rand((), generator=keyed_generator(self.seed, _FLIP, epoch, index)).item() < self.flip_probability
         loaded: dict[str, Any] = {}
         try:
             items = self._plan_of_epoch(record, index, epoch)
             for item in items:
                 if item.source and item.source not in loaded:
-                    image = load_image(record.source.picture(item.source))
+                    image = record.source.load(item.source)
                     loaded[item.source] = ImageOps.mirror(image) if flip else image
                 if item.source:
                     item.image = self._pixels(loaded[item.source], item)
@@ -222,47 +278,36 @@ class UnifiedGenerationDataset:
             return self._plan(record, index, 0)
 
     def _plan(self, record: Record, index: int, epoch: int) -> list[PlanItem]:
-        draw = keyed_draw(keyed_generator(self.seed, _CHOICE, epoch, index))
-        steps = steps_of(record.value, record.kind, draw)
+        choice = Keyed(keyed_generator(self.seed, _CHOICE, epoch, index))
+        return self._within_budget(self._items(record, choice))
+
+    def _items(self, record: Record, choice: Choice) -> list[PlanItem]:
+        """The record as items, each at its size, whatever they add up to."""
+        steps = steps_of(record.value, record.kind, choice)
         looked_at = max(1, sum(step.vision for step in steps))
         items: list[PlanItem] = []
         for step in steps:
-            if step.image is None:
-                items.append(
-                    PlanItem(
-                        "text",
-                        ids=self.tokenizer.encode(step.text),
-                        loss=int(step.target),
-                        enable_cfg=int(step.enable_cfg),
-                    )
-                )
+            if step.image is not None:
+                items += self._picture_items(record, step, step.image, looked_at)
             else:
-                items += self._picture_items(record, step, looked_at)
-        return self._within_budget(items)
+                ids = self.tokenizer.encode(step.text or "")
+                items.append(PlanItem("text", ids=ids, loss=int(step.target), enable_cfg=int(step.enable_cfg)))
+        return items
 
-    def _picture_items(self, record: Record, step: Step, looked_at: int) -> list[PlanItem]:
-        size = record.sizes.get(step.image) or image_size(record.source.picture(step.image))
-        vae, vit = self.vae_transform.sides(*size), self.vit_transform.sides(*size, looked_at)
+    def _picture_items(self, record: Record, step: Step, name: str, looked_at: int) -> list[PlanItem]:
+        size = record.sizes.get(name) or image_size(record.source.picture(name))
+        # Three sizes, as in the released recipe: drawn, seen beside its latents (an edit), seen alone (a question).
+        look = self.edit_vit_transform if step.latents else self.vit_transform
+        vae, vit = self.vae_transform.sides(*size), look.sides(*size, looked_at)
         needs_vae = step.target or step.latents
-        for sides in [vae] * needs_vae + [vit] * step.vision:
-            if max(sides) * min(size) * 2 < min(sides) * max(size):
-                raise ImageFault(
-                    "E_IMAGE_SIZE",
-                    f"{step.image} of {size[0]} x {size[1]} pixels is too long and narrow: at {sides[0]} x {sides[1]}, "
-                    f"what the resize rule makes of it, its shape would be lost; crop it",
-                )
         for used, sides, stride, most in (
             (needs_vae, vae, self.layout.latent_stride, self.layout.max_latent_size),
             (step.vision, vit, self.layout.vit_patch, self.layout.vit_side),
         ):
-            if used and max(sides) // stride > most:
-                raise ImageFault(
-                    "E_IMAGE_SIZE",
-                    f"{step.image} of {size[0]} x {size[1]} pixels becomes {sides[0]} x {sides[1]}, which needs "
-                    f"{max(sides) // stride} patches on a side; at most {most} fit",
-                )
+            if used:
+                check_sides(name, size, sides, stride, most)
         return image_items(
-            step.image,
+            name,
             vae[::-1],
             vit[::-1],
             target=step.target,
@@ -330,18 +375,54 @@ def _malformed(error: DataError) -> DataFormatError:
     return DataFormatError(f"{error}; mend the record, or leave out --strict-data to skip such records")
 
 
-def make_collate(
-    layout: PackFormat, dropout: Dropout, seed: int, static_length: int | None = None
-) -> Callable[[list[dict]], dict]:
-    """A function that packs samples; every random number of a sample comes from (seed, epoch, index)."""
+def layout_of(config: ModelConfig, tokenizer: Tokenizer) -> PackFormat:
+    """Strides, table sizes and marks."""
+    return PackFormat(
+        tokenizer.special,
+        config.latent_stride,
+        config.max_latent_size,
+        config.vision.patch_size,
+        config.vision.patches_per_side,
+        config.interpolate_pos,
+        config.latent_patch_size,
+        config.autoencoder.z_channels,
+    )
 
-    def collate(samples: list[dict]) -> dict[str, Any]:
-        builder = PackBuilder(layout)
-        for sample in samples:
-            draws = Draws.keyed(keyed_generator(seed, _PACK, *sample["key"]), sample["items"])
-            builder.add(sample["items"], draws, dropout)
-        pack = builder.pack(static_length)
-        pack["keys"] = [list(sample["key"]) for sample in samples]
-        return pack
 
-    return collate
+def transforms_of(data: DataConfig, config: ModelConfig) -> tuple[ImageTransform, ImageTransform, ImageTransform]:
+    """(for latents, for the vision tower, for the tower in an edit); strides are the sides of one token."""
+    patch = config.vision.patch_size
+    wanted = (
+        (data.vae_image, config.latent_stride),
+        (data.vit_image, patch),
+        (data.edit_vit_image or data.vit_image, patch),
+    )
+    vae, vit, edit = (
+        ImageTransform(sizes.max_size, sizes.min_size, stride, sizes.max_pixels) for sizes, stride in wanted
+    )
+    return vae, vit, edit
+
+
+def open_dataset(
+    config: Config, model_config: ModelConfig, tokenizer: Tokenizer, path: str
+) -> UnifiedGenerationDataset:
+    """The records of `path` under the settings of the run."""
+    data = config.data
+    vae_transform, vit_transform, edit_vit_transform = transforms_of(data, model_config)
+    return UnifiedGenerationDataset(
+        path,
+        tokenizer=tokenizer,
+        layout=layout_of(model_config, tokenizer),
+        vae_transform=vae_transform,
+        vit_transform=vit_transform,
+        edit_vit_transform=edit_vit_transform,
+        image_root=data.image_root,
+        max_sequence_length=data.max_sequence_length,
+        truncate_text=data.truncate_text,
+        strict=data.strict_data,
+        escape_special_tokens=data.escape_special_tokens,
+        question_weight=data.question_weight,
+        flip_probability=data.flip_probability,
+        seed=config.run.seed,
+        scenes=data.scenes,
+    )

@@ -148,8 +148,8 @@ def check(options: Options) -> list[str] | None:
 
 def held_out_prompts(opened: "Opened") -> list[str]:
     """Prompts of the run's validation records that ask for a picture and show none."""
+    from bagel.dataset import open_dataset
     from bagel.evaluation.validation import conversations
-    from bagel.train import open_dataset
 
     config = opened.config
     if config is None or config.data.val_data_path is None:
@@ -180,7 +180,7 @@ def draw_all(
         "timestep_shift",
     )
     guidance = Guidance(**{name: given[name] for name in names if name in given})
-    pictures = inferencer.generate_batch([[prompt] for prompt in prompts], guidance=guidance, image_shapes=shape)
+    pictures = inferencer.draw_batch([[prompt] for prompt in prompts], guidance, shape)
     return grid(pictures, columns=min(4, len(pictures)), scale=max(1, 128 // max(shape)))
 
 
@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     prompts = check(options)
     import torch
 
-    from bagel.data.images import ImageFault, load_image
+    from bagel.data.sources import ImageFault, load_image
     from bagel.weights.open import open_model
 
     try:
@@ -217,11 +217,11 @@ def main(argv: list[str] | None = None) -> None:
         prompts = prompts or held_out_prompts(opened)
         write_picture(output, draw_all(inferencer, prompts, options, shape))
     else:
-        wanted = "text" if output.suffix == ".txt" and not images else "auto"
+        wanted: Literal["auto", "text"] = "text" if output.suffix == ".txt" and not images else "auto"
         result = inferencer.unified_generate(
-            prompts[0], images, options.task, wanted, options.seed, **settings_of(options, shape)
+            options.prompt, images, options.task, wanted, options.seed, **settings_of(options, shape)
         )
-        write_result(output, result, prompts[0])
+        write_result(output, result, options.prompt)
         print(result["text"] if result["text"] is not None else f"task {result['task']}, seed {result['seed']}")
     print(f"wrote {output}")
 

@@ -3,6 +3,12 @@
 Three contexts are kept: `main`; `cfg_text`, all but the last text; `cfg_img`, the texts without the pictures.
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:  # `from inferencer import InterleaveInferencer` with this folder on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,16 +16,20 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from bagel.data.images import ImageTransform
-from bagel.modules.layers import unpatchify
-from bagel.modules.vae import Autoencoder, to_uint8
+from bagel.data.sources import ImageFault, ImageTransform, check_sides
+from bagel.data.tokenizer import SpecialTokens
+from bagel.model import Bagel
+from bagel.modules.vision import Autoencoder, to_uint8
+from bagel.packing import unpatchify
 from bagel.sampling.context import Context
 from bagel.sampling.generation import (
     Drawing,
     Guidance,
-    SpecialTokens,
+    Renorm,
+    Wrapper,
+    bare,
     clean_latents,
     continue_text,
     draw,
@@ -44,6 +54,7 @@ THINK_TO_DRAW = (
     "i.e. <think> planning process here </think> image here"
 )
 
+BATCH = 16  # conversations that are computed together
 _NOISE, _TEXT, _POSTERIOR = 311, 312, 313  # random streams
 Input = str | Image.Image
 Task = Literal["auto", "t2i", "edit", "understand", "text"]
@@ -63,28 +74,33 @@ class InterleaveInferencer:
     """model: a Bagel (or its wrapper in training); transforms: of VAE and ViT pictures; new_token_ids: the four marks
     by name.
 
-    seed keys every draw, so that one call gives the same result twice. sample_posterior: draw the latents of a
-    condition picture from the posterior, as the released code does, rather than take its mean.
+    seed keys every draw: two inferencers of one seed give the same results in the same order of calls, and every call
+    of gen_image, gen_text, interleave_inference draws anew. sample_posterior: draw the latents of a condition picture
+    from the posterior, as the released code does, rather than take its mean. edit_vit_transform: how the vision tower
+    sees a picture that is also given as latents, in an edit; None: as any other.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Bagel | Wrapper,
         vae_model: Autoencoder,
         tokenizer: Any,
         vae_transform: ImageTransform,
         vit_transform: ImageTransform,
         new_token_ids: dict[str, int] | SpecialTokens,
         *,
+        edit_vit_transform: ImageTransform | None = None,
         seed: int = 0,
         sample_posterior: bool = True,
     ):
         self.model, self.vae_model, self.tokenizer = model, vae_model, tokenizer
         self.vae_transform, self.vit_transform = vae_transform, vit_transform
+        self.edit_vit_transform = edit_vit_transform or vit_transform
+        self._calls = 0  # pictures and sampled texts so far: each has draws of its own
         self.tokens = (
             new_token_ids if isinstance(new_token_ids, SpecialTokens) else SpecialTokens.from_names(new_token_ids)
         )
-        self.config = getattr(model, "module", model).config
+        self.config = bare(model).config
         self.seed, self.sample_posterior = seed, sample_posterior
 
     # --- contexts ---
@@ -105,10 +121,12 @@ class InterleaveInferencer:
         """The context with a picture: as latents, then as ViT tokens."""
         if not (vae or vit):
             raise UserError("a picture must be given as latents (vae), as ViT tokens (vit) or both")
-        context = context.copy()
+        context, stride = context.copy(), self.config.latent_stride
+        look = self.edit_vit_transform if vae else self.vit_transform
+        self._check(image, self.vae_transform, self.config.max_latent_size, vae)
+        self._check(image, look, self.config.vision.patches_per_side, vit)
         if vae:
-            pixels = self.vae_transform(image)
-            stride, patch = self.config.latent_stride, self.config.latent_patch_size
+            pixels, patch = self.vae_transform(image), self.config.latent_patch_size
             rows, columns = pixels.shape[1] // stride, pixels.shape[2] // stride
             noise = None
             if self.sample_posterior:
@@ -119,8 +137,17 @@ class InterleaveInferencer:
                 self.model, [context], [latent_block(self.model, latents, rows, columns, 0.0, self.tokens)], store=True
             )
         if vit:
-            extend(self.model, [context], [vit_block(self.model, self.vit_transform(image), self.tokens)], store=True)
+            extend(self.model, [context], [vit_block(self.model, look(image), self.tokens)], store=True)
         return context
+
+    @staticmethod
+    def _check(image: Image.Image, transform: ImageTransform, most: int, used: bool) -> None:
+        """Refuse what training refuses: shapes that the resize rule would bend, sides beyond the position table."""
+        try:
+            if used:
+                check_sides("the picture", image.size, transform.sides(*image.size), transform.stride, most)
+        except ImageFault as fault:
+            raise UserError(str(fault)) from None
 
     # --- one context out ---
 
@@ -133,7 +160,11 @@ class InterleaveInferencer:
     def gen_texts(
         self, contexts: Sequence[Context], max_length: int = 500, do_sample: bool = True, temperature: float = 1.0
     ) -> list[str]:
-        """The texts that follow several contexts, in one batch; each stops at its own end."""
+        """The texts that follow several contexts, in one batch; each stops at its own end. temperature 0: the likeliest
+        token.
+        """
+        key = (self.seed, _TEXT, self._calls) if self._calls else (self.seed, _TEXT)
+        self._calls += do_sample
         found = continue_text(
             self.model,
             contexts,
@@ -141,7 +172,7 @@ class InterleaveInferencer:
             max_length=max_length,
             do_sample=do_sample,
             temperature=temperature,
-            generator=keyed_generator(self.seed, _TEXT),
+            generator=keyed_generator(*key),
         )
         return [self.tokenizer.decode(ids[1:]) for ids in found]
 
@@ -155,31 +186,26 @@ class InterleaveInferencer:
         cfg_img_precontext: Context | None = None,
         cfg_interval: Sequence[float] = (0.4, 1.0),
         cfg_renorm_min: float = 0.0,
-        cfg_renorm_type: str = "global",
+        cfg_renorm_type: Renorm = "global",
         num_timesteps: int = 50,
         timestep_shift: float = 3.0,
     ) -> Image.Image:
         """One picture of (height, width) pixels. Contexts of guidance that are not given are empty (text) and `context`
         (pictures).
         """
-        contexts = Contexts(
-            context, cfg_text_precontext or Context(), cfg_img_precontext or context, tuple(image_shape)
-        )
+        height, width = image_shape
+        contexts = Contexts(context, cfg_text_precontext or Context(), cfg_img_precontext or context, (height, width))
+        low, high = cfg_interval
         guidance = Guidance(
-            cfg_text_scale,
-            cfg_img_scale,
-            tuple(cfg_interval),
-            cfg_renorm_min,
-            cfg_renorm_type,
-            num_timesteps,
-            timestep_shift,
+            cfg_text_scale, cfg_img_scale, (low, high), cfg_renorm_min, cfg_renorm_type, num_timesteps, timestep_shift
         )
-        return self.gen_images([contexts], guidance)[0]
+        self._calls += 1
+        return self.gen_images([contexts], guidance, first=self._calls - 1)[0]
 
-    def gen_images(self, batch: Sequence[Contexts], guidance: Guidance) -> list[Image.Image]:
-        """Pictures of several conversations, in one batch. The noise of picture i is keyed by (seed, i)."""
+    def gen_images(self, batch: Sequence[Contexts], guidance: Guidance, *, first: int = 0) -> list[Image.Image]:
+        """Pictures of several conversations, in one batch. The noise of picture i is keyed by (seed, first + i)."""
         drawings = []
-        for number, contexts in enumerate(batch):
+        for number, contexts in enumerate(batch, start=first):
             rows, columns = self._grid(contexts.image_shape)
             noise = torch.randn(
                 rows * columns, self.config.latent_width, generator=keyed_generator(self.seed, _NOISE, number)
@@ -218,7 +244,8 @@ class InterleaveInferencer:
         image_shapes: tuple[int, int] = (1024, 1024),
     ) -> Contexts:
         """The three contexts after all inputs. A picture sets the size of the picture to draw."""
-        found = Contexts(self.init_gen_context(), self.init_gen_context(), self.init_gen_context(), tuple(image_shapes))
+        height, width = image_shapes
+        found = Contexts(Context(), Context(), Context(), (height, width))
         if think:
             prompt = THINK_TO_ANSWER if understanding_output else THINK_TO_DRAW
             found.main = self.update_context_text(prompt, found.main)
@@ -229,7 +256,8 @@ class InterleaveInferencer:
                 found.main = self.update_context_text(item, found.main)
                 found.cfg_img = self.update_context_text(item, found.cfg_img)
             elif isinstance(item, Image.Image):
-                picture = as_rgb(item, upright=False)
+                picture = as_rgb(item)
+                self._check(picture, self.vae_transform, self.config.max_latent_size, True)
                 image = self.vae_transform.resize_transform(picture)  # the ViT sees the resized picture too
                 found.main = self.update_context_image(image, found.main, vae=not understanding_output)
                 found.image_shape = (image.height, image.width)
@@ -254,7 +282,7 @@ class InterleaveInferencer:
         timestep_shift: float = 3.0,
         num_timesteps: int = 50,
         cfg_renorm_min: float = 0.0,
-        cfg_renorm_type: str = "global",
+        cfg_renorm_type: Renorm = "global",
         image_shapes: tuple[int, int] = (1024, 1024),
     ) -> list[Input]:
         """[text] when only understanding, else [picture], with the thought before it when thinking."""
@@ -263,14 +291,11 @@ class InterleaveInferencer:
         )
         outputs: list[Input] = []
         if understanding_output or think:
-            outputs.append(
-                self.gen_text(
-                    found.main, max_length=max_think_token_n, do_sample=do_sample, temperature=text_temperature
-                )
-            )
+            thought = self.gen_text(found.main, max_think_token_n, do_sample, text_temperature)
+            outputs.append(thought)
         if not understanding_output:
             if think:
-                found.main = self.update_context_text(outputs[0], found.main)
+                found.main = self.update_context_text(thought, found.main)
             outputs.append(
                 self.gen_image(
                     found.image_shape,
@@ -311,22 +336,26 @@ class InterleaveInferencer:
         """{"text", "image", "task", "seed"} for one prompt.
 
         task auto: without pictures t2i (text when output is "text"); with pictures understand, and edit only when
-        output is "image".
+        output is "image". seed: this call alone is keyed by it, whatever came before.
         """
         images = [images] if isinstance(images, Image.Image) else list(images or ())
         task = _task(task, bool(images), output)
-        former, self.seed = self.seed, self.seed if seed is None else seed
-        defaults = {
-            "edit": dict(
+        defaults: dict[str, Any] = {"understanding_output": True, "max_think_token_n": 512}
+        if task == "edit":
+            defaults = dict(
                 cfg_text_scale=4.0, cfg_img_scale=2.0, cfg_interval=(0.0, 1.0), cfg_renorm_type="text_channel"
-            ),
-            "t2i": dict(cfg_text_scale=4.0, cfg_img_scale=1.5),
-        }.get(task, dict(understanding_output=True, max_think_token_n=512))
+            )
+        elif task == "t2i":
+            defaults = dict(cfg_text_scale=4.0, cfg_img_scale=1.5)
+        former = self.seed, self._calls
+        if seed is not None:
+            self.seed, self._calls = seed, 0
         try:
             outputs = self.interleave_inference([*images, prompt], **{**defaults, **settings})
-            result = {"text": None, "image": None, "task": task, "seed": self.seed}
+            result: dict[str, Any] = {"text": None, "image": None, "task": task, "seed": self.seed}
         finally:
-            self.seed = former
+            if seed is not None:
+                self.seed, self._calls = former
         for item in outputs:
             result["text" if isinstance(item, str) else "image"] = item
         return result
@@ -343,13 +372,33 @@ class InterleaveInferencer:
         image_shapes: tuple[int, int] = (1024, 1024),
     ) -> list[Input]:
         """One output for each conversation; texts are continued and pictures drawn together."""
-        found = [
-            self.read(inputs, understanding_output=understanding_output, image_shapes=image_shapes)
-            for inputs in prompts
-        ]
         if understanding_output:
-            return self.gen_texts([contexts.main for contexts in found], max_length, do_sample, temperature)
-        return self.gen_images(found, guidance or Guidance())
+            return [*self.answer_batch(prompts, max_length, do_sample, temperature)]
+        return [*self.draw_batch(prompts, guidance or Guidance(), image_shapes)]
+
+    def answer_batch(
+        self,
+        prompts: Sequence[Sequence[Input]],
+        max_length: int = 512,
+        do_sample: bool = False,
+        temperature: float = 0.3,
+    ) -> list[str]:
+        """A text for each conversation; BATCH of them are in memory at once."""
+        answers: list[str] = []
+        for first in range(0, len(prompts), BATCH):
+            found = [self.read(inputs, understanding_output=True).main for inputs in prompts[first : first + BATCH]]
+            answers += self.gen_texts(found, max_length, do_sample, temperature)
+        return answers
+
+    def draw_batch(
+        self, prompts: Sequence[Sequence[Input]], guidance: Guidance, image_shapes: tuple[int, int]
+    ) -> list[Image.Image]:
+        """A picture for each conversation, the noise of picture i keyed by (seed, i); BATCH are in memory at once."""
+        pictures: list[Image.Image] = []
+        for first in range(0, len(prompts), BATCH):
+            found = [self.read(inputs, image_shapes=image_shapes) for inputs in prompts[first : first + BATCH]]
+            pictures += self.gen_images(found, guidance, first=first)
+        return pictures
 
 
 def _task(task: Task, has_images: bool, output: str) -> Task:

@@ -6,7 +6,7 @@ of each.
 Letters of shapes: L tokens of a pack, D width, N latent tokens, C numbers of a latent token.
 """
 
-from collections.abc import Sequence
+import math
 from typing import Any
 
 import torch
@@ -14,15 +14,90 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bagel.config import ModelConfig
-from bagel.modules.attention import PackedAttention, PackLayout, Pair, Rows
-from bagel.modules.layers import Connector, PositionTable, TimestepEmbedder, training_times
-from bagel.modules.transformer import LanguageModel
-from bagel.modules.vit import VisionModel
-from bagel.sampling.context import CachedAttention, Context
+from bagel.modules.transformer import HAS_SLICED, LanguageModel, PackedAttention, PackLayout, Pair, Rows
+from bagel.modules.vision import VisionModel
+from bagel.sampling.context import CachedAttention, TextCache
 from shared.errors import UserError
 from shared.flow import linear_path
 
 SEEING = ("vit_model.", "connector.")  # names of the vision tower's and the connector's weights
+
+
+def shift_times(t: Tensor, shift: float) -> Tensor:
+    """s t / (1 + (s - 1) t): keeps 0 and 1, and spends more of the path near noise for s > 1."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def training_times(raw: Tensor, shift: float) -> Tensor:
+    """Raw normals to times in [0, 1]: sigmoid, then shift. Minus infinity, a clean image, gives exactly 0."""
+    return shift_times(torch.sigmoid(raw.float()), shift)
+
+
+def sampling_times(num_timesteps: int, shift: float) -> Tensor:
+    """The falling grid from 1 to 0 with num_timesteps points, hence num_timesteps - 1 model steps."""
+    if num_timesteps < 2:
+        raise UserError(f"num_timesteps {num_timesteps} leaves no step to take; give 2 or more")
+    return shift_times(torch.linspace(1, 0, num_timesteps), shift)
+
+
+def sincos_table(width: int, side: int) -> Tensor:
+    """Fixed table (side^2, width) of a square grid: the first half encodes the column, the second half the row."""
+    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    angle = torch.arange(side, dtype=torch.float64)[:, None] * omega
+    code = torch.cat([angle.sin(), angle.cos()], dim=1)
+    column = code[None].expand(side, side, -1)
+    row = code[:, None].expand(side, side, -1)
+    return torch.cat([column, row], dim=-1).reshape(side * side, width).float()
+
+
+class PositionTable(nn.Module):
+    """A fixed 2-D sine table as a frozen parameter, so that it keeps its name in a checkpoint of the released form."""
+
+    def __init__(self, width: int, side: int):
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.empty(side * side, width), requires_grad=False)
+        self.side = side
+        self.reset()
+
+    def reset(self) -> None:
+        """Fill the table; nothing to do without memory (meta device)."""
+        if not self.pos_embed.is_meta:
+            with torch.no_grad():
+                self.pos_embed.copy_(sincos_table(self.pos_embed.shape[1], self.side))
+
+    def forward(self, position_N: Tensor) -> Tensor:
+        return self.pos_embed[position_N]
+
+
+class TimestepEmbedder(nn.Module):
+    """t in [0, 1], not multiplied by 1000 -> 256 cosines and sines -> two linear layers."""
+
+    def __init__(self, width: int, frequencies: int = 256):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        self.frequencies = frequencies
+
+    def code(self, t_L: Tensor) -> Tensor:
+        """[cos(t f), sin(t f)], f_i = 10000^(-i/128), in fp32: (L, 256)."""
+        half = self.frequencies // 2
+        frequency = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t_L.device) / half)
+        angle = t_L.float()[:, None] * frequency
+        return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+    def forward(self, t_L: Tensor) -> Tensor:
+        return self.mlp(self.code(t_L).to(next(self.mlp.parameters()).dtype))
+
+
+class Connector(nn.Module):
+    """Two linear layers that carry ViT features (L, vit width) to the language width."""
+
+    def __init__(self, vit_width: int, width: int):
+        super().__init__()
+        self.fc1 = nn.Linear(vit_width, width)
+        self.fc2 = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class Bagel(nn.Module):
@@ -41,9 +116,13 @@ class Bagel(nn.Module):
         self.vae2llm = nn.Linear(config.latent_width, width)
         self.llm2vae = nn.Linear(width, config.latent_width)
 
-    def initialize(self) -> "Bagel":
-        """Random weights: matrices normal, biases 0, norms 1, and a zero output head."""
+    def initialize(self, only: str = "") -> "Bagel":
+        """Random weights, of the modules whose names begin with `only`: matrices normal, biases 0, norms 1, and a zero
+        output head.
+        """
         for name, module in self.named_modules():
+            if not f"{name}.".startswith(only):
+                continue
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 seeing = name.startswith(SEEING)
                 nn.init.normal_(
@@ -51,7 +130,10 @@ class Bagel(nn.Module):
                 )
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        nn.init.zeros_(self.llm2vae.weight)
+            if isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+        if "llm2vae.".startswith(only):
+            nn.init.zeros_(self.llm2vae.weight)
         return self
 
     def freeze(self) -> "Bagel":
@@ -77,7 +159,11 @@ class Bagel(nn.Module):
         self.vit_model.vision_model.gradient_checkpointing = enabled
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """A pack (key `sample_lens`) or a query of contexts (key `contexts`); see losses_of and answer."""
+        """A pack (key `sample_lens`), a query of contexts (key `contexts`) or the newest tokens of several texts (key
+        `cache`); see losses_of, answer and next_logits.
+        """
+        if "cache" in batch:
+            return self.next_logits(batch["newest"], batch["cache"])
         return self.answer(batch) if "contexts" in batch else self.losses_of(batch)
 
     # --- training ---
@@ -109,17 +195,23 @@ class Bagel(nn.Module):
     def embed(self, pack: dict[str, Any], latents_NC: Tensor, t_N: Tensor) -> tuple[Tensor, Tensor, Rows]:
         """Tokens of the understanding expert (text, then ViT), of the generation expert, and their pack positions."""
         text = self.language_model.model.embed_tokens(pack["packed_text_ids"])
-        features = self.connector(
-            self.vit_model(pack["packed_vit_tokens"], pack["packed_vit_position_ids"], pack["vit_token_seqlens"])
-        )
-        vit = features + self.vit_pos_embed(pack["packed_vit_position_ids"]).to(features.dtype)
-        vae = self.vae2llm(latents_NC.to(self.vae2llm.weight.dtype))
-        vae = vae + self.time_embedder(t_N) + self.latent_pos_embed(pack["packed_latent_position_ids"]).to(vae.dtype)
+        vit, vae = self._seen_tokens(pack), self._latent_tokens(pack, latents_NC, t_N)
         rows = Rows(
             torch.cat([pack["packed_text_indexes"], pack["packed_vit_token_indexes"]]), pack["packed_vae_token_indexes"]
         )
         wide = torch.promote_types(text.dtype, vae.dtype)
         return torch.cat([text.to(wide), vit.to(wide)]), vae.to(wide), rows
+
+    def _seen_tokens(self, pack: dict[str, Any]) -> Tensor:
+        """Pictures as the vision tower sees them, (patches, D)."""
+        cells = pack["packed_vit_position_ids"]
+        features = self.connector(self.vit_model(pack["packed_vit_tokens"], cells, pack["vit_token_seqlens"]))
+        return features + self.vit_pos_embed(cells).to(features.dtype)
+
+    def _latent_tokens(self, pack: dict[str, Any], latents_NC: Tensor, t_N: Tensor) -> Tensor:
+        """Pictures as latents at their times, (N, D)."""
+        vae = self.vae2llm(latents_NC.to(self.vae2llm.weight.dtype))
+        return vae + self.time_embedder(t_N) + self.latent_pos_embed(pack["packed_latent_position_ids"]).to(vae.dtype)
 
     def _layout(self, pack: dict[str, Any]) -> PackLayout:
         return PackLayout(pack["sample_lens"], pack["split_lens"], pack["attn_modes"], pack.get("static_length"))
@@ -127,7 +219,7 @@ class Bagel(nn.Module):
     def backend(self, device: torch.device) -> str:
         """The attention of packs on this device."""
         if self.config.attention == "auto":
-            return {"cuda": "flex", "cpu": "sliced"}.get(device.type, "dense")
+            return {"cuda": "flex", "cpu": "sliced" if HAS_SLICED else "dense"}.get(device.type, "dense")
         if self.config.attention == "sliced" and device.type != "cpu":
             raise UserError(f"model.attention sliced works on a CPU, not on {device.type}; use auto, flex or dense")
         return self.config.attention
@@ -138,17 +230,57 @@ class Bagel(nn.Module):
         """Run new tokens of several contexts, each seeing its own past.
 
         query: the token fields of a pack, `query_lens`, `causal`, `store` (append to the contexts), `t` (N,) of the
-        latents, and `want`: logits (of all text tokens), velocity (of all latents) or none.
+        latents, `want`: logits (of all text tokens), velocity (of all latents) or none; `repeats`: it comes again with
+        other latents, and keeps its `attention` for that.
         """
-        contexts: Sequence[Context] = query["contexts"]
-        und, gen, rows = self.embed(query, query["latents"], query["t"])
-        attention = CachedAttention(contexts, query["query_lens"], rows, causal=query["causal"], store=query["store"])
-        und, gen = self.language_model.model(und, gen, _positions(query, rows), attention)
+        if len(query["latents"]) == 0:
+            return self._understood(query)
+        text = self.language_model.model.embed_tokens(query["packed_text_ids"])
+        vae = self._latent_tokens(query, query["latents"], query["t"])
+        rows = Rows(query["packed_text_indexes"], query["packed_vae_token_indexes"])
+        wide = torch.promote_types(text.dtype, vae.dtype)
+        und, gen = self.language_model.model(
+            text.to(wide), vae.to(wide), _positions(query, rows), self._attention(query, rows)
+        )
         if query["want"] == "logits":
-            return {"logits": self.language_model.lm_head(und[: len(query["packed_text_ids"])]).float()}
-        if query["want"] == "velocity":
-            return {"velocity": self.llm2vae(gen).float()}
-        return {}
+            return {"logits": self.language_model.lm_head(und).float()}
+        return {"velocity": self.llm2vae(gen).float()} if query["want"] == "velocity" else {}
+
+    def _understood(self, query: dict[str, Any]) -> dict[str, Tensor]:
+        """The same where nothing is generated: the tokens stand in their own order, and one expert runs."""
+        x = self.language_model.model.embed_tokens(query["packed_text_ids"])
+        if len(query["packed_vit_tokens"]):  # a tower without a picture is not called
+            vit = self._seen_tokens(query)
+            both = torch.cat([x, vit.to(x.dtype)])
+            x = torch.empty_like(both)
+            x[torch.cat([query["packed_text_indexes"], query["packed_vit_token_indexes"]])] = both
+        nowhere = query["packed_vae_token_indexes"]
+        attention = self._attention(query, Rows(nowhere, nowhere))
+        x = self.language_model.model.understand(x, query["packed_position_ids"], attention.in_order)
+        if query["want"] != "logits":
+            return {}
+        text = x[query["packed_text_indexes"]]
+        return {"logits": self.language_model.lm_head(self.language_model.model.norm(text)).float()}
+
+    def _attention(self, query: dict[str, Any], rows: Rows) -> CachedAttention:
+        if query.get("attention") is None:
+            query["attention"] = CachedAttention(
+                query["contexts"],
+                query["query_lens"],
+                rows,
+                causal=query["causal"],
+                store=query["store"],
+                repeats=query.get("repeats", False),
+            )
+        return query["attention"]
+
+    def next_logits(self, newest_B: Tensor, cache: TextCache) -> dict[str, Tensor]:
+        """logits (B, V), fp32, behind the newest token of each of several texts, which joins the cache."""
+        cache.begin()
+        x = self.language_model.model.embed_tokens(newest_B)
+        x = self.language_model.model.understand(x, cache.position, cache)
+        cache.end()
+        return {"logits": self.language_model.lm_head(self.language_model.model.norm(x)).float()}
 
 
 def _positions(pack: dict[str, Any], rows: Rows) -> Pair:

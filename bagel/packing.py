@@ -1,22 +1,90 @@
-"""From planned samples to packs: token layout, positions, losses and splits.
+"""From planned samples to packs: token layout, positions, losses and splits; which samples share a pack; the stream.
 
-A plan is a list of PlanItem. Letters of shapes: N latent tokens, C numbers of a latent token, Z latent channels, h w
-latent cells.
+A plan is a list of PlanItem. Letters of shapes: N tokens of a picture, P patch side, C channels (or numbers of a latent
+token), h w grid of patches.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from bagel.modules.attention import CAUSAL, FULL, NOISE
-from bagel.modules.layers import patchify, position_ids
-from bagel.sampling.generation import SpecialTokens
+from bagel.config import DataConfig
+from bagel.data.tokenizer import SpecialTokens
+from bagel.modules.transformer import CAUSAL, FULL, NOISE
+from shared.data import BadSamples, start_process
+from shared.engine.dist import DistInfo
+from shared.errors import BadSample, UserError
+from shared.rng import keyed_generator
 
 CLEAN = -math.inf  # raw time of a clean picture
+MAX_BAD_IN_A_ROW = 100
+_PACK = 303  # random stream
+
+Key = tuple[int, int]  # (epoch, index)
+Pack = dict[str, Any]  # the fields of the released code, as PackBuilder.pack writes them
+
+
+class SampleSet(Protocol):
+    """What the stream asks of a dataset; UnifiedGenerationDataset is one."""
+
+    data_path: str
+
+    def __len__(self) -> int: ...
+
+    def weights(self) -> np.ndarray:
+        """How often every record comes in an epoch, on average."""
+
+    def order(self, epoch: int) -> Sequence[int]:
+        """The indices of an epoch."""
+
+    def room(self, index: int, epoch: int) -> int:
+        """Tokens that a sample may take."""
+
+    def sample(self, index: int, epoch: int) -> dict[str, Any]:
+        """The items with pixels, and the key."""
+
+    def fingerprint(self) -> str:
+        """Stands for the list of records."""
+
+
+def patchify(image_CHW: Tensor, patch: int) -> Tensor:
+    """(C, h*P, w*P) -> (h*w, P*P*C): value index (row * P + column) * C + channel, for ViT patches and latent tokens
+    alike.
+    """
+    return rearrange(image_CHW, "c (h p) (w q) -> (h w) (p q c)", p=patch, q=patch)
+
+
+def unpatchify(tokens_ND: Tensor, rows: int, columns: int, patch: int) -> Tensor:
+    """Inverse of patchify: (h*w, P*P*C) -> (C, h*P, w*P)."""
+    return rearrange(tokens_ND, "(h w) (p q c) -> c (h p) (w q)", h=rows, w=columns, p=patch, q=patch)
+
+
+def position_ids(rows: int, columns: int, side: int, *, interpolate: bool = False) -> Tensor:
+    """Cells of a side x side table for an image of rows x columns patches, in reading order.
+
+    Extrapolate: row * side + column. Interpolate: [0, 1) is cut into `side` buckets, and each patch takes the bucket of
+    row/rows. Raises a UserError for an image with more patches on a side than the table has.
+    """
+    if rows > side or columns > side:
+        raise UserError(
+            f"an image of {rows} x {columns} patches does not fit a position table of {side} per side; "
+            f"raise max_latent_size (latents) or the ViT's image_size, or make the image smaller"
+        )
+    row, column = torch.arange(rows), torch.arange(columns)
+    if interpolate:
+        bounds = torch.arange(1 / side, 1.0, 1 / side)
+        row = torch.bucketize(torch.arange(0, 1 - 1e-6, 1 / rows), bounds, right=True)
+        column = torch.bucketize(torch.arange(0, 1 - 1e-6, 1 / columns), bounds, right=True)
+    return (row[:, None] * side + column[None]).flatten()
 
 
 @dataclass
@@ -36,6 +104,7 @@ class PlanItem:
     split_start: bool = True  # first frame of its block
     split_end: bool = True  # last frame of its block
     frame_delta: int | None = None  # positions from this frame to the next
+    repeats: bool = False  # the picture before it once more, with the same noise at another time (validation)
 
     def tokens(self, latent_stride: int, vit_patch: int) -> int:
         """Tokens without the two marks."""
@@ -164,7 +233,7 @@ class PackBuilder:
             return len(item.ids) + 2
         if item.type == "vae_image" and item.loss:
             return item.frame_delta or 0
-        return 1
+        return 1 if item.frame_delta is None else item.frame_delta  # of a clean clip every frame tells its own
 
     def _mark(self, token: int, position: int) -> None:
         self.lists["packed_text_ids"].append(token)
@@ -190,6 +259,7 @@ class PackBuilder:
 
     def _closing(self, item: PlanItem) -> None:
         if item.special_token_loss:
+            assert item.special_token_label is not None
             self._predict(item.special_token_label, 1.0)
 
     def _vit(self, item: PlanItem, rope: int) -> None:
@@ -222,8 +292,11 @@ class PackBuilder:
         )
         self.lists["patchified_vae_latent_shapes"].append([rows, columns])
         self.lists["packed_timesteps"].extend([raw] * (rows * columns))
-        self.images.append(item.image)
-        if generator is not None:
+        self.images.append(None if item.repeats else item.image)
+        if item.repeats:
+            self.posterior_noise.append(self.posterior_noise[-1])
+            self.noise.append(self.noise[-1])
+        elif generator is not None:
             cells = (layout.latent_channels, rows * layout.latent_patch, columns * layout.latent_patch)
             self.posterior_noise.append(torch.randn(cells, generator=generator))
             shape = (rows * columns, layout.latent_width)
@@ -268,10 +341,24 @@ def _mode(item: PlanItem) -> str:
     return NOISE if item.loss and item.frame_delta is None else FULL
 
 
-# Which samples share a pack: ours, which loses none; a fixed number of samples; the released loop, to compare.
+def make_collate(
+    layout: PackFormat, dropout: Dropout, seed: int, static_length: int | None = None
+) -> Callable[[list[dict]], dict]:
+    """A function that packs samples; every random number of a sample comes from (seed, epoch, index)."""
+
+    def collate(samples: list[dict]) -> dict[str, Any]:
+        builder = PackBuilder(layout)
+        for sample in samples:
+            draws = Draws.keyed(keyed_generator(seed, _PACK, *sample["key"]), sample["items"])
+            builder.add(sample["items"], draws, dropout)
+        pack = builder.pack(static_length)
+        pack["keys"] = [list(sample["key"]) for sample in samples]
+        return pack
+
+    return collate
 
 
-Key = tuple[int, int]  # (epoch, index)
+# --- which samples share a pack: ours, which loses none; a number of samples; the released loop, to compare -----------
 
 
 class Packer:
@@ -413,3 +500,168 @@ class ReferencePacker(Packer):
             self.epoch, self.cursor = self.epoch + 1, 0
         self.cursor += 1
         return (self.epoch, int(self._indices(self.epoch)[self.cursor - 1]))
+
+
+# --- the training stream of packs: every rank fills the same and loads its own; resumes with samples still waiting ----
+
+
+def make_packer(dataset: SampleSet, data: DataConfig, batch_size: int) -> Packer:
+    """The configured way to fill packs, at the start of epoch 0."""
+    if data.packing == "samples":
+        return SamplePacker(dataset.order, dataset.room, samples=batch_size)
+    if data.packing == "tokens":
+        return Packer(dataset.order, dataset.room, capacity=data.tokens_per_batch, buffer_size=data.buffer_size)
+    return ReferencePacker(
+        dataset.order,
+        dataset.room,
+        expected=data.expected_num_tokens,
+        capacity=data.tokens_per_batch,
+        max_sample=data.max_sequence_length,
+        prefer_buffer_before=data.prefer_buffer_before,
+        buffer_size=data.buffer_size,
+    )
+
+
+def packs_per_epoch(dataset: SampleSet, data: DataConfig, batch_size: int) -> int:
+    """Packs that cover the first epoch, by filling them."""
+    packer, packs = make_packer(dataset, data, batch_size), 0
+    while True:
+        first_epoch = packer.next_pack()[0][0]
+        if first_epoch > 0:
+            return max(1, packs)
+        packs += 1
+
+
+class _Packs(Dataset):
+    """Loads a pack from its keys; pictures that turn out to be damaged leave the pack and are reported."""
+
+    def __init__(self, dataset: SampleSet, collate: Callable[[list[dict]], dict]):
+        self.dataset, self.collate = dataset, collate
+
+    def __getitem__(self, keys: list[Key]) -> tuple[dict, list[tuple[int, str]]]:
+        samples, bad = [], []
+        for epoch, index in keys:
+            try:
+                samples.append(self.dataset.sample(index, epoch))
+            except BadSample as error:
+                bad.append((index % len(self.dataset), str(error)))
+        return self.collate(samples), bad
+
+
+class PackStream:
+    """Micro-batches of this rank. Pack number ((step * accumulation + micro) * world + rank) * packs_each + k of the
+    run is the k-th pack of that micro-batch, so one rank and N ranks train on the same packs in the same step.
+    """
+
+    def __init__(
+        self,
+        dataset: SampleSet,
+        data: DataConfig,
+        info: DistInfo,
+        *,
+        batch_size: int,
+        accumulation: int,
+        collate: Callable[[list[dict]], dict],
+        num_workers: int = 0,
+        prefetch_factor: int = 2,
+        bad_samples: Path | None = None,
+    ):
+        expected = float(dataset.weights().sum())
+        if expected < 1:
+            raise UserError(
+                f"{dataset.data_path}: the records' weights (times data.question_weight) sum up to {expected:.3g}: an "
+                "epoch would hold no sample; raise them"
+            )
+        self.dataset, self.data, self.info = dataset, data, info
+        self.batch_size, self.accumulation = batch_size, accumulation
+        self.packs_each = 1 if data.packing == "samples" else batch_size
+        self.packs, self.num_workers, self.prefetch_factor = _Packs(dataset, collate), num_workers, prefetch_factor
+        self.bad, self.bad_in_a_row = BadSamples(bad_samples, len(dataset)), 0
+        self.fingerprint: str | None = dataset.fingerprint()
+        packs_a_step = self.packs_each * accumulation * info.world
+        self.steps_per_epoch: int | None
+        if data.packing == "samples":
+            self.samples_per_step = packs_a_step * batch_size
+            self.steps_per_epoch = -(-len(dataset.order(0)) // self.samples_per_step)
+        else:  # packs hold as many samples as fit: their mean is what a step counts as
+            packs = packs_per_epoch(dataset, data, batch_size)
+            self.steps_per_epoch = -(-packs // packs_a_step)
+            self.samples_per_step = max(1, round(len(dataset.order(0)) / packs * packs_a_step))
+        self._ahead: deque[dict] = deque()
+        self._position: dict | None = None
+        self._loaded: Iterator | None = None
+
+    def start(self, step: int, state: dict | None = None) -> None:
+        """Go to the packs of `step`: from the saved state, or by filling packs from the start of the run."""
+        packer = make_packer(self.dataset, self.data, self.batch_size)
+        if state:
+            packer.load_state(state)
+        else:
+            for _ in range(step * self.accumulation * self.info.world * self.packs_each):
+                packer.next_pack()
+        self._ahead.clear()
+        self._position = packer.state()
+        loader = DataLoader(
+            self.packs,
+            sampler=_Keys(self, packer),
+            batch_size=None,
+            num_workers=self.num_workers,
+            prefetch_factor=self.prefetch_factor if self.num_workers else None,
+            worker_init_fn=start_process if self.num_workers else None,
+            pin_memory=self.info.device.type == "cuda",
+            generator=torch.Generator(),
+        )
+        self._loaded = iter(loader)
+
+    def keys_of_steps(self, packer: Packer) -> Iterator[list[Key]]:
+        """The keys of this rank's micro-batches, one after another; notes the packer's state after every step."""
+        while True:
+            for micro in range(self.accumulation):
+                packs = [packer.next_pack() for _ in range(self.packs_each * self.info.world)]
+                own = packs[self.info.rank * self.packs_each : (self.info.rank + 1) * self.packs_each]
+                keys = [key for pack in own for key in pack]
+                if micro == self.accumulation - 1:
+                    self._ahead.append(packer.state())
+                yield keys
+
+    def next_step(self) -> list[dict]:
+        """The micro-batches of the next optimizer step."""
+        assert self._loaded is not None, "start() comes first"
+        batches = []
+        for _ in range(self.accumulation):
+            batch, bad = next(self._loaded)
+            self._note(bad, batch)
+            batches.append(batch)
+        self._position = self._ahead.popleft()
+        return batches
+
+    def state(self) -> dict:
+        """Epoch, cursor and the samples that wait, after the last step handed out."""
+        assert self._position is not None, "start() comes first"
+        return self._position
+
+    def close(self) -> None:
+        """End the loader's processes."""
+        self._loaded = None
+
+    def agree(self) -> None:
+        """Count the damaged samples of all ranks together; a collective."""
+        self.bad.agree()
+
+    def _note(self, bad: list[tuple[int, str]], batch: dict) -> None:
+        self.bad.note(bad)
+        self.bad_in_a_row = 0 if batch["keys"] else self.bad_in_a_row + len(bad)
+        if self.bad_in_a_row >= MAX_BAD_IN_A_ROW:
+            raise UserError(
+                f"{self.bad_in_a_row} samples in a row cannot be read; the last: {bad[-1][1]}; check the picture folder"
+            )
+
+
+class _Keys:
+    """The endless sampler of a PackStream."""
+
+    def __init__(self, stream: PackStream, packer: Packer):
+        self.stream, self.packer = stream, packer
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return self.stream.keys_of_steps(self.packer)

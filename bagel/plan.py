@@ -1,7 +1,8 @@
 """The dry run: the model at full size on fake tensors, a representative pack, and what a step will cost."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from itertools import cycle
 
 import torch
 from torch import Tensor, nn
@@ -9,27 +10,42 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bagel.config import Config, LanguageConfig, ModelConfig
-from bagel.data.layout import transforms_of
+from bagel.data.tokenizer import SpecialTokens
+from bagel.dataset import transforms_of
 from bagel.model import Bagel
 from bagel.modules.lora import add_adapters
 from bagel.modules.quantization import QuantizedLinear, quantize_projections
 from bagel.modules.transformer import MoTDecoderLayer
-from bagel.modules.vae import FluxAutoencoder
-from bagel.modules.vit import EncoderLayer
-from bagel.packing import Draws, Dropout, PackBuilder, PackFormat, PlanItem
-from bagel.sampling.generation import SpecialTokens
+from bagel.modules.vision import EncoderLayer, FluxAutoencoder
+from bagel.packing import Draws, Dropout, Pack, PackBuilder, PackFormat, PlanItem
 from bagel.weights.pretrained import read_config
 from shared.data import to_device
 from shared.plan.measure import FrozenPart
 from shared.plan.table import Workload, plan_run
 
+SHRINK = [share / 16 for share in range(16, 0, -1)]  # of the largest side, until one picture of each kind fits
 
-def representative_pack(config: Config, model: ModelConfig) -> tuple[dict[str, Any], list[tuple[int, int]]]:
-    """A pack filled with pictures to draw, pictures to describe and edits in turn, all at the largest size of the
-    settings, and the sizes of the pictures to encode. With packing=samples: batch_size samples.
+
+def largest_samples(config: Config, model: ModelConfig, share: float = 1.0) -> dict[str, list[PlanItem]]:
+    """A drawing, a question and an edit of square pictures, at a share of the largest side that the settings allow."""
+    vae, vit, edit = transforms_of(config.data, model)
+    side = round(vae.max_size * share)
+    drawn, changed = vae.sides(side, side)[::-1], edit.sides(side, side)[::-1]
+    seen = vit.sides(*2 * (round(vit.max_size * share),))[::-1]
+    words = PlanItem("text", ids=[4] * 62)
+    target = PlanItem("vae_image", size=drawn, loss=1)
+    return {
+        "drawing": [words, target],
+        "question": [PlanItem("vit_image", size=seen), words, PlanItem("text", ids=[4] * 254, loss=1)],
+        "edit": [PlanItem("vae_image", size=drawn), PlanItem("vit_image", size=changed), words, target],
+    }
+
+
+def representative_pack(config: Config, model: ModelConfig) -> tuple[Pack, list[tuple[int, int]], str]:
+    """A pack with one sample of each kind, pictures as large as lets them fit, and more of them until it is full (with
+    packing=samples: batch_size samples); the sizes of the pictures to encode; and in words what it holds, and what does
+    not fit the settings.
     """
-    vae, vit = transforms_of(config.data, model)
-    drawn, seen = vae.sides(vae.max_size, vae.max_size)[::-1], vit.sides(vit.max_size, vit.max_size)[::-1]
     layout = PackFormat(
         SpecialTokens(0, 1, 2, 3),
         model.latent_stride,
@@ -40,26 +56,41 @@ def representative_pack(config: Config, model: ModelConfig) -> tuple[dict[str, A
         model.latent_patch_size,
         model.autoencoder.z_channels,
     )
-    words = PlanItem("text", ids=[4] * 62)
-    target, source = PlanItem("vae_image", size=drawn, loss=1), PlanItem("vae_image", size=drawn)
-    look = PlanItem("vit_image", size=seen)
-    kinds = [[words, target], [look, words, PlanItem("text", ids=[4] * 254, loss=1)], [source, look, words, target]]
-    by_samples = config.data.packing == "samples"
-    budget = config.training.batch_size if by_samples else config.data.tokens_per_batch * config.training.batch_size
-    builder, number, sizes = PackBuilder(layout), 0, []
-    while number < budget if by_samples else builder.length < budget:
-        items = kinds[number % 3]
+    data, batch_size = config.data, config.training.batch_size
+    by_samples = data.packing == "samples"
+    budget = batch_size if by_samples else data.tokens_per_batch * batch_size
+    lengths = {kind: layout.length(items) for kind, items in largest_samples(config, model).items()}
+    fits = [kind for kind, length in lengths.items() if length <= data.max_sequence_length]
+    share = 1.0
+    if not by_samples:
+        least = {
+            name: sum(layout.length(largest_samples(config, model, name)[kind]) for kind in fits) for name in SHRINK
+        }
+        share = next((name for name in SHRINK if least[name] <= budget), SHRINK[-1])
+    kinds = {kind: items for kind, items in largest_samples(config, model, share).items() if kind in fits}
+    builder, held, sizes = PackBuilder(layout), Counter[str](), []
+    turn = cycle(kinds or {"text": []})
+    while len(builder.lists["sample_lens"]) < budget if by_samples else builder.length < budget:
+        kind = next(turn)
         room = budget - builder.length
-        if not by_samples and layout.length(items) > room:
-            items = [PlanItem("text", ids=[4] * max(0, room - 2), loss=1)]
+        if kind == "text" or (not by_samples and layout.length(kinds[kind]) > room):
+            kind = next((name for name in kinds if layout.length(kinds[name]) <= room), "text")
+        items = [PlanItem("text", ids=[4] * max(0, room - 2), loss=1)] if kind == "text" else kinds[kind]
         builder.add(items, Draws([1.0] * len(items), iter([0.0] * len(items))), Dropout())
         sizes += [item.size for item in items if item.type == "vae_image"]
-        number += 1
+        held[kind] += 1
     pack = builder.pack()
     latents = len(pack["packed_vae_token_indexes"])
     pack["packed_vit_tokens"] = torch.zeros(len(pack["packed_vit_token_indexes"]), 3 * model.vision.patch_size**2)
     pack["packed_latents"] = pack["packed_noise"] = torch.zeros(latents, model.latent_width)
-    return pack, sizes
+    words = ", ".join(f"{count} {kind}{'s' if count > 1 else ''}" for kind, count in held.items())
+    words += f"; {len(sizes)} pictures to encode"
+    if share < 1:
+        words += f", {max(map(max, sizes), default=0)} px a side so that one of each kind fits"
+    for kind in lengths:
+        if kind not in fits:
+            words += f"; no {kind} of the largest size: {lengths[kind]:,} tokens, {data.max_sequence_length:,} allowed"
+    return pack, sizes, words
 
 
 def _build(config: Config, model: ModelConfig) -> nn.Module:
@@ -122,8 +153,7 @@ def workload(config: Config) -> Workload:
         parts = (_encoder_part(model, representative_pack(config, model)[1]), _packed_part(model))
         return [part for part in parts if part]
 
-    pack, sizes = representative_pack(config, model)
-    contents = f"{len(pack['sample_lens'])} samples, {len(sizes)} pictures to encode"
+    pack, _, contents = representative_pack(config, model)
     title = f"BAGEL, packs of {pack['sequence_length']} tokens ({contents})"
     blocks = (MoTDecoderLayer, EncoderLayer)
     return Workload(title, lambda config: _build(config, model), step, blocks, frozen_parts)

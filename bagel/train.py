@@ -1,7 +1,8 @@
 """Train BAGEL on texts and pictures.
 
 From nothing, on the sample data:   python bagel/train.py --config small --output-dir outputs/bagel
-From the released weights:          python bagel/train.py --config 7b_lora --model_path DIR --train_data_path data.jsonl
+From the released weights:          python bagel/train.py --model_path DIR --train_data_path data.jsonl
+  (the preset that fits DIR and the machine is taken and named; --config 7b, 7b_lora, 7b_nf4 or 7b_gen chooses)
 Eight GPUs:                         scripts/train_bagel.sh --gpus 8 --config 7b --model_path DIR ...
 The plan without a GPU:             python bagel/train.py --config 7b_nf4 --dry-run
 The same command again resumes.
@@ -14,173 +15,26 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import json
+import os
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from bagel.config import PRESETS, SAMPLE_DATA, Config, TrainingConfig
-from shared.config import accumulation_steps, load_config
+from bagel.config import PRESETS, SAMPLE_DATA, Config, ModelConfig
+from shared.config import load_config, load_saved
 from shared.errors import UserError, command
 
 if TYPE_CHECKING:
-    import torch
-
-    from bagel.data.tokenizer import Tokenizer
     from bagel.dataset import UnifiedGenerationDataset
     from bagel.model import Bagel
-    from bagel.modules.vae import Autoencoder
-    from shared.engine.dist import DistInfo
-    from shared.loop import FitResult
 
 
-class UnifiedTrainer:
-    """What learns from what: the losses, the validation on fixed noise and times, the samples, the exports."""
+def __getattr__(name: str) -> Any:
+    """`from bagel.train import UnifiedTrainer`: the class of the guide, without torch behind --help."""
+    if name == "UnifiedTrainer":
+        from bagel.objective import UnifiedTrainer
 
-    def __init__(
-        self,
-        config: Config,
-        info: "DistInfo",
-        model: "Bagel",
-        autoencoder: "Autoencoder",
-        tokenizer: "Tokenizer",
-        train_set: "UnifiedGenerationDataset",
-        val_set: "UnifiedGenerationDataset | None" = None,
-    ):
-        from bagel.objective import SpeedMeter
-
-        self.config, self.info, self.model, self.tokenizer = config, info, model, tokenizer
-        self.autoencoder = autoencoder.to(info.device)
-        self.train_set, self.val_set = train_set, val_set
-        self.speed = SpeedMeter(model.config, info)
-
-    def losses(self, model: Any, batches: list[dict], step: int) -> Iterator[tuple["torch.Tensor", dict]]:
-        """The joint loss of every micro-batch, pre-weighted by the tokens of the whole step."""
-        from bagel.objective import joint_losses
-
-        packs = [self.encoded(pack) for pack in batches]
-        speed = self.speed.after_step(packs)
-        for loss, metrics in joint_losses(model, packs, self.config.training, self.info.world):
-            yield loss, {**metrics, **speed}
-
-    def encoded(self, pack: dict[str, Any]) -> dict[str, Any]:
-        """The pack with the latents of its pictures."""
-        from bagel.objective import with_latents
-
-        return with_latents(pack, self.autoencoder, self.model.config, together=self.config.data.pad_images_together)
-
-    def validate(self, model: Any, step: int) -> dict[str, float]:
-        """Losses of the held-out records, with the same noise and the same times in every validation."""
-        from bagel.evaluation.validation import held_out_losses
-
-        return held_out_losses(self, model)
-
-    def sample(self, model: Any, step: int, folder: Path) -> None:
-        """Pictures for held-out prompts and descriptions of held-out pictures; all ranks compute, rank 0 writes."""
-        from bagel.evaluation.validation import write_samples
-
-        write_samples(self, model, step, folder, most=self.config.training.sample_records)
-
-    def export(self, folder: Path, weights: dict[str, "torch.Tensor"], ema: dict[str, "torch.Tensor"] | None) -> None:
-        """Files of a checkpoint that others read: the adapter, or all trained weights as one plain file."""
-        import torch
-
-        from bagel.modules.lora import save_adapter
-
-        chosen = ema or weights
-        if self.config.model.use_lora:
-            save_adapter(folder, chosen, self.config.model)
-        else:
-            torch.save({name: value.contiguous() for name, value in chosen.items()}, folder / "trained_model.pt")
-
-    def train(self) -> "FitResult":
-        """Run to the planned step."""
-        import torch
-
-        from bagel.data.stream import PackStream
-        from bagel.modules.transformer import MoTDecoderLayer
-        from bagel.modules.vit import EncoderLayer
-        from shared.loop import fit, plan_steps
-
-        config, training = self.config, self.config.training
-        stream = PackStream(
-            self.train_set,
-            config.data,
-            self.info,
-            batch_size=training.batch_size,
-            accumulation=accumulation_steps(training, self.info.world),
-            collate=self.collate(),
-            num_workers=training.num_workers,
-            prefetch_factor=training.prefetch_factor,
-            bad_samples=Path(config.run.output_dir) / "bad_samples.jsonl",
-        )
-        if training.warmup_ratio and not training.warmup_steps:
-            training.warmup_steps = round(training.warmup_ratio * plan_steps(training, stream))
-        self.model.checkpoint_layers(training.gradient_checkpointing)
-        if training.compile:  # every pack has its own lengths: symbols from the first graph on
-            torch._dynamo.config.assume_static_by_default = False
-        return fit(
-            config=config,
-            info=self.info,
-            model=self.model,
-            stream=stream,
-            losses=self.losses,
-            validate=self.validate if self.val_set is not None else None,
-            sample=self.sample if training.sample_records else None,
-            export=self.export if training.export or config.model.use_lora else None,
-            groups=parameter_groups(self.model, training),
-            wrap_classes=(MoTDecoderLayer, EncoderLayer),
-            checkpoint_name="step_{step}",
-            title="BAGEL",
-        )
-
-    def collate(self) -> Any:
-        """Samples to packs, with the configured chances of leaving conditions out."""
-        from bagel.dataset import make_collate
-        from bagel.packing import Dropout
-
-        data = self.config.data
-        dropout = Dropout(data.text_cond_dropout_prob, data.vit_cond_dropout_prob, data.vae_cond_dropout_prob)
-        static = None if data.packing == "samples" else data.tokens_per_batch * self.config.training.batch_size
-        return make_collate(self.train_set.layout, dropout, self.config.run.seed, static)
-
-
-def parameter_groups(model: "Bagel", training: TrainingConfig) -> list[dict]:
-    """Trainable parameters by their weight decay; that of the vision tower and the connector may be its own."""
-    from bagel.model import SEEING
-    from shared.optim import decay_groups
-
-    decay, vision = training.weight_decay, training.vision_weight_decay
-    parts = [(False, decay), (True, decay if vision is None else vision)]
-    groups = [
-        {**group, "names": [name for name in group["names"] if name.startswith(SEEING) == seeing]}
-        for seeing, weight_decay in parts
-        for group in decay_groups(model, weight_decay)
-    ]
-    return [group for group in groups if group["names"]]
-
-
-def open_dataset(config: Config, model_config: Any, tokenizer: "Tokenizer", path: str) -> "UnifiedGenerationDataset":
-    """The records of `path` under the settings of the run."""
-    from bagel.data.layout import layout_of, transforms_of
-    from bagel.dataset import UnifiedGenerationDataset
-
-    data = config.data
-    vae_transform, vit_transform = transforms_of(data, model_config)
-    return UnifiedGenerationDataset(
-        path,
-        tokenizer=tokenizer,
-        layout=layout_of(model_config, tokenizer),
-        vae_transform=vae_transform,
-        vit_transform=vit_transform,
-        image_root=data.image_root,
-        max_sequence_length=data.max_sequence_length,
-        truncate_text=data.truncate_text,
-        strict=data.strict_data,
-        escape_special_tokens=data.escape_special_tokens,
-        question_weight=data.question_weight,
-        flip_probability=data.flip_probability,
-        seed=config.run.seed,
-    )
+        return UnifiedTrainer
+    raise AttributeError(name)
 
 
 def report_quantization(model: "Bagel", output_dir: Path) -> None:
@@ -199,21 +53,113 @@ def report_quantization(model: "Bagel", output_dir: Path) -> None:
     (output_dir / "quantization.json").write_text(json.dumps(layers, indent=1) + "\n")
 
 
-def complete(config: Config) -> Config:
-    """The settings with what follows from the files: the sample data for the small preset, the strategy of a DeepSpeed
-    file.
+def completed(argv: list[str]) -> list[str]:
+    """The command line with what a guide's command leaves out: weights without a preset get the preset that fits them,
+    and the guide's defaults where the preset has others. Never random weights beside a folder that holds some.
     """
-    if config.data.train_data_path is None:
-        if not config.model.from_scratch:
-            raise UserError("no data: give --train-data-path FILE (.jsonl, .json, .parquet or .tar)")
-        config.data.train_data_path = str(SAMPLE_DATA / "train.jsonl")
-        config.data.val_data_path = config.data.val_data_path or str(SAMPLE_DATA / "val.jsonl")
+    found = {name: _given(argv, *names) for name, names in NAMES.items()}
+    folder = found["model_path"]
+    half = next((word.removeprefix("--") for word in argv if word in ("--fp16", "--bf16")), None)
+    if half and not found["precision"]:
+        argv = [*argv, "--precision", half]  # over the preset's
+    if folder is None or found["config"] or {"-h", "--help"} & set(argv):
+        return argv
+    if found["from_scratch"]:
+        return ["--config", "small", *argv]
+    from bagel.weights.pretrained import fitting_preset, read_config
+
+    read_config(ModelConfig(model_path=folder))  # says what is missing
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    preset, why = _preset_of_run(found["output_dir"]) or fitting_preset(Path(folder), world)
+    defaults = {
+        "text_loss_weight": "1.0", "lr_scheduler_type": "cosine", "accumulation": "8", "warmup": "0.03",
+        "export": "true",
+    }  # fmt: skip
+    if world == 1:
+        defaults["strategy"] = "none"
+    missing = [word for name, value in defaults.items() if not found[name] for word in (f"--{NAMES[name][0]}", value)]
+    if not found["warmup"]:
+        missing += ["--warmup-steps", "0"]
+    if os.environ.get("RANK", "0") == "0":
+        print(f"no --config; {why}; with the guide's {' '.join(missing)}", flush=True)
+    return ["--config", preset, *argv, *missing]
+
+
+# Settings that a command line may name in several ways, the flag that is written first.
+NAMES = {
+    "config": ("config",),
+    "model_path": ("model-path", "model.model-path"),
+    "from_scratch": ("from-scratch", "model.from-scratch"),
+    "tokenizer": ("tokenizer", "model.tokenizer"),
+    "output_dir": ("output-dir", "logdir", "run.output-dir"),
+    "precision": ("precision", "run.precision"),
+    "strategy": ("strategy", "run.strategy", "deepspeed", "training.deepspeed"),
+    "text_loss_weight": ("text-loss-weight", "ce-weight", "training.text-loss-weight"),
+    "lr_scheduler_type": ("lr-scheduler-type", "lr-scheduler", "training.lr-scheduler-type"),
+    "accumulation": ("gradient-accumulation-steps", "grad-accum", "training.gradient-accumulation-steps",
+                     "global-batch-size", "training.global-batch-size"),
+    "warmup": ("warmup-ratio", "training.warmup-ratio", "warmup-steps", "num-warmup-steps", "training.warmup-steps"),
+    "export": ("export", "no-export", "training.export"),
+}  # fmt: skip
+
+
+def _given(argv: list[str], *names: str) -> str | None:
+    """What follows a flag of any of these names, in either spelling, or stands in --set; "true" for a bare flag."""
+    for place, word in enumerate(argv):
+        if place and argv[place - 1] == "--set":
+            word = f"--{word}"
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--") and flag[2:].replace("_", "-") in names:
+            following = argv[place + 1] if place + 1 < len(argv) else "--"
+            return value if equals else "true" if following.startswith("--") else following
+    return None
+
+
+def _preset_of_run(output_dir: str | None) -> tuple[str, str] | None:
+    """What the run in this folder was begun with, so that the same command goes on with it."""
+    path = Path(output_dir or Config().run.output_dir) / "config.yaml"
+    if not path.is_file():
+        return None
+    model = load_saved(Config, path).model
+    preset = "7b_nf4" if model.quantization != "none" else "7b_lora" if model.use_lora else "7b"
+    return preset, f"the run in {path.parent} goes on with preset {preset}"
+
+
+def complete(config: Config, argv: list[str] | None = None) -> Config:
+    """The settings with what follows from the files: the sample data for the small preset, the tokenizer of a folder,
+    the strategy of a DeepSpeed file.
+    """
+    argv = argv or []
+    model, data = config.model, config.data
+    if model.from_scratch and model.model_path is not None:
+        by_preset = not (_given(argv, "config") or "small").endswith((".yaml", ".yml"))
+        asked = _given(argv, *NAMES["from_scratch"])
+        if by_preset and not asked and _holds_weights(Path(model.model_path)):
+            raise UserError(
+                f"--model-path {model.model_path} holds weights, but this preset starts from random ones; leave out "
+                "--config, or choose 7b, 7b_lora, 7b_nf4 or 7b_gen; to take only sizes and tokenizer of the folder, "
+                "add --from-scratch"
+            )
+        if not _given(argv, *NAMES["tokenizer"]) and (Path(model.model_path) / "tokenizer.json").is_file():
+            model.tokenizer = None
+    own = data.train_data_path is not None and not data.train_data_path.startswith("scenes")
+    if own and not _given(argv, "val-data-path", "data.val-data-path") and data.val_data_path == "scenes:unseen":
+        data.val_data_path = None  # the preset's, which belongs to its own training data
+    if data.train_data_path is None:
+        if not model.from_scratch or model.model_path is not None:
+            raise UserError("no data: give --train-data-path FILE (.jsonl, .json, .parquet or .tar, or a folder)")
+        data.train_data_path = str(SAMPLE_DATA / "train.jsonl")
+        data.val_data_path = data.val_data_path or str(SAMPLE_DATA / "val.jsonl")
     if config.training.deepspeed:
         config.run.strategy = _deepspeed_strategy(Path(config.training.deepspeed), config.run.strategy)
     return config
 
 
-def _deepspeed_strategy(path: Path, given: str | None) -> str:
+def _holds_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json"))
+
+
+def _deepspeed_strategy(path: Path, given: str | None) -> Literal["zero1", "zero2", "zero3"]:
     """zero1, zero2 or zero3 by the file's stage; its other keys are set by our own flags."""
     try:
         stage = json.loads(path.read_text())["zero_optimization"]["stage"]
@@ -225,7 +171,19 @@ def _deepspeed_strategy(path: Path, given: str | None) -> str:
         raise UserError(
             f"--deepspeed {path}: stage {stage!r} with --strategy {given}; use stage 1, 2 or 3 and leave --strategy out"
         )
-    return f"zero{stage}"
+    zero: dict[int, Literal["zero1", "zero2", "zero3"]] = {1: "zero1", 2: "zero2", 3: "zero3"}
+    return zero[stage]
+
+
+def refuse_malformed(dataset: "UnifiedGenerationDataset", most: float) -> None:
+    """Stop before anything is trained when more than a share of the records is malformed; one always may be."""
+    bad, total = len(dataset.errors), len(dataset.errors) + len(dataset)
+    if bad > max(1, most * total):
+        raise UserError(
+            f"{dataset.data_path}: {bad} of {total} records are malformed, more than {most:.1%} "
+            f"(--max-malformed-share); mend them, or raise the share; python bagel/check_data.py lists them all\n  "
+            f"{dataset.summary_of_errors()}"
+        )
 
 
 def report_data(dataset: "UnifiedGenerationDataset", name: str, output_dir: Path) -> None:
@@ -245,44 +203,51 @@ def report_data(dataset: "UnifiedGenerationDataset", name: str, output_dir: Path
 @command
 def main(argv: list[str] | None = None) -> None:
     """Read the settings, check the data, train."""
+    argv = completed(list(sys.argv[1:] if argv is None else argv))
     config = load_config(Config, presets=PRESETS, argv=argv, default="small", description=__doc__)
     if config.run.dry_run:
         from bagel.plan import print_plan
 
         print_plan(config)
         return
-    config = complete(config)
+    config = complete(config, argv)
     import torch
 
     from bagel.data.tokenizer import load_tokenizer
+    from bagel.dataset import open_dataset
     from bagel.model import count_parameters
-    from bagel.weights.pretrained import build_model, load_autoencoder, read_config
+    from bagel.objective import UnifiedTrainer
+    from bagel.weights.autoencoder import prepare_autoencoder
+    from bagel.weights.pretrained import build_model, read_config
     from shared.engine.dist import init_distributed, shutdown
+    from shared.engine.preflight import preflight
     from shared.engine.strategy import choose_precision
 
+    # Everything that a user may have to mend is looked at before anything is written or built.
     info = init_distributed(config.run.device, config.run.timeout_minutes * 60)
+    preflight(config, info)
     began, output_dir = time.perf_counter(), Path(config.run.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     precision = choose_precision(config.run.precision, info.device)
     model_config = read_config(config.model)
     tokenizer = load_tokenizer(model_config)
-    train_set = open_dataset(config, model_config, tokenizer, config.data.train_data_path)
-    val_set = (
-        open_dataset(config, model_config, tokenizer, config.data.val_data_path) if config.data.val_data_path else None
-    )
+    paths = {"train": config.data.train_data_path, "val": config.data.val_data_path}
+    sets = {name: open_dataset(config, model_config, tokenizer, path) for name, path in paths.items() if path}
+    for dataset in sets.values():
+        refuse_malformed(dataset, config.data.max_malformed_share)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    autoencoder = prepare_autoencoder(config, model_config, sets["train"], info)
     torch.manual_seed(config.run.seed)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     model = build_model(model_config, rows=tokenizer.vocab_size, dtype=dtype)
     if info.is_main:
         report_quantization(model, output_dir)
-        for name, dataset in (("train", train_set), ("val", val_set)):
-            if dataset is not None:
-                report_data(dataset, name, output_dir)
+        for name, dataset in sets.items():
+            report_data(dataset, name, output_dir)
         print(
             ", ".join(f"{name} {count:,}" for name, count in count_parameters(model).items())
             + f" (ready in {time.perf_counter() - began:.1f} s)"
         )
-    trainer = UnifiedTrainer(config, info, model, load_autoencoder(model_config), tokenizer, train_set, val_set)
+    trainer = UnifiedTrainer(config, info, model, autoencoder, tokenizer, sets["train"], sets.get("val"))
     result = trainer.train()
     shutdown()  # what follows is for rank 0 alone
     if info.is_main and result.finished:

@@ -5,9 +5,9 @@ import io
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, default_collate
 
 from dit.config import SAMPLE_DATA, Config, DataConfig, Layout
 from dit.data.readers import Item, Items, read
+from dit.data.scenes import SceneDataset
 from shared.errors import BadSample, UserError
 from shared.media.pictures import as_rgb, to_pixels
 from shared.rng import keyed_generator
@@ -23,6 +24,7 @@ from shared.rng import keyed_generator
 _AUGMENT, _SUBSET = 11, 12  # random streams
 _SIDES = ("left", "right", "leftward", "rightward", "leftwards", "rightwards")
 _WORDS = re.compile("[a-z]+")
+WIDE = 8  # sides of pictures from this ratio on are cut before they are scaled
 Crop = tuple[int, int, int, int]  # top, left of the window; height, width of the resized picture it was cut from
 
 
@@ -53,6 +55,8 @@ class TextImageDataset(Dataset):
             )
         self.settings, self.is_train, self.seed = settings, is_train, seed
         self.num_classes, self.tokenize = num_classes, tokenize
+        if settings.dataset_name == "scenes":
+            raise UserError("dataset_name scenes is opened with TextImageDataset.from_config, not by the constructor")
         if settings.dataset_path is None:
             raise UserError(
                 "data.dataset_path is not set; give the folder of the pictures with --data-root (or --data-root sample)"
@@ -61,18 +65,23 @@ class TextImageDataset(Dataset):
         found = read(settings, self.root, is_train=is_train, num_classes=num_classes)
         self.skipped = found.skipped
         self.items = self._subset(found.items)
-        if is_train and not self.items:
+        if is_train and not len(self.items):
+            wanted = "a class" if num_classes else "a caption"
             raise UserError(
-                f"data.dataset_path {self.root}: no usable picture with a caption was found for dataset_name "
+                f"data.dataset_path {self.root}: no usable picture with {wanted} was found for dataset_name "
                 f"{settings.dataset_name}; {len(self.skipped)} were left out"
                 f"{f', the first: {self.skipped[0][1]}' if self.skipped else ''}; check the layout and the captions"
             )
         self.may_flip = self._flip_rule()
-        self._memory: dict[int, Image.Image] = {}
+        self._memory: dict[int, tuple[Image.Image, Crop]] = {}
+        if blank := sum(item.captions == ("",) for item in self.items) if self.items.captions_at_hand else 0:
+            print(f"warning: {blank} captions are empty; their pictures train without one", file=sys.stderr)
 
     @classmethod
-    def from_config(cls, config: Config, *, is_train: bool, tokenize: Callable | None = None) -> "TextImageDataset":
-        """The data set of a run."""
+    def from_config(cls, config: Config, *, is_train: bool, tokenize: Callable | None = None) -> Any:
+        """The data set of a run: one of these, or a SceneDataset, which has the same methods."""
+        if config.data.dataset_name == "scenes":
+            return SceneDataset.from_config(config, is_train=is_train, tokenize=tokenize)
         return cls(
             settings=config.data,
             is_train=is_train,
@@ -91,22 +100,12 @@ class TextImageDataset(Dataset):
     def sample(self, index: int, epoch: int, *, flip: bool | None = None) -> dict[str, Any]:
         """Item `index` as seen in `epoch`; image is uint8. Evaluation: the centre, the first caption, no mirroring."""
         item, settings = self.items[index], self.settings
-        generator = keyed_generator(self.seed, _AUGMENT, epoch, index)
-
-        def draw() -> float:
-            return torch.rand((), generator=generator).item()
-
-        caption_draw, flip_draw = draw(), draw()  # both always: the crop's draws depend on no other setting
+        caption_draw, flip_draw, draw = draws_of_visit(self.seed, epoch, index)
         caption = item.captions[int(caption_draw * len(item.captions)) if self.is_train else 0] if item.captions else ""
         if flip is None:
             is_spared = settings.flip_guard and names_sides(item.captions)
             flip = self.may_flip and flip_draw < settings.flip and not is_spared
-        square, where = to_square(
-            self._picture(index),
-            settings.image_size,
-            crop=settings.crop if self.is_train else _steady(settings.crop),
-            draw=draw,
-        )
+        square, where = self._square(index, item, draw)
         sample = {
             "image": to_pixels(square, flip=flip),
             "text": caption,
@@ -121,13 +120,14 @@ class TextImageDataset(Dataset):
             sample |= {name: ids[0] for name, ids in self.tokenize([caption]).items()}
         return sample
 
+    def names(self) -> Iterator[str]:
+        """The samples' names, in order."""
+        return self.items.ids()
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the list of ids: two runs with the same one see the same samples."""
-        digest = hashlib.sha256()
-        for number, name in enumerate(self.items.ids()):
-            digest.update(f"\n{name}".encode() if number else name.encode())
-        return digest.hexdigest()
+        return fingerprint_of(self.names())
 
     def _flip_rule(self) -> bool:
         """Whether training pictures may be mirrored at all; with the guard, not where any caption names a side."""
@@ -143,16 +143,18 @@ class TextImageDataset(Dataset):
             return False
         return True
 
-    def _picture(self, index: int) -> Image.Image:
+    def _square(self, index: int, item: Item, draw: Callable[[], float]) -> tuple[Image.Image, Crop]:
+        """The picture cut to size, and where it lay; squares that come out the same on every visit may be kept."""
         if index in self._memory:
             return self._memory[index]
-        item = self.items[index]
+        crop = self.settings.crop if self.is_train else _steady(self.settings.crop)
         image = decode(*self.items.picture(item))
         if item.box is not None:
             image = crop_to_box(image, item.box)
-        if self.settings.keep_in_memory:
-            self._memory[index] = image
-        return image
+        square = to_square(image, self.settings.image_size, crop=crop, draw=draw)
+        if self.settings.keep_in_memory and crop == _steady(crop):
+            self._memory[index] = square
+        return square
 
     def _label(self, item: Item) -> int:
         assert self.num_classes is not None  # asked for by class-conditional runs
@@ -174,9 +176,51 @@ class TextImageDataset(Dataset):
         return items.take(sorted(chosen.tolist()))
 
 
+def draws_of_visit(seed: int, epoch: int, index: int) -> tuple[float, float, Callable[[], float]]:
+    """What is random about one visit to a sample: caption, mirroring, and as many numbers as its crop takes.
+
+    Caption and mirroring are always drawn, so that the crop's numbers depend on no other setting, and a cache's samples
+    are those of the pictures.
+    """
+    generator = keyed_generator(seed, _AUGMENT, epoch, index)
+
+    def draw() -> float:
+        return torch.rand((), generator=generator).item()
+
+    return draw(), draw(), draw
+
+
+def fingerprint_of(names: Iterator[str]) -> str:
+    """SHA-256 of names joined by line ends."""
+    digest = hashlib.sha256()
+    for number, name in enumerate(names):
+        digest.update((f"\n{name}" if number else name).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
 def names_sides(captions: Sequence[str]) -> bool:
     """Whether a caption speaks of left or right, which mirroring would make wrong."""
     return any(word in _SIDES for caption in captions for word in _WORDS.findall(caption.lower()))
+
+
+class Named(Protocol):
+    """A data set whose samples have names."""
+
+    def __len__(self) -> int: ...
+
+    def names(self) -> Iterator[str]:
+        """The samples' names, in order."""
+        ...
+
+
+def spread(dataset: Named, count: int) -> list[int]:
+    """Indices in the order in which an evaluation takes them: at most `count` are wanted, in the order of the hash of
+    their names, so that no class and no folder comes first; those behind them stand in for broken ones.
+    """
+    if count >= len(dataset) or isinstance(dataset, SceneDataset):  # scenes come in no order
+        return list(range(len(dataset)))
+    digests = [hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8] for name in dataset.names()]
+    return sorted(range(len(dataset)), key=digests.__getitem__)
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -204,8 +248,25 @@ def decode(data: bytes, name: str) -> Image.Image:
     """RGB picture: turned upright by EXIF, transparency laid on white, 16 bits scaled to 8. BadSample if broken."""
     try:
         return as_rgb(Image.open(io.BytesIO(data)))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # every format's library raises its own kinds
+        whole = _without_its_end(data) if "truncated" in str(error) else None
+        if whole is not None:
+            return whole
         raise BadSample(f"{name}: not a readable picture ({error})") from None
+
+
+def _without_its_end(data: bytes) -> Image.Image | None:
+    """A JPEG that lacks its end mark alone. What follows complete data changes no pixel; where data are missing, other
+    bytes in their place do.
+    """
+    if not data.startswith(b"\xff\xd8"):
+        return None
+    data = data.rstrip(b"\xff")
+    try:
+        found = [as_rgb(Image.open(io.BytesIO(data + filling + b"\xff\xd9"))) for filling in (b"", b"\x5a\x3c" * 64)]
+    except Exception:  # as above
+        return None
+    return found[0] if found[0].tobytes() == found[1].tobytes() else None
 
 
 def crop_to_box(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
@@ -239,6 +300,8 @@ def to_square(
         scale = size / side
         where = (round(top * scale), round(left * scale), round(image.height * scale), round(image.width * scale))
         return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)), where
+    if max(image.size) > WIDE * min(image.size):
+        return _window_of_strip(image, size, draw if crop == "random" else lambda: 0.5)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -249,6 +312,15 @@ def to_square(
     else:
         left, top = spare_x // 2, spare_y // 2
     return image.crop((left, top, left + size, top + size)), (top, left, image.height, image.width)
+
+
+def _window_of_strip(image: Image.Image, size: int, draw: Callable[[], float]) -> tuple[Image.Image, Crop]:
+    """The same square from a very wide or tall picture, without scaling what is cut off."""
+    scale = size / min(image.size)
+    height, width = round(image.height * scale), round(image.width * scale)
+    left, top = int(draw() * (width - size + 1)), int(draw() * (height - size + 1))
+    box = (left / scale, top / scale, min(image.width, (left + size) / scale), min(image.height, (top + size) / scale))
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box), (top, left, height, width)
 
 
 def unit(pixels: Tensor) -> Tensor:

@@ -257,6 +257,7 @@ class DiTBlock(nn.Module):
         text_mask_BT: Tensor | None = None,
         rotation: Rotation = None,
         mask_BL: Tensor | None = None,
+        draws_B3: Tensor | None = None,
     ) -> Tensor:
         # the order of the six is that of the public weights
         if self.adaLN_modulation is not None:
@@ -265,20 +266,23 @@ class DiTBlock(nn.Module):
             assert self.scale_shift_table is not None  # one of the two is there
             shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + condition).unbind(1)
         attended = self.attn(modulate(self.norm1(x_BLD), shift1, scale1), rotation, mask_BL)
-        x_BLD = torch.addcmul(x_BLD, gate1[:, None], self._drop(attended))
+        x_BLD = torch.addcmul(x_BLD, gate1[:, None], self._drop(attended, draws_B3, 0))
         # text enters between the two, ungated: its last projection starts at zero, so it needs no gate to start as
         # the identity
         if self.cross_attn is not None and self.cross_norm is not None:
-            x_BLD = x_BLD + self._drop(self.cross_attn(self.cross_norm(x_BLD), text_BTD, text_mask_BT))
+            x_BLD = x_BLD + self._drop(self.cross_attn(self.cross_norm(x_BLD), text_BTD, text_mask_BT), draws_B3, 1)
         expanded = self.mlp(modulate(self.norm2(x_BLD), shift2, scale2))
-        return torch.addcmul(x_BLD, gate2[:, None], self._drop(expanded))
+        return torch.addcmul(x_BLD, gate2[:, None], self._drop(expanded, draws_B3, 2))
 
-    def _drop(self, branch_BLD: Tensor) -> Tensor:
-        """Stochastic depth: leave the branch out for whole samples in training, and scale the rest up."""
+    def _drop(self, branch_BLD: Tensor, draws_B3: Tensor | None, branch: int) -> Tensor:
+        """Stochastic depth (Huang et al. 2016): leave the branch out for whole samples in training, and scale the rest
+        up. draws_B3: uniform numbers for the three branches, the sample's own; without them torch's generator draws.
+        """
         if not self.training or self.drop_path == 0.0:
             return branch_BLD
-        keep = torch.rand(branch_BLD.shape[0], 1, 1, device=branch_BLD.device) >= self.drop_path
-        return branch_BLD * keep / (1 - self.drop_path)
+        count = len(branch_BLD)
+        draw_B = torch.rand(count, device=branch_BLD.device) if draws_B3 is None else draws_B3[:, branch]
+        return branch_BLD * (draw_B >= self.drop_path)[:, None, None] / (1 - self.drop_path)
 
 
 class FinalLayer(nn.Module):
@@ -336,6 +340,7 @@ class DiTModel(nn.Module):
         mlp: Literal["gelu", "swiglu"] = "gelu",
         pos: Literal["sincos", "rope2d", "sincos+rope2d"] = "sincos",
         drop_path: float = 0.0,
+        pos_scale: float = 1.0,
         time_freq_shift: Literal[0, 1] = 0,
     ) -> None:
         super().__init__()
@@ -345,7 +350,7 @@ class DiTModel(nn.Module):
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.grid = (input_size // patch_size,) * 2
         self.text_conditioning, self.text_mask, self.pos, self.null_text = text_conditioning, text_mask, pos, null_text
-        self.text_len = text_len
+        self.text_len, self.pos_scale = text_len, pos_scale
         self.gradient_checkpointing: bool | int = False
         self.pos_embed: Tensor | None
         self.null_text_states: Tensor
@@ -365,7 +370,8 @@ class DiTModel(nn.Module):
             self._make_null_text(text_len, text_dim)
         self.register_buffer("pos_embed", None)
         if "sincos" in pos:
-            self.register_buffer("pos_embed", position_table_2d(hidden_size, *self.grid).float()[None])
+            table = position_table_2d(hidden_size, *self.grid, scale=pos_scale)
+            self.register_buffer("pos_embed", table.float()[None])
         is_single = conditioning == "adaln_single"
         self.adaLN_single = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size)) if is_single else None
         self.blocks = nn.ModuleList(
@@ -396,10 +402,11 @@ class DiTModel(nn.Module):
         text_pooled: Tensor | None = None,
         labels: Tensor | None = None,
         drop: Tensor | None = None,
+        path_draws: Tensor | None = None,
     ) -> Tensor:
         """noisy_latents (B, C, H, W), timesteps (B,), text_embeddings (B, T, text_dim), text_mask (B, T) True at real
         tokens, text_pooled (B, text_dim), labels (B,). Where drop (B,) is True the null condition takes the place of
-        text or label.
+        text or label. path_draws (B, layers, 3): uniform numbers that decide on drop_path.
         """
         # The null condition replaces states, mask and pooled vector together, sample by sample: guidance at sampling
         # compares with exactly what training showed.
@@ -440,10 +447,13 @@ class DiTModel(nn.Module):
         rotation = self._rotation(grid, tokens_before, x_BLD.device) if "rope" in self.pos else None
         for index, block in enumerate(self.blocks):
             every = int(self.gradient_checkpointing)
+            draws = None if path_draws is None else path_draws[:, index]
             if every and self.training and index % every == 0:
-                x_BLD = checkpoint(block, x_BLD, condition, text_BTD, mask, rotation, mask_BL, use_reentrant=False)
+                x_BLD = checkpoint(
+                    block, x_BLD, condition, text_BTD, mask, rotation, mask_BL, draws, use_reentrant=False
+                )
             else:
-                x_BLD = block(x_BLD, condition, text_BTD, mask, rotation, mask_BL)
+                x_BLD = block(x_BLD, condition, text_BTD, mask, rotation, mask_BL, draws)
         return unpatchify(self.final_layer(x_BLD[:, tokens_before:], c_BD), grid, self.patch_size)
 
     @torch.no_grad()
@@ -527,8 +537,8 @@ class DiTModel(nn.Module):
             return self.pos_embed
         key = (grid, self.pos_embed.device)
         if key not in self._positions:
-            table = position_table_2d(self.hidden_size, *grid).float()[None]
-            self._positions[key] = table.to(self.pos_embed.device)
+            table = position_table_2d(self.hidden_size, *grid, scale=self.pos_scale)
+            self._positions[key] = table.float()[None].to(self.pos_embed.device)
         return self._positions[key]
 
     def _rotation(self, grid: tuple[int, int], tokens_before: int, device: torch.device) -> Rotation:

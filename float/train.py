@@ -267,15 +267,20 @@ def main(argv: list[str] | None = None) -> "FitResult | None":
     )
     from float.plan import print_plan
     from shared.engine.dist import init_distributed, shutdown
+    from shared.engine.preflight import preflight
 
     if config.run.dry_run:
         print_plan(config)
         return None
     info = init_distributed(config.run.device, config.run.timeout_minutes * 60)
     try:
+        batch_given = "training.batch_size" in given
+        has_phase_one = not config.synthetic and config.model.autoencoder_path is None
+        phases = [autoencoder_config(config, batch_given=batch_given)] if has_phase_one else []
+        preflight(config, info, phases=phases)
         take_raw_videos(config, info)
         check(config, info.world)
-        return run(config, info, batch_given="training.batch_size" in given)
+        return run(config, info, batch_given=batch_given)
     finally:
         shutdown()
 

@@ -211,6 +211,7 @@ def main(argv: list[str] | None = None) -> "FitResult | None":
     )
     from float.plan import print_autoencoder_plan
     from shared.engine.dist import init_distributed, shutdown
+    from shared.engine.preflight import preflight
     from shared.rng import seed_everything
 
     if config.run.dry_run:
@@ -218,6 +219,7 @@ def main(argv: list[str] | None = None) -> "FitResult | None":
         return None
     info = init_distributed(config.run.device, config.run.timeout_minutes * 60)
     try:
+        preflight(config, info)
         seed_everything(config.run.seed, 1)
         return AutoencoderTrainer(config, info).train()
     finally:

@@ -1,7 +1,8 @@
 """Records to tensors: keyed crops and masks, captions to ids, and the collating of batches."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,20 +64,27 @@ class CaptionedDataset:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict:
-        return self._item(self.records[index], None, 0.0, 0)
+        return self.at_position(index, 0.0)
 
     def at_position(self, index: int, position: float) -> dict:
         """The evaluation view with the sound cut at `position` (0 start, 1 end) of what is left over."""
-        return self._item(self.records[index], None, position, 0)
+        record = self._record(index)
+        with named(record.dataset):
+            return self._item(record, None, position, 0)
 
     def sample(self, index: int, epoch: int) -> dict:
         """The training view of one epoch."""
         if self.augmentation is None:
             return self[index]
         generator = keyed_generator(self.seed, _STREAM, epoch, index)
-        record = self.records[index]
+        record = self._record(index)
         choice = int(torch.randint(0, max(1, len(record.captions)), (), generator=generator))
-        return self._item(record, generator, float(torch.rand((), generator=generator)), choice)
+        with named(record.dataset):
+            return self._item(record, generator, float(torch.rand((), generator=generator)), choice)
+
+    def _record(self, index: int) -> Record:
+        with named("shards"):  # the others' records are at hand
+            return self.records[index]
 
     def _item(self, record: Record, generator: torch.Generator | None, position: float, choice: int) -> dict:
         item: dict[str, Any] = {"id": record.id, "dataset": record.dataset}
@@ -123,6 +131,7 @@ class CaptionedDataset:
         if generator is None:
             return normalise(to_pixels(center_crop(picture, self.image_size)))
         how = self.augmentation
+        assert how is not None, "a generator comes with an augmentation"
         return to_pixels(random_resized_crop(picture, self.image_size, generator, scale=how.crop_scale, flip=how.flip))
 
     def _frame(self, video: Path, generator: torch.Generator | None) -> Tensor:
@@ -137,7 +146,7 @@ class CaptionedDataset:
         power = self._log_power(source, frames, position)
         clip, mask = fit_frames(power, frames, position=position, fill=self.data.audio_fill)
         mel = compress(clip)
-        if generator is not None and self.augmentation.spec_augment:
+        if generator is not None and self.augmentation is not None and self.augmentation.spec_augment:
             mel = spec_augment(mel, generator)
         return mel, mask
 
@@ -153,7 +162,7 @@ class CaptionedDataset:
         return log_power(torch.from_numpy(read_audio(_bytes_or_path(source), seconds=seconds, position=position)))
 
     def _cached_power(self, source: Path | Source) -> Tensor:
-        path = Path(self.data.mel_cache) / f"{hashlib.sha256(str(source).encode()).hexdigest()[:24]}.npy"
+        path = Path(self.data.mel_cache or ".") / f"{_content_key(source)}.npy"
         if path.exists():
             return torch.from_numpy(np.load(path)).float()
         power = log_power(torch.from_numpy(read_audio(_bytes_or_path(source)))).half()
@@ -172,6 +181,15 @@ class CaptionedDataset:
                 value = value.resize((round(value.width / short), round(value.height / short))) if short > 1 else value
             self._memory[key] = value
         return self._memory[key]
+
+
+@contextmanager
+def named(dataset: str) -> Iterator[None]:
+    """Put the data set's name before what is said of a broken sample: the report counts by it."""
+    try:
+        yield
+    except BadSample as error:
+        raise BadSample(f"{dataset}: {error}") from None
 
 
 class PlainImages(CaptionedDataset):
@@ -231,6 +249,17 @@ def read_frame(path: Path) -> Any:
             return next(container.decode(video=0)).to_image().convert("RGB")
     except Exception as error:  # PyAV raises many kinds for broken files
         raise BadSample(f"{path}: no frame can be read ({error})") from None
+
+
+def _content_key(source: Path | Source) -> str:
+    """Stands for what a source holds now: a file that is replaced gets another name in the cache."""
+    mark = str(source)
+    if isinstance(source, Path):
+        facts = source.stat()
+        mark += f" {facts.st_size} {facts.st_mtime_ns}"
+    else:
+        mark += f" {hashlib.sha256(source.read()).hexdigest()}"
+    return hashlib.sha256(mark.encode()).hexdigest()[:24]
 
 
 def _bytes_or_path(source: Path | Source) -> Path | bytes:

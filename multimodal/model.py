@@ -1,8 +1,7 @@
-"""The network: one transformer tower each for pictures, text and sound, and a fusion tower over the tokens of any of
-them.
+"""The network: one transformer tower each for pictures, text and sound, and a fusion tower over any of their tokens.
 
-Legend: B batch, C channels, H W pixels, L text tokens, T frames of 10 ms, N tokens of a tower, D its width, E
-embedding.
+Legend: B batch, C channels, H W pixels, L text tokens, T frames of 10 ms, N tokens of a tower, D its width,
+E embedding.
 """
 
 import math
@@ -12,18 +11,18 @@ from typing import Any, Literal
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from multimodal.modules.blocks import Tower, small_normal_
 
 VOCABULARY = 16384
-PAD = 0
+PAD, MASK_TOKEN = 0, 3  # ids up to this one stand for no word
 MODALITIES = ("image", "text", "audio")
 MAX_TEXT = 77
 MEL_BANDS, AUDIO_PATCH = 80, 16
 AUDIO_BANDS = MEL_BANDS // AUDIO_PATCH
 POSITIVE_RATE = 0.036  # about 2.9 of 80 classes per COCO picture: the classifier starts at this probability
-MAX_LOG_SCALE = math.log(100)
 
 
 @dataclass(frozen=True)
@@ -47,9 +46,7 @@ SIZES = {
 
 
 def create_model(size: str = "base", num_classes: int = 80, **settings: Any) -> "MultimodalModel":
-    """The model of a named size. settings: embed_dim, image_size, image_patch, dropout, attention, attention_chunk,
-    ...
-    """
+    """The model of a named size. settings: those of MultimodalModel, such as embed_dim, image_size and dropout."""
     if size not in SIZES:
         raise ValueError(f"size {size!r} is not known; use one of {', '.join(SIZES)}")
     return MultimodalModel(SIZES[size], num_classes=num_classes, size=size, **settings)
@@ -72,12 +69,13 @@ class MultimodalModel(nn.Module):
         vocabulary: int = VOCABULARY,
         contrastive_loss: str = "infonce",
         init_std: float = 0.02,
+        linear_path: bool = False,
         size: str = "custom",
     ):
         super().__init__()
         if image_size % image_patch:
             raise ValueError(f"image_size {image_size} is not a multiple of image_patch {image_patch}")
-        self.config = {
+        self.config: dict[str, Any] = {
             "size": size,
             "num_classes": num_classes,
             "embed_dim": embed_dim,
@@ -89,9 +87,10 @@ class MultimodalModel(nn.Module):
             "vocabulary": vocabulary,
             "contrastive_loss": contrastive_loss,
             "init_std": init_std,
+            "linear_path": linear_path,
         }
         self.image_patch, self.grid = image_patch, image_size // image_patch
-        options = {"dropout": dropout, "kind": attention, "chunk": attention_chunk}
+        options: dict[str, Any] = {"dropout": dropout, "kind": attention, "chunk": attention_chunk}
         image, text, audio = widths.image[0], widths.text[0], widths.audio[0]
 
         self.image_patches = nn.Conv2d(3, image, image_patch, image_patch)
@@ -119,6 +118,9 @@ class MultimodalModel(nn.Module):
         embed_dim, num_classes, fusion = self.config["embed_dim"], self.config["num_classes"], widths.fusion[0]
         towers = {"image": widths.image[0], "text": widths.text[0], "audio": widths.audio[0]}
         self.embed = nn.ModuleDict({name: nn.Linear(width, embed_dim, bias=False) for name, width in towers.items()})
+        if self.config["linear_path"]:
+            counts = {"image": IMAGE_FEATURES, "text": widths.word, "audio": AUDIO_FEATURES}
+            self.linear = nn.ModuleDict({name: LinearPath(count, embed_dim) for name, count in counts.items()})
         self.to_fusion = nn.ModuleDict({name: nn.Linear(width, fusion) for name, width in towers.items()})
         self.modality_vectors = nn.ParameterDict({name: nn.Parameter(torch.zeros(fusion)) for name in MODALITIES})
         self.fuse_token = nn.Parameter(torch.zeros(1, 1, fusion))
@@ -137,15 +139,16 @@ class MultimodalModel(nn.Module):
         for tower in (self.image_tower, self.text_tower, self.audio_tower, self.fusion_tower):
             tower.initialise(std)
         small_normal_(self.word_projection, std)
-        for layer in (
+        to_fusion = map(self._linear, self.to_fusion.values())
+        plain: list[nn.Linear | nn.Conv2d] = [
             self.image_patches,
             self.audio_patches,
             self.fused_output,
             self.match_head,
-            *self.to_fusion.values(),
-        ):
+        ]
+        for layer in (*plain, *to_fusion):
             small_normal_(layer)
-        for layer in self.embed.values():
+        for layer in map(self._linear, self.embed.values()):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
         for vector in (
             self.image_class,
@@ -159,12 +162,18 @@ class MultimodalModel(nn.Module):
             nn.init.normal_(vector, std=0.02)
         nn.init.normal_(self.words.weight, std=std)
         self.words.weight[PAD] = 0
-        small_normal_(self.classifier[1], 0.01)
-        nn.init.constant_(self.classifier[1].bias, math.log(POSITIVE_RATE / (1 - POSITIVE_RATE)))
+        last = self._linear(self.classifier[1])
+        small_normal_(last, 0.01)
+        nn.init.constant_(last.bias, math.log(POSITIVE_RATE / (1 - POSITIVE_RATE)))
         sigmoid = self.config["contrastive_loss"] == "siglip"
         for scale, bias in ((self.log_scale, self.bias), (self.audio_log_scale, self.audio_bias)):
             nn.init.constant_(scale, math.log(10) if sigmoid else math.log(1 / 0.07))
             nn.init.constant_(bias, -10.0)
+
+    @staticmethod
+    def _linear(layer: nn.Module) -> nn.Linear:
+        assert isinstance(layer, nn.Linear)
+        return layer
 
     def set_grad_checkpointing(self, enabled: bool = True) -> None:
         """Recompute blocks in the backward pass, or keep their activations."""
@@ -189,11 +198,11 @@ class MultimodalModel(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     @torch.no_grad()
-    def clamp_scales(self) -> None:
-        """Keep both temperatures in [1, 100]; called after an optimizer step."""
+    def clamp_scales(self, largest: float = 100.0) -> None:
+        """Keep both temperatures in [1, largest]; called after an optimizer step."""
         for scale in (self.log_scale, self.audio_log_scale):
-            local = scale.to_local() if hasattr(scale, "to_local") else scale.data
-            local.clamp_(0, MAX_LOG_SCALE)
+            local = scale.to_local() if isinstance(scale, DTensor) else scale.data  # FSDP: this rank's part
+            local.clamp_(0, math.log(largest))
 
     # --- towers -------------------------------------------------------------------------------------------------------
 
@@ -252,23 +261,43 @@ class MultimodalModel(nn.Module):
         first = self.audio_class.expand(len(tokens), -1, -1)
         return self.audio_tower(torch.cat([first.to(tokens.dtype), tokens], 1), mask_BN, first_only), mask_BN
 
-    def embedding(self, name: str, tokens_BND: Tensor, normalize: bool = True) -> Tensor:
-        """(B, E) from the first token; L2 norm in fp32."""
+    def embedding(self, name: str, tokens_BND: Tensor, features_BF: Tensor | None, normalize: bool = True) -> Tensor:
+        """(B, E) from the first token, and where there is a linear path from its features; L2 norm in fp32."""
         projected = self.embed[name](tokens_BND[:, 0]).float()
+        if features_BF is not None:
+            projected = projected + self.linear[name](features_BF).float()
         return functional.normalize(projected, dim=-1) if normalize else projected
+
+    def image_features(self, images_BCHW: Tensor) -> Tensor | None:
+        """What the linear path sees of pictures, None without one."""
+        return picture_statistics(images_BCHW) if self.config["linear_path"] else None
+
+    def text_features(self, input_ids_BL: Tensor, mask_BL: Tensor) -> Tensor | None:
+        """What it sees of texts: the mean of their word vectors, the ends left out."""
+        if not self.config["linear_path"]:
+            return None
+        words_BL = (mask_BL & (input_ids_BL > MASK_TOKEN)).unsqueeze(-1)
+        return (self.words(input_ids_BL) * words_BL).sum(1) / words_BL.sum(1).clamp_min(1)
+
+    def audio_features(self, audio_BTM: Tensor, audio_mask_BT: Tensor | None) -> Tensor | None:
+        """What it sees of sounds."""
+        return sound_statistics(audio_BTM, audio_mask_BT) if self.config["linear_path"] else None
 
     def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
         """(B, E) of pictures (B, 3, H, W), normalised with the mean and std of multimodal/data/image.py."""
-        return self.embedding("image", self.image_tokens(images, first_only=True), normalize)
+        tokens = self.image_tokens(images, first_only=True)
+        return self.embedding("image", tokens, self.image_features(images), normalize)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None, normalize: bool = True) -> Tensor:
         """(B, E) of token ids (B, L); without a mask every id but [PAD] counts."""
         mask = _text_mask(input_ids, attention_mask)
-        return self.embedding("text", self.text_tokens(input_ids, mask, first_only=True), normalize)
+        tokens = self.text_tokens(input_ids, mask, first_only=True)
+        return self.embedding("text", tokens, self.text_features(input_ids, mask), normalize)
 
     def encode_audio(self, audio: Tensor, audio_mask: Tensor | None = None, normalize: bool = True) -> Tensor:
         """(B, E) of log-mel frames (B, T, 80)."""
-        return self.embedding("audio", self.audio_tokens(audio, audio_mask, first_only=True)[0], normalize)
+        tokens, _ = self.audio_tokens(audio, audio_mask, first_only=True)
+        return self.embedding("audio", tokens, self.audio_features(audio, audio_mask), normalize)
 
     # --- fusion -------------------------------------------------------------------------------------------------------
 
@@ -306,9 +335,8 @@ class MultimodalModel(nn.Module):
         }
 
     def scales(self) -> dict[str, Tensor]:
-        """Temperatures (exponentiated) and sigmoid biases, each of shape (); copies, since FSDP frees what it
-        gathered.
-        """
+        """Temperatures (exponentiated) and sigmoid biases, each of shape ()."""
+        # .clone(): FSDP frees a parameter's memory after the forward pass, and a bare view of it would be empty.
         return {
             "logit_scale": self.log_scale.float().exp().squeeze(0),
             "audio_logit_scale": self.audio_log_scale.float().exp().squeeze(0),
@@ -340,22 +368,89 @@ class MultimodalModel(nn.Module):
         check_modality_mask(modality_mask, {"image": images, "text": input_ids, "audio": audio})
         tokens: dict[str, Tensor] = {}
         masks: dict[str, Tensor | None] = {}
+        features: dict[str, Tensor | None] = {}
+        # Each tower by itself. An embedding reads the first token alone; only fusion needs the others.
         first_only = not (fuse or return_tokens)
         if images is not None:
-            tokens["image"] = self.image_tokens(images, first_only=first_only)
+            tokens["image"], features["image"] = (
+                self.image_tokens(images, first_only=first_only),
+                self.image_features(images),
+            )
         if input_ids is not None:
-            masks["text"] = _text_mask(input_ids, attention_mask)
-            tokens["text"] = self.text_tokens(input_ids, masks["text"], first_only=first_only)
+            masks["text"] = mask = _text_mask(input_ids, attention_mask)
+            tokens["text"] = self.text_tokens(input_ids, mask, first_only=first_only)
+            features["text"] = self.text_features(input_ids, mask)
         if audio is not None:
             tokens["audio"], masks["audio"] = self.audio_tokens(audio, audio_mask, first_only=first_only)
-        found: dict[str, Any] = {f"{name}_embeds": self.embedding(name, value) for name, value in tokens.items()}
+            features["audio"] = self.audio_features(audio, audio_mask)
+        # Into the common space, where cosines compare what came from different towers.
+        found: dict[str, Any] = {
+            f"{name}_embeds": self.embedding(name, value, features[name]) for name, value in tokens.items()
+        }
         found.update(self.scales())
+        # One sequence of all tokens: what is absent is left out of it, not filled with zeros.
         if fuse:
             found["fused_features"] = self.fuse(tokens, masks, modality_mask)
             found.update(self.heads(found["fused_features"]))
         if return_tokens:
             found["tokens"] = tokens
         return found
+
+
+# --- the linear path --------------------------------------------------------------------------------------------------
+
+GRID, COLOURS, BINS, ZONES = 12, 3, 8, 3  # pixels a side; levels of a channel; directions of an edge; zones a side
+IMAGE_FEATURES = 3 * GRID**2 + COLOURS**3 + BINS * ZONES**2
+SPANS, GROUPS = 8, 16  # stretches of a clip, groups of bands
+AUDIO_FEATURES = 4 * MEL_BANDS + SPANS * GROUPS
+
+
+class LinearPath(nn.Module):
+    """Features to the common space: what a few hundred samples can teach, next to a tower that needs many."""
+
+    def __init__(self, features: int, embed_dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(features)
+        self.project = nn.Linear(features, embed_dim, bias=False)
+        nn.init.normal_(self.project.weight, std=features**-0.5)
+
+    def forward(self, features_BF: Tensor) -> Tensor:
+        """(B, E)."""
+        return self.project(self.norm(features_BF))
+
+
+@torch.no_grad()
+def picture_statistics(images_BCHW: Tensor) -> Tensor:
+    """(B, IMAGE_FEATURES) of normalised pictures: 12 x 12 pixels, a histogram of 27 colours, and the strength of edges
+    in 8 directions in each ninth of the picture; each part about of unit size.
+    """
+    images = images_BCHW.float()
+    small = functional.adaptive_avg_pool2d(images, GRID)
+    levels = torch.linspace(-1.5, 1.8, COLOURS, device=images.device)
+    near = (-4 * (images.unsqueeze(2) - levels[:, None, None]).square()).softmax(2)  # B C levels H W
+    colours = torch.einsum("bihw,bjhw,bkhw->bijk", near[:, 0], near[:, 1], near[:, 2]).flatten(1)
+    colours = (colours / images[0, 0].numel()).sqrt()
+    grey = functional.pad(images.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+    across, down = grey[..., 1:-1, 2:] - grey[..., 1:-1, :-2], grey[..., 2:, 1:-1] - grey[..., :-2, 1:-1]
+    strength = (across.square() + down.square() + 1e-8).sqrt()
+    directions = torch.arange(BINS, device=images.device) * (math.pi / BINS)
+    cosine = (across * directions.cos()[:, None, None] + down * directions.sin()[:, None, None]) / strength
+    edges = functional.adaptive_avg_pool2d(strength * cosine.square().square(), ZONES).flatten(1)
+    return torch.cat([small.flatten(1), 5 * colours, 3 * edges.sqrt()], 1)
+
+
+@torch.no_grad()
+def sound_statistics(audio_BTM: Tensor, audio_mask_BT: Tensor | None) -> Tensor:
+    """(B, AUDIO_FEATURES) of log-mel frames: mean, spread, maximum and change of each band, and their course."""
+    audio = audio_BTM.float()
+    valid = torch.ones_like(audio[..., :1]) if audio_mask_BT is None else audio_mask_BT.unsqueeze(-1).float()
+    count = valid.sum(1).clamp_min(1)
+    mean = (audio * valid).sum(1) / count
+    spread = (((audio - mean.unsqueeze(1)).square() * valid).sum(1) / count).sqrt()
+    highest = audio.masked_fill(valid == 0, -1.5).amax(1)
+    change = ((audio[:, 1:] - audio[:, :-1]).abs() * valid[:, 1:]).sum(1) / count
+    course = functional.adaptive_avg_pool2d((audio * valid).unsqueeze(1), (SPANS, GROUPS)).flatten(1)
+    return torch.cat([mean, 2 * spread, highest, 8 * change, course], 1)
 
 
 # --- small parts ------------------------------------------------------------------------------------------------------
@@ -430,9 +525,10 @@ def check_modality_mask(masks: dict[str, Tensor] | None, given: dict[str, Tensor
     for name, mask in (masks or {}).items():
         if name not in given:
             raise ValueError(f"modality_mask names {name!r}; known are {', '.join(given)}")
-        if given[name] is None:
+        value = given[name]
+        if value is None:
             raise ValueError(f"modality_mask names {name!r}, which is not given")
-        if mask.shape != given[name].shape[:1]:
+        if mask.shape != value.shape[:1]:
             raise ValueError(
-                f"modality_mask[{name!r}] has shape {tuple(mask.shape)}, expected {tuple(given[name].shape[:1])}"
+                f"modality_mask[{name!r}] has shape {tuple(mask.shape)}, expected {tuple(value.shape[:1])}"
             )

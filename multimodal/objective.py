@@ -1,11 +1,13 @@
 """The three stages as modules: everything that needs trained weights happens in their forward.
 
 Stage 1 PretrainModel: masked autoencoding of pictures and spectrograms (He et al. 2021), masked words on request.
-Stage 2 AlignModel: embeddings for the contrastive losses. Stage 3 FinetuneModel: matching and classification beside
-them.
+Stage 2 AlignModel: embeddings for the contrastive losses.
+Stage 3 FinetuneModel: the same, with matching and classification.
 
 Legend: B batch, N patches, K kept patches, D width, P values of a patch, L text tokens, E embedding.
 """
+
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -94,12 +96,19 @@ def mask_words(ids_BL: Tensor, draws_B3L: Tensor, vocabulary: int) -> tuple[Tens
     return torch.where(chosen, shown, ids_BL), chosen
 
 
-class PretrainModel(nn.Module):
+class StageModule(nn.Module):
+    """What the stages have in common: the network that they train."""
+
+    def __init__(self, network: MultimodalModel):
+        super().__init__()
+        self.network = network
+
+
+class PretrainModel(StageModule):
     """Stage 1. One loss for each kind of data; both kinds run in every step."""
 
     def __init__(self, network: MultimodalModel, *, masked_words: bool = False):
-        super().__init__()
-        self.network = network
+        super().__init__(network)
         width, depth = DECODERS.get(network.config["size"], (256, 4))
         patch = network.image_patch
         self.image_decoder = MaskedDecoder(network.image_tower.width, width, depth, 3 * patch**2)
@@ -111,10 +120,9 @@ class PretrainModel(nn.Module):
         )
 
     def forward(self, batch: dict[str, Part], draws: dict[str, Part]) -> Part:
-        """batch: image {images}, audio {audio, audio_mask}, text {input_ids, attention_mask}. draws: uniform numbers
-        by name.
+        """batch: image {images}, audio {audio, audio_mask}, text {input_ids, attention_mask}.
 
-        Returns the loss of each part, shape ().
+        draws: uniform numbers by name. Returns the loss of each part, shape ().
         """
         found = {}
         if "image" in batch:
@@ -133,7 +141,7 @@ class PretrainModel(nn.Module):
         patch = self.network.image_patch
         patches = rearrange(images, "B c (h p) (w q) -> B (h w) (p q c)", p=patch, q=patch)
         keep, restore, hidden = split_by_mask(draws_BN, IMAGE_MASKED)
-        tokens = self.network.image_tokens(images, keep)
+        tokens = self.network.image_tokens(images, keep)  # the encoder sees a quarter of the patches, and costs so much
         rows, columns = images.shape[2] // patch, images.shape[3] // patch
         return masked_loss(self.image_decoder(tokens, restore, rows, columns), patches, hidden)
 
@@ -148,6 +156,7 @@ class PretrainModel(nn.Module):
         )
 
     def _words(self, ids: Tensor, mask: Tensor, draws: Tensor) -> Tensor:
+        assert self.masked_words is not None, "the stage was made without masked words"
         shown, chosen = mask_words(ids, draws, self.network.config["vocabulary"])
         logits = self.masked_words(self.network.text_tokens(shown, mask), self.network.words.weight)
         loss = functional.cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="none")
@@ -157,19 +166,28 @@ class PretrainModel(nn.Module):
 # --- stages 2 and 3 ---------------------------------------------------------------------------------------------------
 
 
-class AlignModel(nn.Module):
+class Encoded(NamedTuple):
+    """What the towers made of one part of a batch, by modality."""
+
+    tokens: dict[str, Tensor]
+    masks: dict[str, Tensor | None]
+
+
+class AlignModel(StageModule):
     """Stage 2: unit embeddings of every part of a batch, and the temperatures.
 
     image_keep, audio_keep: share of the patches that the encoders see while training (Li et al. 2023, FLIP).
     """
 
-    embeddings_only = True  # nothing but the first token of each tower is read
+    first_only = True  # nothing but the first token of each tower is read
 
     def __init__(self, network: MultimodalModel, *, image_keep: float = 1.0, audio_keep: float = 1.0):
-        super().__init__()
-        self.network, self.image_keep, self.audio_keep = network, image_keep, audio_keep
+        super().__init__(network)
+        self.image_keep, self.audio_keep = image_keep, audio_keep
 
-    def forward(self, batch: dict[str, Part], draws: dict[str, Part] | None = None) -> Part:
+    def forward(
+        self, batch: dict[str, Part], draws: dict[str, Part] | None = None, embeddings_only: bool = True
+    ) -> Part:
         """batch: image {images, input_ids, attention_mask}, audio {audio, audio_mask, input_ids, ...}, voice {images,
         audio}; every field may be absent. draws: uniform numbers for training, None for evaluation.
 
@@ -178,12 +196,11 @@ class AlignModel(nn.Module):
         found, _ = self._encode(batch, draws)
         return found
 
-    def _encode(
-        self, batch: dict[str, Part], draws: dict[str, Part] | None
-    ) -> tuple[Part, dict[str, dict[str, Tensor]]]:
-        """Embeddings, and the tokens and masks by part and modality."""
+    def _encode(self, batch: dict[str, Part], draws: dict[str, Part] | None) -> tuple[Part, dict[str, Encoded]]:
+        """Embeddings, and the tokens and masks by part."""
         network = self.network
         tokens: dict[str, dict[str, Tensor]] = {part: {} for part in batch}
+        features: dict[str, dict[str, Tensor | None]] = {part: {} for part in batch}
         masks: dict[str, dict[str, Tensor | None]] = {part: {} for part in batch}
         for part, inputs in batch.items():
             keep = {} if draws is None or part not in draws else draws[part]
@@ -191,16 +208,18 @@ class AlignModel(nn.Module):
                 tokens[part]["image"] = network.image_tokens(
                     inputs["images"],
                     self._keep(keep.get("patches"), self.image_keep, part == "image"),
-                    first_only=self.embeddings_only,
+                    first_only=self.first_only,
                 )
+                features[part]["image"] = network.image_features(inputs["images"])
             if "audio" in inputs:
+                features[part]["audio"] = network.audio_features(inputs["audio"], inputs.get("audio_mask"))
                 tokens[part]["audio"], masks[part]["audio"] = network.audio_tokens(
                     inputs["audio"],
                     inputs.get("audio_mask"),
                     self._keep(keep.get("patches"), self.audio_keep, part == "audio"),
-                    first_only=self.embeddings_only,
+                    first_only=self.first_only,
                 )
-        self._encode_texts(batch, tokens, masks)
+        self._encode_texts(batch, tokens, masks, features)
         names = {
             ("image", "image"): "image_embeds",
             ("image", "text"): "imagetext_embeds",
@@ -210,15 +229,17 @@ class AlignModel(nn.Module):
             ("voice", "image"): "frame_embeds",
         }
         found = {
-            names[part, name]: network.embedding(name, value) for part in batch for name, value in tokens[part].items()
+            names[part, name]: network.embedding(name, value, features[part][name])
+            for part in batch
+            for name, value in tokens[part].items()
         }
         found |= network.scales()
-        return found, {part: {"tokens": tokens[part], "masks": masks[part]} for part in batch}
+        return found, {part: Encoded(tokens[part], masks[part]) for part in batch}
 
     def _keep(self, draws_BN: Tensor | None, share: float, wanted: bool) -> Tensor | None:
         return split_by_mask(draws_BN, 1 - share)[0] if wanted and share < 1 and draws_BN is not None else None
 
-    def _encode_texts(self, batch: dict[str, Part], tokens: dict, masks: dict) -> None:
+    def _encode_texts(self, batch: dict[str, Part], tokens: dict, masks: dict, features: dict) -> None:
         """All captions of a step go through the text tower together."""
         parts = [part for part in batch if "input_ids" in batch[part]]
         if not parts:
@@ -232,43 +253,52 @@ class AlignModel(nn.Module):
 
         mask = padded("attention_mask")
         sizes = [len(batch[part]["input_ids"]) for part in parts]
-        encoded = self.network.text_tokens(padded("input_ids"), mask, first_only=self.embeddings_only).split(sizes)
+        encoded = self.network.text_tokens(padded("input_ids"), mask, first_only=self.first_only).split(sizes)
         for part, value, own in zip(parts, encoded, mask.split(sizes), strict=True):
             tokens[part]["text"], masks[part]["text"] = value, own
+            width = batch[part]["input_ids"].shape[1]
+            features[part]["text"] = self.network.text_features(batch[part]["input_ids"], own[:, :width])
 
 
 class FinetuneModel(AlignModel):
-    """Stage 3: the embeddings, and beside them matching of true and hard wrong pairs, and classification."""
+    """Stage 3: the embeddings, matching of true and of hard wrong pairs, and classification."""
 
-    embeddings_only = False
+    first_only = False
 
-    def forward(self, batch: dict[str, Part], draws: dict[str, Part] | None = None) -> Part:
-        """Adds image_match, audio_match (3B,) with *_match_target and *_match_weight, and class_logits (B, classes)."""
+    def forward(
+        self, batch: dict[str, Part], draws: dict[str, Part] | None = None, embeddings_only: bool = False
+    ) -> Part:
+        """Adds image_match, audio_match (3B,) with *_match_target and *_match_weight, and class_logits (B, classes).
+
+        embeddings_only: as AlignModel, for the gradient cache's first pass, which needs nothing else.
+        """
         found, parts = self._encode(batch, draws)
+        if embeddings_only:
+            return found
+        # Do these two belong together? Asked of each pair, and of the wrong partners that look most alike.
         for part, scale in (("image", "logit_scale"), ("audio", "audio_logit_scale")):
-            if draws is not None and part in batch and len(parts[part]["tokens"]) == 2:
+            if draws is not None and part in batch and len(parts[part].tokens) == 2:
                 own, text = found[f"{part}_embeds"], found[f"{part}text_embeds"]
                 found |= self._match(
                     part, parts[part], own, text, found[scale], batch[part]["keys"], draws[part]["pairs"]
                 )
+        # Which classes? From the fused tokens; the text is hidden half of the time, so that a picture alone will do.
         if "image" in batch and "images" in batch["image"] and "labels" in batch["image"]:
             found["class_logits"] = self._classify(parts["image"], None if draws is None else draws["image"]["pairs"])
         if "voice" in batch and "labels" in batch["voice"]:
             voice = parts["voice"]
-            found["class_logits"] = self.network.classifier(self.network.fuse(voice["tokens"], voice["masks"])).float()
+            found["class_logits"] = self.network.classifier(self.network.fuse(voice.tokens, voice.masks)).float()
         return found
 
     def _match(
-        self, part: str, encoded: dict, own: Tensor, text: Tensor, scale: Tensor, keys: Tensor, draws: Tensor
+        self, part: str, encoded: Encoded, own: Tensor, text: Tensor, scale: Tensor, keys: Tensor, draws: Tensor
     ) -> Part:
         wrong_text, valid_text = hard_negatives(own, text, scale, keys, draws[:, 0])
         wrong_own, valid_own = hard_negatives(text, own, scale, keys, draws[:, 1])
         everyone = torch.arange(len(own), device=own.device)
         rows = {part: torch.cat([everyone, everyone, wrong_own]), "text": torch.cat([everyone, wrong_text, everyone])}
-        tokens = {name: value[rows[name]] for name, value in encoded["tokens"].items()}
-        masks = {
-            name: None if encoded["masks"].get(name) is None else encoded["masks"][name][rows[name]] for name in tokens
-        }
+        tokens = {name: take_rows(value, rows[name]) for name, value in encoded.tokens.items()}
+        masks = {name: None if mask is None else mask[rows[name]] for name, mask in encoded.masks.items()}
         logits = self.network.match_head(self.network.fuse(tokens, masks)).squeeze(-1).float()
         true = torch.ones_like(valid_text, dtype=torch.float32) * (len(own) > 1)  # one pair alone teaches nothing
         return {
@@ -277,15 +307,40 @@ class FinetuneModel(AlignModel):
             f"{part}_match_weight": torch.cat([true, valid_text.float(), valid_own.float()]),
         }
 
-    def _classify(self, encoded: dict, draws: Tensor | None) -> Tensor:
+    def _classify(self, encoded: Encoded, draws: Tensor | None) -> Tensor:
         """Pictures with their text hidden half of the time; each modality hidden with probability 0.1, never both."""
-        tokens, hidden = encoded["tokens"], None
+        tokens, hidden = encoded.tokens, None
         if draws is None or "text" not in tokens:
             tokens = {"image": tokens["image"]}
         else:
             no_text = (draws[:, 2] < TEXT_DROPOUT) | (draws[:, 3] < MODALITY_DROPOUT)
             hidden = {"text": ~no_text, "image": no_text | (draws[:, 4] >= MODALITY_DROPOUT)}
-        return self.network.classifier(self.network.fuse(tokens, encoded["masks"], hidden)).float()
+        return self.network.classifier(self.network.fuse(tokens, encoded.masks, hidden)).float()
+
+
+class _TakeRows(torch.autograd.Function):
+    """value[rows] whose gradient is a sum in a fixed order.
+
+    The gradient of plain indexing adds rows that were taken twice in the order in which threads, or a GPU's blocks,
+    happen to come: the same run twice would end with other weights.
+    """
+
+    @staticmethod
+    def forward(context, value: Tensor, rows: Tensor) -> Tensor:
+        context.save_for_backward(rows)
+        context.count = len(value)
+        return value.index_select(0, rows)
+
+    @staticmethod
+    def backward(context, *gradients: Tensor) -> tuple[Tensor, None]:
+        (rows,), gradient = context.saved_tensors, gradients[0]
+        chosen = functional.one_hot(rows, context.count).to(gradient.dtype).T  # a product has one order of its own
+        return (chosen @ gradient.flatten(1)).view(context.count, *gradient.shape[1:]), None
+
+
+def take_rows(value: Tensor, rows: Tensor) -> Tensor:
+    """value[rows] along the first axis, in which rows may occur several times."""
+    return _TakeRows.apply(value, rows)
 
 
 @torch.no_grad()
@@ -295,7 +350,8 @@ def hard_negatives(own: Tensor, other: Tensor, scale: Tensor, keys: Tensor, draw
 
     The true partner and duplicates of it are excluded. draws_B: uniform in [0, 1).
     """
-    scores = scale * own.float() @ other.float().T
+    with torch.autocast(own.device.type, enabled=False):  # bf16 would make near partners equal
+        scores = scale.float() * own.float() @ other.float().T
     same = (keys[:, None] == keys[None]).any(-1)
     valid = ~same.all(1)
     chances = scores.masked_fill(same, float("-inf")).softmax(1).nan_to_num(0.0)

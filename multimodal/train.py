@@ -1,27 +1,388 @@
 """Train the image, text and audio model in three stages.
 
-On a laptop, with the data that ship here:   python multimodal/train.py --config small --output-dir outputs/multimodal
-The guide's run:      python multimodal/train.py --data-root ./data --output-dir ./outputs --model-size base
---batch-size 8 --epochs 100 --lr 1e-4 Eight GPUs:           scripts/train_multimodal.sh --gpus 8 --config large
---data-root ./data The same command again resumes. --dry-run prints parameters, FLOPs, memory and time and stops.
+  python multimodal/train.py --config small --output-dir outputs/multimodal      a laptop, with the data that ship here
+  python multimodal/train.py --data-root ./data --output-dir ./outputs --model-size base --batch-size 8 --epochs 100
+  bash scripts/train_multimodal.sh --gpus 8 --config large --data-root ./data    eight GPUs
+  ... --dry-run                                                                  the plan only
+The same command again resumes.
 """
 
+import json
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from multimodal.config import PRESETS, Config, stage_epochs  # noqa: E402
-from shared.config import load_config  # noqa: E402
-from shared.errors import UserError, command  # noqa: E402
+from multimodal.config import PRESETS, Config, TrainingConfig, stage_epochs
+from shared.config import accumulation_steps, check_resume, fixed_settings, load_config, load_saved, save_config
+from shared.errors import UserError, command, write_text
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    load_config(Config, presets=PRESETS, default="default", description=__doc__)  # answers before torch is imported
+
+import torch
+
+from multimodal.data.sources import Data, PairedStream, data_folder, make_datasets, open_data
+from multimodal.data.text import TextTokenizer, find_glove, load_word_vectors
+from multimodal.evaluation.report import write_reports
+from multimodal.modules.blocks import Block
+from multimodal.objective import StageModule
+from multimodal.plan import print_plan
+from multimodal.trainer import (
+    BETAS,
+    EPOCH_NAME,
+    STAGE_NAMES,
+    STEP_NAME,
+    WEIGHT_DECAY,
+    Place,
+    Trainer,
+    best_metric_of,
+    choose_trainable,
+    make_network,
+    make_stage_module,
+    parameter_groups,
+)
+from multimodal.weights.files import NAMES, load_start, put, read_payload, unpack_training
+from shared.engine.checkpoint import CheckpointStore, find_checkpoint, frozen_digest
+from shared.engine.dist import barrier, init_distributed, shutdown
+from shared.engine.preflight import preflight
+from shared.log import Board
+from shared.loop import FitResult, fit
+from shared.rng import keyed_generator, keyed_seed
+
+MAX_WARMUP = 2000
+CARRIED = "carried"  # a stage that goes on from a file of another run
+_INITIAL_WEIGHTS, _WORDS = 613, 614
 
 
-def run_stages(config: Config) -> dict:
-    """Open the data, train every stage that is not done, and return what the report needs."""
-    from multimodal.run import Run
+class Run:
+    """One call of train.py: data, the stages one after another, and the report at the end, however it ends."""
 
-    return Run(config).train()
+    def __init__(self, config: Config):
+        self.config, self.output_dir = config, Path(config.run.output_dir)
+        self.tokenizer = TextTokenizer(config.tokenizer, config.model.max_text_length)
+        self.data: Data = open_data(config)
+        self.epochs = stage_epochs(config.training)
+        if self.epochs.get(1) and not {"image", "audio"} & set(self.data.kinds):
+            raise UserError(
+                "stage 1 trains on pictures and sounds with captions, none of the data sets has them; use --stages 3"
+            )
+        self.start: dict[str, Any] | None = None  # of a checkpoint that --resume names
+        self.resume = self._resume_points()
+        self.info = init_distributed(config.run.device, 60 * config.run.timeout_minutes)
+        preflight(config, self.info)
+        self._check_batch()
+        self._check_settings()
+        self.classify = self.data.labelled(config.training.label_set)
+        if not self.classify and config.training.label_set != "none":
+            self.data.notes.append(
+                f"label_set {config.training.label_set}: the data have no such labels, so stage 3 trains without "
+                "classification"
+            )
+
+    def stage_dir(self, stage: int) -> Path:
+        """The folder of a stage: its log, its metrics and the checkpoints that a run resumes from."""
+        return self.output_dir / STAGE_NAMES[stage]
+
+    def train(self) -> dict[int, FitResult]:
+        """All stages that are not done; the report is written however this ends."""
+        began, reason, results = time.time(), "finished", {}
+        if self.info.is_main:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            save_config(self.config, self.output_dir / "config.yaml")
+            rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.data.bad)
+            if rows:
+                write_text(self.output_dir / "bad_rows.jsonl", rows)
+            print("\n".join(self.data.notes), flush=True)
+        barrier()
+        try:
+            state = self._initial_weights() if self.start is None else self.start["model_state_dict"]
+            for stage, epochs in self.epochs.items():
+                if self.start is not None and stage < self.start["stage"]:
+                    continue  # its result is in the checkpoint that the run starts from
+                results[stage], state = self._stage(stage, epochs, state)
+                if not results[stage].finished:
+                    reason = (
+                        f"stopped in stage {stage} by {results[stage].stopped_by}; the same command goes on from there"
+                    )
+                    break
+        except BaseException as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            if self.info.is_main:
+                self._report(reason, time.time() - began)
+        shutdown()
+        return results
+
+    def _report(self, reason: str, seconds: float) -> None:
+        with torch.device("meta"):
+            network = make_network(self.config, self.tokenizer.vocabulary)
+        write_reports(self.config, self.data, self.info, network, reason=reason, seconds=seconds, epochs=self.epochs)
+
+    # --- one stage ----------------------------------------------------------------------------------------------------
+
+    def _stage(self, stage: int, epochs: int, state: dict) -> tuple[FitResult, dict]:
+        folder, resume = self.stage_dir(stage), self.resume[stage]
+        done = self._finished(folder) if resume == "auto" else None
+        if done is not None and not self._grows(stage, epochs, done):
+            if self.info.is_main:
+                print(f"{STAGE_NAMES[stage]} is done, see {folder}", flush=True)
+            result = FitResult(0, True, checkpoint=done)
+        else:
+            result = self._fit(stage, epochs, state, resume)
+            done = CheckpointStore(folder / "checkpoints", self.info).newest_valid()[0]
+        if done is None:  # --no-save
+            return result, state
+        if result.finished and stage == max(self.epochs) and self.info.is_main:
+            put(done / "model.pt", self.output_dir / "checkpoints" / NAMES[1])
+        barrier()
+        # The next stage starts from the last weights, not the best: retrieval still improves when the loss has risen.
+        return result, read_payload(done)[0]["model_state_dict"]
+
+    def _fit(self, stage: int, epochs: int, state: dict, resume: str) -> FitResult:
+        folder = self.stage_dir(stage)
+        network = make_network(self.config, self.tokenizer.vocabulary)
+        network.load_state_dict(state)
+        module = make_stage_module(self.config, stage, network)
+        datasets = make_datasets(self.config, self.data.train, self.tokenizer, stage=stage, training=True)
+        val = make_datasets(self.config, self.data.val, self.tokenizer, stage=stage, training=False)
+        val = {kind: dataset for kind, dataset in val.items() if kind in datasets}
+        classify = self.classify and stage == 3
+        choose_trainable(module, self.config, stage, list(datasets), classify=classify, framed=self.data.framed)
+        stream = PairedStream(datasets, self.config, self.info, folder / "bad_samples.jsonl")
+        if resume == CARRIED:
+            assert self.start is not None
+            store = CheckpointStore(folder / "checkpoints", self.info)
+            frozen = frozen_digest(module) if self.info.is_main else None
+            resume = str(unpack_training(self.start, store, frozen))
+        config = self._stage_config(stage, epochs, stream, resume)
+        per_epoch = stream.epoch_steps
+        before = sum(self.epochs[number] for number in self.epochs if number < stage)
+        trainer = Trainer(
+            config,
+            Place(stage, before, before * per_epoch, per_epoch),
+            module,
+            datasets,
+            val,
+            self.info,
+            self.output_dir,
+            classify=classify,
+            tokenizer_sha256=self.tokenizer.sha256,
+        )
+        self._check_metric(trainer)
+        board = Board(
+            self.output_dir / "logs" / "tensorboard" / STAGE_NAMES[stage],
+            folder / "metrics.jsonl",
+            self.config.run.tensorboard and self.info.is_main,
+        )
+
+        def after_step(bare: StageModule, step: int) -> None:
+            trainer.after_step(bare, step)
+            if (step + 1) % config.training.logging_steps == 0:
+                board.update()
+
+        training = config.training
+        assert training.weight_decay is not None, "the stage's settings hold a number"
+        result = fit(
+            config=config,
+            info=self.info,
+            model=module,
+            stream=stream,
+            losses=trainer.losses,
+            validate=trainer.validate,
+            after_step=after_step,
+            export=trainer.export,
+            output_dir=folder,
+            wrap_classes=(Block,),
+            groups=parameter_groups(
+                module,
+                stage,
+                weight_decay=training.weight_decay,
+                tower_scale=training.tower_lr_scale,
+                word_scale=training.word_lr_scale,
+            ),
+            checkpoint_name=STEP_NAME,
+            epoch_checkpoint_name=EPOCH_NAME,
+            title=f"{STAGE_NAMES[stage]}, {self.config.model.size}",
+        )
+        board.close()
+        return result
+
+    def _stage_config(self, stage: int, epochs: int, stream: PairedStream, resume: str) -> Config:
+        training: TrainingConfig = self.config.training
+        steps = training.total_steps or epochs * stream.epoch_steps
+        names = ("adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
+        own = dict(zip(names, (*BETAS[stage], WEIGHT_DECAY[stage]), strict=True))
+        metric, mode = best_metric_of(self.config, stage)
+        before = self._resumed_from(stage, resume)
+        if before is not None:
+            # Scores of two metrics do not compare: a stage keeps the one that it began with.
+            was = load_saved(Config, before / "config.yaml").training
+            if training.best_metric not in ("auto", was.best_metric) and stage > 1:
+                raise UserError(
+                    f"{before} chose its best by {was.best_metric}, now --best-metric is {training.best_metric}; "
+                    "leave it out, or use another --output-dir"
+                )
+            metric, mode = was.best_metric, was.best_mode
+        changes = {
+            "num_epochs": epochs,
+            **{
+                name: value if getattr(training, name) is None else getattr(training, name)
+                for name, value in own.items()
+            },
+            "warmup_steps": training.warmup_steps or min(MAX_WARMUP, round(training.warmup_ratio * steps)),
+            "eval_steps": training.eval_steps or training.eval_every_n_epochs * stream.epoch_steps,
+            "best_metric": metric,
+            "best_mode": mode,
+        }
+        run = self.config.run.model_copy(
+            update={"resume": resume, "tensorboard": False, "output_dir": str(self.stage_dir(stage))}
+        )
+        return self.config.model_copy(update={"run": run, "training": training.model_copy(update=changes)})
+
+    def _initial_weights(self) -> dict:
+        torch.manual_seed(keyed_seed(self.config.run.seed, _INITIAL_WEIGHTS))
+        network = make_network(self.config, self.tokenizer.vocabulary)
+        training, wish = self.config.training, self.config.training.word_embeddings
+        path = None
+        if wish == "auto":
+            path = find_glove(data_folder(self.config, "glove").parent, network.words.embedding_dim)
+        elif wish != "none":
+            path = Path(wish)
+            if not path.is_file():
+                raise UserError(
+                    f"--word-embeddings {path}: no such file; multimodal/download_datasets.py --datasets glove fetches "
+                    "GloVe, or use --word-embeddings none"
+                )
+        if path is not None:
+            generator = keyed_generator(self.config.run.seed, _WORDS)
+            share = load_word_vectors(network.words, self.tokenizer, path, generator)
+            self.data.notes.append(f"word vectors from {path}: {share:.1%} of the tokens are covered")
+        if training.init_from:
+            load_start(network, training.init_from, self.tokenizer, reset_head=training.reset_head)
+        return network.state_dict()
+
+    # --- where to go on -----------------------------------------------------------------------------------------------
+
+    def _resume_points(self) -> dict[int, str]:
+        """run.resume for each stage, and self.start: the checkpoint that --resume names.
+
+        With a checkpoint's path the stages before it are not trained, and those after it start again.
+        """
+        wish = self.config.run.resume
+        path = Path(wish)
+        if wish in ("auto", "none") or path.resolve() == self.output_dir.resolve():
+            return dict.fromkeys(self.epochs, wish if wish == "none" else "auto")
+        if not path.exists():
+            there = sorted(path.parent.glob("checkpoint_epoch_*.pt"), key=lambda found: (len(found.name), found.name))
+            known = ", ".join(found.name for found in there) or "no checkpoint_epoch_N.pt"
+            raise UserError(
+                f"--resume {wish}: no such file or folder; {path.parent} holds {known} (--save-every and --keep-last "
+                "decide which); --resume auto takes the newest one"
+            )
+        if path.is_file():
+            payload, _ = read_payload(path)
+            folder = path.resolve().parent.parent / str(payload.get("training_state"))
+            own = (folder / "manifest.json").exists() and folder.is_relative_to(self.output_dir.resolve())
+            point = str(folder) if own else CARRIED
+            if not own and "optimizer_state_dict" not in payload:
+                raise UserError(
+                    f"--resume {path}: holds no optimizer state; only checkpoint_epoch_N.pt does. --init-from {path} "
+                    "starts from its weights alone"
+                )
+        else:
+            folder = find_checkpoint(path)
+            payload, point = read_payload(folder)[0], str(folder)
+        stage = payload["stage"]
+        if stage not in self.epochs:
+            raise UserError(f"--resume {wish}: of stage {stage}, and this run has the stages {[*self.epochs]} alone")
+        self.start = payload
+        return {number: point if number == stage else "none" for number in self.epochs}
+
+    def _resumed_from(self, stage: int, resume: str) -> Path | None:
+        """The checkpoint folder that a stage goes on from."""
+        if resume == "none":
+            return None
+        if resume != "auto":
+            return Path(resume)
+        return CheckpointStore(self.stage_dir(stage) / "checkpoints", self.info).newest_valid()[0]
+
+    def _check_batch(self) -> None:
+        """Refuse a contrast of one pair with itself, whose loss is zero whatever the model does."""
+        training = self.config.training
+        micro = accumulation_steps(training, self.info.world) if training.gradient_cache else 1
+        if max(self.epochs) > 1 and training.batch_size * self.info.world * micro < 2:
+            raise UserError(
+                "stages 2 and 3 tell a pair from the others of its batch, and here is one pair alone: "
+                "use --batch-size 2 or more, or --grad-accum 8 with the gradient cache, which makes one batch of "
+                "all micro-steps"
+            )
+        if max(self.epochs) == 3 and training.batch_size == 1:
+            self.data.notes.append("batch_size 1: a micro-batch has no wrong partners, so stage 3 trains no matching")
+
+    def _check_settings(self) -> None:
+        """Refuse other settings than those of the stages that are there, before anything is written."""
+        training = self.config.training
+        now = training.batch_size * self.info.world * accumulation_steps(training, self.info.world)
+        for stage, wish in self.resume.items():
+            folder = self.stage_dir(stage)
+            listed = CheckpointStore(folder / "checkpoints", self.info).listed()
+            if wish == "none" or not listed or not (listed[0][1] / "trainer.json").exists():
+                continue
+            saved = json.loads((listed[0][1] / "trainer.json").read_text())
+            if differing := check_resume(saved["fixed_settings"], fixed_settings(self.config)):
+                raise UserError(
+                    f"{folder} was trained with other settings: {'; '.join(differing)}; use the same, or another "
+                    "--output-dir"
+                )
+            was = saved["run_state"]["global_batch"]
+            if was not in (None, now) and not (folder / "DONE").exists():
+                raise UserError(
+                    f"{folder} takes {was} pairs a step, now a step would take {now}, and the epochs that are left "
+                    f"could not be counted; use --global-batch-size {was}, or start another --output-dir with "
+                    f"--init-from {self.output_dir}"
+                )
+
+    def _check_metric(self, trainer: Trainer) -> None:
+        """Refuse a --best-metric that validation will not measure, before the first step."""
+        names, chosen = trainer.metric_names(), trainer.config.training.best_metric
+        if chosen not in names and trainer.val:
+            raise UserError(f"--best-metric {chosen}: stage {trainer.stage} measures {', '.join(sorted(names))}")
+
+    def _finished(self, folder: Path) -> Path | None:
+        """The newest whole checkpoint of a stage that reached its planned end, None for any other."""
+        newest = CheckpointStore(folder / "checkpoints", self.info).newest_valid()[0]
+        try:
+            planned = int((folder / "DONE").read_text())
+            step = json.loads((newest / "manifest.json").read_text())["step"] if newest else -1
+        except (OSError, ValueError):
+            return None
+        return newest if step >= planned else None
+
+    def _grows(self, stage: int, epochs: int, done: Path) -> bool:
+        """Whether a finished stage is now planned longer than it ran, and no later one has begun from it."""
+        training, saved = self.config.training, json.loads((done / "trainer.json").read_text())["run_state"]
+        limit = training.max_steps or training.total_steps
+        if limit:
+            grows = saved["step"] < limit
+        else:
+            before = sum(number for other, number in self.epochs.items() if other < stage)
+            grows = read_payload(done)[0]["epoch"] - before < epochs
+        later = [other for other in self.epochs if other > stage and self._begun(other)]
+        if grows and later and self.info.is_main:
+            print(
+                f"{STAGE_NAMES[stage]} stays at {saved['step']} steps: {STAGE_NAMES[later[0]]} has begun from it; "
+                "another --output-dir trains it longer",
+                flush=True,
+            )
+        return grows and not later
+
+    def _begun(self, stage: int) -> bool:
+        return bool(CheckpointStore(self.stage_dir(stage) / "checkpoints", self.info).listed())
 
 
 @command
@@ -35,11 +396,9 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         raise UserError(str(error)) from None
     if config.run.dry_run:
-        from multimodal.plan import print_plan
-
         print_plan(config)
-        return
-    run_stages(config)
+    else:
+        Run(config).train()
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ Random choices of a sample are keyed by (seed, epoch, index): the same for any n
 import random
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,16 +18,19 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
+from opens2v.config import Config, pixel_count
 from opens2v.data.annotations import Annotations
 from opens2v.data.augment import NO_CHANGES, foreground_mask, recolour_subject, show_in_scene
-from opens2v.data.clips import Part, caption_of, class_names, frame_indices, generic_caption, usable_range
+from opens2v.data.clips import UNUSABLE, Part, caption_of, class_names, frame_indices, generic_caption, usable_range
 from opens2v.data.cross_frames import CrossFramePairs
+from opens2v.data.scenes import SceneDataset, scene_set
 from opens2v.data.subjects import CLIP_SIZE, SELECTIONS, Subject, SubjectFilter, reference_tensors, select_subjects
-from opens2v.data.video import cover_resize
+from opens2v.data.video import cover_resize, fit_frame, normalise
 from shared.errors import BadSample, UserError
 from shared.rng import keyed_seed
 
 _SAMPLE = 501  # random stream
+VALIDATION_SEED = 551
 
 
 class OpenS2VAdapterDataset(Dataset):
@@ -60,7 +63,11 @@ class OpenS2VAdapterDataset(Dataset):
             raise UserError(f"video folder {video_base_path}: not found; check opens2v.video_base_paths")
         background = None if background_base_path is None else Path(background_base_path)
         self.part = Part(
-            Path(json_path).stem, Annotations(json_path), Path(video_base_path), background, self.options.use_bbox
+            Path(json_path).stem,
+            Annotations(json_path, index_dir=self.options.index_dir),
+            Path(video_base_path),
+            background,
+            self.options.use_bbox,
         )
         self.filter = SubjectFilter(
             **{field.name: getattr(self.options, field.name) for field in fields(SubjectFilter)}
@@ -119,6 +126,11 @@ class OpenS2VAdapterDataset(Dataset):
             if self.options.strict:
                 raise UserError(f"{error} (strict)") from None
             raise
+        except UNUSABLE as error:
+            text = f"{'/'.join(self.identity(index))}: a field cannot be used ({type(error).__name__}: {error})"
+            if self.options.strict:
+                raise UserError(f"{text} (strict)") from None
+            raise BadSample(text) from None
 
     def _sample(self, index: int, rng: random.Random) -> dict[str, Any]:
         options, position = self.options, index if self.positions is None else int(self.positions[index])
@@ -126,28 +138,45 @@ class OpenS2VAdapterDataset(Dataset):
         metadata = entry["metadata"]
         caption = caption_of(metadata, options.caption_key)
         indices, cut = self._frame_indices(metadata, rng)
+
+        # Pixels. What changes them needs whole grey levels; else each frame is scaled as it comes from the decoder.
         changes = options.recolour_probability or options.other_scene_probability
         background = self._background(position, key, entry) if options.load_background or changes else None
-        frames = self._frames(position, entry, indices) if options.load_frames else None
-        where = foreground_mask(frames, background) if changes and background is not None else None
-        chosen = []
+        frames = None
+        if options.load_frames or changes:
+            frames = self._frames(position, entry, indices, as_uint8=options.uint8_frames or bool(changes))
+        where = None
+        if changes and background is not None and frames is not None:
+            where = foreground_mask(frames, fit_frame(background, *self.size))
+
+        # Subjects: all of the annotated frame, filtered, chosen; their pictures may come from another clip.
+        chosen, sources = [], [self.part.content(key, entry, background=bool(changes))] if options.with_content else []
         if options.load_subjects:
             kept = self.filter.apply(self._subjects(position, key, entry), entry.get("word_tags") or {})
             chosen = select_subjects(kept, self.selection, self.max_subjects, rng)
-        images = [self._image(key, subject, rng) for subject in chosen]
+        images = [self._image(key, subject, rng, sources) for subject in chosen]
+
+        # Changes that keep a small set from being learned by heart. The draws are made in this order whatever is
+        # loaded, so that a sample with and without its frames is the same sample.
         if options.recolour_probability and rng.random() < options.recolour_probability and where is not None:
+            assert frames is not None  # as `where` was made from them
             frames, images = recolour_subject(frames, images, where, rng)
         if options.other_scene_probability and rng.random() < options.other_scene_probability and where is not None:
-            frames, caption = self._in_other_scene(frames, where, caption, entry, rng)
+            assert frames is not None
+            frames, caption = self._in_other_scene(frames, where, caption, entry, rng, sources)
         if options.generic_caption_probability and rng.random() < options.generic_caption_probability:
             for name in class_names(entry):
                 caption = generic_caption(caption, name)
-        item = {"key": key, "prompts": caption, "frame_indices": torch.tensor(indices)}
-        if frames is not None:
-            item["frames"] = cover_resize(frames, *self.size)
+        item: dict[str, Any] = {"key": key, "prompts": caption, "frame_indices": torch.tensor(indices)}
+        if frames is not None and options.load_frames:
+            tensor = torch.from_numpy(frames).permute(3, 0, 1, 2)
+            # A view with other strides: collating copies once anyway, and a clip is large.
+            item["frames"] = tensor if options.uint8_frames else normalise(tensor).contiguous()
         if options.load_subjects:
-            sizes = dict(count=self.max_subjects, size=self.reference_size, clip_size=options.ref_clip_size)
-            item |= reference_tensors(chosen, images, rng if options.ref_augment else None, **sizes)
+            item |= reference_tensors(
+                chosen, images, rng if options.ref_augment else None,
+                count=self.max_subjects, size=self.reference_size, clip_size=options.ref_clip_size,
+            )  # fmt: skip
         item["meta"] = {
             "fps": metadata.get("fps"),
             "num_frames": metadata.get("num_frames"),
@@ -160,21 +189,25 @@ class OpenS2VAdapterDataset(Dataset):
             "part": self.part.name,
             "annotation_idx": [one.annotation_idx for one in chosen],
         }
+        if options.with_content:
+            item["meta"]["content"] = "+".join(sources)
         if options.load_background and background is not None:
             item["background_pixels"] = cover_resize(background[None], *self.size)[:, 0]
         return item
 
     def _in_other_scene(
-        self, frames: np.ndarray, where: np.ndarray, caption: str, entry: dict, rng: random.Random
+        self, frames: np.ndarray, where: np.ndarray, caption: str, entry: dict, rng: random.Random, sources: list[str]
     ) -> tuple[np.ndarray, str]:
         """Frames and caption of the subject (the pixels `where`) in the scene of another clip, where that suits."""
         place = rng.randrange(len(self))
         position = place if self.positions is None else int(self.positions[place])
         key, other = self.part.entry(position)
         background = self._background(position, key, other)
-        shown = None if background is None else show_in_scene(frames, where, background)
+        shown = None if background is None else show_in_scene(frames, where, fit_frame(background, *self.size))
         if shown is None:
             return frames, caption
+        if self.options.with_content:
+            sources.append(self.part.content(key, other, background=True))
         caption = caption_of(other["metadata"], self.options.caption_key)
         for name in class_names(other):
             caption = generic_caption(caption, name, class_names(entry)[0])
@@ -200,9 +233,10 @@ class OpenS2VAdapterDataset(Dataset):
             shelf[what] = make()
         return shelf[what]
 
-    def _frames(self, position: int, entry: dict, indices: list[int]) -> np.ndarray:
+    def _frames(self, position: int, entry: dict, indices: list[int], *, as_uint8: bool) -> np.ndarray:
+        """Frames at the training size (F, h, w, 3): uint8, or float32 in [-1, 1]."""
         if not self.options.keep_decoded:
-            return self.part.frames(entry, indices)
+            return self.part.frames(entry, indices, self._fitted if as_uint8 else self._fitted_exactly)
         start, end = usable_range(entry["metadata"])
         whole = self._remembered(position, "frames", lambda: self._small(self.part.frames(entry, range(start, end))))
         return whole[np.array(indices) - start]
@@ -213,6 +247,12 @@ class OpenS2VAdapterDataset(Dataset):
             return picture if picture is None or not self.options.keep_decoded else self._small(picture[None])[0]
 
         return self._remembered(position, "background", make)
+
+    def _fitted(self, frame: np.ndarray) -> np.ndarray:
+        return fit_frame(frame, *self.size)
+
+    def _fitted_exactly(self, frame: np.ndarray) -> np.ndarray:
+        return cover_resize(frame[None], *self.size)[:, 0].permute(1, 2, 0).numpy()
 
     def _small(self, frames: np.ndarray) -> np.ndarray:
         """Frames at the training size, so that a small data set fits into memory."""
@@ -230,18 +270,20 @@ class OpenS2VAdapterDataset(Dataset):
 
     # --- subjects -----------------------------------------------------------------------------------------------------
 
-    def _image(self, key: str, subject: Subject, rng: random.Random) -> Image.Image:
+    def _image(self, key: str, subject: Subject, rng: random.Random, sources: list[str]) -> Image.Image:
         """The subject's picture: its own cut-out, or with cross-frame data that of another clip of the same video."""
         view = None if self.pairs is None else self.pairs.choose(self.part.name, key, subject.annotation_idx, rng)
         if view is None:
             return subject.image
         part = self._other_part(view.part)
         place = None if part is None else part.annotations.find(view.key)
-        if place is None:
+        if part is None or place is None:
             raise BadSample(
                 f"cross-frame pair of {self.part.name}/{key}: {view.part}/{view.key} is in none of opens2v.json_paths"
             )
         other_key, other_entry = part.entry(place)
+        if self.options.with_content:
+            sources.append(part.content(other_key, other_entry))
         found = [
             other for other in part.subjects(other_key, other_entry) if other.annotation_idx == view.annotation_idx
         ]
@@ -253,7 +295,8 @@ class OpenS2VAdapterDataset(Dataset):
             json_path, videos = self.part.annotations.path.with_name(f"{name}.json"), self.part.videos.parent / name
             if not json_path.exists() or not videos.is_dir():
                 return None
-            self.parts[name] = Part(name, Annotations(json_path), videos, None, self.options.use_bbox)
+            annotations = Annotations(json_path, index_dir=self.options.index_dir)
+            self.parts[name] = Part(name, annotations, videos, None, self.options.use_bbox)
         return self.parts[name]
 
 
@@ -311,7 +354,7 @@ class MultiPartOpenS2VAdapterDataset(Dataset):
             dataset.set_epoch(epoch)
 
 
-def collate_opens2v_batch(items: list[dict[str, Any] | None]) -> dict[str, Any]:
+def collate_opens2v_batch(items: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
     """Stack tensors, keep texts and dicts as lists. None items are left out; all None is an error."""
     kept = [item for item in items if item is not None]
     if not kept:
@@ -325,12 +368,22 @@ def collate_opens2v_batch(items: list[dict[str, Any] | None]) -> dict[str, Any]:
     }
 
 
-def create_dataset(data: Mapping[str, Any], **changes: Any) -> MultiPartOpenS2VAdapterDataset:
+class Settings(Protocol):
+    """A `data` section: DataConfig, or a mapping with its names."""
+
+    def __getitem__(self, name: str, /) -> Any: ...
+
+    def __contains__(self, name: object, /) -> bool: ...
+
+
+def create_dataset(data: Settings, **changes: Any) -> MultiPartOpenS2VAdapterDataset:
     """The data set of a `data` section (DataConfig, or a mapping with its names)."""
-    names = {field.name for field in fields(SampleOptions)} - {"seed", "time_range", "load_subjects", "load_frames"}
+    names = {field.name for field in fields(SampleOptions)} - CODE_ONLY
     settings = {name: data[name] for name in names if name in data}
     settings |= {
-        "num_frames": data["num_pixel_frames"] if "num_pixel_frames" in data else data["num_training_frames"],
+        "num_frames": pixel_count(data["num_training_frames"], data["num_training_frames_unit"])
+        if "num_training_frames_unit" in data
+        else data["num_training_frames"],
         "height": data["pixel_height"],
         "width": data["pixel_width"],
         "ref_height": data["ref_height"],
@@ -345,12 +398,61 @@ def create_dataset(data: Mapping[str, Any], **changes: Any) -> MultiPartOpenS2VA
     )
 
 
+Samples = MultiPartOpenS2VAdapterDataset | SceneDataset
+
+
+def training_set(config: Config, **changes: Any) -> Samples:
+    """What a run trains on: composed scenes, or the leading train_share of every clip. changes: of SampleOptions."""
+    data = config.data
+    if data.scenes is not None and not data.json_paths:
+        return scene_set(config, "train")
+    options = {"seed": config.run.seed, "time_range": (0.0, data.train_share), "load_background": False}
+    return create_dataset(data, **{**options, "uint8_frames": True, **changes})
+
+
+def validation_set(config: Config, **changes: Any) -> Samples:
+    """What a run is validated on, without augmentation: scenes of combinations that are never trained, the clips of
+    val_json_paths, or the part of every clip that train_share leaves (all of it where it leaves none).
+    """
+    data = config.data
+    if data.scenes is not None and not data.json_paths:
+        return scene_set(config, "combinations")
+    time_range = (data.train_share, 1.0) if data.train_share < 1 else (0.0, 1.0)
+    if data.val_json_paths:
+        time_range = (0.0, 1.0)
+        names = ("json_paths", "video_base_paths", "background_base_paths")
+        data = data.model_copy(update={name: getattr(data, f"val_{name}") for name in names})
+    options = {"seed": VALIDATION_SEED, "time_range": time_range, "load_background": False, **NO_CHANGES}
+    return create_dataset(data, **{**options, "uint8_frames": True, **changes})
+
+
+def readable_samples(dataset: Any, order: Iterable[int], count: int, epoch: int = 0) -> list[dict[str, Any]]:
+    """The first `count` samples of `order` that can be read; those that cannot are passed over with a line each.
+
+    UserError when none can: then the data folders are wrong, not a sample.
+    """
+    found: list[dict[str, Any]] = []
+    reason: BadSample | None = None
+    for index in order:
+        if len(found) == count:
+            break
+        try:
+            found.append(dataset.sample(index, epoch))
+        except BadSample as error:
+            reason = error
+            print(f"passed over: {error}", flush=True)
+    if not found:
+        raise UserError(f"no sample can be read; the last: {reason}; check the data folders")
+    return found
+
+
 class EpochSampler(DistributedSampler):
     """DistributedSampler whose set_epoch also moves the data set's random choices on."""
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch of the order and of the samples' random choices."""
         super().set_epoch(epoch)
+        assert isinstance(self.dataset, MultiPartOpenS2VAdapterDataset)
         self.dataset.set_epoch(epoch)
 
 
@@ -424,6 +526,8 @@ class SampleOptions:
     load_background: bool = False
     load_subjects: bool = True
     load_frames: bool = True
+    uint8_frames: bool = False  # frames as 0 .. 255: a quarter of the memory; the trainer normalises on the device
+    with_content: bool = False  # meta["content"]: a digest of everything that the sample's pixels come from
     cross_min_similarity: float = 0.6
     cross_max_similarity: float = 0.98
     recolour_probability: float = 0.0
@@ -433,7 +537,11 @@ class SampleOptions:
     only_keys: tuple[str, ...] = ()
     without_keys: tuple[str, ...] = ()
     keep_decoded: bool = False
+    index_dir: str | None = None
     seed: int = 0
+
+
+CODE_ONLY = {"seed", "time_range", "load_subjects", "load_frames", "uint8_frames", "with_content"}  # no settings
 
 
 def as_tuple(value: Any) -> Any:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from opens2v.config import Config
+from opens2v.config import Config, ModelConfig
+from opens2v.data.video import normalise
 from opens2v.modules.causal import causal_frame_mask, frame_blocks
 from opens2v.modules.conditions import Conditions, Encoders
 from opens2v.sampling.scheduler import FlowMatchScheduler, velocity_of
@@ -36,12 +37,19 @@ class RefImageFlowMatching:
         target.
         """
         training = self.config.training
+        # Collected at the same step on all ranks: one that pauses alone makes the others wait for it.
         if training.gc_interval and step % training.gc_interval == 0:
             gc.collect()
         for micro, batch in enumerate(batches):
+            # slot is a sample's place in the global batch of this step. Every draw is keyed by (seed, step, slot), so
+            # that ranks, micro-batches and restarts do not change what a sample is trained with.
             slots = batch["slot"]
+            # Dropped references are masked, not left out: every rank runs the same layers in every step, and with a
+            # weight of 0 their gradients are 0 instead of missing, which data parallel training would wait for.
             conditions = self._dropped(self._conditions(batch), step, slots)
             clean = conditions.latents_BCFhw
+            assert clean is not None  # a training batch holds frames or their latents
+            # Times stay in float32: bf16 would round them by up to 2 of 1000 above 512.
             noise = self._draw(keyed_randn, clean.shape[1:], _NOISE, step, slots)
             timestep = self.draw_timesteps(clean.shape[2], step, slots)
             error_BF, weight = self.errors(model, conditions, clean, noise, timestep, step, slots)
@@ -53,9 +61,12 @@ class RefImageFlowMatching:
                     error_BF.mean(1),
                 ),
             }
+            # model.module is the bare transformer; reading its gates costs a device synchronisation, so only where the
+            # log line is due.
             is_last = micro == len(batches) - 1
             if self.with_references and is_last and (step + 1) % training.logging_steps == 0:
                 extra |= reference_strength(model.module, step)
+            # The loop adds the micro-batches up and averages over ranks: the sum is the mean over the global batch.
             yield weighted.mean() / len(batches), extra
 
     def errors(
@@ -72,11 +83,11 @@ class RefImageFlowMatching:
         settings, sigma = self.config.model, self.scheduler.sigma_of(timestep)
         noisy = self.scheduler.add_noise(clean, noise, timestep)
         arguments: dict[str, Any] = conditions.reference() if self.with_references else {}
-        if settings.causal:
-            arguments["frame_mask"] = self.frame_mask(clean.shape[2])
-        if settings.teacher_forcing:
-            arguments |= self._context(clean, step, slots)
+        arguments |= causal_arguments(settings, clean)
+        if settings.noise_augmentation_max_timestep:
+            arguments |= self._noisy_context(clean, step, slots)
         output = model(noisy, timestep, conditions.text_BRD, return_dict=False, **arguments)[0]
+        # The error is taken in float32, outside autocast; a small base gives mean and variance instead of the velocity.
         velocity = velocity_of(output.float(), noisy, sigma, settings.prediction, self.encoders.codec.variance)
         error_BF = (velocity - self.scheduler.target(clean, noise)).square().mean((1, 3, 4))
         weight = (
@@ -85,14 +96,6 @@ class RefImageFlowMatching:
             else torch.ones_like(sigma)
         )
         return error_BF, weight.reshape(len(clean), -1)
-
-    def frame_mask(self, frames: int) -> Tensor:
-        """The causal mask of this configuration."""
-        settings = self.config.model
-        return causal_frame_mask(
-            frames, settings.num_frame_per_block, independent_first_frame=settings.independent_first_frame,
-            local_window=settings.local_attn_size, teacher_forcing=settings.teacher_forcing,
-        )  # fmt: skip
 
     def draw_timesteps(self, frames: int, step: int, slots: Tensor) -> Tensor:
         """Timesteps of the table, float32: (B,), or (B, F) equal inside each causal block."""
@@ -113,14 +116,9 @@ class RefImageFlowMatching:
         """Random numbers of one part of a step, (B, *shape), where the encoders are."""
         return draw(shape, key=(self.config.run.seed, part, step), slots=slots, device=self.encoders.device)
 
-    def _context(self, clean: Tensor, step: int, slots: Tensor) -> dict[str, Tensor]:
-        """Teacher forcing's clean frames, on wish a little noisy, and their timesteps."""
+    def _noisy_context(self, clean: Tensor, step: int, slots: Tensor) -> dict[str, Tensor]:
+        """Teacher forcing's clean frames made a little noisy, and their timesteps."""
         limit = self.config.model.noise_augmentation_max_timestep
-        if limit == 0:
-            return {
-                "clean_hidden_states": clean,
-                "clean_timestep": torch.zeros(clean.shape[0], clean.shape[2], device=clean.device),
-            }
         timestep = self._draw(keyed_rand, (1,), _CONTEXT_TIMES, step, slots).expand(-1, clean.shape[2]) * limit
         noise = self._draw(keyed_randn, clean.shape[1:], _CONTEXT_NOISE, step, slots)
         return {"clean_hidden_states": self.scheduler.add_noise(clean, noise, timestep), "clean_timestep": timestep}
@@ -128,7 +126,7 @@ class RefImageFlowMatching:
     def _conditions(self, batch: dict) -> Conditions:
         if self.with_references:
             return self.encoders.conditions(batch)
-        frames = batch["frames"].to(self.encoders.device)
+        frames = normalise(batch["frames"].to(self.encoders.device))
         empty = torch.zeros(len(frames), 0, device=frames.device)
         return Conditions(
             self.encoders.codec.encode(frames), self.encoders.encode_text(batch["prompts"]), None, empty, empty
@@ -145,6 +143,24 @@ class RefImageFlowMatching:
         if self.with_references:
             conditions = conditions.without_subject((draw_B >= text_end) & (draw_B < both_end + training.p_drop_ref))
         return conditions
+
+
+def frame_mask(settings: ModelConfig, frames: int) -> Tensor:
+    """The causal mask of a configuration, bool (F, F), or (2F, 2F) with teacher forcing."""
+    return causal_frame_mask(
+        frames, settings.num_frame_per_block, independent_first_frame=settings.independent_first_frame,
+        local_window=settings.local_attn_size, teacher_forcing=settings.teacher_forcing,
+    )  # fmt: skip
+
+
+def causal_arguments(settings: ModelConfig, clean: Tensor) -> dict[str, Tensor]:
+    """What a causal model's forward takes more: its mask, and with teacher forcing the clean frames at timestep 0."""
+    if not settings.causal:
+        return {}
+    found = {"frame_mask": frame_mask(settings, clean.shape[2])}
+    if settings.teacher_forcing:
+        found["clean_hidden_states"] = clean
+    return found
 
 
 def reference_strength(module: nn.Module, step: int) -> dict[str, float]:

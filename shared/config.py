@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import sys
 import typing
 from collections.abc import Collection
@@ -34,6 +35,8 @@ from shared.flags import (
 )
 
 T = TypeVar("T", bound=BaseModel)
+_PLACE = re.compile(r"(?:^|[._])(?:device|paths?|dirs?|root|folder|file|ckpt|cache|images?_root)$")
+_ABSENT = object()
 STRATEGIES = ("none", "ddp", "fsdp", "zero1", "zero2", "zero3")
 
 
@@ -131,6 +134,7 @@ class RunSection(Section):
     dry_run: bool = setting(False, "print the plan (parameters, FLOPs, memory, communication, time) and stop")
     world_size: int | None = setting(None, "ranks to plan for; null: the ranks of this launch", ge=1)
     gpu: str | None = setting(None, "GPU to plan for, such as a100, h100, h200, 4090; null: a100")
+    gpus_per_node: int = setting(8, "GPUs of a node to plan for: above it ranks talk over the network", ge=1)
     plan_table: bool = setting(False, "with dry_run: a table over strategies, micro-batches and up to world_size GPUs")
     time_limit_minutes: float | None = setting(None, "save and stop after this many minutes", gt=0)
     timeout_minutes: float = setting(10.0, "longest wait of one rank for the others, minutes", gt=0)
@@ -158,6 +162,11 @@ class TrainingSection(Section):
     gradient_accumulation_steps: int = setting(
         1, "micro-steps of one optimizer step when global_batch_size is null", "grad_accum", ge=1
     )
+    reduce_each_micro_step: bool = setting(
+        False,
+        "fsdp: scatter gradients in every micro-step (less memory) instead of only in the last (less traffic)",
+    )
+    allow_tf32: bool = setting(True, "fp32 products on a GPU may use TF32: about 8 times faster, 10 bits of mantissa")
     num_epochs: int | None = setting(
         100,
         "passes over the data; used when total_steps is null; as a flag it takes the place of the preset's total_steps",
@@ -190,7 +199,9 @@ class TrainingSection(Section):
     save_steps: int | None = setting(
         500, "optimizer steps between checkpoints; null: only at the end", "save_every", ge=1
     )
-    save_every_n_epochs: int | None = setting(None, "epochs between checkpoints, beside save_steps", ge=1)
+    save_every_n_epochs: int | None = setting(
+        None, "epochs between checkpoints that are never deleted, besides save_steps", ge=1
+    )
     eval_steps: int | None = setting(
         500, "optimizer steps between validations; null: only at the end", "eval_every", ge=1
     )
@@ -201,7 +212,9 @@ class TrainingSection(Section):
     save_in_background: bool = setting(
         True, "copy the state to host memory (16 bytes a trainable parameter) and write while training goes on"
     )
-    keep_last: int = setting(2, "newest checkpoints kept; the best one is kept beside them", "save_total_limit", ge=2)
+    keep_last: int | None = setting(
+        2, "newest whole checkpoints kept, besides the best one; null: all", "save_total_limit", ge=2
+    )
     keep_every: int | None = setting(None, "also keep the checkpoints at multiples of this step", ge=1)
     best_metric: str = setting("val/loss", "metric that decides which checkpoint is best")
     best_mode: Literal["min", "max"] = setting("min", "whether the best metric is the smallest or the largest")
@@ -242,6 +255,8 @@ def read_yaml(path: Path) -> dict:
     """The mapping in a YAML file; a UserError names the file and line of what cannot be read."""
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)  # noqa: S506  (a SafeLoader)
+    except RecursionError:
+        raise UserError(f"{path}: not readable as YAML: nested too deeply") from None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; check the path") from None
     except IsADirectoryError:
@@ -296,7 +311,10 @@ def load_config(
                 take_out(tree, f"{section}.{other}", schema)
     if given is not None:
         given.update(flags)
-    return validate(schema, tree, where, flags=flags)
+    config = validate(schema, tree, where, flags=flags)
+    if os.environ.get("CHECK_ARGUMENTS"):  # of scripts/launch.sh, before it starts many processes
+        raise SystemExit(0)
+    return config
 
 
 def validate(schema: type[T], tree: dict, where: str, *, flags: Collection[str] = ()) -> T:
@@ -328,15 +346,26 @@ def config_digest(config: BaseModel) -> str:
 
 def fixed_settings(config: BaseModel) -> dict[str, Any]:
     """Dotted names and values of every setting that may not change when a run resumes."""
-    values = config.model_dump(mode="json")
+    fixed = {leaf.path for leaf in leaves_of(type(config)) if leaf.fixed}
+    return {name: value for name, value in flat_settings(config).items() if name in fixed}
+
+
+def flat_settings(config: BaseModel, tree: dict | None = None) -> dict[str, Any]:
+    """Dotted name -> value of every setting; of `tree`, such as a saved config.yaml, those that stand in it."""
+    tree = config.model_dump(mode="json") if tree is None else tree
     found = {}
     for leaf in leaves_of(type(config)):
-        if leaf.fixed:
-            node: Any = values
-            for part in leaf.path.split("."):
-                node = node.get(part) if isinstance(node, dict) else None
+        node: Any = tree
+        for part in leaf.path.split("."):
+            node = node.get(part, _ABSENT) if isinstance(node, dict) else _ABSENT
+        if node is not _ABSENT:
             found[leaf.path] = node
     return found
+
+
+def is_place(name: str) -> bool:
+    """Whether a setting says where something lies or which device is used: that may differ between nodes."""
+    return bool(_PLACE.search(name))
 
 
 def check_resume(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import re
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +22,7 @@ from shared.errors import BadSample, UserError
 from shared.rng import keyed_generator, keyed_seed
 
 MAX_BAD_SHARE = 0.01  # training stops when more of the data cannot be read
+LEAST_SHARED = 1 << 20  # bytes of /dev/shm, for loader processes
 SMALL = 1 << 16  # bytes of a tensor that loader processes send by value
 SUBSTITUTES = 20  # how many other samples are tried in place of a broken one
 STEPS_AHEAD = 2  # read while a step is computed; one that comes late is then made up for by the next
@@ -200,6 +203,9 @@ class _KeyBatches:
             step += 1
 
 
+_NO_NAME = re.compile(r"<_io\.BytesIO object at 0x[0-9a-f]+>")  # what Pillow calls bytes from a shard
+
+
 class BadSamples:
     """The samples that could not be read: listed in a file, one JSON object a line, and counted over all ranks.
 
@@ -212,7 +218,7 @@ class BadSamples:
 
     def note(self, found: list[tuple[int, str]]) -> None:
         """Take in (index, reason) of samples that were passed over."""
-        new = {index: reason for index, reason in found if index not in self.reasons}
+        new = {index: _NO_NAME.sub("the file", reason) for index, reason in found if index not in self.reasons}
         self.reasons.update(new)
         if new and self.path is not None:
             with open(self.path, "a", encoding="utf-8") as file:
@@ -265,6 +271,7 @@ class MapStream:
     def start(self, step: int, state: dict | None = None) -> None:
         """Read on from the batches of `step`."""
         self.close()
+        check_shared_memory(self.num_workers)
         loader = DataLoader(
             _KeyedDataset(self.dataset, self.plan.seed),
             batch_sampler=_KeyBatches(self.plan, self.info.rank, step),
@@ -342,6 +349,16 @@ class ReadAhead:
         """Let the thread end, and the stream after it."""
         self._thread.shutdown(cancel_futures=True)
         self.stream.close()
+
+
+def check_shared_memory(num_workers: int, place: Path = Path("/dev/shm")) -> None:
+    """Refuse loader processes where the memory that they hand samples over in is as good as full."""
+    free = shutil.disk_usage(place).free if num_workers and place.is_dir() else LEAST_SHARED
+    if free < LEAST_SHARED:
+        raise UserError(
+            f"--num-workers {num_workers}: {place} has {free / 1e3:.0f} kB free, which loader processes need; enlarge "
+            "it (docker run --shm-size 8g), or use --num-workers 0"
+        )
 
 
 def start_process(worker: int) -> None:

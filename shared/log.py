@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -36,6 +37,7 @@ class RunLog:
             self.board = _tensorboard(output_dir, resume_step) if run.tensorboard else None
             self.wandb = _wandb(output_dir, run, settings or {}) if run.wandb else None
         self.bar: tqdm | None = None
+        self.has_console = True
         self._start_window()
 
     def start_bar(self, step: int, last_step: int) -> None:
@@ -53,10 +55,14 @@ class RunLog:
     def say(self, text: str) -> None:
         """One line to the console and train.log."""
         if self.file is not None:
-            if self.bar is not None:
-                self.bar.write(text)
-            else:
-                print(text, flush=True)
+            try:
+                if self.bar is not None:
+                    self.bar.write(text)
+                elif self.has_console:
+                    print(text, flush=True)
+            except OSError:  # closed, as by `| head`, or full: training and train.log go on
+                self.has_console = False
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             self.file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     # --- the window between two log lines -----------------------------------------------------------------------------

@@ -86,14 +86,18 @@ def precision_recall(
     Kynkaanniemi et al. 2019: a manifold is the balls round its samples that reach their nearest `neighbours`.
     """
     made, real = (torch.as_tensor(np.asarray(rows)).double() for rows in (made_NF, real_NF))
+    block = 1024  # rows of a distance matrix at a time: a whole one of 50,000 samples would take 20 GB
 
     def radius(points: Tensor) -> Tensor:
-        return torch.cdist(points, points).kthvalue(min(neighbours + 1, len(points)), dim=1).values
+        nearest = min(neighbours + 1, len(points))
+        return torch.cat([torch.cdist(part, points).kthvalue(nearest, dim=1).values for part in points.split(block)])
 
-    between = torch.cdist(made, real)
-    precision = (between <= radius(real)[None]).any(1).double().mean().item()
-    recall = (between <= radius(made)[:, None]).any(0).double().mean().item()
-    return precision, recall
+    def inside(points: Tensor, others: Tensor) -> float:
+        reach = radius(others)[None]
+        hits = [(torch.cdist(part, others) <= reach).any(1) for part in points.split(block)]
+        return torch.cat(hits).double().mean().item()
+
+    return inside(made, real), inside(real, made)
 
 
 @torch.no_grad()
@@ -259,7 +263,8 @@ class ClipScorer:
         from transformers import CLIPModel, CLIPProcessor
 
         try:
-            self.model = CLIPModel.from_pretrained(path).to(device).eval()
+            model: nn.Module = CLIPModel.from_pretrained(path)
+            self.model = model.to(device).eval()
             self.processor = CLIPProcessor.from_pretrained(path)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]

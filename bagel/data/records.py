@@ -4,16 +4,18 @@ A record becomes a list of Steps. The rules follow section "Data format" of the 
 pictures of the assistant are learned; text and pictures of the user are conditions.
 """
 
+import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from bagel.data.tokenizer import SPECIAL_STRINGS
 from bagel.packing import PlanItem
 
 MAX_WEIGHT = 1000
-SPECIAL_STRINGS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 
 
 class RecordFault(Exception):
@@ -40,7 +42,16 @@ class Step:
     enable_cfg: bool = False
 
 
-Draw = Callable[[int], int]  # draw(n) -> a number below n, keyed by seed, epoch and index
+class Choice:
+    """What is chosen in a record for one epoch: a number below n, one of several paraphrases."""
+
+    def number(self, count: int) -> int:
+        """A number below `count`."""
+        raise NotImplementedError
+
+    def text(self, options: Sequence[str]) -> str:
+        """One of the texts."""
+        return options[self.number(len(options))]
 
 
 def image_items(
@@ -71,9 +82,12 @@ def format_of(record: Any) -> str:
     """The name of the record's format; raises a RecordFault when none or several fit."""
     if not isinstance(record, dict):
         raise RecordFault("E_TYPE", f"a record is an object, found {type(record).__name__}")
+    for key in ("video", "videos", "audio", "audios"):
+        if record.get(key):
+            raise RecordFault("E_FORMAT", f"the record has '{key}': only texts and pictures are read; leave it out")
     marks = {
-        "conversations": "conversations" in record,
-        "text_to_image": "text_prompt" in record,
+        "conversations": "conversations" in record or "messages" in record,
+        "text_to_image": "text_prompt" in record or "captions" in record,
         "understanding": "answer" in record or "caption" in record,
         "editing": "source_image_path" in record or "target_image_path" in record,
         "multi_turn_editing": "image_list" in record or "instruction_list" in record,
@@ -85,22 +99,27 @@ def format_of(record: Any) -> str:
             "E_FORMAT",
             f"the record fits {' and '.join(found)}; split it"
             if found
-            else f"no known format has the keys {sorted(map(str, record))[:8]}",
+            else f"no known format has the keys {sorted(map(str, record))[:8]}; bagel/data/format.json lists them",
         )
     return _conversation_kind(record) if found == ["conversations"] else found[0]
 
 
 def _conversation_kind(record: dict) -> str:
-    turns = _field(record, "conversations", list)
+    if "conversations" in record and "messages" in record:
+        raise RecordFault("E_FORMAT", "'conversations' and 'messages' are both given; leave one out")
+    name = "messages" if "messages" in record else "conversations"
+    turns = _field(record, name, list)
     if not turns:
-        raise RecordFault("E_FIELD", "'conversations' is empty")
+        raise RecordFault("E_FIELD", f"'{name}' is empty")
     if not all(isinstance(turn, dict) for turn in turns):
-        raise RecordFault("E_TYPE", "every item of 'conversations' must be an object")
+        raise RecordFault("E_TYPE", f"every item of '{name}' must be an object")
     by_role, by_from = [any(key in turn for turn in turns) for key in ("role", "from")]
     if by_role and by_from:
-        raise RecordFault("E_FORMAT", "items of 'conversations' mix 'role' and 'from'")
+        raise RecordFault("E_FORMAT", f"items of '{name}' mix 'role' and 'from'")
     if not (by_role or by_from):
-        raise RecordFault("E_FIELD", "items of 'conversations' have neither 'role' nor 'from'")
+        raise RecordFault("E_FIELD", f"items of '{name}' have neither 'role' nor 'from'")
+    if name == "messages":
+        return "messages"
     if by_from:
         return "llava"
     return "conversation" if any(turn.get("type") == "image" for turn in turns) else "text_only"
@@ -141,34 +160,112 @@ def _paths(value: Any, name: str) -> list[str]:
 # --- each format ------------------------------------------------------------------------------------------------------
 
 
-def steps_of(record: dict, kind: str, draw: Draw) -> list[Step]:
+def steps_of(record: dict, kind: str, draw: Choice) -> list[Step]:
     """The record as steps; `draw` chooses among paraphrases and turns. Raises a RecordFault."""
     if not isinstance(record.get("id", ""), (str, int)) or isinstance(record.get("id"), bool):
         raise RecordFault("E_TYPE", f"'id' must be a string, found {type(record['id']).__name__}")
     weight = record.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight <= MAX_WEIGHT:
         raise RecordFault("E_TYPE", f"'weight' must be a number above 0 and at most {MAX_WEIGHT}, found {weight!r}")
-    steps = [step for step in _READERS[kind](record, draw) if step.image is not None or step.text.strip()]
+    steps = [step for step in _READERS[kind](record, draw) if step.image is not None or (step.text or "").strip()]
     if not any(step.target for step in steps):
         raise RecordFault("E_NO_TARGET", "nothing to learn: no text or picture of the assistant")
     return steps
 
 
-def _conversation(record: dict, draw: Draw) -> list[Step]:
-    steps, speakers = [], []
-    for turn in record["conversations"]:
-        role, kind = _field(turn, "role", str), _field(turn, "type", str, "text")
-        if role not in ("system", "user", "assistant"):
-            raise RecordFault("E_ROLE", f"role {role!r}: expected system, user or assistant")
-        if kind not in ("text", "image"):
-            raise RecordFault("E_ROLE", f"type {kind!r}: expected text or image")
-        speakers.append(role)
-        if kind == "text":
-            steps.append(Step(text=_field(turn, "content", str), target=role == "assistant"))
-        else:
-            steps.append(Step(image=_field(turn, "image_path", str), target=role == "assistant"))
+ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+IMAGE_MARK, OTHER_MARKS = "<image>", ("<video>", "<audio>")
+
+
+def _conversation(record: dict, draw: Choice) -> list[Step]:
+    """Turns of any form in use: role with type, role with content, from with value, lists of parts.
+
+    `<image>` in a turn stands for the next of the record's pictures: given by the user, or to be drawn by the
+    assistant. Pictures without a mark go first.
+    """
+    pending = [*_paths_or_none(record)]
+    given, marks = len(pending), 0
+    steps: list[Step] = []
+    speakers = []
+    if record.get("system"):
+        steps.append(Step(text=_field(record, "system", str)))
+    for turn in record["messages"] if "messages" in record else record["conversations"]:
+        key = "role" if "role" in turn else "from"
+        name = _field(turn, key, str)
+        if name not in ROLES:
+            raise RecordFault("E_ROLE", f"{key} {name!r}: expected one of {', '.join(ROLES)}")
+        speakers.append(ROLES[name])
+        is_target = ROLES[name] == "assistant"
+        for part in _parts_of(turn):
+            if isinstance(part, Picture):
+                marks += part.path is None
+                path = part.path or (pending.pop(0) if pending else None)
+                if path is None:
+                    continue  # counted below
+                steps.append(Step(image=path, target=is_target))
+            elif part.strip():
+                steps.append(Step(text=part, target=is_target))
+    if marks and marks != given:
+        raise RecordFault("E_IMAGE_COUNT", f"{marks} {IMAGE_MARK} marks for {given} images")
     _check_order(speakers)
-    return _with_conditions(steps)
+    first = 1 if record.get("system") else 0
+    return _with_conditions([*steps[:first], *(Step(image=path) for path in pending), *steps[first:]])
+
+
+class Picture(NamedTuple):
+    """A picture in a turn; path None: the next of the record's own."""
+
+    path: str | None = None
+
+
+def _paths_or_none(record: dict) -> list[str]:
+    """The pictures of a conversation under `image` or `images`; null, "" and [] mean none."""
+    given = [name for name in ("image", "images") if record.get(name)]
+    if len(given) > 1:
+        raise RecordFault("E_FORMAT", "'image' and 'images' are both given; leave one out")
+    return _paths(record[given[0]], given[0]) if given else []
+
+
+def _parts_of(turn: dict) -> list["str | Picture"]:
+    """The texts and pictures of a turn in order."""
+    kind = turn.get("type") or "text"
+    if not isinstance(kind, str) or kind not in ("text", "image"):
+        raise RecordFault("E_ROLE", f"type {kind!r}: expected text or image")
+    if kind == "image":
+        return [Picture(_field(turn, "image_path", str))]
+    name = "value" if "value" in turn and "content" not in turn else "content"
+    value = turn.get(name)
+    if value is None or not isinstance(value, (str, list)):
+        return _split(_field(turn, name, str))  # raises what is wrong with it
+    return _split(value) if isinstance(value, str) else [part for item in value for part in _part(item)]
+
+
+def _part(item: Any) -> list["str | Picture"]:
+    """One part of a content list, as chat services write them: text, image, image_url, with their usual spellings."""
+    if isinstance(item, str):
+        return _split(item)
+    if not isinstance(item, dict):
+        raise RecordFault("E_TYPE", f"a part of a turn must be text or an object, found {type(item).__name__}")
+    kind = _field(item, "type", str)
+    if kind in ("text", "input_text", "output_text"):
+        return _split(_field({"text": None, **item}, "text", str) if item.get("text") != "" else "")
+    if kind in ("image", "image_url", "input_image"):
+        for name in ("image_url", "image", "image_path", "path", "url"):
+            value = item.get(name)
+            value = value.get("url") if isinstance(value, dict) else value
+            if value:
+                return [Picture(_paths(value, name)[0])]
+        return [Picture()]
+    raise RecordFault("E_FORMAT", f"a part of type {kind!r}: only texts and pictures are read; leave the record out")
+
+
+def _split(text: str) -> list["str | Picture"]:
+    """A text cut at its marks, line ends at the marks removed."""
+    pieces = text.split(IMAGE_MARK)
+    parts: list[str | Picture] = [pieces[0].strip("\n") if len(pieces) > 1 else text]
+    for piece in pieces[1:]:
+        parts += [Picture(), piece.strip("\n")]
+    return parts
 
 
 def _check_order(speakers: Sequence[str]) -> None:
@@ -202,38 +299,29 @@ def _with_conditions(steps: list[Step], context: Sequence[bool | None] | None = 
     return steps
 
 
-def _llava(record: dict, draw: Draw) -> list[Step]:
-    images = _paths(record["image"], "image") if "image" in record else []
-    pending = list(images)
-    steps, speakers, marks = [], [], 0
-    for turn in record["conversations"]:
-        speaker, value = _field(turn, "from", str), _field(turn, "value", str)
-        if speaker not in ("human", "gpt", "system"):
-            raise RecordFault("E_ROLE", f"from {speaker!r}: expected human, gpt or system")
-        speakers.append({"human": "user", "gpt": "assistant", "system": "system"}[speaker])
-        parts = value.split("<image>") if speaker == "human" else [value]
-        for number, part in enumerate(parts):
-            if number > 0:
-                marks += 1
-                if pending:
-                    steps.append(Step(image=pending.pop(0)))
-            steps.append(Step(text=part.strip("\n") if len(parts) > 1 else part, target=speaker == "gpt"))
-    if marks and marks != len(images):
-        raise RecordFault("E_IMAGE_COUNT", f"{marks} <image> marks for {len(images)} images")
-    if not marks:
-        steps = [Step(image=path) for path in images] + steps
-    _check_order(speakers)
-    steps = [step for step in steps if step.image is not None or step.text.strip()]
-    return _with_conditions(steps)
-
-
-def _text_to_image(record: dict, draw: Draw) -> list[Step]:
-    prompts = _texts(record, "text_prompt")
+def _text_to_image(record: dict, draw: Choice) -> list[Step]:
+    if "text_prompt" in record and "captions" in record:
+        raise RecordFault("E_FORMAT", "'text_prompt' and 'captions' are both given; leave one out")
+    prompts = _texts(record, "text_prompt") if "text_prompt" in record else _captions(record)
     image = _field(record, "image_path", str)
-    return _with_conditions([Step(text=prompts[draw(len(prompts))]), Step(image=image, target=True)])
+    return _with_conditions([Step(text=draw.text(prompts)), Step(image=image, target=True)])
 
 
-def _understanding(record: dict, draw: Draw) -> list[Step]:
+def _captions(record: dict) -> list[str]:
+    """`captions` of the released drawing data: an object or a list of captions, or such as JSON text; one is drawn."""
+    value = _field(record, "captions", (str, list, dict))
+    if isinstance(value, str):
+        with suppress(ValueError):
+            parsed = json.loads(value)
+            value = parsed if isinstance(parsed, (dict, list)) else value
+    texts = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    texts = [text for text in texts if isinstance(text, str) and text.strip()]
+    if not texts:
+        raise RecordFault("E_FIELD", "'captions' holds no text")
+    return texts
+
+
+def _understanding(record: dict, draw: Choice) -> list[Step]:
     images = _paths(_field(record, "image_path", (str, list)), "image_path")
     if "answer" in record and "caption" in record:
         raise RecordFault("E_FORMAT", "'answer' and its other name 'caption' are both given")
@@ -242,23 +330,23 @@ def _understanding(record: dict, draw: Draw) -> list[Step]:
     if not isinstance(question, str):
         raise RecordFault("E_TYPE", f"'question' must be a string, found {type(question).__name__}")
     return _with_conditions(
-        [*(Step(image=path) for path in images), Step(text=question), Step(text=answer[draw(len(answer))], target=True)]
+        [*(Step(image=path) for path in images), Step(text=question), Step(text=draw.text(answer), target=True)]
     )
 
 
-def _editing(record: dict, draw: Draw) -> list[Step]:
+def _editing(record: dict, draw: Choice) -> list[Step]:
     sources = _paths(_field(record, "source_image_path", (str, list)), "source_image_path")
     instructions, target = _texts(record, "instruction"), _field(record, "target_image_path", str)
     return _with_conditions(
         [
             *(Step(image=path) for path in sources),
-            Step(text=instructions[draw(len(instructions))]),
+            Step(text=draw.text(instructions)),
             Step(image=target, target=True),
         ]
     )
 
 
-def _multi_turn_editing(record: dict, draw: Draw) -> list[Step]:
+def _multi_turn_editing(record: dict, draw: Choice) -> list[Step]:
     """From a drawn start, one turn or two; two turns are joined into one edit half of the time, as in the released data
     loader.
     """
@@ -271,11 +359,11 @@ def _multi_turn_editing(record: dict, draw: Draw) -> list[Step]:
             f"{len(turns)}; at least 2 images are needed",
         )
     texts = [_texts({"instruction_list": turn}, "instruction_list") for turn in turns]
-    start = draw(len(images) - 1)
-    end = min(start + 1 + draw(2), len(images) - 1)
-    chosen = [texts[turn][draw(len(texts[turn]))] for turn in range(start, end)]
+    start = draw.number(len(images) - 1)
+    end = min(start + 1 + draw.number(2), len(images) - 1)
+    chosen = [draw.text(texts[turn]) for turn in range(start, end)]
     steps = [Step(image=images[start])]
-    if end == start + 2 and end != len(images) - 1 and draw(2) == 0:
+    if end == start + 2 and end != len(images) - 1 and draw.number(2) == 0:
         steps += [Step(text=". ".join(chosen)), Step(image=images[end], target=True)]
     else:
         for turn, text in enumerate(chosen, start=start + 1):
@@ -283,7 +371,7 @@ def _multi_turn_editing(record: dict, draw: Draw) -> list[Step]:
     return _with_conditions(steps)
 
 
-def _interleaved(record: dict, draw: Draw) -> list[Step]:
+def _interleaved(record: dict, draw: Choice) -> list[Step]:
     items = _field(record, "sequence", list)
     if not items:
         raise RecordFault("E_FIELD", "'sequence' is empty")
@@ -299,7 +387,7 @@ def _interleaved(record: dict, draw: Draw) -> list[Step]:
         if given is not None and not isinstance(given, bool):
             raise RecordFault("E_TYPE", f"'context' must be true or false, found {given!r}")
         if kind == "text":
-            text = _field(item, "content", str)
+            text = "" if item.get("content") == "" else str(_field(item, "content", str))
             if not text.strip():
                 continue
             steps.append(Step(text=text, target=bool(loss)))
@@ -312,28 +400,67 @@ def _interleaved(record: dict, draw: Draw) -> list[Step]:
 _READERS = {
     "conversation": _conversation,
     "text_only": _conversation,
-    "llava": _llava,
+    "llava": _conversation,
     "text_to_image": _text_to_image,
     "understanding": _understanding,
     "editing": _editing,
     "multi_turn_editing": _multi_turn_editing,
     "interleaved": _interleaved,
+    "messages": _conversation,
 }
 FORMATS = tuple(_READERS)
 
 
 def check_texts(steps: Sequence[Step], escape: bool) -> None:
-    """Refuse text that holds one of the four marks, which would break the borders of segments, unless it is escaped."""
+    """Refuse text that holds one of the four marks, which would break the borders of segments, or the mark of a picture
+    or video that is not there, which would be learned as words; unless it is to be read as plain text.
+    """
     for step in steps:
-        if step.text is not None and not escape:
-            found = [mark for mark in SPECIAL_STRINGS if mark in step.text]
-            if found:
-                raise RecordFault(
-                    "E_SPECIAL_TOKEN",
-                    f"a text contains {found[0]}; remove it, or read it as plain text with --escape-special-tokens",
-                )
+        if step.text is None or escape:
+            continue
+        if found := [mark for mark in SPECIAL_STRINGS if mark in step.text]:
+            raise RecordFault(
+                "E_SPECIAL_TOKEN",
+                f"a text contains {found[0]}; remove it, or read it as plain text with --escape-special-tokens",
+            )
+        if found := [mark for mark in (IMAGE_MARK, *OTHER_MARKS) if mark in step.text]:
+            what = "this form takes no marks" if found[0] == IMAGE_MARK else "only texts and pictures are read"
+            raise RecordFault(
+                "E_FORMAT",
+                f"a text contains the mark {found[0]}: {what}; leave the record out, or read the mark as plain text "
+                "with --escape-special-tokens",
+            )
 
 
-def keyed_draw(generator: torch.Generator) -> Draw:
-    """Uniform whole numbers from a generator."""
-    return lambda count: int(torch.randint(count, (), generator=generator)) if count > 1 else 0
+class Keyed(Choice):
+    """Uniform choices from a generator."""
+
+    def __init__(self, generator: torch.Generator):
+        self.generator = generator
+
+    def number(self, count: int) -> int:
+        return int(torch.randint(count, (), generator=self.generator)) if count > 1 else 0
+
+
+class Scripted(Choice):
+    """Given numbers in order, 0 after them; of paraphrases the one with the largest `size`. Notes whether it chose."""
+
+    def __init__(self, numbers: Sequence[int], size: Callable[[str], int]):
+        self.numbers, self.size, self.chose = list(numbers), size, False
+        self.options: list[str] = []  # every paraphrase that was offered
+
+    def number(self, count: int) -> int:
+        self.chose |= count > 1
+        return min(self.numbers.pop(0), count - 1) if self.numbers else 0
+
+    def text(self, options: Sequence[str]) -> str:
+        self.chose |= len(options) > 1
+        self.options += options
+        return max(options, key=self.size) if len(options) > 1 else options[0]
+
+
+def scripts_of(record: dict, kind: str) -> list[list[int]]:
+    """The numbers that lead to every choice of pictures which may be the longest: starts of several turns."""
+    if kind != "multi_turn_editing" or not isinstance(record.get("image_list"), list):
+        return [[]]
+    return [[start, 1, 1] for start in range(max(1, len(record["image_list"]) - 1))]  # two turns, not joined

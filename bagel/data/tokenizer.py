@@ -1,15 +1,30 @@
 """Text to ids and back: a released tokenizer from a local folder, or plain bytes for training from nothing."""
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from bagel.config import ModelConfig
-from bagel.data.records import SPECIAL_STRINGS
-from bagel.sampling.generation import SpecialTokens
+from bagel.config import SAMPLE_DATA, ModelConfig
 from shared.errors import UserError
 
+SPECIAL_STRINGS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json")
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids of the four marks."""
+
+    bos: int
+    eos: int
+    start_of_image: int
+    end_of_image: int
+
+    @classmethod
+    def from_names(cls, ids: dict[str, int]) -> "SpecialTokens":
+        """From the mapping with the names of the released code."""
+        return cls(ids["bos_token_id"], ids["eos_token_id"], ids["start_of_image"], ids["end_of_image"])
 
 
 class Tokenizer(Protocol):
@@ -53,7 +68,8 @@ class FolderTokenizer:
         missing = [mark for mark in SPECIAL_STRINGS if mark not in known]
         if missing:
             self.inner.add_special_tokens({"additional_special_tokens": missing})
-        self.special = SpecialTokens(*self.inner.convert_tokens_to_ids(list(SPECIAL_STRINGS)))
+        ids = self.inner.get_vocab()
+        self.special = SpecialTokens(*(int(ids[mark]) for mark in SPECIAL_STRINGS))
         self.vocab_size = len(self.inner)
         files = [path for path in (folder / name for name in TOKENIZER_FILES) if path.is_file()]
         self.identity = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
@@ -62,17 +78,22 @@ class FolderTokenizer:
         return self.inner.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def decode(self, ids: list[int]) -> str:
-        return self.inner.decode(ids, skip_special_tokens=True)
+        return str(self.inner.decode(ids, skip_special_tokens=True))
+
+
+def tokenizer_folder(name: str) -> Path:
+    """Where a tokenizer lies: `sample` is the shipped one, of bytes and the words of scenes."""
+    return SAMPLE_DATA / "tokenizer" if name == "sample" else Path(name)
 
 
 def load_tokenizer(config: ModelConfig) -> Tokenizer:
     """The configured tokenizer; raises a UserError when it is too large for the embedding of a model trained from
     nothing.
     """
-    name = config.tokenizer or config.model_path
+    name = config.tokenizer or config.model_path or config.llm_path
     if name is None:
         raise UserError("no tokenizer: give --model-path, or --tokenizer bytes or a folder with tokenizer.json")
-    tokenizer = ByteTokenizer() if name == "bytes" else FolderTokenizer(Path(name))
+    tokenizer = ByteTokenizer() if name == "bytes" else FolderTokenizer(tokenizer_folder(name))
     if config.from_scratch and tokenizer.vocab_size > config.language.vocab_size:
         raise UserError(
             f"model.language.vocab_size {config.language.vocab_size} is below the {tokenizer.vocab_size} ids of "

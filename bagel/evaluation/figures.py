@@ -1,15 +1,20 @@
 """What `metrics.py` measures. Every figure stands beside the trivial answer that it has to beat."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from bagel.dataset import UnifiedGenerationDataset
+from bagel.config import Config, MetricsOptions
+from bagel.data.scenes import SceneFile
+from bagel.dataset import UnifiedGenerationDataset, open_dataset
 from bagel.evaluation.pictures import (
     ClipScorer,
     clip_score,
@@ -18,39 +23,44 @@ from bagel.evaluation.pictures import (
     fid,
     named_colour_agreement,
 )
+from bagel.evaluation.scenes import scene_bars, scene_figures
 from bagel.evaluation.text import Unavailable, bert_score, bleu, guarded, meteor, ngram_baselines, rouge
-from bagel.evaluation.validation import RECORDS_A_PACK, TIMES, Conversation, conversations, fixed_pack, grid
+from bagel.evaluation.validation import Conversation, conversations, fixed_pack, grid, held_out_packs
 from bagel.objective import with_latents
-from bagel.packing import Draws, Dropout, PackBuilder, PlanItem
+from bagel.packing import Draws, Dropout, Pack, PackBuilder, PlanItem
 from bagel.sampling.generation import Guidance
-from bagel.train import open_dataset
 from bagel.weights.open import Opened
 from shared.data import to_device
 from shared.errors import UserError
 from shared.report.page import Bar, Sample, write_report
 from shared.rng import keyed_generator
 
-if TYPE_CHECKING:
-    from bagel.metrics import Options
-
 CANDIDATES = 10  # captions of which the right one must be first
 _CANDIDATES = 321  # random stream
 
 
-def evaluate(opened: Opened, options: "Options", folder: Path) -> tuple[dict[str, Any], list[tuple[Path, str, str]]]:
-    """(figures by name, samples as (file, caption, group)). Files go into `folder`."""
+Figures = dict[str, Any]  # by name; what cannot be computed is None, with the reason under name_reason
+SampleFiles = list[tuple[Path, str, str]]  # (file, caption, group)
+
+
+def evaluate(opened: Opened, options: MetricsOptions, folder: Path) -> tuple[Figures, SampleFiles]:
+    """Everything that these records allow. Files go into `folder`. At most max_records of each set are used."""
     held_out, train = _datasets(opened, options)
-    figures: dict[str, Any] = {
+    figures: Figures = {
         "checkpoint": str(options.checkpoint),
         "records": min(len(held_out), options.max_records),
     }
-    figures |= held_out_figures(opened, held_out, train, options.max_records)
+    figures |= held_out_figures(opened, held_out, train, options)
     figures |= _best_of_run(opened, figures)
-    if train is not None:
-        figures |= ranking_figures(opened, train, None)
-        figures |= {f"held_out_{name}": value for name, value in ranking_figures(opened, held_out, train).items()}
     folder.mkdir(parents=True, exist_ok=True)
-    samples: list[tuple[Path, str, str]] = []
+    samples: SampleFiles = []
+    composed = next((source for source in held_out.records.sources if isinstance(source, SceneFile)), None)
+    if composed is not None:  # their truth is known: everything is counted
+        return figures | scene_figures(opened, composed, options, folder, samples), samples
+    if train is not None:
+        figures |= ranking_figures(opened, train, None, options.max_records)
+        ranked = ranking_figures(opened, held_out, train, options.max_records)
+        figures |= {f"held_out_{name}": value for name, value in ranked.items()}
     figures |= answer_figures(opened, held_out, options, folder, samples)
     sets = [("held_out", held_out)] + ([("train", train)] if train is not None else [])
     for name, dataset in sets:
@@ -61,27 +71,25 @@ def evaluate(opened: Opened, options: "Options", folder: Path) -> tuple[dict[str
     return figures, samples
 
 
-def _datasets(opened: Opened, options: "Options") -> tuple[UnifiedGenerationDataset, UnifiedGenerationDataset | None]:
-    config = opened.config
-    paths = [options.data, options.train_data]
-    if config is not None:
-        paths = [paths[0] or config.data.val_data_path, paths[1] or config.data.train_data_path]
-    if paths[0] is None:
+def _datasets(
+    opened: Opened, options: MetricsOptions
+) -> tuple[UnifiedGenerationDataset, UnifiedGenerationDataset | None]:
+    """(held-out records, training records for baselines)."""
+    config = (opened.config or Config(data=opened.data)).model_copy(deep=True)
+    data = config.data
+    held_out, train = options.data or data.val_data_path, options.train_data or data.train_data_path
+    if held_out is None:
         raise UserError("no records to evaluate: give --data FILE")
-    if config is None:
-        from bagel.config import Config
+    data.flip_probability = 0.0
+    data.image_root = options.image_root or data.image_root
 
-        config = Config(data=opened.data)
-    config = config.model_copy(deep=True)
-    config.data.flip_probability = 0.0
-    if options.image_root:
-        config.data.image_root = options.image_root
-    return tuple(
-        None if path is None else open_dataset(config, opened.model_config, opened.tokenizer, path) for path in paths
-    )
+    def opens(path: str) -> UnifiedGenerationDataset:
+        return open_dataset(config, opened.model_config, opened.tokenizer, path)
+
+    return opens(held_out), None if train is None else opens(train)
 
 
-def _encoded(opened: Opened, pack: dict[str, Any]) -> dict[str, Any]:
+def _encoded(opened: Opened, pack: Pack) -> Pack:
     device = next(opened.model.parameters()).device
     return with_latents(to_device(pack, device), opened.autoencoder, opened.model_config)
 
@@ -91,20 +99,21 @@ def _encoded(opened: Opened, pack: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def held_out_figures(
-    opened: Opened, dataset: UnifiedGenerationDataset, train: UnifiedGenerationDataset | None, most: int
-) -> dict[str, Any]:
+    opened: Opened, dataset: UnifiedGenerationDataset, train: UnifiedGenerationDataset | None, options: MetricsOptions
+) -> Figures:
     """Nats a text token and the velocity loss, with n-gram and constant predictors fitted to the training records."""
-    text, images, constant = [], [], []
-    means = _mean_latents(opened, train) if train is not None else {}
-    for indices in _in_packs(min(len(dataset), most)):
-        for number, t in enumerate(TIMES):
-            pack = _encoded(opened, fixed_pack(dataset, indices, t, opened.model_config.timestep_shift))
-            losses = opened.model(pack)
-            if number == 0:
-                text += losses["ce"].tolist()
-            images += losses["mse"].mean(-1).tolist()
-            constant += _constant_errors(pack, means)
-    figures: dict[str, Any] = {
+    text: list[float] = []
+    images: list[float] = []
+    constant: list[float] = []
+    means = _mean_latents(opened, train, options) if train is not None else {}
+    count, shift = min(len(dataset), options.max_records), opened.model_config.timestep_shift
+    for pack in held_out_packs(dataset, count, options.tokens_per_batch, shift):
+        pack = _encoded(opened, pack)
+        losses = opened.model(pack)
+        text += losses["ce"].tolist()
+        images += losses["mse"].mean(-1).tolist()
+        constant += _constant_errors(pack, means)
+    figures: Figures = {
         "text_loss": _mean(text),
         "text_tokens": len(text),
         "image_loss": _mean(images),
@@ -113,47 +122,44 @@ def held_out_figures(
     if images and constant:
         figures["image_ratio"] = figures["image_loss"] / figures["image_loss_constant"]
     if train is not None and text:
-        answers = [_answers(data) for data in (train, dataset)]
-        if all(answers):
-            baselines = ngram_baselines(*answers, opened.tokenizer.vocab_size)
+        known, asked = _answers(train, options.baseline_records), _answers(dataset, options.max_records)
+        if known and asked:
+            baselines = ngram_baselines(known, asked, opened.tokenizer.vocab_size)
             figures |= {f"text_loss_{name}": value for name, value in baselines.items()}
             figures["text_below_unigram"] = 1 - figures["text_loss"] / baselines["unigram"]
     return figures
-
-
-def _in_packs(count: int) -> list[range]:
-    """The indices of so many records, a few at a time."""
-    return [range(first, min(first + RECORDS_A_PACK, count)) for first in range(0, count, RECORDS_A_PACK)]
 
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _answers(dataset: UnifiedGenerationDataset) -> list[list[int]]:
-    """The learned texts with their closing mark."""
+def _answers(dataset: UnifiedGenerationDataset, most: int) -> list[list[int]]:
+    """The learned texts of the first records, with their closing mark."""
     return [
         [*item.ids, dataset.layout.tokens.eos]
-        for index in range(len(dataset))
+        for index in range(min(len(dataset), most))
         for item in dataset.plan(index, 0)
         if item.type == "text" and item.loss
     ]
 
 
-def _mean_latents(opened: Opened, train: UnifiedGenerationDataset) -> dict[tuple[int, int], Tensor]:
+def _mean_latents(
+    opened: Opened, train: UnifiedGenerationDataset, options: MetricsOptions
+) -> dict[tuple[int, int], Tensor]:
     """The mean training picture of every latent size: what a predictor that ignores its input knows of a picture."""
-    sums: dict[tuple[int, int], list] = {}
-    for indices in _in_packs(len(train)):
-        pack = _encoded(opened, fixed_pack(train, indices, 0.5, 1.0))
+    sums: dict[tuple[int, int], Tensor] = {}
+    counts: Counter[tuple[int, int]] = Counter()
+    for index in range(min(len(train), options.max_records)):
+        pack = _encoded(opened, fixed_pack(train, [index], 0.5, 1.0))
         for shape, latents, target in _by_picture(pack):
             if target:
-                total = sums.setdefault(shape, [torch.zeros_like(latents), 0])
-                total[0] += latents
-                total[1] += 1
-    return {shape: total / count for shape, (total, count) in sums.items()}
+                sums[shape] = sums.get(shape, torch.zeros_like(latents)) + latents
+                counts[shape] += 1
+    return {shape: total / counts[shape] for shape, total in sums.items()}
 
 
-def _by_picture(pack: dict[str, Any]) -> list[tuple[tuple[int, int], Tensor, bool]]:
+def _by_picture(pack: Pack) -> list[tuple[tuple[int, int], Tensor, bool]]:
     """(latent size, latents (N, C), whether it is to be generated) of every picture of a pack."""
     shapes = [tuple(shape) for shape in pack["patchified_vae_latent_shapes"]]
     counts = [rows * columns for rows, columns in shapes]
@@ -164,9 +170,10 @@ def _by_picture(pack: dict[str, Any]) -> list[tuple[tuple[int, int], Tensor, boo
     ]
 
 
-def _constant_errors(pack: dict[str, Any], means: dict[tuple[int, int], Tensor]) -> list[float]:
+def _constant_errors(pack: Pack, means: dict[tuple[int, int], Tensor]) -> list[float]:
     """Squared error of every target token when the velocity is always predicted as minus the mean picture."""
-    errors, first = [], 0
+    errors: list[float] = []
+    first = 0
     for shape, latents, target in _by_picture(pack):
         if target:
             velocity = pack["packed_noise"][first : first + len(latents)] - latents
@@ -176,7 +183,7 @@ def _constant_errors(pack: dict[str, Any], means: dict[tuple[int, int], Tensor])
     return errors
 
 
-def _best_of_run(opened: Opened, figures: dict[str, Any]) -> dict[str, Any]:
+def _best_of_run(opened: Opened, figures: Figures) -> Figures:
     """The least held-out text loss that the run logged, apart from that of the weights evaluated here."""
     from shared.log import read_metrics
 
@@ -198,45 +205,39 @@ def _best_of_run(opened: Opened, figures: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def ranking_figures(
-    opened: Opened, dataset: UnifiedGenerationDataset, others: UnifiedGenerationDataset | None
-) -> dict[str, Any]:
+    opened: Opened, dataset: UnifiedGenerationDataset, others: UnifiedGenerationDataset | None, most: int = 256
+) -> Figures:
     """How often the right caption of a picture is the likeliest of ten, by mean log probability a token (chance 0.1).
 
     The nine others are captions of other pictures of the same records, and of `others` where those are too few. On
-    training pictures this measures memory, on held-out pictures understanding.
+    training pictures this measures memory, on held-out pictures understanding. The first `most` such records count.
     """
-    cases = _described(dataset)
-    pool = [answer for _, _, answer in cases] + (
-        [answer for _, _, answer in _described(others)] if others is not None else []
-    )
-    if len(set(map(tuple, pool))) < CANDIDATES or not cases:
+    cases = _described(dataset, most)
+    pool = [answer for _, _, answer in cases]
+    pool += [answer for _, _, answer in _described(others, most)] if others is not None else []
+    pool = [list(answer) for answer in dict.fromkeys(map(tuple, pool))]
+    if len(pool) < CANDIDATES or not cases:
         return {
             "caption_first_of_10": None,
             "caption_first_of_10_reason": "fewer than ten different captions of pictures",
         }
     first = 0
     for number, (index, items, answer) in enumerate(cases):
-        generator = keyed_generator(_CANDIDATES, number)
-        distractors = [text for text in _shuffled(pool, generator) if text != answer]
-        unique = [list(text) for text in dict.fromkeys(map(tuple, distractors))][: CANDIDATES - 1]
-        losses = _mean_nats(opened, dataset, index, len(items), [answer, *unique])
+        order = torch.randperm(len(pool), generator=keyed_generator(_CANDIDATES, number)).tolist()
+        distractors = islice((pool[i] for i in order if pool[i] != answer), CANDIDATES - 1)
+        losses = _mean_nats(opened, dataset, index, len(items), [answer, *distractors])
         first += losses[0] < min(losses[1:])
     return {"caption_first_of_10": first / len(cases), "caption_pictures": len(cases)}
 
 
-def _described(dataset: UnifiedGenerationDataset) -> list[tuple[int, list[PlanItem], list[int]]]:
-    """(index, items before the answer, answer) of records that answer about a given picture."""
+def _described(dataset: UnifiedGenerationDataset, most: int) -> list[tuple[int, list[PlanItem], list[int]]]:
+    """(index, items before the answer, answer) of the first records that answer about a given picture."""
     found = []
-    for index, record in enumerate(dataset.records):
-        if record.asks:
-            items = dataset.plan(index, 0)
-            first = next(number for number, item in enumerate(items) if item.loss)
-            found.append((index, items[:first], items[first].ids))
+    for index in np.flatnonzero(dataset.records.rows["asks"])[:most].tolist():
+        items = dataset.plan(index, 0)
+        first = next(number for number, item in enumerate(items) if item.loss)
+        found.append((index, items[:first], items[first].ids))
     return found
-
-
-def _shuffled(values: list, generator: torch.Generator) -> list:
-    return [values[i] for i in torch.randperm(len(values), generator=generator).tolist()]
 
 
 def _mean_nats(
@@ -255,17 +256,16 @@ def _mean_nats(
 def answer_figures(
     opened: Opened,
     dataset: UnifiedGenerationDataset,
-    options: "Options",
+    options: MetricsOptions,
     folder: Path,
-    samples: list[tuple[Path, str, str]],
-) -> dict[str, Any]:
+    samples: SampleFiles,
+) -> Figures:
     """Generated answers about held-out pictures against the true ones."""
     _, questions = conversations(dataset, options.max_records)
     if not questions:
         return {"bleu": None, "bleu_reason": "no record asks about a picture"}
-    answers = opened.inferencer(seed=options.seed).generate_batch(
-        [case.inputs for case in questions], understanding_output=True, max_length=options.max_length
-    )
+    inferencer = opened.inferencer(seed=options.seed)
+    answers = inferencer.answer_batch([case.inputs for case in questions], options.max_length)
     true = [case.answer for case in questions]
     shown = []
     for number, (case, answer) in enumerate(zip(questions[:8], answers, strict=False)):
@@ -293,17 +293,17 @@ def answer_figures(
 def picture_figures(
     opened: Opened,
     dataset: UnifiedGenerationDataset,
-    options: "Options",
+    options: MetricsOptions,
     folder: Path,
     name: str,
-    samples: list[tuple[Path, str, str]],
-) -> dict[str, Any]:
+    samples: SampleFiles,
+) -> Figures:
     """Pictures drawn from prompts, against the true pictures of the prompts."""
     prompts, _ = conversations(dataset, options.max_pictures)
     if not prompts:
         return {"colour_agreement": None, "colour_agreement_reason": "no record draws a picture from a text"}
     drawn = draw_prompts(opened, prompts, options)
-    true = [case.picture for case in prompts]
+    true = [case.picture for case in prompts if case.picture is not None]  # a prompt comes with its picture
     pairs = [
         picture for pair in zip(drawn, (image.resize(drawn[0].size) for image in true), strict=True) for picture in pair
     ]
@@ -313,15 +313,13 @@ def picture_figures(
     samples.append(
         (path, "drawn and true, in pairs: " + "; ".join(texts), f"pictures for {name.replace('_', '-')} prompts")
     )
-    scorer, figures = None, {}
+    scorer, figures = None, Figures()
     try:
         scorer = ClipScorer(options.clip_model)
         figures |= clip_score(texts, drawn, scorer)
     except Unavailable as reason:
         figures |= {"clip_score": None, "clip_score_reason": str(reason)}
-    described = opened.inferencer(seed=options.seed).generate_batch(
-        [[picture] for picture in drawn], understanding_output=True, max_length=options.max_length
-    )
+    described = opened.inferencer(seed=options.seed).answer_batch([[picture] for picture in drawn], options.max_length)
     return {
         **figures,
         **guarded(lambda: colour_agreement(drawn, true), "colour_agreement"),
@@ -330,18 +328,16 @@ def picture_figures(
     }
 
 
-def draw_prompts(opened: Opened, prompts: "Sequence[Conversation]", options: "Options") -> list[Image.Image]:
+def draw_prompts(opened: Opened, prompts: "Sequence[Conversation]", options: MetricsOptions) -> list[Image.Image]:
     """One picture a prompt, in batches of one size."""
     guidance = Guidance(num_timesteps=options.num_timesteps, cfg_text_scale=options.cfg_text_scale, cfg_img_scale=1.0)
-    drawn: list[Image.Image | None] = [None] * len(prompts)
+    drawn: dict[int, Image.Image] = {}
     for size in dict.fromkeys(case.size for case in prompts):
         members = [number for number, case in enumerate(prompts) if case.size == size]
-        pictures = opened.inferencer(seed=options.seed).generate_batch(
-            [prompts[number].inputs for number in members], guidance=guidance, image_shapes=size
-        )
-        for number, picture in zip(members, pictures, strict=True):
-            drawn[number] = picture
-    return drawn
+        inferencer = opened.inferencer(seed=options.seed)
+        pictures = inferencer.draw_batch([prompts[number].inputs for number in members], guidance, size)
+        drawn |= dict(zip(members, pictures, strict=True))
+    return [drawn[number] for number in range(len(prompts))]
 
 
 # The report of an evaluated run: what was reached, what it is compared with, and what the samples are.
@@ -353,7 +349,7 @@ REMARK = (
 )
 
 
-def text_bars(figures: dict[str, Any]) -> list[Bar]:
+def text_bars(figures: Figures) -> list[Bar]:
     """Held-out text in nats a token, beside what counting the training answers can do."""
     unigram, trigram = figures.get("text_loss_unigram"), figures.get("text_loss_3-gram")
     best = figures.get("best_text_loss", figures.get("text_loss"))
@@ -366,8 +362,10 @@ def text_bars(figures: dict[str, Any]) -> list[Bar]:
     ]
 
 
-def bars_of(figures: dict[str, Any]) -> list[Bar]:
+def bars_of(figures: Figures) -> list[Bar]:
     """The figures that the small preset is meant to reach, each with its trivial baseline."""
+    if "scenes" in figures:
+        return scene_bars(figures)
     get = figures.get
     shuffled = [get(f"{name}_colour_agreement_shuffled") for name in ("train", "held_out")]
     notes = [f"shuffled p = {get(f'{name}_colour_agreement_p')}" for name in ("train", "held_out")]
@@ -383,9 +381,7 @@ def bars_of(figures: dict[str, Any]) -> list[Bar]:
     ]
 
 
-def write_bagel_report(
-    folder: Path, figures: dict[str, Any], samples: list[tuple[Path, str, str]], command: str
-) -> None:
+def write_bagel_report(folder: Path, figures: Figures, samples: SampleFiles, command: str) -> None:
     """report.json, report.md and report.html in `folder`."""
     summary = {
         name: f"null: {figures.get(f'{name}_reason', 'not computed')}" if value is None else value

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -48,7 +50,7 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def unmerge(self) -> None:
         """Take the adapter out of the weight again."""
-        if self.merged:
+        if self.merged and isinstance(self.base, nn.Linear):
             self.base.weight -= self.delta().to(self.base.weight.dtype)
             self.merged = False
 
@@ -81,7 +83,7 @@ def merge_adapters(model: nn.Module) -> nn.Module:
 
 
 def save_adapter(folder: Path, weights: dict[str, Tensor], config: ModelConfig) -> None:
-    """adapter.safetensors and adapter_config.json."""
+    """adapter.safetensors and adapter_config.json of a checkpoint, in our names; save_peft writes PEFT's."""
     chosen = {name: value.contiguous() for name, value in weights.items() if "lora_" in name}
     save_file(chosen, folder / "adapter.safetensors")
     settings = {
@@ -89,3 +91,37 @@ def save_adapter(folder: Path, weights: dict[str, Tensor], config: ModelConfig) 
         for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "quantization", "model_path")
     }
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def save_peft(folder: Path, model: nn.Module, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
+    """adapter_model.safetensors and adapter_config.json as the library PEFT reads them, written aside and renamed.
+
+    PEFT's names: base_model.model.NAME.lora_A.weight, of the layer that the adapter stands beside.
+    """
+    tensors, targets = {}, []
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            targets.append(name)
+            for part, value in (("lora_A", module.lora_A), ("lora_B", module.lora_B)):
+                tensors[f"base_model.model.{name}.{part}.weight"] = value.detach().to(dtype).contiguous()
+    settings = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": config.model_path,
+        "r": config.lora_rank,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "target_modules": targets,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "modules_to_save": None,
+    }
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    save_file(tensors, aside / "adapter_model.safetensors", {"format": "pt"})
+    (aside / "adapter_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    if folder.exists():
+        shutil.rmtree(folder)
+    aside.rename(folder)

@@ -1,10 +1,18 @@
-"""The language model of BAGEL: Qwen2 with two sets of weights a layer, one for text and ViT tokens, one for VAE tokens.
+"""The language model of BAGEL: Qwen2 with two sets of weights a layer (Mixture of Transformers), and its attention.
 
-Every token belongs to one expert; all tokens of a sample share the attention. The tokens of the two experts are kept
-apart (a `Pair`) and meet in the attention alone. Letters of shapes: L tokens, D width, H heads, K head width.
+Every token belongs to one expert: text and ViT tokens to understanding, VAE tokens to generation. The tokens of the
+two experts are kept apart (a `Pair`), so that each product runs on one set of weights, and meet in the attention alone.
+
+Who sees whom in a pack: a sample is a row of splits. Causal splits are text; a full split is a clean image; a noise
+split is an image to be generated. Query q sees key k if both are in one sample and (k <= q, or both are in one full or
+noise split), unless k is in a noise split and q is not in that same split. Three ways to compute it agree: sliced per
+split (on a CPU), flex attention (on CUDA), dense per sample.
+Letters of shapes: L tokens, D width, H heads, K head width, Q queries, S keys.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +20,446 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from bagel.config import LanguageConfig
-from bagel.modules.attention import Pair
-from bagel.modules.layers import RMSNorm, rotary_angles, rotate
+from shared.engine.norm import ScaledNorm, is_plain_fp32
 
+Pair = tuple[Tensor, Tensor]  # tokens of the understanding expert (text, then ViT), tokens of the generation expert
 Attend = Callable[[int, Pair, Pair, Pair], Pair]
+AttendOne = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # the same for the understanding expert alone
+CAUSAL, FULL, NOISE = "causal", "full", "noise"
+BLOCK = 128  # side of flex attention's blocks, tokens
+ROWS_AT_ONCE = 8 * BLOCK
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in fp32, cast back, times a learned weight."""
+
+    def __init__(self, width: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if is_plain_fp32(x, self.weight):
+            if not torch.is_grad_enabled():
+                return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            return ScaledNorm.apply(x, self.weight, self.eps)
+        return self.weight * F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
+
+
+def rotary_angles(position_L: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin (L, K) in fp32 of position * theta^(-2i/K); both halves carry the same angles."""
+    power = torch.arange(0, head_width, 2, dtype=torch.float32, device=position_L.device) / head_width
+    angle = position_L.float()[:, None] / theta**power
+    angle_LK = torch.cat([angle, angle], dim=-1)
+    return angle_LK.cos(), angle_LK.sin()
+
+
+class _Rotation(torch.autograd.Function):
+    """A rotation's gradient is the rotation back."""
+
+    @staticmethod
+    def forward(context, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        context.save_for_backward(cos, sin)
+        return _turned(x, cos, sin)
+
+    @staticmethod
+    def backward(context, grad: Tensor):
+        cos, sin = context.saved_tensors
+        return _turned(grad, cos, -sin), None, None
+
+
+def _turned(x_LHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x_LHK.shape[-1] // 2
+    cos, sin = (angle[:, None].to(x_LHK.dtype) for angle in (cos, sin))
+    turned = x_LHK * cos
+    turned[..., :half].addcmul_(x_LHK[..., half:], sin[..., :half], value=-1)
+    turned[..., half:].addcmul_(x_LHK[..., :half], sin[..., half:])
+    return turned
+
+
+def rotate(x_LHK: Tensor, cos_LK: Tensor, sin_LK: Tensor) -> Tensor:
+    """Rotary embedding in the half-rotation form: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)."""
+    return _Rotation.apply(x_LHK, cos_LK, sin_LK)
+
+
+# --- who sees whom ----------------------------------------------------------------------------------------------------
+
+
+def sample_mask(split_lens: Sequence[int], attn_modes: Sequence[str]) -> Tensor:
+    """The rule for one sample as a boolean matrix (L, L), true where the row may see the column."""
+    split = torch.repeat_interleave(torch.arange(len(split_lens)), torch.tensor(list(split_lens)))
+    block = torch.tensor([mode != CAUSAL for mode in attn_modes], dtype=torch.bool)[split]
+    noise = torch.tensor([mode == NOISE for mode in attn_modes], dtype=torch.bool)[split]
+    position = torch.arange(len(split))
+    together = split[:, None] == split[None]
+    earlier = position[None] <= position[:, None]
+    return (earlier | (together & block[:, None])) & (together | ~noise[None])
+
+
+class Segment:
+    """Queries of one call of attention: `start:stop` of the pack, and the spans of keys they see; causal among the last
+    `stop - start` keys.
+    """
+
+    def __init__(self, start: int, stop: int, key_spans: list[tuple[int, int]], causal: bool):
+        self.start, self.stop, self.key_spans, self.causal = start, stop, key_spans, causal
+        self.num_queries = stop - start
+        self.num_keys = sum(end - begin for begin, end in key_spans)
+        self._mask: Tensor | None = None
+
+    def rule(self, query: Tensor) -> tuple[bool, Tensor | None]:
+        """Who sees whom as the kernel takes it: whether its causal rule serves, and a mask, the same for all layers."""
+        older = self.num_keys - self.num_queries
+        if not self.causal or not older:
+            return self.causal, None
+        if self._mask is None:  # the kernel's causal rule is aligned to the upper left
+            hidden = query.new_full((self.num_queries, self.num_keys), -torch.inf)
+            self._mask = hidden.triu_(older + 1)
+        return False, self._mask
+
+    def seen(self, x_1HLK: Tensor) -> Tensor:
+        """The keys that the queries see (1, H, S, K); a view where they stand side by side."""
+        pieces = [x_1HLK[:, :, begin:end] for begin, end in self.key_spans]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+
+    def add_to(self, total_1HLK: Tensor, part_1HSK: Tensor) -> None:
+        """What the keys of this segment add to a sum over the pack."""
+        pieces = part_1HSK.split([end - begin for begin, end in self.key_spans], 2)
+        for (begin, end), piece in zip(self.key_spans, pieces, strict=True):
+            total_1HLK[:, :, begin:end].add_(piece)
+
+
+class PackLayout:
+    """Samples, splits and modes of a pack, and everything that is worked out from them once for all layers.
+
+    static_length: tokens to which flex attention pads, so that its shapes stay the same in every step; null: the next
+    128.
+    """
+
+    def __init__(
+        self,
+        sample_lens: Sequence[int],
+        split_lens: Sequence[int],
+        attn_modes: Sequence[str],
+        static_length: int | None = None,
+    ):
+        if sum(sample_lens) != sum(split_lens) or len(split_lens) != len(attn_modes):
+            raise ValueError(
+                f"samples hold {sum(sample_lens)} tokens, {len(split_lens)} splits {sum(split_lens)}, "
+                f"with {len(attn_modes)} modes; they must agree"
+            )
+        self.sample_lens, self.split_lens, self.attn_modes = list(sample_lens), list(split_lens), list(attn_modes)
+        self.length = sum(sample_lens)
+        self.padded_length = -(-max(self.length, static_length or 1) // BLOCK) * BLOCK
+        self.block_mask: Any = None  # flex attention's, made at the first layer
+        self._segments: list[list[Segment]] | None = None  # by sample
+        self._masks: list[Tensor] | None = None
+
+    def samples(self) -> list[tuple[list[int], list[str]]]:
+        """(split lengths, modes) of every sample."""
+        found: list[tuple[list[int], list[str]]] = []
+        split = 0
+        for length in self.sample_lens:
+            first, covered = split, 0
+            while covered < length:
+                covered += self.split_lens[split]
+                split += 1
+            if covered != length:
+                raise ValueError(f"a split crosses the end of sample {len(found)}")
+            found.append((self.split_lens[first:split], self.attn_modes[first:split]))
+        return found
+
+    def masks(self, device: torch.device) -> list[Tensor]:
+        """One boolean (L, L) a sample."""
+        if self._masks is None:
+            self._masks = [sample_mask(lens, modes).to(device) for lens, modes in self.samples()]
+        return self._masks
+
+    def segments(self) -> list[list[Segment]]:
+        """The calls of the sliced form for every sample; neighbouring causal splits become one call."""
+        if self._segments is None:
+            self._segments, start = [], 0
+            for split_lens, attn_modes in self.samples():
+                self._segments.append(_segments_of_sample(start, split_lens, attn_modes))
+                start += sum(split_lens)
+        return self._segments
+
+    def attended_pairs(self) -> list[int]:
+        """Allowed (query, key) pairs of every sample, for honest FLOP counts."""
+        pairs = []
+        for segments in self.segments():
+            count = 0
+            for segment in segments:
+                queries = segment.num_queries
+                count += queries * segment.num_keys - (queries * (queries - 1) // 2 if segment.causal else 0)
+            pairs.append(count)
+        return pairs
+
+
+def _segments_of_sample(start: int, split_lens: list[int], attn_modes: list[str]) -> list[Segment]:
+    """The calls of a sample that begins at `start`."""
+    segments: list[Segment] = []
+    visible: list[tuple[int, int]] = []  # keys of earlier splits that are not noise
+    for length, mode in zip(split_lens, attn_modes, strict=True):
+        stop = start + length
+        last = segments[-1] if segments else None
+        if mode == CAUSAL and last is not None and last.causal and last.stop == start:
+            segments[-1] = Segment(last.start, stop, _joined(last.key_spans, (start, stop)), True)
+        else:
+            segments.append(Segment(start, stop, _joined(visible, (start, stop)), mode == CAUSAL))
+        if mode != NOISE:
+            visible = _joined(visible, (start, stop))
+        start = stop
+    return segments
+
+
+def _joined(spans: list[tuple[int, int]], span: tuple[int, int]) -> list[tuple[int, int]]:
+    if spans and spans[-1][1] == span[0]:
+        return [*spans[:-1], (spans[-1][0], span[1])]
+    return [*spans, span]
+
+
+# --- the three ways to compute it -------------------------------------------------------------------------------------
+
+
+def attend(query_LHK: Tensor, key_LHK: Tensor, value_LHK: Tensor, layout: PackLayout, backend: str) -> Tensor:
+    """Attention over a pack in its own order, scale 1/sqrt(K), grouped keys. Backend: dense, sliced (on a CPU) or
+    flex.
+    """
+    if backend == "flex":
+        return _flex(query_LHK, key_LHK, value_LHK, layout)
+    if backend == "sliced":
+        segments = [segment for sample in layout.segments() for segment in sample]
+        return sliced_attention(query_LHK, key_LHK, value_LHK, segments)
+    if backend != "dense":
+        raise ValueError(f"attention backend {backend!r}: expected dense, sliced or flex")
+    parts = zip(
+        layout.masks(query_LHK.device),
+        *(x.split(layout.sample_lens) for x in (query_LHK, key_LHK, value_LHK)),
+        strict=True,
+    )
+    outputs = [scaled_dot_product(query, key, value, mask=mask) for mask, query, key, value in parts]
+    return torch.cat(outputs) if outputs else torch.zeros_like(query_LHK)
+
+
+def scaled_dot_product(
+    query_QHK: Tensor, key_SHK: Tensor, value_SHK: Tensor, *, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """One unbatched call of the fused kernel; every group of query heads shares a head of keys and values.
+
+    causal: the last query sees every key, the one before it all but the last, and so on.
+    """
+    older = len(key_SHK) - len(query_QHK)
+    if causal and older:  # torch aligns is_causal to the upper left
+        mask = torch.ones(len(query_QHK), len(key_SHK), dtype=torch.bool, device=query_QHK.device).tril(older)
+    out = F.scaled_dot_product_attention(
+        query_QHK.transpose(0, 1)[None],
+        key_SHK.transpose(0, 1)[None],
+        value_SHK.transpose(0, 1)[None],
+        attn_mask=mask,
+        is_causal=causal and not older,
+        enable_gqa=query_QHK.shape[1] != key_SHK.shape[1],
+    )
+    return out[0].transpose(0, 1)
+
+
+# Sliced: split by split and without masks, as one node of the autograd graph. A pack holds a few dozen splits, most of
+# them shorter than a hundred tokens. Slices and concatenations of each, with their gradients, would take as long as the
+# kernel itself, so this node calls the kernel and its gradient on views of the pack.
+
+_kernel: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)  # private: may go one day
+_kernel_backward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+HAS_SLICED = _kernel is not None and _kernel_backward is not None
+
+
+class _Sliced(torch.autograd.Function):
+    """The segments' queries follow one another; keys and values may be seen by several, and sum up their gradients."""
+
+    @staticmethod
+    def forward(context, query_LHK: Tensor, key_LHK: Tensor, value_LHK: Tensor, segments: Sequence[Segment]) -> Tensor:
+        query, key, value = map(_for_kernel, (query_LHK, key_LHK, value_LHK))
+        outputs, sums = [], []
+        for segment, queries in zip(segments, _by_queries(query, segments), strict=True):
+            causal, mask = segment.rule(query)
+            out, log_sum = _kernel(queries, segment.seen(key), segment.seen(value), 0.0, causal, attn_mask=mask)
+            outputs.append(_from_kernel(out))
+            sums.append(log_sum)
+        out_LHK = torch.cat(outputs)
+        context.save_for_backward(query, key, value, _for_kernel(out_LHK), *sums)
+        context.segments = segments
+        return out_LHK
+
+    @staticmethod
+    def backward(context, grad_LHK: Tensor):
+        query, key, value, out, *sums = context.saved_tensors
+        segments = context.segments
+        pieces = (_by_queries(x, segments) for x in (_for_kernel(grad_LHK), query, out))
+        grad_query, grad_key, grad_value = [], torch.zeros_like(key), torch.zeros_like(value)
+        for segment, grad, queries, seen, log_sum in zip(segments, *pieces, sums, strict=True):
+            causal, mask = segment.rule(query)
+            parts = _kernel_backward(
+                grad, queries, segment.seen(key), segment.seen(value), seen, log_sum, 0.0, causal, attn_mask=mask
+            )
+            grad_query.append(_from_kernel(parts[0]))
+            segment.add_to(grad_key, parts[1])
+            segment.add_to(grad_value, parts[2])
+        return torch.cat(grad_query), _from_kernel(grad_key), _from_kernel(grad_value), None
+
+
+def _for_kernel(x_LHK: Tensor) -> Tensor:
+    """(L, H, K) -> (1, H, L, K), a view."""
+    return x_LHK.transpose(0, 1)[None]
+
+
+def _from_kernel(x_1HLK: Tensor) -> Tensor:
+    """(1, H, L, K) -> (L, H, K), a view."""
+    return x_1HLK[0].transpose(0, 1)
+
+
+def _by_queries(x_1HLK: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, ...]:
+    """Views of the queries of each segment."""
+    return x_1HLK.split([segment.num_queries for segment in segments], 2)
+
+
+def sliced_attention(query_LHK: Tensor, key_LHK: Tensor, value_LHK: Tensor, segments: Sequence[Segment]) -> Tensor:
+    """(L, H, K), scale 1/sqrt(K), of segments whose queries cover the pack in its order; groups of query heads share
+    keys and values. Under autocast in its type, as the kernel by its public name.
+    """
+    kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query_LHK.dtype
+    return _Sliced.apply(*(x.to(kind) for x in (query_LHK, key_LHK, value_LHK)), segments)
+
+
+def flex_ids(layout: PackLayout, padded: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Per token: sample, block (its image; -1: text), whether it is noise. Padding is one more causal sample."""
+    lengths = [*layout.sample_lens, padded - layout.length]
+    sample = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    modes = [*layout.attn_modes, CAUSAL]
+    splits = torch.tensor([*layout.split_lens, padded - layout.length])
+    block = torch.tensor([number if mode != CAUSAL else -1 for number, mode in enumerate(modes)]).repeat_interleave(
+        splits
+    )
+    noise = torch.tensor([mode == NOISE for mode in modes]).repeat_interleave(splits)
+    return sample.to(device), block.to(device), noise.to(device)
+
+
+def flex_rule(sample: Tensor, block: Tensor, noise: Tensor):
+    """The rule as flex attention's mask function of (batch, head, query, key)."""
+
+    def visible(batch, head, query, key):
+        together = (block[query] == block[key]) & (block[query] >= 0)
+        return (sample[query] == sample[key]) & ((key <= query) | together) & (together | ~noise[key])
+
+    return visible
+
+
+def flex_block_mask(layout: PackLayout, device: torch.device) -> Any:
+    """The rule in blocks of 128 x 128: which hold nothing, some or all, worked out ROWS_AT_ONCE rows at a time. The
+    whole matrix of a pack of 36,864 tokens would take gigabytes, and a compiled maker of it another graph.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    padded = layout.padded_length
+    rule, key = flex_rule(*flex_ids(layout, padded, device)), torch.arange(padded, device=device)
+    some, all_of = [], []
+    for first in range(0, padded, ROWS_AT_ONCE):
+        query = torch.arange(first, min(first + ROWS_AT_ONCE, padded), device=device)
+        count = rule(0, 0, query[:, None], key[None]).unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).sum((1, 3))
+        some.append((count > 0) & (count < BLOCK * BLOCK))
+        all_of.append(count == BLOCK * BLOCK)
+    parts = (_ordered(torch.cat(found)) for found in (some, all_of))
+    (count, order), (full_count, full_order) = parts
+    return BlockMask.from_kv_blocks(count, order, full_count, full_order, BLOCK_SIZE=BLOCK, mask_mod=rule)
+
+
+def _ordered(found: Tensor) -> Pair:
+    """(number of blocks, their columns first) of every row, as BlockMask wants them: (1, 1, rows) and (1, 1, rows,
+    columns), int32.
+    """
+    order = found.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(torch.int32)
+    return found.sum(1, dtype=torch.int32)[None, None], order[None, None].contiguous()
+
+
+@lru_cache(maxsize=2)
+def flex_kernel(is_compiled: bool) -> Any:
+    """Flex attention; compiled for static shapes, so that every pack should have the same padded length."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False) if is_compiled else flex_attention
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout) -> Tensor:
+    """Flex attention with a block mask of 128, compiled on CUDA; the pack is padded inside this call only."""
+    padded = layout.padded_length
+    if layout.block_mask is None:
+        layout.block_mask = flex_block_mask(layout, query.device)
+    grow = (0, 0, 0, 0, 0, padded - layout.length)
+    query, key, value = (F.pad(x, grow).transpose(0, 1)[None] for x in (query, key, value))
+    return flex_kernel(query.is_cuda)(query, key, value, block_mask=layout.block_mask, enable_gqa=True)[0].transpose(
+        0, 1
+    )[: layout.length]
+
+
+# --- from experts to the pack and back --------------------------------------------------------------------------------
+
+
+class _Join(torch.autograd.Function):
+    """The two experts' tokens in one tensor, each at its row. The rows cover it, so the gradient is a gather."""
+
+    @staticmethod
+    def forward(context, und: Tensor, gen: Tensor, und_rows: Tensor, gen_rows: Tensor) -> Tensor:
+        context.save_for_backward(und_rows, gen_rows)
+        joined = gen.new_empty(len(und) + len(gen), *gen.shape[1:])
+        return joined.index_copy_(0, und_rows, und.to(gen.dtype)).index_copy_(0, gen_rows, gen)
+
+    @staticmethod
+    def backward(context, grad: Tensor):
+        und_rows, gen_rows = context.saved_tensors
+        return grad.index_select(0, und_rows), grad.index_select(0, gen_rows), None, None
+
+
+class _Part(torch.autograd.Function):
+    """Back to the two experts; what _Join does is its gradient."""
+
+    @staticmethod
+    def forward(context, joined: Tensor, und_rows: Tensor, gen_rows: Tensor) -> Pair:
+        context.save_for_backward(und_rows, gen_rows)
+        return joined.index_select(0, und_rows), joined.index_select(0, gen_rows)
+
+    @staticmethod
+    def backward(context, und: Tensor, gen: Tensor):
+        und_rows, gen_rows = context.saved_tensors
+        joined = gen.new_empty(len(und) + len(gen), *gen.shape[1:])
+        return joined.index_copy_(0, und_rows, und).index_copy_(0, gen_rows, gen), None, None
+
+
+class Rows:
+    """Where the tokens of each expert stand in a pack (or in the new tokens of several contexts)."""
+
+    def __init__(self, und: Tensor, gen: Tensor):
+        self.und, self.gen = und, gen
+
+    def join(self, pair: Pair) -> Tensor:
+        """(und, gen) -> one tensor in the order of the pack, of the generation expert's type."""
+        return _Join.apply(*pair, self.und, self.gen)
+
+    def part(self, joined: Tensor) -> Pair:
+        """The inverse of join."""
+        return _Part.apply(joined, self.und, self.gen)
+
+
+class PackedAttention:
+    """Joint attention of a training pack: the kernels work in pack order, where samples and splits are contiguous."""
+
+    def __init__(self, layout: PackLayout, rows: Rows, backend: str):
+        self.layout, self.rows, self.backend = layout, rows, backend
+
+    @torch.compiler.disable  # lengths of samples change with every pack: compiled layers call this as it is
+    def __call__(self, layer: int, query: Pair, key: Pair, value: Pair) -> Pair:
+        query_LHK, key_LHK, value_LHK = (self.rows.join(pair) for pair in (query, key, value))
+        return self.rows.part(attend(query_LHK, key_LHK, value_LHK, self.layout, self.backend))
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
 
 
 class GatedMLP(nn.Module):
@@ -41,27 +485,43 @@ class MoTAttention(nn.Module):
         width, head = config.hidden_size, config.head_dim
         queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
         self.head = head
-        for expert in ("", "_moe_gen"):
-            setattr(self, f"q_proj{expert}", nn.Linear(width, queries))
-            setattr(self, f"k_proj{expert}", nn.Linear(width, keys))
-            setattr(self, f"v_proj{expert}", nn.Linear(width, keys))
-            setattr(self, f"o_proj{expert}", nn.Linear(queries, width, bias=False))
-            setattr(self, f"q_norm{expert}", RMSNorm(head, config.rms_norm_eps))
-            setattr(self, f"k_norm{expert}", RMSNorm(head, config.rms_norm_eps))
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, size) for size in (queries, keys, keys))
+        self.o_proj = nn.Linear(queries, width, bias=False)
+        self.q_norm, self.k_norm = RMSNorm(head, config.rms_norm_eps), RMSNorm(head, config.rms_norm_eps)
+        self.q_proj_moe_gen, self.k_proj_moe_gen, self.v_proj_moe_gen = (
+            nn.Linear(width, size) for size in (queries, keys, keys)
+        )
+        self.o_proj_moe_gen = nn.Linear(queries, width, bias=False)
+        self.q_norm_moe_gen, self.k_norm_moe_gen = (RMSNorm(head, config.rms_norm_eps) for _ in range(2))
 
-    def _project(self, x_LD: Tensor, expert: str, angles: Pair, frozen: bool) -> tuple[Tensor, Tensor, Tensor]:
-        module = self._modules
-        query, key, value = (module[f"{name}_proj{expert}"](x_LD).unflatten(-1, (-1, self.head)) for name in "qkv")
-        query, key = module[f"q_norm{expert}"](query), module[f"k_norm{expert}"](key)
+    def _understand(self, x_LD: Tensor, angles: Pair, frozen: bool) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = (layer(x_LD) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        query, key = self.q_norm(self._heads(query)), self.k_norm(self._heads(key))
         if frozen:
             query, key, value = query.detach(), key.detach(), value.detach()
-        return rotate(query, *angles), rotate(key, *angles), value
+        return rotate(query, *angles), rotate(key, *angles), self._heads(value)
+
+    def _generate(self, x_LD: Tensor, angles: Pair) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = (layer(x_LD) for layer in (self.q_proj_moe_gen, self.k_proj_moe_gen, self.v_proj_moe_gen))
+        query, key = self.q_norm_moe_gen(self._heads(query)), self.k_norm_moe_gen(self._heads(key))
+        return rotate(query, *angles), rotate(key, *angles), self._heads(value)
+
+    def understand(self, x_LD: Tensor, cos_LK: Tensor, signed_sin_LK: Tensor, attend: AttendOne, layer: int) -> Tensor:
+        """The understanding expert alone, without gradients."""
+        query, key, value = (self._heads(project(x_LD)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        both = torch.cat([self.q_norm(query), self.k_norm(key)], dim=1)
+        both = torch.addcmul(both * cos_LK, both.roll(self.head // 2, -1), signed_sin_LK)
+        query, key = both.split([query.shape[1], key.shape[1]], dim=1)
+        return self.o_proj(attend(layer, query, key, value).flatten(1))
+
+    def _heads(self, x_LD: Tensor) -> Tensor:
+        return x_LD.unflatten(-1, (-1, self.head))
 
     def forward(
         self, und: Tensor, gen: Tensor, angles: tuple[Pair, Pair], attend: Attend, layer: int, freeze_und: bool
     ) -> Pair:
-        sides = self._project(und, "", angles[0], freeze_und), self._project(gen, "_moe_gen", angles[1], False)
-        query, key, value = zip(*sides, strict=True)
+        und_sides, gen_sides = self._understand(und, angles[0], freeze_und), self._generate(gen, angles[1])
+        query, key, value = zip(und_sides, gen_sides, strict=True)
         und, gen = attend(layer, query, key, value)
         und = self.o_proj(und.flatten(1))
         return und.detach() if freeze_und else und, self.o_proj_moe_gen(gen.flatten(1))
@@ -98,6 +558,11 @@ class MoTDecoderLayer(nn.Module):
         gen = gen + self.mlp_moe_gen(self.post_attention_layernorm_moe_gen(gen))
         return und + (thought.detach() if freeze_und else thought), gen
 
+    def understand(self, x: Tensor, cos: Tensor, signed_sin: Tensor, attend: AttendOne, layer: int) -> Tensor:
+        """The understanding expert alone, where no token is generated and no gradient wanted."""
+        x = x + self.self_attn.understand(self.input_layernorm(x), cos, signed_sin, attend, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
 
 class MoTDecoder(nn.Module):
     """Embeddings, layers and the two final norms."""
@@ -123,6 +588,16 @@ class MoTDecoder(nn.Module):
                 und, gen = layer(und, gen, angles, attend, number, freeze_und)
         und = self.norm(und)
         return und.detach() if freeze_und else und, self.norm_moe_gen(gen)
+
+    def understand(self, x_LD: Tensor, position_L: Tensor, attend: AttendOne) -> Tensor:
+        """Hidden states (L, D) of the understanding expert alone before the final norm, without gradients."""
+        cos, sin = rotary_angles(position_L, self.head_width, self.theta)
+        sin[:, : self.head_width // 2].neg_()  # (x1, x2) -> (x1, x2) cos + (x2, x1) signed sin
+        cos, sin = cos[:, None].to(x_LD.dtype), sin[:, None].to(x_LD.dtype)
+        for number, layer in enumerate(self.layers):
+            assert isinstance(layer, MoTDecoderLayer)
+            x_LD = layer.understand(x_LD, cos, sin, attend, number)
+        return x_LD
 
 
 class LanguageModel(nn.Module):

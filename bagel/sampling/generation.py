@@ -6,29 +6,33 @@ Letters of shapes: N latent tokens of one picture, C numbers of a latent token.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from bagel.modules.layers import patchify, position_ids, sampling_times
-from bagel.sampling.context import Context
+from bagel.data.tokenizer import SpecialTokens
+from bagel.model import Bagel, sampling_times
+from bagel.modules.vision import Autoencoder
+from bagel.packing import patchify, position_ids
+from bagel.sampling.context import Context, TextCache
 from shared.errors import UserError
 
 
-@dataclass(frozen=True)
-class SpecialTokens:
-    """Ids of the four marks."""
+class Wrapper(Protocol):
+    """What holds the model in training: data parallelism, or the loop's handle with its precision."""
 
-    bos: int
-    eos: int
-    start_of_image: int
-    end_of_image: int
+    @property
+    def module(self) -> nn.Module: ...
 
-    @classmethod
-    def from_names(cls, ids: dict[str, int]) -> "SpecialTokens":
-        """From the mapping with the names of the released code."""
-        return cls(ids["bos_token_id"], ids["eos_token_id"], ids["start_of_image"], ids["end_of_image"])
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Tensor]: ...
+
+
+def bare(model: Bagel | Wrapper) -> Bagel:
+    """The model inside its wrapper, for its settings and its device; calls go through the wrapper."""
+    inner = model if isinstance(model, Bagel) else model.module
+    assert isinstance(inner, Bagel)
+    return inner
 
 
 @dataclass
@@ -53,7 +57,7 @@ class Block:
 
 
 def extend(
-    model: nn.Module,
+    model: Bagel | Wrapper,
     contexts: Sequence[Context],
     blocks: Sequence[Block],
     *,
@@ -64,22 +68,35 @@ def extend(
 
     Blocks of one call are all text or all pictures. With `store` the contexts grow.
     """
-    config, device = _plain(model).config, next(_plain(model).parameters()).device
-    text, vit, vae, positions, start = [], [], [], [], 0
+    answer = model(query_of(model, contexts, blocks, store=store, want=want))
+    if store:
+        for context, block in zip(contexts, blocks, strict=True):
+            context.advance(block.length, 1 if block.is_image else block.length)
+    return answer.get(want)
+
+
+def query_of(
+    model: Bagel | Wrapper, contexts: Sequence[Context], blocks: Sequence[Block], *, store: bool, want: str
+) -> dict[str, Any]:
+    """The tokens of blocks, each behind its context, in the form that the model takes."""
+    config, device = bare(model).config, next(bare(model).parameters()).device
+    places: dict[str, list[int]] = {"text": [], "vit": [], "vae": [], "position": []}
+    start = 0
     for context, block in zip(contexts, blocks, strict=True):
-        image = range(start + 1, start + 1 + len(block.cells))
-        text += [start, start + block.length - 1] if block.is_image else range(start, start + block.length)
-        (vit if block.vit_tokens is not None else vae).extend(image)
-        positions += (
-            [context.rope] * block.length if block.is_image else range(context.rope, context.rope + block.length)
-        )
-        start += block.length
-    index = {"text": text, "vit": vit, "vae": vae, "position": positions}
-    index = {name: torch.tensor(values, dtype=torch.long, device=device) for name, values in index.items()}
-    seen = [block for block in blocks if block.vit_tokens is not None]
-    drawn = [block for block in blocks if block.latents is not None]
+        stop = start + block.length
+        if block.is_image:
+            places["text"] += [start, stop - 1]
+            places["vae" if block.vit_tokens is None else "vit"] += range(start + 1, stop - 1)
+            places["position"] += [context.rope] * block.length
+        else:
+            places["text"] += range(start, stop)
+            places["position"] += range(context.rope, context.rope + block.length)
+        start = stop
+    index = {name: torch.tensor(values, dtype=torch.long, device=device) for name, values in places.items()}
+    seen = [(block.vit_tokens, block.cells) for block in blocks if block.vit_tokens is not None]
+    drawn = [(block.latents, block.cells) for block in blocks if block.latents is not None]
     vit_width = config.vision.num_channels * config.vision.patch_size**2
-    query = {
+    return {
         "contexts": contexts,
         "query_lens": [block.length for block in blocks],
         "causal": not blocks[0].is_image,
@@ -90,23 +107,15 @@ def extend(
         "packed_text_indexes": index["text"],
         "packed_vit_token_indexes": index["vit"],
         "packed_vae_token_indexes": index["vae"],
-        "packed_vit_tokens": _joined([block.vit_tokens for block in seen], (0, vit_width), device),
-        "packed_vit_position_ids": _joined([block.cells for block in seen], (0,), device).long(),
-        "vit_token_seqlens": [len(block.cells) for block in seen],
-        "latents": _joined([block.latents for block in drawn], (0, config.latent_width), device),
-        "packed_latent_position_ids": _joined([block.cells for block in drawn], (0,), device).long(),
-        "t": torch.tensor([block.t for block in drawn for _ in range(len(block.cells))], device=device),
+        "packed_vit_tokens": _joined([tokens for tokens, _ in seen], (0, vit_width), device),
+        "packed_vit_position_ids": _joined([cells for _, cells in seen], (0,), device).long(),
+        "vit_token_seqlens": [len(cells) for _, cells in seen],
+        "latents": _joined([latents for latents, _ in drawn], (0, config.latent_width), device),
+        "packed_latent_position_ids": _joined([cells for _, cells in drawn], (0,), device).long(),
+        "t": torch.tensor(
+            [block.t for block in blocks if block.latents is not None for _ in block.cells], device=device
+        ),
     }
-    answer = model(query)
-    if store:
-        for context, block in zip(contexts, blocks, strict=True):
-            context.advance(block.length, 1 if block.is_image else block.length)
-    return answer.get(want)
-
-
-def _plain(model: nn.Module) -> nn.Module:
-    """The model inside a wrapper of data parallelism."""
-    return model.module if hasattr(model, "module") else model
 
 
 def _joined(tensors: list[Tensor], empty: tuple[int, ...], device: torch.device) -> Tensor:
@@ -118,9 +127,9 @@ def text_block(ids: list[int], tokens: SpecialTokens) -> Block:
     return Block([tokens.bos, *ids, tokens.eos])
 
 
-def vit_block(model: nn.Module, image: Tensor, tokens: SpecialTokens) -> Block:
+def vit_block(model: Bagel | Wrapper, image: Tensor, tokens: SpecialTokens) -> Block:
     """A picture (3, H, W) in [-1, 1] as the vision tower sees it."""
-    config = _plain(model).config
+    config = bare(model).config
     patch = config.vision.patch_size
     cells = position_ids(
         image.shape[1] // patch,
@@ -132,15 +141,15 @@ def vit_block(model: nn.Module, image: Tensor, tokens: SpecialTokens) -> Block:
 
 
 def latent_block(
-    model: nn.Module, latents_NC: Tensor, rows: int, columns: int, t: float, tokens: SpecialTokens
+    model: Bagel | Wrapper, latents_NC: Tensor, rows: int, columns: int, t: float, tokens: SpecialTokens
 ) -> Block:
     """A picture as latent tokens at time t; t = 0 is clean."""
-    config = _plain(model).config
+    config = bare(model).config
     cells = position_ids(rows, columns, config.max_latent_size, interpolate=config.interpolate_pos)
     return Block([tokens.start_of_image, tokens.end_of_image], latents=latents_NC, cells=cells, t=t)
 
 
-def clean_latents(autoencoder: nn.Module, image: Tensor, latent_patch: int, *, noise: Tensor | None = None) -> Tensor:
+def clean_latents(autoencoder: Autoencoder, image: Tensor, latent_patch: int, *, noise: Tensor | None = None) -> Tensor:
     """A picture (3, H, W) as latent tokens (N, C); `noise` samples the posterior, without it the mean is taken."""
     device = next((value.device for value in autoencoder.parameters()), image.device)
     latent = autoencoder.encode(image[None].to(device), noise)
@@ -152,7 +161,7 @@ def clean_latents(autoencoder: nn.Module, image: Tensor, latent_patch: int, *, n
 
 @torch.no_grad()
 def continue_text(
-    model: nn.Module,
+    model: Bagel | Wrapper,
     contexts: Sequence[Context],
     tokens: SpecialTokens,
     *,
@@ -168,36 +177,43 @@ def continue_text(
     The lists start with the start mark and hold no end mark. The contexts given are not changed. end: the id that stops
     a text; -1: the end mark, None: nothing. logits_out receives the logits of every step, (active contexts, V).
     """
+    if temperature < 0:
+        raise UserError(f"temperature {temperature} is below 0; give 0 for the likeliest token, or more")
     end = tokens.eos if end == -1 else end
-    growing = [context.copy() for context in contexts]
+    device = next(bare(model).parameters()).device
     texts: list[list[int]] = [[] for _ in contexts]
-    newest = [tokens.bos] * len(contexts)
-    active = list(range(len(contexts)))
+    if not contexts:
+        return texts
+    cache = TextCache(contexts, max_length, device)
+    newest = torch.full((len(contexts),), tokens.bos, device=device)
+    active = list(range(len(contexts)))  # the text of each row
     for _ in range(max_length):
-        for number in active:
-            texts[number].append(newest[number])
-        logits = extend(
-            model,
-            [growing[number] for number in active],
-            [Block([newest[number]]) for number in active],
-            store=True,
-            want="logits",
-        )
+        for number, token in zip(active, newest.tolist(), strict=True):
+            texts[number].append(token)
+        logits = model({"newest": newest, "cache": cache})["logits"]
         if logits_out is not None:
             logits_out.append(logits)
-        if do_sample:
-            chosen = torch.multinomial(torch.softmax(logits.cpu() / temperature, dim=-1), 1, generator=generator)[:, 0]
-        else:
-            chosen = logits.argmax(dim=-1)
-        for number, token in zip(active, chosen.tolist(), strict=True):
-            newest[number] = token
-        active = [number for number in active if newest[number] != end]
-        if not active:
+        newest = _drawn(logits, temperature, generator) if do_sample and temperature > 0 else logits.argmax(dim=-1)
+        going_on = [row for row, token in enumerate(newest.tolist()) if token != end]
+        if not going_on:
             break
+        if len(going_on) < len(active):
+            cache.keep(going_on)
+            newest, active = newest[going_on], [active[row] for row in going_on]
     return texts
 
 
+def _drawn(logits_BV: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    """One token a row, where a uniform number falls among the summed probabilities; the logits stay on their device."""
+    sums_BV = torch.softmax(logits_BV / temperature, dim=-1).double().cumsum(-1)
+    uniform = torch.rand(len(logits_BV), 1, generator=generator, dtype=torch.float64).to(logits_BV.device)
+    return torch.searchsorted(sums_BV, uniform * sums_BV[:, -1:]).squeeze(1).clamp_max(logits_BV.shape[1] - 1)
+
+
 # --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+Renorm = Literal["global", "channel", "text_channel"]
 
 
 @dataclass(frozen=True)
@@ -210,7 +226,7 @@ class Guidance:
     cfg_img_scale: float = 1.5
     cfg_interval: tuple[float, float] = (0.4, 1.0)
     cfg_renorm_min: float = 0.0
-    cfg_renorm_type: Literal["global", "channel", "text_channel"] = "global"
+    cfg_renorm_type: Renorm = "global"
     num_timesteps: int = 50
     timestep_shift: float = 3.0
 
@@ -236,7 +252,7 @@ class Drawing:
 
 @torch.no_grad()
 def draw(
-    model: nn.Module,
+    model: Bagel | Wrapper,
     drawings: Sequence[Drawing],
     guidance: Guidance,
     tokens: SpecialTokens,
@@ -249,21 +265,31 @@ def draw(
     """
     times = sampling_times(guidance.num_timesteps, guidance.timestep_shift).tolist()
     latents = [drawing.noise for drawing in drawings]
+    query: dict[str, Any] = {}
+    computed: list[list[str]] | None = None
     for now, then in zip(times[:-1], times[1:], strict=True):
         branches = [_branches(drawing, guidance, now) for drawing in drawings]
-        contexts = [context for branch in branches for context in branch.values()]
-        blocks = [
-            latent_block(model, latent, drawing.rows, drawing.columns, now, tokens)
-            for latent, drawing, branch in zip(latents, drawings, branches, strict=True)
-            for _ in branch
-        ]
-        velocity = extend(model, contexts, blocks, store=False, want="velocity")
-        parts = iter(velocity.to(latents[0].device).split([len(block.cells) for block in blocks]))
+        if computed != (computed := [list(branch) for branch in branches]):
+            # Built once for all steps with the same branches: only latents and time change.
+            contexts = [context for branch in branches for context in branch.values()]
+            blocks = [
+                latent_block(model, latent, drawing.rows, drawing.columns, now, tokens)
+                for latent, drawing, branch in zip(latents, drawings, branches, strict=True)
+                for _ in branch
+            ]
+            query = {**query_of(model, contexts, blocks, store=False, want="velocity"), "repeats": True}
+        device = query["latents"].device
+        query["latents"] = torch.cat(
+            [latent for latent, branch in zip(latents, branches, strict=True) for _ in branch]
+        ).to(device)
+        query["t"] = torch.full_like(query["t"], now)
+        velocity = model(query)["velocity"].to(latents[0].device)
+        parts = iter(velocity.split([length - 2 for length in query["query_lens"]]))
         guided = []
         for branch in branches:
             found = {name: next(parts) for name in branch}
             guided.append(guide(found["main"], found.get("text"), found.get("image", found["main"]), guidance))
-        latents = [latent - (now - then) * velocity for latent, velocity in zip(latents, guided, strict=True)]
+        latents = [latent - (now - then) * step for latent, step in zip(latents, guided, strict=True)]
         if velocities_out is not None:
             velocities_out.append(guided)
     return latents

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from bagel.config import Config, DataConfig, ModelConfig
-from bagel.data.layout import transforms_of
-from bagel.data.tokenizer import Tokenizer, load_tokenizer
+from bagel.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_folder
+from bagel.dataset import transforms_of
 from bagel.inferencer import InterleaveInferencer
 from bagel.model import Bagel
 from bagel.modules.lora import adapters, merge_adapters
-from bagel.modules.vae import Autoencoder
-from bagel.weights.pretrained import build_model, export_folder, load_autoencoder, read_config
+from bagel.modules.vision import Autoencoder
+from bagel.weights.pretrained import AUTOENCODER, build_model, export_folder, load_autoencoder, read_config
 from shared.config import load_saved
 from shared.engine.checkpoint import find_checkpoint, load_weights
 from shared.errors import UserError
@@ -42,12 +42,15 @@ class Opened:
     source: Path
 
     def inferencer(self, **settings: Any) -> InterleaveInferencer:
+        vae, vit, edit = transforms_of(self.data, self.model_config)
         return InterleaveInferencer(
             self.model,
             self.autoencoder,
             self.tokenizer,
-            *transforms_of(self.data, self.model_config),
+            vae,
+            vit,
             self.tokenizer.special,
+            edit_vit_transform=edit,
             **settings,
         )
 
@@ -59,10 +62,13 @@ def open_model(
     prefer_ema: bool = True,
     device: str = "auto",
     dtype: torch.dtype | None = None,
+    whole_base: bool = False,
+    merge: bool = True,
 ) -> Opened:
     """A run's folder, one of its checkpoints, or a folder of released form.
 
-    model_path: where the base of a run lies now, if it has moved. Adapters are merged unless the base is quantized.
+    model_path: where the base of a run lies now, if it has moved. Adapters are merged, unless the base is quantized or
+    `merge` is off. whole_base: take the base's full weights, also where training kept it in few bits.
     """
     source = Path(path)
     if not source.exists():
@@ -84,17 +90,25 @@ def open_model(
         config = _config_of(checkpoint)
         if model_path:
             config.model.model_path = model_path
+        if whole_base:
+            config.model.quantization = "none"
         model_config, data = read_config(config.model), config.data
         tokenizer = load_tokenizer(model_config)
         model = build_model(
             model_config, rows=tokenizer.vocab_size, dtype=torch.bfloat16 if config.run.precision == "bf16" else None
         )
         _put(model, load_weights(checkpoint, prefer_ema=prefer_ema), checkpoint)
-        if adapters(model) and model_config.quantization == "none":
+        if merge and adapters(model) and model_config.quantization == "none":
             merge_adapters(model)
     model = model.to(chosen, dtype) if dtype is not None else model.to(chosen)
-    autoencoder = load_autoencoder(model_config).to(chosen)
+    autoencoder = load_autoencoder(model_config, None if config is None else _run_of(checkpoint)).to(chosen)
     return Opened(config, model_config, model.eval().requires_grad_(False), autoencoder, tokenizer, data, source)
+
+
+def _run_of(checkpoint: Path) -> Path:
+    """The output folder that a checkpoint belongs to."""
+    folders = [folder for folder in (checkpoint, *checkpoint.parents) if (folder / AUTOENCODER).is_file()]
+    return folders[0] if folders else checkpoint
 
 
 def _config_of(checkpoint: Path) -> Config:
@@ -137,15 +151,29 @@ def _put(model: Bagel, weights: dict[str, Tensor], source: Path) -> None:
             own[name].copy_(value)
 
 
+def tokenizer_files(config: ModelConfig) -> list[Path]:
+    """The files of the model's tokenizer; none for bytes."""
+    name = config.tokenizer or config.model_path or config.llm_path
+    if name is None or name == "bytes":
+        return []
+    folder = tokenizer_folder(name)
+    return [folder / file for file in TOKENIZER_FILES if (folder / file).is_file()]
+
+
 def finish(config: Config, model_config: ModelConfig) -> None:
-    """At the end of a run, on rank 0: the folder that --model-path takes. Adapters stay beside their base."""
+    """At the end of a run, on rank 0: the folder that --model-path takes, in the type that was computed in. Adapters
+    stay beside their base; the command that merges them is said.
+    """
+    output = Path(config.run.output_dir)
+    if config.model.use_lora:
+        print(
+            f"adapters in {output}; python bagel/weights/export.py --checkpoint {output} --output DIR merges them into "
+            "a folder of released form, and --form peft writes them for PEFT"
+        )
     if not config.training.export or config.model.use_lora:
         return
-    output = Path(config.run.output_dir)
     opened = open_model(str(output), device="cpu")
-    files = []
-    if model_config.tokenizer != "bytes":
-        folder = Path(model_config.tokenizer or model_config.model_path)
-        files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    export_folder(output / "model", model_config, opened.model.state_dict(), opened.autoencoder, files)
+    dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
+    weights, files = opened.model.state_dict(), tokenizer_files(model_config)
+    export_folder(output / "model", model_config, weights, opened.autoencoder, files, dtype=dtype)
     print(f"wrote {output / 'model'}, a folder that --model-path and --checkpoint take")

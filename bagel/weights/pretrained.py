@@ -1,29 +1,48 @@
-"""Reading and writing folders of released form: llm_config, vit_config, ae.safetensors, ema.safetensors, tokenizer."""
+"""Folders of released form (llm_config, vit_config, ae.safetensors, ema.safetensors, tokenizer) in and out, and a start
+from a plain Qwen2.5 with a SigLIP tower.
+"""
 
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bagel.config import AutoencoderConfig, LanguageConfig, ModelConfig, VisionConfig
-from bagel.model import Bagel
-from bagel.modules.layers import PositionTable, RMSNorm
+from bagel.model import Bagel, PositionTable
 from bagel.modules.lora import add_adapters
 from bagel.modules.quantization import QuantizedLinear, quantize_projections
-from bagel.modules.vae import Autoencoder, FluxAutoencoder, build_autoencoder
-from bagel.modules.vit import linear_patch_embedding
+from bagel.modules.transformer import MoTAttention, RMSNorm
+from bagel.modules.vision import (
+    Autoencoder,
+    ConvAutoencoder,
+    PixelAutoencoder,
+    build_autoencoder,
+    linear_patch_embedding,
+)
+from shared.config import Section
 from shared.engine.checkpoint import load_strict
 from shared.errors import UserError
 
-WEIGHTS = ("ema.safetensors", "model.safetensors")
+WEIGHTS = ("ema.safetensors", "model.safetensors")  # whole, or with an index of shards beside them
+# A weight file holds each of these parts whole or not at all; what of a plain language model is missing starts anew.
+PARTS = {
+    "query and key norms": r".*\.self_attn\.[qk]_norm\.weight",
+    "generation expert": r".*_moe_gen.*",
+    "vision tower": r"vit_model\..*",
+    "connector": r"connector\..*",
+    "time embedder and latent heads": r"(time_embedder|vae2llm|llm2vae)\..*",
+}
+AUTOENCODER = "autoencoder.safetensors"  # the convolutional one, in the folder of the run that trained it
 TABLES = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")
 
 
@@ -33,7 +52,7 @@ def read_config(config: ModelConfig) -> ModelConfig:
     Raises FileNotFoundError for a missing file, a UserError for one that does not make sense.
     """
     if config.model_path is None:
-        return config
+        return config if config.llm_path is None else _plain_config(config)
     folder = Path(config.model_path)
     if not folder.is_dir():
         raise UserError(
@@ -41,15 +60,8 @@ def read_config(config: ModelConfig) -> ModelConfig:
             f"and ema.safetensors"
         )
     language = _section(LanguageConfig, _read_json(folder / "llm_config.json"), folder / "llm_config.json")
-    vision = {"num_hidden_layers": 27, **_read_json(folder / "vit_config.json")}
-    vision = _section(VisionConfig, vision, folder / "vit_config.json")
-    running = vision.num_hidden_layers - 1  # features of the second-last layer
-    if running < 1:
-        raise UserError(f"{folder / 'vit_config.json'}: num_hidden_layers must be 2 or more, for the last does not run")
-    changes: dict[str, Any] = {
-        "language": language,
-        "vision": vision.model_copy(update={"num_hidden_layers": running}),
-    }
+    vision = _vision(_read_json(folder / "vit_config.json"), folder / "vit_config.json")
+    changes: dict[str, Any] = {"language": language, "vision": vision}
     extra = folder / "bagel_config.json"  # written by export_folder; the released folder has none
     if extra.is_file():
         saved = {name: value for name, value in _read_json(extra).items() if value is not None}
@@ -60,8 +72,33 @@ def read_config(config: ModelConfig) -> ModelConfig:
     if changes["autoencoder"].kind == "flux" and not (folder / "ae.safetensors").is_file():
         raise FileNotFoundError(2, "missing in the model folder", str(folder / "ae.safetensors"))
     if not config.from_scratch:
-        _weights_file(folder)
+        weight_files(folder)
     return config.model_copy(update=changes)
+
+
+def _plain_config(config: ModelConfig) -> ModelConfig:
+    """Sizes of a Qwen2.5 folder, a SigLIP folder and a FLUX autoencoder."""
+    if config.vae_path is None:
+        raise UserError("--llm-path starts from a plain language model, which needs --vae-path ae.safetensors as well")
+    assert config.llm_path is not None  # the caller asked
+    path = Path(config.llm_path) / "config.json"
+    changes: dict[str, Any] = {"language": _section(LanguageConfig, _read_json(path), path)}
+    if config.vit_path is not None:
+        path = Path(config.vit_path) / "config.json"
+        values = _read_json(path)
+        changes["vision"] = _vision(values.get("vision_config", values), path)
+    changes["autoencoder"] = _autoencoder_sizes(Path(config.vae_path), config.autoencoder)
+    for folder in filter(None, (config.llm_path, config.vit_path)):
+        weight_files(Path(folder))
+    return config.model_copy(update=changes)
+
+
+def _vision(values: dict[str, Any], path: Path) -> VisionConfig:
+    """SigLIP's sizes; the last of its layers does not run, for the features are those of the second-last."""
+    vision = _section(VisionConfig, {"num_hidden_layers": 27, **values}, path)
+    if vision.num_hidden_layers < 2:
+        raise UserError(f"{path}: num_hidden_layers must be 2 or more, for the last does not run")
+    return vision.model_copy(update={"num_hidden_layers": vision.num_hidden_layers - 1})
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -76,10 +113,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _section(kind: type, values: dict[str, Any], path: Path) -> Any:
+S = TypeVar("S", bound=Section)
+
+
+def _section(kind: type[S], values: dict[str, Any], path: Path) -> S:
     try:
         return kind(**{name: values[name] for name in kind.model_fields if name in values})
-    except ValueError as error:
+    except ValidationError as error:
         reasons = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise UserError(f"{path}: {reasons}") from None
 
@@ -129,8 +169,11 @@ def build_model(config: ModelConfig, *, rows: int = 0, dtype: torch.dtype | None
     config: as read_config returns it. rows: least rows of the embedding (the tokenizer's ids). dtype: of frozen weights
     when adapters are trained; all that trains is fp32.
     """
-    if config.model_path is None and not config.from_scratch:
-        raise UserError("no weights: give --model-path FOLDER, or --from-scratch to start from random weights")
+    if config.model_path is None and config.llm_path is None and not config.from_scratch:
+        raise UserError(
+            "no weights: give --model-path FOLDER, --llm-path FOLDER of a plain Qwen2.5, or --from-scratch to start "
+            "from random weights"
+        )
     with torch.device("meta"):
         model = Bagel(config)
     if config.use_lora and dtype is not None:
@@ -144,7 +187,8 @@ def build_model(config: ModelConfig, *, rows: int = 0, dtype: torch.dtype | None
     if config.from_scratch:
         _random(model)
     else:
-        load_released(model, _weights_file(Path(config.model_path)))
+        folders = [config.model_path] if config.model_path else [config.llm_path, config.vit_path]
+        load_released(model, [file for folder in folders if folder for file in weight_files(Path(folder))])
     model.language_model.resize_vocabulary(rows)
     model.freeze()
     if config.use_lora:
@@ -165,57 +209,152 @@ def _random(model: Bagel) -> None:
     model.initialize()
 
 
-def _weights_file(folder: Path) -> Path:
+def weight_files(folder: Path) -> list[Path]:
+    """The files with a folder's weights: one, or the shards of an index."""
     for name in WEIGHTS:
         if (folder / name).is_file():
-            return folder / name
+            return [folder / name]
+    for name in WEIGHTS:
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            shards = _read_json(index).get("weight_map")
+            if not isinstance(shards, dict) or not shards:
+                raise UserError(f"{index}: expected 'weight_map', which names the file of every weight")
+            files = [folder / shard for shard in sorted(set(shards.values()))]
+            for file in files:
+                if not file.is_file():
+                    raise FileNotFoundError(2, "missing in the model folder", str(file))
+            return files
     raise FileNotFoundError(2, "missing in the model folder", str(folder / WEIGHTS[0]))
 
 
-def load_released(model: Bagel, path: Path) -> None:
+def fitting_preset(folder: Path, world: int) -> tuple[str, str]:
+    """(preset, why) for the weights in a folder of released form and this machine: the one that trains most of what
+    fits. Full training needs 20 bytes a value over all ranks (weights, gradients, moments, average), adapters 2 a
+    value, adapters on 4 bits 0.75, and activations, which grow with width and depth. UserError: nothing fits.
+    """
+    language = _section(LanguageConfig, _read_json(folder / "llm_config.json"), folder / "llm_config.json")
+    count = count_weights(folder)
+    size = language.hidden_size * language.num_hidden_layers / (3584 * 28)
+    needs = {  # bytes a rank, activations as the dry run measures them for the 7B
+        "7b": 20 * count / world + 35e9 * size,
+        "7b_lora": 2 * count + 7e9 * size,
+        "7b_nf4": 0.75 * count + 5e9 * size,
+    }
+    memory, where = _memory()
+    for preset, need in needs.items():
+        if need <= memory:
+            larger = list(needs)[: list(needs).index(preset)]
+            refused = "".join(f"; {name} would need {needs[name] / 1e9:.0f} GB" for name in larger)
+            return preset, (
+                f"{count:,} values, {world} rank(s) with {memory / 1e9:.0f} GB of {where}: preset {preset} takes about "
+                f"{need / 1e9:.1f} GB a rank{refused}"
+            )
+    raise UserError(
+        f"--model-path {folder}: {count:,} values do not fit {memory / 1e9:.0f} GB of {where}: the smallest preset, "
+        f"7b_nf4, needs about {needs['7b_nf4'] / 1e9:.0f} GB; use a larger GPU, or choose a preset with --config"
+    )
+
+
+def _memory() -> tuple[float, str]:
+    """Bytes that a rank may use, and of what."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.get_device_properties(0).total_memory), "GPU memory"
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return float(pages), "host memory"
+
+
+def count_weights(folder: Path) -> int:
+    """Values in a folder's weight files, from their headers."""
+    return sum(math.prod(shape) for file in weight_files(folder) for shape in _shapes(file).values())
+
+
+def released_name(name: str) -> str | None:
+    """The name in our model of a weight of BAGEL, of a plain Qwen2 or of SigLIP, with or without the prefix of data
+    parallelism; None for what SigLIP has and BAGEL does not use.
+    """
+    name = name.removeprefix("module.")
+    if name.startswith(("model.", "lm_head.")):
+        return f"language_model.{name}"
+    if name.startswith("vision_model."):
+        name = f"vit_model.{name}"
+    if name.startswith(("text_model.", "logit_", "vit_model.vision_model.head.")):
+        return None
+    return name
+
+
+def load_released(model: Bagel, files: Sequence[Path]) -> None:
     """Copy weights one by one, so that no second copy of the model is held; names and shapes must fit.
 
-    The two position tables are left out. Where no generation expert is in the file it starts as a copy of the other,
-    when the settings allow. A convolution for patches becomes its linear form. Quantized layers are filled as they are
-    read.
+    The two position tables are left out. A convolution for patches becomes its linear form. Quantized layers are filled
+    as they are read. Files without any weight of BAGEL's own are a plain language model: query and key norms stay one,
+    the generation expert starts as a copy of the other, and what else is missing as a whole is drawn, which is said.
     """
     targets = dict(model.named_parameters())
     quantized = {
         f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)
     }
-    loaded, faults = set(), []
-    with _open(path) as file, torch.no_grad():
-        for name in file.keys():
-            if name in TABLES:
-                continue
-            value = file.get_tensor(name)
-            if name.endswith("patch_embedding.weight") and value.ndim == 4:
-                value = linear_patch_embedding(value)
-            wanted = _shape(targets.get(name), quantized.get(name))
-            if wanted is None:
-                faults.append(f"{name} is not in this model")
-            elif tuple(value.shape) != wanted:
-                faults.append(f"{name} has shape {tuple(value.shape)}, expected {wanted}")
-            else:
-                quantized[name].store(value) if name in quantized else targets[name].copy_(value)
-                loaded.add(name)
-    missing = {*targets, *quantized} - loaded - set(TABLES)
-    experts = {name for name in missing if "_moe_gen" in name}
-    copied = (
-        bool(experts)
-        and model.config.copy_init_moe
-        and not quantized
-        and not any("_moe_gen" in name for name in loaded)
-    )
-    if missing - (experts if copied else set()):
-        faults += [f"{name} is missing in the file" for name in sorted(missing - (experts if copied else set()))]
+    loaded: set[str] = set()
+    faults: list[str] = []
+    layers = len(model.vit_model.vision_model.encoder.layers)
+    with torch.no_grad():
+        for path in files:
+            with _open(path) as file:
+                for stored in file.keys():
+                    name = released_name(stored)
+                    unused = re.match(r"vit_model\.vision_model\.encoder\.layers\.(\d+)\.", name or "")
+                    if name is None or name in TABLES or (unused and int(unused[1]) >= layers and stored != name):
+                        continue
+                    value = file.get_tensor(stored)
+                    if name.endswith("patch_embedding.weight") and value.ndim == 4:
+                        value = linear_patch_embedding(value)
+                    wanted = _shape(targets.get(name), quantized.get(name))
+                    if wanted is None:
+                        faults.append(f"{stored} is not in this model")
+                    elif tuple(value.shape) != wanted:
+                        faults.append(f"{stored} has shape {tuple(value.shape)}, expected {wanted}")
+                    else:
+                        quantized[name].store(value) if name in quantized else targets[name].copy_(value)
+                        loaded.add(name)
+    where = files[0] if len(files) == 1 else files[0].parent
+    _complete(model, {*targets, *quantized} - set(TABLES), loaded, faults, str(where))
+
+
+def _complete(model: Bagel, wanted: set[str], loaded: set[str], faults: list[str], where: str) -> None:
+    """Start anew what a plain language model lacks; refuse everything else that is missing."""
+    missing, quantized = wanted - loaded, model.config.quantization != "none"
+    heads = [name for name in loaded if re.fullmatch(PARTS["time embedder and latent heads"], name)]
+    is_plain = not heads and model.config.copy_init_moe and not quantized
+    absent = []
+    for part, pattern in PARTS.items():
+        names = {name for name in wanted if re.fullmatch(pattern, name)}
+        copied = part == "generation expert" and model.config.copy_init_moe and not quantized
+        if names and names <= missing and (is_plain or copied):
+            absent.append(part)
+            missing -= names
+    head, embedding = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+    if is_plain and head in missing and embedding in loaded:  # a small Qwen2.5 ties the two
+        model.language_model.lm_head.weight.data.copy_(model.language_model.model.embed_tokens.weight)
+        missing.discard(head)
+    faults += [f"{name} is missing in the file" for name in sorted(missing)]
     if faults:
         raise UserError(
-            f"{path} does not fit the model, {len(faults)} faults: {'; '.join(faults[:6])}"
+            f"{where} does not fit the model, {len(faults)} faults: {'; '.join(faults[:6])}"
             f"{'; ...' if len(faults) > 6 else ''}"
         )
-    if copied:
+    drawn = [part for part in absent if part not in ("generation expert", "query and key norms")]
+    for name in ("vit_model", "connector", "time_embedder", "vae2llm", "llm2vae"):
+        if any(re.fullmatch(PARTS[part], f"{name}.x") for part in drawn):
+            model.initialize(only=f"{name}.")
+    if "query and key norms" in absent:
+        for module in model.modules():
+            if isinstance(module, MoTAttention):
+                for norm in (module.q_norm, module.k_norm, module.q_norm_moe_gen, module.k_norm_moe_gen):
+                    nn.init.ones_(norm.weight)
+    if "generation expert" in absent:
         model.language_model.copy_experts()
+    if drawn:
+        print(f"{where}: a plain language model: {' and '.join(drawn)} start from random weights", flush=True)
 
 
 def _shape(parameter: nn.Parameter | None, quantized: QuantizedLinear | None) -> tuple[int, ...] | None:
@@ -224,19 +363,48 @@ def _shape(parameter: nn.Parameter | None, quantized: QuantizedLinear | None) ->
     return None if parameter is None else tuple(parameter.shape)
 
 
-def load_autoencoder(config: ModelConfig) -> Autoencoder:
-    """The frozen autoencoder; the released kind needs ae.safetensors in model_path."""
+def load_autoencoder(config: ModelConfig, run: Path | None = None) -> Autoencoder:
+    """The frozen autoencoder, from ae.safetensors of model_path or vae_path; the convolutional one of a run from its
+    output folder `run`.
+    """
     autoencoder = build_autoencoder(config.autoencoder)
-    if isinstance(autoencoder, FluxAutoencoder):
-        if config.model_path is None:
-            raise UserError(
-                "the FLUX autoencoder needs weights: give --model-path with ae.safetensors, or use "
-                "--set model.autoencoder.kind=pixel"
-            )
+    if isinstance(autoencoder, PixelAutoencoder):
+        return autoencoder
+    if config.model_path is not None:
         path = Path(config.model_path) / "ae.safetensors"
-        with _open(path) as file:
-            load_strict(autoencoder, {name: file.get_tensor(name) for name in file.keys()}, what=str(path))
+    elif config.vae_path is not None:
+        path = Path(config.vae_path)
+    elif isinstance(autoencoder, ConvAutoencoder) and run is not None:
+        path = run / AUTOENCODER
+    else:
+        raise UserError(
+            "the FLUX autoencoder needs weights: give --model-path with ae.safetensors, or use "
+            "--set model.autoencoder.kind=pixel"
+        )
+    with _open(path) as file:
+        load_strict(autoencoder, {name: file.get_tensor(name) for name in file.keys()}, what=str(path))
     return autoencoder
+
+
+def _save_weights(folder: Path, weights: dict[str, Tensor], dtype: torch.dtype, shard_bytes: int | None) -> None:
+    """ema.safetensors, or model-0000i-of-0000n.safetensors with model.safetensors.index.json."""
+    shards: list[list[str]] = [[]]
+    size, width = 0, torch.empty((), dtype=dtype).element_size()
+    for name, value in weights.items():
+        if shard_bytes and shards[-1] and size + value.numel() * width > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += value.numel() * width
+    where: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if shard_bytes else WEIGHTS[0]
+        save_file({name: weights[name].to(dtype).contiguous() for name in names}, folder / file, {"format": "pt"})
+        where |= dict.fromkeys(names, file)
+    if shard_bytes:
+        total = sum(value.numel() for value in weights.values()) * width
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (folder / f"{WEIGHTS[1]}.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
 def export_folder(
@@ -247,10 +415,12 @@ def export_folder(
     tokenizer_files: Iterable[Path] = (),
     *,
     dtype: torch.dtype = torch.float32,
+    shard_bytes: int | None = None,
 ) -> None:
     """Write a folder of released form that --model-path takes, aside and renamed.
 
-    bagel_config.json beside it holds what the released form has no place for.
+    bagel_config.json beside it holds what the released form has no place for. shard_bytes: cut the weights into files
+    of at most this size, with an index; None: one file.
     """
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
@@ -268,7 +438,7 @@ def export_folder(
     own["autoencoder"] = config.autoencoder.model_dump()
     for name, values in (("llm_config", language), ("vit_config", vision), ("bagel_config", own)):
         (aside / f"{name}.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    save_file({name: value.to(dtype).contiguous() for name, value in weights.items()}, aside / "ema.safetensors")
+    _save_weights(aside, {name: value.detach() for name, value in weights.items()}, dtype, shard_bytes)
     save_file({name: value.contiguous() for name, value in autoencoder.state_dict().items()}, aside / "ae.safetensors")
     for path in tokenizer_files:
         shutil.copy(path, aside / path.name)

@@ -1,9 +1,12 @@
-"""A small autoencoder, trained in seconds: principal components of patches, and a convolution that mends the seams.
+"""Two small autoencoders: a convolutional one, trained first in the same run, and principal components of patches.
 
-The encoder is linear and orthonormal, so latents keep the variance that they have in the picture (unwhitened: few large
-channels, many small ones) and the held-out loss stays comparable with pixels. The decoder is the transpose and then a
-small convolutional network, trained on latents with noise, so that it also smooths the small disagreements between
-generated patches.
+ConvAutoencoder: fields that overlap, so that what it decodes has no seams. A transformer on pixels or on patches of
+its own guesses every patch by itself, and its pictures are mosaics; on these latents it draws whole objects.
+
+PatchAutoencoder is fitted in seconds. The encoder is linear and orthonormal, so latents keep the variance that they
+have in the picture (unwhitened: few large channels, many small ones) and the held-out loss stays comparable with
+pixels. The decoder is the transpose and then a small convolutional network that mends the seams, trained on latents
+with noise, so that it also smooths the small disagreements between generated patches.
 Shapes: B batch, C channels, P patch side, h w latent grid.
 """
 
@@ -18,6 +21,80 @@ from shared.rng import keyed_generator
 _DECODER = 21  # random stream
 NOISE = 0.3  # largest standard deviation of the noise on the decoder's training latents, which have variance 1
 BATCH = 16
+
+
+class ConvAutoencoder(Codec):
+    """encode(images (B, 3, H, W)) -> (B, C, H/P, W/P), every channel of mean 0 and variance 1; decode back.
+
+    forward is a training step's; `fit` measures the statistics of the channels once it is trained.
+    """
+
+    learns = True
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, *, channels: int, factor: int, width: int) -> None:
+        super().__init__()
+        self.channels, self.factor = channels, factor
+        halvings = factor.bit_length() - 2  # after the first, which only rearranges pixels
+        down, up = [nn.PixelUnshuffle(2), _conv(12, width), nn.SiLU(), _conv(width, width), nn.SiLU()], []
+        for _ in range(halvings):
+            down += [nn.Conv2d(width, 2 * width, 4, stride=2, padding=1), nn.SiLU(), _conv(2 * width, 2 * width)]
+            down.append(nn.SiLU())
+            up: list[nn.Module] = [
+                _conv(2 * width, 4 * width),
+                nn.PixelShuffle(2),
+                nn.SiLU(),
+                _conv(width, width),
+                nn.SiLU(),
+                *up,
+            ]
+            width *= 2
+        self.encoder = nn.Sequential(*down, nn.Conv2d(width, channels, 1))
+        first = [_conv(channels, width), nn.SiLU(), _conv(width, width), nn.SiLU()]
+        self.decoder = nn.Sequential(*first, *up, _conv(width >> halvings, 12), nn.PixelShuffle(2))
+        self.register_buffer("mean", torch.zeros(1, channels, 1, 1))
+        self.register_buffer("std", torch.ones(1, channels, 1, 1))
+
+    def forward(self, images: Tensor, noise: Tensor, spread_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Decoded images and latents, neither clamped nor normalised. On the way to the decoder noise (B, C, h, w) is
+        added, `spread_B` (B,) times as large as the sample's own latents vary: what the transformer draws is off by
+        that much, and the decoder must not care.
+        """
+        latents = self.encoder(images)
+        size = latents.detach().float().flatten(1).std(1) * spread_B
+        return self.decoder(latents + size[:, None, None, None] * noise), latents
+
+    def fit(self, images: Tensor, *, seed: int) -> dict[str, float]:
+        """Normalise the latents of images (N, 3, H, W) by channel, and freeze; returns the round trip's PSNR in dB."""
+        self.requires_grad_(False)
+        with torch.no_grad():
+            latents = torch.cat([self.encoder(part) for part in images.split(64)])
+        self.mean.copy_(latents.mean((0, 2, 3), keepdim=True))
+        self.std.copy_(latents.std((0, 2, 3), keepdim=True).clamp_min(1e-6))
+        error = torch.stack([(self.decode(self.encode(part)) - part).square().mean() for part in images.split(64)])
+        return {"psnr": (10 * torch.log10(4 / error.mean())).item()}
+
+    def moments(self, images: Tensor) -> Tensor:
+        """Latents with no variance, in the form that a cache stores."""
+        latents = self.encode(images)
+        return torch.cat([latents, torch.full_like(latents, -30.0)], dim=1)
+
+    def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The latents of a cache's moments."""
+        return moments[:, : self.channels]
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents (B, C, h, w)."""
+        return (self.encoder(images) - self.mean) / self.std
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images in [-1, 1]."""
+        return self.decoder(latents * self.std + self.mean).clamp(-1, 1)
+
+
+def _conv(inside: int, outside: int) -> nn.Conv2d:
+    return nn.Conv2d(inside, outside, 3, padding=1)
 
 
 class PatchAutoencoder(Codec):

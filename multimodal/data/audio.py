@@ -31,16 +31,21 @@ def read_audio(source: Path | bytes, *, seconds: float | None = None, position: 
     Raises BadSample for a file that does not decode, is empty, or holds numbers that are not finite.
     """
     name = "audio bytes" if isinstance(source, bytes) else str(source)
+    readers = (_read_by_soundfile, _read_by_av)
     try:
-        if isinstance(source, Path) and source.suffix.lower() in BY_AV:
-            samples, rate = _read_by_av(source)
-            samples = _cut(samples, rate, seconds, position)
+        # What a file is stands in its first bytes, not in its name. What one decoder cannot read, the other tries.
+        for reader in readers[::-1] if _is_for_av(source) else readers:
+            try:
+                samples, rate = reader(source, seconds, position)
+                break
+            except BadSample:
+                raise
+            except Exception as error:  # decoders raise many kinds; all mean a broken file
+                problem = str(error).splitlines()[0] if str(error) else type(error).__name__
         else:
-            samples, rate = _read_by_soundfile(source, seconds, position)
-    except BadSample:
-        raise
-    except Exception as error:  # decoders raise many kinds; all mean a broken file
-        raise BadSample(f"{name}: cannot be decoded as sound ({str(error).splitlines()[0]})") from None
+            raise BadSample(f"{name}: cannot be decoded as sound ({problem})")
+    except FileNotFoundError:
+        raise BadSample(f"{name}: no such file") from None
     if samples.size == 0:
         raise BadSample(f"{name}: holds no sound")
     if not np.isfinite(samples).all():
@@ -69,24 +74,34 @@ def _read_by_soundfile(source: Path | bytes, seconds: float | None, position: fl
         return samples_TC[:, 0] if samples_TC.shape[1] == 1 else samples_TC.mean(1), rate
 
 
-def _read_by_av(path: Path) -> tuple[np.ndarray, int]:
+def _is_for_av(source: Path | bytes) -> bool:
+    """Whether the first bytes are those of MP4, Matroska, ADTS (AAC without a container) or ASF."""
+    if isinstance(source, bytes):
+        head = source[:12]
+    else:
+        with open(source, "rb") as file:
+            head = file.read(12)
+    is_adts = len(head) > 1 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0  # an MP3 frame has other layer bits
+    return head[4:8] == b"ftyp" or head[:4] in (b"\x1aE\xdf\xa3", b"0&\xb2u") or is_adts
+
+
+def _read_by_av(source: Path | bytes, seconds: float | None, position: float) -> tuple[np.ndarray, int]:
     import av
 
-    with av.open(str(path)) as container:
+    with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source), "r") as container:
         if not container.streams.audio:
-            raise BadSample(f"{path}: holds no sound track")
-        resampler = av.AudioResampler(format="fltp", layout="mono", rate=SAMPLE_RATE)
-        parts = [
-            frame.to_ndarray()[0] for decoded in container.decode(audio=0) for frame in resampler.resample(decoded)
-        ]
-        parts += [frame.to_ndarray()[0] for frame in resampler.resample(None)]
-    return np.concatenate(parts) if parts else np.zeros(0, np.float32), SAMPLE_RATE
-
-
-def _cut(samples: np.ndarray, rate: int, seconds: float | None, position: float) -> np.ndarray:
+            raise BadSample(f"{source if isinstance(source, Path) else 'audio bytes'}: holds no sound track")
+        # To floats alone: swresample's own mix to mono is sqrt(2) louder than the mean of the channels.
+        resampler, parts, rate = av.AudioResampler(format="fltp"), [], SAMPLE_RATE
+        for decoded in container.decode(audio=0):
+            for frame in resampler.resample(decoded):
+                parts.append(frame.to_ndarray().mean(0))
+                rate = frame.sample_rate
+        parts += [frame.to_ndarray().mean(0) for frame in resampler.resample(None)]
+    samples = np.concatenate(parts) if parts else np.zeros(0, np.float32)
     wanted = len(samples) if seconds is None else min(len(samples), round(seconds * rate))
     start = round(position * (len(samples) - wanted))
-    return samples[start : start + wanted]
+    return samples[start : start + wanted].astype(np.float32), rate
 
 
 # --- spectrogram ------------------------------------------------------------------------------------------------------

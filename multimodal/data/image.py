@@ -16,7 +16,7 @@ from shared.media.pictures import as_rgb
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 100_000_000
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif")
 
 
 def read_image(source: Path | bytes, *, max_side: int | None = None) -> Image.Image:

@@ -1,13 +1,18 @@
-"""What lies on disk: COCO, Clotho, AudioCaps, VoxCeleb and captions in JSON lines, as lists of records."""
+"""Records: a picture or a sound with its captions; lists of them in little memory; and the files that lists come in."""
 
+import codecs
 import csv
-import hashlib
+import io
 import json
+import re
+import unicodedata
 from abc import abstractmethod
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import IO, Any, Literal, Protocol, overload
 
 import numpy as np
 
@@ -17,8 +22,14 @@ from shared.errors import UserError
 
 Kind = Literal["image", "audio", "voice"]
 KINDS: tuple[Kind, ...] = ("image", "audio", "voice")
-CLOTHO_SPLITS = {"train": "development", "val": "validation", "test": "evaluation"}
-VOX_SPLITS = {1: "train", 2: "val", 3: "test"}
+MAX_BAD_SHARE = 0.01  # of the rows of a list; one is always allowed
+CAPTION_KEYS = ("captions", "caption", "texts", "text")
+FILE_KEYS = ("file", "file_name", "filename", "image", "audio", "path", "filepath", "image_path", "audio_path")
+_CHUNK = 1 << 20  # characters of a JSON file that are read at a time
+
+
+class MissingData(UserError):
+    """A data set that is not there, or none of whose files is; training goes on with the others."""
 
 
 class Source(Protocol):
@@ -40,9 +51,32 @@ class Record:
     labels: tuple[int, ...] | None = None
     video: Path | None = None  # voice: the video that a frame is read from
 
+    @property
+    def identity(self) -> str:
+        """The same for the same picture or sound in another split, so that what is in two splits can be found."""
+        if self.dataset in ("coco", "shards", "synthetic"):
+            return f"{self.dataset}/{self.id.rpartition('/')[2]}"
+        return f"{self.dataset}/{self.source if self.dataset == 'jsonl' else Path(str(self.source)).stem}"
+
 
 class Records(Sequence[Record]):
     """Records that are at hand, on disk, or both. What is asked here of all of them reads no caption from a shard."""
+
+    @abstractmethod
+    def _at(self, index: int) -> Record:
+        """The record at a place that is there."""
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> "ListRecords": ...
+    def __getitem__(self, index: int | slice) -> "Record | ListRecords":
+        if isinstance(index, slice):
+            return ListRecords(self._at(place) for place in range(*index.indices(len(self))))
+        place = index + len(self) if index < 0 else index
+        if not 0 <= place < len(self):
+            raise IndexError(index)
+        return self._at(place)
 
     @abstractmethod
     def names(self) -> Iterator[str]:
@@ -60,9 +94,114 @@ class Records(Sequence[Record]):
     def all_labelled(self) -> bool:
         """Whether each has class labels, which a batch needs; of a shard the first readable one speaks for all."""
 
+    def __iter__(self) -> Iterator[Record]:
+        return (self._at(index) for index in range(len(self)))
 
-class ListRecords(list[Record], Records):
+    def identities(self) -> Iterator[str]:
+        """The identity of each."""
+        return (record.identity for record in self)
+
+    def largest_label(self) -> int:
+        """The largest class number, -1 where there is none; of shards -1, since theirs are read with the samples."""
+        return max((max(record.labels or (), default=-1) for record in self), default=-1)
+
+
+class PackedRecords(Records):
+    """Rows of text in one block of bytes, made into records when asked for.
+
+    A million captioned files take about 150 MB, which loader processes share, where as many objects take 600 MB and
+    are copied page by page into every process that counts their references.
+    """
+
+    def __init__(self, dataset: str, text_B: np.ndarray, bounds_N2: np.ndarray, kinds_N: np.ndarray, labelled: bool):
+        self.dataset, self.text_B, self.bounds_N2, self.kinds_N = dataset, text_B, bounds_N2, kinds_N
+        self.labelled = labelled
+
+    def __len__(self) -> int:
+        return len(self.bounds_N2)
+
+    def _row(self, index: int) -> list:
+        start, end = self.bounds_N2[index]
+        return json.loads(self.text_B[start:end].tobytes())
+
+    def _at(self, index: int) -> Record:
+        name, source, captions, labels, video = self._row(index)
+        kind = KINDS[int(self.kinds_N[index])]
+        own = None if labels is None else tuple(labels)
+        return Record(name, Path(source), tuple(captions), self.dataset, kind, own, Path(video) if video else None)
+
+    def names(self) -> Iterator[str]:
+        return (self._row(index)[0] for index in range(len(self)))
+
+    def take(self, places_N: np.ndarray) -> "PackedRecords":
+        bounds_N2, kinds_N = self.bounds_N2[places_N], self.kinds_N[places_N]
+        return PackedRecords(self.dataset, self.text_B, bounds_N2, kinds_N, self.labelled)
+
+    def by_kind(self) -> dict[Kind, Records]:
+        found = {kind: np.flatnonzero(self.kinds_N == number) for number, kind in enumerate(KINDS)}
+        return {kind: self.take(places) for kind, places in found.items() if len(places)}
+
+    def all_labelled(self) -> bool:
+        return self.labelled or all(self._row(index)[3] is not None for index in range(len(self)))
+
+
+class Packer:
+    """Collects rows for PackedRecords."""
+
+    def __init__(self, dataset: str):
+        self.dataset, self.text, self.ends, self.kinds, self.labelled = (
+            dataset,
+            bytearray(),
+            array("q"),
+            array("b"),
+            True,
+        )
+
+    def add(
+        self,
+        name: str,
+        source: Path,
+        captions: Iterable[str],
+        kind: Kind,
+        labels: Iterable[int] | None = None,
+        video: Path | None = None,
+    ) -> None:
+        """One record."""
+        row = [
+            name,
+            str(source),
+            list(captions),
+            None if labels is None else list(labels),
+            str(video) if video else None,
+        ]
+        self.text += json.dumps(row, ensure_ascii=False).encode()
+        self.ends.append(len(self.text))
+        self.kinds.append(KINDS.index(kind))
+        self.labelled &= labels is not None
+
+    def records(self) -> PackedRecords:
+        """What was added."""
+        ends = np.array(self.ends, dtype=np.int64)
+        bounds_N2 = np.stack([np.concatenate([np.zeros(min(1, len(ends)), np.int64), ends[:-1]]), ends], 1)
+        text_B = np.frombuffer(bytes(self.text), np.uint8)
+        return PackedRecords(self.dataset, text_B, bounds_N2, np.array(self.kinds, np.int8), self.labelled)
+
+
+class ListRecords(Records):
     """Records at hand."""
+
+    def __init__(self, records: Iterable[Record] = ()):
+        self.items = list(records)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def _at(self, index: int) -> Record:
+        return self.items[index]
+
+    def append(self, record: Record) -> None:
+        """One more."""
+        self.items.append(record)
 
     def names(self) -> Iterator[str]:
         return (record.id for record in self)
@@ -77,334 +216,318 @@ class ListRecords(list[Record], Records):
         return all(record.labels is not None for record in self)
 
 
-@dataclass(frozen=True)
+class Joined(Records):
+    """The records of several parts one after another."""
+
+    def __init__(self, parts: Sequence[Records]):
+        self.parts, self.ends = parts, np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def _at(self, index: int) -> Record:
+        part = int(np.searchsorted(self.ends, index, side="right"))
+        return self.parts[part][index - (int(self.ends[part - 1]) if part else 0)]
+
+    def names(self) -> Iterator[str]:
+        return chain.from_iterable(part.names() for part in self.parts)
+
+    def take(self, places_N: np.ndarray) -> "Joined":
+        inside = np.split(places_N, np.searchsorted(places_N, self.ends[:-1]))
+        starts = [0, *self.ends[:-1]]
+        return Joined([part.take(own - start) for part, own, start in zip(self.parts, inside, starts, strict=True)])
+
+    def identities(self) -> Iterator[str]:
+        return chain.from_iterable(part.identities() for part in self.parts)
+
+    def largest_label(self) -> int:
+        return max((part.largest_label() for part in self.parts), default=-1)
+
+    def by_kind(self) -> dict[Kind, Records]:
+        found: dict[Kind, list[Records]] = {}
+        for part in self.parts:
+            for kind, own in part.by_kind().items():
+                found.setdefault(kind, []).append(own)
+        return {kind: Joined(parts) for kind, parts in found.items()}
+
+    def all_labelled(self) -> bool:
+        return all(part.all_labelled() for part in self.parts)
+
+
+@dataclass
 class Found:
-    """The records of one split, and how many the set lists whose file is not there."""
+    """The records of one split; how many are listed whose file or caption is not there; and rows that are no rows."""
 
     records: Records
     missing: int = 0
+    bad: list[str] = field(default_factory=list)
 
-
-def read_records(name: str, folder: Path, split: str, *, karpathy: bool = False) -> Found:
-    """The records of one data set and split (train, val or test); Found(ListRecords()) where the set has no such split.
-
-    Raises UserError naming the folder and the download command when the set is not there.
-    """
-    from multimodal.data.sharded import read_shards
-
-    if not folder.is_dir():
-        raise UserError(f"data set {name}: no folder {folder}; {remedy(name, folder)}")
-    readers: dict[str, Callable[[Path, str], Found]] = {
-        "coco": read_karpathy if karpathy else read_coco,
-        "clotho": read_clotho,
-        "audiocaps": read_audiocaps,
-        "voxceleb": read_voxceleb,
-        "jsonl": read_jsonl,
-        "shards": read_shards,
-    }
-    found = readers[name](folder, split)
-    if split == "train" and not found.records:
-        missing = f" ({found.missing} are listed, their files are not there)" if found.missing else ""
-        raise UserError(f"data set {name}: {folder} holds no training sample{missing}; {remedy(name, folder)}")
-    return found
-
-
-def remedy(name: str, folder: Path) -> str:
-    """How to get a data set that is not there."""
-    if name in ("jsonl", "shards"):
-        return f"give its place with --set data.paths='{{{name}: FOLDER}}'"
-    return (
-        f"python multimodal/download_datasets.py --datasets {name} --data-root {folder.parent}, or train on the "
-        "sample data "
-        "with --config small"
-    )
-
-
-# --- COCO -------------------------------------------------------------------------------------------------------------
-
-
-def read_coco(folder: Path, split: str) -> Found:
-    """train2017/ and val2017/ with annotations/captions_*2017.json, and instances_*2017.json where they are."""
-    year = f"{'train' if split == 'train' else 'val'}2017"
-    path = folder / "annotations" / f"captions_{year}.json"
-    if not path.exists():
-        if split == "train":
-            raise UserError(f"data set coco: no file {path}; {remedy('coco', folder)}")
-        return Found(ListRecords())
-    tree = read_json(path, ("images", "annotations"))
-    captions: dict[int, list[str]] = {}
-    for entry in tree["annotations"]:
-        if text := clean(entry["caption"]):
-            captions.setdefault(entry["image_id"], []).append(text)
-    labels = read_coco_labels(folder / "annotations" / f"instances_{year}.json")
-    listed = [(image["id"], folder / year / image["file_name"]) for image in tree["images"] if image["id"] in captions]
-    present = names_in(folder / year)
-    records = [
-        Record(
-            f"coco/{key:012d}",
-            file,
-            tuple(captions[key]),
-            "coco",
-            "image",
-            None if labels is None else labels.get(key, ()),
-        )
-        for key, file in sorted(listed)
-        if file.name in present
-    ]
-    return Found(ListRecords(records), len(listed) - len(records))
-
-
-def read_coco_labels(path: Path) -> dict[int, tuple[int, ...]] | None:
-    """Image id -> class indices: ranks of the category ids, since the 80 ids run 1..90 with gaps."""
-    if not path.exists():
-        return None
-    tree = read_json(path, ("annotations", "categories"))
-    index = {key: rank for rank, key in enumerate(sorted(category["id"] for category in tree["categories"]))}
-    labels: dict[int, set[int]] = {}
-    for entry in tree["annotations"]:
-        labels.setdefault(entry["image_id"], set()).add(index[entry["category_id"]])
-    return {key: tuple(sorted(found)) for key, found in labels.items()}
-
-
-def coco_class_names(folder: Path) -> list[str]:
-    """The 80 names in the order of the class indices."""
-    tree = read_json(folder / "annotations" / "instances_val2017.json", ("categories",))
-    return [category["name"] for category in sorted(tree["categories"], key=lambda category: category["id"])]
-
-
-def read_karpathy(folder: Path, split: str) -> Found:
-    """dataset_coco.json of Karpathy's splits (train includes restval), whose files lie in train2014/ and val2014/."""
-    path = folder / "dataset_coco.json"
-    if not path.exists():
-        raise UserError(
-            f"data set coco: no file {path}; python multimodal/download_datasets.py --datasets coco --splits karpathy"
-        )
-    wanted = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}[split]
-    listed = [image for image in read_json(path, ("images",))["images"] if image["split"] in wanted]
-    records = []
-    for image in listed:
-        places = (
-            folder / image["filepath"] / image["filename"],
-            *(folder / year / f"{image['cocoid']:012d}.jpg" for year in ("train2017", "val2017")),
-        )
-        file = next((place for place in places if place.exists()), None)
-        captions = tuple(filter(None, (clean(sentence["raw"]) for sentence in image["sentences"])))
-        if file is not None and captions:
-            records.append(Record(f"coco/{image['cocoid']:012d}", file, captions, "coco", "image"))
-    return Found(ListRecords(records), len(listed) - len(records))
-
-
-# --- sound ------------------------------------------------------------------------------------------------------------
-
-
-def read_clotho(folder: Path, split: str) -> Found:
-    """clotho_captions_{development,validation,evaluation}.csv (UTF-8) and the folders of those names."""
-    name = CLOTHO_SPLITS[split]
-    path = folder / f"clotho_captions_{name}.csv"
-    if not path.exists():
-        if split == "train":
-            raise UserError(f"data set clotho: no file {path}; {remedy('clotho', folder)}")
-        return Found(ListRecords())
-    rows = read_csv(path, ("file_name", "caption_1"))
-    present, records = names_in(folder / name), []
-    for row in rows:
-        captions = (clean(row[key] or "") for key in sorted(key for key in row if key and key.startswith("caption_")))
-        captions = tuple(filter(None, captions))
-        if row["file_name"] in present and captions:
-            file = folder / name / row["file_name"]
-            records.append(Record(f"clotho/{name}/{file.name}", file, captions, "clotho", "audio"))
-    return Found(ListRecords(records), len(rows) - len(records))
-
-
-def read_clotho_keywords(folder: Path, split: str) -> dict[str, list[str]]:
-    """File name -> keywords, from the metadata table, which is ISO-8859-1."""
-    path = folder / f"clotho_metadata_{CLOTHO_SPLITS[split]}.csv"
-    rows = read_csv(path, ("file_name", "keywords"), encoding="iso-8859-1")
-    return {row["file_name"]: [word.strip() for word in row["keywords"].split(";") if word.strip()] for row in rows}
-
-
-def read_audiocaps(folder: Path, split: str) -> Found:
-    """{train,val,test}.csv (one caption a row; several rows a clip) and the clips under audio/SPLIT/ or SPLIT/.
-
-    A clip is named ID_START, ID or YID, with any sound suffix.
-    """
-    path = folder / f"{split}.csv"
-    if not path.exists():
-        if split == "train":
-            raise UserError(f"data set audiocaps: no file {path}; {remedy('audiocaps', folder)}")
-        return Found(ListRecords())
-    captions: dict[tuple[str, str], list[str]] = {}
-    for row in read_csv(path, ("youtube_id", "start_time", "caption")):
-        if text := clean(row["caption"]):
-            captions.setdefault((row["youtube_id"], row["start_time"]), []).append(text)
-    files = {
-        file.stem: file
-        for place in (folder / split, folder / "audio" / split)
-        if place.is_dir()
-        for file in sorted(place.iterdir())
-        if file.suffix.lower() in AUDIO_SUFFIXES
-    }
-    records = []
-    for (key, start), texts in captions.items():
-        file = next((files[name] for name in (f"{key}_{start}", key, f"Y{key}") if name in files), None)
-        if file is not None:
-            records.append(Record(f"audiocaps/{split}/{key}_{start}", file, tuple(texts), "audiocaps", "audio"))
-    return Found(ListRecords(records), len(captions) - len(records))
-
-
-def read_voxceleb(folder: Path, split: str) -> Found:
-    """VoxCeleb1 wav/ID/VIDEO/N.wav or VoxCeleb2 dev/aac/...m4a, with dev/mp4/...mp4 for the frames.
-
-    Split by iden_split.txt where it is (VoxCeleb1), else one video of 20 is validation. Label: rank of the
-    speaker's id.
-    """
-    root = next((place for place in (folder / "wav", folder / "dev" / "aac", folder / "aac") if place.is_dir()), None)
-    if root is None:
-        raise UserError(f"data set voxceleb: neither wav/ nor dev/aac/ in {folder}; {remedy('voxceleb', folder)}")
-    speakers = {path.name: rank for rank, path in enumerate(sorted(p for p in root.iterdir() if p.is_dir()))}
-    listed = _identification_split(folder / "iden_split.txt")
-    records = []
-    for file in sorted(path for path in root.glob("*/*/*") if path.suffix.lower() in AUDIO_SUFFIXES):
-        name = file.relative_to(root).as_posix()
-        own = listed.get(name, "train") if listed else ("val" if _is_held_out(file.parent) else "train")
-        if own == split:
-            video = next(
-                (
-                    place
-                    for place in (
-                        folder / "dev" / "mp4" / Path(name).with_suffix(".mp4"),
-                        folder / "mp4" / Path(name).with_suffix(".mp4"),
-                    )
-                    if place.exists()
-                ),
-                None,
+    def checked(self, where: Path | str) -> "Found":
+        """Itself; UserError when more than one row, and more than 1 %, cannot be used."""
+        total = len(self.records) + self.missing + len(self.bad)
+        if len(self.bad) > max(1, MAX_BAD_SHARE * total) or (self.bad and not self.records and not self.missing):
+            raise UserError(
+                f"{where}: {len(self.bad)} of {total} rows cannot be used; the first: {self.bad[0]}; fix or remove them"
             )
-            records.append(
-                Record(f"voxceleb/{name}", file, (), "voxceleb", "voice", (speakers[Path(name).parts[0]],), video)
-            )
-    return Found(ListRecords(records))
+        return self
 
 
-def _identification_split(path: Path) -> dict[str, str]:
-    """Lines `1|2|3 id.../video/00001.wav`."""
-    if not path.exists():
-        return {}
-    try:
-        rows = (line.split() for line in path.read_text().splitlines() if line.strip())
-        return {name: VOX_SPLITS[int(number)] for number, name in rows}
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{path}: lines `1|2|3 id.../video/00001.wav` are wanted ({error}); fetch it again") from None
+# --- one row ----------------------------------------------------------------------------------------------------------
 
 
-def _is_held_out(video: Path) -> bool:
-    """One video of 20, by the hash of its name: all utterances of a video fall on one side."""
-    return (
-        int.from_bytes(hashlib.blake2b("/".join(video.parts[-2:]).encode(), digest_size=4).digest(), "little") % 20 == 0
-    )
-
-
-# --- own data ---------------------------------------------------------------------------------------------------------
-
-
-def read_jsonl(folder: Path, split: str) -> Found:
-    """{train,val,test}.jsonl: {"file": path in the folder, "captions": [...] or "caption": text, "labels": [indices]}
-    a line.
+def clean(caption: str) -> str:
+    """White space collapsed (some captions hold stray newlines); control characters and halves of a character, which
+    no encoding knows, left out.
     """
-    path = folder / f"{split}.jsonl"
-    if not path.exists():
-        if split == "train":
-            raise UserError(f"data set jsonl: no file {path}; {remedy('jsonl', folder)}")
-        return Found(ListRecords())
-    records, missing = [], 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                source, captions = folder / row["file"], captions_of(row)
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(
-                    f"{path}: line {number} is not an object with file and captions; mend that line"
-                ) from None
-            if not source.is_file():
-                missing += 1
-                continue
-            labels = labels_of(row, f"{path}: line {number}")
-            name = f"{split}/{row['file']}"
-            records.append(Record(name, source, captions, "jsonl", kind_of(source.suffix, path), labels))
-    return Found(ListRecords(records), missing)
+    text = "".join(c for c in caption if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs"))
+    return " ".join(text.split())
 
 
 def captions_of(row: dict) -> tuple[str, ...]:
-    """The captions of a row that are not blank; ValueError where there is none, TypeError where one is no text."""
-    captions = tuple(filter(None, (clean(text) for text in row.get("captions") or [row["caption"]])))
-    if not captions:
-        raise ValueError("no caption")
-    return captions
+    """The captions of a row: a text or a list of texts under any of CAPTION_KEYS, those that are blank or null left
+    out. () where there is none; TypeError where one is no text.
+    """
+    for key in CAPTION_KEYS:
+        value = row.get(key)
+        texts = [value] if isinstance(value, str) else value
+        if texts is None:
+            continue
+        if not isinstance(texts, list) or any(not isinstance(text, str | None) for text in texts):
+            raise TypeError(f"{key} is {value!r}: a text or a list of texts is wanted")
+        if captions := tuple(filter(None, (clean(text) for text in texts if text is not None))):
+            return captions
+    return ()
 
 
-def kind_of(suffix: str, where: Path) -> Kind:
-    """Whether a file is a picture or a sound, by its suffix."""
+def labels_of(row: dict) -> tuple[int, ...] | None:
+    """The class numbers of a row, None where it has none; TypeError where they are no numbers from 0."""
+    labels = row.get("labels")
+    if labels is None:
+        return None
+    if not isinstance(labels, list) or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in labels):
+        raise TypeError(f"labels {labels!r}: a list of class numbers from 0 is wanted")
+    return tuple(labels)
+
+
+def kind_of(suffix: str) -> Kind:
+    """Whether a file is a picture or a sound, by its suffix; TypeError for neither."""
     if suffix.lower() in IMAGE_SUFFIXES:
         return "image"
     if suffix.lower() in AUDIO_SUFFIXES:
         return "audio"
-    raise UserError(f"{where}: {suffix} is neither a picture nor a sound that can be read")
+    raise TypeError(f"{suffix or 'a name without suffix'} is neither a picture nor a sound that can be read")
 
 
-def labels_of(row: dict, where: str) -> tuple[int, ...] | None:
-    """The class numbers of a row, None where it has none; UserError naming the place where they are no numbers."""
-    if row.get("labels") is None:
-        return None
+class Folder:
+    """The files of a folder by the names that lists give them.
+
+    A list may write a name in another Unicode form than the disk (macOS decomposes letters), with blanks at its ends,
+    in another case, or with another suffix than the file has; an exact name always comes first.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._places: dict[str, dict[str, str]] = {}
+
+    def find(self, name: str) -> Path | None:
+        """The file, or None. name: relative to the folder, with / or \\ between folders."""
+        parent, _, base = name.replace("\\", "/").rpartition("/")
+        if parent.startswith("/") or not base.strip():
+            return Path(name) if base and Path(name).is_file() else None
+        known = self._known(parent)
+        wanted = unicodedata.normalize("NFC", base)
+        for key in (base, wanted, wanted.strip(), wanted.strip().casefold()):
+            if key in known:
+                return self.path / parent / known[key]
+        stem = Path(wanted.strip()).stem if Path(wanted.strip()).suffix.lower() in _SUFFIXES else wanted.strip()
+        other = known.get("\0" + stem.casefold())  # the same name with another suffix
+        return None if other is None else self.path / parent / other
+
+    def names(self) -> list[str]:
+        """The visible files in it, by name."""
+        return sorted(set(self._known("").values()))
+
+    def _known(self, parent: str) -> dict[str, str]:
+        if parent not in self._places:
+            known: dict[str, str] = {}
+            folder = self.path / parent
+            files = [item for item in folder.iterdir() if not item.name.startswith("._")] if folder.is_dir() else []
+            exact = [item.name for item in files]
+            for name in sorted(exact):
+                form = unicodedata.normalize("NFC", name)
+                for key in (form, form.strip(), form.strip().casefold()):
+                    known.setdefault(key, name)
+                if Path(form).suffix.lower() in _SUFFIXES:
+                    known.setdefault("\0" + Path(form).stem.casefold(), name)
+            self._places[parent] = known | {name: name for name in exact}
+        return self._places[parent]
+
+
+_SUFFIXES = IMAGE_SUFFIXES + AUDIO_SUFFIXES
+
+
+# --- whole files ------------------------------------------------------------------------------------------------------
+
+
+def encoding_of(path: Path) -> str:
+    """UTF-8, or UTF-16 where the file says so by its first two bytes."""
+    with open(path, "rb") as file:
+        head = file.read(2)
+    return "utf-16" if head in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+
+
+def not_text(path: Path, error: Exception, kind: str) -> UserError:
+    """What to say of a file that is not of the kind, or in the encoding, that it should be in."""
+    reason = " ".join(str(error).split())
+    way = ", or convert it to UTF-8 with iconv" if isinstance(error, UnicodeError) else ""
+    return UserError(f"{path}: not readable as {kind} ({reason}); download it again{way}")
+
+
+def json_items(path: Path, keys: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """(key, item) of the arrays under these keys of a JSON object, one at a time and in the order of the file.
+
+    A file of any size takes a megabyte or two. UserError: no JSON, no object, or a key that is not there.
+    """
+    wanted, seen = set(keys), set()
+    decoder = json.JSONDecoder()
     try:
-        labels = tuple(map(int, row["labels"]))
-    except (ValueError, TypeError):
-        labels = (-1,)
-    if min(labels, default=0) < 0:
-        raise UserError(f"{where}: labels {row['labels']!r}: a list of class numbers from 0 is wanted")
-    return labels
+        with open(path, encoding=encoding_of(path)) as file:
+            text = _Text(file)
+            if text.peek() != "{":
+                raise UserError(f"{path}: an object with {', '.join(sorted(wanted))} is wanted; download it again")
+            text.skip(1)
+            while text.peek() != "}":
+                key = text.value(decoder)
+                text.expect(":")
+                if key in wanted and text.peek() == "[":
+                    seen.add(key)
+                    text.skip(1)
+                    while text.peek() != "]":
+                        yield key, text.value(decoder)
+                        text.separator("]")
+                    text.skip(1)
+                else:
+                    text.value(decoder)
+                text.separator("}")
+    except (ValueError, EOFError) as error:
+        raise not_text(path, error, "JSON") from None
+    for key in sorted(wanted - seen):
+        raise UserError(f"{path}: has no list {key!r}; download it again")
 
 
-# Reading the tables that data sets come with; a UserError names the file that is not what it should be.
+class _Text:
+    """A text file read ahead as far as the next JSON value needs."""
+
+    def __init__(self, file: io.TextIOBase):
+        self.file, self.text, self.at, self.ended = file, "", 0, False
+
+    def _more(self, count: int) -> bool:
+        block = self.file.read(count)
+        self.text, self.at = self.text[self.at :] + block, 0
+        self.ended = not block
+        return bool(block)
+
+    def peek(self) -> str:
+        """The next character that is no blank."""
+        while True:
+            while self.at < len(self.text):
+                if not self.text[self.at].isspace():
+                    return self.text[self.at]
+                self.at += 1
+            if not self._more(_CHUNK):
+                raise EOFError("it ends in the middle")
+
+    def skip(self, count: int) -> None:
+        self.at += count
+
+    def expect(self, character: str) -> None:
+        if self.peek() != character:
+            raise ValueError(f"{character!r} expected, found {self.peek()!r}")
+        self.skip(1)
+
+    def separator(self, end: str) -> None:
+        """A comma, or the end that is left for the caller."""
+        if self.peek() != end:
+            self.expect(",")
+
+    def value(self, decoder: json.JSONDecoder) -> Any:
+        """The next value; reads on, twice as far each time, while it is not whole."""
+        self.peek()
+        count = _CHUNK
+        while True:
+            try:
+                value, end = decoder.raw_decode(self.text, self.at)
+                if end < len(self.text) or self.ended:  # a number could go on in the next block
+                    self.at = end
+                    return value
+            except ValueError:
+                if self.ended:
+                    raise
+            self._more(count)
+            count *= 2
 
 
-def clean(caption: str) -> str:
-    """White space collapsed (some captions hold stray newlines)."""
-    return " ".join(caption.split())
+def read_json(path: Path, keys: Iterable[str]) -> dict[str, list]:
+    """The lists under these keys."""
+    found: dict[str, list] = {key: [] for key in keys}
+    for key, item in json_items(path, found):
+        found[key].append(item)
+    return found
 
 
-def names_in(folder: Path) -> set[str]:
-    """File names in a folder; empty where there is no folder."""
-    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-
-
-def read_json(path: Path, keys: Iterable[str]) -> dict:
-    """A JSON object with these keys."""
+def read_csv(
+    path: Path, columns: tuple[str, ...], encoding: str | None = None
+) -> tuple[list[dict[str, str]], list[str]]:
+    """The rows of a table that have these columns, and what is wrong with the others. Commas or semicolons."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        absent = [key for key in keys if key not in tree]
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); download it again") from None
-    if absent:
-        raise UserError(f"{path}: has no key {absent[0]!r}; download it again")
-    return tree
-
-
-def read_csv(path: Path, columns: tuple[str, ...], encoding: str = "utf-8-sig") -> list[dict[str, str]]:
-    """The rows of a table with these columns."""
-    try:
-        with open(path, encoding=encoding, newline="") as file:
-            reader = csv.DictReader(file)
+        with open(path, encoding=encoding or encoding_of(path), newline="") as file:
+            first = file.readline()
+            file.seek(0)
+            reader = csv.DictReader(file, delimiter=";" if first.count(";") > first.count(",") else ",")
             absent = [name for name in columns if name not in (reader.fieldnames or ())]
             if absent:
                 raise UserError(
                     f"{path}: has no column {absent[0]}; its columns are {', '.join(reader.fieldnames or ())}"
                 )
-            rows = list(reader)
-            short = next((place for place, row in enumerate(rows, 2) if None in [row[name] for name in columns]), None)
-            if short is not None:
-                raise UserError(f"{path}: row {short} has too few columns; download it again")
-            return rows
+            rows, bad = [], []
+            for place, row in enumerate(reader, 2):
+                if any(row[name] is None for name in columns):
+                    bad.append(f"row {place} has too few columns")
+                else:
+                    rows.append(row)
+            return rows, bad
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not readable as {encoding} CSV ({error}); download it again") from None
+        raise not_text(path, error, "CSV") from None
+
+
+def jsonl_rows(path: Path) -> Iterator[tuple[int, dict | Exception]]:
+    """(line number, object or what is wrong with the line); a file that is one JSON list counts its items."""
+    encoding = encoding_of(path)
+    with open(path, encoding=encoding, errors="replace") as head:
+        whole = re.match(r"\s*\[\s*\{", head.read(256)) is not None
+    if whole:
+        try:
+            items = json.loads(path.read_text(encoding=encoding))
+        except ValueError as error:
+            raise not_text(path, error, "JSON") from None
+        yield from ((number, _as_row(item)) for number, item in enumerate(items, 1))
+        return
+    # Read as bytes: one line that is not UTF-8 is one bad line then, not the end of the file.
+    with open(path, "rb") if encoding == "utf-8-sig" else _recoded(path, encoding) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield number, _as_row(json.loads(line.removeprefix(codecs.BOM_UTF8)))
+                except ValueError as error:
+                    yield number, error
+
+
+def _recoded(path: Path, encoding: str) -> IO[bytes]:
+    return io.BytesIO(path.read_text(encoding=encoding).encode())
+
+
+def _as_row(value: Any) -> dict | Exception:
+    return value if isinstance(value, dict) else TypeError("not an object with a file and captions")
+
+
+Reader = Callable[[Path, str], Found]

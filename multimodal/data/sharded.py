@@ -1,4 +1,4 @@
-"""Records that stay on disk: webdataset shards, and several data sets read as one list.
+"""Records that stay on disk: webdataset shards, as img2dataset, CLAP and others write them.
 
 A million samples open in seconds with a few bytes of memory each: names come from the shards' index, captions when a
 sample is used.
@@ -6,23 +6,40 @@ sample is used.
 
 import json
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain, compress
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
 
 from multimodal.data.audio import AUDIO_SUFFIXES
 from multimodal.data.image import IMAGE_SUFFIXES
-from multimodal.data.records import KINDS, Found, Kind, ListRecords, Record, Records, captions_of, labels_of, remedy
+from multimodal.data.records import (
+    KINDS,
+    Found,
+    Joined,
+    Kind,
+    ListRecords,
+    Record,
+    Records,
+    captions_of,
+    clean,
+    labels_of,
+)
+from multimodal.data.sets import no_file
 from shared.errors import BadSample, UserError
 from shared.media.shards import Shards
 
-MEDIA: dict[str, Kind] = {suffix[1:]: "image" for suffix in IMAGE_SUFFIXES} | {
-    suffix[1:]: "audio" for suffix in AUDIO_SUFFIXES
-}
+MEDIA: dict[str, Kind] = {}
+for _suffix in IMAGE_SUFFIXES:
+    MEDIA[_suffix[1:]] = "image"
+for _suffix in AUDIO_SUFFIXES:
+    MEDIA[_suffix[1:]] = "audio"
+TEXTS = ("txt", "text", "caption", "json")  # members that may hold the captions
+TRIED = 100  # samples at the start, one of which must have a caption
+_OTHER_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "eval")}
 
 
 @dataclass(frozen=True)
@@ -38,7 +55,7 @@ class Member:
         return self.shards.read(self.index, (self.extension,))[self.extension]
 
     def __str__(self) -> str:
-        return f"{self.shards.paths[0].parent}: sample {self.index}.{self.extension}"
+        return f"{self.shards.paths[0].parent}: sample {self.shards.names(self.index)[0]}.{self.extension}"
 
 
 class ShardRecords(Records):
@@ -53,20 +70,28 @@ class ShardRecords(Records):
     def __len__(self) -> int:
         return len(self.numbers_N)
 
-    def __getitem__(self, index: int) -> Record:
+    def _at(self, index: int) -> Record:
         number = int(self.numbers_N[index])
-        sample, extensions = self.shards.read(number, ("txt", "json")), self.shards.names(number)[1]
+        sample, extensions = self.shards.read(number, TEXTS), self.shards.names(number)[1]
         media = next(name for name in extensions if name in MEDIA)
         where = f"{self.shards.paths[0].parent}: sample {sample['__key__']}"
+        captions: tuple[str, ...] = ()
+        labels, fault = None, ""
         try:
-            row = json.loads(sample["json"]) if "json" in sample else {"captions": sample["txt"].decode().splitlines()}
-            captions = captions_of(row)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise BadSample(f"{where} has no caption: a .txt with lines or a .json with captions is wanted") from None
-        try:
-            labels = labels_of(row, where)
-        except UserError as error:
-            raise BadSample(str(error)) from None
+            # The json first: it may hold several captions, and labels. Where it has no caption, the text beside it.
+            row = json.loads(sample.get("json", b"{}"))
+            if isinstance(row, dict):
+                captions, labels = captions_of(row), labels_of(row)
+        except (ValueError, TypeError) as error:
+            fault = f" ({' '.join(str(error).split())})"
+            if str(error).startswith("labels"):
+                raise BadSample(f"{where}: {error}") from None
+        for name in ("txt", "text", "caption"):
+            if not captions and name in sample:
+                captions = tuple(filter(None, map(clean, decoded(sample[name]).splitlines())))
+        if not captions:
+            found = ", ".join(sorted(extensions))
+            raise BadSample(f"{where} has no caption{fault}; its members are {found}, a .txt or a .json is wanted")
         source = Member(self.shards, number, media)
         return Record(f"{self.split}/{sample['__key__']}", source, captions, "shards", self.kind, labels)
 
@@ -74,6 +99,12 @@ class ShardRecords(Records):
         chosen = np.zeros(len(self.shards), dtype=bool)
         chosen[self.numbers_N] = True
         return (f"{self.split}/{key}" for key, _ in compress(self.shards.listing(), chosen.tobytes()))
+
+    def identities(self) -> Iterator[str]:
+        return (f"shards/{name.partition('/')[2]}" for name in self.names())
+
+    def largest_label(self) -> int:
+        return -1
 
     def take(self, places_N: np.ndarray) -> "ShardRecords":
         return ShardRecords(self.shards, self.split, self.kind, self.numbers_N[places_N])
@@ -88,63 +119,58 @@ class ShardRecords(Records):
         return True
 
 
-class Joined(Records):
-    """The records of several parts one after another."""
+def decoded(data: bytes) -> str:
+    """UTF-8, or else Latin-1, in which every byte is a character."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
 
-    def __init__(self, parts: Sequence[Records]):
-        self.parts, self.ends = parts, np.cumsum([len(part) for part in parts])
 
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def __getitem__(self, index: int) -> Record:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        part = int(np.searchsorted(self.ends, index, side="right"))
-        return self.parts[part][index - (int(self.ends[part - 1]) if part else 0)]
-
-    def names(self) -> Iterator[str]:
-        return chain.from_iterable(part.names() for part in self.parts)
-
-    def take(self, places_N: np.ndarray) -> "Joined":
-        inside = np.split(places_N, np.searchsorted(places_N, self.ends[:-1]))
-        starts = [0, *self.ends[:-1]]
-        return Joined([part.take(own - start) for part, own, start in zip(self.parts, inside, starts, strict=True)])
-
-    def by_kind(self) -> dict[Kind, Records]:
-        found: dict[Kind, list[Records]] = {}
-        for part in self.parts:
-            for kind, own in part.by_kind().items():
-                found.setdefault(kind, []).append(own)
-        return {kind: Joined(parts) for kind, parts in found.items()}
-
-    def all_labelled(self) -> bool:
-        return all(part.all_labelled() for part in self.parts)
+def shard_paths(folder: Path, split: str) -> list[Path]:
+    """{split}*.tar, or {split}/*.tar; where no shard names a split (img2dataset: 00000.tar), all are for training."""
+    names = _OTHER_NAMES[split]
+    found = sorted(path for path in folder.glob("*.tar") if path.name.lower().startswith(names))
+    found = found or sorted(path for name in names for path in (folder / name).glob("*.tar"))
+    if not found and split == "train":
+        others = tuple(name for own in _OTHER_NAMES.values() for name in own)
+        found = sorted(path for path in folder.glob("*.tar") if not path.name.lower().startswith(others))
+    return found
 
 
 def read_shards(folder: Path, split: str) -> Found:
-    """{train,val,test}*.tar in the webdataset layout: a picture or sound, and txt (captions by line) or json (as in
-    jsonl). UserError where a sample holds neither picture nor sound, or the first one no caption.
+    """Samples of a picture or sound with captions: txt (by line) or json (the keys of jsonl).
+
+    A sample with neither, or without any text, is left out and counted. UserError where none has both, or none of the
+    first hundred has a caption.
     """
-    paths = sorted(folder.glob(f"{split}*.tar"))
+    paths = shard_paths(folder, split)
     if not paths:
-        if split == "train":
-            raise UserError(f"data set shards: no file {folder}/train*.tar; {remedy('shards', folder)}")
-        return Found(ListRecords())
+        return no_file("shards", folder / f"{split}*.tar", split)
     shards, numbers = Shards(paths), {kind: array("q") for kind in KINDS}
+    bad: list[str] = []
     for number, (key, extensions) in enumerate(shards.listing()):
         kind = next((MEDIA[name] for name in extensions if name in MEDIA), None)
-        if kind is None:
-            where = f"{folder}: sample {key}"
-            raise UserError(f"{where} holds no picture or sound; its members are {', '.join(sorted(extensions))}")
-        numbers[kind].append(number)
+        if kind is not None and any(name in extensions for name in TEXTS):
+            numbers[kind].append(number)
+        else:
+            what = "picture or sound" if kind is None else "caption"
+            bad.append(f"sample {key} holds no {what}; its members are {', '.join(sorted(extensions))}")
     parts = [ShardRecords(shards, split, kind, np.array(found)) for kind, found in numbers.items() if found]
-    try:
-        for part in parts:
-            part[0]
-    except BadSample as error:
-        raise UserError(str(error)) from None
-    return Found(Joined(parts))
+    for part in parts:
+        faults = []
+        for place in range(min(TRIED, len(part))):
+            try:
+                part[place]
+                break
+            except BadSample as error:
+                faults.append(str(error))
+        else:
+            raise UserError(faults[0])
+    if not parts:
+        raise UserError(f"{folder}: {bad[0]}" if bad else f"{folder}: its shards hold no sample")
+    missing = len(bad)  # incomplete samples are usual in what was collected from the web: never too many
+    return Found(Joined(parts), missing, [])
 
 
 def readable(records: Records) -> ListRecords:

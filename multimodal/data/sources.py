@@ -1,5 +1,6 @@
-"""From the settings to data sets, batch streams and placements: which pictures, sounds and voices a run trains on."""
+"""From the settings to data sets and batch streams: which pictures, sounds and voices a run trains on."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,23 @@ from torch import Tensor
 
 from multimodal.config import SAMPLE_DATA, Config
 from multimodal.data.image import normalise
-from multimodal.data.records import KINDS, Kind, ListRecords, Record, Records, coco_class_names, read_records
-from multimodal.data.sharded import Joined
+from multimodal.data.records import KINDS, Found, Joined, Kind, MissingData, Reader, Records
+from multimodal.data.sets import (
+    AUDIOCAPS_STEPS,
+    coco_class_names,
+    read_audiocaps,
+    read_audioset,
+    read_clotho,
+    read_coco,
+    read_esc50,
+    read_flickr30k,
+    read_fsd50k,
+    read_jsonl,
+    read_karpathy,
+    read_voxceleb,
+    remedy,
+)
+from multimodal.data.sharded import read_shards
 from multimodal.data.synthetic import synthetic_records
 from multimodal.data.text import TextTokenizer
 from multimodal.dataset import Augmentation, CaptionedDataset, PlainImages, collate, stable_hash
@@ -20,6 +36,18 @@ from shared.engine.dist import DistInfo
 from shared.errors import UserError
 
 HELD_OUT = 20  # one record of so many, where a kind has no validation split
+READERS: dict[str, Reader] = {
+    "coco": read_coco,
+    "clotho": read_clotho,
+    "audiocaps": read_audiocaps,
+    "voxceleb": read_voxceleb,
+    "flickr30k": read_flickr30k,
+    "audioset": read_audioset,
+    "esc50": read_esc50,
+    "fsd50k": read_fsd50k,
+    "jsonl": read_jsonl,
+    "shards": read_shards,
+}
 
 
 @dataclass
@@ -30,6 +58,7 @@ class Data:
     val: dict[Kind, Records] = field(default_factory=dict)
     counts: list[dict[str, Any]] = field(default_factory=list)  # one row a data set and split
     notes: list[str] = field(default_factory=list)
+    bad: list[dict[str, str]] = field(default_factory=list)  # rows of lists that cannot be used
 
     @property
     def kinds(self) -> list[Kind]:
@@ -38,8 +67,8 @@ class Data:
 
     def labelled(self, label_set: str) -> bool:
         """Whether every training sample of the kind that the label set speaks of has class labels."""
-        records = self.train.get({"voxceleb1": "voice", "none": None}.get(label_set, "image"))
-        return records is not None and records.all_labelled()
+        kind: Kind = "voice" if label_set == "voxceleb1" else "image"
+        return label_set != "none" and kind in self.train and self.train[kind].all_labelled()
 
     @property
     def framed(self) -> bool:
@@ -54,89 +83,139 @@ def data_folder(config: Config, name: str) -> Path:
     return (Path(config.data.data_root) if config.data.data_root else SAMPLE_DATA) / name
 
 
+def read_records(name: str, folder: Path, split: str, *, karpathy: bool = False) -> Found:
+    """The records of one data set and split (train, val or test); no records where the set has no such split.
+
+    Raises MissingData, naming the folder and the way to get it, when the set or all its training files are not there.
+    """
+    if not folder.is_dir():
+        raise MissingData(f"data set {name}: no folder {folder}; {remedy(name, folder)}")
+    found = (read_karpathy if karpathy and name == "coco" else READERS[name])(folder, split)
+    if split == "train" and not found.records:
+        listed = f" ({found.missing} are listed, their files are not there)" if found.missing else ""
+        rows = f"; {found.bad[0]}" if found.bad else ""
+        way = AUDIOCAPS_STEPS if name == "audiocaps" and found.missing else remedy(name, folder)
+        raise MissingData(f"data set {name}: {folder} holds no training sample{listed}{rows}; {way}")
+    return found
+
+
 def open_data(config: Config) -> Data:
-    """Read the lists of all data sets. A set whose folder is missing is noted; UserError when none is left."""
-    data, root = Data(), config.data.data_root
-    if (
-        root is not None
-        and not Path(root).is_dir()
-        and not config.data.paths
-        and set(config.data.datasets) != {"synthetic"}
-    ):
+    """Read the lists of all data sets. One that is not there, or has no files, is noted; UserError when none is left.
+
+    A set whose place was given by name must be there.
+    """
+    data, root, names = Data(), config.data.data_root, config.data.datasets
+    if root is not None and not Path(root).is_dir() and {*names} - {"synthetic", *config.data.paths}:
         raise UserError(
             f"--data-root {root}: no such folder; python multimodal/download_datasets.py --datasets "
-            f"{' '.join(config.data.datasets)} --data-root {root} fills it, --config small trains on the sample data"
+            f"{' '.join(names)} --data-root {root} fills it, --config small trains on the sample data"
         )
-    missing = []
-    for name in config.data.datasets:
-        folder = data_folder(config, name)
-        if name != "synthetic" and name not in config.data.paths and not folder.is_dir():
-            missing.append(str(folder))
-            continue
-        _add(config, data, name, folder)
-    data.notes += [f"no folder {folder}: training goes on without it" for folder in missing]
+    absent = []
+    for name in names:
+        try:
+            _add(config, data, name)
+        except MissingData as error:
+            if name in config.data.paths:
+                raise
+            absent.append(str(error))
+            data.notes.append(f"{error}. Training goes on without it")
     if not data.train:
-        raise UserError(
-            f"none of the data sets is there ({', '.join(missing)}); python multimodal/download_datasets.py fetches "
-            "them, --config small trains on the sample data"
-        )
-    _hold_out(data)
+        raise UserError(f"none of the data sets is there: {' | '.join(absent)}")
     _check_voice(config, data)
+    for kind in data.kinds:
+        _hold_out(data, kind)
+    if not data.train:
+        raise UserError(f"{data.notes[-1]}, and there is nothing else; give more data")
+    _check_labels(config, data)
     return data
 
 
-def _add(config: Config, data: Data, name: str, folder: Path) -> None:
-    for split, target in (("train", data.train), ("val", data.val)):
+def _add(config: Config, data: Data, name: str) -> None:
+    parts = {}
+    for split in ("train", "val"):
         if name == "synthetic":
             found = synthetic_records(split, config.data.synthetic_items, config.run.seed)
         else:
-            found = read_records(name, folder, split, karpathy=config.data.karpathy)
+            found = read_records(name, data_folder(config, name), split, karpathy=config.data.karpathy)
+        parts[split] = found.records
+        data.bad += [{"dataset": name, "split": split, "reason": reason} for reason in found.bad]
         if found.records:
-            data.counts.append({"dataset": name, "split": split, "items": len(found.records), "missing": found.missing})
-            data.notes.append(f"{name} {split}: {len(found.records)} of {len(found.records) + found.missing} present")
-        for kind, records in found.records.by_kind().items():
+            total = len(found.records) + found.missing
+            row = {"dataset": name, "split": split, "items": len(found.records), "missing": found.missing}
+            data.counts.append({**row, "bad_rows": len(found.bad)})
+            rows = f"; {len(found.bad)} rows cannot be used, the first: {found.bad[0]}" if found.bad else ""
+            data.notes.append(f"{name} {split}: {len(found.records)} of {total} present{rows}")
+    if parts["val"] and name != "synthetic" and (both := overlap(parts["train"], parts["val"])):
+        data.notes.append(f"warning: {both} samples of {name} are in its training and its validation split")
+    for split, target in (("train", data.train), ("val", data.val)):
+        for kind, records in parts[split].by_kind().items():
             target[kind] = Joined([target[kind], records]) if kind in target else records
 
 
-def _hold_out(data: Data) -> None:
-    for kind in data.kinds:
-        if not data.val.get(kind):
-            records = data.train[kind]
-            is_held = np.fromiter((stable_hash(name) % HELD_OUT == 0 for name in records.names()), dtype=bool)
-            is_held[-1] |= not is_held.any()
-            if is_held.all():
-                raise UserError(
-                    f"{len(records)} {kind} sample is too little to train on and validate with; give more data"
-                )
-            rest, held = (records.take(np.flatnonzero(chosen)) for chosen in (~is_held, is_held))
-            data.train[kind], data.val[kind] = rest, held
-            data.notes.append(
-                f"{kind}: no validation split; {len(held)} training samples are held out by the hash of their name"
-            )
+def overlap(first: Records, second: Records) -> int:
+    """How many samples of the second are in the first too, by what they are, not by the split in their name."""
+    hashes = [np.fromiter(map(stable_hash, part.identities()), np.int64) for part in (first, second)]
+    return int(np.isin(hashes[1], hashes[0]).sum())
+
+
+def _hold_out(data: Data, kind: Kind) -> None:
+    """Where a kind has no validation split, a twentieth of its samples, by the hash of their name."""
+    if data.val.get(kind):
+        return
+    records = data.train[kind]
+    is_held = np.fromiter((stable_hash(name) % HELD_OUT == 0 for name in records.names()), dtype=bool)
+    is_held[-1] |= not is_held.any()
+    if is_held.all():
+        del data.train[kind]
+        data.notes.append(f"{len(records)} {kind} sample is too little to train on and validate with: it is left out")
+        return
+    data.train[kind], data.val[kind] = (records.take(np.flatnonzero(chosen)) for chosen in (~is_held, is_held))
+    data.notes.append(
+        f"{kind}: no validation split; {int(is_held.sum())} training samples are held out by the hash of their name"
+    )
 
 
 def _check_voice(config: Config, data: Data) -> None:
     """Contrast needs a video frame for each utterance; speaker identification does not."""
     if "voice" not in data.train:
         return
-    for split in (data.train, data.val):
-        if with_frame := ListRecords(record for record in split.get("voice", []) if record.video is not None):
-            split["voice"] = with_frame
-    framed = all(record.video is not None for split in (data.train, data.val) for record in split["voice"])
-    if not framed:
-        for split in (data.train, data.val):
-            split["voice"] = ListRecords(Record(**{**vars(record), "video": None}) for record in split["voice"])
-        if config.training.label_set != "voxceleb1":
-            raise UserError(
-                "voxceleb: no videos (mp4/) beside the sounds, so nothing to contrast the voices with; add the "
-                "mp4 files, or train speaker identification with --label-set voxceleb1 --num-classes 1251"
-            )
-    if config.training.label_set == "voxceleb1":
-        most = max(record.labels[0] for record in data.train["voice"]) + 1
-        if most > config.model.num_classes:
-            raise UserError(
-                f"voxceleb: {most} speakers, the model has {config.model.num_classes} classes; use --num-classes {most}"
-            )
+    framed: dict[str, Records] = {}
+    for split, part in (("train", data.train), ("val", data.val)):
+        if "voice" in part:
+            has_frame = np.array([record.video is not None for record in part["voice"]])
+            if has_frame.any():
+                framed[split] = part["voice"].take(np.flatnonzero(has_frame))
+    if "train" in framed:
+        data.train["voice"] = framed["train"]
+        data.val.pop("voice", None)
+        if "val" in framed:
+            data.val["voice"] = framed["val"]
+    elif config.training.label_set != "voxceleb1":
+        sentence = (
+            "voxceleb: no videos (mp4/) beside the sounds, so nothing to contrast the voices with; add the "
+            "mp4 files, or train speaker identification with --label-set voxceleb1 --num-classes 1251"
+        )
+        if len(data.train) == 1:
+            raise UserError(sentence)
+        data.notes.append(f"{sentence}. Training goes on without it")
+        data.train.pop("voice")
+        data.val.pop("voice", None)
+
+
+def _check_labels(config: Config, data: Data) -> None:
+    """Class numbers that the classifier does not have. Shards tell theirs when they are read."""
+    kind: Kind = "voice" if config.training.label_set == "voxceleb1" else "image"
+    if config.training.label_set == "none" or kind not in data.train:
+        return
+    parts = [data.train[kind], *([data.val[kind]] if kind in data.val else [])]
+    most = 1 + max(part.largest_label() for part in parts)
+    if most > config.model.num_classes:
+        what = f"{most} speakers" if kind == "voice" else f"class number {most - 1}"
+        labels = " --label-set images" if config.training.label_set == "coco80" else ""
+        raise UserError(
+            f"the {kind} samples have {what}, the model has {config.model.num_classes} classes; "
+            f"use --num-classes {most}{labels}, or --label-set none"
+        )
 
 
 def make_datasets(
@@ -153,11 +232,8 @@ def make_datasets(
         )
     plain = stage == 1 and config.training.text_pretraining == "embeddings"
     kinds = [kind for kind in KINDS if kind in records and not (stage == 1 and kind == "voice")]
-    labelled = (
-        {"coco80": "image", "images": "image", "voxceleb1": "voice"}.get(config.training.label_set)
-        if stage == 3
-        else None
-    )
+    sets = {"coco80": "image", "images": "image", "voxceleb1": "voice"}
+    labelled = sets.get(config.training.label_set) if stage == 3 else None
     return {
         kind: (PlainImages if plain else CaptionedDataset)(
             records[kind],
@@ -183,10 +259,8 @@ class PairedStream:
         accumulation = accumulation_steps(training, world)
         self.streams: dict[Kind, MapStream] = {}
         for kind, dataset in datasets.items():
-            whole_batch = len(dataset) >= training.batch_size * world * accumulation
-            plan = BatchPlan(
-                len(dataset), training.batch_size, world, accumulation, config.run.seed, drop_last=whole_batch
-            )
+            whole = len(dataset) >= training.batch_size * world * accumulation
+            plan = BatchPlan(len(dataset), training.batch_size, world, accumulation, config.run.seed, drop_last=whole)
             self.streams[kind] = MapStream(
                 dataset,
                 plan,
@@ -197,8 +271,10 @@ class PairedStream:
                 bad_samples=bad_samples,
             )
         first = next(iter(self.streams.values()))
-        self.steps_per_epoch, self.samples_per_step = first.steps_per_epoch, first.samples_per_step
-        self.fingerprint = "+".join(f"{kind}:{stream.fingerprint}" for kind, stream in self.streams.items())
+        self.epoch_steps = first.plan.steps_per_epoch
+        self.steps_per_epoch: int | None = self.epoch_steps
+        self.samples_per_step = first.samples_per_step
+        self.fingerprint: str | None = "+".join(f"{kind}:{stream.fingerprint}" for kind, stream in self.streams.items())
 
     def start(self, step: int, state: dict | None = None) -> None:
         """Go to the batches of `step`."""
@@ -220,6 +296,12 @@ class PairedStream:
         for stream in self.streams.values():
             stream.agree()
 
+    def bad_counts(self) -> Counter[str]:
+        """How many samples of each data set could not be read so far."""
+        return Counter(
+            str(reason).partition(":")[0] for stream in self.streams.values() for reason in stream.bad.reasons.values()
+        )
+
     def close(self) -> None:
         """End the loaders' processes."""
         for stream in self.streams.values():
@@ -229,7 +311,9 @@ class PairedStream:
 def model_inputs(batch: dict[Kind, dict]) -> dict[str, dict[str, Tensor]]:
     """The tensors that a stage's module reads, pictures normalised."""
     names = ("images", "audio", "audio_mask", "input_ids", "attention_mask", "labels", "keys")
-    found = {kind: {name: part[name] for name in names if name in part} for kind, part in batch.items()}
+    found: dict[str, dict[str, Tensor]] = {
+        kind: {name: part[name] for name in names if name in part} for kind, part in batch.items()
+    }
     for part in found.values():
         if "images" in part:
             part["images"] = normalise(part["images"])

@@ -35,6 +35,7 @@ class TextTokenizer:
             raise UserError(f"--tokenizer {self.path}: not a tokenizers JSON file ({error})") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        self._tokenizer.encode_special_tokens = True  # a caption that says [PAD] is text, not padding
         self.sha256 = hashlib.sha256(data).hexdigest()
         self.vocabulary = self._tokenizer.get_vocab_size()
 
@@ -48,6 +49,10 @@ class TextTokenizer:
     def tokens(self, text: str) -> list[str]:
         """Token strings of one text, not cut."""
         return self._tokenizer.encode(text).tokens
+
+    def token_of(self, index: int) -> str:
+        """The string of a token id; empty for an id that is none."""
+        return self._tokenizer.id_to_token(index) or ""
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids; special tokens are left out, and nothing gives the empty string."""

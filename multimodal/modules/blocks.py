@@ -53,7 +53,7 @@ class QueryKeyValue(nn.Linear):
     def __init__(self, width: int):
         super().__init__(width, 3 * width)
 
-    def forward(self, x_BND: Tensor, first_only: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_BND: Tensor, first_only: bool = False) -> Tensor | tuple[Tensor, ...]:  # type: ignore[override]
         """Queries (B, N or 1, D), keys and values (B, N, D)."""
         if not first_only:
             return functional.linear(x_BND, self.weight, self.bias).chunk(3, -1)
@@ -117,9 +117,8 @@ class Tower(nn.Module):
         super().__init__()
         assert width % HEAD_WIDTH == 0, f"width {width} is not a multiple of {HEAD_WIDTH}"
         self.width, self.depth, self.grad_checkpointing = width, depth, False
-        self.blocks = nn.ModuleList(
-            Block(width, width // HEAD_WIDTH, dropout=dropout, kind=kind, chunk=chunk) for _ in range(depth)
-        )
+        heads = width // HEAD_WIDTH
+        self.blocks = nn.ModuleList(Block(width, heads, dropout=dropout, kind=kind, chunk=chunk) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, x_BND: Tensor, mask_BN: Tensor | None = None, first_only: bool = False) -> Tensor:
@@ -135,6 +134,7 @@ class Tower(nn.Module):
     def initialise(self, std: float = 0.02) -> None:
         """Linears truncated normal; the outputs of attention and MLP std / sqrt(2 depth)."""
         for block in self.blocks:
+            assert isinstance(block, Block)
             for linear in (block.attention.qkv, block.attention.output, block.expand, block.contract):
                 is_output = linear is block.attention.output or linear is block.contract
                 small_normal_(linear, std / (2 * self.depth) ** 0.5 if is_output else std)

@@ -108,7 +108,7 @@ def total_loss(
     kind: str, pairings: list[Pairing], outputs: dict[str, Tensor], keys: dict[str, Tensor] | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of the contrastive terms, and each by name."""
-    total, terms = 0.0, {}
+    total, terms = outputs[pairings[0].first].new_zeros(()), {}
     for p in pairings:
         own = None if keys is None else keys[p.keys]
         loss = contrastive_loss(kind, outputs[p.first], outputs[p.second], outputs[p.scale], outputs[p.bias], own)
@@ -136,6 +136,7 @@ class CachedStep:
         keys: list[dict[str, Tensor]] | None,
     ):
         self.micro_batches, self.states, outputs = micro_batches, [], []
+        # First pass: embeddings alone. Its random state is kept, so that dropout hides the same units in the second.
         for index in range(micro_batches):
             self.states.append(_random_state())
             with torch.no_grad():
@@ -143,6 +144,8 @@ class CachedStep:
         after = _random_state()
         whole = sorted({name for p in pairings for name in (p.scale, p.bias)})
         rows = sorted({name for p in pairings for name in (p.first, p.second)})
+        # The loss of all pairs of the step, from embeddings that are leaves of their own: cheap, and its gradient with
+        # respect to each embedding is all that the towers need to know of the other micro-batches.
         leaves = {name: torch.cat([output[name].float() for output in outputs]).requires_grad_() for name in rows}
         leaves |= {name: outputs[0][name].detach().float().clone().requires_grad_() for name in whole}
         merged = None if keys is None else {name: torch.cat([key[name] for key in keys]) for name in keys[0]}
@@ -150,8 +153,9 @@ class CachedStep:
             loss, self.terms = total_loss(kind, pairings, leaves, merged)
             loss.backward()
         self.loss = loss.detach()
-        self.row_gradients = {name: leaves[name].grad.split([len(output[name]) for output in outputs]) for name in rows}
-        self.whole_gradients = {name: leaves[name].grad for name in whole if leaves[name].grad is not None}
+        found = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}  # no bias in infonce
+        self.row_gradients = {name: found[name].split([len(output[name]) for output in outputs]) for name in rows}
+        self.whole_gradients = {name: found[name] for name in whole if name in found}
         _set_random_state(after)
 
     @contextlib.contextmanager

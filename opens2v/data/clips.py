@@ -1,8 +1,11 @@
 """One clip of an OpenS2V part: its entry, frames, background and subjects."""
 
+import hashlib
+import json
+import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +15,12 @@ from PIL import Image
 
 from opens2v.data.annotations import Annotations
 from opens2v.data.subjects import Subject, find_subjects
-from opens2v.data.video import crop_window, read_frames
+from opens2v.data.video import Shape, crop_window, read_frames
 from shared.errors import BadSample
 from shared.media.pictures import as_rgb
 
+# What a field of a wrong type or value ends in, deep inside: the entry is at fault, not the code.
+UNUSABLE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
 OTHER_CAPTIONS = ("face_cap_qwen", "face_cap_glm", "face_cap_Aria", "caption")
 
 
@@ -71,6 +76,78 @@ def class_names(entry: dict[str, Any]) -> list[str]:
     return [record["class_name"] for record in entry["annotation"]["mask_map"].values()]
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_position(value: Any) -> bool:
+    return _is_number(value) and value >= 0
+
+
+def _are_numbers(count: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and len(value) == count and all(map(_is_number, value))
+
+
+# Where it lies, what it must be, in words, and whether it may be missing or null.
+_FIELDS: tuple[tuple[str, Callable[[Any], bool], str, bool], ...] = (
+    ("metadata", lambda value: isinstance(value, dict), "an object", False),
+    ("metadata.path", lambda value: isinstance(value, str) and value != "", "a file name", False),
+    ("metadata.crop", _are_numbers(4), "four numbers [s_x, e_x, s_y, e_y]", True),
+    ("metadata.face_cut", _are_numbers(2), "two frame numbers", True),
+    ("metadata.cut", _are_numbers(2), "two frame numbers", True),
+    ("metadata.fps", lambda value: _is_number(value) and value > 0, "a number above 0", True),
+    ("metadata.num_frames", _is_number, "a number", True),
+    ("word_tags", lambda value: isinstance(value, dict), "an object of lists", True),
+    ("annotation", lambda value: isinstance(value, dict), "an object", False),
+    ("annotation.ann_frame_data", lambda value: isinstance(value, dict), "an object", False),
+    (
+        "annotation.ann_frame_data.ann_frame_idx",
+        lambda value: _is_number(value) and value >= 0,
+        "a frame number",
+        False,
+    ),
+)
+
+
+_FIELDS_OF_ALL = ("metadata", "metadata.path", "annotation")
+
+
+def fault_of(entry: Any) -> str | None:
+    """What is wrong with an entry's fields, or None."""
+    if not isinstance(entry, dict):
+        return f"the entry is {type(entry).__name__}, an object with metadata and annotation is needed"
+    for path, fits, wanted, is_optional in _FIELDS:
+        *parents, name = path.split(".")
+        node = entry
+        for parent in parents:
+            node = node[parent]  # checked before
+        value = node.get(name)
+        if value is None and is_optional:
+            continue
+        if not fits(value):
+            found = "missing" if name not in node else f"{json.dumps(value, default=str)[:60]}"
+            frame = "the entry needs metadata (with path) and annotation; " if path in _FIELDS_OF_ALL else ""
+            return f"{frame}{path} is {found}, {wanted} is needed"
+    return None
+
+
+def file_digest(path: Path, pieces: int = 16, piece: int = 1 << 16) -> bytes:
+    """Changes with a file: of its size and up to 16 pieces of 64 KiB. BadSample for one that cannot be read."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            digest = hashlib.sha256(str(size).encode())
+            step = max(piece, (size - piece) // max(1, pieces - 1))
+            for offset in range(0, max(1, size), step):
+                file.seek(offset)
+                digest.update(file.read(piece))
+            file.seek(max(0, size - piece))
+            digest.update(file.read(piece))
+    except OSError as error:
+        raise BadSample(f"{path}: cannot be read ({error.strerror}); check the data folders") from None
+    return digest.digest()
+
+
 @dataclass
 class Part:
     """One annotation file with its video and background folders."""
@@ -88,26 +165,40 @@ class Part:
             key, entry = self.annotations.item(index)
         except ValueError as error:
             raise BadSample(f"{self.name}, entry {index}: no valid JSON ({error})") from None
-        if (
-            not isinstance(entry, dict)
-            or "metadata" not in entry
-            or "annotation" not in entry
-            or "path" not in entry["metadata"]
-        ):
-            raise BadSample(f"{self.name}/{key}: the entry needs metadata (with path) and annotation")
+        fault = fault_of(entry)
+        if fault is not None:
+            raise BadSample(f"{self.name}/{key}: {fault}")
         return key, entry
 
-    def frames(self, entry: dict, indices: Sequence[int]) -> np.ndarray:
-        """Cropped frames, uint8 RGB (F, H, W, 3)."""
-        metadata = entry["metadata"]
-        return crop_window(read_frames(self.videos / metadata["path"], indices), metadata.get("crop"))
+    def frames(self, entry: dict, indices: Sequence[int], shape: Shape | None = None) -> np.ndarray:
+        """Cropped frames, uint8 RGB (F, H, W, 3), or what `shape` makes of each."""
+        crop = entry["metadata"].get("crop")
+
+        def cropped(frame: np.ndarray) -> np.ndarray:
+            frame = crop_window(frame, crop)
+            return frame if shape is None else shape(frame)
+
+        return read_frames(self.videos / entry["metadata"]["path"], indices, cropped)
+
+    def content(self, key: str, entry: dict, *, background: bool = False) -> str:
+        """A short text that changes with the clip's pixels, masks or times, and not with its caption.
+
+        Of the files their size and up to 16 pieces of 64 KiB are read: enough to see that a file is another one.
+        """
+        metadata = {name: value for name, value in entry["metadata"].items() if "cap" not in name or name == "caption"}
+        metadata.pop("caption", None)
+        digest = hashlib.sha256(json.dumps([metadata, entry["annotation"]], sort_keys=True, default=str).encode())
+        files = [self.videos / entry["metadata"]["path"], *([self.background_path(key)] if background else [])]
+        for path in files:
+            digest.update(file_digest(path) if path is not None else b"none")
+        return digest.hexdigest()[:16]
 
     def subjects(self, key: str, entry: dict) -> list[Subject]:
         """All subjects of the annotated frame; BadSample, naming the key, when a mask or field is damaged."""
         try:
             frame = self.frames(entry, [entry["annotation"]["ann_frame_data"]["ann_frame_idx"]])[0]
             found = find_subjects(entry, frame, use_bbox=self.use_bbox, key=f"{self.name}/{key}")
-        except (KeyError, TypeError, ValueError) as error:
+        except UNUSABLE as error:
             raise BadSample(
                 f"{self.name}/{key}: {f'field {error} is missing' if isinstance(error, KeyError) else error}"
             ) from None
@@ -134,7 +225,7 @@ class Part:
             return None
         try:
             pixels = np.array(as_rgb(Image.open(path)))
-        except OSError as error:
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise BadSample(f"background {path}: cannot be read ({error})") from None
         return _crop_background(pixels, entry["metadata"])
 

@@ -53,7 +53,7 @@ class CrossFramePairs:
                 f"opens2v.cross_frames_cluster_path {cluster_path}: not found; give .../cluster_videos.json"
             )
         self.clusters = None if cluster_path is None else set(_read(Path(cluster_path)))
-        self.whole = None if self.base.is_dir() else _read(self.base)
+        self.whole = None if self.base.is_dir() else dict(_read(self.base))
         self._last: tuple[str, list[dict]] = ("", [])
 
     def other_views(self, part: str, key: str, annotation_idx: str) -> list[OtherView]:
@@ -86,7 +86,7 @@ class CrossFramePairs:
         if self._last[0] != cluster:
             path = self.base / f"{cluster}.json"
             pairs = _read(path) if path.exists() else []
-            self._last = (cluster, pairs.get(cluster, []) if isinstance(pairs, dict) else pairs)
+            self._last = (cluster, pairs if isinstance(pairs, list) else pairs.get(cluster, []))
         return self._last[1]
 
 

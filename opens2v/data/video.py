@@ -1,8 +1,13 @@
-"""Single frames out of a video file, and frames into an mp4, with PyAV."""
+"""Single frames out of a video file, and frames into an mp4, with PyAV.
+
+A frame's number is its place in the order of presentation, whatever its time: clips from phones and screens have no
+constant rate, and masks belong to one certain frame. Files that state a turn (phones held upright) are turned.
+"""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 
 import av
@@ -14,60 +19,149 @@ from torch.nn import functional
 
 from shared.errors import BadSample, write_text, written_aside
 
+Shape = Callable[[np.ndarray], np.ndarray]  # what is made of a frame (H, W, 3) uint8 before the next one is decoded
 
-def read_frames(path: str | Path, indices: Sequence[int]) -> np.ndarray:
+
+def read_frames(path: str | Path, indices: Sequence[int], shape: Shape | None = None) -> np.ndarray:
     """The frames at non-decreasing positions, uint8 RGB (F, H, W, 3). A position beyond the last frame gives the last.
 
-    Seeks to the key frame before the first position and decodes forward. Raises BadSample for a file that cannot be
-    read.
+    Goes to the key frame before the first position and decodes forward. shape: applied to each frame as it comes, so
+    that no more than one whole frame is in memory. Raises BadSample for a file that cannot be read.
     """
     path = Path(path)
-    if not path.exists():
+    if not path.is_file():
         raise BadSample(f"video {path}: not found; check opens2v.video_base_paths")
-    wanted = sorted(set(int(index) for index in indices))
+    wanted = sorted({int(index) for index in indices})
+    if not wanted or wanted[0] < 0:
+        raise BadSample(f"video {path}: frame numbers {wanted[:3]} are not from 0 on")
+    rows: dict[int, list[int]] = {}
+    for row, index in enumerate(indices):
+        rows.setdefault(int(index), []).append(row)
+    result: list[np.ndarray] = []  # the whole clip, made when the first frame says how large one is
+
+    def put(index: int, picture: np.ndarray) -> None:
+        picture = picture if shape is None else shape(picture)
+        if not result:
+            result.append(np.empty((len(indices), *picture.shape), picture.dtype))
+        for row in rows[index]:
+            result[0][row] = picture
+
     try:
-        found = _decode(path, wanted, seek=True)
-        if found is None:
-            found = _decode(path, wanted, seek=False)
-    except (av.error.FFmpegError, ValueError, IndexError, OSError) as error:
+        times = presentation_times(path)
+        if times is None or not _by_time(path, wanted, times, put):
+            _by_counting(path, wanted, put)
+    except (av.error.FFmpegError, ValueError, IndexError, OSError, MemoryError) as error:
         raise BadSample(f"video {path}: cannot be decoded ({' '.join(str(error).split())[:160]})") from None
-    if not found:
-        raise BadSample(f"video {path}: holds no frame")
-    last = found[max(found)]
-    return np.stack([found.get(int(index), last) for index in indices])
+    return result[0]
 
 
-def _decode(path: Path, wanted: list[int], seek: bool) -> dict[int, np.ndarray] | None:
-    """Frames by position; None when the seek landed behind the first wanted one, and counting from the start must do.
+def frame_times(path: str | Path) -> np.ndarray:
+    """When each frame is shown, seconds from the first one, float64 (F,). Raises BadSample for an unreadable file."""
+    try:
+        times = presentation_times(Path(path))
+        with open_video(path) as container:
+            stream = _stream_of(container)
+            base = float(stream.time_base or Fraction(1, 1000))
+            if times is None:  # no times in the file: the frames are counted, the stated rate is all that is known
+                count = sum(1 for _ in container.decode(stream))
+                return np.arange(count) / float(stream.average_rate or stream.guessed_rate or 25)
+    except (av.error.FFmpegError, ValueError, IndexError, OSError) as error:
+        raise BadSample(f"video {path}: cannot be read ({' '.join(str(error).split())[:160]})") from None
+    return (times.shown - times.shown[0]) * base
 
-    The last frame of the file is there under its own position when a wanted one lies behind it.
-    """
-    found: dict[int, np.ndarray] = {}
-    # Real clips carry stream metadata that is not UTF-8; a plain open would raise UnicodeDecodeError.
-    with av.open(str(path), metadata_errors="ignore") as container:
-        stream = container.streams.video[0]
-        stream.thread_count = 1
-        rate, start = stream.average_rate or stream.guessed_rate, stream.start_time or 0
-        use_time = seek and wanted[0] > 0 and rate is not None and stream.time_base is not None
-        if use_time:
-            container.seek(start + int(Fraction(wanted[0]) / rate / stream.time_base), stream=stream, backward=True)
-        position, last = -1, None
+
+def open_video(path: str | Path) -> av.container.InputContainer:
+    """An open file. Real clips carry stream metadata that is not UTF-8, and a plain open would raise."""
+    return av.open(str(path), metadata_errors="ignore")
+
+
+def _stream_of(container: av.container.InputContainer) -> av.VideoStream:
+    if not container.streams.video:
+        raise ValueError("it holds no video stream")
+    stream = container.streams.video[0]
+    stream.thread_count = 1  # a loader process each; more threads would only wait for one another
+    return stream
+
+
+class Times:
+    """Presentation times of a stream in units of its time base: of all frames that are shown, and of key frames."""
+
+    def __init__(self, shown: np.ndarray, keys: np.ndarray):
+        self.shown, self.keys = shown, keys
+
+
+def presentation_times(path: Path) -> Times | None:
+    """The times, read from the packets without decoding; None where they do not number the frames."""
+    found = path.stat()
+    return _times_of(str(path), found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=512)
+def _times_of(path: str, size: int, mtime_ns: int) -> Times | None:
+    shown, keys = [], []
+    with open_video(path) as container:
+        for packet in container.demux(_stream_of(container)):
+            if packet.size == 0:
+                continue
+            if packet.pts is None:
+                return None
+            if packet.is_keyframe:
+                keys.append(packet.pts)
+            if not packet.is_discard:  # before the first frame of an edit list: decoded, never shown
+                shown.append(packet.pts)
+    if not shown or not keys or len(set(shown)) < len(shown):
+        return None
+    return Times(np.sort(np.array(shown, np.int64)), np.sort(np.array(keys, np.int64)))
+
+
+def _by_time(path: Path, wanted: list[int], times: Times, put: Callable[[int, np.ndarray], None]) -> bool:
+    """Put the frames by number, found by their times; False when decoding does not give what the packets promise."""
+    last = len(times.shown) - 1
+    numbers: dict[int, list[int]] = {}
+    for index in wanted:
+        numbers.setdefault(int(times.shown[min(index, last)]), []).append(index)
+    first, final = min(numbers), max(numbers)
+    before = times.keys[times.keys <= first]
+    with open_video(path) as container:
+        stream = _stream_of(container)
+        if len(before) and before[-1] > times.shown[0]:
+            container.seek(int(before[-1]), stream=stream, backward=True)
+        is_first = True
         for frame in container.decode(stream):
-            if use_time and frame.pts is None:
-                return None
-            position = round((frame.pts - start) * stream.time_base * rate) if use_time else position + 1
-            if use_time and last is None and position > wanted[0]:
-                return None
+            if frame.pts is None or (is_first and frame.pts > first):
+                return False  # landed behind the wanted frame: a file whose key frames are not what they say
+            is_first = False
+            if frame.pts in numbers:
+                picture = _upright(frame)
+                for index in numbers.pop(frame.pts):
+                    put(index, picture)
+            if frame.pts >= final:
+                break
+    return not numbers
+
+
+def _by_counting(path: Path, wanted: list[int], put: Callable[[int, np.ndarray], None]) -> None:
+    """Put the frames by number, decoded from the first one on; the last one also stands for numbers behind it."""
+    last, open_numbers = None, set(wanted)
+    with open_video(path) as container:
+        for position, frame in enumerate(container.decode(_stream_of(container))):
             last = frame
-            if position in wanted or (use_time and position >= wanted[0] and not found):
-                found[position] = frame.to_ndarray(format="rgb24")
+            if position in open_numbers:
+                put(position, _upright(frame))
+                open_numbers.discard(position)
             if position >= wanted[-1]:
                 break
-        if last is not None and position < wanted[-1]:
-            found[position] = last.to_ndarray(format="rgb24")
-        elif last is None and use_time:
-            return None  # sought behind the end
-    return found
+    if last is None:
+        raise ValueError("it holds no frame")
+    for index in open_numbers:
+        put(index, _upright(last))
+
+
+def _upright(frame: av.VideoFrame) -> np.ndarray:
+    """uint8 RGB (H, W, 3), turned as the file says."""
+    pixels = frame.to_ndarray(format="rgb24")
+    turns = round(frame.rotation / 90) % 4
+    return np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
 
 
 def crop_window(frames: np.ndarray, crop: Sequence[int] | None) -> np.ndarray:
@@ -84,20 +178,42 @@ def crop_window(frames: np.ndarray, crop: Sequence[int] | None) -> np.ndarray:
     return frames[..., top:bottom, left:right, :]
 
 
+def _covering(own_height: int, own_width: int, height: int, width: int) -> tuple[int, int]:
+    """The smallest size of the same shape that covers height x width."""
+    scale = max(width / own_width, height / own_height)
+    # Rounded up so that the target stays covered; the small number keeps 96 x (48 / 96) at 48.
+    return max(height, int(np.ceil(own_height * scale - 1e-6))), max(width, int(np.ceil(own_width * scale - 1e-6)))
+
+
 def cover_resize(frames: np.ndarray, height: int, width: int) -> Tensor:
     """uint8 (F, H, W, 3) -> float32 (3, F, height, width) in [-1, 1]: scaled until the target is covered, cut at the
     centre.
     """
     own_height, own_width = frames.shape[1:3]
     images = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()
-    scale = max(width / own_width, height / own_height)
-    # Rounded up so that the target stays covered; the small number keeps 96 x (48 / 96) at 48.
-    size = (max(height, int(np.ceil(own_height * scale - 1e-6))), max(width, int(np.ceil(own_width * scale - 1e-6))))
+    size = _covering(own_height, own_width, height, width)
     if size != (own_height, own_width):
         images = functional.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     cut = images[:, :, top : top + height, left : left + width].clamp(0, 255)
     return (cut / 127.5 - 1).permute(1, 0, 2, 3).contiguous()
+
+
+def fit_frame(frame: np.ndarray, height: int, width: int) -> np.ndarray:
+    """One uint8 frame (H, W, 3) -> (height, width, 3), as cover_resize but in whole grey levels; cheaper."""
+    own_height, own_width = frame.shape[:2]
+    size = _covering(own_height, own_width, height, width)
+    if size != (own_height, own_width):
+        image = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None]
+        image = functional.interpolate(image, size, mode="bilinear", antialias=True, align_corners=False)
+        frame = image[0].permute(1, 2, 0).numpy()
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return np.ascontiguousarray(frame[top : top + height, left : left + width])
+
+
+def normalise(frames: Tensor) -> Tensor:
+    """uint8 frames 0 to 255 as float32 in [-1, 1], where they are; float ones as they came."""
+    return frames.float() / 127.5 - 1 if frames.dtype == torch.uint8 else frames
 
 
 def to_uint8(frames: Tensor) -> np.ndarray:

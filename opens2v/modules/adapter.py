@@ -27,6 +27,9 @@ class ReferenceTokens:
     mask_vae_BS: Tensor | None
     weight_B11: Tensor
     memory: dict[int, list] | None = field(default=None)
+    latents_BNChw: Tensor | None = None  # of the pictures, where they also enter self-attention
+    mask_self_BS: Tensor | None = None
+    features: list[Tensor] | None = None  # by block, (B, S, D): what the base makes of the pictures
 
 
 def sincos_1d(count: int, dim: int, first: int = 0) -> Tensor:
@@ -84,6 +87,9 @@ def attend(q_BLD: Tensor, k_BSD: Tensor, v_BSD: Tensor, heads: int, mask_BS: Ten
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
+Path = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # keys, values, mask of the keys, gate
+
+
 class DualPathCrossAttention(WanAttention):
     """A Wan block's cross-attention with subject paths beside the text path.
 
@@ -95,6 +101,10 @@ class DualPathCrossAttention(WanAttention):
     fused = A(q, RMS(k_fused u; norm_k_fused), v_fused u), u = [p ; z]     only with fused_path
     out   = Wo(text + gate_clip clip + vae + fused)
     """
+
+    # WanAttention declares these as optional; with clip_path "separate" they are layers.
+    add_k_proj: nn.Linear  # type: ignore[assignment]
+    add_v_proj: nn.Linear  # type: ignore[assignment]
 
     def __init__(self, dim: int, heads: int, *, eps: float = 1e-6, clip_path: str = "shared", fused_path: bool = False):
         super().__init__(dim=dim, heads=heads, dim_head=dim // heads, eps=eps, cross_attention_dim_head=dim // heads)
@@ -139,7 +149,7 @@ class DualPathCrossAttention(WanAttention):
             paths.append((self.k_fused, self.v_fused, self.norm_k_fused))
         return paths
 
-    def forward(
+    def forward(  # type: ignore[override]  # the block calls it, no processor of diffusers
         self, x_BLD: Tensor, text_BSD: Tensor, references: ReferenceTokens | None = None, layer: int = 0
     ) -> Tensor:
         """x: normed video tokens; text: projected text. Without references this is the base's arithmetic."""
@@ -151,11 +161,12 @@ class DualPathCrossAttention(WanAttention):
                 out = out + (path if gate is None else gate.to(q.dtype) * path)
         return self.to_out[0](out)
 
-    def _keys_values(self, references: ReferenceTokens, layer: int) -> list[tuple]:
-        """(keys, values, mask, gate) of every subject path; remembered when the references carry a memory."""
+    def _keys_values(self, references: ReferenceTokens, layer: int) -> list[Path]:
+        """Every subject path; remembered when the references carry a memory."""
         if references.memory is not None and layer in references.memory:
             return references.memory[layer]
-        clip, vae, found = references.clip_BSD, references.vae_BSD, []
+        clip, vae = references.clip_BSD, references.vae_BSD
+        found: list[Path] = []
         if clip is not None and self.clip_path == "shared":
             key = self.norm_k(self.to_k(clip))
             found.append((key, self.to_v(clip), references.mask_clip_BS, self.gate_clip))
@@ -166,8 +177,46 @@ class DualPathCrossAttention(WanAttention):
             found.append((rms_norm(self.norm_k_vae, self.k_vae(vae)), self.v_vae(vae), references.mask_vae_BS, None))
         if self.fused_path and clip is not None and vae is not None:
             both = torch.cat([clip, vae], 1)
+            assert references.mask_clip_BS is not None and references.mask_vae_BS is not None  # come with their tokens
             mask = torch.cat([references.mask_clip_BS, references.mask_vae_BS], 1)
             found.append((rms_norm(self.norm_k_fused, self.k_fused(both)), self.v_fused(both), mask, None))
         if references.memory is not None:
             references.memory[layer] = found
         return found
+
+
+class RefSelfAttention(WanAttention):
+    """A Wan block's self-attention that also looks at what the frozen base itself makes of the subject pictures.
+
+    The pictures run through the base as videos of one clean frame (timestep 0, no gradient). Of the features u that
+    enter this block's self-attention there, with fixed positions:
+        out = Wo(A(q, k, v) + A(q', RMS(k_ref u; norm_k_ref), v_ref u)),    q' = q before the rotary embedding
+    k_ref starts as the base's own key layer, v_ref at zero: the output is the base's at step 0. Features of the base
+    carry detail that two projections of a VAE latent cannot (Stand-In, AnimateAnyone's reference network).
+    """
+
+    def __init__(self, dim: int, heads: int, *, eps: float = 1e-6):
+        super().__init__(dim=dim, heads=heads, dim_head=dim // heads, eps=eps)
+        self.k_ref, self.v_ref, self.norm_k_ref = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.RMSNorm(dim, eps=eps)
+
+    @torch.no_grad()
+    def reset_reference_parameters(self) -> None:
+        """See DualPathCrossAttention.reset_reference_parameters."""
+        self.k_ref.load_state_dict(self.to_k.state_dict())
+        self.norm_k_ref.weight.copy_(self.norm_k.weight)
+        nn.init.zeros_(self.v_ref.weight)
+        nn.init.zeros_(self.v_ref.bias)
+
+    def reference_path(self, query_BLD: Tensor, references: ReferenceTokens, layer: int) -> Tensor:
+        """(B, L, D) to add to the attention over the video's own tokens."""
+        place = -1 - layer  # the cross-attention of this block remembers under `layer`
+        if references.memory is not None and place in references.memory:
+            key, value = references.memory[place]
+        else:
+            assert references.features is not None
+            features = references.features[layer].to(self.k_ref.weight.dtype)
+            key, value = rms_norm(self.norm_k_ref, self.k_ref(features)), self.v_ref(features)
+            if references.memory is not None:
+                references.memory[place] = [key, value]
+        path = attend(query_BLD, key, value, self.heads, references.mask_self_BS)
+        return path * references.weight_B11.to(query_BLD.dtype)

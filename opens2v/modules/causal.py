@@ -6,8 +6,11 @@ Shapes: B batch, F latent frames, S tokens of a frame, L = F S tokens, H heads, 
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from diffusers.models.transformers.transformer_wan import WanAttention, WanRotaryPosEmbed
+from torch import Tensor
 from torch.nn import functional
+
+from opens2v.modules.adapter import ReferenceTokens, RefSelfAttention
 
 
 def frame_blocks(frames: int, frames_per_block: int, independent_first_frame: bool = False) -> list[int]:
@@ -86,19 +89,21 @@ def attention_in_runs(q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, runs: list
     return torch.cat(parts, 2)
 
 
-def rotary_table(rope: nn.Module, frames: int, height: int, width: int, first_frame: int = 0) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    rope: WanRotaryPosEmbed, frames: int, height: int, width: int, first_frame: int = 0
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine (1, L, 1, K) of a patch grid whose time index starts at `first_frame`.
 
-    rope: diffusers' WanRotaryPosEmbed, whose tables are split over time, height and width.
+    The tables of `rope` are split over time, height and width.
     """
     sizes = [rope.t_dim, rope.h_dim, rope.w_dim]
     axes = (slice(first_frame, first_frame + frames), slice(0, height), slice(0, width))
-    if max(part.stop for part in axes) > len(rope.freqs_cos):
-        raise ValueError(
-            f"the rotary table has {len(rope.freqs_cos)} positions, {max(part.stop for part in axes)} are needed"
-        )
+    cosines, sines = rope.freqs_cos, rope.freqs_sin
+    assert isinstance(cosines, Tensor) and isinstance(sines, Tensor)
+    if max(part.stop for part in axes) > len(cosines):
+        raise ValueError(f"the rotary table has {len(cosines)} positions, {max(part.stop for part in axes)} are needed")
     tables = []
-    for table in (rope.freqs_cos, rope.freqs_sin):
+    for table in (cosines, sines):
         time_, row, column = (part[axis] for part, axis in zip(table.split(sizes, 1), axes, strict=True))
         grid = torch.cat(
             [
@@ -154,7 +159,7 @@ class KeyValueCache:
 
 
 def self_attention(
-    attention: nn.Module,
+    attention: WanAttention,
     x_BLD: Tensor,
     rotary: tuple[Tensor, Tensor],
     *,
@@ -162,10 +167,14 @@ def self_attention(
     cache: KeyValueCache | None,
     layer: int,
     tokens_per_frame: int,
+    references: ReferenceTokens | None = None,
 ) -> Tensor:
-    """A Wan block's self-attention: of all tokens, in runs of frames, or over a cache."""
+    """A Wan block's self-attention: of all tokens, in runs of frames, or over a cache; and over the subject pictures
+    where the attention has layers for them (RefSelfAttention).
+    """
     heads = attention.heads
-    q = rotate(attention.norm_q(attention.to_q(x_BLD)).unflatten(-1, (heads, -1)), rotary).transpose(1, 2)
+    query_BLD = attention.norm_q(attention.to_q(x_BLD))
+    q = rotate(query_BLD.unflatten(-1, (heads, -1)), rotary).transpose(1, 2)
     k = rotate(attention.norm_k(attention.to_k(x_BLD)).unflatten(-1, (heads, -1)), rotary).transpose(1, 2)
     v = attention.to_v(x_BLD).unflatten(-1, (heads, -1)).transpose(1, 2)
     if cache is not None:
@@ -174,4 +183,8 @@ def self_attention(
         out = attention_in_runs(q, k, v, runs)
     else:
         out = functional.scaled_dot_product_attention(q, k, v)
-    return attention.to_out[0](out.transpose(1, 2).flatten(2).type_as(q))
+    out_BLD = out.transpose(1, 2).flatten(2).type_as(q)
+    if references is not None and references.features is not None and isinstance(attention, RefSelfAttention):
+        # Unrotated: where a part of the subject lies in its picture says nothing about where it goes in the frame.
+        out_BLD = out_BLD + attention.reference_path(query_BLD, references, layer)
+    return attention.to_out[0](out_BLD)

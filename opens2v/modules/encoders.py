@@ -8,7 +8,7 @@ import hashlib
 import html
 import re
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,10 @@ from torch.nn import functional
 from opens2v.data.subjects import CLIP_MEAN, CLIP_STD
 from shared.errors import UserError
 from shared.rng import keyed_generator
+
+if TYPE_CHECKING:  # the libraries load when an encoder is built
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+    from transformers import CLIPVisionModel
 
 TEXT_ROWS = 512  # Wan always attends to 512 rows, padding included
 _WORD_STREAM = 502
@@ -49,25 +53,28 @@ def check_frames(frames: int, what: str = "num_training_frames") -> None:
 class WanVAE:
     """diffusers' AutoencoderKLWan with normalised latents: z = (mean of the posterior - mean) / std per channel."""
 
-    temporal, spatial, variance = 4, 8, None
+    temporal, spatial = 4, 8
+    variance: Tensor | None = None
 
-    def __init__(self, vae: nn.Module):
-        self.vae = vae.eval().requires_grad_(False)
+    def __init__(self, vae: "AutoencoderKLWan"):
+        self.vae = vae
+        vae.eval().requires_grad_(False)
         shape = (1, -1, 1, 1, 1)
-        self.mean = torch.tensor(vae.config.latents_mean).reshape(shape)
-        self.std = torch.tensor(vae.config.latents_std).reshape(shape)
+        self.mean = torch.tensor(vae.config["latents_mean"]).reshape(shape)
+        self.std = torch.tensor(vae.config["latents_std"]).reshape(shape)
 
     def to(self, device: torch.device | str) -> "WanVAE":
         """Move to a device."""
-        self.vae.to(device)
+        nn.Module.to(self.vae, device)
         return self
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
-        """See VideoCodec.encode."""
+        """See VideoCodec.encode. One clip at a time: a batch would need the workspace of all its clips at once."""
         check_frames(frames.shape[2], "the video")
         parameter = next(self.vae.parameters())
-        latents = self.vae.encode(frames.to(parameter.device, parameter.dtype)).latent_dist.mode().float()
+        clips = frames.to(parameter.device, parameter.dtype).split(1)
+        latents = torch.cat([self.vae.encode(clip).latent_dist.mode() for clip in clips]).float()
         return (latents - self.mean.to(latents)) / self.std.to(latents)
 
     @torch.no_grad()
@@ -75,7 +82,8 @@ class WanVAE:
         """See VideoCodec.decode."""
         parameter = next(self.vae.parameters())
         raw = latents.float() * self.std.to(latents.device) + self.mean.to(latents.device)
-        return self.vae.decode(raw.to(parameter.device, parameter.dtype)).sample.float().clamp(-1, 1)
+        clips = raw.to(parameter.device, parameter.dtype).split(1)
+        return torch.cat([self.vae.decode(clip).sample for clip in clips]).float().clamp(-1, 1)
 
 
 class PatchCodec(nn.Module):
@@ -87,6 +95,11 @@ class PatchCodec(nn.Module):
     """
 
     temporal, spatial, channels = 4, 4, 16
+    mean: Tensor
+    basis: Tensor
+    change_basis: Tensor
+    scale: Tensor
+    variance: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -200,7 +213,8 @@ class HashText:
     """
 
     def __init__(self, dim: int, rows: int):
-        self.dim, self.rows, self.words = dim, rows, {}
+        self.dim, self.rows = dim, rows
+        self.words: dict[str, Tensor] = {}
 
     def to(self, device: torch.device | str) -> "HashText":
         """Move to a device."""
@@ -227,13 +241,13 @@ class HashText:
 class ClipImages:
     """CLIP ViT-H/14 as Wan's image-to-video model uses it: the second last layer, 257 tokens of 1280, no final norm."""
 
-    def __init__(self, model: nn.Module):
-        self.model = model.eval().requires_grad_(False)
-        self.dim = model.config.hidden_size
+    def __init__(self, model: "CLIPVisionModel"):
+        self.model = model
+        model.eval().requires_grad_(False)
 
     def to(self, device: torch.device | str) -> "ClipImages":
         """Move to a device."""
-        self.model.to(device)
+        nn.Module.to(self.model, device)
         return self
 
     @torch.no_grad()
@@ -283,19 +297,18 @@ def _folder(base: str | None, name: str, what: str) -> Path:
 def load_wan_vae(base_model_path: str | None, dtype: torch.dtype = torch.float32) -> WanVAE:
     """Wan's VAE from base_model_path/vae."""
     path = _folder(base_model_path, "vae", "the video VAE")
-    from diffusers import AutoencoderKLWan
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
     return WanVAE(AutoencoderKLWan.from_pretrained(str(path), torch_dtype=dtype))
 
 
-def load_umt5(base_model_path: str | None, dtype: torch.dtype = torch.bfloat16) -> UMT5Text:
-    """UMT5-XXL from base_model_path/text_encoder and its tokenizer."""
+def load_umt5(base_model_path: str | None, rows: int = TEXT_ROWS, dtype: torch.dtype = torch.bfloat16) -> UMT5Text:
+    """UMT5-XXL from base_model_path/text_encoder and its tokenizer; it gives so many rows a text."""
     encoder, tokenizer = (_folder(base_model_path, name, "the text encoder") for name in ("text_encoder", "tokenizer"))
     from transformers import AutoTokenizer, UMT5EncoderModel
 
-    return UMT5Text(
-        UMT5EncoderModel.from_pretrained(str(encoder), dtype=dtype), AutoTokenizer.from_pretrained(str(tokenizer))
-    )
+    model = UMT5EncoderModel.from_pretrained(str(encoder), dtype=dtype)
+    return UMT5Text(model, AutoTokenizer.from_pretrained(str(tokenizer)), rows)
 
 
 def load_clip(image_encoder_path: str | None, dtype: torch.dtype = torch.bfloat16) -> ClipImages:

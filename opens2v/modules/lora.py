@@ -1,5 +1,6 @@
 """LoRA on the base's attention through peft, and the freezing of everything but the named modules."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from shared.errors import UserError
 ATTENTION_LAYERS = ("to_q", "to_k", "to_v", "to_out")
 
 
-def lora_pattern(target_modules: list[str], scope: list[str]) -> str:
+def lora_pattern(target_modules: Sequence[str], scope: Sequence[str]) -> str:
     """The regular expression of the adapted layers. diffusers' to_out is a list of (linear, dropout): its linear is
     to_out.0.
     """
@@ -26,7 +27,13 @@ def lora_pattern(target_modules: list[str], scope: list[str]) -> str:
 
 
 def add_lora(
-    model: nn.Module, *, rank: int, alpha: float, dropout: float = 0.0, target_modules: list[str], scope: list[str]
+    model: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    target_modules: Sequence[str],
+    scope: Sequence[str],
 ) -> int:
     """Put LoRA layers into the model and return their parameter count. peft freezes all else: enable_trainable comes
     after.
@@ -35,7 +42,7 @@ def add_lora(
 
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # peft only multiplies with it
         lora_dropout=dropout,
         target_modules=lora_pattern(target_modules, scope),
         init_lora_weights=True,
@@ -109,4 +116,5 @@ def trainable_group(name: str) -> str | None:
     if not is_reference_name(name):
         return None
     parts = name.split(".")
-    return parts[0] if "attn2" not in parts else f"attn2.{parts[parts.index('attn2') + 1]}"
+    place = next((place for place, part in enumerate(parts) if part in ("attn1", "attn2")), None)
+    return parts[0] if place is None else ".".join(parts[place : place + 2])

@@ -17,11 +17,7 @@ class FlowMatchScheduler:
     """
 
     def __init__(
-        self,
-        shift: float = 5.0,
-        sigma_min: float = 0.0,
-        extra_one_step: bool = True,
-        num_train_timesteps: int = 1000,
+        self, shift: float = 5.0, sigma_min: float = 0.0, extra_one_step: bool = True, num_train_timesteps: int = 1000
     ):
         self.shift, self.sigma_min, self.extra_one_step = shift, sigma_min, extra_one_step
         self.num_train_timesteps = num_train_timesteps

@@ -25,16 +25,13 @@ import torch
 from PIL import Image
 
 from bagel.config import PRESETS, Config, LanguageConfig, ModelConfig, VisionConfig
-from bagel.data.layout import transforms_of
-from bagel.data.stream import PackStream, make_packer
-from bagel.data.tokenizer import load_tokenizer
-from bagel.dataset import UnifiedGenerationDataset
+from bagel.data.tokenizer import SpecialTokens, load_tokenizer
+from bagel.dataset import UnifiedGenerationDataset, open_dataset, transforms_of
 from bagel.model import Bagel
 from bagel.objective import with_latents
-from bagel.packing import Draws, Dropout, PackBuilder, PackFormat, PlanItem
+from bagel.packing import Draws, Dropout, PackBuilder, PackFormat, PackStream, PlanItem, make_packer
 from bagel.plan import dense_flops_per_token, workload
-from bagel.sampling.generation import SpecialTokens
-from bagel.train import complete, open_dataset
+from bagel.train import complete
 from bagel.weights.pretrained import build_model, load_autoencoder, read_config
 from shared.engine.dist import DistInfo
 from shared.plan.measure import ASSUMED_UTILISATION, GPUS
@@ -124,7 +121,7 @@ def sample_packs(config: Config, count: int) -> tuple[list[dict], list[dict]]:
 def peers(bench: Bench) -> None:
     """Packed against padded on the sample data; the sliced attention against dense masks."""
     for budget, count in ((1024, 4), (4096, 1)):
-        config = settings("small", "--tokens-per-batch", str(budget))
+        config = settings("small_captions", "--tokens-per-batch", str(budget))
         packed, padded = sample_packs(config, count)
         useful, filled = (sum(pack["sequence_length"] for pack in packs) for packs in (packed, padded))
         model = read_config(config.model)
@@ -154,7 +151,7 @@ def use(bench: Bench) -> None:
     """A picture, a text token, reading samples."""
     from bagel.inferencer import InterleaveInferencer
 
-    config = settings("small")
+    config = settings("small_captions")
     model_config = read_config(config.model)
     tokenizer = load_tokenizer(model_config)
     model = build_model(model_config, rows=tokenizer.vocab_size).eval()
@@ -178,7 +175,7 @@ def use(bench: Bench) -> None:
 
 def start(bench: Bench) -> None:
     """From the command to the first step."""
-    bench.startup("--config", "small")
+    bench.startup("--config", "small_captions")
 
 
 def loader(bench: Bench) -> None:
@@ -214,7 +211,7 @@ def open_stream(config: Config) -> PackStream:
     model = ModelConfig(from_scratch=True, tokenizer="bytes")
     tokenizer = load_tokenizer(model)
     dataset: UnifiedGenerationDataset = open_dataset(config, read_config(model), tokenizer, config.data.train_data_path)
-    from bagel.dataset import make_collate
+    from bagel.packing import make_collate
 
     return PackStream(
         dataset, config.data, DistInfo(), batch_size=1, accumulation=1,
@@ -239,7 +236,7 @@ def scaling(bench: Bench) -> None:
         for count in (30, 120, 480):
             path = Path(folder) / f"{count}.jsonl"
             path.write_text(DIALOGUE * count)
-            config = settings("small", "--train-data-path", str(path))
+            config = settings("small_captions", "--train-data-path", str(path))
             jobs[count] = lambda config=config: open_stream(config)
         bench.scaling("records on disk", jobs, "ms to open the set and fill an epoch's packs: each line is read once")
 

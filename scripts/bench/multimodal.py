@@ -34,7 +34,7 @@ from multimodal.model import MultimodalModel, Widths
 from multimodal.modules.contrastive import contrastive_loss
 from multimodal.objective import AlignModel
 from multimodal.plan import workload
-from multimodal.run import make_network
+from multimodal.trainer import make_network
 from shared.engine.dist import DistInfo
 
 WIDTH, IMAGE_DEPTH, TEXT_DEPTH, TOKENS, EMBED = 192, 12, 4, 64, 512

@@ -23,7 +23,7 @@ PARTS = {
 
 def find_systems(root: Path) -> list[str]:
     """The subjects of the files scripts/bench/SUBJECT.py: the five systems, and `workshop` for shared/."""
-    own = {"__init__", "bench", "gpu", "kernels", "table"}
+    own = {"__init__", "bench", "check", "gpu", "kernels", "table"}
     return sorted(path.stem for path in (root / "scripts" / "bench").glob("*.py") if path.stem not in own)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from shared.config import TrainingSection
-from shared.engine.dist import DistInfo, gather_objects
+from shared.engine.dist import DistInfo, gather_objects, use_tf32
 from shared.errors import UserError
 from shared.optim import FusedOptimizer, adamw
 
@@ -82,6 +82,7 @@ class Strategy:
     def prepare(self, model: nn.Module, groups: list[dict], wrap_classes: tuple[type, ...] = ()) -> None:
         """Place, compile and wrap the model; make the optimizer over its trainable parameters, grouped by name."""
         self.module = model
+        use_tf32(self.training.allow_tf32)
         self._place(wrap_classes)
         if self.training.compile:
             for block in blocks_of(model, wrap_classes):

@@ -73,13 +73,21 @@ class BlockC(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        row, column = {"kernel": (1, 7), "padding": (0, 3)}, {"kernel": (7, 1), "padding": (3, 0)}
         self.branch1x1 = Conv(768, 192, 1)
         self.branch7x7_1 = Conv(768, width, 1)
-        self.branch7x7_2, self.branch7x7_3 = Conv(width, width, **row), Conv(width, 192, **column)
+        self.branch7x7_2, self.branch7x7_3 = (
+            Conv(width, width, (1, 7), padding=(0, 3)),
+            Conv(width, 192, (7, 1), padding=(3, 0)),
+        )
         self.branch7x7dbl_1 = Conv(768, width, 1)
-        self.branch7x7dbl_2, self.branch7x7dbl_3 = Conv(width, width, **column), Conv(width, width, **row)
-        self.branch7x7dbl_4, self.branch7x7dbl_5 = Conv(width, width, **column), Conv(width, 192, **row)
+        self.branch7x7dbl_2, self.branch7x7dbl_3 = (
+            Conv(width, width, (7, 1), padding=(3, 0)),
+            Conv(width, width, (1, 7), padding=(0, 3)),
+        )
+        self.branch7x7dbl_4, self.branch7x7dbl_5 = (
+            Conv(width, width, (7, 1), padding=(3, 0)),
+            Conv(width, 192, (1, 7), padding=(0, 3)),
+        )
         self.branch_pool = Conv(768, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,13 +120,18 @@ class BlockE(nn.Module):
 
     def __init__(self, given: int, *, pool_by_maximum: bool) -> None:
         super().__init__()
-        row, column = {"kernel": (1, 3), "padding": (0, 1)}, {"kernel": (3, 1), "padding": (1, 0)}
         self.pool_by_maximum = pool_by_maximum
         self.branch1x1 = Conv(given, 320, 1)
         self.branch3x3_1 = Conv(given, 384, 1)
-        self.branch3x3_2a, self.branch3x3_2b = Conv(384, 384, **row), Conv(384, 384, **column)
+        self.branch3x3_2a, self.branch3x3_2b = (
+            Conv(384, 384, (1, 3), padding=(0, 1)),
+            Conv(384, 384, (3, 1), padding=(1, 0)),
+        )
         self.branch3x3dbl_1, self.branch3x3dbl_2 = Conv(given, 448, 1), Conv(448, 384, 3, padding=1)
-        self.branch3x3dbl_3a, self.branch3x3dbl_3b = Conv(384, 384, **row), Conv(384, 384, **column)
+        self.branch3x3dbl_3a, self.branch3x3dbl_3b = (
+            Conv(384, 384, (1, 3), padding=(0, 1)),
+            Conv(384, 384, (3, 1), padding=(1, 0)),
+        )
         self.branch_pool = Conv(given, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -166,7 +179,7 @@ class ScriptedFeatures(nn.Module):
     def __init__(self, module: torch.jit.ScriptModule) -> None:
         super().__init__()
         self.module = module.eval()
-        self.resizes = any(argument.name == "return_features" for argument in module.forward.schema.arguments)
+        self.resizes = "return_features" in str(module.forward.schema)  # type: ignore[attr-defined]
 
     def forward(self, pictures_BCHW: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> float32 (B, F)."""

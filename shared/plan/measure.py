@@ -24,37 +24,46 @@ ASSUMED_UTILISATION = 0.40  # share of the matrix peak that a well-fed transform
 
 @dataclass(frozen=True)
 class GPU:
-    """Data-sheet figures: dense bf16 and fp32 (TF32) matrix peaks, TFLOP/s; memory, GB; traffic to other GPUs, GB/s."""
+    """Data-sheet figures of a card.
+
+    Dense matrix peaks in TFLOP/s: bf16, TF32 (fp32 products with allow_tf32) and plain fp32. Memory in GB and its rate
+    in GB/s. What one card sends in GB/s: to cards of its node, and to other nodes over a usual network card.
+    """
 
     bf16_tflops: float
+    tf32_tflops: float
     fp32_tflops: float
     memory_gb: float
+    memory_gb_per_second: float
     link_gb_per_second: float
+    network_gb_per_second: float
 
 
 GPUS = {
-    "3070-ti": GPU(43.5, 21.7, 8, 16),
-    "3080": GPU(59, 30, 10, 16),
-    "3090": GPU(71, 36, 24, 16),
-    "4090": GPU(165, 83, 24, 16),
-    "5090": GPU(210, 105, 32, 32),
-    "a10": GPU(125, 62, 24, 16),
-    "l4": GPU(121, 60, 24, 16),
-    "l20": GPU(119.5, 59.8, 48, 32),
-    "l40": GPU(181, 90.5, 48, 32),
-    "l40s": GPU(362, 183, 48, 32),
-    "a6000": GPU(155, 77, 48, 28),
-    "a100-40gb": GPU(312, 156, 40, 250),
-    "a100": GPU(312, 156, 80, 250),
-    "a800": GPU(312, 156, 80, 180),
-    "h20": GPU(148, 74, 96, 400),
-    "h100": GPU(989, 494, 80, 400),
-    "h200": GPU(989, 494, 141, 400),
-    "h800": GPU(989, 494, 80, 180),
-    "b200": GPU(2250, 1100, 180, 800),
-    "mi300x": GPU(1307, 653, 192, 400),
-    "910b": GPU(354, 177, 64, 180),
+    "3070-ti": GPU(43.5, 21.7, 21.7, 8, 608, 16, 3),
+    "3080": GPU(59, 30, 30, 10, 760, 16, 3),
+    "3090": GPU(71, 36, 36, 24, 936, 16, 3),
+    "4090": GPU(165, 83, 83, 24, 1008, 16, 3),
+    "5090": GPU(210, 105, 105, 32, 1792, 32, 3),
+    "a10": GPU(125, 62, 31, 24, 600, 16, 3),
+    "l4": GPU(121, 60, 30, 24, 300, 16, 3),
+    "l20": GPU(119.5, 59.8, 59.8, 48, 864, 32, 12),
+    "l40": GPU(181, 90.5, 90.5, 48, 864, 32, 12),
+    "l40s": GPU(362, 183, 92, 48, 864, 32, 12),
+    "a6000": GPU(155, 77, 39, 48, 768, 28, 3),
+    "a100-40gb": GPU(312, 156, 19.5, 40, 1555, 250, 25),
+    "a100": GPU(312, 156, 19.5, 80, 2039, 250, 25),
+    "a800": GPU(312, 156, 19.5, 80, 2039, 180, 25),
+    "h20": GPU(148, 74, 44, 96, 4000, 400, 50),
+    "h100": GPU(989, 494, 67, 80, 3350, 400, 50),
+    "h200": GPU(989, 494, 67, 141, 4800, 400, 50),
+    "h800": GPU(989, 494, 67, 80, 3350, 180, 50),
+    "b200": GPU(2250, 1100, 80, 180, 8000, 800, 50),
+    "mi300x": GPU(1307, 653, 163, 192, 5300, 400, 50),
+    "910b": GPU(354, 177, 94, 64, 1600, 180, 25),
 }
+ADAMW_BYTES = 28  # a fused step reads weight, gradient and two moments in fp32 and writes back all but the gradient
+EMA_BYTES = 12  # the average is read and written, the weight is read
 
 
 def gpu_named(device_name: str) -> GPU | None:
@@ -75,12 +84,18 @@ def gpu_named(device_name: str) -> GPU | None:
 
 @dataclass(frozen=True)
 class FrozenPart:
-    """A frozen encoder that runs beside the model: parameters, bytes on the device, FLOPs for one micro-batch."""
+    """A frozen encoder that runs before the model: parameters, bytes on the device, FLOPs for one micro-batch.
+
+    activations: the most bytes that live at one time while it encodes, beside its weights. precision: what it computes
+    in, where that is not the run's.
+    """
 
     name: str
     parameters: int
     bytes: int
     flops: float = 0.0
+    activations: int = 0
+    precision: str | None = None
 
 
 @dataclass
@@ -92,10 +107,11 @@ class Measured:
     trainable_bytes: int
     frozen_bytes: int
     forward_flops: float
-    step_flops: float  # forward and backward
+    step_flops: float  # forward and backward, with what checkpointing computes again
     peak_bytes: int  # largest sum of live tensors beside the parameters, gradients included
     activation_bytes: int  # the same without the gradients of parameters
     block_bytes: int  # the largest unit that fsdp and zero3 gather
+    recomputed_flops: float = 0.0  # of step_flops
 
 
 @dataclass
@@ -112,10 +128,16 @@ class Plan:
     measured: Measured
     frozen_parts: list[FrozenPart]
     cpu_offload: bool = False
+    reduce_each_micro_step: bool = False
+    tf32: bool = True
+    gpus_per_node: int = 8
     memory: dict[str, int] = field(default_factory=dict)
+    startup_bytes: int = 0  # of a card, while the weights are placed
+    host_bytes: int = 0  # of a node: every rank builds the model, one holds a checkpoint on its way to the disk
     traffic_bytes: int = 0
     checkpoint_bytes: int = 0
     compute_seconds: float = 0.0
+    optimizer_seconds: float = 0.0
     traffic_seconds: float = 0.0
 
     @property
@@ -137,8 +159,13 @@ class Plan:
 
     @property
     def seconds_per_step(self) -> float:
-        """Traffic hides behind compute where it is the smaller one."""
-        return max(self.compute_seconds, self.traffic_seconds)
+        """Traffic hides behind compute where it is the smaller one; the optimizer's step waits for both."""
+        return max(self.compute_seconds, self.traffic_seconds) + self.optimizer_seconds
+
+    @property
+    def model_flops_share(self) -> float:
+        """The share of the model's work that is not computed a second time (1 without checkpointing)."""
+        return 1 - self.measured.recomputed_flops / max(self.measured.step_flops, 1.0)
 
 
 class _LiveMemory(TorchDispatchMode):
@@ -175,6 +202,21 @@ class _LiveMemory(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self._seen.pop(key, None)
         self.live -= size
+
+
+class _Counter(FlopCounterMode):
+    """Also counts, apart, what checkpointing computes again: within backward only that runs with gradients enabled."""
+
+    def __init__(self):
+        super().__init__(display=False, custom_mapping=_ATTENTION_FLOPS)
+        self.in_backward, self.recomputed = False, 0
+
+    def _count_flops(self, function, result, arguments, named):
+        before = self.get_total_flops()
+        result = super()._count_flops(function, result, arguments, named)
+        if self.in_backward and torch.is_grad_enabled():
+            self.recomputed += self.get_total_flops() - before
+        return result
 
 
 def _attention_flops(query_shape: torch.Size, key_shape: torch.Size, value_shape: torch.Size) -> int:
@@ -214,7 +256,7 @@ def measure(
         for parameter in parameters:
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(memory.note_gradient)
-        counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOPS)
+        counter = _Counter()
         autocast = torch.autocast("cpu", dtype=half or torch.bfloat16, enabled=half is not None)
         with memory:  # apart from the counting, which keeps tensors alive
             with autocast:
@@ -225,6 +267,7 @@ def measure(
             with autocast:
                 loss = step(model)
             forward = counter.get_total_flops()
+            counter.in_backward = True
             loss.backward()
         units = [module for module in model.modules() if blocks and isinstance(module, blocks)]
         trainable = [p for p in parameters if p.requires_grad]
@@ -241,6 +284,7 @@ def measure(
             peak_bytes=memory.peak,
             activation_bytes=memory.activation_peak,
             block_bytes=root + max((sum(_bytes(p) for p in unit.parameters()) for unit in units), default=0),
+            recomputed_flops=float(counter.recomputed),
         )
 
 
@@ -276,15 +320,39 @@ def make_plan(
         measured,
         frozen_parts or [],
         run.cpu_offload,
+        training.reduce_each_micro_step,
+        training.allow_tf32,
+        run.gpus_per_node,
     )
-    plan.memory = _memory(plan, has_ema=training.ema_decay > 0)
+    has_ema = training.ema_decay > 0
+    plan.memory = _memory(plan, has_ema)
+    plan.checkpoint_bytes = 4 * measured.trainable * (3 + has_ema)
+    plan.startup_bytes, plan.host_bytes = _startup(plan, training.save_in_background)
     plan.traffic_bytes = _traffic(plan)
-    plan.checkpoint_bytes = 4 * measured.trainable * (3 + (training.ema_decay > 0))
-    card = GPUS[gpu_name]
-    peak = (card.fp32_tflops if plan.precision == "fp32" else card.bf16_tflops) * 1e12
-    plan.compute_seconds = plan.flops_per_step / world / (peak * ASSUMED_UTILISATION)
-    plan.traffic_seconds = plan.traffic_bytes / (card.link_gb_per_second * 1e9)
+    card, share = GPUS[gpu_name], world if strategy in ("fsdp", "zero3") else 1
+    peak = 1e12 * ASSUMED_UTILISATION
+    plan.compute_seconds = plan.accumulation * (
+        measured.step_flops / (peak * _matrix_peak(plan, plan.precision))
+        + sum(part.flops / (peak * _matrix_peak(plan, part.precision or plan.precision)) for part in plan.frozen_parts)
+    )
+    touched = ADAMW_BYTES / (world if strategy.startswith("zero") else share) + EMA_BYTES * has_ema / share
+    plan.optimizer_seconds = measured.trainable * touched / (card.memory_gb_per_second * 1e9)
+    plan.traffic_seconds = plan.traffic_bytes / (_link(plan) * 1e9)
     return plan
+
+
+def _matrix_peak(plan: Plan, precision: str) -> float:
+    """TFLOP/s of the card's matrix units at a precision; fp32 uses TF32 only where the run allows it."""
+    card = GPUS[plan.gpu_name]
+    if precision != "fp32":
+        return card.bf16_tflops
+    return card.tf32_tflops if plan.tf32 else card.fp32_tflops
+
+
+def _link(plan: Plan) -> float:
+    """GB/s that a rank sends: a ring over several nodes is as fast as the network between them."""
+    card = GPUS[plan.gpu_name]
+    return card.link_gb_per_second if plan.world <= plan.gpus_per_node else card.network_gb_per_second
 
 
 def _memory(plan: Plan, has_ema: bool) -> dict[str, int]:
@@ -298,10 +366,14 @@ def _memory(plan: Plan, has_ema: bool) -> dict[str, int]:
         weights = found.trainable_bytes / world + copy / (world if weights_sharded else 1)
     gradients = 4 * found.trainable
     kept_gradients = gradients / (world if plan.strategy in ("fsdp", "zero2", "zero3") else 1)
+    if plan.strategy == "fsdp" and plan.accumulation > 1 and not plan.reduce_each_micro_step:
+        kept_gradients = gradients  # FSDP2 keeps them whole, in fp32, until the last micro-step scatters their sum
     ema_shard = world if weights_sharded else 1
     activations = found.activation_bytes
     if plan.strategy == "none" and plan.accumulation == 1:  # gradients come as activations go
         activations = max(0, found.peak_bytes - gradients)
+    # the frozen encoders run before the model, and what they held is free again when it starts
+    activations = max([activations, *(part.activations for part in plan.frozen_parts)])
     parts = {
         "weights": weights + found.frozen_bytes / (world if weights_sharded else 1),
         "gathered units": 2 * found.block_bytes / (2 if half else 1) if weights_sharded else 0,
@@ -317,17 +389,33 @@ def _memory(plan: Plan, has_ema: bool) -> dict[str, int]:
     return {name: math.ceil(value) for name, value in parts.items() if value}
 
 
+def _startup(plan: Plan, save_in_background: bool) -> tuple[int, int]:
+    """Bytes of a card while the weights are placed, and of a node's host memory while it starts or saves.
+
+    fsdp moves and shards one unit after another, so that a card holds its shards and one whole unit; the other
+    strategies move the whole model. Every rank of a node builds the model in host memory first. A background save keeps
+    one copy of the checkpoint on the node of rank 0 until it is on the disk.
+    """
+    found, local = plan.measured, min(plan.world, plan.gpus_per_node)
+    whole = found.trainable_bytes + found.frozen_bytes
+    placed = math.ceil(whole / plan.world) + found.block_bytes if plan.strategy == "fsdp" else whole
+    staging = plan.checkpoint_bytes if save_in_background else 0
+    offloaded = (whole + 12 * found.trainable) // plan.world * local if plan.cpu_offload else 0
+    return 0 if plan.cpu_offload else placed, max(whole * local, staging + offloaded)
+
+
 def _traffic(plan: Plan) -> int:
     """Bytes that one rank sends in one optimizer step; a ring's all-gather or reduce-scatter moves (W-1)/W."""
     found, share = plan.measured, (plan.world - 1) / plan.world
     weight = 2 if plan.precision != "fp32" else 4
     gathers = weight * (found.trainable + found.frozen) * 2 * plan.accumulation  # in every forward and backward
+    scatters = plan.accumulation if plan.reduce_each_micro_step else 1
     moved = {
         "none": 0,
         "ddp": 2 * 4 * found.trainable,
         "zero1": (weight + weight) * found.trainable,
         "zero2": (weight * plan.accumulation + weight) * found.trainable,
-        "fsdp": 4 * found.trainable + gathers,
+        "fsdp": 4 * found.trainable * scatters + gathers,
         "zero3": weight * found.trainable * plan.accumulation + gathers,
     }
     return math.ceil(share * moved[plan.strategy])
@@ -351,18 +439,44 @@ def describe(plan: Plan) -> str:
         f"forward             {found.forward_flops / samples:.4e} FLOPs a sample "
         f"({found.forward_flops / samples / 2e9:.2f} G multiply-adds)",
         f"training step       {plan.flops_per_step:.4e} FLOPs over all ranks "
-        f"({found.step_flops / samples:.4e} a sample)",
+        f"({found.step_flops / samples:.4e} a sample, {found.recomputed_flops / samples:.4e} of them computed again)",
         f"memory a rank       {plan.peak_memory / 1e9:.2f} GB under {plan.strategy} on {plan.world} ranks in "
         f"{plan.precision}: {fits} {plan.gpu_name} ({card.memory_gb:g} GB)",
         *(f"  {name:<18}{size / 1e9:.3f} GB" for name, size in plan.memory.items()),
-        f"traffic a rank      {plan.traffic_bytes / 1e9:.3f} GB a step",
+        f"start-up            {plan.startup_bytes / 1e9:.2f} GB of a card; host memory of a node "
+        f"{plan.host_bytes / 1e9:.2f} GB",
+        f"traffic a rank      {plan.traffic_bytes / 1e9:.3f} GB a step at {_link(plan):g} GB/s "
+        f"({'within a node' if plan.world <= plan.gpus_per_node else 'between nodes'})",
         f"checkpoint          {plan.checkpoint_bytes / 1e9:.3f} GB",
         f"expected step       {plan.seconds_per_step:.4g} s on {plan.gpu_name} ({rate:.1f} samples/s): compute "
-        f"{plan.compute_seconds:.4g} s at {ASSUMED_UTILISATION:.0%} of the matrix peak (assumed), traffic "
-        f"{plan.traffic_seconds:.4g} s",
+        f"{plan.compute_seconds:.4g} s at {ASSUMED_UTILISATION:.0%} of the {_peak_name(plan)} matrix peak (assumed; "
+        f"{ASSUMED_UTILISATION * plan.model_flops_share:.0%} without what is computed again), traffic "
+        f"{plan.traffic_seconds:.4g} s, optimizer {plan.optimizer_seconds:.4g} s",
     ]
     return "\n".join(lines)
 
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _peak_name(plan: Plan) -> str:
+    if plan.precision != "fp32":
+        return plan.precision
+    return "TF32" if plan.tf32 else "fp32"
+
+
+def _bytes(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.numel() * tensor.element_size()
+
+
+def measure_frozen(build: Callable[[], nn.Module], run: Callable[[nn.Module], object]) -> tuple[int, int, int, float]:
+    """(parameters, their bytes, largest sum of live tensors next to them, FLOPs) of a frozen module in one run(module)
+    without gradients, on fake tensors.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        module = build().eval()
+        parameters = list(module.parameters())
+        memory = _LiveMemory([*parameters, *module.buffers()])
+        with memory:
+            run(module)
+        with FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOPS) as counter:
+            run(module)
+        flops = float(counter.get_total_flops())
+    return sum(p.numel() for p in parameters), sum(map(_bytes, parameters)), memory.peak, flops

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bagel.data.images import ImageTransform
+from bagel.data.sources import ImageTransform
 from bagel.data.tokenizer import ByteTokenizer
 from bagel.dataset import UnifiedGenerationDataset
 from bagel.packing import PackFormat
@@ -67,6 +67,8 @@ def open_records(pictures: Path) -> Callable[..., UnifiedGenerationDataset]:
 
 
 TINY = [
+    "--config",
+    "small_captions",
     "--set",
     "model.language.hidden_size=32",
     "--set",

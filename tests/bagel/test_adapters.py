@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from bagel.config import PRESETS, Config
-from bagel.data.layout import layout_of, transforms_of
 from bagel.data.tokenizer import ByteTokenizer
+from bagel.dataset import layout_of, transforms_of
 from bagel.modules.lora import LoRALinear, adapters, add_adapters, merge_adapters
 from bagel.modules.quantization import QuantizedLinear, error_table, quantize_projections
-from bagel.modules.vae import FluxAutoencoder
+from bagel.modules.vision import FluxAutoencoder
 from bagel.train import main
 from bagel.weights.pretrained import build_model, export_folder, load_autoencoder, read_config
 from shared.config import load_config

@@ -11,11 +11,10 @@ import torch
 
 from bagel.config import DataConfig
 from bagel.data.format import FORMATS, as_json
-from bagel.data.images import load_image
+from bagel.data.sources import load_image
 from bagel.data.sources import open_records as open_files
-from bagel.data.stream import PackStream
-from bagel.dataset import DataFormatError, make_collate
-from bagel.packing import Dropout
+from bagel.dataset import DataFormatError
+from bagel.packing import Dropout, PackStream, make_collate
 from shared.engine.dist import DistInfo
 from shared.errors import BadSample, UserError
 from tests.bagel.conftest import LAYOUT

@@ -7,11 +7,11 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from bagel.data.images import load_image, to_tensor
+from bagel.data.sources import load_image, to_tensor
 from bagel.evaluation import figures as evaluation
 from bagel.evaluation.figures import ranking_figures
 from bagel.evaluation.validation import TIMES, fixed_pack
-from bagel.modules.layers import training_times
+from bagel.model import training_times
 
 GOOD = {"text_prompt": "A red apple", "image_path": "images/apple.png"}
 QUESTIONS = [

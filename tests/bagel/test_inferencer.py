@@ -5,10 +5,10 @@ import torch
 from PIL import Image
 
 from bagel.config import AutoencoderConfig, LanguageConfig, ModelConfig, VisionConfig
-from bagel.data.images import ImageTransform
+from bagel.data.sources import ImageTransform
 from bagel.inferencer import THINK_TO_ANSWER, THINK_TO_DRAW, InterleaveInferencer
 from bagel.model import Bagel
-from bagel.modules.vae import build_autoencoder
+from bagel.modules.vision import build_autoencoder
 from bagel.sampling.generation import Guidance
 from shared.errors import UserError
 from tests.bagel.golden import TINY_TOKENS, Case

@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from bagel.modules.layers import patchify, training_times, unpatchify
-from bagel.modules.vae import FluxAutoencoder, to_uint8
+from bagel.data.tokenizer import SpecialTokens
+from bagel.model import training_times
+from bagel.modules.vision import FluxAutoencoder, to_uint8
+from bagel.packing import patchify, unpatchify
 from bagel.sampling.context import Context
 from bagel.sampling.generation import (
     Block,
     Drawing,
     Guidance,
-    SpecialTokens,
     clean_latents,
     continue_text,
     draw,

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from bagel import objective
 from bagel.config import TrainingConfig
-from bagel.modules.vae import FluxAutoencoder
+from bagel.modules.vision import FluxAutoencoder
 from bagel.objective import with_latents
 from bagel.weights.pretrained import build_model
 from tests.bagel.tiny import gradients, packs_of

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from bagel.data.records import image_items
-from bagel.modules.attention import PackLayout
+from bagel.data.tokenizer import SpecialTokens
+from bagel.modules.transformer import PackLayout
 from bagel.packing import (
     Draws,
     Dropout,
@@ -18,7 +19,6 @@ from bagel.packing import (
     ReferencePacker,
     SamplePacker,
 )
-from bagel.sampling.generation import SpecialTokens
 from tests.bagel.golden import TINY_TOKENS, Case, names
 
 

@@ -8,33 +8,31 @@ import torch
 from torch.testing import assert_close
 
 from bagel.config import ModelConfig
-from bagel.model import Bagel, count_parameters
-from bagel.modules.attention import (
+from bagel.model import (
+    Bagel,
+    Connector,
+    TimestepEmbedder,
+    count_parameters,
+    sampling_times,
+    sincos_table,
+    training_times,
+)
+from bagel.modules.transformer import (
     CAUSAL,
     FULL,
     NOISE,
+    MoTDecoderLayer,
     PackedAttention,
     PackLayout,
     Rows,
     attend,
     flex_ids,
     flex_rule,
+    rotary_angles,
     sample_mask,
 )
-from bagel.modules.layers import (
-    Connector,
-    TimestepEmbedder,
-    patchify,
-    position_ids,
-    rotary_angles,
-    sampling_times,
-    sincos_table,
-    training_times,
-    unpatchify,
-)
-from bagel.modules.transformer import MoTDecoderLayer
-from bagel.modules.vae import FluxAutoencoder, PixelAutoencoder
-from bagel.modules.vit import VisionModel, linear_patch_embedding
+from bagel.modules.vision import FluxAutoencoder, PixelAutoencoder, VisionModel, linear_patch_embedding
+from bagel.packing import patchify, position_ids, unpatchify
 from bagel.sampling.context import CachedAttention, Context
 from shared.errors import UserError
 from tests.bagel.golden import (

@@ -5,8 +5,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from bagel.config import LanguageConfig, ModelConfig
-from bagel.data.records import SPECIAL_STRINGS
-from bagel.data.tokenizer import ByteTokenizer, FolderTokenizer, load_tokenizer
+from bagel.data.tokenizer import SPECIAL_STRINGS, ByteTokenizer, FolderTokenizer, load_tokenizer
 from bagel.modules.transformer import LanguageModel
 from shared.errors import UserError
 

@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 
 from bagel.config import PRESETS, Config
 from bagel.modules.transformer import MoTDecoderLayer
-from bagel.modules.vit import EncoderLayer
+from bagel.modules.vision import EncoderLayer
+from bagel.objective import parameter_groups
 from bagel.plan import attention_flops_per_pair, dense_flops_per_token, peak_tflops, reference_flops, utilisation
-from bagel.train import main, parameter_groups
+from bagel.train import main
 from shared.config import load_config
 from tests.bagel.conftest import TINY
 from tests.bagel.golden import Case, language_config
@@ -165,7 +166,7 @@ def test_every_preset_is_valid(preset):
 
 
 def test_the_plan_of_the_small_preset(capsys):
-    main(["--config", "small", "--dry-run", "--set", "data.tokens_per_batch=512"])
+    main(["--config", "small_captions", "--dry-run", "--set", "data.tokens_per_batch=512"])
     text = capsys.readouterr().out
     assert "3,789,040 (3,764,464 trainable" in text and "memory a rank" in text
 

@@ -4,10 +4,9 @@ import torch
 
 from bagel.config import PRESETS, Config, TrainingConfig
 from bagel.data.tokenizer import ByteTokenizer
-from bagel.dataset import make_collate
 from bagel.model import Bagel
 from bagel.objective import joint_losses, with_latents
-from bagel.packing import Dropout
+from bagel.packing import Dropout, make_collate
 from bagel.weights.pretrained import build_model, load_autoencoder
 from shared.config import load_config
 from tests.bagel.conftest import SAMPLE, TINY
@@ -24,7 +23,7 @@ def make_tiny() -> tuple[Config, Bagel]:
 
 def packs_of(config: Config, groups: list[list[int]]) -> list[dict]:
     """Packs of these training records, ready for the model."""
-    from bagel.train import open_dataset
+    from bagel.dataset import open_dataset
 
     dataset = open_dataset(config, config.model, ByteTokenizer(), str(SAMPLE))
     collate, autoencoder = make_collate(dataset.layout, Dropout(0.3, 0.3, 0.3), 1), load_autoencoder(config.model)

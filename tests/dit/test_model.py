@@ -141,7 +141,9 @@ def test_presets_have_their_stated_parameters():
         "flow_256": 211_815_184,
         "large": 520_338_192,
         "xl": 674_834_720,
-        "small": 2_338_224,
+        "small": 916_200,
+        "showcase": 5_203_408,
+        "small_cub": 2_338_224,
     }
     for name, count in wanted.items():
         config = load_config(Config, presets=PRESETS, argv=["--config", name])

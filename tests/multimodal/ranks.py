@@ -11,7 +11,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 import torch  # noqa: E402
 import torch.distributed as torch_dist  # noqa: E402
 
-from multimodal import run, train, trainer  # noqa: E402
+from multimodal import train, trainer  # noqa: E402
 from multimodal.modules.contrastive import CachedStep, Pairing, contrastive_loss, total_loss  # noqa: E402
 from shared.engine.dist import init_distributed  # noqa: E402
 from tests.multimodal.golden import numbers, tensors  # noqa: E402
@@ -109,7 +109,7 @@ def training(flags: list[str], micro_batch: int) -> None:
 def main() -> None:
     cases = json.loads(Path(sys.argv[1]).read_text())
     shrink()
-    run.shutdown = lambda: None  # several runs in one process group
+    train.shutdown = lambda: None  # several runs in one process group
     info = init_distributed("cpu")
     torch.set_num_threads(1)
     for case in cases:

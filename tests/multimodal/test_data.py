@@ -14,8 +14,8 @@ from PIL import Image
 from multimodal.config import Config
 from multimodal.data.audio import compress, fit_frames, log_mel, read_audio, spec_augment
 from multimodal.data.image import read_image
-from multimodal.data.records import read_clotho_keywords, read_records
-from multimodal.data.sources import open_data
+from multimodal.data.sets import read_clotho_keywords
+from multimodal.data.sources import open_data, read_records
 from multimodal.data.text import TextTokenizer
 from shared.errors import BadSample, UserError
 from tests.multimodal.files import dataset, picture, wav

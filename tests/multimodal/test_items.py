@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from multimodal.config import Config
-from multimodal.data.records import ListRecords, read_records
-from multimodal.data.sources import SAMPLE_DATA, PairedStream, make_datasets
+from multimodal.data.records import ListRecords
+from multimodal.data.sources import SAMPLE_DATA, PairedStream, make_datasets, read_records
 from multimodal.data.synthetic import synthetic_records
 from multimodal.data.text import TextTokenizer, load_word_vectors
 from multimodal.dataset import Augmentation, collate
-from multimodal.trainer import validation_batch
+from multimodal.evaluation.held_out import validation_batch
 from shared.engine.dist import DistInfo
 from shared.errors import BadSample, UserError
 from tests.multimodal.files import dataset, picture

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from multimodal.config import Config
-from multimodal.data.records import ListRecords, Record, read_records
-from multimodal.data.sharded import Joined, readable
-from multimodal.data.sources import HELD_OUT, open_data, stable_hash
+from multimodal.data.records import Joined, ListRecords, Record
+from multimodal.data.sharded import readable
+from multimodal.data.sources import HELD_OUT, open_data, read_records, stable_hash
 from multimodal.data.text import TextTokenizer
 from multimodal.dataset import list_fingerprint
 from shared.errors import BadSample, UserError
@@ -40,7 +40,7 @@ def test_opening_reads_one_caption_and_training_reads_the_rest(tmp_path, monkeyp
     )
     config = Config(data={"datasets": ["shards"], "paths": {"shards": str(folder)}})
     data = open_data(config)
-    assert reads == [("txt", "json")]
+    assert reads == [("txt", "text", "caption", "json")]
     names = [f"train/k{n:03d}" for n in range(60)]
     held = [name for name in names if stable_hash(name) % HELD_OUT == 0]
     assert list(data.val["image"].names()) == held and held
@@ -82,7 +82,7 @@ def test_broken_samples_stop_at_the_opening_or_when_they_are_read(tmp_path):
     for name, member, reason in (
         ("blank", {"k002.txt": b" \n"}, "no caption"),
         ("labels", {"k002.txt": b"{", "k002.json": b'{"caption": "a", "labels": [-1]}'}, "class numbers"),
-        ("json", {"k002.json": b"not json"}, "no caption"),
+        ("json", {"k002.json": b"not json", "k002.txt": b""}, "no caption"),
     ):
         folder = write_shard(tmp_path / name / "train.tar", dict(sorted({**whole, **member}.items())))
         records = read_records("shards", folder, "train").records
@@ -90,12 +90,61 @@ def test_broken_samples_stop_at_the_opening_or_when_they_are_read(tmp_path):
             dataset(records, tokenizer)[2]
         assert not records.take(np.array([2, 3])).all_labelled()  # the broken one is passed over
         assert [record.captions for record in readable(records)] == [("picture 0",), ("picture 1",), ("picture 3",)]
+
+
+def test_incomplete_samples_are_left_out_and_counted(tmp_path):
+    whole = pictures(0, 4)
     folder = write_shard(tmp_path / "first" / "train.tar", {**whole, "k000.txt": b""})
-    with pytest.raises(UserError, match="k000 has no caption"):
+    assert [record.captions for record in readable(read_records("shards", folder, "train").records)] == [
+        ("picture 1",),
+        ("picture 2",),
+        ("picture 3",),
+    ]
+    folder = write_shard(tmp_path / "media" / "train.tar", {**whole, "k004.txt": b"no picture", "k005.png": b"no text"})
+    found = read_records("shards", folder, "train")
+    assert len(found.records) == 4 and found.missing == 2
+    folder = write_shard(tmp_path / "none" / "train.tar", {"k004.txt": b"no picture", "k004.cls": b"3"})
+    with pytest.raises(UserError, match="k004 holds no picture or sound; its members are cls, txt"):
         read_records("shards", folder, "train")
-    folder = write_shard(tmp_path / "media" / "train.tar", {**whole, "k004.txt": b"no picture"})
-    with pytest.raises(UserError, match="k004 holds no picture or sound; its members are txt"):
+    folder = write_shard(
+        tmp_path / "texts" / "train.tar", {"k0.png": b"", "k0.txt": b" ", "k1.png": b"", "k1.json": b"{}"}
+    )
+    with pytest.raises(UserError, match="k0 has no caption"):
         read_records("shards", folder, "train")
+
+
+@pytest.mark.parametrize(
+    "texts,captions",
+    [
+        ({"json": b'{"text": ["a bell", "a high bell"], "tag": ["bell"]}'}, ("a bell", "a high bell")),  # CLAP
+        ({"json": b'{"text": "a bell", "original_data": {}}'}, ("a bell",)),
+        (
+            {"json": b'{"caption": "a bell", "status": "success", "key": "000"}', "txt": b"other"},
+            ("a bell",),
+        ),  # img2dataset
+        ({"json": b'{"status": "success"}', "txt": b"a bell"}, ("a bell",)),
+        ({"json": b'{"caption": null}', "txt": b"a bell"}, ("a bell",)),
+        ({"json": b"[1, 2]", "txt": b"a bell"}, ("a bell",)),
+        ({"json": b'{"captions": "a bell"}'}, ("a bell",)),
+        ({"text": b"a bell"}, ("a bell",)),
+        ({"txt": "un caf\u00e9".encode("latin-1")}, ("un caf\u00e9",)),
+        ({"txt": b"\xef\xbb\xbfa bell\n\na low bell\n"}, ("a bell", "a low bell")),
+    ],
+)
+@pytest.mark.parametrize("media", ["flac", "png"])
+def test_the_shards_of_others_are_read(tmp_path, texts, captions, media):
+    members = {f"k.{media}": PIXELS.getvalue()} | {f"k.{name}": data for name, data in texts.items()}
+    records = read_records("shards", write_shard(tmp_path / "00000.tar", members), "train").records
+    assert records[0].captions == captions and records[0].kind == {"flac": "audio", "png": "image"}[media]
+
+
+@pytest.mark.parametrize(
+    "names", [("train/0.tar", "valid/0.tar"), ("train-000.tar", "val-000.tar"), ("TRAIN.tar", "VAL.tar")]
+)
+def test_splits_of_shards_by_file_and_by_folder(tmp_path, names):
+    for number, name in enumerate(names):
+        write_shard(tmp_path / name, pictures(10 * number, 2 + number))
+    assert [len(read_records("shards", tmp_path, split).records) for split in ("train", "val", "test")] == [2, 3, 0]
 
 
 def test_labels_of_shards_are_those_of_the_first_sample(tmp_path):

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from multimodal import embed, generate, metrics, train
-from multimodal.data.records import read_records
-from multimodal.data.sources import SAMPLE_DATA
+from multimodal.data.sources import SAMPLE_DATA, read_records
 from multimodal.data.synthetic import synthetic_records
 from multimodal.model import create_model
 from multimodal.weights.files import load_model

@@ -394,3 +394,40 @@ def test_frames_survive_writing():
     assert np.array_equal(
         to_uint8(cover_resize(np.full((1, 16, 16, 3), 77, np.uint8), 16, 16)), np.full((1, 16, 16, 3), 77, np.uint8)
     )
+
+
+WRONG_FIELDS = {
+    "metadata.path null": lambda e: e["metadata"].update(path=None),
+    "metadata.path number": lambda e: e["metadata"].update(path=3),
+    "metadata null": lambda e: e.update(metadata=None),
+    "metadata list": lambda e: e.update(metadata=[]),
+    "crop text": lambda e: e["metadata"].update(crop="all"),
+    "crop of nulls": lambda e: e["metadata"].update(crop=[None] * 4),
+    "face_cut of one": lambda e: e["metadata"].update(face_cut=[3]),
+    "face_cut text": lambda e: e["metadata"].update(face_cut="6-54"),
+    "fps text": lambda e: e["metadata"].update(fps="30"),
+    "fps zero": lambda e: e["metadata"].update(fps=0),
+    "annotation null": lambda e: e.update(annotation=None),
+    "ann_frame_idx null": lambda e: e["annotation"]["ann_frame_data"].update(ann_frame_idx=None),
+    "annotations null": lambda e: e["annotation"]["ann_frame_data"].update(annotations=None),
+    "mask_map list": lambda e: e["annotation"].update(mask_map=[]),
+    "mask record null": lambda e: next(iter(e["annotation"]["mask_annotation"].values())).update({"1": None}),
+    "mask size null": lambda e: next(iter(e["annotation"]["mask_annotation"].values()))["1"].update(size=None),
+    "class_name null": lambda e: e["annotation"]["mask_map"]["1"].update(class_name=None),
+    "word_tags text": lambda e: e.update(word_tags="robot"),
+    "score text": lambda e: e["annotation"]["ann_frame_data"]["annotations"][0].update(gme_score="high"),
+    "entry a number": None,
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FIELDS)
+def test_a_field_of_a_wrong_type_is_a_bad_sample_that_names_its_key(tmp_path, name):
+    def change(tree):
+        if WRONG_FIELDS[name] is None:
+            tree[next(iter(tree))] = {}
+        else:
+            WRONG_FIELDS[name](first_entry(tree))
+
+    data = OpenS2VAdapterDataset(*damaged(tmp_path, change), num_frames=5, height=32, width=48, min_gme_score=0.1)
+    with pytest.raises(BadSample, match="clip0001_part1"):
+        data.sample(0, 0)

@@ -109,6 +109,7 @@ def test_recomputing_blocks_lowers_the_activations_and_costs_a_forward(measured)
     blocks_forward = measured.forward_flops - 2 * B * L * D * V
     last_products = LAYERS * 2 * B * L * 4 * D * D  # nothing in the block needs their results again
     assert saved.step_flops == measured.step_flops + blocks_forward - last_products
+    assert measured.recomputed_flops == 0 and saved.recomputed_flops == blocks_forward - last_products
 
 
 def test_activations_hold_at_least_what_the_backward_needs(measured):
@@ -177,6 +178,54 @@ def test_traffic_of_a_ring(measured):
 def test_checkpoints_hold_weights_moments_and_average(measured):
     assert plan_of(measured).checkpoint_bytes == 12 * PARAMETERS
     assert plan_of(measured, ema_decay=0.9).checkpoint_bytes == 16 * PARAMETERS
+
+
+def test_fsdp_keeps_whole_gradients_between_the_micro_steps_of_a_step(measured):
+    """As measured on two ranks: tests/shared/test_strategies.py."""
+    size, world = 4 * PARAMETERS, 4
+    once = plan_of(measured, "fsdp", world)
+    late = plan_of(measured, "fsdp", world, gradient_accumulation_steps=3)
+    each = plan_of(measured, "fsdp", world, gradient_accumulation_steps=3, reduce_each_micro_step=True)
+    assert [plan.memory["gradients"] for plan in (once, late, each)] == [size // world, size, size // world]
+    assert each.traffic_bytes - late.traffic_bytes == 2 * size * (world - 1) // world  # two more reduce-scatters
+
+
+def test_a_start_holds_one_whole_unit_of_a_sharded_model_and_every_rank_s_model_on_the_host(measured):
+    whole = 4 * PARAMETERS
+    plans = {name: plan_of(measured, name, 16, ema_decay=0.9) for name in ("ddp", "fsdp")}
+    assert plans["ddp"].startup_bytes == whole
+    assert plans["fsdp"].startup_bytes == -(-whole // 16) + measured.block_bytes
+    assert plans["ddp"].host_bytes == max(8 * whole, 16 * PARAMETERS)  # eight ranks of a node; one checkpoint
+
+
+def test_ranks_of_several_nodes_talk_at_the_network_s_speed(measured):
+    one, two = plan_of(measured, "ddp", 8, gpu="h100"), plan_of(measured, "ddp", 16, gpu="h100")
+    assert one.traffic_seconds == pytest.approx(one.traffic_bytes / 400e9)
+    assert two.traffic_seconds == pytest.approx(two.traffic_bytes / 50e9)
+    assert "within a node" in describe(one) and "at 50 GB/s (between nodes)" in describe(two)
+
+
+def test_fp32_is_planned_at_the_speed_that_it_runs_at(measured):
+    fast, slow = plan_of(measured), plan_of(measured, allow_tf32=False)
+    assert slow.compute_seconds / fast.compute_seconds == pytest.approx(156 / 19.5)
+    encoder = FrozenPart("VAE", 7, 8, 1e12, precision="fp32")
+    mixed = plan_of(measured, precision="bf16", frozen_parts=[encoder])
+    alone = plan_of(measured, precision="bf16")
+    assert mixed.compute_seconds - alone.compute_seconds == pytest.approx(1e12 / (0.4 * 156e12))
+
+
+def test_the_optimizer_s_traffic_counts(measured):
+    plan = plan_of(measured, ema_decay=0.9)
+    assert plan.optimizer_seconds == pytest.approx(40 * PARAMETERS / 2039e9)
+    assert plan.seconds_per_step == pytest.approx(plan.compute_seconds + plan.optimizer_seconds)
+    assert plan_of(measured, "fsdp", 4).optimizer_seconds == pytest.approx(7 * PARAMETERS / 2039e9)
+
+
+def test_frozen_encoders_activations_are_there_before_the_model_s(measured):
+    large = FrozenPart("VAE", 7, 8, activations=10 * measured.activation_bytes)
+    assert plan_of(measured, "ddp", 2, frozen_parts=[large]).memory["activations"] == large.activations
+    small = dataclasses.replace(large, activations=1)
+    assert plan_of(measured, "ddp", 2, frozen_parts=[small]).memory["activations"] == measured.activation_bytes
 
 
 def test_a_faster_gpu_and_more_ranks_shorten_the_step(measured):

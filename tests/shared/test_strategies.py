@@ -16,6 +16,7 @@ STRATEGIES = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
 VARIANTS = {
     "plain": ({}, 1, 1e-8),
     "accumulated": ({}, 4, 1e-8),
+    "scattered": ({}, 4, 1e-8),  # accumulated, and fsdp scatters its gradients in every micro-step
     "tied": ({"tied": True}, 4, 1e-8),
     "smooth": ({}, 1, 1e-3),
 }
@@ -27,8 +28,9 @@ def toy(folder: Path, world: int, cases: list[dict]) -> None:
     run(world, TOY, path)
 
 
-def batches(micro: int, steps: int, epsilon: float = 1e-8) -> dict:
-    return {"batch_size": micro, "gradient_accumulation_steps": steps, "adam_epsilon": epsilon}
+def batches(key: str, samples: int, steps: int, epsilon: float) -> dict:
+    sizes = {"batch_size": samples // steps, "gradient_accumulation_steps": steps, "adam_epsilon": epsilon}
+    return sizes | {"reduce_each_micro_step": key == "scattered"}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def runs(tmp_path_factory):
         folder,
         1,
         [
-            {"output_dir": str(folder / f"one_{key}"), "training": batches(16 // steps, steps, epsilon), **extra}
+            {"output_dir": str(folder / f"one_{key}"), "training": batches(key, 16, steps, epsilon), **extra}
             for key, (extra, steps, epsilon) in VARIANTS.items()
         ],
     )
@@ -49,7 +51,7 @@ def runs(tmp_path_factory):
             {
                 "output_dir": str(folder / f"{name}_{key}"),
                 "strategy": name,
-                "training": batches(8 // steps, steps, epsilon),
+                "training": batches(key, 8, steps, epsilon),
                 **extra,
             }
             for name in STRATEGIES
@@ -124,7 +126,11 @@ def test_ranks_that_run_other_modules_are_caught(tmp_path, branches):
                 text = (Path(case["output_dir"]) / f"error_{rank}.txt").read_text()
                 assert "branch_" in text and "has a gradient on rank" in text and "placeholder" in text
         return
-    toy(tmp_path, 1, [{"output_dir": str(tmp_path / "one"), **common, "training": {**batches(1, 2), "total_steps": 6}}])
+    toy(
+        tmp_path,
+        1,
+        [{"output_dir": str(tmp_path / "one"), **common, "training": {**batches("", 2, 2, 1e-8), "total_steps": 6}}],
+    )
     expected = losses(tmp_path / "one")
     for case in cases:
         found = losses(Path(case["output_dir"]))

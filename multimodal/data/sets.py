@@ -1,0 +1,482 @@
+"""The data sets as they lie on people's disks: each reader takes a folder and a split and gives records.
+
+All readers: Found(no records) where the set has no such split; MissingData where the set itself is not there. Rows
+that cannot be used are left out, counted and named; rows whose file is not there are counted.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from multimodal.data.audio import AUDIO_SUFFIXES
+from multimodal.data.records import (
+    CAPTION_KEYS,
+    FILE_KEYS,
+    Folder,
+    Found,
+    ListRecords,
+    MissingData,
+    Packer,
+    captions_of,
+    clean,
+    encoding_of,
+    json_items,
+    jsonl_rows,
+    kind_of,
+    labels_of,
+    not_text,
+    read_csv,
+    read_json,
+)
+from shared.errors import UserError
+
+CLOTHO_SPLITS = {"train": "development", "val": "validation", "test": "evaluation"}
+VOX_SPLITS = {1: "train", 2: "val", 3: "test"}
+CLIP_FOLDERS = ("", "audio", "audios", "wavs", "waveforms", "clips")  # where clips lie, with or without the split
+AUDIOCAPS_STEPS = (
+    "its clips are handed out by its authors (https://forms.gle/2wF54Y1Ft2LtPdhW8); lay them into audio/train/, "
+    "audio/val/ and audio/test/, named ID_START.wav or as listed in multimodal/README.md"
+)
+
+
+def remedy(name: str, folder: Path) -> str:
+    """How to get a data set that is not there."""
+    if name in ("coco", "clotho", "audiocaps", "voxceleb"):
+        return (
+            f"python multimodal/download_datasets.py --datasets {name} --data-root {folder.parent} fetches it, "
+            "--config small trains on the sample data"
+        )
+    return f"lay it there, or give its place with --set data.paths='{{{name}: FOLDER}}'"
+
+
+def no_file(name: str, path: Path, split: str) -> Found:
+    """For a list that is not there: no records of this split, but a training split is needed."""
+    if split == "train":
+        raise MissingData(f"data set {name}: no file {path}; {remedy(name, path.parent)}")
+    return Found(ListRecords())
+
+
+# --- COCO -------------------------------------------------------------------------------------------------------------
+
+
+def read_coco(folder: Path, split: str) -> Found:
+    """train2017/ and val2017/ with annotations/captions_*2017.json, and instances_*2017.json where they are.
+
+    Its test2017 has no captions, so there is no test split; Karpathy's has one.
+    """
+    if split == "test":
+        return Found(ListRecords())
+    year = f"{split}2017"
+    path = folder / "annotations" / f"captions_{year}.json"
+    if not path.exists():
+        return no_file("coco", path, split)
+    bad: list[str] = []
+    captions: dict[int | str, list[str]] = {}
+    names: dict[int | str, str] = {}
+    for place, (kind, entry) in enumerate(json_items(path, ("images", "annotations"))):
+        try:
+            if not isinstance(entry, dict):
+                raise TypeError(f"{entry!r} is no object")
+            if kind == "images":
+                key = _number(entry["id"])
+                names.setdefault(key, str(entry.get("file_name") or f"{key:012d}.jpg"))
+            else:
+                captions.setdefault(_number(entry["image_id"]), []).extend(captions_of(entry))
+                if not any(name in entry for name in CAPTION_KEYS):
+                    raise KeyError("caption")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            bad.append(f"{kind} entry {place}: {_said(error)}")
+    labels = read_coco_labels(folder / "annotations" / f"instances_{year}.json", bad)
+    files, packer, missing = Folder(folder / year), Packer("coco"), 0
+    for key in sorted(names, key=lambda key: (isinstance(key, str), key)):
+        texts = captions.get(key)
+        if texts is None:  # in the list of pictures, without an entry of its own
+            continue
+        file = (files.find(names[key]) or files.find(Path(names[key]).name)) if texts else None
+        if file is None:
+            missing += 1
+        else:
+            name = f"coco/{key:012d}" if isinstance(key, int) else f"coco/{key}"
+            packer.add(name, file, texts, "image", None if labels is None else labels.get(key, ()))
+    return Found(packer.records(), missing, bad).checked(path)
+
+
+def read_coco_labels(path: Path, bad: list[str]) -> dict[int | str, tuple[int, ...]] | None:
+    """Picture id -> class indices: ranks of the category ids, since the 80 ids run 1..90 with gaps.
+
+    Read entry by entry: as one tree the file of the training set, 448 MB of outlines, takes 2.3 GB.
+    """
+    if not path.exists():
+        return None
+    categories: list[int | str] = []
+    pairs: dict[int | str, set[int | str]] = {}
+    for kind, entry in json_items(path, ("annotations", "categories")):
+        try:
+            if not isinstance(entry, dict):
+                raise TypeError(f"{entry!r} is no object")
+            if kind == "categories":
+                categories.append(_number(entry["id"]))
+            else:
+                pairs.setdefault(_number(entry["image_id"]), set()).add(_number(entry["category_id"]))
+        except (KeyError, TypeError, ValueError) as error:
+            bad.append(f"{path.name}: {kind}: {_said(error)}")
+    rank = {key: place for place, key in enumerate(sorted(categories, key=lambda key: (isinstance(key, str), key)))}
+    unknown = {key for found in pairs.values() for key in found} - rank.keys()
+    bad += [f"{path.name}: category {key!r} is not among its categories" for key in sorted(unknown, key=str)]
+    return {key: tuple(sorted(rank[one] for one in found if one in rank)) for key, found in pairs.items()}
+
+
+def coco_class_names(folder: Path) -> list[str]:
+    """The 80 names in the order of the class indices."""
+    tree = read_json(folder / "annotations" / "instances_val2017.json", ("categories",))
+    return [category["name"] for category in sorted(tree["categories"], key=lambda category: category["id"])]
+
+
+def read_karpathy(folder: Path, split: str, name: str = "coco") -> Found:
+    """Karpathy's splits (train includes restval): dataset_coco.json with train2014/ and val2014/ or the folders of
+    2017, or dataset_flickr30k.json.
+    """
+    path = folder / f"dataset_{name}.json"
+    if not path.exists():
+        raise MissingData(f"data set {name}: no file {path}; download_datasets.py --datasets coco --splits karpathy")
+    wanted = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}[split]
+    files, packer, missing, bad = Folder(folder), Packer(name), 0, []
+    for place, (_, image) in enumerate(json_items(path, ("images",))):
+        try:
+            if image["split"] not in wanted:
+                continue
+            texts = [text for text in (clean(sentence["raw"]) for sentence in image["sentences"]) if text]
+            if name == "coco":
+                number = _number(image["cocoid"])
+                own = f"coco/{number:012d}"
+                places = [f"{year}/{number:012d}.jpg" for year in ("train2017", "val2017")]
+                places.insert(0, f"{image['filepath']}/{image['filename']}")
+            else:
+                own, places = f"{name}/{image['filename']}", [f"{top}/{image['filename']}" for top in FLICKR_FOLDERS]
+        except (KeyError, TypeError, ValueError) as error:
+            bad.append(f"picture {place}: {_said(error)}")
+            continue
+        file = next((file for file in map(files.find, places) if file is not None), None)
+        if file is None or not texts:
+            missing += 1
+        else:
+            packer.add(own, file, texts, "image")
+    return Found(packer.records(), missing, bad).checked(path)
+
+
+FLICKR_FOLDERS = ("flickr30k-images", "flickr30k_images", "Images", "images", "Flicker8k_Dataset", ".")
+FLICKR_LISTS = ("results_20130124.token", "results.csv", "captions.txt", "Flickr8k.token.txt")
+
+
+def read_flickr30k(folder: Path, split: str) -> Found:
+    """Flickr30k and 8k: Karpathy's dataset_flickr30k.json, else results_20130124.token (`x.jpg#0<TAB>caption`) or the
+    tables that Kaggle hands out, all of which is training data then.
+    """
+    if (folder / "dataset_flickr30k.json").exists():
+        return read_karpathy(folder, split, "flickr30k")
+    path = next((folder / name for name in FLICKR_LISTS if (folder / name).exists()), folder / FLICKR_LISTS[0])
+    if split != "train" or not path.exists():
+        return no_file("flickr30k", path, split)
+    captions: dict[str, list[str]] = {}
+    bad = []
+    with open(path, encoding=encoding_of(path)) as file:
+        for number, line in enumerate(file, 1):
+            found = re.match(r"\s*([^|,\t#]+?\.\w+)(?:#\d+)?\s*(?:\|\s*\d+\s*\||[,\t|])(.*)", line)
+            if found and (text := clean(found[2].strip(' "'))):
+                captions.setdefault(found[1], []).append(text)
+            elif line.strip() and number > 1:  # the first may be a table's head
+                bad.append(f"line {number} has no picture and caption")
+    files, packer, missing = Folder(folder), Packer("flickr30k"), 0
+    for name, texts in captions.items():
+        image = next((image for top in FLICKR_FOLDERS if (image := files.find(f"{top}/{name}")) is not None), None)
+        if image is None:
+            missing += 1
+        else:
+            packer.add(f"flickr30k/{name}", image, texts, "image")
+    return Found(packer.records(), missing, bad).checked(path)
+
+
+# --- sound ------------------------------------------------------------------------------------------------------------
+
+
+def read_clotho(folder: Path, split: str) -> Found:
+    """clotho_captions_{development,validation,evaluation}.csv (UTF-8) and the folders of those names."""
+    name = CLOTHO_SPLITS[split]
+    path = folder / f"clotho_captions_{name}.csv"
+    if not path.exists():
+        return no_file("clotho", path, split)
+    rows, bad = read_csv(path, ("file_name", "caption_1"))
+    files, packer, missing = Folder(folder / name), Packer("clotho"), 0
+    for row in rows:
+        texts = [clean(row[key] or "") for key in sorted(key for key in row if key and key.startswith("caption_"))]
+        file = files.find(row["file_name"])
+        if file is not None and any(texts):
+            packer.add(f"clotho/{name}/{file.name}", file, filter(None, texts), "audio")
+        else:
+            missing += 1
+    return Found(packer.records(), missing, bad).checked(path)
+
+
+def read_clotho_keywords(folder: Path, split: str) -> dict[str, list[str]]:
+    """File name -> keywords, from the metadata table, which is ISO-8859-1."""
+    path = folder / f"clotho_metadata_{CLOTHO_SPLITS[split]}.csv"
+    rows, _ = read_csv(path, ("file_name", "keywords"), encoding="iso-8859-1")
+    return {row["file_name"]: [word.strip() for word in row["keywords"].split(";") if word.strip()] for row in rows}
+
+
+def read_audiocaps(folder: Path, split: str) -> Found:
+    """{train,val,test}.csv (one caption a row; several rows a clip) and the clips: see clips_below."""
+    path = folder / f"{split}.csv"
+    if not path.exists():
+        return no_file("audiocaps", path, split)
+    captions: dict[tuple[str, str], list[str]] = {}
+    rows, bad = read_csv(path, ("youtube_id", "start_time", "caption"))
+    numbers: dict[str, tuple[str, str]] = {}  # audiocap_id, another name of a clip
+    for row in rows:
+        key = (row["youtube_id"], row["start_time"])
+        if _seconds(row["start_time"]) is None:
+            bad.append(f"{key[0]}: start_time {key[1]!r} is no number")
+        elif text := clean(row["caption"]):
+            captions.setdefault(key, []).append(text)
+            numbers[row.get("audiocap_id") or ""] = key
+    clips = clips_below(folder, split, captions, numbers)
+    packer = Packer("audiocaps")
+    for key, texts in captions.items():
+        if key in clips:
+            packer.add(f"audiocaps/{split}/{key[0]}_{key[1]}", clips[key], texts, "audio")
+    return Found(packer.records(), len(captions) - len(clips), bad).checked(path)
+
+
+Clip = tuple[str, str]  # a video's id and the start of the clip in it, in seconds, as the table writes it
+
+
+def clips_below(
+    folder: Path, split: str, wanted: Iterable[Clip], numbers: dict[str, Clip] | None = None
+) -> dict[Clip, Path]:
+    """The files of these clips, in SPLIT/, audio/SPLIT/, wavs/SPLIT/ and the like, or in those without the split.
+
+    A file is named by the video's id (with or without Y before it) and the start: ID_30, ID_30.0, ID_000030, ID.30,
+    ID_30_40, ID_30.000_40.000, ID_30000_40000 (milliseconds); by ID alone, where only one clip of that video is
+    listed; or by its number in the table. Empty files count as missing.
+    """
+    starts: dict[str, list[Clip]] = {}
+    for clip in wanted:
+        starts.setdefault(clip[0], []).append(clip)
+    found: dict[Clip, Path] = {}
+    for top in CLIP_FOLDERS:
+        for place in (folder / top / split, *([folder / top] if top else [])):
+            for file in sorted(place.iterdir()) if place.is_dir() else ():
+                if file.suffix.lower() in AUDIO_SUFFIXES and not file.name.startswith("._"):
+                    own = _clip_of(file.name.removesuffix(file.suffix), starts) or (numbers or {}).get(file.stem)
+                    if own is not None and file.stat().st_size:
+                        found.setdefault(own, file)
+    return found
+
+
+def _clip_of(stem: str, starts: dict[str, list[Clip]]) -> Clip | None:
+    for name in (stem, stem.removeprefix("Y")):
+        if name in starts:
+            return starts[name][0] if len(starts[name]) == 1 else None  # whose of them it is cannot be told
+        for pattern in (
+            r"(.+?)[_.-](\d+(?:\.\d+)?)[_-](\d+(?:\.\d+)?)",
+            r"(.+)[_.-](\d+(?:\.\d+)?)",
+            r"(.+?)_(\d+\.\d+)",
+        ):
+            parts = re.fullmatch(pattern, name)
+            if parts and parts[1] in starts:
+                value = float(parts[2])
+                for unit in (1, 1000):
+                    for clip in starts[parts[1]]:
+                        if _seconds(clip[1]) == value / unit:
+                            return clip
+    return None
+
+
+def _seconds(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def missing_clips(folder: Path, split: str) -> tuple[list[Clip], int]:
+    """The clips that AudioCaps' table lists and that are not there, and how many it lists."""
+    rows, _ = read_csv(folder / f"{split}.csv", ("youtube_id", "start_time", "caption"))
+    wanted = list(dict.fromkeys((row["youtube_id"], row["start_time"]) for row in rows))
+    numbers = {row.get("audiocap_id") or "": (row["youtube_id"], row["start_time"]) for row in rows}
+    present = clips_below(folder, split, wanted, numbers)
+    return [clip for clip in wanted if clip not in present], len(wanted)
+
+
+AUDIOSET_LISTS = {"train": ("balanced_train_segments", "unbalanced_train_segments"), "test": ("eval_segments",)}
+
+
+def read_audioset(folder: Path, split: str) -> Found:
+    """{balanced_train,unbalanced_train,eval}_segments.csv, class_labels_indices.csv and clips, named as AudioCaps'.
+
+    A clip's caption is made of its classes; its labels are their indices.
+    """
+    paths = [folder / f"{name}.csv" for name in AUDIOSET_LISTS.get(split, ())]
+    paths = [path for path in paths if path.exists()]
+    if not paths:
+        return no_file("audioset", folder / "balanced_train_segments.csv", split)
+    classes, _ = read_csv(folder / "class_labels_indices.csv", ("index", "mid", "display_name"))
+    names = {row["mid"]: (int(row["index"]), row["display_name"]) for row in classes}
+    clips: dict[Clip, list[tuple[int, str]]] = {}
+    bad = []
+    for path in paths:
+        with open(path, encoding=encoding_of(path)) as file:
+            for number, line in enumerate(file, 1):
+                parts = [part.strip(' "\n') for part in line.split(",")]
+                if not line.strip() or line.startswith("#"):
+                    continue
+                if len(parts) < 4 or _seconds(parts[1]) is None:
+                    bad.append(f"{path.name}: line {number} has no id, start, end and classes")
+                else:
+                    clips[parts[0], parts[1]] = [names[mid] for mid in parts[3:] if mid in names]
+    present, packer = clips_below(folder, split, clips), Packer("audioset")
+    for clip, own in clips.items():
+        if clip in present and own:
+            text = sound_of(name for _, name in own)
+            packer.add(
+                f"audioset/{clip[0]}_{clip[1]}", present[clip], [text], "audio", sorted(index for index, _ in own)
+            )
+    return Found(packer.records(), len(clips) - len(packer.ends), bad).checked(folder)
+
+
+def sound_of(names: Iterable[str]) -> str:
+    """The caption of a sound that only has classes."""
+    return "the sound of " + " and ".join(name.replace("_", " ").lower() for name in names)
+
+
+def read_esc50(folder: Path, split: str) -> Found:
+    """meta/esc50.csv and audio/: folds 1 to 3 train, 4 validates, 5 tests. The caption is made of the class."""
+    path = folder / "meta" / "esc50.csv"
+    if not path.exists():
+        return no_file("esc50", path, split)
+    rows, bad = read_csv(path, ("filename", "fold", "target", "category"))
+    files, packer, missing = Folder(folder / "audio"), Packer("esc50"), 0
+    for row in rows:
+        if {"4": "val", "5": "test"}.get(row["fold"].strip(), "train") == split:
+            file = files.find(row["filename"])
+            if file is None:
+                missing += 1
+            elif not row["target"].strip().isdigit():
+                bad.append(f"{row['filename']}: target {row['target']!r} is no number")
+            else:
+                text = sound_of([row["category"]])
+                packer.add(f"esc50/{file.name}", file, [text], "audio", [int(row["target"])])
+    return Found(packer.records(), missing, bad).checked(path)
+
+
+def read_fsd50k(folder: Path, split: str) -> Found:
+    """FSD50K.ground_truth/{dev,eval}.csv, FSD50K.dev_audio/ FSD50K.eval_audio/. Captions: the classes."""
+    part = "eval" if split == "test" else "dev"
+    path = folder / "FSD50K.ground_truth" / f"{part}.csv"
+    if not path.exists():
+        return no_file("fsd50k", path, split)
+    rows, bad = read_csv(path, ("fname", "labels"))
+    files, packer, missing = Folder(folder / f"FSD50K.{part}_audio"), Packer("fsd50k"), 0
+    for row in rows:
+        if part == "eval" or row.get("split") == split:
+            file = files.find(f"{row['fname']}.wav")
+            if file is None or not row["labels"].strip():
+                missing += 1
+            else:
+                packer.add(f"fsd50k/{part}/{file.name}", file, [sound_of(row["labels"].split(","))], "audio")
+    return Found(packer.records(), missing, bad).checked(path)
+
+
+def read_voxceleb(folder: Path, split: str) -> Found:
+    """VoxCeleb1 wav/ID/VIDEO/N.wav and VoxCeleb2 {dev/aac,test/aac,aac}/...m4a, with .../mp4/...mp4 for the frames.
+
+    Split by iden_split.txt where it lists a file (VoxCeleb1), else one video of 20 is validation. Label: rank of the
+    speaker's id among all that are there.
+    """
+    tops = [("wav", "mp4"), ("dev/aac", "dev/mp4"), ("test/aac", "test/mp4"), ("aac", "mp4")]
+    roots = [(folder / sound, folder / video) for sound, video in tops if (folder / sound).is_dir()]
+    if not roots:
+        raise MissingData(f"data set voxceleb: neither wav/ nor dev/aac/ in {folder}; {remedy('voxceleb', folder)}")
+    people = {path.name for root, _ in roots for path in root.iterdir() if path.is_dir()}
+    speakers = {name: rank for rank, name in enumerate(sorted(people))}
+    listed, packer = _identification_split(folder / "iden_split.txt"), Packer("voxceleb")
+    for root, videos in roots:
+        for file in sorted(path for path in root.glob("*/*/*") if path.suffix.lower() in AUDIO_SUFFIXES):
+            name = file.relative_to(root).as_posix()
+            by_list = listed if root.name == "wav" else {}
+            own = by_list.get(name, "train") if by_list else ("val" if _is_held_out(file.parent) else "train")
+            if own == split:
+                video = (videos / name).with_suffix(".mp4")
+                labels = (speakers[Path(name).parts[0]],)
+                packer.add(f"voxceleb/{name}", file, (), "voice", labels, video if video.exists() else None)
+    return Found(packer.records())
+
+
+def _identification_split(path: Path) -> dict[str, str]:
+    """Lines `1|2|3 id.../video/00001.wav`."""
+    if not path.exists():
+        return {}
+    try:
+        rows = (line.split() for line in path.read_text().splitlines() if line.strip())
+        return {name: VOX_SPLITS[int(number)] for number, name in rows}
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path}: lines `1|2|3 id.../video/00001.wav` are wanted ({error}); fetch it again") from None
+
+
+def _is_held_out(video: Path) -> bool:
+    """One video of 20, by the hash of its name: all utterances of a video fall on one side."""
+    name = "/".join(video.parts[-2:]).encode()
+    return int.from_bytes(hashlib.blake2b(name, digest_size=4).digest(), "little") % 20 == 0
+
+
+# --- own data ---------------------------------------------------------------------------------------------------------
+
+
+def read_jsonl(folder: Path, split: str) -> Found:
+    """{train,val,test}.jsonl: a file (FILE_KEYS), its captions (CAPTION_KEYS) and perhaps labels a line."""
+    path = folder / f"{split}.jsonl"
+    if not path.exists():
+        return no_file("jsonl", path, split)
+    files, packer, missing, bad = Folder(folder), Packer("jsonl"), 0, []
+    try:
+        for number, row in jsonl_rows(path):
+            try:
+                if isinstance(row, Exception):
+                    raise row
+                name = next((row[key] for key in FILE_KEYS if isinstance(row.get(key), str) and row[key].strip()), None)
+                if name is None:
+                    raise TypeError(f"no file under any of {', '.join(FILE_KEYS)}")
+                captions, labels = captions_of(row), labels_of(row)
+                if not captions:
+                    raise TypeError("no caption")
+                file = files.find(name)
+                if file is None:
+                    missing += 1
+                else:
+                    packer.add(f"{split}/{name}", file, captions, kind_of(file.suffix), labels)
+            except (ValueError, TypeError) as error:
+                bad.append(f"line {number}: {_said(error)}")
+    except UnicodeError as error:
+        raise not_text(path, error, "lines of JSON") from None
+    return Found(packer.records(), missing, bad).checked(path)
+
+
+def _number(value: Any) -> int | str:
+    """An id: some files write numbers as text or with a point, also differently in one file."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise TypeError(f"id {value!r}")
+    if isinstance(value, str):
+        return int(value) if re.fullmatch(r"\s*-?\d+\s*", value) else value
+    return int(value) if value == int(value) else str(value)
+
+
+def _said(error: Exception) -> str:
+    """What went wrong with a row, in a few words."""
+    if isinstance(error, KeyError):
+        return f"has no {error.args[0]}"
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+        return f"not readable as JSON in UTF-8 ({error})"
+    return str(error)
