@@ -18,8 +18,8 @@ from shared.config import load_config
 from shared.errors import UserError
 
 SIZES = """language.hidden_size=32 language.intermediate_size=48 language.num_hidden_layers=1
-language.num_attention_heads=2 language.num_key_value_heads=2 vision.hidden_size=32 vision.intermediate_size=32 vision.num_hidden_layers=1
-autoencoder.steps=4"""
+language.num_attention_heads=2 language.num_key_value_heads=2 vision.hidden_size=32 vision.intermediate_size=32
+vision.num_hidden_layers=1 autoencoder.steps=4"""
 SMALL = ["--config", "small", "--device", "cpu", "--sample-records", "0", "--set", "training.validation_records=4"]
 SMALL += [word for size in SIZES.split() for word in ("--set", f"model.{size}")]
 
@@ -128,7 +128,10 @@ def test_a_run_of_scenes_trains_resumes_exports_and_is_counted(tmp_path):
     }
     wanted |= {f"drawn_{kind}_right" for kind in CHANGES} | {"drawn_border_over_true", "text_loss", "image_ratio"}
     assert wanted <= figures.keys() and all(0 <= figures[name] <= 1 for name in wanted if "right" in name)
-    assert len(scene_bars(figures)) == 12 and "user: what is in the picture?" in (tmp_path / "a" / "report.html").read_text()
+    assert (
+        len(scene_bars(figures)) == 12
+        and "user: what is in the picture?" in (tmp_path / "a" / "report.html").read_text()
+    )
 
 
 def test_pictures_of_scenes_are_those_of_the_truth():
