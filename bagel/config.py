@@ -80,14 +80,15 @@ class AutoencoderConfig(Section):
     """The frozen code of pictures."""
 
     fixed_on_resume = True
-    kind: Literal["flux", "pixel"] = setting(
-        "flux", "flux: the FLUX autoencoder; pixel: cells of pixels, no weights needed"
+    kind: Literal["flux", "conv", "pixel"] = setting(
+        "flux", "flux: the FLUX autoencoder; conv: a small one, trained first in the same run; pixel: cells of pixels"
     )
-    ch: int = setting(128, "channels of the finest level (flux)", ge=32, multiple_of=32)
+    ch: int = setting(128, "channels of the finest level (flux, conv)", ge=32, multiple_of=32)
     ch_mult: list[int] = setting([1, 2, 4, 4], "channel factors of the levels, finest first (flux)")
     num_res_blocks: int = setting(2, "residual blocks a level (flux)", ge=1)
     z_channels: int = setting(16, "latent channels; pixel: 3 x downsample^2", ge=1)
-    downsample: int = setting(8, "pixels of a latent cell's side; flux: 2^(levels - 1)", ge=1)
+    downsample: int = setting(8, "pixels of a latent cell's side; flux: 2^(levels - 1); conv: 2, 4, 8, ...", ge=1)
+    steps: int = setting(1400, "training steps of 16 pictures (conv)", ge=1)
     scale_factor: float = setting(0.3611, "latent = scale_factor * (z - shift_factor)", gt=0)
     shift_factor: float = setting(0.1159, "see scale_factor")
 
@@ -96,6 +97,8 @@ class AutoencoderConfig(Section):
         side = 2 ** (len(self.ch_mult) - 1)
         if self.kind == "flux" and self.downsample != side:
             raise ValueError(f"downsample {self.downsample} must be 2^(levels - 1) = {side} for ch_mult {self.ch_mult}")
+        if self.kind == "conv" and (self.downsample < 2 or self.downsample & (self.downsample - 1)):
+            raise ValueError(f"downsample {self.downsample} must be 2, 4, 8, ... for a convolutional autoencoder")
         if self.kind == "pixel" and self.z_channels != 3 * self.downsample**2:
             raise ValueError(
                 f"z_channels {self.z_channels} must be 3 x downsample^2 = {3 * self.downsample**2} for pixel cells"
@@ -120,7 +123,11 @@ class ModelConfig(Section):
     from_scratch: bool = setting(
         False, "start from random weights; model_path, if given, then only gives sizes and tokenizer"
     )
-    tokenizer: str | None = setting(None, "bytes, or a folder with a tokenizer; null: model_path's", fixed=True)
+    tokenizer: str | None = setting(
+        None,
+        "bytes, sample (bytes and words of the scenes), or a folder with a tokenizer; null: model_path's",
+        fixed=True,
+    )
     initializer_range: float = setting(0.02, "standard deviation of matrices that start from random", gt=0)
     vision_initializer_range: float = setting(
         0.02,
@@ -196,6 +203,25 @@ class ImageSizeConfig(Section):
         return self
 
 
+class SceneConfig(Section):
+    """Scenes composed on the fly, where train_data_path is `scenes` and val_data_path `scenes:unseen`."""
+
+    fixed_on_resume = True
+    drawings: str | None = setting(
+        None,
+        "JSON object of picture paths, beside it, and names; pictures on white or with transparency; null: shipped",
+    )
+    objects: int = setting(16, "drawings that are used, the first ones", ge=2)
+    side: int = setting(32, "side of a scene, pixels", ge=16)
+    unseen_share: float = setting(
+        0.1, "share of the combinations of object, ground and place never trained", gt=0, lt=1
+    )
+    draw: float = setting(0.45, "share of scenes drawn from a sentence", ge=0)
+    ask: float = setting(0.2, "share of scenes asked about and described", ge=0)
+    edit: float = setting(0.25, "share of scenes that are changed as told", ge=0)
+    talk: float = setting(0.1, "share of conversations that draw, ask and change", ge=0)
+
+
 class DataConfig(Section):
     """Records, pictures, and how they fill packs."""
 
@@ -221,6 +247,7 @@ class DataConfig(Section):
     buffer_size: int = setting(50, "samples that wait for a pack they fit in", "max_buffer_size", fixed=True, ge=1)
     expected_num_tokens: int = setting(32768, "a pack is emitted from this length on (reference)", fixed=True, ge=1)
     prefer_buffer_before: int = setting(16384, "below this length the buffer comes first (reference)", fixed=True, ge=0)
+    scenes: SceneConfig = SceneConfig()
     vae_image: ImageSizeConfig = ImageSizeConfig()
     vit_image: ImageSizeConfig = ImageSizeConfig(max_size=980, min_size=224, max_pixels=2007040)
     edit_vit_image: ImageSizeConfig | None = setting(
@@ -337,6 +364,9 @@ class MetricsOptions(Section):
         16384, "tokens of a pack of the losses; a longer record has a pack of its own", ge=1
     )
     max_pictures: int = setting(12, "pictures drawn from held-out prompts, and as many from training prompts", ge=0)
+    scenes: int = setting(
+        96, "scenes never trained that are drawn, asked about and changed, where the data are scenes", ge=2
+    )
     num_timesteps: int = setting(25, "points of the time grid of drawn pictures", ge=2)
     cfg_text_scale: float = setting(3.0, "guidance by the text")
     max_length: int = setting(64, "longest answer, tokens", ge=1)

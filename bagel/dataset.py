@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from bagel.config import Config, DataConfig, ModelConfig
+from bagel.config import Config, DataConfig, ModelConfig, SceneConfig
 from bagel.data.records import (
     FORMATS,
     Choice,
@@ -31,6 +31,8 @@ from bagel.data.records import (
     scripts_of,
     steps_of,
 )
+from bagel.data.scenes import NAME as SCENES_PATH
+from bagel.data.scenes import SceneFile
 from bagel.data.sources import (
     STORED_FROM,
     DataError,
@@ -45,7 +47,6 @@ from bagel.data.sources import (
     check_sides,
     image_size,
     index_path,
-    load_image,
     open_records,
     picture_names,
     to_tensor,
@@ -88,6 +89,7 @@ class UnifiedGenerationDataset:
         question_weight: float = 1.0,
         flip_probability: float = 0.0,
         seed: int = 0,
+        scenes: SceneConfig | None = None,
     ):
         self.data_path, self.tokenizer, self.layout, self.seed = data_path, tokenizer, layout, seed
         self.vae_transform, self.vit_transform = vae_transform, vit_transform
@@ -95,7 +97,12 @@ class UnifiedGenerationDataset:
         self.max_length, self.truncate, self.escape = max_sequence_length, truncate_text, escape_special_tokens
         self.strict, self.question_weight, self.flip_probability = strict, question_weight, flip_probability
         self.errors: list[DataError] = []
-        sources = open_records(data_path, image_root)
+        is_composed = data_path.startswith(SCENES_PATH) and not Path(data_path).exists()
+        sources: list[RecordFile] = (
+            [SceneFile(data_path, scenes or SceneConfig(), seed)]
+            if is_composed
+            else open_records(data_path, image_root)
+        )
         index = self._index(sources)
         self.records, self.errors = Records(sources, index), index.errors
         self._targets, self._digest = index.targets, index.digest
@@ -227,13 +234,16 @@ class UnifiedGenerationDataset:
 
     def plan(self, index: int, epoch: int) -> list[PlanItem]:
         """The items of a sample without pixels."""
-        return self._plan_of_epoch(self.records[index % len(self)], index, epoch)
+        return self._plan_of_epoch(self.records.at(index % len(self), epoch), index, epoch)
 
     def room(self, index: int, epoch: int) -> int:
         """Tokens that a sample may take: where texts or turns are drawn, those of the longest choice. Known from the
         start, so that filling packs reads no record.
         """
-        return int(self.records.rows[index % len(self)]["length"])
+        row = self.records.rows[index % len(self)]
+        if self.records.sources[row["source"]].changes:
+            return self.length(index, epoch)
+        return int(row["length"])
 
     def length(self, index: int, epoch: int) -> int:
         """Tokens of a sample when nothing is left out."""
@@ -241,14 +251,14 @@ class UnifiedGenerationDataset:
 
     def sample(self, index: int, epoch: int) -> dict[str, Any]:
         """The items with pixels; raises a BadSample when a picture turns out to be damaged."""
-        record = self.records[index % len(self)]
+        record = self.records.at(index % len(self), epoch)
         flip = torch.rand((), generator=keyed_generator(self.seed, _FLIP, epoch, index)).item() < self.flip_probability
         loaded: dict[str, Any] = {}
         try:
             items = self._plan_of_epoch(record, index, epoch)
             for item in items:
                 if item.source and item.source not in loaded:
-                    image = load_image(record.source.picture(item.source))
+                    image = record.source.load(item.source)
                     loaded[item.source] = ImageOps.mirror(image) if flip else image
                 if item.source:
                     item.image = self._pixels(loaded[item.source], item)
@@ -414,4 +424,5 @@ def open_dataset(
         question_weight=data.question_weight,
         flip_probability=data.flip_probability,
         seed=config.run.seed,
+        scenes=data.scenes,
     )

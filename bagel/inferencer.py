@@ -245,7 +245,7 @@ class InterleaveInferencer:
     ) -> Contexts:
         """The three contexts after all inputs. A picture sets the size of the picture to draw."""
         height, width = image_shapes
-        found = Contexts(*(self.init_gen_context() for _ in range(3)), (height, width))
+        found = Contexts(Context(), Context(), Context(), (height, width))
         if think:
             prompt = THINK_TO_ANSWER if understanding_output else THINK_TO_DRAW
             found.main = self.update_context_text(prompt, found.main)

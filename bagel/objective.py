@@ -88,7 +88,7 @@ class UnifiedTrainer:
         if self.config.model.use_lora:
             save_adapter(folder, chosen, self.config.model)
         else:
-            whole = {name: chosen.get(name, self.frozen.get(name)) for name in self.names}
+            whole = {name: chosen[name] if name in chosen else self.frozen[name] for name in self.names}
             torch.save({name: value.contiguous() for name, value in whole.items()}, folder / "trained_model.pt")
 
     def train(self) -> FitResult:
@@ -165,7 +165,7 @@ def with_latents(
     joined: list[Tensor] = []
     for found in tokens:
         joined.append(joined[-1] if found is None else found)
-    empty = pack["packed_noise"].new_zeros(0, config.latent_width)
+    empty = pack["packed_noise"][:0]
     return {**pack, "packed_latents": torch.cat(joined) if joined else empty}
 
 

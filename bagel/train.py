@@ -17,7 +17,7 @@ if not __package__:
 import json
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from bagel.config import PRESETS, SAMPLE_DATA, Config, ModelConfig
 from shared.config import load_config, load_saved
@@ -142,6 +142,9 @@ def complete(config: Config, argv: list[str] | None = None) -> Config:
             )
         if not _given(argv, *NAMES["tokenizer"]) and (Path(model.model_path) / "tokenizer.json").is_file():
             model.tokenizer = None
+    own = data.train_data_path is not None and not data.train_data_path.startswith("scenes")
+    if own and not _given(argv, "val-data-path", "data.val-data-path") and data.val_data_path == "scenes:unseen":
+        data.val_data_path = None  # the preset's, which belongs to its own training data
     if data.train_data_path is None:
         if not model.from_scratch or model.model_path is not None:
             raise UserError("no data: give --train-data-path FILE (.jsonl, .json, .parquet or .tar, or a folder)")
@@ -156,7 +159,7 @@ def _holds_weights(folder: Path) -> bool:
     return any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json"))
 
 
-def _deepspeed_strategy(path: Path, given: str | None) -> str:
+def _deepspeed_strategy(path: Path, given: str | None) -> Literal["zero1", "zero2", "zero3"]:
     """zero1, zero2 or zero3 by the file's stage; its other keys are set by our own flags."""
     try:
         stage = json.loads(path.read_text())["zero_optimization"]["stage"]
@@ -168,7 +171,8 @@ def _deepspeed_strategy(path: Path, given: str | None) -> str:
         raise UserError(
             f"--deepspeed {path}: stage {stage!r} with --strategy {given}; use stage 1, 2 or 3 and leave --strategy out"
         )
-    return f"zero{stage}"
+    zero: dict[int, Literal["zero1", "zero2", "zero3"]] = {1: "zero1", 2: "zero2", 3: "zero3"}
+    return zero[stage]
 
 
 def refuse_malformed(dataset: "UnifiedGenerationDataset", most: float) -> None:
@@ -213,12 +217,15 @@ def main(argv: list[str] | None = None) -> None:
     from bagel.dataset import open_dataset
     from bagel.model import count_parameters
     from bagel.objective import UnifiedTrainer
-    from bagel.weights.pretrained import build_model, load_autoencoder, read_config
+    from bagel.weights.autoencoder import prepare_autoencoder
+    from bagel.weights.pretrained import build_model, read_config
     from shared.engine.dist import init_distributed, shutdown
+    from shared.engine.preflight import preflight
     from shared.engine.strategy import choose_precision
 
     # Everything that a user may have to mend is looked at before anything is written or built.
     info = init_distributed(config.run.device, config.run.timeout_minutes * 60)
+    preflight(config, info)
     began, output_dir = time.perf_counter(), Path(config.run.output_dir)
     precision = choose_precision(config.run.precision, info.device)
     model_config = read_config(config.model)
@@ -228,6 +235,7 @@ def main(argv: list[str] | None = None) -> None:
     for dataset in sets.values():
         refuse_malformed(dataset, config.data.max_malformed_share)
     output_dir.mkdir(parents=True, exist_ok=True)
+    autoencoder = prepare_autoencoder(config, model_config, sets["train"], info)
     torch.manual_seed(config.run.seed)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     model = build_model(model_config, rows=tokenizer.vocab_size, dtype=dtype)
@@ -239,9 +247,7 @@ def main(argv: list[str] | None = None) -> None:
             ", ".join(f"{name} {count:,}" for name, count in count_parameters(model).items())
             + f" (ready in {time.perf_counter() - began:.1f} s)"
         )
-    trainer = UnifiedTrainer(
-        config, info, model, load_autoencoder(model_config), tokenizer, sets["train"], sets.get("val")
-    )
+    trainer = UnifiedTrainer(config, info, model, autoencoder, tokenizer, sets["train"], sets.get("val"))
     result = trainer.train()
     shutdown()  # what follows is for rank 0 alone
     if info.is_main and result.finished:

@@ -3,6 +3,7 @@
   python dit/metrics.py --checkpoint outputs/dit --output outputs/dit/metrics.json
   python dit/metrics.py --checkpoint OUT --metrics loss,caption,fid --inception-weights FILE.pth
   python dit/metrics.py --pictures pictures/ --reference VIRTUAL_imagenet256_labeled.npz --inception-weights FILE.pth
+
 scenes, loss, caption, recon, vae, colour and memory need no download; scenes counts what is right in drawn scenes. fid
 (FID, sFID, Inception score, precision, recall, KID) needs the Inception weights, clip a CLIP model; both say what to
 provide. Under torchrun the work is shared.

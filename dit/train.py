@@ -49,6 +49,7 @@ from dit.weights.open import build_model, cached_codec, make_vae
 from shared.data import BatchPlan, MapStream
 from shared.engine.checkpoint import find_checkpoint, newest_checkpoint
 from shared.engine.dist import DistInfo, from_main, init_distributed, raise_together, shutdown
+from shared.engine.preflight import preflight
 from shared.errors import write_text, written_aside
 from shared.plan.table import plan_run
 from shared.rng import seed_everything
@@ -208,6 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     if not is_gone:
         sets = {split: TextImageDataset.from_config(config, is_train=split == "train") for split in SPLITS}
     info = init_distributed(config.run.device, 60 * config.run.timeout_minutes)
+    preflight(config, info)
     output_dir = Path(config.run.output_dir)
     going_on = from_main(_checkpoint_to_resume(config) if info.is_main else None)
     if going_on is not None:

@@ -1,6 +1,6 @@
 """Retrieve with a trained model, into a file a person can look at.
 
-python multimodal/generate.py --checkpoint outputs/multimodal --output sheet.png      held-out captions, five pictures each
+python multimodal/generate.py --checkpoint outputs/multimodal --output sheet.png     held-out captions and pictures
 python multimodal/generate.py --checkpoint outputs/multimodal --dataset clotho --output sounds.json
 python multimodal/generate.py --checkpoint outputs/multimodal --prompt "a red circle" --output circle.png
 """
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def with_prompts(embedder: Any, split: Any, prompts: list[str]) -> Any:
-    """The split with the user's texts in place of its captions; no item is the true one then."""
+    """The split with the user's texts instead of its captions; no item is the true one then."""
     if not prompts:
         return split
     split.captions_CE, split.caption_texts, split.owners = embedder.texts(prompts), prompts, [-1] * len(prompts)

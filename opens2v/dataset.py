@@ -63,7 +63,11 @@ class OpenS2VAdapterDataset(Dataset):
             raise UserError(f"video folder {video_base_path}: not found; check opens2v.video_base_paths")
         background = None if background_base_path is None else Path(background_base_path)
         self.part = Part(
-            Path(json_path).stem, Annotations(json_path), Path(video_base_path), background, self.options.use_bbox
+            Path(json_path).stem,
+            Annotations(json_path, index_dir=self.options.index_dir),
+            Path(video_base_path),
+            background,
+            self.options.use_bbox,
         )
         self.filter = SubjectFilter(
             **{field.name: getattr(self.options, field.name) for field in fields(SubjectFilter)}
@@ -166,7 +170,8 @@ class OpenS2VAdapterDataset(Dataset):
         item: dict[str, Any] = {"key": key, "prompts": caption, "frame_indices": torch.tensor(indices)}
         if frames is not None and options.load_frames:
             tensor = torch.from_numpy(frames).permute(3, 0, 1, 2)
-            item["frames"] = (tensor if options.uint8_frames else normalise(tensor)).contiguous()
+            # A view with other strides: collating copies once anyway, and a clip is large.
+            item["frames"] = tensor if options.uint8_frames else normalise(tensor).contiguous()
         if options.load_subjects:
             item |= reference_tensors(
                 chosen, images, rng if options.ref_augment else None,
@@ -290,7 +295,8 @@ class OpenS2VAdapterDataset(Dataset):
             json_path, videos = self.part.annotations.path.with_name(f"{name}.json"), self.part.videos.parent / name
             if not json_path.exists() or not videos.is_dir():
                 return None
-            self.parts[name] = Part(name, Annotations(json_path), videos, None, self.options.use_bbox)
+            annotations = Annotations(json_path, index_dir=self.options.index_dir)
+            self.parts[name] = Part(name, annotations, videos, None, self.options.use_bbox)
         return self.parts[name]
 
 
@@ -531,6 +537,7 @@ class SampleOptions:
     only_keys: tuple[str, ...] = ()
     without_keys: tuple[str, ...] = ()
     keep_decoded: bool = False
+    index_dir: str | None = None
     seed: int = 0
 
 

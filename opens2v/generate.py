@@ -52,6 +52,7 @@ class GenerateOptions(Section):
     ref_scale: float = setting(1.0, "factor on what the subject adds; 0 gives the base", ge=0)
     use_ema: bool = setting(True, "averaged weights, where the checkpoint has them")
     offload: bool = setting(False, "keep the text encoder on the CPU")
+    vae_tiling: bool = setting(False, "decode in overlapping tiles: slower, a fraction of the memory (Wan's VAE)")
     dtype: Literal["fp32", "bf16"] | None = setting(
         None, "precision of the generator's arithmetic; null: bf16 where the base lies in bf16 and the device has it"
     )
@@ -142,7 +143,7 @@ class Generator:
     def __init__(self, options: GenerateOptions):
         import torch
 
-        from opens2v.modules.encoders import check_frames
+        from opens2v.modules.encoders import WanVAE, check_frames
         from opens2v.modules.lora import scale_lora
         from opens2v.weights.open import load_trained_generator, precision_of
         from shared.engine.dist import init_distributed
@@ -165,6 +166,10 @@ class Generator:
             precision=options.dtype,
             offload=options.offload,
         )
+        if options.vae_tiling:
+            if not isinstance(self.encoders.codec, WanVAE):
+                raise UserError("--vae-tiling: only Wan's VAE decodes in tiles; the small codecs need no such saving")
+            self.encoders.codec.vae.enable_tiling()
         if options.lora_scale != 1:
             scale_lora(self.module, options.lora_scale)
         precision = precision_of(self.config, options.dtype, self.device)

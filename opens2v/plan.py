@@ -18,7 +18,10 @@ from shared.plan.table import Workload, plan_run
 CLIP_PARAMETERS, CLIP_TOKENS = 630_766_080, 257
 UMT5_PARAMETERS, UMT5_EMBEDDING = 5_680_910_336, 256_384 * 4096
 VAE_PARAMETERS = 126_892_531
-VAE_WORKSPACE = 2_000_000_000  # bytes; an estimate of the largest feature maps while a clip is encoded
+# Bytes that Wan's VAE needs beside its weights for each pixel of a frame, whatever the number of frames (81 at most):
+# counted on fake tensors, float32. Encoding comes before the forward pass, decoding (of sample videos) after a step, so
+# that adding them to the activations plans for more than is ever held at once.
+VAE_ENCODE_BYTES, VAE_DECODE_BYTES = 15_100, 20_500
 
 
 def workload(config: Config) -> Workload:
@@ -78,9 +81,11 @@ def frozen_parts(config: Config) -> list[FrozenPart]:
     if model.codec == "wan":
         flops = batch * vae_encode_flops(pixel_frames(config), data.pixel_height, data.pixel_width)
         flops = 0.0 if data.use_cached_latents else flops
-        parts.append(
-            FrozenPart("Wan VAE, fp32, with workspace", VAE_PARAMETERS, 4 * VAE_PARAMETERS + VAE_WORKSPACE, flops)
-        )
+        draws = config.run.visualize and (config.training.val_num_samples or config.training.val_prompts)
+        per_pixel = VAE_DECODE_BYTES if draws else 0 if data.use_cached_latents else VAE_ENCODE_BYTES
+        workspace = per_pixel * data.pixel_height * data.pixel_width
+        name = f"Wan VAE, fp32, with workspace to {'draw samples' if draws else 'encode'}"
+        parts.append(FrozenPart(name, VAE_PARAMETERS, 4 * VAE_PARAMETERS + workspace, flops))
     if model.image_encoder == "clip" and model.clip_path != "off" and not data.use_cached_clip:
         flops = 2.0 * CLIP_PARAMETERS * CLIP_TOKENS * batch * data.max_subjects_per_sample
         parts.append(FrozenPart("CLIP ViT-H/14, bf16", CLIP_PARAMETERS, 2 * CLIP_PARAMETERS, flops))

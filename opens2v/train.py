@@ -7,6 +7,7 @@
 The same command again goes on from the newest checkpoint; --no-auto-resume starts anew.
 """
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -151,12 +152,14 @@ class OpenS2VTrainer:
         from opens2v.weights.base import ensure_base, load_generator
         from opens2v.weights.export import load_init
         from shared.engine.dist import init_distributed
+        from shared.engine.preflight import preflight
         from shared.engine.strategy import choose_precision
 
         check_inputs(config)
         if config.run.wandb_save_dir is not None:
             os.environ["WANDB_DIR"] = config.run.wandb_save_dir
         self.info = info or init_distributed(config.run.device, config.run.timeout_minutes * 60)
+        preflight(config, self.info)
         self.config = config = with_drawn_seed(config, self.info)
         dataset = training_set(config, **cached_changes(config))
         self.dataset = with_cached_features(dataset, config)
@@ -235,6 +238,20 @@ class OpenS2VTrainer:
         step = json.loads((folder / "trainer.json").read_text())["run_state"]["step"]
         state = legacy_checkpoint(self.config, self.model, weights, ema, step)
         torch.save(state, folder / "model.pt")
+        link_for_guide(folder.parent.parent, f"checkpoint_opens2v_{step:06d}")
+
+
+def link_for_guide(output_dir: Path, name: str) -> None:
+    """OUT/checkpoint_opens2v_000500, where the guide has it: a link into OUT/checkpoints, as far as the file
+    system has links. Links to checkpoints that were since removed go.
+    """
+    for link in output_dir.glob("checkpoint_opens2v_*"):
+        if link.is_symlink() and not link.exists():
+            link.unlink()
+    link = output_dir / name
+    if not link.exists() and not link.is_symlink():
+        with contextlib.suppress(OSError):
+            link.symlink_to(Path("checkpoints") / name, target_is_directory=True)
 
 
 @command

@@ -34,6 +34,20 @@ class FusedAdamW(torch.optim.AdamW):
     found_inf: Tensor | None = None
 
 
+class FusedAdam(torch.optim.Adam):
+    """torch's fused Adam, whose weight decay is a part of the gradient; attributes as FusedAdamW's."""
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
+class FusedSGD(torch.optim.SGD):
+    """torch's fused SGD without momentum, so without state; attributes as FusedAdamW's."""
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
 class MuonWithAdamW(FusedAdamW):
     """Muon (Jordan et al. 2024) for the matrices of groups that have "muon", AdamW for the rest.
 
@@ -93,9 +107,12 @@ def orthogonalised(matrix: Tensor, steps: int, coefficients: tuple[float, float,
     return (x.mT if matrix.shape[0] > matrix.shape[1] else x).to(matrix.dtype)
 
 
-def adamw(groups: list[dict], parameters: dict[str, nn.Parameter], training: TrainingSection) -> FusedAdamW:
-    """AdamW (Loshchilov and Hutter 2019) over named groups; fused, which is fastest on CPU and CUDA alike. Groups with
-    "muon" are turned by MuonWithAdamW.
+FusedOptimizer = FusedAdamW | FusedAdam | FusedSGD
+
+
+def adamw(groups: list[dict], parameters: dict[str, nn.Parameter], training: TrainingSection) -> FusedOptimizer:
+    """AdamW (Loshchilov and Hutter 2019) over named groups, or what training.optimizer names of adamw, adam and sgd;
+    fused, which is fastest on CPU and CUDA alike. Groups with "muon" are turned by MuonWithAdamW.
     """
     lists = [
         {
@@ -107,7 +124,11 @@ def adamw(groups: list[dict], parameters: dict[str, nn.Parameter], training: Tra
         for group in groups
         if group["names"]
     ]
-    kind = MuonWithAdamW if any("muon" in group for group in groups) else FusedAdamW
+    if training.optimizer == "sgd":
+        return FusedSGD(lists, lr=training.learning_rate, fused=True)
+    kind: type[FusedAdamW] | type[FusedAdam] = FusedAdam if training.optimizer == "adam" else FusedAdamW
+    if any("muon" in group for group in groups):
+        kind = MuonWithAdamW
     return kind(
         lists,
         lr=training.learning_rate,

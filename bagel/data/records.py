@@ -387,7 +387,7 @@ def _interleaved(record: dict, draw: Choice) -> list[Step]:
         if given is not None and not isinstance(given, bool):
             raise RecordFault("E_TYPE", f"'context' must be true or false, found {given!r}")
         if kind == "text":
-            text = item.get("content") if item.get("content") == "" else _field(item, "content", str)
+            text = "" if item.get("content") == "" else str(_field(item, "content", str))
             if not text.strip():
                 continue
             steps.append(Step(text=text, target=bool(loss)))

@@ -214,6 +214,8 @@ class RecordFile:
     Picture paths are relative to `image_root`, else to the file's folder.
     """
 
+    changes = False  # whether a place holds another record in every epoch
+
     def __init__(self, path: Path, image_root: Path | None):
         self.path, self.root = path, image_root or path.parent
         self._values: list | None = None
@@ -237,7 +239,7 @@ class RecordFile:
                         yield RawRecord(number, *_parse(text), place)
                 place += len(line)
 
-    def read(self, place: int) -> Any:
+    def read(self, place: int, epoch: int = 0) -> Any:
         """The record at a place again; None when there is none any more."""
         if self._holds_a_list():
             values = self._whole()
@@ -246,6 +248,10 @@ class RecordFile:
             file.seek(place)
             line = file.readline()
         return _parse(line.removeprefix(codecs.BOM_UTF8).decode("utf-8", "replace"))[0]
+
+    def load(self, name: str) -> Image.Image:
+        """The picture, whole; raises an ImageFault."""
+        return load_image(self.picture(name))
 
     def holds(self, name: str) -> bool:
         """Whether a picture lies inside this file."""
@@ -346,7 +352,7 @@ class ParquetFile(RecordFile):
             for number, row in enumerate(block.to_pylist(), start=first):
                 yield RawRecord(number, self._record(number, row), None, number)
 
-    def read(self, place: int) -> Any:
+    def read(self, place: int, epoch: int = 0) -> Any:
         rows = self._rows().slice(place, 1).to_pylist()
         return self._record(place, rows[0]) if rows else None
 
@@ -469,7 +475,7 @@ class TarFile(RecordFile):
         for number in range(len(self.shards)):
             yield RawRecord(number, *self._record(number), number)
 
-    def read(self, place: int) -> Any:
+    def read(self, place: int, epoch: int = 0) -> Any:
         return self._record(place)[0]
 
     def _record(self, number: int) -> tuple[Any, str | None]:
@@ -771,9 +777,13 @@ class Records:
         return len(self.rows)
 
     def __getitem__(self, number: int) -> Record:
+        return self.at(number, 0)
+
+    def at(self, number: int, epoch: int) -> Record:
+        """The record in an epoch."""
         row = self.rows[number]
         source, line = self.sources[row["source"]], int(row["line"])
-        value = source.read(int(row["place"]))
+        value = source.read(int(row["place"]), epoch)
         if not isinstance(value, dict):
             raise BadSample(f"{source.path}:{line}: the file has changed since the run began; start the run again")
         names, first = picture_names(value), int(row["sizes"])
@@ -791,5 +801,5 @@ def index_path(sources: list[RecordFile], settings: Any) -> Path:
 
 
 def _state(path: Path) -> tuple[int, int]:
-    found = path.stat()
+    found = path.stat() if path.is_file() else os.stat(__file__)  # scenes are no file
     return found.st_size, found.st_mtime_ns

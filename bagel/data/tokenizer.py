@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from bagel.config import ModelConfig
+from bagel.config import SAMPLE_DATA, ModelConfig
 from shared.errors import UserError
 
 SPECIAL_STRINGS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
@@ -68,8 +68,8 @@ class FolderTokenizer:
         missing = [mark for mark in SPECIAL_STRINGS if mark not in known]
         if missing:
             self.inner.add_special_tokens({"additional_special_tokens": missing})
-        bos, eos, start, end = (self.inner.convert_tokens_to_ids(mark) for mark in SPECIAL_STRINGS)
-        self.special = SpecialTokens(bos, eos, start, end)
+        ids = self.inner.get_vocab()
+        self.special = SpecialTokens(*(int(ids[mark]) for mark in SPECIAL_STRINGS))
         self.vocab_size = len(self.inner)
         files = [path for path in (folder / name for name in TOKENIZER_FILES) if path.is_file()]
         self.identity = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
@@ -81,6 +81,11 @@ class FolderTokenizer:
         return str(self.inner.decode(ids, skip_special_tokens=True))
 
 
+def tokenizer_folder(name: str) -> Path:
+    """Where a tokenizer lies: `sample` is the shipped one, of bytes and the words of scenes."""
+    return SAMPLE_DATA / "tokenizer" if name == "sample" else Path(name)
+
+
 def load_tokenizer(config: ModelConfig) -> Tokenizer:
     """The configured tokenizer; raises a UserError when it is too large for the embedding of a model trained from
     nothing.
@@ -88,7 +93,7 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
     name = config.tokenizer or config.model_path or config.llm_path
     if name is None:
         raise UserError("no tokenizer: give --model-path, or --tokenizer bytes or a folder with tokenizer.json")
-    tokenizer = ByteTokenizer() if name == "bytes" else FolderTokenizer(Path(name))
+    tokenizer = ByteTokenizer() if name == "bytes" else FolderTokenizer(tokenizer_folder(name))
     if config.from_scratch and tokenizer.vocab_size > config.language.vocab_size:
         raise UserError(
             f"model.language.vocab_size {config.language.vocab_size} is below the {tokenizer.vocab_size} ids of "

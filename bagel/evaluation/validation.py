@@ -13,7 +13,6 @@ from torch import Tensor
 
 from bagel.config import Config
 from bagel.data.records import Keyed, Step, steps_of
-from bagel.data.sources import load_image
 from bagel.dataset import UnifiedGenerationDataset
 from bagel.inferencer import InterleaveInferencer
 from bagel.packing import Draws, Dropout, Pack, PackBuilder, PlanItem
@@ -147,7 +146,7 @@ def _wanted(given: Sequence[Step], target: Step, prompts: bool, questions: bool)
 
 
 def _load(record: Any, name: str) -> Image.Image:
-    return load_image(record.source.picture(name))
+    return record.source.load(name)
 
 
 def write_samples(

@@ -50,7 +50,7 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def unmerge(self) -> None:
         """Take the adapter out of the weight again."""
-        if self.merged:
+        if self.merged and isinstance(self.base, nn.Linear):
             self.base.weight -= self.delta().to(self.base.weight.dtype)
             self.merged = False
 

@@ -4,6 +4,8 @@ absolute maximum).
 The weight is unpacked to the input's type for each product; only the input receives a gradient.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -78,6 +80,8 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.kind, self.in_features, self.out_features = kind, features_in, features_out
         self.max_error: float | None = None  # largest difference from the weight that was stored last
+        self.codes: Tensor
+        self.scale: Tensor
         if kind == "nf4":
             blocks = -(-features_in * features_out // BLOCK)
             self.register_buffer("codes", torch.empty(blocks * BLOCK // 2, dtype=torch.uint8), persistent=False)
@@ -96,7 +100,7 @@ class QuantizedLinear(nn.Module):
             )
         if not linear.weight.is_meta:
             layer.store(linear.weight)
-            if linear.bias is not None:
+            if linear.bias is not None and layer.bias is not None:
                 with torch.no_grad():
                     layer.bias.copy_(linear.bias)
         return layer
@@ -150,7 +154,7 @@ def quantize_projections(model: nn.Module, kind: str) -> None:
             )
 
 
-def stored_layers(model: nn.Module) -> list[dict[str, float | str | None]]:
+def stored_layers(model: nn.Module) -> list[dict[str, Any]]:
     """Per quantized layer: the largest error of its weight, bytes as bf16 and as stored."""
     return [
         {

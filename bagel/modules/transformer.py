@@ -267,8 +267,8 @@ def scaled_dot_product(
 # them shorter than a hundred tokens. Slices and concatenations of each, with their gradients, would take as long as the
 # kernel itself, so this node calls the kernel and its gradient on views of the pack.
 
-_kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)  # private: may go one day
-_kernel_backward = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+_kernel: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)  # private: may go one day
+_kernel_backward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 HAS_SLICED = _kernel is not None and _kernel_backward is not None
 
 
@@ -380,7 +380,7 @@ def _ordered(found: Tensor) -> Pair:
 
 
 @lru_cache(maxsize=2)
-def flex_kernel(is_compiled: bool) -> Callable[..., Tensor]:
+def flex_kernel(is_compiled: bool) -> Any:
     """Flex attention; compiled for static shapes, so that every pack should have the same padded length."""
     from torch.nn.attention.flex_attention import flex_attention
 

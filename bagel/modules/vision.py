@@ -221,18 +221,36 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def _middle(channels: int) -> nn.Module:
-    middle = nn.Module()
-    middle.block_1, middle.attn_1, middle.block_2 = (
-        ResnetBlock(channels, channels),
-        AttentionBlock(channels),
-        ResnetBlock(channels, channels),
-    )
-    return middle
+class Middle(nn.Module):
+    """Attention between two residual blocks, at the coarsest level."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.block_1, self.attn_1 = ResnetBlock(channels, channels), AttentionBlock(channels)
+        self.block_2 = ResnetBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
 
 
-def _run_middle(middle: nn.Module, x: Tensor) -> Tensor:
-    return middle.block_2(middle.attn_1(middle.block_1(x)))
+class Stage(nn.Module):
+    """The residual blocks of a level, and what leads to the next one where there is one."""
+
+    def __init__(self, blocks: list[nn.Module], *, down: int | None = None, up: int | None = None):
+        super().__init__()
+        self.block = nn.ModuleList(blocks)
+        if down is not None:
+            self.downsample = Downsample(down)
+        if up is not None:
+            self.upsample = Upsample(up)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        for name in ("downsample", "upsample"):
+            if name in self._modules:
+                x = self.get_submodule(name)(x)
+        return x
 
 
 class Encoder(nn.Module):
@@ -241,29 +259,23 @@ class Encoder(nn.Module):
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         self.conv_in = nn.Conv2d(3, config.ch, 3, padding=1)
-        self.down = nn.ModuleList()
-        channels = config.ch
+        stages, channels = [], config.ch
         for level, factor in enumerate(config.ch_mult):
-            stage = nn.Module()
-            stage.block = nn.ModuleList()
+            blocks: list[nn.Module] = []
             for _ in range(config.num_res_blocks):
-                stage.block.append(ResnetBlock(channels, config.ch * factor))
+                blocks.append(ResnetBlock(channels, config.ch * factor))
                 channels = config.ch * factor
-            if level < len(config.ch_mult) - 1:
-                stage.downsample = Downsample(channels)
-            self.down.append(stage)
-        self.mid = _middle(channels)
+            stages.append(Stage(blocks, down=channels if level < len(config.ch_mult) - 1 else None))
+        self.down = nn.ModuleList(stages)
+        self.mid = Middle(channels)
         self.norm_out = nn.GroupNorm(32, channels, eps=1e-6)
         self.conv_out = nn.Conv2d(channels, 2 * config.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
-        for level, stage in enumerate(self.down):
-            for block in stage.block:
-                x = block(x)
-            if level < len(self.down) - 1:
-                x = stage.downsample(x)
-        return self.conv_out(F.silu(self.norm_out(_run_middle(self.mid, x))))
+        for stage in self.down:
+            x = stage(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
 class Decoder(nn.Module):
@@ -273,28 +285,22 @@ class Decoder(nn.Module):
         super().__init__()
         channels = config.ch * config.ch_mult[-1]
         self.conv_in = nn.Conv2d(config.z_channels, channels, 3, padding=1)
-        self.mid = _middle(channels)
+        self.mid = Middle(channels)
         stages = []
         for level in reversed(range(len(config.ch_mult))):
-            stage = nn.Module()
-            stage.block = nn.ModuleList()
+            blocks: list[nn.Module] = []
             for _ in range(config.num_res_blocks + 1):
-                stage.block.append(ResnetBlock(channels, config.ch * config.ch_mult[level]))
+                blocks.append(ResnetBlock(channels, config.ch * config.ch_mult[level]))
                 channels = config.ch * config.ch_mult[level]
-            if level > 0:
-                stage.upsample = Upsample(channels)
-            stages.append(stage)
+            stages.append(Stage(blocks, up=channels if level > 0 else None))
         self.up = nn.ModuleList(reversed(stages))
         self.norm_out = nn.GroupNorm(32, channels, eps=1e-6)
         self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = _run_middle(self.mid, self.conv_in(z))
+        x = self.mid(self.conv_in(z))
         for level in reversed(range(len(self.up))):
-            for block in self.up[level].block:
-                x = block(x)
-            if level > 0:
-                x = self.up[level].upsample(x)
+            x = self.up[level](x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -334,12 +340,63 @@ class PixelAutoencoder(nn.Module):
         return rearrange(latent / self.scale + self.shift, "b (c p q) h w -> b c (h p) (w q)", p=self.side, q=self.side)
 
 
-Autoencoder = FluxAutoencoder | PixelAutoencoder
+class ConvAutoencoder(nn.Module):
+    """A small one with overlapping fields, trained first in the run that uses it, then frozen: what it decodes has no
+    seams, as patches of pixels have. Latents have mean 0 and variance 1 in every channel once `settle` was called.
+    """
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        width, halvings = config.ch, config.downsample.bit_length() - 2  # after the first, which only moves pixels
+        down: list[nn.Module] = [nn.PixelUnshuffle(2), _conv(12, width), nn.SiLU(), _conv(width, width), nn.SiLU()]
+        up: list[nn.Module] = []
+        for _ in range(halvings):
+            down += [nn.Conv2d(width, 2 * width, 4, stride=2, padding=1), nn.SiLU()]
+            down += [_conv(2 * width, 2 * width), nn.SiLU()]
+            up = [_conv(2 * width, 4 * width), nn.PixelShuffle(2), nn.SiLU(), _conv(width, width), nn.SiLU(), *up]
+            width *= 2
+        self.encoder = nn.Sequential(*down, nn.Conv2d(width, config.z_channels, 1))
+        first = [_conv(config.z_channels, width), nn.SiLU(), _conv(width, width), nn.SiLU()]
+        self.decoder = nn.Sequential(*first, *up, _conv(config.ch, 12), nn.PixelShuffle(2))
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.zeros(1, config.z_channels, 1, 1))
+        self.register_buffer("std", torch.ones(1, config.z_channels, 1, 1))
+
+    def forward(self, image: Tensor, noise: Tensor, spread_B: Tensor) -> tuple[Tensor, Tensor]:
+        """(decoded, latents) of a training step. On the way to the decoder noise is added, `spread_B` (B,) times as
+        large as the sample's own latents vary: drawn latents are off by that much, and the decoder must not care.
+        """
+        latent = self.encoder(image)
+        size = latent.detach().flatten(1).std(1) * spread_B
+        return self.decoder(latent + size[:, None, None, None] * noise), latent
+
+    @torch.no_grad()
+    def settle(self, images: Tensor) -> None:
+        """Measure the channels on pictures (B, 3, H, W)."""
+        latent = self.encoder(images)
+        self.mean.copy_(latent.mean((0, 2, 3), keepdim=True))
+        self.std.copy_(latent.std((0, 2, 3), keepdim=True).clamp_min(1e-6))
+
+    def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The code of a picture has no width, so `noise` changes nothing."""
+        return (self.encoder(image) - self.mean) / self.std
+
+    def decode(self, latent: Tensor) -> Tensor:
+        return self.decoder(latent * self.std + self.mean)
+
+
+def _conv(inside: int, outside: int) -> nn.Conv2d:
+    return nn.Conv2d(inside, outside, 3, padding=1)
+
+
+Autoencoder = FluxAutoencoder | ConvAutoencoder | PixelAutoencoder
 
 
 def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
     """The configured autoencoder, frozen and in evaluation mode."""
-    autoencoder = FluxAutoencoder(config) if config.kind == "flux" else PixelAutoencoder(config)
+    kinds: dict[str, type[Autoencoder]] = {"flux": FluxAutoencoder, "conv": ConvAutoencoder, "pixel": PixelAutoencoder}
+    autoencoder = kinds[config.kind](config)
     return autoencoder.requires_grad_(False).eval()
 
 

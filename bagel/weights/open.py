@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from bagel.config import Config, DataConfig, ModelConfig
-from bagel.data.tokenizer import Tokenizer, load_tokenizer
+from bagel.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_folder
 from bagel.dataset import transforms_of
 from bagel.inferencer import InterleaveInferencer
 from bagel.model import Bagel
 from bagel.modules.lora import adapters, merge_adapters
 from bagel.modules.vision import Autoencoder
-from bagel.weights.pretrained import build_model, export_folder, load_autoencoder, read_config
+from bagel.weights.pretrained import AUTOENCODER, build_model, export_folder, load_autoencoder, read_config
 from shared.config import load_saved
 from shared.engine.checkpoint import find_checkpoint, load_weights
 from shared.errors import UserError
@@ -101,8 +101,14 @@ def open_model(
         if merge and adapters(model) and model_config.quantization == "none":
             merge_adapters(model)
     model = model.to(chosen, dtype) if dtype is not None else model.to(chosen)
-    autoencoder = load_autoencoder(model_config).to(chosen)
+    autoencoder = load_autoencoder(model_config, None if config is None else _run_of(checkpoint)).to(chosen)
     return Opened(config, model_config, model.eval().requires_grad_(False), autoencoder, tokenizer, data, source)
+
+
+def _run_of(checkpoint: Path) -> Path:
+    """The output folder that a checkpoint belongs to."""
+    folders = [folder for folder in (checkpoint, *checkpoint.parents) if (folder / AUTOENCODER).is_file()]
+    return folders[0] if folders else checkpoint
 
 
 def _config_of(checkpoint: Path) -> Config:
@@ -150,7 +156,8 @@ def tokenizer_files(config: ModelConfig) -> list[Path]:
     name = config.tokenizer or config.model_path or config.llm_path
     if name is None or name == "bytes":
         return []
-    return [Path(name) / file for file in TOKENIZER_FILES if (Path(name) / file).is_file()]
+    folder = tokenizer_folder(name)
+    return [folder / file for file in TOKENIZER_FILES if (folder / file).is_file()]
 
 
 def finish(config: Config, model_config: ModelConfig) -> None:

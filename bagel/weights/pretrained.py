@@ -22,7 +22,13 @@ from bagel.model import Bagel, PositionTable
 from bagel.modules.lora import add_adapters
 from bagel.modules.quantization import QuantizedLinear, quantize_projections
 from bagel.modules.transformer import MoTAttention, RMSNorm
-from bagel.modules.vision import Autoencoder, FluxAutoencoder, build_autoencoder, linear_patch_embedding
+from bagel.modules.vision import (
+    Autoencoder,
+    ConvAutoencoder,
+    PixelAutoencoder,
+    build_autoencoder,
+    linear_patch_embedding,
+)
 from shared.config import Section
 from shared.engine.checkpoint import load_strict
 from shared.errors import UserError
@@ -36,6 +42,7 @@ PARTS = {
     "connector": r"connector\..*",
     "time embedder and latent heads": r"(time_embedder|vae2llm|llm2vae)\..*",
 }
+AUTOENCODER = "autoencoder.safetensors"  # the convolutional one, in the folder of the run that trained it
 TABLES = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")
 
 
@@ -356,18 +363,26 @@ def _shape(parameter: nn.Parameter | None, quantized: QuantizedLinear | None) ->
     return None if parameter is None else tuple(parameter.shape)
 
 
-def load_autoencoder(config: ModelConfig) -> Autoencoder:
-    """The frozen autoencoder; the released kind needs ae.safetensors in model_path."""
+def load_autoencoder(config: ModelConfig, run: Path | None = None) -> Autoencoder:
+    """The frozen autoencoder, from ae.safetensors of model_path or vae_path; the convolutional one of a run from its
+    output folder `run`.
+    """
     autoencoder = build_autoencoder(config.autoencoder)
-    if isinstance(autoencoder, FluxAutoencoder):
-        if config.model_path is None and config.vae_path is None:
-            raise UserError(
-                "the FLUX autoencoder needs weights: give --model-path with ae.safetensors, or use "
-                "--set model.autoencoder.kind=pixel"
-            )
-        path = Path(config.model_path) / "ae.safetensors" if config.model_path else Path(config.vae_path or "")
-        with _open(path) as file:
-            load_strict(autoencoder, {name: file.get_tensor(name) for name in file.keys()}, what=str(path))
+    if isinstance(autoencoder, PixelAutoencoder):
+        return autoencoder
+    if config.model_path is not None:
+        path = Path(config.model_path) / "ae.safetensors"
+    elif config.vae_path is not None:
+        path = Path(config.vae_path)
+    elif isinstance(autoencoder, ConvAutoencoder) and run is not None:
+        path = run / AUTOENCODER
+    else:
+        raise UserError(
+            "the FLUX autoencoder needs weights: give --model-path with ae.safetensors, or use "
+            "--set model.autoencoder.kind=pixel"
+        )
+    with _open(path) as file:
+        load_strict(autoencoder, {name: file.get_tensor(name) for name in file.keys()}, what=str(path))
     return autoencoder
 
 
@@ -381,7 +396,7 @@ def _save_weights(folder: Path, weights: dict[str, Tensor], dtype: torch.dtype, 
             size = 0
         shards[-1].append(name)
         size += value.numel() * width
-    where = {}
+    where: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if shard_bytes else WEIGHTS[0]
         save_file({name: weights[name].to(dtype).contiguous() for name in names}, folder / file, {"format": "pt"})

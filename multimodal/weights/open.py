@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from multimodal.config import Config
 from multimodal.data.audio import AUDIO_SUFFIXES, compress, fit_frames, log_power, read_audio
@@ -19,7 +20,7 @@ from multimodal.evaluation.held_out import Split, embed_split
 from multimodal.objective import AlignModel, FinetuneModel
 from multimodal.weights.files import checkpoint_file, load_model
 from shared.config import validate
-from shared.data import to_device
+from shared.data import start_process, to_device
 from shared.engine.dist import DistInfo, init_distributed
 from shared.errors import BadSample, UserError
 from shared.media.pictures import to_pixels
@@ -105,39 +106,65 @@ class Embedder:
         return torch.cat(found)
 
     def images(self, paths: list[Path]) -> tuple[Tensor, list[Path]]:
-        """(n, E) unit vectors of the pictures that can be read, and their paths."""
-        return self._files(paths, "image")
+        """(n, E) unit vectors of the pictures that can be read, and their paths; UserError where none can be."""
+        return self._readable(paths, "image")
 
     def sounds(self, paths: list[Path]) -> tuple[Tensor, list[Path]]:
-        """(n, E) unit vectors of the sounds that can be read, and their paths."""
-        return self._files(paths, "audio")
+        """(n, E) unit vectors of the sounds that can be read, and their paths; UserError where none can be."""
+        return self._readable(paths, "audio")
 
-    def _files(self, paths: list[Path], kind: Kind) -> tuple[Tensor, list[Path]]:
-        vectors, good = [], []
-        for batch in batches(paths, self.batch_size):
-            inputs, own = [], []
-            for path in batch:
-                try:
-                    inputs.append(self._load(path, kind))
-                    own.append(path)
-                except BadSample as error:
-                    print(f"left out: {error}", flush=True)
-            if own:
-                part = {"images" if kind == "image" else "audio": torch.stack([value for value, _ in inputs])}
-                masks = [torch.ones(len(value), dtype=torch.bool) if m is None else m for value, m in inputs]
-                if kind != "image" and any(mask is not None for _, mask in inputs):
-                    part["audio_mask"] = torch.stack(masks)
-                vectors.append(finite(self.encode({kind: to_device(part, self.info.device)})[f"{kind}_embeds"].cpu()))
-                good += own
+    def _readable(self, paths: list[Path], kind: Kind) -> tuple[Tensor, list[Path]]:
+        vectors, good, bad = self.files(paths, kind)
+        for sentence in bad:
+            print(f"left out: {sentence}", file=sys.stderr, flush=True)
         if not good:
-            raise UserError(
-                f"none of {len(paths)} files can be read as {'a picture' if kind == 'image' else 'a sound'}"
-            )
-        return torch.cat(vectors), good
+            what = "a picture" if kind == "image" else "a sound"
+            raise UserError(f"none of {len(paths)} files can be read as {what}; the first: {bad[0]}")
+        return vectors, good
 
-    def _load(self, path: Path, kind: Kind) -> tuple[Tensor, Tensor | None]:
-        """A picture, or a sound with its mask, as evaluation sees it."""
-        if kind == "image":
+    def files(self, paths: list[Path], kind: Kind, workers: int = 0) -> tuple[Tensor, list[Path], list[str]]:
+        """(n, E) unit vectors of the files that can be read, their paths, and sentences on the others."""
+        vectors, good, bad = [], [], []
+        views = _Files(paths, kind, self.config, self.batch_size)
+        options: dict[str, Any] = {"worker_init_fn": start_process, "prefetch_factor": 2} if workers else {}
+        for part, own, faults in DataLoader(views, None, num_workers=workers, **options):
+            bad += faults
+            good += own
+            if own:
+                vectors.append(finite(self.encode({kind: to_device(part, self.info.device)})[f"{kind}_embeds"].cpu()))
+        width = self.config.model.embed_dim
+        return torch.cat(vectors) if vectors else torch.zeros(0, width), good, bad
+
+
+class _Files(Dataset):
+    """Batches of files as evaluation sees them: (tensors, the paths that can be read, sentences on the others)."""
+
+    def __init__(self, paths: list[Path], kind: Kind, config: Config, batch_size: int):
+        self.batches, self.kind, self.config = list(batches(paths, batch_size)), kind, config
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> tuple[dict[str, Tensor], list[Path], list[str]]:
+        values, masks, good, bad = [], [], [], []
+        for path in self.batches[number]:
+            try:
+                value, mask = self._load(path)
+                values.append(value)
+                masks.append(mask)
+                good.append(path)
+            except BadSample as error:
+                bad.append(str(error))
+        part: dict[str, Tensor] = {}
+        if values:
+            part["images" if self.kind == "image" else "audio"] = torch.stack(values)
+        if any(mask is not None for mask in masks):
+            whole = torch.ones(self.config.data.audio_frames, dtype=torch.bool)
+            part["audio_mask"] = torch.stack([whole if mask is None else mask for mask in masks])
+        return part, good, bad
+
+    def _load(self, path: Path) -> tuple[Tensor, Tensor | None]:
+        if self.kind == "image":
             return normalise(to_pixels(center_crop(read_image(path), self.config.model.image_size))), None
         frames = self.config.data.audio_frames
         power = log_power(torch.from_numpy(read_audio(path, seconds=frames / 100)))

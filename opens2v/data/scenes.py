@@ -21,6 +21,7 @@ from shared.rng import keyed_seed
 
 SCENE_RATE = 8.0  # frames per second
 UNSEEN = 16  # drawings at the end of the list
+SPAN = 0.5  # of the way across the picture that a clip shows
 LENGTH = 4096  # scenes of an epoch
 RECOLOURED = 0.6  # share of the trained scenes whose drawing and picture have their colour channels in another order
 GENERIC = 0.5  # share of the trained captions that call the drawing "subject"
@@ -103,6 +104,14 @@ class SceneDataset:
         """The sample of (index, epoch); another epoch is another scene."""
         return self.shown(self.scene(index, epoch), epoch * LENGTH + index)
 
+    def at(self, frame: int) -> float:
+        """Which part of its way the subject has gone in a frame: the middle of it, so that it stays in the picture."""
+        return 0.5 + SPAN * (frame / max(1, self.num_frames - 1) - 0.5)
+
+    def clip(self, scene: Scene) -> np.ndarray:
+        """uint8 (F, H, W, 3)."""
+        return np.stack([self.scenes.frame(scene, self.at(frame)) for frame in range(self.num_frames)])
+
     def shown(self, scene: Scene, number: int, nouns: Sequence[str] | None = None) -> dict[str, Any]:
         """The sample of a scene, worded by `number`."""
         draw = np.random.Generator(np.random.PCG64(keyed_seed(self.seed, _CHOICES, number)))
@@ -110,7 +119,7 @@ class SceneDataset:
             nouns = ["subject"]
         scale = draw.uniform(0.85, 1.0) if self.which == "train" else 1.0
         picture = Image.fromarray(self.scenes.reference(scene, max(self.reference_size)))
-        frames = torch.from_numpy(self.scenes.frames(scene, self.num_frames)).permute(3, 0, 1, 2)
+        frames = torch.from_numpy(self.clip(scene)).permute(3, 0, 1, 2)
         slots, blank = self.max_subjects, Image.new("RGB", (8, 8), (255, 255, 255))
         pictures = [picture, *[blank] * (slots - 1)]
         part, key = self.identity(number)

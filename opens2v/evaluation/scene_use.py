@@ -18,7 +18,7 @@ from opens2v.evaluation.preview import reference_picture, side_by_side
 from opens2v.evaluation.subject_use import PairedErrors, paired_errors
 from opens2v.sampling.scheduler import FlowMatchScheduler
 from shared.errors import write_text, written_aside
-from shared.media.scene_scores import border_ratio, rights, squared_error
+from shared.media.scene_scores import border_ratio, squared_error
 from shared.media.scenes import Scene
 from shared.report.page import Bar, Sample, write_report
 
@@ -102,16 +102,16 @@ def scene_figures(dataset: SceneDataset, scenes: list[Scene], drawn: np.ndarray)
     Ground and direction: the true one is the nearest of all (8 grounds, 4 directions). Own subject: in the box that the
     subject passes through, the video is nearer to the own drawing than to that of seven others there.
     """
-    world, frames = dataset.scenes, drawn.shape[2]
-    truth = np.stack([world.frames(scene, frames) for scene in scenes])
+    world = dataset.scenes
+    truth = np.stack([dataset.clip(scene) for scene in scenes])
     found: dict[str, list[float]] = {name: [] for name in ("ground", "direction", "own_of_two", "own_of_eight")}
     for videos in drawn:
-        counted = rights(world, scenes, videos, among=2)
-        found["ground"] += counted["ground"].tolist()
-        found["direction"] += counted["motion"].tolist()
         for scene, video in zip(scenes, videos, strict=True):
+            for name, what in (("ground", "ground"), ("direction", "motion")):
+                errors = [squared_error(video, dataset.clip(one)) for one in world.alternatives(scene, what)]
+                found[name].append(float(np.argmin(errors) == 0))
             errors = [
-                np.mean([_box_error(world, scene, one, video[frame], frame / (frames - 1)) for frame in range(frames)])
+                float(np.mean([_box_error(dataset, scene, one, picture, frame) for frame, picture in enumerate(video)]))
                 for one in world.alternatives(scene, "object", among=OTHERS + 1)
             ]
             found["own_of_eight"].append(float(np.argmin(errors) == 0))
@@ -123,11 +123,12 @@ def scene_figures(dataset: SceneDataset, scenes: list[Scene], drawn: np.ndarray)
     return result
 
 
-def _box_error(world: Any, scene: Scene, other: Scene, frame: np.ndarray, at: float) -> float:
+def _box_error(dataset: SceneDataset, scene: Scene, other: Scene, picture: np.ndarray, frame: int) -> float:
     """Squared error inside the box of the true subject, against a scene that shows another drawing there."""
-    rows, columns = np.nonzero(world.mask(scene, at) > 0.1)
+    at = dataset.at(frame)
+    rows, columns = np.nonzero(dataset.scenes.mask(scene, at) > 0.1)
     box = (slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1))
-    return squared_error(frame[box], world.frame(other, at)[box])
+    return squared_error(picture[box], dataset.scenes.frame(other, at)[box])
 
 
 def _write(generator: Any, items: list[dict], videos: np.ndarray, folder: Path, group: str) -> list[Sample]:

@@ -153,7 +153,9 @@ def load_encoders(config: Config, base_folder: Path | None = None, *, kinds: Seq
     text = image = None
     if wants_text:
         is_hash = model.text_encoder == "hash"
-        text = HashText(model.text_dim, model.text_rows) if is_hash else load_umt5(model.base_model_path)
+        text = (
+            HashText(model.text_dim, model.text_rows) if is_hash else load_umt5(model.base_model_path, model.text_rows)
+        )
     if wants_image:
         image = PixelImages() if model.image_encoder == "pixels" else load_clip(model.image_encoder_path)
     encoders = Encoders(codec, text, image, text_device="cpu" if model.text_encoder_cpu_offload else None)

@@ -69,7 +69,7 @@ def video_rate(config: Config) -> float:
     if data.scenes is not None and not data.json_paths:
         return SCENE_RATE
     try:
-        rate = Annotations(data.json_paths[0], data.index_dir).entry(0)["metadata"]["fps"]
+        rate = Annotations(data.json_paths[0], index_dir=data.index_dir).entry(0)["metadata"]["fps"]
         return round(float(rate) / data.sample_stride, 2)
     except (UserError, OSError, KeyError, TypeError, ValueError, IndexError, ZeroDivisionError):
         return 16.0

@@ -17,7 +17,7 @@ from opens2v.dataset import Samples, collate_opens2v_batch, readable_samples, tr
 from opens2v.model import RefWanBlock, RefWanTransformer3DModel, is_reference_name
 from opens2v.modules.codec import ConvCodec, codec_loss
 from opens2v.modules.conditions import Encoders, clip_token_width, load_codec
-from opens2v.modules.encoders import HashText, PatchCodec
+from opens2v.modules.encoders import HashText, PatchCodec, PixelImages
 from opens2v.modules.lora import TrainableSet, add_lora, enable_trainable
 from opens2v.objective import RefImageFlowMatching
 from opens2v.weights.wan import cast_base, holds_fused_path, load_generator_checkpoint, read_generator_state
@@ -145,23 +145,30 @@ def base_config(config: Config, world: int, **changes: Any) -> Config:
 
 
 def train_base(config: Config, info: DistInfo, path: Path, steps: int) -> None:
-    """Make the codec, train the whole transformer without references, and write both beside each other."""
+    """Make the codec, train the whole transformer, and write both beside each other.
+
+    With base_with_references the reference modules are trained along: a base that never saw a subject picture gives
+    them little to hold on to. It is then frozen all the same, and they go on alone.
+    """
     codec_path = path.parent / "codec.safetensors"
     if config.model.codec == "conv":
         train_codec(config, info, codec_path)
     else:
         fit_codec(training_set(config, load_subjects=False), codec_path, config.run.seed, info)
     codec = load_codec(config.model.codec, path.parent)
-    config = base_config(config, info.world)
-    dataset = training_set(config, load_subjects=False)
+    together = config.training.base_with_references
+    drops = dict(p_drop_text=0.1, p_drop_ref=0.1, p_drop_both=0.05) if together else {}
+    config = base_config(config, info.world, **drops)
+    dataset = training_set(config, load_subjects=together)
     model = new_transformer(config)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not is_reference_name(name))
-    encoders = Encoders(codec, HashText(config.model.text_dim, config.model.text_rows), None).to(info.device)
-    objective = RefImageFlowMatching(config, encoders, with_references=False)
+        parameter.requires_grad_(together or not is_reference_name(name))
+    image = PixelImages() if together and config.model.clip_path != "off" else None
+    encoders = Encoders(codec, HashText(config.model.text_dim, config.model.text_rows), image).to(info.device)
+    objective = RefImageFlowMatching(config, encoders, with_references=together)
 
     def export(folder: Path, weights: dict[str, Tensor], ema: dict[str, Tensor] | None) -> None:
-        write_base(folder / "generator.safetensors", {**weights, **(ema or {})}, steps)
+        write_base(folder / "generator.safetensors", {**weights, **(ema or {})}, steps, together)
 
     result = fit(
         config=config, info=info, model=model, stream=_stream(config, dataset, info), losses=objective.losses,
@@ -229,9 +236,10 @@ def _take(result: FitResult, folder: Path, name: str, path: Path, steps: int, in
     barrier()
 
 
-def write_base(path: Path, weights: dict[str, Tensor], steps: int) -> None:
-    """Base weights under diffusers names, float32."""
-    base = {name: value.contiguous() for name, value in weights.items() if not is_reference_name(name)}
+def write_base(path: Path, weights: dict[str, Tensor], steps: int, with_references: bool = False) -> None:
+    """Base weights under diffusers names, float32; the reference modules as well where they were trained with it."""
+    names = [name for name in weights if with_references or not is_reference_name(name)]
+    base = {name: weights[name].contiguous() for name in names}
     save_file(base, path, metadata={"steps": str(steps), "format": json.dumps("opens2v small base")})
 
 

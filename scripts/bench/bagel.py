@@ -121,7 +121,7 @@ def sample_packs(config: Config, count: int) -> tuple[list[dict], list[dict]]:
 def peers(bench: Bench) -> None:
     """Packed against padded on the sample data; the sliced attention against dense masks."""
     for budget, count in ((1024, 4), (4096, 1)):
-        config = settings("small", "--tokens-per-batch", str(budget))
+        config = settings("small_captions", "--tokens-per-batch", str(budget))
         packed, padded = sample_packs(config, count)
         useful, filled = (sum(pack["sequence_length"] for pack in packs) for packs in (packed, padded))
         model = read_config(config.model)
@@ -151,7 +151,7 @@ def use(bench: Bench) -> None:
     """A picture, a text token, reading samples."""
     from bagel.inferencer import InterleaveInferencer
 
-    config = settings("small")
+    config = settings("small_captions")
     model_config = read_config(config.model)
     tokenizer = load_tokenizer(model_config)
     model = build_model(model_config, rows=tokenizer.vocab_size).eval()
@@ -175,7 +175,7 @@ def use(bench: Bench) -> None:
 
 def start(bench: Bench) -> None:
     """From the command to the first step."""
-    bench.startup("--config", "small")
+    bench.startup("--config", "small_captions")
 
 
 def loader(bench: Bench) -> None:
@@ -236,7 +236,7 @@ def scaling(bench: Bench) -> None:
         for count in (30, 120, 480):
             path = Path(folder) / f"{count}.jsonl"
             path.write_text(DIALOGUE * count)
-            config = settings("small", "--train-data-path", str(path))
+            config = settings("small_captions", "--train-data-path", str(path))
             jobs[count] = lambda config=config: open_stream(config)
         bench.scaling("records on disk", jobs, "ms to open the set and fill an epoch's packs: each line is read once")
 

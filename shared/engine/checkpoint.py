@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import os
+import pickle
 import shutil
 import struct
 import time
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from shared.config import read_yaml
 from shared.engine.dist import DistInfo, from_main, raise_together
-from shared.errors import CheckpointError, UserError, remove_parts, write_text
+from shared.errors import CheckpointError, UserError, remove_parts, sync_file, write_text
 
 FORMAT = 1
 TENSOR_FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
@@ -441,6 +442,11 @@ def _load_file(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # torch's own sentence advises to switch the protection off
+        raise CheckpointError(
+            f"{path}: holds Python objects besides tensors, which could run code and are not loaded; save its state "
+            "dict alone, or use a .safetensors file"
+        ) from None
     except Exception as error:  # the readers raise many kinds; all mean the same to a user
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: cannot be read as weights ({reason}); download or copy it again") from None
@@ -572,8 +578,7 @@ def write_safetensors(path: Path, specs: list[tuple[str, tuple, torch.dtype]], v
             file.write(block)
             digest.update(block)
             written += len(block)
-        file.flush()
-        os.fsync(file.fileno())
+        sync_file(file)
     return {"bytes": written, "sha256": digest.hexdigest()}
 
 

@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from shared.config import accumulation_steps, flat_settings, is_place
+from shared.data import check_shared_memory
 from shared.engine.checkpoint import attempt, find_checkpoint
 from shared.engine.dist import DistInfo, StopFlag, raise_together, same_settings_on_all_ranks
 from shared.engine.parallel import check_strategy
 from shared.engine.state import code_digest, versions
 from shared.engine.strategy import choose_precision
-from shared.errors import UserError, at_end
+from shared.errors import UserError, at_end, in_command
 
 LEAST_FREE = 1_000_000  # bytes: with less not even the log of a run fits
 WORKERS_PER_CORE = 16
+MOST_SAMPLES = 1_000_000  # of one micro-step, and micro-steps of one optimizer step
 LOCK = ".lock"
 _held: dict[str, tuple[int, int]] = {}  # real path -> (open file, how often it is held)
 
@@ -43,7 +45,8 @@ def preflight(
     StopFlag.start_clock()
     compare_ranks(config, info)
     raise_together(attempt(lambda: _check(config, info, [config, *phases], metrics, folders or {})))
-    raise_together(attempt(lambda: at_end(_take(Path(config.run.output_dir)).close)) if info.is_main else None)
+    taking = info.is_main and in_command()  # elsewhere fit() holds it while it trains
+    raise_together(attempt(lambda: at_end(_take(Path(config.run.output_dir)).close)) if taking else None)
 
 
 def compare_ranks(config: Any, info: DistInfo) -> None:
@@ -63,8 +66,9 @@ def _check(
     choose_precision(run.precision, info.device)
     check_strategy(run.strategy, info.world, run.cpu_offload)
     for phase in phases:
-        accumulation_steps(phase.training, info.world)
+        _check_batch(phase.training, info.world)
         _check_workers(phase.training.num_workers)
+        check_shared_memory(phase.training.num_workers)
     if training.total_steps is None and training.num_epochs is None:
         raise UserError("neither total_steps nor num_epochs is set; give --total-steps N or --num-epochs N")
     _check_loggers(run)
@@ -80,6 +84,15 @@ def _check(
         check_folder(name, folder)
     if info.is_main:
         _check_output(run.output_dir)
+
+
+def _check_batch(training: Any, world: int) -> None:
+    accumulation = accumulation_steps(training, world)
+    if training.batch_size > MOST_SAMPLES or accumulation > MOST_SAMPLES:
+        raise UserError(
+            f"--batch-size {training.batch_size} with {accumulation} micro-steps: no machine takes that; use at most "
+            f"{MOST_SAMPLES:,} of each"
+        )
 
 
 def _check_workers(count: int) -> None:
@@ -101,7 +114,7 @@ def _check_resume(path: Path) -> None:
     places = [path, path.parent / "checkpoints" / path.name]
     if any((place / "manifest.json").is_file() for place in places):
         return
-    if not any((path / "checkpoints").glob("*/manifest.json")):
+    if not any(item for below in ("", "*/") for item in path.glob(f"{below}checkpoints/*/manifest.json")):
         find_checkpoint(path, newest=True)  # says what is wrong
 
 

@@ -67,6 +67,8 @@ def open_records(pictures: Path) -> Callable[..., UnifiedGenerationDataset]:
 
 
 TINY = [
+    "--config",
+    "small_captions",
     "--set",
     "model.language.hidden_size=32",
     "--set",

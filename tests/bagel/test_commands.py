@@ -193,7 +193,15 @@ def test_check_data_names_lines(pictures, capsys):
     )
     assert (
         check_data.main(
-            ["--data-path", str(path), "--config", "small", "--decode", "--output", str(pictures / "faults.jsonl")]
+            [
+                "--data-path",
+                str(path),
+                "--config",
+                "small_captions",
+                "--decode",
+                "--output",
+                str(pictures / "faults.jsonl"),
+            ]
         )
         == 1
     )

@@ -166,7 +166,7 @@ def test_every_preset_is_valid(preset):
 
 
 def test_the_plan_of_the_small_preset(capsys):
-    main(["--config", "small", "--dry-run", "--set", "data.tokens_per_batch=512"])
+    main(["--config", "small_captions", "--dry-run", "--set", "data.tokens_per_batch=512"])
     text = capsys.readouterr().out
     assert "3,789,040 (3,764,464 trainable" in text and "memory a rank" in text
 
