@@ -85,6 +85,8 @@ class VAEEncoder(Codec):
             self.vae.enable_tiling()
         config = self.vae.config
         self.posterior, self.channels, self.precision, self.chunk = posterior, config.latent_channels, precision, chunk
+        if config.get("encoder_block_out_channels"):  # AutoencoderDC, which has no distribution
+            self.posterior = "mode"
         widths = config.get("encoder_block_out_channels") or config.block_out_channels
         self.factor = 2 ** (len(widths) - 1)
         self.scaling_factor = float(scaling_factor or config.get("scaling_factor") or 1.0)
