@@ -252,7 +252,9 @@ def _from_file(path: Path, scaling_factor: float | None) -> Any:
         raise UserError(f"vae.pretrained_model_name {path}: cannot be read ({error}); copy it again") from None
     state = {name.removeprefix("first_stage_model.").removeprefix("vae."): value for name, value in state.items()}
     is_original = "encoder.down.0.block.0.conv1.weight" in state
-    config = vae_config(str(path.parent)) or _config_from_shapes(path, state, is_original, scaling_factor)
+    is_its_folder = (path.parent / "config.json").is_file() and not (path.parent / "vae").is_dir()
+    own = vae_config(str(path.parent)) if is_its_folder else None
+    config = own or _config_from_shapes(path, state, is_original, scaling_factor)
     vae: Any = AutoencoderKL.from_config(config)
     if is_original:
         state = convert_ldm_vae_checkpoint(state, vae.config)

@@ -30,7 +30,7 @@ PICTURES, MOVING = (".png", ".jpg", ".jpeg", ".gif", ".webp"), (".mp4", ".webm")
 
 @dataclass(frozen=True)
 class Bar:
-    """One measured figure beside its trivial baseline and the target that the preset is meant to reach."""
+    """One measured figure next to its trivial baseline and the target that the preset is meant to reach."""
 
     name: str
     value: float | None
@@ -233,7 +233,8 @@ def _figure(points: dict[str, list]) -> str:
 
 def _words(text: str) -> str:
     """A text as Markdown that shows it and does nothing else, on one line."""
-    return re.sub(r"([\\`*\[\]<>|]|(?<!\w)_|_(?!\w)|^#|^[-+](?= ))", r"\\\1", " ".join(str(text).split()))
+    line = re.sub(r"([\\`*\[\]|]|(?<!\w)_|_(?!\w)|^#|^[-+](?= ))", r"\\\1", " ".join(str(text).split()))
+    return html.escape(line, quote=False)  # not every reader of Markdown takes a backslash before a tag
 
 
 def _markdown(report: dict) -> str:
@@ -245,8 +246,8 @@ def _markdown(report: dict) -> str:
     if report["bars"]:
         lines += ["| figure | value | baseline | target | reached |", "|---|---|---|---|---|"]
         lines += [
-            f"| {_words(bar['name'])} | {_number(bar['value'])} | {_number(bar['baseline'])} | {_target(bar)} "
-            f"| {_verdict(bar)} |"
+            f"| {_words(bar['name'])} | {_words(_number(bar['value']))} | {_words(_number(bar['baseline']))} "
+            f"| {_words(_target(bar))} | {_verdict(bar)} |"
             for bar in report["bars"]
         ]
         lines.append("")
