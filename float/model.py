@@ -371,7 +371,7 @@ class MotionGenerator(nn.Module):
         self.motion_unwhiten.copy_((axes * deviation).T)
 
     def whiten(self, motion: Tensor, reference_Bd: Tensor | None = None) -> Tensor:
-        """Motion latents (..., d) -> the space of the flow. Where it is relative, (B, T, d) less the reference (B, d)."""
+        """Motion latents (..., d) in the flow's space; where it is relative, (B, T, d) less the reference (B, d)."""
         if self.relative and reference_Bd is not None:
             return (motion - reference_Bd[:, None]) @ self.motion_whiten
         return (motion - self.motion_mean) @ self.motion_whiten
