@@ -9,10 +9,11 @@ usage() {
 usage: bash run_all.sh [options]
 
 Without options: makes the environment (.venv), trains the `small` preset of every system on the small real data in the repository,
-resumes it, generates, evaluates, and writes outputs/index.html. A second run continues where the first one ended.
+resumes it, generates, evaluates, and writes outputs/index.html, which shows from the start what is going on and fills as results
+come. A second run continues where the first one ended. On a GPU, systems that have a preset `showcase` train that.
 
   --only NAME        one of float, opens2v, bagel, dit, multimodal; repeatable
-  --preset NAME      preset of every system, default small
+  --preset NAME      preset of every system that has it; showcase: the others train small
   --gpus N           processes; default: the GPUs found, or one process on the CPU
   --strategy S       none, ddp, fsdp, zero1, zero2 or zero3
   --output-dir DIR   default outputs
@@ -33,7 +34,7 @@ fail() {
 
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then fail "bash 4.4 or newer is needed, this is $BASH_VERSION"; fi
 all=(float opens2v bagel dit multimodal)
-only=() preset=small output=outputs offline=false skip_download=false pipeline=false data_root="" datasets=()
+only=() preset="" output=outputs offline=false skip_download=false pipeline=false data_root="" datasets=()
 launch=() train=() multimodal=() jobs=""
 while (($#)); do
     case "$1" in
@@ -90,6 +91,24 @@ while (($#)); do
 done
 ((${#only[@]})) || only=("${all[@]}")
 
+gpu=false
+if nvidia-smi -L >/dev/null 2>&1; then gpu=true; fi
+# The preset that a system trains: the one that was asked for; showcase where there is one, when asked for or on a GPU.
+preset_of() {
+    local wanted="$preset"
+    if [[ -z "$wanted" && "$gpu" == true ]]; then wanted=showcase; fi
+    if [[ -f "$1/configs/${wanted:-small}.yaml" ]]; then
+        echo "${wanted:-small}"
+    elif [[ "$wanted" == showcase ]]; then
+        echo small
+    fi
+}
+for system in "${only[@]}"; do
+    if [[ "$pipeline" == true ]]; then break; fi
+    [[ -n "$(preset_of "$system")" ]] || fail "--preset $preset: $system has no such preset; give --only, or one of $system/configs/*.yaml"
+    if [[ "$preset" == showcase && "$(preset_of "$system")" == small ]]; then echo "$system has no preset showcase: it trains small"; fi
+done
+
 bash scripts/setup_environment.sh
 python="$root/.venv/bin/python"
 export HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
@@ -121,13 +140,15 @@ mkdir -p "$output/logs"
 cores="$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)"
 if [[ -z "$jobs" ]]; then
     jobs=1
-    if ((cores >= 2)) && ! nvidia-smi -L >/dev/null 2>&1; then jobs=2; fi
+    if ((cores >= 2)) && [[ "$gpu" == false ]]; then jobs=2; fi
 fi
+
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores / jobs > 0 ? cores / jobs : 1))}"
 export PYTHONUNBUFFERED=1
 started=$SECONDS
-marks="$(mktemp -d)" # one file for each system that ended, and for each phase that failed
-trap 'rm -rf "$marks"' EXIT
+marks="$(mktemp -d)" # for each system: what it does now, when it began, that it ended; and each phase that failed
+watcher=""
+trap '[[ -z "$watcher" ]] || kill "$watcher" 2>/dev/null || true; rm -rf "$marks"' EXIT
 trap 'trap - INT TERM; kill 0' INT TERM
 
 # Processor minutes that `small` took, train to report, where the README's results were made; they only tell the time left.
@@ -135,15 +156,60 @@ declare -A minutes=([float]=7 [opens2v]=6 [dit]=8 [bagel]=5 [multimodal]=4)
 
 clock() { printf '%d:%02d' $((($1) / 60)) $((($1) % 60)); }
 
+# About how many minutes are left: of each system what it took where it was measured, less what it has had already.
+left() {
+    local total=0 system began rest
+    for system in "${only[@]}"; do
+        [[ ! -e "$marks/ended_$system" ]] || continue
+        rest=$((${minutes[$system]} * 60))
+        if [[ -e "$marks/began_$system" ]]; then
+            began="$(cat "$marks/began_$system")"
+            rest=$((rest - (SECONDS - began)))
+        fi
+        total=$((total + (rest > 30 ? rest : 30)))
+    done
+    if [[ -z "$preset" && "$gpu" == false && ${#train[@]} -eq 0 ]]; then
+        echo "; about $(((total / jobs + 59) / 60)) minutes to the end"
+    fi
+}
+
+state_of() { cat "$marks/state_$1" 2>/dev/null || echo waits; }
+
+# The page of results as it is now: what is going on, and the reports that are there. Arguments go to the page.
+page() {
+    local reports=() states=() notes=() system
+    for system in "${only[@]}"; do
+        if [[ -f "$output/$system/report.json" && -e "$marks/ended_$system" ]]; then reports+=("$output/$system/report.json"); fi
+        if [[ -f "$marks/failed_$system" ]]; then notes+=(--note "Failed: $(cat "$marks/failed_$system")"); fi
+        if [[ " $* " == *" --running "* ]]; then states+=(--state "$system=$(state_of "$system")"); fi
+    done
+    "$python" -m shared.report.page "${reports[@]}" --output "$output/index.html" --logs "$output/logs" "${notes[@]}" "${states[@]}" "$@" \
+        >/dev/null
+}
+
+# Every half minute the page, every minute one line: what each running system does, and what is left.
+watch() {
+    local round=0 system line last
+    while sleep 30; do
+        page --running || true
+        round=$((round + 1))
+        ((round % 2 == 0)) || continue
+        line=""
+        for system in "${only[@]}"; do
+            [[ -e "$marks/began_$system" && ! -e "$marks/ended_$system" ]] || continue
+            last="$(tr '\r' '\n' <"$output/logs/$system.log" | sed -n 's/^Step \([0-9]*\), Loss[^|]*| of \([0-9]*\) .*/step \1 of \2/p' | tail -n 1)"
+            [[ "$(state_of "$system")" == train ]] || last=""
+            line+="${line:+, }$system: $(state_of "$system")${last:+ $last}"
+        done
+        printf '[%s] %s%s\n' "$(clock $((SECONDS - started)))" "$line" "$(left)"
+    done
+}
+
 # One line on the console: the time, the system, its phase, and what is left of the whole.
 tell() {
-    local left=0 system
-    for system in "${only[@]}"; do
-        [[ -e "$marks/ended_$system" ]] || left=$((left + ${minutes[$system]}))
-    done
+    echo "$2" >"$marks/state_$1"
     printf '\n[%s] %s (%d of %d ended): %s%s\n' "$(clock $((SECONDS - started)))" "$1" \
-        "$(find "$marks" -name 'ended_*' | wc -l)" "${#only[@]}" "$2" \
-        "$([[ "$preset" == small && ${#train[@]} -eq 0 ]] && echo "; about $(((left + jobs - 1) / jobs)) minutes to the end")"
+        "$(find "$marks" -name 'ended_*' | wc -l)" "${#only[@]}" "$2" "$(left)"
 }
 
 # Run one phase of one system, showing its lines and keeping them in the system's log.
@@ -163,7 +229,8 @@ phase() {
 whole() {
     local system="$1" out="$output/$1" made
     : >"$output/logs/$system.log"
-    local train_command=(bash scripts/launch.sh "${launch[@]}" "$system" --config "$preset" --output-dir "$out" "${train[@]}")
+    echo "$SECONDS" >"$marks/began_$system"
+    local train_command=(bash scripts/launch.sh "${launch[@]}" "$system" --config "$(preset_of "$system")" --output-dir "$out" "${train[@]}")
     case "$system" in
     float | opens2v) made="$out/samples/generated.mp4" ;;
     *) made="$out/samples/generated.png" ;;
@@ -172,29 +239,39 @@ whole() {
         phase "$system" resume "${train_command[@]}" &&
         phase "$system" generate "$python" "$system/generate.py" --checkpoint "$out" --output "$made" &&
         phase "$system" evaluate "$python" "$system/metrics.py" --checkpoint "$out" --output "$out/metrics.json" || true
+    if [[ -f "$marks/failed_$system" ]]; then echo failed >"$marks/state_$system"; else echo "has ended" >"$marks/state_$system"; fi
     : >"$marks/ended_$system"
 }
 
-running=0
-for system in "${only[@]}"; do
-    if ((running >= jobs)); then
-        wait -n || true
-        running=$((running - 1))
-    fi
-    whole "$system" &
-    running=$((running + 1))
-done
-wait
+page --running
+echo "results, as they come: $output/index.html"
+watch &
+watcher=$!
 
-reports=() notes=() failed=()
+workers=()
+for system in "${only[@]}"; do
+    while ((${#workers[@]} >= jobs)); do
+        wait -n "${workers[@]}" || true
+        alive=()
+        for worker in "${workers[@]}"; do
+            if kill -0 "$worker" 2>/dev/null; then alive+=("$worker"); fi
+        done
+        workers=("${alive[@]}")
+    done
+    whole "$system" &
+    workers+=("$!")
+done
+wait "${workers[@]}" || true
+kill "$watcher" 2>/dev/null || true
+wait "$watcher" 2>/dev/null || true
+watcher=""
+
+reports=() failed=()
 for system in "${only[@]}"; do
     if [[ -f "$output/$system/report.json" ]]; then reports+=("$output/$system/report.json"); fi
-    if [[ -f "$marks/failed_$system" ]]; then
-        failed+=("$(cat "$marks/failed_$system")")
-        notes+=(--note "Failed: ${failed[-1]}")
-    fi
+    if [[ -f "$marks/failed_$system" ]]; then failed+=("$(cat "$marks/failed_$system")"); fi
 done
-"$python" -m shared.report.page "${reports[@]}" --output "$output/index.html" "${notes[@]}" >/dev/null
+page
 "$python" -m shared.report.figure "${reports[@]}" --output "$output/figure.jpg" >/dev/null || true
 printf '\n[%s] results: %s\n' "$(clock $((SECONDS - started)))" "$output/index.html"
 if ((${#failed[@]})); then

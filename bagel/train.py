@@ -229,10 +229,12 @@ def main(argv: list[str] | None = None) -> None:
     from bagel.weights.autoencoder import prepare_autoencoder
     from bagel.weights.pretrained import build_model, read_config
     from shared.engine.dist import init_distributed, shutdown
+    from shared.engine.preflight import preflight
     from shared.engine.strategy import choose_precision
 
     # Everything that a user may have to mend is looked at before anything is written or built.
     info = init_distributed(config.run.device, config.run.timeout_minutes * 60)
+    preflight(config, info)
     began, output_dir = time.perf_counter(), Path(config.run.output_dir)
     precision = choose_precision(config.run.precision, info.device)
     model_config = read_config(config.model)

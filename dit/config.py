@@ -1,11 +1,14 @@
 """Settings of the text-to-image DiT: default, meaning, unit. No torch import, so --help is quick."""
 
+import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import field_validator, model_validator
 
 from shared.config import RunSection, Section, TrainingSection, setting
+from shared.errors import UserError
 
 PRESETS = Path(__file__).parent / "configs"
 SAMPLE_DATA = Path(__file__).parent / "sample_data" / "CUB_200_2011"
@@ -43,6 +46,9 @@ class DataConfig(Section):
         "true: mirror nothing when any caption speaks of left or right (in shards: as picture); "
         "picture: spare only those pictures",
     )
+    coco_year: Literal["auto", "2017", "2014"] = setting(
+        "auto", "coco: which of the lists captions_train2017.json and captions_train2014.json; auto: 2017 where it lies"
+    )
     caption_source: Literal["auto", "text", "attributes", "class"] = setting(
         "auto", "where cub captions come from; auto: the first that exists"
     )
@@ -61,6 +67,9 @@ class DataConfig(Section):
         0.1, "scenes: share of the combinations that are never trained, chosen by hash", fixed=True, ge=0, lt=1
     )
     on_error: Literal["skip", "raise"] = setting("skip", "missing or broken pictures: skip and list them, or stop")
+    buckets: bool = setting(
+        False, "train on pictures of several shapes of about image_size squared pixels, each batch of one shape"
+    )
     keep_in_memory: bool = setting(False, "keep decoded pictures in memory (small sets)")
     cache_dir: str | None = setting(
         None, "folder written by precompute.py; replaces the frozen encoders during training"
@@ -87,7 +96,7 @@ class ModelConfig(Section):
     hidden_size: int = setting(768, "width", ge=4)
     num_layers: int = setting(16, "blocks", ge=1)
     num_heads: int = setting(12, "attention heads; divides hidden_size", ge=1)
-    patch_size: Literal[1, 2, 4, 8] = setting(2, "latent cells per token side")
+    patch_size: Literal[1, 2, 4, 8, 16, 32] = setting(2, "latent cells per token side")
     in_channels: int = setting(4, "channels of the latent; 3 for pixels", ge=1)
     mlp_ratio: float = setting(4.0, "hidden units of the GELU MLP over width", gt=0)
     text_conditioning: Literal["cross", "joint", "pooled", "none"] = setting(
@@ -100,7 +109,9 @@ class ModelConfig(Section):
     num_classes: int | None = setting(
         None, "class-conditional model with so many classes; needs text_conditioning none", ge=1
     )
-    class_dropout: float = setting(0.1, "0: the label table has no null row", ge=0, lt=1)
+    class_dropout: float | None = setting(
+        None, "0: the label table has no row for no class; else another name of diffusion.cfg_dropout", ge=0, lt=1
+    )
     learn_sigma: bool = setting(False, "also predict the variance (public DiT weights); noise objective only")
     conditioning: Literal["adaln_zero", "adaln_single"] = setting(
         "adaln_zero", "a modulation per block, or one shared by all (PixArt)"
@@ -113,7 +124,20 @@ class ModelConfig(Section):
     mlp: Literal["gelu", "swiglu"] = setting("gelu", "feed-forward form; both have the same number of parameters")
     pos: Literal["sincos", "rope2d", "sincos+rope2d"] = setting("sincos", "position encoding")
     drop_path: float = setting(0.0, "stochastic depth of the last block, growing linearly from 0", ge=0, lt=1)
+    pos_scale: float = setting(
+        1.0, "sincos: factor on the coordinates; 0.5 for PixArt-1024 (its interpolation_scale is 2)", gt=0
+    )
     time_freq_shift: Literal[0, 1] = setting(0, "0: official DiT and SiT weights; 1: weights trained with diffusers")
+    value_residual: bool = setting(
+        False, "every block's attention mixes in the values of the first (Zhou et al. 2024, 2410.17897)"
+    )
+    route_share: float = setting(
+        0.0, "share of image tokens that pass by the middle blocks in training (TREAD, 2501.04765)", ge=0, lt=1
+    )
+    route_start: int = setting(2, "TREAD: number of the first block that they pass by", ge=0)
+    route_end: int | None = setting(
+        None, "TREAD: number of the block where they join again; null: num_layers - 4", ge=1
+    )
     pretrained_path: str | None = setting(
         None, "start from these weights: ours, DiT, SiT, diffusers DiT or PixArt", "pretrained"
     )
@@ -130,6 +154,43 @@ class ModelConfig(Section):
             )
         if self.num_classes and self.text_conditioning != "none":
             raise ValueError("num_classes needs text_conditioning: none")
+        end = max(self.route_start, self.num_layers - 4) if self.route_end is None else self.route_end
+        if self.route_share and not self.route_start < end <= self.num_layers:
+            raise ValueError(
+                f"route_share {self.route_share}: tokens would pass by the blocks from {self.route_start} to {end} of "
+                f"{self.num_layers}; set route_start and route_end so that at least one lies between"
+            )
+        if self.route_share and self.value_residual and self.route_start == 0:
+            raise ValueError(
+                "route_start 0: value_residual needs the first block's values of all tokens; set 1 or more"
+            )
+        return self
+
+
+class RepaConfig(Section):
+    """Representation alignment (REPA, Yu et al. 2024, arXiv 2410.06940)."""
+
+    encoder_path: str | None = setting(
+        None, "local folder of a frozen vision encoder: DINOv2, DINOv3 or SigLIP classes of transformers; null: off"
+    )
+    layer: int = setting(8, "block after which tokens are compared, counted from 1", "align_layer", fixed=True, ge=1)
+    weight: float = setting(0.5, "weight of the term, minus the mean cosine", "align_weight", gt=0)
+    hidden: int = setting(2048, "width of the projector's two hidden layers", "align_hidden", fixed=True, ge=1)
+    features: int | None = setting(
+        None, "width of the encoder's features; null: what its config.json says", "align_features", fixed=True, ge=1
+    )
+
+    @model_validator(mode="after")
+    def _width_of_its_own(self) -> "RepaConfig":
+        if self.encoder_path is not None and self.features is None:
+            try:
+                tree = json.loads((Path(self.encoder_path) / "config.json").read_text(encoding="utf-8"))
+                self.features = int({**tree, **tree.get("vision_config", {})}["hidden_size"])
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                raise ValueError(
+                    f"encoder_path {self.encoder_path}: no folder with a config.json that tells hidden_size; give a "
+                    "local copy of an encoder such as facebook/dinov2-base"
+                ) from None
         return self
 
 
@@ -138,13 +199,24 @@ class VaeConfig(Section):
 
     type: Literal["sd", "conv", "patches", "pixels", "pool"] = setting(
         "sd",
-        "sd: AutoencoderKL; conv: a small convolutional one, trained first in the same run; patches: principal "
-        "components of patches, fitted here; pixels: none; pool: 8x averages, for tests",
+        "sd: a VAE of diffusers (AutoencoderKL, AutoencoderDC, AutoencoderKLFlux2); conv: a small convolutional one, "
+        "trained first in the same run; patches: principal components of patches, fitted here; pixels: none; pool: 8x "
+        "averages, for tests",
         fixed=True,
     )
     pretrained_model_name: str = setting(
-        "runwayml/stable-diffusion-v1-5", "sd: local folder or hub id of a pipeline or a VAE", "vae_path"
+        "runwayml/stable-diffusion-v1-5",
+        "sd: local folder or hub id of a pipeline or a VAE, or one .safetensors file",
+        "vae_path",
     )
+    factor: int | None = setting(
+        None, "sd: pixels per latent cell side; null: what the VAE's own config says", fixed=True, ge=1
+    )
+    scaling_factor: float | None = setting(
+        None, "sd: in place of the VAE's own; needed for a single file, which has none", fixed=True, gt=0
+    )
+    vae_precision: Literal["auto", "fp32", "bf16"] = setting("auto", "sd: auto is bf16 on a GPU and fp32 on a CPU")
+    vae_chunk: int = setting(8, "sd: pictures of 256 pixels that pass the VAE at a time; fewer when larger", ge=1)
     use_slicing: bool = setting(False, "encode and decode one picture at a time to save memory")
     use_tiling: bool = setting(False, "encode and decode in tiles to save memory")
     posterior: Literal["sample", "mode"] = setting(
@@ -154,23 +226,69 @@ class VaeConfig(Section):
         None, "safetensors with mean and std per channel in place of the single factor", fixed=True
     )
     patch: int = setting(8, "patches, conv: pixels per latent cell side", fixed=True, ge=1)
-    steps: int = setting(1400, "conv: optimizer steps of its own training", fixed=True, ge=1)
+    steps: int = setting(3000, "conv: optimizer steps of its own training", fixed=True, ge=1)
     width: int = setting(32, "conv: channels at half the picture's size; doubled with every halving", fixed=True, ge=4)
     decoder_steps: int = setting(
         300, "patches: training steps of the decoder; 0: the linear decoder alone", fixed=True, ge=0
     )
+    content: str | None = setting(None, "what the VAE holds, noted by training", hidden=True, fixed=True)
+
+    @model_validator(mode="after")
+    def _factor_of_its_own(self) -> "VaeConfig":
+        own = vae_factor(self.pretrained_model_name) if self.type == "sd" else None
+        if own is not None and self.factor not in (None, own):
+            raise ValueError(f"factor {self.factor}: the VAE {self.pretrained_model_name} has {own}; leave it out")
+        return self
+
+
+@lru_cache(maxsize=64)
+def vae_config(name: str) -> dict[str, Any] | None:
+    """The config.json of a VAE on this disk, its own or that of the folder vae; None for a hub id and a single file."""
+    for place in (Path(name) / "vae", Path(name)):
+        try:
+            tree = json.loads((place / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return tree if isinstance(tree, dict) and "_class_name" in tree else None
+    return None
+
+
+def vae_factor(name: str) -> int | None:
+    """Pixels per latent cell side of a VAE on this disk; None where its config cannot be seen."""
+    config = vae_config(name)
+    if config is not None:
+        widths = config.get("encoder_block_out_channels") or config.get("block_out_channels") or []
+        return 2 ** (len(widths) - 1) if widths else None
+    blocks = {name.split("down", 1)[1].split(".")[1] for name in tensor_names(name) if "encoder.down" in name}
+    return 2 ** (len(blocks) - 1) if blocks else None
+
+
+@lru_cache(maxsize=64)
+def tensor_names(path: str) -> tuple[str, ...]:
+    """The names in a .safetensors file, from its header; none for anything else."""
+    try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size)) if size < 100_000_000 and path.endswith(".safetensors") else {}
+        return tuple(header)
+    except (OSError, ValueError):
+        return ()
 
 
 class TextConfig(Section):
     """Captions to token states."""
 
-    type: Literal["clip", "hash"] = setting(
-        "clip", "clip: CLIPTextModel; hash: words as sums of hashed byte n-grams, needs no weights", fixed=True
+    type: Literal["clip", "language", "hash"] = setting(
+        "clip",
+        "clip: CLIPTextModel; language: T5, UMT5, Gemma, Qwen or another text model of transformers, by path; hash: "
+        "words as sums of hashed byte n-grams, needs no weights",
+        fixed=True,
     )
     pretrained_model_name: str = setting(
-        "openai/clip-vit-base-patch32", "clip: local folder or hub id", "text_encoder_path"
+        "openai/clip-vit-base-patch32", "clip, language: local folder or hub id", "text_encoder_path"
     )
     local_files_only: bool = setting(False, "never download")
+    content: str | None = setting(None, "what the encoder holds, noted by training", hidden=True, fixed=True)
     context: bool = setting(
         False, "hash: every word carries a trace of its neighbours, so that the order of words counts", fixed=True
     )
@@ -259,12 +377,25 @@ class TrainingConfig(TrainingSection):
     sample_every_n_epochs: int | None = setting(None, "epochs between sample grids, in place of sample_steps", ge=1)
     sample_prompts: list[str] = setting([], "captions of the sample grid; none: the first held-out captions")
     eval_samples: int = setting(256, "held-out pictures of an evaluation", ge=1)
+    guide_files: bool = setting(
+        False, "write model.pt, optimizer.pt, scheduler.pt and training_state.json into every checkpoint as well"
+    )
+    optimizer: Literal["adamw", "muon"] = setting(  # type: ignore[assignment]  # wider than the loop's
+        "adamw", "muon: matrices of the blocks by Muon (Jordan et al. 2024), the rest by AdamW", fixed=True
+    )
+    muon_learning_rate: float = setting(0.02, "muon: peak learning rate of the matrices", ge=0)
+    keep_epochs: bool = setting(True, "keep the checkpoints of save_every_n_epochs next to the keep_last newest")
     gradient_checkpointing: bool | int = setting(  # type: ignore[assignment]  # wider than the loop's, which hands it on
         False, "recompute blocks in the backward pass to save memory: all, or with a number every so-manieth"
     )
     num_workers: int = setting(4, "loader processes per rank", "workers", ge=0)
     drop_last: bool = setting(True, "leave out the tail of an epoch that fills no batch")
     persistent_workers: bool = setting(True, "loader processes live on over epochs; false is refused, they always do")
+
+    @field_validator("keep_last", mode="before")
+    @classmethod
+    def _null_keeps_all(cls, value: Any) -> Any:
+        return 1_000_000 if value in (None, "null", "none") else value
 
     @field_validator("save_every_n_epochs", "eval_every_n_epochs", "sample_every_n_epochs", mode="before")
     @classmethod
@@ -298,6 +429,7 @@ class Config(Section):
     run: RunSection = RunSection()
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
+    repa: RepaConfig = RepaConfig()
     vae: VaeConfig = VaeConfig()
     text: TextConfig = TextConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -334,14 +466,46 @@ class Config(Section):
                 f"sample.sampler {self.sample.sampler} does not belong to diffusion.objective "
                 f"{self.diffusion.objective}; use auto, {', '.join(samplers)}"
             )
-        if self.model.num_classes and self.diffusion.cfg_dropout and not self.model.class_dropout:
-            raise ValueError("diffusion.cfg_dropout drops labels, which needs model.class_dropout above 0 (a null row)")
+        self._one_dropout()
+        if self.repa.encoder_path is not None and self.repa.layer > self.model.num_layers:
+            raise ValueError(f"repa.layer {self.repa.layer}: the model has {self.model.num_layers} blocks")
+        if self.repa.encoder_path is not None and self.data.cache_dir is not None:
+            raise ValueError("repa.encoder_path needs pictures, and a cache holds none; leave data.cache_dir out")
+        if self.training.sample_prompts and self.model.text_conditioning == "none":
+            raise ValueError("training.sample_prompts need a model that reads text; leave them out")
         return self
+
+    def _one_dropout(self) -> None:
+        """Labels are dropped as often as captions; an earlier version had a second number that decided nothing."""
+        dropout, former_default = self.model.class_dropout, 0.1
+        if self.model.num_classes is None or dropout is None or dropout == self.diffusion.cfg_dropout:
+            return
+        if "cfg_dropout" not in self.diffusion.model_fields_set:
+            self.diffusion.cfg_dropout = dropout
+        elif dropout != former_default:
+            needs = "which needs a row for no class, " if dropout == 0 else ""
+            raise ValueError(
+                f"diffusion.cfg_dropout {self.diffusion.cfg_dropout} drops labels, {needs}and model.class_dropout is "
+                f"{dropout}: both name one share; give one of them"
+            )
+
+    @property
+    def can_guide(self) -> bool:
+        """Whether there is a condition, and a null condition to lead away from."""
+        reads_text = self.model.text_conditioning != "none"
+        return reads_text or (self.model.num_classes is not None and self.model.class_dropout != 0)
 
     @property
     def vae_factor(self) -> int:
-        """Pixels per latent cell side."""
-        return {"sd": 8, "pool": 8, "pixels": 1, "patches": self.vae.patch, "conv": self.vae.patch}[self.vae.type]
+        """Pixels per latent cell side; 8 for a VAE that is not on this disk and of which nothing is said."""
+        of_sd = self.vae.factor or vae_factor(self.vae.pretrained_model_name) or 8
+        return {"sd": of_sd, "pool": 8, "pixels": 1, "patches": self.vae.patch, "conv": self.vae.patch}[self.vae.type]
+
+    @property
+    def bucket_step(self) -> int:
+        """What the sides of data.buckets are multiples of, pixels: a sixteenth of a picture, in whole tokens."""
+        unit = self.vae_factor * self.model.patch_size
+        return max(1, round(self.data.image_size / 16 / unit)) * unit
 
     @property
     def latent_side(self) -> int:
@@ -352,6 +516,55 @@ class Config(Section):
     def latent_size(self) -> int:
         """Numbers in one latent."""
         return self.model.in_channels * self.latent_side**2
+
+
+def refuse_unused(config: Config) -> None:
+    """UserError for settings that are given and would change nothing, as other settings decide."""
+    kind, default = config.diffusion.objective, Config()
+    layout, flow_names = config.data.dataset_name, tuple(f"flow.{name}" for name in FlowConfig.model_fields)
+    rules: list[tuple[bool, str, tuple[str, ...]]] = [
+        (kind == "ddpm", "diffusion.objective is flow", tuple(f"diffusion.{name}" for name in _OF_NOISE)),
+        (kind == "flow", "diffusion.objective is ddpm", (*flow_names, "sample.shift")),
+        (config.flow.timestep_sampling != "uniform", "times are uniform", ("flow.logit_mean", "flow.logit_std")),
+        (config.model.mlp == "gelu", "the width of swiglu follows from its parameters", ("model.mlp_ratio",)),
+        ("sincos" in config.model.pos, "model.pos is rope2d", ("model.pos_scale",)),
+        (layout == "cub", f"data.dataset_name is {layout}", ("data.use_bbox", "data.caption_source")),
+        (layout == "coco", f"data.dataset_name is {layout}", ("data.coco_year",)),
+        (config.vae.type == "sd", f"vae.type is {config.vae.type}", tuple(f"vae.{name}" for name in _OF_SD)),
+        (config.vae.type in ("patches", "conv"), f"vae.type is {config.vae.type}", ("vae.patch",)),
+        (config.vae.type == "patches", f"vae.type is {config.vae.type}", ("vae.decoder_steps",)),
+        (config.vae.type == "conv", f"vae.type is {config.vae.type}", ("vae.steps", "vae.width")),
+        (config.text.type == "hash", f"text.type is {config.text.type}", ("text.context",)),
+    ]
+    faults = []
+    for is_used, reason, names in rules:
+        for name in names:
+            section, key = name.split(".")
+            value = config[section][key]
+            if not is_used and value != default[section][key]:
+                faults.append(f"{name} {value} would change nothing: {reason}; leave it out")
+    if config.training.optimizer == "muon" and config.run.strategy not in (None, "none", "ddp"):
+        faults.append(
+            f"training.optimizer muon: it turns whole matrices, and under --strategy {config.run.strategy} each rank "
+            "holds a part of every matrix; use --strategy none or ddp, or --optimizer adamw"
+        )
+    if config.repa.features is not None and config.repa.encoder_path is None:
+        faults.append("repa.features: the run was begun with an encoder to align with; give its folder: --encoder-path")
+    if config.data.buckets and (config.data.cache_dir is not None or config.data.dataset_name == "scenes"):
+        faults.append("data.buckets need pictures of their own shapes: leave data.cache_dir and scenes out")
+    if config.flow.contrastive and config.training.batch_size % 2:
+        faults.append(
+            f"training.batch_size {config.training.batch_size}: flow.contrastive compares the samples of a batch in "
+            "pairs; use an even one"
+        )
+    if faults:
+        raise UserError("\n       ".join(faults))
+
+
+_OF_NOISE = (
+    "num_train_timesteps", "noise_scheduler", "prediction_type", "rescale_betas_zero_snr", "snr_gamma", "criterion",
+)  # fmt: skip
+_OF_SD = ("scaling_factor", "use_slicing", "use_tiling", "latent_stats")
 
 
 # The guide's place of a setting -> ours. Values are kept, except where _GUIDE_VALUES says otherwise.
@@ -413,15 +626,19 @@ METRICS = ("scenes", "loss", "caption", "recon", "vae", "colour", "memory", "fid
 class GenerateOptions(Section):
     """What to draw and how."""
 
-    checkpoint: str = setting("", "run folder, checkpoint folder, or a weights file beside its config.yaml")
+    checkpoint: str = setting("", "run folder, checkpoint folder, or a weights file next to its config.yaml")
     output: str = setting("samples.png", "grid.png, or a folder", "out")
     prompt: list[str] = setting([], "captions")
     prompts: str | None = setting(None, "file of captions: .txt, one a line, or .jsonl with prompt, text or caption")
-    captions: str | None = setting(None, "captions of a data set: coco:PATH, cub:PATH or custom:PATH (held-out split)")
+    captions: str | None = setting(
+        None, "captions of a data set: coco:PATH (coco2014:, coco2017:), cub:PATH or custom:PATH (held-out split)"
+    )
     labels: list[int] = setting([], "classes, for a class-conditional model")
-    num: int | None = setting(None, "use so many of the captions, drawn by --seed", ge=1)
+    count: int | None = setting(
+        None, "so many of the captions, drawn by --seed; of classes: so many pictures, evenly over them", "num", ge=1
+    )
     images_per_prompt: int = setting(1, "pictures of each caption", ge=1)
-    negative: str | None = setting(None, "caption to lead away from, in place of the null condition")
+    negative: str | None = setting(None, "caption to lead away from, instead of the null condition")
     sampler: str = setting("auto", f"auto, {', '.join(NOISE_SAMPLERS)}; {', '.join(FLOW_SAMPLERS)}")
     steps: int | None = setting(None, "sampling steps; null: as trained", "num_inference_steps", ge=1)
     cfg_scale: float | None = setting(None, "guidance scale; null: as trained", "guidance_scale", ge=0)
@@ -435,8 +652,8 @@ class GenerateOptions(Section):
     ema: bool = setting(True, "use the averaged weights")
     dtype: Literal["fp32", "bf16"] = setting("fp32", "precision of the network")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
-    vae: str | None = setting(None, "VAE by path or hub id, in place of the trained-with one")
-    text_encoder: str | None = setting(None, "text encoder by path or hub id, in place of the trained-with one")
+    vae: str | None = setting(None, "VAE by path or hub id, instead of the trained-with one")
+    text_encoder: str | None = setting(None, "text encoder by path or hub id, instead of the trained-with one")
     npz: bool = setting(False, "also write samples.npz with arr_0 uint8 (N, H, W, 3), the ADM suite's form")
     grid: bool = setting(False, "also write grid.png into the folder")
     latents_only: bool = setting(False, "write latents.safetensors and no pictures")
@@ -452,19 +669,27 @@ class MetricsOptions(Section):
         "auto", f"comma-separated, of {', '.join(METRICS)}; auto: those that need no download and fit the data"
     )
     split: Literal["val", "train"] = setting("val", "pictures to measure on")
-    num: int = setting(256, "pictures at most", ge=2)
-    data_root: str | None = setting(None, "data folder in place of the trained-with one", "dataset_path")
+    count: int = setting(256, "pictures at most, chosen by the hash of their names", "num", ge=2)
+    data_root: str | None = setting(None, "data folder instead of the trained-with one", "dataset_path")
     ema: bool = setting(True, "use the averaged weights")
     cfg_scale: float | None = setting(None, "guidance scale of drawn pictures; null: as trained", ge=0)
     steps: int | None = setting(None, "sampling steps; null: as trained", ge=1)
+    batch_size: int = setting(32, "pictures drawn at a time", ge=1)
     seed: int = setting(0, "seed of the drawn pictures", ge=0, le=2**63 - 1)
     features: Literal["inception", "random"] = setting("inception", "fid: random is for tests only")
     inception_weights: str | None = setting(None, "fid: local weights file")
+    pictures: str | None = setting(
+        None, "fid: folder or .npz of made pictures instead of a checkpoint's, such as generate.py writes"
+    )
+    reference: str | None = setting(
+        None, "fid: folder or .npz to compare with (ADM's VIRTUAL_*.npz too); null: the held-out pictures"
+    )
+    resize: Literal["legacy", "clean"] = setting("legacy", "fid: how pictures become 299 pixels; papers: legacy")
     clip_path: str | None = setting(
         None, "clip: a CLIP model by path or hub id, another one than the model's text encoder"
     )
-    vae: str | None = setting(None, "VAE by path or hub id, in place of the trained-with one")
-    text_encoder: str | None = setting(None, "text encoder by path or hub id, in place of the trained-with one")
+    vae: str | None = setting(None, "VAE by path or hub id, instead of the trained-with one")
+    text_encoder: str | None = setting(None, "text encoder by path or hub id, instead of the trained-with one")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
 
 

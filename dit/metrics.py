@@ -2,19 +2,23 @@
 
   python dit/metrics.py --checkpoint outputs/dit --output outputs/dit/metrics.json
   python dit/metrics.py --checkpoint OUT --metrics loss,caption,fid --inception-weights FILE.pth
+  python dit/metrics.py --pictures pictures/ --reference VIRTUAL_imagenet256_labeled.npz --inception-weights FILE.pth
+
 scenes, loss, caption, recon, vae, colour and memory need no download; scenes counts what is right in drawn scenes. fid
-(with KID, precision, recall) needs the Inception weights, clip a CLIP model; both say what to provide.
+(FID, sFID, Inception score, precision, recall, KID) needs the Inception weights, clip a CLIP model; both say what to
+provide. Under torchrun the work is shared.
 """
 
 import json
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from dit.config import METRICS, MetricsOptions
+from dit.config import METRICS, GenerateOptions, MetricsOptions
 from shared.config import load_config
 from shared.errors import UserError, command
 
@@ -25,27 +29,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dit.data.cache import key_of
 from dit.data.scenes import SceneDataset
-from dit.dataset import TextImageDataset, unit
-from dit.evaluation import fid
-from dit.evaluation.fid import psnr, ssim
+from dit.dataset import TextImageDataset, spread, unit
+from dit.evaluation.figures import Extractor, Pictures, figures, psnr, reference_of, ssim
 from dit.evaluation.held_out import errors, held_out_noise, prepare
 from dit.evaluation.scenes import scene_bars, scene_figures, scene_grid
+from dit.generate import Drawer, Request, batches_of, draw_folder, guidance
 from dit.modules.text import condition_of
-from dit.sampling.drawing import Drawing, draw_pictures, grid, to_uint8
+from dit.sampling.drawing import grid, to_uint8
 from dit.weights.open import Trained, load_trained
-from shared.engine.dist import DistInfo, init_distributed
+from shared.engine.dist import DistInfo, gather_objects, init_distributed, shutdown
 from shared.errors import write_text
 from shared.media.inception import inception
-from shared.metrics import (
-    agreement,
-    clip_score,
-    frechet_distance,
-    kernel_distance,
-    paired_p,
-    picture_features,
-    precision_recall,
-)
+from shared.metrics import agreement, clip_score, colour_caption, paired_p
 from shared.report.page import Bar, Sample, write_report
 
 OF_PICTURES = ["loss", "caption", "recon", "vae", "colour", "memory"]  # what --metrics auto measures
@@ -57,22 +54,13 @@ class Measurement:
 
     def __init__(self, trained: Trained, options: MetricsOptions, info: DistInfo) -> None:
         self.trained, self.options, self.info = trained, options, info
-        data = trained.config.data.model_copy(
-            update={"dataset_path": options.data_root or trained.config.data.dataset_path, "cache_dir": None}
+        measured = _measured(options, trained)
+        self.training_set = (
+            measured if options.split == "train" else _measured(options.model_copy(update={"split": "train"}), trained)
         )
-        config = trained.config.model_copy(update={"data": data})
-        self.training_set = TextImageDataset.from_config(config, is_train=True)
-        self.measured = (
-            self.training_set if options.split == "train" else TextImageDataset.from_config(config, is_train=False)
-        )
-        measured = self.measured
-        if len(measured) < 2:
-            raise UserError(
-                f"--split {options.split}: {len(measured)} pictures; set data.val_fraction when training, or use "
-                "--split train"
-            )
+        self.measured: Any = measured  # a SceneDataset has the same methods
         self.held = prepare(
-            measured, self.training_set, trained.codec, trained.text_encoder, count=options.num, device=info.device
+            measured, self.training_set, trained.codec, trained.text_encoder, count=options.count, device=info.device
         )
         self._drawn: np.ndarray | None = None
         self._found: dict[str, Tensor] = {}
@@ -94,14 +82,15 @@ class Measurement:
         """What a wrong caption and none cost, for the first captions and for those that name colours ("described")."""
         if not self.held.condition:
             raise UserError("--metrics caption: this model reads neither captions nor labels")
-        right, null = self._errors("right"), self._errors("null")
-        shuffled = self._errors("shuffled")
+        right, shuffled = self._errors("right"), self._errors("shuffled")
         found = {
             "shuffled_cost_percent": 100 * (shuffled.mean() / right.mean() - 1).item(),
             "p": paired_p((shuffled - right).mean(0)),
-            "null_cost_percent": 100 * (null.mean() / right.mean() - 1).item(),
-            "null_p": paired_p((null - right).mean(0)),
         }
+        if self.trained.config.can_guide:
+            null = self._errors("null")
+            found["null_cost_percent"] = 100 * (null.mean() / right.mean() - 1).item()
+            found["null_p"] = paired_p((null - right).mean(0))
         if self.trained.text_encoder is not None:
             condition = condition_of(self.held.prompts, None, self.trained.text_encoder, self.info.device)
             described = self.held._replace(condition=condition)
@@ -172,62 +161,24 @@ class Measurement:
         ]
         return {"drawn_to_training": nearest[0], "held_out_to_training": nearest[1]}
 
-    def fid(self) -> dict:
-        """Frechet and kernel distance, precision and recall of drawn against held-out pictures."""
-        random = self.options.features == "random"
-        network = fid.RandomFeatures() if random else inception(self.options.inception_weights)
-        real = to_uint8(self.held.images)
-        made, true = (
-            picture_features(network, list(pictures), device=self.info.device) for pictures in (self.drawn, real)
-        )
-        precision, recall = precision_recall(made, true)
-        return {
-            "fid": frechet_distance(made, true),
-            "kid": kernel_distance(made, true, subset=min(1000, len(made))),
-            "precision": precision,
-            "recall": recall,
-            "pictures": len(made),
-            "reference_sha256": fid.set_digest(real),
-            "features": "RANDOM, for tests only"
-            if random
-            else "inception-v3-compat, 299 pixels by the TF1 bilinear rule",
-        }
-
     def clip(self) -> dict:
         """Mean of max(100 cos(picture, caption), 0), and how often the right caption comes first of all."""
         return clip_score(list(self.drawn), self.held.prompts, self.options.clip_path, device=self.info.device)
 
     @property
     def drawn(self) -> np.ndarray:
-        """One picture (S, S, 3) uint8 for every held-out caption."""
+        """One picture (S, S, 3) uint8 for every held-out caption, drawn by all ranks together."""
         if self._drawn is None:
-            config, parts = self.trained.config, []
-            scale = config.sample.cfg_scale if self.options.cfg_scale is None else self.options.cfg_scale
-            drawing = Drawing(
-                sampler=config.sample.sampler,
-                steps=self.options.steps or config.sample.steps,
-                cfg_scale=scale,
-                shift=config.sample.shift,
-            )
-            shape = (config.model.in_channels, config.latent_side, config.latent_side)
-            whole = condition_of(
-                self.held.prompts, self.held.condition.get("labels"), self.trained.text_encoder, self.info.device
-            )
-            for first in range(0, len(self.held.latents), 32):
-                rows = range(first, min(first + 32, len(self.held.latents)))
-                condition = {name: value[rows.start : rows.stop] for name, value in whole.items()}
-                images = draw_pictures(
-                    self.trained.model,
-                    self.trained.objective,
-                    self.trained.codec,
-                    condition,
-                    [self.options.seed + row for row in rows],
-                    shape,
-                    drawing=drawing,
-                    device=self.info.device,
-                )
-                parts.append(to_uint8(images))
-            self._drawn = np.concatenate(parts)
+            labels = self.held.condition.get("labels")
+            wanted = [
+                Request(row, prompt, None if labels is None else int(labels[row]), self.options.seed + row)
+                for row, prompt in enumerate(self.held.prompts)
+            ]
+            drawer = drawer_of(self.trained, self.options, self.info)
+            parts = batches_of(wanted, self.options.batch_size, self.info)
+            mine = [(part[0].number, drawer.pictures(drawer.latents(part))) for part in parts]
+            pairs = sorted((pair for rank in gather_objects(mine) for pair in rank), key=lambda pair: pair[0])
+            self._drawn = np.concatenate([pictures for _, pictures in pairs])
         return self._drawn
 
     def _errors(self, kind: str) -> Tensor:
@@ -263,6 +214,9 @@ def report(measurement: Measurement, found: dict, options: MetricsOptions, run_f
     if "caption" in found:
         bars.append(Bar("shuffled captions cost (%)", found["caption"]["shuffled_cost_percent"], 3.0, baseline=0.0))
         bars.append(Bar("p of that cost", found["caption"]["p"], 0.01, "at most"))
+        if "null_cost_percent" in found["caption"]:
+            cost, p = (found["caption"][name] for name in ("null_cost_percent", "null_p"))
+            bars.append(Bar("no caption costs (%)", cost, 0.0, baseline=0.0, note=f"p {p:.4f}"))
     if "own" in found.get("colour", {}).get("drawn", {}):
         drawn, real = found["colour"]["drawn"], found["colour"]["real"]
         bars.append(
@@ -303,49 +257,180 @@ def report(measurement: Measurement, found: dict, options: MetricsOptions, run_f
     )
 
 
-@command
-def main(argv: list[str] | None = None) -> dict:
-    options = load_config(MetricsOptions, argv=argv, description=__doc__)
-    if not options.checkpoint:
-        raise UserError("--checkpoint is not set; give the folder of a training run")
+class HeldOutPictures(Pictures):
+    """Pictures of a data set, cut to the run's size; read when asked for."""
+
+    def __init__(self, dataset: TextImageDataset, count: int) -> None:
+        self.dataset, self.array, self.files = dataset, None, []
+        self.indices = sorted(spread(dataset, count)[:count])
+        self.name = f"{len(self.indices)} pictures of {dataset.root}"
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.dataset.sample(self.indices[index], 0, flip=False)["image"].permute(1, 2, 0).numpy()
+
+
+def paper_figures(options: MetricsOptions, trained: Trained | None, info: DistInfo) -> dict:
+    """FID and its relatives of a folder, an .npz or a checkpoint's pictures, in flat memory and shared over the ranks.
+
+    A checkpoint's pictures are drawn into the run's folder first: the same command again draws what is missing.
+    """
+    random = options.features == "random"
+    extractor = Extractor(options.inception_weights, device=info.device, resize=options.resize, random=random)
+    about: dict = {}
+    if options.pictures is not None:
+        made = Pictures(options.pictures)
+    else:
+        assert trained is not None  # main() asks for one or the other
+        drawer = drawer_of(trained, options, info)
+        key = key_of([drawer.settings(), options.count, options.seed, options.split, options.data_root])
+        folder = run_folder_of(trained) / f"drawn_{key}"
+        draw_folder(drawer, _requests(options, trained), folder, info)
+        made, about = Pictures(folder), {"folder": str(folder), **drawer.settings()}
+    if options.reference is not None:
+        reference = reference_of(options.reference, extractor, info)
+    else:
+        assert trained is not None
+        reference = reference_of(HeldOutPictures(_measured(options, trained), options.count), extractor, info)
+    found = figures(extractor.all(made, info), reference)
+    return {
+        **found,
+        "pictures": len(made),
+        "pictures_sha256": made.digest(),
+        "reference": reference.name,
+        "reference_pictures": reference.pictures,
+        "features": extractor.name,
+        **about,
+    }
+
+
+def _requests(options: MetricsOptions, trained: Trained) -> list[Request]:
+    """`count` pictures: evenly over the classes, or for the captions in turn, each with the seed of its number."""
+    classes, numbers = trained.config.model.num_classes, range(options.count)
+    if classes is not None:
+        labels = [number * classes // options.count for number in numbers]
+        return [Request(n, f"class {label}", label, options.seed + n) for n, label in zip(numbers, labels, strict=True)]
+    if trained.text_encoder is None:
+        return [Request(number, "", None, options.seed + number) for number in numbers]
+    dataset = _measured(options, trained)
+    chosen = sorted(spread(dataset, options.count)[: options.count])
+    captions = [colour_caption(dataset.items[index].captions) for index in chosen]
+    return [Request(number, captions[number % len(captions)], None, options.seed + number) for number in numbers]
+
+
+def _measured(options: MetricsOptions, trained: Trained) -> TextImageDataset:
+    """The pictures that a run is measured on."""
+    config = trained.config
+    data = config.data.model_copy(
+        update={"dataset_path": options.data_root or config.data.dataset_path, "cache_dir": None}
+    )
+    dataset = TextImageDataset.from_config(config.model_copy(update={"data": data}), is_train=options.split == "train")
+    if len(dataset) < 2:
+        raise UserError(
+            f"--split {options.split}: {len(dataset)} pictures; set data.val_fraction when training, or use "
+            "--split train"
+        )
+    return dataset
+
+
+def drawer_of(trained: Trained, options: MetricsOptions, info: DistInfo) -> Drawer:
+    """generate.py's drawer with the settings of a measurement."""
+    drawn = GenerateOptions(
+        checkpoint=options.checkpoint, cfg_scale=options.cfg_scale, steps=options.steps, ema=options.ema,
+        vae=options.vae, text_encoder=options.text_encoder, batch_size=options.batch_size,
+    )  # fmt: skip
+    return Drawer(trained, drawn, info.device)
+
+
+def run_folder_of(trained: Trained) -> Path:
+    """The folder of the run that a checkpoint belongs to."""
+    return trained.folder.parent.parent if trained.folder.parent.name == "checkpoints" else trained.folder
+
+
+def _wanted(options: MetricsOptions, trained: Trained | None) -> list[str]:
+    """The names of the metrics: those asked for, or all that apply."""
+    if options.metrics != "auto":
+        return [name.strip() for name in options.metrics.split(",") if name.strip()]
+    if trained is None:
+        return ["fid"]
+    config = trained.config
+    has_condition = config.model.text_conditioning != "none" or config.model.num_classes is not None
+    wanted = OF_SCENES if config.data.dataset_name == "scenes" else OF_PICTURES
+    return [name for name in wanted if has_condition or name not in ("caption", "colour")]
+
+
+def _check(options: MetricsOptions) -> None:
+    """Refuse what cannot be measured, before anything is computed."""
     auto = options.metrics == "auto"
     wanted = [] if auto else [name.strip() for name in options.metrics.split(",") if name.strip()]
-    unknown = [name for name in wanted if name not in METRICS]
-    if unknown:
+    if unknown := [name for name in wanted if name not in METRICS]:
         raise UserError(f"--metrics {unknown[0]}: use some of {', '.join(METRICS)}")
-    if "fid" in wanted and options.features == "inception":
-        inception(options.inception_weights)  # refused before anything is computed
+    if not options.checkpoint and options.pictures is None:
+        raise UserError("--checkpoint is not set; give the folder of a training run, or --pictures for fid alone")
+    if not options.checkpoint and (options.reference is None or wanted not in ([], ["fid"])):
+        raise UserError("--pictures without --checkpoint measures fid alone, and needs --reference; give both")
+    if "fid" in wanted or not options.checkpoint:
+        if options.features == "inception":
+            inception(options.inception_weights)
+        for name, place in (("pictures", options.pictures), ("reference", options.reference)):
+            if place is not None and not Path(place).exists():
+                raise UserError(f"--{name} {place}: no such folder or file")
+
+
+@command
+def main(argv: list[str] | None = None) -> dict:
+    """The command; see the head of the file."""
+    options = load_config(MetricsOptions, argv=argv, description=__doc__)
+    _check(options)
     info = init_distributed(options.device)
-    trained = load_trained(
-        options.checkpoint, device=info.device, use_ema=options.ema, vae=options.vae, text_encoder=options.text_encoder
-    )
-    measurement = Measurement(trained, options, info)
-    if auto:
-        wanted = OF_SCENES if isinstance(measurement.measured, SceneDataset) else OF_PICTURES
-        wanted = [name for name in wanted if name != "caption" or measurement.held.condition]
-    found = {name: getattr(measurement, name)() for name in wanted}
-    run_folder = trained.folder.parent.parent if trained.folder.parent.name == "checkpoints" else trained.folder
-    about = {
-        "checkpoint": str(trained.folder),
-        "split": options.split,
-        "pictures": len(measurement.held.latents),
-        "ema": options.ema,
-        "seed": options.seed,
-        "cfg_scale": trained.config.sample.cfg_scale if options.cfg_scale is None else options.cfg_scale,
-        "sampler": trained.config.sample.sampler,
-        "steps": options.steps or trained.config.sample.steps,
-    }
-    output = Path(options.output) if options.output else run_folder / "metrics.json"
-    write_text(output, json.dumps({"about": about, **found}, indent=1) + "\n")
-    report(measurement, found, options, run_folder)
-    for name, group in found.items():
-        print(
-            f"{name}: "
-            + ", ".join(
-                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in group.items()
-            )
+    trained = None
+    if options.checkpoint:
+        trained = load_trained(
+            options.checkpoint,
+            device=info.device,
+            use_ema=options.ema,
+            vae=options.vae,
+            text_encoder=options.text_encoder,
         )
+        guidance(trained.config, options.cfg_scale)
+    wanted, found = _wanted(options, trained), {}
+    measurement = Measurement(trained, options, info) if trained is not None and set(wanted) - {"fid"} else None
+    for name in wanted:
+        found[name] = paper_figures(options, trained, info) if name == "fid" else getattr(measurement, name)()
+    if measurement is not None:
+        drawn = measurement.drawn  # by all ranks; the report shows some
+        found = {name: found[name] for name in wanted} if len(drawn) else found
+    if info.is_main:
+        _write(options, trained, measurement, found)
+    shutdown()
     return found
+
+
+def _write(options: MetricsOptions, trained: Trained | None, measurement: Measurement | None, found: dict) -> None:
+    """The JSON file, the run's report and the console, by rank 0."""
+    folder = Path() if trained is None else run_folder_of(trained)
+    about: dict = {"pictures": options.pictures, "seed": options.seed}
+    if trained is not None:
+        about |= {
+            "checkpoint": str(trained.folder),
+            "split": options.split,
+            "pictures": options.pictures or (len(measurement.held.latents) if measurement else options.count),
+            "ema": options.ema,
+            "cfg_scale": guidance(trained.config, options.cfg_scale),
+            "sampler": trained.config.sample.sampler,
+            "steps": options.steps or trained.config.sample.steps,
+        }
+    output = Path(options.output) if options.output else folder / "metrics.json"
+    write_text(output, json.dumps({"about": about, **found}, indent=1) + "\n")
+    if measurement is not None:
+        report(measurement, found, options, folder)
+    for name, group in found.items():
+        figures = (
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in group.items()
+        )
+        print(f"{name}: {', '.join(figures)}")
 
 
 if __name__ == "__main__":

@@ -7,33 +7,38 @@ Shapes: B batch, then C H W of a latent.
 """
 
 import math
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from dit.config import FLOW_SAMPLERS, NOISE_SAMPLERS, Config, DiffusionConfig, FlowConfig
-from dit.dataset import unit
+from dit.dataset import TextImageDataset, collate, unit
 from dit.evaluation.held_out import HeldOut, errors, summary
 from dit.model import DiTBlock, DiTModel
-from dit.modules.text import CaptionEncoder, condition_of
+from dit.modules.features import FeatureEncoder
+from dit.modules.text import CaptionEncoder, TextEncoder, condition_of
 from dit.modules.vae import CODEC_FILE, Codec
-from dit.sampling.drawing import Drawing, draw_pictures, grid, to_uint8
+from dit.sampling.drawing import Drawing, draw_latents, grid, to_uint8
 from dit.sampling.gaussian import GaussianDiffusion, Target
 from dit.sampling.samplers import Draw, Model, check_sampler, sample_flow, sample_noise, training_scheduler
-from shared.config import save_config
-from shared.data import MapStream
+from dit.weights.guide import adopt, is_guide_folder, read_guide_weights, write_guide_files, write_guide_folder
+from shared.config import accumulation_steps, save_config
+from shared.data import BatchPlan, MapStream
 from shared.engine.checkpoint import load_strict, load_weights
 from shared.engine.dist import DistInfo
 from shared.errors import UserError, written_aside
 from shared.flow import expand_like, linear_path, sample_times, shift_noise_level
 from shared.loop import FitResult, fit
+from shared.optim import decay_groups
 from shared.rng import keyed_rand, keyed_randn
 
-TIMES, NOISE, DROPS, POSTERIOR = 1, 2, 3, 4  # random streams
+TIMES, NOISE, DROPS, POSTERIOR, PATHS, ROUTES = 1, 2, 3, 4, 5, 6  # random streams
 LEAST_GAP = 0.05  # smallest 1 - t that a clean prediction is divided by in training; sampling goes closer to the data
 
 
@@ -153,7 +158,7 @@ class NoiseObjective(Objective):
     def min_snr_weight(self, t_B: Tensor) -> Tensor:
         """min(SNR, gamma) over SNR, SNR + 1 or 1 for noise, velocity, data (Hang et al. 2023), from float32 tables."""
         assert self.settings.snr_gamma is not None
-        a = self.alphas_cumprod.to(t_B.device)[t_B]
+        a = self._alphas(t_B)
         snr = a / (1 - a)
         divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[
             self.settings.prediction_type
@@ -178,7 +183,7 @@ class NoiseObjective(Objective):
 
     def noise_level(self, t_B: Tensor) -> Tensor:
         """sqrt(1 - a): 0 is data, 1 is noise."""
-        return (1 - self.alphas_cumprod.to(t_B.device)[t_B.long()]).sqrt()
+        return (1 - self._alphas(t_B)).sqrt()
 
     def sample(
         self,
@@ -199,8 +204,14 @@ class NoiseObjective(Objective):
         check_sampler(method, self.samplers, "noise prediction")
         return sample_noise(predict, noise, dict(self.noise_scheduler.config), method=method, steps=steps, draw=draw)
 
+    def _alphas(self, t_B: Tensor) -> Tensor:
+        """The table's entries (B,), float32; the table goes to the device once."""
+        if self.alphas_cumprod.device != t_B.device:
+            self.alphas_cumprod = self.alphas_cumprod.to(t_B.device)
+        return self.alphas_cumprod[t_B.long()]
+
     def _signal_and_spread(self, t_B: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        a = expand_like(self.alphas_cumprod.to(t_B.device)[t_B.long()], like).to(like.dtype)
+        a = expand_like(self._alphas(t_B), like).to(like.dtype)
         return a.sqrt(), (1 - a).sqrt()
 
 
@@ -242,10 +253,10 @@ class FlowObjective(Objective):
         velocity = clean - noise
         predicted = self._velocity(output.float(), noisy, t_B, least=LEAST_GAP)
         error_B = (predicted - velocity).square().flatten(1).mean(1)
-        if self.settings.contrastive:  # Stoica et al. 2025: away from the velocity of another sample of the batch
-            error_B = error_B - self.settings.contrastive * (predicted - velocity.roll(1, 0)).square().flatten(1).mean(
-                1
-            )
+        if self.settings.contrastive:  # Stoica et al. 2025: away from the velocity of another sample
+            # Neighbours in the global batch are each other's other, so that no cut into even parts parts a pair.
+            other = velocity.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+            error_B = error_B - self.settings.contrastive * (predicted - other).square().flatten(1).mean(1)
         return error_B
 
     def clean(self, output: Tensor, noisy: Tensor, t_B: Tensor) -> Tensor:
@@ -311,36 +322,56 @@ class Trainer:
     """The objective as functions for the loop. Frozen: vae_encoder and text_encoder; trained: model.
 
     Rectified flow or noise prediction on latents, with the caption of a share of the samples replaced by the null
-    condition.
+    condition. The guide's own objects are taken as they are: a CLIPTextModel of transformers as the text encoder, a
+    torch DataLoader over a map-style data set as the loader.
     """
 
     def __init__(
         self,
         model: DiTModel,
         vae_encoder: Codec,
-        text_encoder: CaptionEncoder | None,
-        train_dataloader: MapStream,
+        text_encoder: nn.Module | None,
+        train_dataloader: MapStream | DataLoader | None,
         config: Config,
         *,
         info: DistInfo | None = None,
         held_out: HeldOut | None = None,
+        null_condition: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> None:
-        self.model, self.config, self.stream, self.held_out = model, config, train_dataloader, held_out
+        """null_condition: states, mask and pooled vector of the empty caption, where no text encoder is given."""
+        self.model, self.config, self.held_out = model, config, held_out
         self.info = info or DistInfo()
-        self.vae_encoder = vae_encoder.to(self.info.device).eval()
-        self.text_encoder = None if text_encoder is None else text_encoder.to(self.info.device).eval()
+        self.device, self.train_dataloader = self.info.device, train_dataloader
+        self.stream = stream_of(train_dataloader, config, self.info)
+        self.vae_encoder = vae_encoder.to(self.device).eval()
+        encoder = around(text_encoder, config)
+        self.text_encoder = None if encoder is None else encoder.to(self.device).eval()
         self.objective = make_objective(
             config.diffusion, config.flow, learn_sigma=config.model.learn_sigma, latent_size=config.latent_size
         )
         self.noise_scheduler = self.objective.noise_scheduler
         self.criterion = self.objective.error
         self.resume = config.run.resume
-        if self.text_encoder is not None and config.diffusion.null_text == "empty":
-            model.set_null_text(*(part[0].cpu() for part in self.text_encoder.encode([""])))
+        self.global_step = 0
+        self.feature_encoder: FeatureEncoder | None = None
+        if config.repa.encoder_path is not None:
+            self.feature_encoder = FeatureEncoder(config.repa.encoder_path).to(self.device).eval()
+        if config.model.text_conditioning != "none" and config.diffusion.null_text == "empty":
+            if null_condition is None and self.text_encoder is not None:
+                states, mask, pooled = self.text_encoder.encode([""])
+                null_condition = (states[0], mask[0], pooled[0])
+            if null_condition is not None:
+                model.set_null_text(*(part.cpu() for part in null_condition))
+
+    @property
+    def current_epoch(self) -> int:
+        """Epochs that are complete."""
+        return self.global_step // self.stream.steps_per_epoch if self.stream is not None else 0
 
     def losses(self, model: Callable, batches: list[dict], step: int) -> Iterator[tuple[Tensor, dict]]:
         """One (loss, metrics) a micro-batch. Draws are keyed by (seed, step, sample): ranks and resumes change none."""
-        seed = self.config.run.seed
+        seed, self.global_step = self.config.run.seed, step
+        aligns = self.feature_encoder is not None
         for batch in batches:
             # Frozen encoders first: pictures to latents, captions to states (or both from the cache).
             latents_BCHW = self.latents(batch, step)
@@ -353,15 +384,39 @@ class Trainer:
             noise_BCHW = keyed_randn(latents_BCHW.shape[1:], key=(seed, NOISE, step), **draws)
             drop_B = keyed_rand((), key=(seed, DROPS, step), **draws) < self.config.diffusion.cfg_dropout
             noisy_BCHW = self.objective.noisy(latents_BCHW, noise_BCHW, t_B)
+            tokens = latents_BCHW.shape[2] * latents_BCHW.shape[3] // self.config.model.patch_size**2
 
             # Dropped rows get the null condition inside the model, so every rank runs the same modules in every step.
             if condition and self.config.diffusion.cfg_dropout:
                 condition["drop"] = drop_B
-            predicted = model(noisy_BCHW, self.objective.model_time(t_B), **condition)
+            if self.config.model.drop_path:
+                shape = (self.config.model.num_layers, 3)
+                condition["path_draws"] = keyed_rand(shape, key=(seed, PATHS, step), **draws)
+            if self.config.model.route_share:
+                condition["route_draws"] = keyed_rand((tokens,), key=(seed, ROUTES, step), **draws)
+            found = model(
+                noisy_BCHW, self.objective.model_time(t_B), **condition, **({"align": True} if aligns else {})
+            )
+            predicted, projected, kept = found if aligns else (found, None, None)
 
             # The loop adds the micro-batches' losses up: each is divided here by their number. The error is fp32.
             error_B = self.criterion(predicted, noisy_BCHW, latents_BCHW, noise_BCHW, t_B)
-            yield error_B.mean() / len(batches), {"loss_by_t": (t_B / self.objective.span, error_B)}
+            report: dict[str, Any] = {"loss_by_t": (t_B / self.objective.span, error_B)}
+            loss = error_B.mean()
+            if projected is not None:
+                term = self.alignment(projected, kept, batch, latents_BCHW)
+                loss, report = loss + self.config.repa.weight * term, {**report, "alignment": term.detach()}
+            yield loss / len(batches), report
+
+    def alignment(self, projected: Tensor, kept: Tensor | None, batch: dict, latents: Tensor) -> Tensor:
+        """Minus the mean cosine of the projected tokens (B, n, E) and the frozen encoder's features of their places."""
+        assert self.feature_encoder is not None
+        patch = self.config.model.patch_size
+        grid_size = (latents.shape[2] // patch, latents.shape[3] // patch)
+        wanted = self.feature_encoder(unit(batch["image"].to(self.device)), grid_size)
+        if kept is not None:  # TREAD: the tokens that came so far
+            wanted = wanted.gather(1, kept[..., None].expand(-1, -1, wanted.shape[2]))
+        return -nn.functional.cosine_similarity(projected.float(), wanted, dim=-1).mean()
 
     def validate(self, model: Callable, step: int) -> dict[str, float]:
         """Held-out loss at fixed levels with fixed noise: comparable between steps, runs and numbers of ranks."""
@@ -372,33 +427,43 @@ class Trainer:
 
     def sample(self, model: Callable, step: int, folder: Path) -> None:
         """A grid of pictures for sample_prompts, or for the first held-out captions, each with its own fixed seed."""
-        assert self.held_out is not None
-        settings = self.config.sample
-        prompts = self.config.training.sample_prompts or self.held_out.prompts[: settings.count]
-        count, labels = len(prompts), self.held_out.condition.get("labels")
-        condition = condition_of(
-            prompts, None if labels is None else labels[:count], self.text_encoder, self.info.device
-        )
+        settings, prompts = self.config.sample, self.config.training.sample_prompts
+        if prompts:
+            condition = condition_of(prompts, None, self.text_encoder, self.device)
+        else:
+            assert self.held_out is not None  # train() asks for a grid only where there is something to draw
+            prompts = self.held_out.prompts[: settings.count]
+            condition = {name: value[: len(prompts)] for name, value in self.held_out.prompt_condition.items()}
         drawing = Drawing(
-            sampler=settings.sampler, steps=settings.steps, cfg_scale=settings.cfg_scale, shift=settings.shift
+            sampler=settings.sampler,
+            steps=settings.steps,
+            cfg_scale=settings.cfg_scale if self.config.can_guide else 1.0,
+            shift=settings.shift,
         )
         shape = (self.config.model.in_channels, self.config.latent_side, self.config.latent_side)
-        images = draw_pictures(
-            model,
-            self.objective,
-            self.vae_encoder,
-            condition,
-            list(range(count)),
-            shape,
-            drawing=drawing,
-            device=self.info.device,
-        )
+        seeds = list(range(len(prompts)))
+        latents = draw_latents(
+            model, self.objective, condition, seeds, shape, drawing=drawing, device=self.device
+        )  # all ranks draw, since sharded models wait for each other; one decodes and writes
         if self.info.is_main:
-            grid(to_uint8(images), columns=8).save(folder / f"step_{step:08d}.png")
+            try:
+                with torch.no_grad():
+                    images = torch.cat([self.vae_encoder.decode(part).float().cpu() for part in latents.split(4)])
+            except UserError as error:  # a run from a cache opens the VAE here for the first time
+                print(f"no sample grid at step {step}: {error}", file=sys.stderr)
+                return
+            with written_aside(folder / f"step_{step:08d}.png") as temporary:
+                grid(to_uint8(images), columns=8).save(temporary, "PNG")
 
     def train(self) -> FitResult:
         """Train to the planned step, resuming what is in the output folder."""
+        if self.stream is None:
+            raise UserError("the Trainer was made without train_dataloader; give one to train")
         self.config.run.resume = self.resume
+        if is_guide_folder(Path(self.resume)):
+            self.config.run.resume = str(adopt(Path(self.resume), self.config, self.model, self.stream, self.info))
+        draws = self.held_out is not None or bool(self.config.training.sample_prompts)
+        exports = self.vae_encoder.learns or self.config.training.guide_files
         return fit(
             config=self.config,
             info=self.info,
@@ -406,9 +471,10 @@ class Trainer:
             stream=self.stream,
             losses=self.losses,
             validate=self.validate if self.held_out else None,
-            sample=self.sample if self.held_out else None,
+            sample=self.sample if draws else None,
+            groups=muon_groups(self.model, self.config) if self.config.training.optimizer == "muon" else None,
             wrap_classes=(DiTBlock,),
-            export=self.export if self.vae_encoder.learns else None,
+            export=self.export if exports else None,
             title="DiT",
             checkpoint_name="checkpoint-step-{step}",
             epoch_checkpoint_name="checkpoint-epoch-{epoch}",
@@ -418,31 +484,43 @@ class Trainer:
         """The loss of one batch as a scalar tensor, outside the loop."""
         count = len(batch["image"] if "image" in batch else batch["moments"])
         batch = {"slot": torch.arange(count), **batch}
-        return next(self.losses(self.model, [batch], 0))[0]
+        return next(self.losses(self.model, [batch], self.global_step))[0]
 
     def save_checkpoint(self, path: str | Path) -> None:
-        """Write the weights and the settings into a folder. (The loop's own hold all that resuming needs.)"""
+        """Write the weights and the settings into a folder, with training.guide_files also as model.pt. (The loop's own
+        hold all that resuming needs.)
+        """
         folder = Path(path)
         weights = {name: value.detach().cpu().contiguous() for name, value in self.model.state_dict().items()}
         with written_aside(folder / "model.safetensors") as temporary:
             save_file(weights, temporary)
         save_config(self.config, folder / "config.yaml")
+        if self.config.training.guide_files:
+            epoch = 0 if self.stream is None else self.stream.steps_per_epoch
+            write_guide_folder(folder, weights, None, step=self.global_step, steps_per_epoch=epoch, config=self.config)
 
     def load_checkpoint(self, path: str | Path) -> None:
-        """Load the weights of save_checkpoint's folder; a checkpoint of the loop is resumed from by train()."""
-        own = Path(path) / "model.safetensors"
-        if own.exists() and not (Path(path) / "manifest.json").exists():
+        """Load the weights of save_checkpoint's folder, or of one in the guide's form; a checkpoint of the loop, or of
+        the guide, is resumed from by train().
+        """
+        folder = Path(path)
+        own = folder / "model.safetensors"
+        if own.exists() and not (folder / "manifest.json").exists():
             load_strict(self.model, load_weights(own), what=str(own))
+        elif is_guide_folder(folder):
+            read_guide_weights(folder, self.model)
+            self.resume = str(folder)
         else:
-            load_strict(self.model, load_weights(path, prefer_ema=False), what=str(path))
-            self.resume = str(path)
+            load_strict(self.model, load_weights(folder, prefer_ema=False), what=str(folder))
+            self.resume = str(folder)
 
     def export(self, folder: Path, weights: dict, ema: dict | None) -> None:
-        """The fitted codec goes along with every checkpoint."""
-        save_file(
-            {name: value.cpu().contiguous() for name, value in self.vae_encoder.state_dict().items()},
-            folder / CODEC_FILE,
-        )
+        """What goes along with a checkpoint: the fitted codec, and the guide's four files when asked for."""
+        if self.vae_encoder.learns:
+            codec = {name: value.cpu().contiguous() for name, value in self.vae_encoder.state_dict().items()}
+            save_file(codec, folder / CODEC_FILE)
+        if self.config.training.guide_files and self.stream is not None:
+            write_guide_files(folder, self.model, self.config, self.stream.steps_per_epoch)
 
     def latents(self, batch: dict, step: int) -> Tensor:
         """Scaled latents (B, C, H, W), from the cache or from pictures; the posterior is drawn anew on every visit."""
@@ -464,3 +542,61 @@ class Trainer:
             states, mask, pooled = self.text_encoder.encode_ids(batch["input_ids"])
             return {"text_embeddings": states.clone(), "text_mask": mask.clone(), "text_pooled": pooled.clone()}
         return condition_of(batch.get("text", []), batch.get("label"), self.text_encoder, self.info.device)
+
+
+def muon_groups(model: nn.Module, config: Config) -> list[dict]:
+    """The matrices of attention and feed-forward, by how many lie below each other in one; the rest goes to AdamW."""
+    training = config.training
+    kinds = {"attn.qkv": 3, "cross_attn.kv": 2, "attn.proj": 1, "cross_attn.q": 1, "cross_attn.proj": 1}
+    kinds |= {"mlp.fc1": 2 if config.model.mlp == "swiglu" else 1, "mlp.fc2": 1}
+    found: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters():
+        kind = name.split(".", 2)[2].removesuffix(".weight") if name.startswith("blocks.") else ""
+        if parameter.requires_grad and kind in kinds and name.endswith(".weight"):
+            found.setdefault(kinds[kind], []).append(name)
+    taken = {name for names in found.values() for name in names}
+    rest = decay_groups(model, training.weight_decay)
+    for group in rest:
+        group["names"] = [name for name in group["names"] if name not in taken]
+    scale = training.muon_learning_rate / training.learning_rate if training.learning_rate else 0.0
+    return rest + [
+        {"names": names, "weight_decay": training.weight_decay, "lr_scale": scale, "muon": parts}
+        for parts, names in found.items()
+    ]
+
+
+def around(encoder: nn.Module | None, config: Config) -> CaptionEncoder | None:
+    """A text encoder of ours, or one of ours around a CLIPTextModel of transformers."""
+    if encoder is None or isinstance(encoder, CaptionEncoder):
+        return encoder
+    return TextEncoder.of_model(encoder, name=config.text.pretrained_model_name, length=config.model.text_len)
+
+
+def stream_of(loader: MapStream | DataLoader | None, config: Config, info: DistInfo) -> MapStream | None:
+    """The loop's stream, or one over the data set of a torch DataLoader with its batch size, order, collate and
+    processes: a plain loader could neither be resumed nor shared over ranks.
+    """
+    if not isinstance(loader, DataLoader):
+        return loader
+    if isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
+        raise UserError("train_dataloader: its data set must have a length and an index, and the loader a batch_size")
+    count = len(cast(Sized, loader.dataset))
+    order = BatchPlan(
+        count,
+        loader.batch_size,
+        info.world,
+        accumulation_steps(config.training.model_copy(update={"batch_size": loader.batch_size}), info.world),
+        config.run.seed,
+        drop_last=loader.drop_last or count < loader.batch_size * info.world,
+        shuffle=not isinstance(loader.sampler, SequentialSampler),
+    )
+    own = isinstance(loader.dataset, TextImageDataset)
+    return MapStream(
+        loader.dataset,
+        order,
+        info,
+        collate=collate if own else loader.collate_fn,
+        num_workers=loader.num_workers,
+        prefetch_factor=loader.prefetch_factor or 2,
+        bad_samples=Path(config.run.output_dir) / "bad_samples.jsonl",
+    )

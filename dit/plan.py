@@ -4,15 +4,22 @@ python dit/train.py --config xl --dry-run --strategy fsdp --world-size 64 --gpu 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dit.config import Config
+from dit.config import Config, vae_config
 from dit.model import DiTBlock
 from dit.weights.open import build_model
-from shared.plan.measure import FrozenPart
+from shared.plan.measure import FrozenPart, measure_frozen
 from shared.plan.table import Workload
+
+SD_VAE: dict[str, Any] = {  # of Stable Diffusion 1.5 and SDXL, where the run's own is not on this disk
+    "_class_name": "AutoencoderKL", "block_out_channels": (128, 256, 512, 512), "latent_channels": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+}  # fmt: skip
 
 
 def workload(config: Config) -> Workload:
@@ -35,12 +42,40 @@ def workload(config: Config) -> Workload:
 
     def frozen_parts(config: Config) -> list[FrozenPart]:
         size, parts = config.training.batch_size, []
-        if config.data.cache_dir is None and config.vae.type == "sd":  # 273 GFLOP to encode a picture of 256 pixels
-            flops = size * 273e9 * (config.data.image_size / 256) ** 2
-            parts.append(FrozenPart("VAE", 83_653_863, 4 * 83_653_863, flops))
+        if config.data.cache_dir is None and config.vae.type == "sd":
+            parts.append(vae_part(config))
         if config.data.cache_dir is None and model.text_conditioning != "none" and config.text.type == "clip":
             parts.append(FrozenPart("CLIP text tower", 63_165_952, 4 * 63_165_952, size * 6.0e9))
         return parts
 
     title = f"DiT {model.hidden_size}/{model.num_layers}/{model.num_heads}"
     return Workload(title, build_model, step, (DiTBlock,), frozen_parts)
+
+
+def vae_part(config: Config) -> FrozenPart:
+    """The VAE with what it needs while it works: a part of the batch at a time, in bf16 on a GPU."""
+    import diffusers
+
+    side, vae = config.data.image_size, config.vae
+    settings = vae_config(vae.pretrained_model_name) or SD_VAE
+    half = torch.float32 if vae.vae_precision == "fp32" else torch.bfloat16
+    count = min(config.training.batch_size, max(1, vae.vae_chunk * 256 * 256 // side**2))
+
+    def build() -> nn.Module:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(half)  # fake weights cannot be converted later
+        try:
+            return getattr(diffusers, settings["_class_name"]).from_config(settings)
+        finally:
+            torch.set_default_dtype(before)
+
+    def encode(network: Any) -> object:
+        return network.encode(torch.zeros(count, 3, side, side, dtype=half))
+
+    def decode(network: Any) -> object:  # of the sample grids
+        cells = side // config.vae_factor
+        return network.decode(torch.zeros(count, settings["latent_channels"], cells, cells, dtype=half))
+
+    parameters, size, peak, flops = measure_frozen(build, encode)
+    peak = max(peak, measure_frozen(build, decode)[2])
+    return FrozenPart("VAE", parameters, size + peak, flops * config.training.batch_size / count)

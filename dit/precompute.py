@@ -1,15 +1,18 @@
-"""Write the frozen encoders' output to a cache, so that training needs neither pictures nor encoders.
+"""Write the frozen encoders' output to a cache, so that training opens neither pictures nor encoders.
 
-  python dit/precompute.py --config default --data-root data/CUB_200_2011 --out data/cub_cache --flip
-  torchrun --nproc_per_node=8 dit/precompute.py ...     shards are shared over the ranks; the same command again resumes
-Then train with --cache-dir data/cub_cache. A codec that learns from the pictures (vae.type patches or pixels) must
-have been fitted
-by a training run first: give that run's folder with --codec.
+  python dit/precompute.py --config default --data-root data/CUB_200_2011 --out data/cub_cache
+  torchrun --nproc_per_node=8 dit/precompute.py ...     shards are shared over the ranks
+Then train with --cache-dir data/cub_cache. The same command again goes on where it was stopped, mends what is damaged
+and, after pictures or captions were changed, added or removed, encodes only those. Broken pictures are left out and
+listed in bad_samples.jsonl. A codec that learns from the pictures (vae.type patches or pixels) must have been fitted by
+a training run first: give that run's folder with --codec.
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -25,91 +28,190 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dit.data.cache import VERSION, as_json, cache_settings, file_digest, text_settings
+from dit.data import cache as held
+from dit.data.readers import Item
 from dit.dataset import TextImageDataset, unit
-from dit.modules.text import CaptionEncoder, make_text_encoder
+from dit.modules.text import CaptionEncoder, make_text_encoder, warn_of_cut
 from dit.modules.vae import CODEC_FILE, Codec
 from dit.weights.open import load_codec, make_vae
-from shared.engine.dist import DistInfo, barrier, init_distributed, raise_together, shutdown
-from shared.errors import remove_parts, write_text, written_aside
+from shared.engine.dist import DistInfo, barrier, init_distributed, shutdown
+from shared.errors import BadSample, remove_parts, write_text, written_aside
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def write_shard(
-    number: int,
-    rows: range,
-    dataset: TextImageDataset,
-    codec: Codec,
-    encoder: CaptionEncoder | None,
-    options: PrecomputeOptions,
-    device: torch.device,
-) -> dict:
-    """Encode and write the files of one shard; returns its line of the manifest."""
-    cache, folder = options.cache, Path(options.cache.out)
-    variants, crops = [], []
-    plan: list[tuple[int, bool | None]] = (
-        [(0, False), (0, True)] if cache.mirrored else [(0, False)]
-    )  # (epoch, flip) of every variant
-    if cache.crops:
-        plan = [(crop, None) for crop in range(cache.crops)]
-    for epoch, flip in plan:
-        parts = []
-        for first in range(rows.start, rows.stop, cache.batch):
-            samples = [
-                dataset.sample(index, epoch, flip=flip) for index in range(first, min(first + cache.batch, rows.stop))
-            ]
-            images = unit(torch.stack([sample["image"] for sample in samples]).to(device))
-            parts.append(codec.moments(images).to("cpu", DTYPES[cache.dtype]))
-            crops += [sample["crop"] for sample in samples] if (epoch, flip) == plan[0] else []
-        variants.append(torch.cat(parts))
-    items = [dataset.items[index] for index in rows]
-    files = {f"latents_{number:05d}.safetensors": {"moments": torch.stack(variants, dim=1).contiguous()}}
-    if encoder is not None and cache.text:
-        files[f"text_{number:05d}.safetensors"] = encode_captions(
-            [item.captions for item in items], encoder, DTYPES[cache.dtype]
-        )
-    digests = {}
-    for name, tensors in files.items():
-        with written_aside(folder / name) as temporary:
-            save_file(tensors, temporary)
-            digests[name] = file_digest(temporary)
-    line = {"file": f"latents_{number:05d}.safetensors", "count": len(items), "sha256": digests}
-    listing = [
-        json.dumps({"id": item.id, "captions": item.captions, "crop": crop}, ensure_ascii=False) + "\n"
-        for item, crop in zip(items, crops, strict=True)
-    ]
-    write_text(folder / f"items_{number:05d}.jsonl", "".join(listing))
-    write_text(folder / f"shard_{number:05d}.json", as_json(line))
-    return line
+class Writer:
+    """Encodes and writes shards; what a former shard already holds is copied from there."""
 
+    def __init__(self, options: PrecomputeOptions, datasets: dict[str, TextImageDataset], device: torch.device) -> None:
+        self.options, self.datasets, self.device = options, datasets, device
+        self.folder, self.dtype = Path(options.cache.out), DTYPES[options.cache.dtype]
+        self.codec, self.encoder = self._encoders()
+        codec_file = self.folder / CODEC_FILE
+        vae_content, text_content = held.contents(options, codec=codec_file)
+        cache = options.cache
+        self.variants: int | str = cache.crops or ("mirrored" if cache.mirrored else 1)
+        shape = {"dtype": cache.dtype, "variants": self.variants, "seed": options.run.seed if cache.crops else None}
+        precision = {"bf16": getattr(self.codec, "precision", "fp32") == "bf16" or device.type == "cuda"}
+        self.pictures = held.picture_settings(options, vae_content)
+        self.texts = held.text_settings(options, text_content) if self.encoder is not None and cache.text else {}
+        self.picture_key = held.key_of([self.pictures, shape, precision])
+        self.text_key = held.key_of([self.texts, cache.dtype])
+        self.former = held.Former(self.folder, self.picture_key, self.text_key)
+        self.encoded_pictures = self.encoded_captions = 0
 
-def encode_captions(captions: list[tuple[str, ...]], encoder: CaptionEncoder, dtype: torch.dtype) -> dict[str, Tensor]:
-    """States of real tokens only, end to end, with the place of every caption."""
-    texts = [text for group in captions for text in group]
-    owners = [item for item, group in enumerate(captions) for _ in group]
-    states, pooled, lengths = [], [], []
-    for first in range(0, len(texts), 256):
-        found = encoder.encode(texts[first : first + 256])
-        lengths += found.mask.sum(1).tolist()
-        states.append(found.states[found.mask].to("cpu", dtype))
-        pooled.append(found.pooled.to("cpu", dtype))
-    return {
-        "states": torch.cat(states),
-        "pooled": torch.cat(pooled),
-        "item_index": torch.tensor(owners),
-        "offsets": torch.tensor([0, *lengths]).cumsum(0),
-    }
+    def plan(self) -> list[tuple[str, list[tuple[Item, str, int]]]]:
+        """(split, [(item, stamp, index)]) of every shard, in order."""
+        size, shards = self.options.cache.shard_size, []
+        for split, dataset in self.datasets.items():
+            rows = []
+            for index in range(len(dataset)):
+                try:
+                    item = dataset.items[index]
+                except BadSample as error:
+                    item = Item(f"{split} sample {index}", index, (str(error),))
+                    rows.append((item, f"unreadable: {error}", index))
+                    continue
+                rows.append((item, held.stamp_of(dataset.items, item), index))
+            shards += [(split, rows[first : first + size]) for first in range(0, len(rows), size)]
+        return shards
 
+    def shard(self, number: int, split: str, rows: list[tuple[Item, str, int]]) -> dict[str, Any]:
+        """Write one shard, or find that it is there; returns its part of the manifest."""
+        parts = [[item.id, stamp, item.captions, item.label] for item, stamp, _ in rows]
+        key = held.key_of([self.picture_key, self.text_key, split, parts])
+        name = f"{number:05d}_{key}"
+        note = self.folder / f"shard_{name}.json"
+        if (there := held.finished(note)) is not None:
+            return there
+        good: list[tuple[Item, str]] = []
+        moments: list[Tensor] = []
+        waiting: list[int] = []  # places in moments that hold pixels still
+        crops, bad = [], []
+        for item, stamp, index in rows:
+            try:
+                found, crop = self._moments(item, stamp, index, split)
+            except BadSample as error:
+                if self.options.data.on_error == "raise":
+                    raise UserError(f"{error}; mend or remove it, or use --on-error skip") from None
+                bad.append((item.id, str(error)))
+                continue
+            good.append((item, stamp))
+            moments.append(found)
+            crops.append(crop)
+            waiting += [len(moments) - 1] if found.dtype == torch.uint8 else []
+            if len(waiting) == self.options.cache.batch:
+                self._encode(moments, waiting)
+        self._encode(moments, waiting)
+        files: dict[str, dict[str, str]] = {}
+        lines = [
+            json.dumps(
+                {
+                    "id": item.id, "captions": item.captions, "crop": crop, "stamp": stamp, "label": item.label,
+                    "split": split,
+                }
+            )
+            for (item, stamp), crop in zip(good, crops, strict=True)
+        ]  # fmt: skip
+        self._write(files, "items", f"items_{name}.jsonl", "".join(line + "\n" for line in lines))
+        if good:
+            self._write(files, "latents", f"latents_{name}.safetensors", {"moments": torch.stack(moments)})
+            if self.texts:
+                texts = self._texts([item.captions for item, _ in good])
+                self._write(files, "text", f"text_{name}.safetensors", texts)
+        line = {
+            "name": name, "split": split, "count": len(good), "picture_key": self.picture_key,
+            "text_key": self.text_key, "files": files, "bad": bad,
+        }  # fmt: skip
+        write_text(note, held.as_json(line))
+        return line
 
-def finished(number: int, folder: Path) -> dict | None:
-    """The manifest line of a shard whose files are all there and undamaged."""
-    try:
-        line = json.loads((folder / f"shard_{number:05d}.json").read_text(encoding="utf-8"))
-        whole = all(file_digest(folder / name) == digest for name, digest in line["sha256"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return line if whole and (folder / f"items_{number:05d}.jsonl").exists() else None
+    def null(self) -> None:
+        """The encoded empty caption."""
+        if self.texts and self.encoder is not None:
+            states, mask, pooled = (part[0].cpu().clone() for part in self.encoder.encode([""]))
+            with written_aside(self.folder / "null.safetensors") as temporary:
+                save_file({"states": states, "mask": mask, "pooled": pooled}, temporary)
+
+    def latents(self) -> dict[str, Any]:
+        """How latents follow from moments, for a run that does not open the VAE."""
+        mean, scale = getattr(self.codec, "mean", None), getattr(self.codec, "scale", None)
+        if self.options.vae.type != "sd" or mean is None or scale is None:
+            return {}
+        return {"mean": mean.flatten().tolist(), "scale": scale.flatten().tolist()}
+
+    def _encoders(self) -> tuple[Codec, CaptionEncoder | None]:
+        codec, given = make_vae(self.options), self.options.cache.codec
+        if codec.learns:
+            if given is None:
+                raise UserError(
+                    f"vae.type {self.options.vae.type} learns from the pictures; give the folder of a run that fitted "
+                    "it with --codec"
+                )
+            path = Path(given) / CODEC_FILE if Path(given).is_dir() else Path(given)
+            load_codec(codec, path)
+            with written_aside(self.folder / CODEC_FILE) as temporary:
+                shutil.copyfile(path, temporary)
+        encoder = make_text_encoder(self.options) if self.options.cache.text else None
+        return codec.to(self.device).eval(), None if encoder is None else encoder.to(self.device)
+
+    def _moments(self, item: Item, stamp: str, index: int, split: str) -> tuple[Any, Any]:
+        """The moments of a picture, or its variants as pixels, which wait for a batch; and its crop."""
+        if isinstance(item.image, int) and stamp.startswith("unreadable"):
+            raise BadSample(item.captions[0])
+        if (found := self.former.moments(item, stamp, split)) is not None:
+            return found
+        dataset = self.datasets[split]
+        if split == "val":
+            plan: list[tuple[int, bool | None]] = [(0, False)]
+        elif isinstance(self.variants, int):
+            plan = [(crop, None) for crop in range(self.variants)]
+        else:
+            plan = [(0, False), (0, True)]
+        samples = [dataset.sample(index, epoch, flip=flip) for epoch, flip in plan]
+        self.encoded_pictures += 1
+        return torch.stack([sample["image"] for sample in samples]), samples[0]["crop"]
+
+    def _encode(self, moments: list[Tensor], places: list[int]) -> None:
+        """Replace the pixels (V, 3, S, S) uint8 at these places by their moments; no place waits any more."""
+        if not places:
+            return
+        pixels = torch.cat([moments[place] for place in places])
+        found = self.codec.moments(unit(pixels.to(self.device))).to("cpu", self.dtype)
+        for place, value in zip(places, found.split(len(pixels) // len(places)), strict=True):
+            moments[place] = value.clone()
+        places.clear()
+
+    def _texts(self, captions: list[tuple[str, ...]]) -> dict[str, Tensor]:
+        """States of real tokens only, end to end, with the place of every caption."""
+        assert self.encoder is not None
+        texts = [text for group in captions for text in group]
+        owners = [item for item, group in enumerate(captions) for _ in group]
+        held_already = {text: self.former.text(text) for text in set(texts)}
+        missing = [text for text, found in held_already.items() if found is None]
+        self.encoded_captions += len(missing)
+        for first in range(0, len(missing), 256):
+            part = missing[first : first + 256]
+            states, mask, pooled = self.encoder.encode(part)
+            for row, text in enumerate(part):
+                real = states[row][mask[row]].to("cpu", self.dtype)
+                held_already[text] = (real.clone(), pooled[row].to("cpu", self.dtype).clone())
+        pairs = [held_already[text] for text in texts]
+        lengths = [len(pair[0]) for pair in pairs if pair is not None]
+        return {
+            "states": torch.cat([pair[0] for pair in pairs if pair is not None]),
+            "pooled": torch.stack([pair[1] for pair in pairs if pair is not None]),
+            "item_index": torch.tensor(owners),
+            "offsets": torch.tensor([0, *lengths]).cumsum(0),
+        }
+
+    def _write(self, files: dict, kind: str, name: str, content: str | dict[str, Tensor]) -> None:
+        with written_aside(self.folder / name) as temporary:
+            if isinstance(content, str):
+                temporary.write_text(content, encoding="utf-8")
+            else:
+                save_file({key: value.contiguous() for key, value in content.items()}, temporary)
+            files[kind] = {"name": name, "sha256": held.file_digest(temporary)}
 
 
 def write_cache(options: PrecomputeOptions, info: DistInfo) -> None:
@@ -119,58 +221,49 @@ def write_cache(options: PrecomputeOptions, info: DistInfo) -> None:
         raise UserError(
             f"--crops {cache.crops} needs --crop random or random_resized; a centre crop is always the same"
         )
-    dataset = TextImageDataset.from_config(options, is_train=True)
-    codec = make_vae(options)
-    if codec.learns:
-        if cache.codec is None:
-            raise UserError(
-                f"vae.type {options.vae.type} learns from the pictures; give the folder of a run that fitted it with "
-                "--codec"
-            )
-        load_codec(codec, Path(cache.codec) / CODEC_FILE if Path(cache.codec).is_dir() else Path(cache.codec))
-    encoder = make_text_encoder(options)
-    codec, encoder = codec.to(info.device).eval(), None if encoder is None else encoder.to(info.device)
-    folder.mkdir(parents=True, exist_ok=True)
-    made_with = cache_settings(options) | (text_settings(options) if encoder is not None and cache.text else {})
-    made_with |= {
-        "dtype": cache.dtype,
-        "flips": cache.mirrored and not cache.crops,
-        "variants": cache.crops or 1 + cache.mirrored,
-        "shard_size": cache.shard_size,
-        "item_ids_sha256": dataset.fingerprint,
-    }
-    _claim(folder, made_with, info)
-    count = -(-len(dataset) // cache.shard_size)
-    for number in range(info.rank, count, info.world):
-        rows = range(number * cache.shard_size, min((number + 1) * cache.shard_size, len(dataset)))
-        if finished(number, folder) is None:
-            write_shard(number, rows, dataset, codec, encoder, options, info.device)
-            print(f"shard {number + 1} of {count}: {len(rows)} pictures", flush=True)
-        else:
-            print(f"shard {number + 1} of {count}: already there", flush=True)
+    sets = {split: TextImageDataset.from_config(options, is_train=split == "train") for split in held.SPLITS}
+    datasets = {split: dataset for split, dataset in sets.items() if len(dataset)}
+    writer = Writer(options, datasets, info.device)
+    shards = writer.plan()
+    if info.is_main and writer.encoder is not None and writer.texts:
+        first = [text for _, rows in shards for item, _, _ in rows[:256] for text in item.captions][:2048]
+        warn_of_cut(writer.encoder, first, lambda text: print(text, file=sys.stderr))
+    for number in range(info.rank, len(shards), info.world):
+        before = writer.encoded_pictures, writer.encoded_captions
+        line = writer.shard(number, *shards[number])
+        new = writer.encoded_pictures - before[0], writer.encoded_captions - before[1]
+        print(
+            f"shard {number + 1} of {len(shards)}: {line['count']} pictures ({line['split']}), {new[0]} encoded, "
+            f"{new[1]} captions encoded" + (f", {len(line['bad'])} broken" if line["bad"] else ""),
+            flush=True,
+        )
     barrier()
     if info.is_main:
+        writer.null()
+        lines = [writer.shard(number, *shard) for number, shard in enumerate(shards)]  # all are there now
+        bad = [pair for line in lines for pair in line["bad"]]
+        listing = [json.dumps({"index": name, "reason": reason}) + "\n" for name, reason in bad]
+        write_text(folder / "bad_samples.jsonl", "".join(listing))
+        manifest = {
+            "version": held.VERSION, "pictures": writer.pictures, "texts": writer.texts, "dtype": cache.dtype,
+            "variants": writer.variants, "latents": writer.latents(), "shards": lines,
+            "num_items": sum(line["count"] for line in lines),
+        }  # fmt: skip
+        write_text(folder / "manifest.json", held.as_json(manifest))
+        held.remove_superseded(folder, lines, print)
         remove_parts(folder)
-        shards = [finished(number, folder) for number in range(count)]
-        factor = getattr(codec, "scaling_factor", None)
-        head = {"version": VERSION, "scaling_factor": factor, "moments": True}
-        manifest = {**head, **made_with, "num_items": len(dataset), "shards": shards}
-        write_text(folder / "manifest.json", as_json(manifest))
-        print(f"{len(dataset)} pictures cached in {folder}")
-
-
-def _claim(folder: Path, made_with: dict, info: DistInfo) -> None:
-    """Note the settings of a cache in the making; refuse to go on with others."""
-    note, error = folder / "settings.json", None
-    if info.is_main and not note.exists():
-        write_text(note, as_json(made_with))
-    elif info.is_main and note.read_text(encoding="utf-8") != as_json(made_with):
-        error = UserError(f"{folder} holds a cache with other settings or pictures; use another --out, or remove it")
-    raise_together(error)
+        print(f"{manifest['num_items']} pictures cached in {folder}")
+        if bad:
+            print(
+                f"warning: {len(bad)} pictures are left out, listed in {folder / 'bad_samples.jsonl'}; the first: "
+                f"{bad[0][1]}",
+                file=sys.stderr,
+            )
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
+    """The command; see the head of the file."""
     options = load_config(PrecomputeOptions, presets=PRESETS, argv=argv, default="default", description=__doc__)
     if not options.cache.out:
         raise UserError("--out is not set; give the folder that receives the cache")

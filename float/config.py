@@ -1,11 +1,14 @@
 """Settings of FLOAT: phase 1 (AutoencoderConfig, configs/autoencoder/), phase 2 (Config, configs/). No torch here."""
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationInfo, field_validator, model_validator
 
 from shared.config import RunSection, Section, TrainingSection, load_saved, save_config, setting, validate
+from shared.errors import write_text
+from shared.flags import leaves_of, section_of
 
 PRESETS = Path(__file__).parent / "configs"
 AUTOENCODER_PRESETS = PRESETS / "autoencoder"
@@ -37,6 +40,12 @@ class ModelConfig(Section):
     whiten_motion: bool = setting(
         False,
         "run the flow on the dim_m whitened coordinates of the motion; for newly trained auto-encoders",
+        fixed=True,
+    )
+    relative_motion: bool = setting(
+        False,
+        "run the flow on the motion minus the reference's own, which is added back at the portrait: what tells people "
+        "apart in a new auto-encoder's motion falls out; the released model is absolute",
         fixed=True,
     )
     audio_dropout_prob: float = setting(0.1, "training: share of samples without sound", ge=0, le=1)
@@ -112,7 +121,7 @@ class DataConfig(Section):
     gaussian_noise_std: float = setting(0.05, "its standard deviation, as a share of the motion's", ge=0)
     face_crop: bool | None = setting(
         None,
-        "crop clips to the face, by boxes.json or the face detector; null: those whose frames are not square; false: none",
+        "crop clips to the face (boxes.json or the detector); null: those whose frames are not square; false: none",
     )
     mouth_box: Box = setting(
         MOUTH_BOX,
@@ -143,8 +152,8 @@ class DataConfig(Section):
 class _GuideNames(TrainingSection):
     """The loop's settings under the guide's names."""
 
-    optimizer: Literal["adamw", "adam"] = setting(  # type: ignore[assignment]  # wider than the shared section's
-        "adamw", "adam is adamw without weight decay", fixed=True
+    optimizer: Literal["adamw", "adam", "sgd"] = setting(  # type: ignore[assignment]  # wider than the shared section's
+        "adamw", "adam: weight decay is a part of the gradient; sgd: without momentum", fixed=True
     )
     max_grad_norm: float | None = setting(
         1.0, "clip the gradient norm to this; null: no clipping", "grad_clip", "gradient_clip_val", ge=0
@@ -167,8 +176,22 @@ class _GuideNames(TrainingSection):
         "max_checkpoints_to_keep",
         ge=2,
     )
-    lr_warmup_epochs: float | None = setting(None, "epochs of warm-up; sets warmup_steps at start", ge=0)
-    lr_min: float | None = setting(None, "last learning rate; sets min_lr_ratio at start", ge=0)
+    warmup_steps: int | None = setting(  # type: ignore[assignment]  # a number once settle() has run
+        None,
+        "steps of linear warm-up; null: lr_warmup_epochs, else 0",
+        "num_warmup_steps",
+        instead_of=("lr_warmup_epochs",),
+        ge=0,
+    )
+    min_lr_ratio: float | None = setting(  # type: ignore[assignment]  # a number once settle() has run
+        None, "last learning rate as a share of the peak; null: lr_min, else 0", instead_of=("lr_min",), ge=0, le=1
+    )
+    lr_warmup_epochs: float | None = setting(
+        None, "epochs of warm-up, where warmup_steps is null", instead_of=("warmup_steps",), ge=0
+    )
+    lr_min: float | None = setting(
+        None, "last learning rate, where min_lr_ratio is null", instead_of=("min_lr_ratio",), ge=0
+    )
     use_amp: bool = setting(False, "mixed precision on a GPU where --precision is not given")
     amp_dtype: Literal["float16", "bfloat16"] = setting("float16", "its number type")
 
@@ -177,19 +200,19 @@ class _GuideNames(TrainingSection):
     def _none_is_constant(cls, value: Any, info: ValidationInfo) -> Any:
         return "constant" if value in (None, "none") else value
 
-    @model_validator(mode="after")
-    def _adam_has_no_decay(self) -> "_GuideNames":
-        if self.optimizer == "adam" and self.weight_decay != 0:
-            raise ValueError(
-                f"optimizer adam takes no decoupled weight decay (got {self.weight_decay}); set it to 0, or use adamw"
-            )
-        return self
-
 
 class TrainingConfig(_GuideNames):
     """Phase 2: rectified flow on motion latents."""
 
     batch_size: int = setting(8, "windows per rank and micro-step", ge=1)
+    lr_warmup_epochs: float | None = setting(
+        5.0, "epochs of warm-up, where warmup_steps is null", instead_of=("warmup_steps",), ge=0
+    )
+    lr_min: float | None = setting(
+        1e-6, "last learning rate, where min_lr_ratio is null", instead_of=("min_lr_ratio",), ge=0
+    )
+    use_amp: bool = setting(True, "mixed precision on a GPU where --precision is not given")
+    early_stopping_min_delta: float = setting(1e-4, "smallest gain of best_metric that counts as better", ge=0)
     weight_decay: float = setting(1e-5, "decoupled weight decay of matrices", ge=0)
     early_stopping_patience: int | None = setting(
         10, "stop after so many validations without a better best_metric; null: never", ge=1
@@ -242,19 +265,74 @@ class AutoencoderTrainingConfig(_GuideNames):
     pairs_per_second: float = setting(1.0, "frame pairs drawn per second of video in one epoch", gt=0)
 
 
-class Config(Section):
-    """Everything a phase-2 run needs; save and load keep it equal."""
+# what files in the author's style hold besides settings, with the values that change nothing here
+DECIDED_ELSEWHERE = {"use_ddp": (False, True), "local_rank": (-1, 0), "rank": (0,), "wandb_entity": (None,)}
 
-    run: RunSection = setting({}, "where and how the run executes", hidden=True)
+
+def _in_place(schema: type[Section], values: Any) -> Any:
+    """A tree whose settings stand in the sections that know them.
+
+    Files in the author's style have use_wandb under training, image_size under data, seed and device at the top. What
+    the launcher decides (use_ddp, local_rank, rank) is dropped.
+    """
+    if not isinstance(values, dict):
+        return values
+    places: dict[str, str] = {}  # section by setting's name
+    for leaf in leaves_of(schema):
+        section = leaf.path.rpartition(".")[0]
+        places |= {name: section for name in leaf.flags if name not in places}
+    sections = [name for name, field in schema.model_fields.items() if section_of(field.annotation) is not None]
+    tree = {name: dict(part) if isinstance(part, dict) else part for name, part in values.items()}
+    for home in ("", *sections):
+        part = tree if home == "" else tree.get(home)
+        if not isinstance(part, dict):
+            continue
+        own = {name for leaf in leaves_of(schema) if leaf.path.rpartition(".")[0] == home for name in leaf.flags}
+        for name in [name for name in part if name not in own and name not in sections]:
+            if part[name] in DECIDED_ELSEWHERE.get(name, ()):
+                del part[name]
+            elif name in places and isinstance(tree.setdefault(places[name], {}), dict):
+                section, value = places[name], part.pop(name)
+                if section == "run" and name.startswith("resume") and value is None:
+                    value = "auto"
+                tree[section].setdefault(name, value)
+    return tree
+
+
+class _RunSection(RunSection):
+    """Where and how a run executes."""
+
+    output_dir: str = setting(
+        "experiments", "folder that receives the run: config, logs, checkpoints, samples, report", "logdir"
+    )
+    run_name: str | None = setting(
+        "float_rectified_flow", "name of the run in Weights & Biases", "wandb_run_name", "experiment_name"
+    )
+    wandb_project: str = setting("float-training", "Weights & Biases project")
+
+
+class Config(Section):
+    """Everything a phase-2 run needs; save and load keep it equal. Config() is the preset default."""
+
+    run: _RunSection = setting({}, "where and how the run executes", hidden=True)
     model: ModelConfig = setting({}, "the networks", hidden=True)
     data: DataConfig = setting({}, "clips and windows", hidden=True)
     training: TrainingConfig = setting({}, "the loop", hidden=True)
-    autoencoder_config: str = setting("small", "phase-1 preset or file used when autoencoder_path is null")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settings_in_their_place(cls, values: Any) -> Any:
+        return _in_place(cls, values)
+
+    autoencoder_config: str = setting("default", "phase-1 preset or file used when autoencoder_path is null")
     synthetic: bool = setting(False, "train on generated motion instead of clips (a check of the installation)")
 
     def save(self, path: str | Path) -> None:
-        """Write as YAML."""
-        save_config(self, Path(path))
+        """Write as JSON where the name ends in .json, else as YAML."""
+        if Path(path).suffix.lower() == ".json":
+            write_text(path, json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n")
+        else:
+            save_config(self, Path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> "Config":
@@ -293,10 +371,11 @@ def features_dir(config: Config) -> Path:
 def settle(config: Config | AutoencoderConfig, *, steps_per_epoch: int, device_type: str) -> None:
     """Turn epochs, least learning rate and mixed precision of the guide into the loop's settings, once, at start."""
     training = config.training
-    if training.lr_warmup_epochs is not None:
-        training.warmup_steps = round(training.lr_warmup_epochs * steps_per_epoch)
-    if training.lr_min is not None and training.learning_rate > 0:
-        training.min_lr_ratio = min(1.0, training.lr_min / training.learning_rate)
+    if training.warmup_steps is None:
+        training.warmup_steps = round((training.lr_warmup_epochs or 0) * steps_per_epoch)
+    if training.min_lr_ratio is None:
+        peak = training.learning_rate
+        training.min_lr_ratio = min(1.0, (training.lr_min or 0) / peak) if peak > 0 else 0.0
     if config.run.precision is None and device_type == "cuda":
         amp: Literal["fp16", "bf16"] = "fp16" if training.amp_dtype == "float16" else "bf16"
         config.run.precision = amp if training.use_amp else "fp32"

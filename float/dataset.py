@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,6 +27,7 @@ BATCH_KEYS = (
     "reference_motion",
     "emotion_features",
     "has_previous",
+    "motion_latent_prev_clean",
     "clip_id",
 )
 
@@ -99,16 +100,26 @@ class FLOATDataset:
 
     An item: motion_latent_cur (L, d), motion_latent_prev (P, d), audio_cur (L, F), audio_prev (P, F), reference_motion
     (d), emotion_features (1, 7), has_previous (bool: False where the window starts the clip and previous values are
-    zero), clip_id; numbers are float32, but sample() leaves sound in the cache's type. A clip shorter than a window is
-    filled up with its last frame. `transforms`: callables item -> item, run at the end of every item.
+    zero), motion_latent_prev_clean (P, d: without the noise that augmentation adds to the previous motion), clip_id;
+    numbers are float32, but sample() leaves sound in the cache's type. A clip shorter than a window is filled up with
+    its last frame. `transforms`: callables item -> item, run at the end of every item. `clips`: the ids that are taken
+    from the folder; None: all.
     """
 
     def __init__(
-        self, folder: Path | str, data: DataConfig, *, train: bool, seed: int = 0, transforms: Sequence[Transform] = ()
+        self,
+        folder: Path | str,
+        data: DataConfig,
+        *,
+        train: bool,
+        seed: int = 0,
+        transforms: Sequence[Transform] = (),
+        clips: Sequence[str] | None = None,
     ):
         self.folder, self.data, self.train, self.seed = Path(folder), data, train, seed
         self.transforms = list(transforms)
-        self.paths = sorted(self.folder.glob("*.safetensors"))
+        files = self.folder.glob("*.safetensors")
+        self.paths = sorted(files if clips is None else [self.folder / f"{clip}.safetensors" for clip in clips])
         if not self.paths:
             raise UserError(
                 f"{folder}: no encoded clips; run float/precompute.py, or give --data-root and let float/train.py do it"
@@ -187,6 +198,7 @@ class FLOATDataset:
             "has_previous": torch.tensor(start >= before),
         }
         item["motion_latent_prev"], item["motion_latent_cur"] = _around(file, motion, start, before, length)
+        item["motion_latent_prev_clean"] = item["motion_latent_prev"]
         item["audio_prev"], item["audio_cur"] = _around(file, "audio_raw", start, before, length)
         return item
 
@@ -198,12 +210,13 @@ class FLOATDataset:
         scale = self.data.gaussian_noise_std * item["motion_latent_cur"].std()
         return {**item, "motion_latent_prev": previous + scale * noise * item["has_previous"]}
 
-    def all_motion(self) -> Tensor:
-        """Motion latents of all frames of all clips, (frames, d)."""
+    def all_motion(self, *, centred: bool = False) -> Tensor:
+        """Motion latents of all frames of all clips, (frames, d); centred: minus the mean of each clip."""
         parts = []
         for path in self.paths:
             with FeatureFile(path) as file:
-                parts.append(file.rows("motion").float())
+                motion = file.rows("motion").float()
+                parts.append(motion - motion.mean(0) if centred else motion)
         return torch.cat(parts)
 
 
@@ -236,6 +249,24 @@ def collate_windows(items: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+class WindowLoader(MapStream):
+    """The stream of batches, which can also be gone through epoch by epoch, as torch's DataLoader."""
+
+    epoch = 0  # that the next iteration reads
+
+    def __len__(self) -> int:
+        return self.plan.steps_per_epoch * self.plan.accumulation
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.start(self.epoch * self.plan.steps_per_epoch)
+        self.epoch += 1
+        try:
+            for _ in range(self.plan.steps_per_epoch):
+                yield from self.next_step()
+        finally:
+            self.close()
+
+
 def create_dataloader(
     dataset: FLOATDataset,
     *,
@@ -248,13 +279,13 @@ def create_dataloader(
     shuffle: bool = True,
     drop_last: bool = True,
     bad_samples: Path | None = None,
-) -> MapStream:
-    """The stream of batches over a data set: cut over ranks, ordered by (seed, epoch), the same with any number of
-    workers.
+) -> "WindowLoader":
+    """Batches over a data set: cut over ranks, ordered by (seed, epoch), the same with any number of workers. For the
+    loop a stream; `for batch in create_dataloader(dataset, batch_size=4)` goes through one epoch.
     """
     info = info or DistInfo()
     plan = BatchPlan(len(dataset), batch_size, info.world, accumulation, seed, drop_last=drop_last, shuffle=shuffle)
-    return MapStream(
+    return WindowLoader(
         dataset,
         plan,
         info,

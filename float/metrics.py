@@ -13,6 +13,7 @@ videos beside the checkpoint.
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -20,6 +21,13 @@ if not __package__:
 from shared.config import Section, load_config, setting
 from shared.errors import UserError, command, write_text
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from float.evaluation.scoring import Material, Scorer
+    from shared.report.page import Sample
+
+METER_CLIPS = 4  # that suffice to train the mouth meter
 TARGET_GAIN, TARGET_RECONSTRUCTION, TARGET_MOUTH, TARGET_MARGIN = 3.0, 0.75, 0.65, 0.5
 
 
@@ -89,18 +97,17 @@ def run_scores(options: MetricsOptions, checkpoint: str) -> dict:
     data.data_root = options.data_root or data.data_root
     root, split = data_root(data), options.split or data.val_split
     held_out = load_material(animator, find_clips(root, split), root)
-    train = load_material(animator, find_clips(root, data.train_split), root)
+    train = load_material(animator, find_clips(root, data.train_split, required=False), root)
     rendered = [item for item in train if item.truth is not None]
+    # the meter learns from other people than it judges, where there are enough of them
+    judged = {item.clip.identity for item in held_out}
+    others = [item for item in rendered if item.clip.identity not in judged]
+    rendered = others if len(others) >= METER_CLIPS else rendered
     meter = None
     if rendered and all(item.truth is not None for item in held_out):
         key = f"{root.resolve()} {[(item.clip.clip_id, len(item.frames)) for item in rendered]} {data.mouth_box}"
-        meter = meter_for(
-            [item.clip for item in rendered],
-            [item.frames for item in rendered],
-            data.mouth_box,
-            folder / "mouth_meter.safetensors",
-            key,
-        )
+        frames, truths = [item.frames for item in rendered], [item.truth for item in rendered if item.truth is not None]
+        meter = meter_for(frames, truths, data.mouth_box, folder / "mouth_meter.safetensors", key)
     scorer = Scorer(animator, meter)
     reconstruction, rebuilt = scorer.score_reconstruction(held_out)
     contrast = (held_out + train)[: options.max_sounds + 1]
@@ -111,24 +118,45 @@ def run_scores(options: MetricsOptions, checkpoint: str) -> dict:
         "held_out_clips": len(held_out),
         "uses_meter": meter is not None,
     }
-    _report(folder, options, values, held_out, rebuilt, made, data.video_fps)
+    known = {item.clip.identity for item in train}
+    made_by_clip = list(zip(held_out, rebuilt, made, strict=True))
+    samples = [
+        sample
+        for item, one, other in made_by_clip
+        for sample in _shown(folder, scorer, item, one, other, known=item.clip.identity in known)
+    ]
+    _report(folder, options, values, samples)
     return {**values, "clips": [{**a, **b} for a, b in zip(reconstruction.clips, generation.clips, strict=True)]}
 
 
-def _report(
-    folder: Path, options: MetricsOptions, values: dict, held_out: list, rebuilt: list, made: list, fps: float
-) -> None:
+def _shown(
+    folder: Path, scorer: "Scorer", item: "Material", rebuilt: "np.ndarray", made: "np.ndarray", *, known: bool
+) -> "list[Sample]":
+    """For the page: the talking face with its mouth's curve over the sound's, the video, and the three side by side."""
     from float.data.media import write_video
-    from float.evaluation.scoring import side_by_side
-    from shared.report.page import Bar, Sample, write_report
+    from float.evaluation.scoring import side_by_side, talking_sheet
+    from shared.report.page import Sample
 
-    samples = []
-    caption = "true, rebuilt from its true motion, generated from the sound"
-    for item, reconstruction, generated in zip(held_out, rebuilt, made, strict=True):
-        path = folder / "samples" / f"compare_{item.clip.clip_id}.mp4"
-        frames = side_by_side(item.frames, reconstruction, generated, enlarge=max(1, 192 // item.frames.shape[1]))
-        write_video(path, frames, fps=fps, wave=item.wave)
-        samples.append(Sample(path, f"{item.clip.clip_id}: {caption}", "held-out clips"))
+    fps, clip = scorer.config.data.video_fps, item.clip.clip_id
+    who = "a person of the training clips" if known else "a person that no training clip shows"
+    enlarge = max(1, 384 // made.shape[1])
+    sheet, alone, compared = (
+        folder / "samples" / name for name in (f"talking_{clip}.png", f"talking_{clip}.mp4", f"compare_{clip}.mp4")
+    )
+    talking_sheet(sheet, made, scorer.opening(made), scorer.reference(item), item.wave, fps=fps)
+    write_video(alone, side_by_side(made, enlarge=enlarge), fps=fps, wave=item.wave)
+    three = side_by_side(item.frames, rebuilt, made, enlarge=max(1, enlarge // 2))
+    write_video(compared, three, fps=fps, wave=item.wave)
+    return [
+        Sample(sheet, f"{clip}, {who}: one portrait and the sound; above frames, below the mouth", "talking"),
+        Sample(alone, f"{clip}, {who}: generated from the first frame and the sound", "talking"),
+        Sample(compared, f"{clip}: true, rebuilt from its true motion, generated from the sound", "side by side"),
+    ]
+
+
+def _report(folder: Path, options: MetricsOptions, values: dict, samples: "list[Sample]") -> None:
+    from shared.report.page import Bar, write_report
+
     rule = "trained meter on generated frames" if values["uses_meter"] else "mouth activity, no true opening at hand"
     copy, copy_mouth, other = values["psnr_copy"], values["psnr_mouth_copy"], values["mouth_r_other_sound"]
     by_copy, by_other = "baseline: copy of the first frame", "baseline: another clip's sound"

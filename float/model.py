@@ -256,15 +256,16 @@ class FlowMatchingTransformer(nn.Module):
         prev_wa_BPa: Tensor,
         *,
         passes: Sequence[Pass],
+        window_only: bool = False,
     ) -> Tensor:
-        """The window's velocity under several choices of conditions at once, (passes, B, L, d), for guidance.
+        """Velocity under several choices of conditions at once: (passes, B, N, d), (passes, B, L, d) with window_only.
 
-        passes: (with sound, with reference, with emotion); what is left out is zero, in the window's frames. The same
-        as forward with window_only for each, but what passes have in common is computed once: the embedded motion, the
+        For guidance. passes: (with sound, with reference, with emotion); what is left out is zero, in the window's
+        frames. The same as forward for each, but what passes have in common is computed once: the embedded motion, the
         parts of the condition, and the modulation of all frames that have one condition, such as a whole window
         without sound.
         """
-        first = self._first_frames(window_only=True)
+        first = self._first_frames(window_only)
         before, length = self.num_prev_frames - first[0], self.num_frames
         batch, count, tokens = len(x_BLd), len(passes), before + length
         wa = torch.cat([prev_wa_BPa[:, first[0] :], wa_BLa], 1)
@@ -332,30 +333,36 @@ class MotionGenerator(nn.Module):
 
     motion_width D: width of the auto-encoder's motion latents. As a rule the flow runs on them directly (D = d,
     whitening is the identity). With D > d it runs on d principal coordinates z = (r - mean) W, r = z W' + mean, set by
-    `set_motion_statistics`.
+    `set_motion_statistics`. relative: it runs on the motion minus the reference's own.
     """
 
     motion_mean: Tensor
     motion_whiten: Tensor
     motion_unwhiten: Tensor
 
-    def __init__(self, fmt: FlowMatchingTransformer, raw_audio_dim: int, motion_width: int | None = None):
+    def __init__(
+        self,
+        fmt: FlowMatchingTransformer,
+        raw_audio_dim: int,
+        motion_width: int | None = None,
+        *,
+        relative: bool = False,
+    ):
         super().__init__()
         width = motion_width or fmt.dim_w
-        self.fmt = fmt
+        self.fmt, self.relative = fmt, relative
         self.audio_encoder = AudioProjection(raw_audio_dim, fmt.dim_a)
         self.register_buffer("motion_mean", torch.zeros(width))
         self.register_buffer("motion_whiten", torch.eye(width, fmt.dim_w))
         self.register_buffer("motion_unwhiten", torch.eye(fmt.dim_w, width))
 
-    def set_motion_statistics(self, motion_TD: Tensor, *, floor: float = 0.05) -> None:
-        """Whiten with the mean and the first d principal axes of many frames.
+    def set_motion_statistics(self, motion_TD: Tensor, *, spread_TD: Tensor | None = None, floor: float = 0.05) -> None:
+        """Whiten with the mean and the first d principal axes of many frames; spread: other frames for the axes.
 
         Axes whose deviation is below `floor` of the largest are not blown up to unit size: they are noise.
         """
-        motion = motion_TD.double()
-        mean = motion.mean(0)
-        variance, axes = torch.linalg.eigh(torch.cov((motion - mean).T))  # ascending
+        mean, spread = motion_TD.double().mean(0), (motion_TD if spread_TD is None else spread_TD).double()
+        variance, axes = torch.linalg.eigh(torch.cov((spread - spread.mean(0)).T))  # ascending
         axes = axes[:, -self.fmt.dim_w :]
         deviation = variance[-self.fmt.dim_w :].clamp(min=0).sqrt()
         deviation = deviation.clamp(min=max(floor * deviation.max().item(), 1e-8))
@@ -363,12 +370,16 @@ class MotionGenerator(nn.Module):
         self.motion_whiten.copy_(axes / deviation)
         self.motion_unwhiten.copy_((axes * deviation).T)
 
-    def whiten(self, motion: Tensor) -> Tensor:
-        """Motion latents (..., d) -> the space of the flow."""
+    def whiten(self, motion: Tensor, reference_Bd: Tensor | None = None) -> Tensor:
+        """Motion latents (..., d) in the flow's space; where it is relative, (B, T, d) less the reference (B, d)."""
+        if self.relative and reference_Bd is not None:
+            return (motion - reference_Bd[:, None]) @ self.motion_whiten
         return (motion - self.motion_mean) @ self.motion_whiten
 
-    def unwhiten(self, whitened: Tensor) -> Tensor:
-        """The space of the flow -> motion latents (..., d)."""
+    def unwhiten(self, whitened: Tensor, reference_Bd: Tensor | None = None) -> Tensor:
+        """The space of the flow -> motion latents (..., d); the inverse of whiten."""
+        if self.relative and reference_Bd is not None:
+            return whitened @ self.motion_unwhiten + reference_Bd[:, None]
         return whitened @ self.motion_unwhiten + self.motion_mean
 
     def forward(
@@ -400,7 +411,7 @@ class MotionGenerator(nn.Module):
         assert wr_Bd is not None and we_B1E is not None and prev_x_BPd is not None and prev_audio_BPF is not None
         if passes is not None:
             inputs = t_B, x_BLd, audio_BLF, wr_Bd, we_B1E, prev_x_BPd, prev_audio_BPF
-            return self.fmt.velocities(*inputs, passes=passes)
+            return self.fmt.velocities(*inputs, passes=passes, window_only=True)
 
         # the projection learns too, so it runs here and not in the cache
         wa, prev_wa = self.audio_encoder(audio_BLF), self.audio_encoder(prev_audio_BPF)

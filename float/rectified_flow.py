@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from float.config import Config, settle
 from float.dataset import FLOATDataset, collate_windows, create_dataloader
 from float.model import FMTBlock, MotionGenerator
-from float.sampling.ode import Velocity, solve_ode
+from float.sampling.motion import solver_times
 from shared.config import accumulation_steps
 from shared.data import to_device
-from shared.engine.dist import DistInfo
-from shared.flow import sample_times
-from shared.loop import FitResult, fit
-from shared.optim import adamw, decay_groups
+from shared.engine.dist import DistInfo, mean_over_ranks
+from shared.flow import Velocity, integrate, sample_times
+from shared.loop import FitResult, TrainedModel, fit, plan_steps
+from shared.optim import adamw, decay_groups, lr_at
 from shared.rng import keyed_rand, keyed_randn
 
 TIMES, NOISE, DROPS, HELD_OUT = 321, 322, 323, 324  # random streams
@@ -69,9 +69,23 @@ class RectifiedFlow:
         """Training times (batch,) from torch's random numbers."""
         return self.times(torch.rand(batch, generator=generator))
 
-    def sample_ode(self, velocity: Velocity, noise: Tensor, **options: Any) -> Tensor:
-        """From standard normal noise (B, ...) at t = 0 to data at t = 1; options: those of sampling.ode.solve_ode."""
-        return solve_ode(velocity, noise if self.sigma_max == 1.0 else self.sigma_max * noise, **options)
+    def sample_ode(
+        self,
+        velocity: Velocity,
+        noise: Tensor,
+        *,
+        nfe: int = 10,
+        steps: int | None = None,
+        method: str = "euler",
+        atol: float = 1e-5,
+        rtol: float = 1e-5,
+    ) -> Tensor:
+        """Solve dx/dt = velocity(x, t) from standard normal noise (B, ...) at t = 0 to data at t = 1.
+
+        nfe counts time points, one more than steps; `steps` overrides it. method: those of shared.flow.integrate.
+        """
+        start = noise if self.sigma_max == 1.0 else self.sigma_max * noise
+        return integrate(velocity, start, solver_times(nfe, steps), method, atol=atol, rtol=rtol)
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
@@ -122,12 +136,14 @@ class RectifiedFlowLoss(nn.Module):
         *,
         prev_target: Tensor | None = None,
         prev_valid_B: Tensor | None = None,
+        prev_share: float | None = None,
     ) -> dict[str, Tensor]:
         """-> loss, loss_flow, loss_vel, loss_prev (scalars) and loss_B, the total per sample.
 
         model_output: (B, P + L, d) or (B, L, d); target: velocity (B, L, d). prev_target: clean previous motion
         (B, P, d); prev_valid_B: rows whose previous motion was given to the model (not dropped, and not before the
-        clip's start).
+        clip's start). loss_prev is a mean over these; prev_share: their share of the whole step's rows, None: of this
+        batch.
         """
         frames = target.shape[1]
         current = model_output[:, -frames:]
@@ -140,7 +156,9 @@ class RectifiedFlowLoss(nn.Module):
         if prev_target is not None and self.prev_loss_weight > 0:
             prev_B = self._per_sample(model_output[:, :-frames], prev_target)
             if prev_valid_B is not None:
-                prev_B = prev_B * prev_valid_B
+                # over the valid rows alone, else dropout of 0.5 would halve the weight
+                share = prev_valid_B.float().mean() if prev_share is None else torch.tensor(prev_share)
+                prev_B = prev_B * prev_valid_B / share.clamp(min=1e-6)
         loss_B = self.lambda_ot * flow_B + self.lambda_vel * vel_B + self.prev_loss_weight * prev_B
         return {
             "loss": loss_B.mean(),
@@ -196,6 +214,9 @@ class FlowMatchingTrainer:
         )
         self.shape = config.data.sequence_length, model.fmt.dim_w  # of one sample in the flow's space, (L, d)
         self.last_metrics: dict[str, Tensor] = {}
+        self.last_validation: dict[str, float] = {}
+        self.handle: TrainedModel | None = None  # the loop's own, which knows the last gradient's norm
+        self.planned_steps = 1
         self.steps_per_epoch: int | None = None
         self.optimizer: torch.optim.Optimizer | None = None
 
@@ -204,34 +225,57 @@ class FlowMatchingTrainer:
     def losses(self, model: Callable, batches: list[dict], step: int) -> Iterator[tuple[Tensor, dict]]:
         """One (loss, metrics) a micro-batch."""
         seed = self.config.run.seed
-        for batch in batches:
+        self.handle = model if isinstance(model, TrainedModel) else None
+        drops = [self._drops(batch, step) for batch in batches]
+        prev_share = self._share_of_valid_previous(batches, drops)
+        for batch, drop_B5 in zip(batches, drops, strict=True):
             # `slot` is a sample's place in the global batch of the step. Draws keyed by (seed, step, slot) are the same
             # on one rank and on eight, in one micro-step and in four, before and after a restart.
             slots, device = batch["slot"], batch["motion_latent_cur"].device
             t_B = self.flow.times(keyed_rand((), key=(seed, TIMES, step), slots=slots, device=device))
             noise = keyed_randn(self.shape, key=(seed, NOISE, step), slots=slots, device=device)
-            draws_B5 = keyed_rand((5,), key=(seed, DROPS, step), slots=slots, device=device)
 
-            terms = self._terms(model, batch, t_B, noise, draws_B5 < self.drop_chances.to(device))
+            terms = self._terms(model, batch, t_B, noise, drop_B5, prev_share)
             loss_B = terms.pop("loss_B").detach()
             self.last_metrics = {name: value.detach() for name, value in terms.items()}
             metrics = {name: value for name, value in self.last_metrics.items() if name != "loss"}
             # the loop adds up what is yielded: the mean over micro-batches is made here
             yield terms["loss"] / len(batches), {**metrics, "loss_by_t": (t_B, loss_B)}
 
+    def _drops(self, batch: dict, step: int) -> Tensor:
+        """(B, 5): which conditions of which sample are left out in this step."""
+        device = batch["motion_latent_cur"].device
+        key = (self.config.run.seed, DROPS, step)
+        return keyed_rand((5,), key=key, slots=batch["slot"], device=device) < self.drop_chances.to(device)
+
+    def _share_of_valid_previous(self, batches: list[dict], drops: list[Tensor]) -> float | None:
+        """Of all rows of the step, over micro-batches and ranks, so that their number does not change the loss; None
+        where no loss asks.
+        """
+        if self.config.training.prev_loss_weight == 0:
+            return None
+        valid = [_has_previous(batch, drop_B5).float().mean() for batch, drop_B5 in zip(batches, drops, strict=True)]
+        return mean_over_ranks({"valid": float(torch.stack(valid).mean())})["valid"]
+
     def _terms(
-        self, model: Callable, batch: dict, t_B: Tensor, noise: Tensor, drop_B5: Tensor | None
+        self,
+        model: Callable,
+        batch: dict,
+        t_B: Tensor,
+        noise: Tensor,
+        drop_B5: Tensor | None,
+        prev_share: float | None = None,
     ) -> dict[str, Tensor]:
-        whiten, has_previous_B = self.model.whiten, batch["has_previous"]
-        data = whiten(batch["motion_latent_cur"])
+        whiten, has_previous_B, reference_Bd = self.model.whiten, batch["has_previous"], batch["reference_motion"]
+        data = whiten(batch["motion_latent_cur"], reference_Bd)
         # a window at the start of its clip has no previous motion: zeros after whitening, as the sampler's first window
-        previous = whiten(batch["motion_latent_prev"]) * has_previous_B[:, None, None]
+        previous = whiten(batch["motion_latent_prev"], reference_Bd) * has_previous_B[:, None, None]
 
         output = model(
             t_B,
             self.flow.interpolate(noise, data, t_B),
             batch["audio_cur"].float(),  # cached in half precision, perhaps
-            whiten(batch["reference_motion"]),
+            whiten(reference_Bd),
             batch["emotion_features"],
             previous,
             batch["audio_prev"].float(),
@@ -240,22 +284,36 @@ class FlowMatchingTrainer:
             window_only=self.window_only,
         )
 
-        # the velocity of previous frames can be asked for only where the model was shown them
-        valid_B = has_previous_B if drop_B5 is None else has_previous_B & ~drop_B5[:, 3]
         velocity = self.flow.target_velocity(noise, data)
-        return self.criterion(output, velocity, prev_target=previous, prev_valid_B=valid_B)
+        if self.window_only:
+            return self.criterion(output, velocity)
+        # what the previous frames are asked for is their motion before augmentation, where the model was shown them
+        clean = whiten(batch.get("motion_latent_prev_clean", batch["motion_latent_prev"]), reference_Bd)
+        previous_terms: dict[str, Any] = {"prev_target": clean, "prev_valid_B": _has_previous(batch, drop_B5)}
+        if prev_share is not None:
+            previous_terms["prev_share"] = prev_share
+        return self.criterion(output, velocity, **previous_terms)
 
     def validate(self, model: Callable, step: int) -> dict[str, float]:
         """Loss on all held-out windows without condition dropout, with the same noise and times in every validation."""
         val_set = self.val_set
         assert val_set is not None, "fit calls this hook only where there is a validation set"
+        info = self.info
         totals: dict[str, float] = {}
-        for start in range(0, len(val_set), VALIDATION_BATCH):
+        starts = list(range(0, len(val_set), VALIDATION_BATCH))
+        # Ranks share the batches out. All make the same number of passes, for a sharded model gathers its weights in
+        # every pass: one that has no batch left takes the first once more, at weight 0.
+        for turn in range(0, len(starts), info.world):
+            mine = turn + info.rank
+            start = starts[mine if mine < len(starts) else 0]
             indices = range(start, min(start + VALIDATION_BATCH, len(val_set)))
             batch = collate_windows([val_set.sample(index, 0) for index in indices])
-            batch = to_device({**batch, "slot": torch.tensor(list(indices))}, self.info.device)
+            batch = to_device({**batch, "slot": torch.tensor(list(indices))}, info.device)
+            # the loop takes the mean over ranks of what is returned
+            weight = info.world * len(indices) / len(val_set) if mine < len(starts) else 0.0
             for name, value in self._held_out_terms(model, batch).items():
-                totals[name] = totals.get(name, 0.0) + float(value) * len(indices) / len(val_set)
+                totals[name] = totals.get(name, 0.0) + float(value) * weight
+        self.last_validation = {f"val/{name}": value for name, value in mean_over_ranks(totals).items()}
         return totals
 
     def _held_out_terms(self, model: Callable, batch: dict) -> dict[str, Tensor]:
@@ -266,9 +324,13 @@ class FlowMatchingTrainer:
         return {name: value for name, value in terms.items() if name != "loss_B"}
 
     def after_step(self, module: nn.Module, step: int) -> None:
-        """Run the callbacks when an epoch ends."""
+        """Run the callbacks when an epoch ends, with the step's losses, grad_norm and lr, and the last validation."""
         if self.callbacks and self.steps_per_epoch and (step + 1) % self.steps_per_epoch == 0:
             metrics = {f"train/{name}": float(value) for name, value in self.last_metrics.items()}
+            if self.handle is not None and self.handle.last_step is not None:
+                metrics["train/grad_norm"] = self.handle.last_step.grad_norm
+            metrics["train/lr"] = lr_at(step, self.config.training, self.planned_steps)
+            metrics |= self.last_validation
             for callback in self.callbacks:
                 callback(self, (step + 1) // self.steps_per_epoch, metrics)
 
@@ -289,7 +351,8 @@ class FlowMatchingTrainer:
             bad_samples=output_dir / "bad_samples.jsonl",
         )
         self.steps_per_epoch = stream.steps_per_epoch
-        settle(config, steps_per_epoch=stream.steps_per_epoch, device_type=self.info.device.type)
+        settle(config, steps_per_epoch=stream.plan.steps_per_epoch, device_type=self.info.device.type)
+        self.planned_steps = plan_steps(training, stream)
         return fit(
             config=config,
             info=self.info,
@@ -330,6 +393,11 @@ class FlowMatchingTrainer:
         self.model.eval()
         terms = self._held_out_terms(self.model, _with_slots(batch))
         return {f"val_{name}": float(value) for name, value in terms.items()}
+
+
+def _has_previous(batch: dict, drop_B5: Tensor | None) -> Tensor:
+    """(B,) bool: whose previous motion the model is shown."""
+    return batch["has_previous"] if drop_B5 is None else batch["has_previous"] & ~drop_B5[:, 3]
 
 
 def _with_slots(batch: dict) -> dict:

@@ -20,6 +20,7 @@ from shared.errors import UserError, command
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from shared.data import BatchPlan
     from shared.engine.dist import DistInfo
     from shared.loop import FitResult
 
@@ -52,6 +53,20 @@ class AutoencoderTrainer:
         if training.lambda_perceptual or training.lambda_component:
             self.stack, self.note = make_feature_stack(training.vgg_path)
             self.stack.to(info.device)
+
+    def _plan(self) -> "BatchPlan":
+        from shared.data import BatchPlan
+
+        training, world = self.config.training, self.info.world
+        accumulation, drop_last = accumulation_steps(training, world), self.config.data.drop_last
+        return BatchPlan(
+            len(self.pairs), training.batch_size, world, accumulation, self.config.run.seed, drop_last=drop_last
+        )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps that draw the pairs of an epoch once."""
+        return self._plan().steps_per_epoch
 
     @property
     def is_adversarial(self) -> bool:
@@ -152,7 +167,7 @@ class AutoencoderTrainer:
     def train(self, output_dir: Path | None = None) -> "FitResult":
         """Train to the planned step, resuming what is in the output folder."""
         from float.data.frames import collate_pairs
-        from shared.data import BatchPlan, MapStream
+        from shared.data import MapStream
         from shared.loop import fit
 
         run, training = self.config.run, self.config.training
@@ -162,18 +177,9 @@ class AutoencoderTrainer:
                 "use fsdp or zero2"
             )
         output_dir = Path(output_dir or run.output_dir)
-        accumulation = accumulation_steps(training, self.info.world)
-        plan = BatchPlan(
-            len(self.pairs),
-            training.batch_size,
-            self.info.world,
-            accumulation,
-            run.seed,
-            drop_last=self.config.data.drop_last,
-        )
         stream = MapStream(
             self.pairs,
-            plan,
+            self._plan(),
             self.info,
             collate=collate_pairs,
             # from memory a step is read at once; processes would each decode and keep all clips
@@ -181,7 +187,7 @@ class AutoencoderTrainer:
             prefetch_factor=training.prefetch_factor,
             bad_samples=output_dir / "bad_samples.jsonl",
         )
-        settle(self.config, steps_per_epoch=stream.steps_per_epoch, device_type=self.info.device.type)
+        settle(self.config, steps_per_epoch=self.steps_per_epoch, device_type=self.info.device.type)
         if self.note and self.info.is_main:
             print(self.note)
         return fit(
@@ -205,6 +211,7 @@ def main(argv: list[str] | None = None) -> "FitResult | None":
     )
     from float.plan import print_autoencoder_plan
     from shared.engine.dist import init_distributed, shutdown
+    from shared.engine.preflight import preflight
     from shared.rng import seed_everything
 
     if config.run.dry_run:
@@ -212,6 +219,7 @@ def main(argv: list[str] | None = None) -> "FitResult | None":
         return None
     info = init_distributed(config.run.device, config.run.timeout_minutes * 60)
     try:
+        preflight(config, info)
         seed_everything(config.run.seed, 1)
         return AutoencoderTrainer(config, info).train()
     finally:

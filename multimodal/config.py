@@ -61,7 +61,9 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """What is read, and how it is turned into tensors."""
 
-    data_root: str | None = setting(None, "folder that holds coco/, clotho/, audiocaps/, ...; null: the sample data")
+    data_root: str | None = setting(
+        "./data", "folder that holds coco/, clotho/, audiocaps/, ...; null: the sample data"
+    )
     datasets: list[DatasetName] = setting(["coco", "clotho", "audiocaps"], "which of them to train on", fixed=True)
     paths: dict[str, str] = setting({}, "folder of a data set that does not lie below data_root, by name")
     karpathy: bool = setting(False, "coco: use the Karpathy split (dataset_coco.json) instead of train2017/val2017")
@@ -106,7 +108,24 @@ class TrainingConfig(TrainingSection):
     num_epochs: int | None = setting(100, "passes over the image data, all stages together", "epochs", ge=1)
     gradient_accumulation_steps: int = setting(4, "micro-steps of one optimizer step", "grad_accum", ge=1)
     learning_rate: float = setting(1e-4, "peak learning rate of each stage", "lr", ge=0)
-    weight_decay: float | None = setting(None, "null: 0.05, 0.1, 0.05 in stages 1, 2, 3", ge=0)
+    # Null stands for a value of each stage's own; the stages' settings, which shared/ reads, hold numbers.
+    weight_decay: float | None = setting(None, "null: 0.05, 0.1, 0.05 in stages 1, 2, 3", ge=0)  # type: ignore[assignment]
+    adam_beta1: float | None = setting(None, "AdamW beta 1; null: 0.9", "beta1", ge=0, lt=1)  # type: ignore[assignment]
+    adam_beta2: float | None = setting(  # type: ignore[assignment]
+        None, "AdamW beta 2; null: 0.95, 0.98, 0.98 in stages 1, 2, 3", "beta2", ge=0, lt=1
+    )
+    adam_epsilon: float | None = setting(  # type: ignore[assignment]
+        None, "AdamW epsilon; null: 1e-8, 1e-6, 1e-6 in stages 1, 2, 3", "eps", gt=0
+    )
+    best_metric: str = setting(
+        "auto",
+        "metric that decides best_model.pt; auto: val/loss in stage 1, val/retrieval (mean reciprocal rank) after",
+    )
+    best_mode: Literal["auto", "min", "max"] = setting(  # type: ignore[assignment]
+        "auto", "whether the best metric is the smallest or the largest; auto: losses small, the others large"
+    )
+    sample_steps: int | None = setting(None, "not used: generate.py draws sheets of a trained model", hidden=True)
+    max_logit_scale: float = setting(100.0, "bound of both temperatures (as the factor on cosines)", gt=1)
     lr_scheduler_type: Literal["cosine", "constant", "linear", "wsd"] = setting("cosine", "shape after the warm-up")
     warmup_ratio: float = setting(0.05, "warm-up as a share of a stage, at most 2000 steps", ge=0, le=1)
     warmup_steps: int = setting(0, "warm-up steps of each stage; 0: warmup_ratio decides", ge=0)
@@ -142,11 +161,13 @@ class TrainingConfig(TrainingSection):
     save_every_n_epochs: int | None = setting(10, "epochs between checkpoints", "save_every", ge=1)
     eval_steps: int | None = setting(None, "optimizer steps between validations; null: eval_every_n_epochs", ge=1)
     eval_every_n_epochs: int = setting(1, "epochs between validations", "eval_every", ge=1)
-    keep_last: int = setting(3, "newest checkpoints kept; the best one is kept beside them", ge=2)
+    keep_last: int = setting(3, "newest checkpoints kept; the best one is kept too", ge=2)
     num_workers: int = setting(4, "loader processes per rank and kind of data", "workers", ge=0)
 
     @model_validator(mode="after")
     def _stages_fit(self) -> "TrainingConfig":
+        if self.sample_steps is not None:
+            raise ValueError("sample_steps: this training draws no samples; multimodal/generate.py does, afterwards")
         if self.stages is not None and (not self.stages or set(self.stages) - {1, 2, 3}):
             raise ValueError(f"stages {self.stages}: name some of 1, 2, 3")
         if len(self.stage_fractions) != 3 or min(self.stage_fractions) < 0 or sum(self.stage_fractions) <= 0:
@@ -156,10 +177,17 @@ class TrainingConfig(TrainingSection):
         return self
 
 
+class RunConfig(RunSection):
+    """Where and how a run executes."""
+
+    output_dir: str = setting("outputs", "folder that receives the run: checkpoints, logs, reports", "logdir")
+    tensorboard: bool = setting(True, "write TensorBoard event files to OUT/logs/tensorboard")
+
+
 class Config(Section):
     """A whole run."""
 
-    run: RunSection = RunSection(output_dir="outputs", tensorboard=True)
+    run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()

@@ -15,13 +15,13 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from multimodal.download.archives import ArchiveError, count_files, unpack  # noqa: E402
-from multimodal.download.catalogue import AUDIOCAPS_2, SETS, SPLITS, ManualFile, RemoteFile, RemoteSet  # noqa: E402
+from multimodal.download.catalogue import AUDIOCAPS_2, SETS, ManualFile, RemoteFile, RemoteSet  # noqa: E402
 from multimodal.download.fetch import DownloadError, Policy, digest, fetch  # noqa: E402
 from shared.config import Section, load_config, setting  # noqa: E402
 from shared.errors import UserError, command, write_text, written_aside  # noqa: E402
@@ -42,7 +42,7 @@ class Options(Section):
     dry_run: bool = setting(False, "say what would be fetched, and stop")
     keep_archives: bool = setting(False, "keep downloaded archives after unpacking")
     extract: bool = setting(True, "unpack archives; --no-extract only fetches and verifies them")
-    splits: list[Literal[SPLITS]] = setting(
+    splits: list[Literal["train", "val", "test", "test2017", "karpathy"]] = setting(
         ["train", "val", "test"], "parts to fetch; test2017 and karpathy belong to coco"
     )
     max_retries: int = setting(5, "failures in a row, without a new byte, before a file is given up", ge=0)
@@ -105,9 +105,13 @@ def main(argv: list[str] | None = None) -> None:
 def handle(found: RemoteSet, folder: Path, options: Options, bases: dict[str, str]) -> State:
     """Fetch, verify and unpack one set."""
     try:
-        record = {}
         for file in wanted(found, options):
-            record[file.name] = take(found, file, folder, options, bases)
+            entry, archive = take(found, file, folder, options, bases)
+            if entry["paths"]:
+                # Marked file by file, and before its archive goes: what fails or is killed later leaves this one done.
+                write_marker(folder, {file.name: entry})
+            if archive is not None:
+                archive.unlink()
         manual = take_manual(found, folder, options)
     except (DownloadError, ArchiveError) as error:
         print(f"{found.name}: {error}", file=sys.stderr)
@@ -119,8 +123,8 @@ def handle(found: RemoteSet, folder: Path, options: Options, bases: dict[str, st
             file=sys.stderr,
         )
         return State(found.name, "failed", *measure(folder), code=FAILED)
-    if options.extract and manual:
-        write_marker(folder, record)
+    if found.name == "audiocaps":
+        say_missing_clips(folder, options)
     if not manual:
         print(
             "\n".join(
@@ -134,11 +138,15 @@ def handle(found: RemoteSet, folder: Path, options: Options, bases: dict[str, st
     return State(found.name, "complete" if options.extract else "fetched", *measure(folder))
 
 
-def take(found: RemoteSet, file: RemoteFile, folder: Path, options: Options, bases: dict[str, str]) -> dict:
-    """One file: fetched unless it is there and right, unpacked unless its content is there."""
+def take(
+    found: RemoteSet, file: RemoteFile, folder: Path, options: Options, bases: dict[str, str]
+) -> tuple[dict[str, Any], Path | None]:
+    """One file: fetched unless it is there and right, unpacked unless its content is there. Returns its entry in the
+    marker, and the archive that is not needed any more.
+    """
     previous = read_marker(folder).get(file.name)
     if file.unpacked and previous and _still_there(folder, previous):
-        return previous
+        return previous, None
     target, own = folder / file.name, True
     if target.exists() and is_right(target, file):
         own = False  # it was here before: not ours to delete
@@ -157,32 +165,58 @@ def take(found: RemoteSet, file: RemoteFile, folder: Path, options: Options, bas
                 policy=Policy(options.max_retries, options.timeout, options.first_wait),
                 progress=progress_of(f"{found.name}/{file.name}"),
             )
-    entry = {"bytes": target.stat().st_size, "checksum": list(file.checksum) if file.checksum else None}
+    entry: dict[str, Any] = {
+        "bytes": target.stat().st_size,
+        "checksum": list(file.checksum) if file.checksum else None,
+        "paths": {},
+    }
     if not file.unpacked:
-        return {**entry, "paths": {file.name: 1}}
+        return {**entry, "paths": {file.name: 1}}, None
     if not options.extract:
-        return {**entry, "paths": {}}
-    entry["paths"] = unpack(target, folder / file.into if file.into else folder, expected_bytes=file.unpacked)
-    if own and not options.keep_archives:
-        target.unlink()
-    return entry
+        return entry, None
+    entry["paths"] = unpack(target, folder, expected_bytes=file.unpacked)
+    return entry, target if own and not options.keep_archives else None
 
 
 def take_manual(found: RemoteSet, folder: Path, options: Options) -> bool:
-    """Whether the part that the user fetches is there; archives that lie in the folder are checked, joined and
-    unpacked.
+    """Whether the part that the user fetches is there. Each archive that lies in the folder is checked, joined and
+    unpacked, unless the marker says that this was done and its files are still there.
     """
     if not found.steps:
         return True
     for file in found.manual:
+        done = read_marker(folder).get(file.name)
+        if not options.extract or (done and _still_there(folder, done)):
+            continue
+        before = (folder / file.name).exists()
         archive = joined(file, folder)
-        if (
-            archive is not None
-            and options.extract
-            and not any(True for pattern in found.layout for _ in folder.glob(pattern))
-        ):
-            unpack(archive, folder, expected_bytes=2 * archive.stat().st_size)
+        if archive is not None:
+            paths = unpack(archive, folder, expected_bytes=2 * archive.stat().st_size)
+            write_marker(folder, {file.name: {"bytes": archive.stat().st_size, "paths": paths}})
+            if not before and not options.keep_archives:
+                archive.unlink()  # made of its parts by this command; the parts stay
+    return has_layout(found, folder)
+
+
+def has_layout(found: RemoteSet, folder: Path) -> bool:
+    """Whether anything of the part that the user fetches is there."""
     return any(True for pattern in found.layout for _ in folder.glob(pattern))
+
+
+def say_missing_clips(folder: Path, options: Options) -> None:
+    """How many of AudioCaps' clips are there, and a list of the others: missing_SPLIT.csv next to the tables."""
+    from multimodal.data.sets import missing_clips
+
+    for split in ("train", "val", "test"):
+        if split in options.splits and (folder / f"{split}.csv").exists():
+            clips, listed = missing_clips(folder, split)
+            print(f"audiocaps {split}: {listed - len(clips)} of {listed} clips are there", end="")
+            path = folder / f"missing_{split}.csv"
+            print(f"; the others are listed in {path}" if clips else "")
+            if clips:
+                write_text(path, "youtube_id,start_time\n" + "".join(f"{key},{start}\n" for key, start in clips))
+            else:
+                path.unlink(missing_ok=True)
 
 
 def joined(file: ManualFile, folder: Path) -> Path | None:
@@ -242,10 +276,19 @@ def write_marker(folder: Path, record: dict[str, dict]) -> None:
 def is_complete(folder: Path, found: RemoteSet, options: Options) -> bool:
     """Whether every wanted file is in the marker and its content still there."""
     entries = read_marker(folder)
-    manual = not found.steps or any(True for pattern in found.layout for _ in folder.glob(pattern))
-    return manual and all(
-        file.name in entries and _still_there(folder, entries[file.name]) for file in wanted(found, options)
+    manual = not found.steps or has_layout(found, folder)
+    waiting = [file for file in found.manual if is_waiting(file, folder, entries)]
+    return (
+        manual
+        and not waiting
+        and all(file.name in entries and _still_there(folder, entries[file.name]) for file in wanted(found, options))
     )
+
+
+def is_waiting(file: ManualFile, folder: Path, entries: dict[str, dict]) -> bool:
+    """Whether an archive that the user laid there is still to be unpacked."""
+    here = (folder / file.name).exists() or (file.parts and all((folder / name).exists() for name, _ in file.parts))
+    return bool(here) and not (file.name in entries and _still_there(folder, entries[file.name]))
 
 
 def _still_there(folder: Path, entry: dict) -> bool:
@@ -283,6 +326,12 @@ def bytes_needed(found: RemoteSet, folder: Path, options: Options) -> int:
             0,
         )
         total += max(0, (file.size or file.estimate) - here) + (file.unpacked if options.extract else 0)
+    for manual in found.manual if options.extract else ():
+        if is_waiting(manual, folder, entries):
+            whole = folder / manual.name
+            parts = sum((folder / name).stat().st_size for name, _ in manual.parts if (folder / name).exists())
+            # Joined from its parts first, then unpacked: sound does not shrink much in an archive.
+            total += 2 * whole.stat().st_size if whole.exists() else 3 * parts
     return total
 
 

@@ -1,7 +1,6 @@
 """Retrieve with a trained model, into a file a person can look at.
 
-python multimodal/generate.py --checkpoint outputs/multimodal --output sheet.png         the five nearest pictures of
-held-out captions
+python multimodal/generate.py --checkpoint outputs/multimodal --output sheet.png     held-out captions and pictures
 python multimodal/generate.py --checkpoint outputs/multimodal --dataset clotho --output sounds.json
 python multimodal/generate.py --checkpoint outputs/multimodal --prompt "a red circle" --output circle.png
 """
@@ -15,6 +14,8 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from multimodal.config import DatasetName  # noqa: E402
+from multimodal.metrics import DataOptions, records_of  # noqa: E402
+from multimodal.metrics import Options as MetricsOptions  # noqa: E402
 from shared.config import Section, load_config, setting  # noqa: E402
 from shared.errors import UserError, command, write_text  # noqa: E402
 
@@ -25,7 +26,7 @@ class Options(Section):
     checkpoint: str = setting("outputs/multimodal", "a run's folder, a checkpoint folder or a .pt file")
     output: str = setting("retrieval.png", ".png: pictures; .json: pictures or sounds with their captions")
     dataset: DatasetName | None = setting(None, "what is searched; null: the first data set of the run", "datasets")
-    data_root: str | None = setting(None, "its folder; null: the run's")
+    data: DataOptions = DataOptions()
     split: Literal["train", "val", "test"] = setting("val", "part of the data that is searched")
     prompt: list[str] = setting([], "texts to search for; none: captions of the data")
     rows: int = setting(8, "queries shown", ge=1, le=50)
@@ -40,26 +41,17 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(options.output)
     if output.suffix not in (".png", ".json"):
         raise UserError(f"--output {output}: .png or .json is wanted")
-    from multimodal import metrics
     from multimodal.data.records import ListRecords
     from multimodal.weights.open import Embedder
 
     embedder = Embedder.load(options.checkpoint, device=options.device, batch_size=options.batch_size)
     name = options.dataset or embedder.config.data.datasets[0]
-    found = metrics.records_of(
-        embedder,
-        metrics.Options(
-            checkpoint=options.checkpoint, datasets=[name], split=options.split, data_root=options.data_root
-        ),
+    found = records_of(
+        embedder, MetricsOptions(checkpoint=options.checkpoint, datasets=[name], split=options.split, data=options.data)
     )
-    records = found.get(name, [])
-    kind = (
-        "image"
-        if any(record.kind == "image" for record in records) and output.suffix == ".png"
-        else records[0].kind
-        if records
-        else "image"
-    )
+    records = found.get(name, ListRecords())
+    kinds = records.by_kind()
+    kind = "image" if "image" in kinds or not kinds else next(iter(kinds))
     records = ListRecords(record for record in records if record.kind == kind and record.captions)
     if not records:
         raise UserError(f"data set {name} has no captioned {options.split} samples to search")
@@ -85,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def with_prompts(embedder: Any, split: Any, prompts: list[str]) -> Any:
-    """The split with the user's texts in place of its captions; no item is the true one then."""
+    """The split with the user's texts instead of its captions; no item is the true one then."""
     if not prompts:
         return split
     split.captions_CE, split.caption_texts, split.owners = embedder.texts(prompts), prompts, [-1] * len(prompts)

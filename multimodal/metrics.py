@@ -10,19 +10,40 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from multimodal.config import DatasetName  # noqa: E402
+from multimodal.config import Config, DatasetName  # noqa: E402
 from shared.config import Section, load_config, setting  # noqa: E402
 from shared.errors import UserError, command, write_text  # noqa: E402
+
+if TYPE_CHECKING:
+    from multimodal.data.records import Record, Records
+    from multimodal.evaluation.held_out import Split
+    from multimodal.weights.open import Embedder
 
 # What the small preset is meant to reach on the sample data, text to item (40 pictures, 16 sounds held out).
 SAMPLE_TARGETS = {("coco", "R@10"): 0.45, ("clotho", "R@5"): 0.50}
 FOLDS, FOLD = 5, 1000
 ITEMS = {"image": "picture", "audio": "sound", "voice": "voice"}
+
+
+class DataOptions(Section):
+    """Where the data lie."""
+
+    data_root: str | None = setting(None, "folder that holds them; null: the run's")
+    paths: dict[str, str] = setting({}, "folder of a data set that lies elsewhere, by name: {jsonl: FOLDER}")
+
+    def over(self, config: Config) -> Config:
+        """The run's settings with these places."""
+        changes: dict[str, Any] = {}
+        if self.data_root is not None:
+            changes = {"data_root": self.data_root, "paths": {}}
+        if self.paths:
+            changes["paths"] = {**config.data.paths, **self.paths}
+        return config.model_copy(update={"data": config.data.model_copy(update=changes)})
 
 
 class Options(Section):
@@ -33,7 +54,7 @@ class Options(Section):
     datasets: list[DatasetName] | None = setting(
         None, "data sets to measure; null: those of the run that are there", "dataset"
     )
-    data_root: str | None = setting(None, "their folder; null: the run's")
+    data: DataOptions = DataOptions()
     split: Literal["train", "val", "test"] = setting("val", "part of the data")
     protocol: Literal["full", "first5", "1k", "karpathy"] = setting(
         "full",
@@ -42,11 +63,12 @@ class Options(Section):
     zeroshot: str | None = setting(
         None, "coco80, or a folder with one folder a class, or a folder in the ESC-50 layout"
     )
+    workers: int = setting(0, "loader processes", "num_workers", ge=0)
     audio_crops: int = setting(1, "cuts of a long sound whose embeddings are averaged", ge=1, le=9)
     batch_size: int = setting(64, "items at a time", ge=1)
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     tokenizer: str | None = setting(None, "tokenizer file; null: the run's")
-    report: bool = setting(True, "write report.json, .md and .html beside the run")
+    report: bool = setting(True, "write report.json, .md and .html into the run's folder")
 
 
 @command
@@ -62,12 +84,13 @@ def main(argv: list[str] | None = None) -> None:
         "checkpoint": options.checkpoint,
         "stage": embedder.payload["stage"],
         "epoch": embedder.payload["epoch"],
-        "split": options.split,
+        "split": "test" if options.protocol == "karpathy" else options.split,
         "protocol": options.protocol,
         "retrieval": {},
         "classification": {},
     }
-    splits, sources = {}, {}
+    splits: dict[str, Split] = {}
+    sources: dict[str, Record] = {}
     if options.zeroshot is not None and options.zeroshot != "coco80":
         from multimodal.evaluation.zeroshot import classify_folder
 
@@ -79,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
 
-    write_text(output, json.dumps(found, indent=1))
+    write_text(output, json.dumps(found, indent=1, ensure_ascii=False))
     print_found(found)
     run = Path(options.checkpoint)
     run = run.parent.parent if run.is_file() else run  # OUT/checkpoints/final_model.pt belongs to OUT
@@ -99,26 +122,32 @@ def main(argv: list[str] | None = None) -> None:
         print(f"report: {path.with_suffix('.html')}")
 
 
-def measure_sets(embedder: Any, options: Options, found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def measure_sets(
+    embedder: "Embedder", options: Options, found: dict[str, Any]
+) -> tuple[dict[str, "Split"], dict[str, "Record"]]:
     """Retrieval and classification of each data set into `found`; the embedded splits by name, and records by id."""
     from multimodal.data.records import ListRecords
+    from multimodal.evaluation.held_out import classification
+    from multimodal.evaluation.transfer import transfer
 
-    splits, sources = {}, {}
+    splits: dict[str, Split] = {}
+    sources: dict[str, Record] = {}
     for name, records in records_of(embedder, options).items():
         sources |= {record.id: record for record in records}
+        seen = seen_in_training(embedder, name, records)
         kinds = records.by_kind()
         for kind, own in kinds.items():
             title = name if len(kinds) == 1 else f"{name}_{kind}"
             if options.protocol in ("first5", "1k"):
                 own = ListRecords(replace(record, captions=record.captions[:5]) for record in own)
             labels = embedder.config.model.num_classes if own.all_labelled() else None
-            split = embedder.split(own, kind, audio_crops=options.audio_crops, num_classes=labels)
+            split = embedder.split(
+                own, kind, audio_crops=options.audio_crops, num_classes=labels, workers=options.workers
+            )
             splits[title] = split
             if split.captions_CE is not None:
-                found["retrieval"][title] = retrieval_of(split, options.protocol)
+                found["retrieval"][title] = {**retrieval_of(split, options.protocol), "seen_in_training": seen}
             if split.class_logits is not None and split.labels is not None:
-                from multimodal.evaluation.held_out import classification
-
                 found["classification"][title] = classification(split)
             if options.zeroshot == "coco80" and name == "coco":
                 found["zeroshot"] = zeroshot_coco(embedder, options, split)
@@ -126,44 +155,78 @@ def measure_sets(embedder: Any, options: Options, found: dict[str, Any]) -> tupl
         raise UserError("--zeroshot coco80 is measured on coco; add --datasets coco and the --data-root that holds it")
     if not splits:
         raise UserError(
-            f"none of the data sets has a {options.split} split here; give --data-root, --datasets or --split"
+            f"none of the data sets has a {options.split} split here; give --data-root, --set data.paths='{{NAME: "
+            "FOLDER}}', --datasets or --split"
         )
+    if across := transfer(splits):
+        found["picture_to_sound"] = across
     return splits, sources
 
 
-def records_of(embedder: Any, options: Options) -> dict[str, Any]:
+def records_of(embedder: "Embedder", options: Options) -> dict[str, "Records"]:
     """Records by data set."""
+    from multimodal.data.records import Records
     from multimodal.data.sharded import readable
     from multimodal.data.sources import data_folder, read_records
     from multimodal.data.synthetic import synthetic_records
 
-    config = embedder.config
-    if options.data_root is not None:
-        config = config.model_copy(
-            update={"data": config.data.model_copy(update={"data_root": options.data_root, "paths": {}})}
-        )
-    records = {}
+    config = options.data.over(embedder.config)
+    found: dict[str, Records] = {}
     for name in options.datasets or config.data.datasets:
         if name == "synthetic":
-            records[name] = synthetic_records(options.split, config.data.synthetic_items, config.run.seed).records
+            found[name] = synthetic_records(options.split, config.data.synthetic_items, config.run.seed).records
             continue
         folder = data_folder(config, name)
         if options.datasets is None and not folder.is_dir():
             continue
         split, karpathy = ("test", True) if options.protocol == "karpathy" else (options.split, config.data.karpathy)
+        if name == "coco" and split == "test" and not karpathy:
+            raise UserError(
+                "coco: its test pictures have no captions; measure --split val (val2017), or Karpathy's test split "
+                "with --protocol karpathy"
+            )
         read = read_records(name, folder, split, karpathy=karpathy and name == "coco")
         present = readable(read.records)
-        print(f"{name} {split}: {len(present)} of {len(read.records) + read.missing} present")
+        whose = " (Karpathy)" if karpathy and name == "coco" else ""
+        print(f"{name} {split}{whose}: {len(present)} of {len(read.records) + read.missing} present")
         if present:
-            records[name] = present
-    return records
+            found[name] = present
+    return found
 
 
-def retrieval_of(split: Any, protocol: str) -> dict[str, Any]:
+def seen_in_training(embedder: "Embedder", name: str, records: "Records") -> int | None:
+    """How many of these the run was trained on, None where its training data are not here; said where it is not 0.
+
+    Most of Karpathy's test pictures, for one, lie in train2017, on which a run by the usual split is trained.
+    """
+    from multimodal.data.sources import data_folder, overlap, read_records
+    from multimodal.data.synthetic import synthetic_records
+
+    config = embedder.config
+    if name not in config.data.datasets:
+        return 0
+    try:
+        if name == "synthetic":
+            trained = synthetic_records("train", config.data.synthetic_items, config.run.seed).records
+        else:
+            trained = read_records(name, data_folder(config, name), "train", karpathy=config.data.karpathy).records
+    except UserError:
+        print(f"{name}: the training data are not here, so whether these were among them was not checked")
+        return None
+    if count := overlap(trained, records):
+        print(
+            f"warning: {name}: {count} of these {len(records)} samples were in the training data of this run: "
+            "its figures are not those of data never seen",
+            file=sys.stderr,
+        )
+    return count
+
+
+def retrieval_of(split: "Split", protocol: str) -> dict[str, Any]:
     """Both directions with chance levels; protocol 1k averages five folds of a thousand items."""
-    from multimodal.evaluation.retrieval import chance_recall, retrieval
+    from multimodal.evaluation.retrieval import chances, retrieval
 
-    count = len(split.items_IE)
+    count, owners = len(split.items_IE), split.owners
     if protocol == "1k":
         if count < FOLDS * FOLD:
             raise UserError(f"--protocol 1k needs {FOLDS * FOLD} items, {count} are present; use --protocol first5")
@@ -174,7 +237,7 @@ def retrieval_of(split: Any, protocol: str) -> dict[str, Any]:
             parts.append(
                 retrieval(
                     split.items_IE[items.start : items.stop],
-                    split.captions_CE[captions],
+                    split.texts_CE[captions],
                     [split.owners[place] - items.start for place in captions],
                 )
             )
@@ -182,15 +245,11 @@ def retrieval_of(split: Any, protocol: str) -> dict[str, Any]:
             direction: {name: sum(part[direction][name] for part in parts) / FOLDS for name in parts[0][direction]}
             for direction in parts[0]
         }
-        count = FOLD
+        count, owners = FOLD, [owner for owner in split.owners if owner < FOLD]
     else:
-        found = retrieval(split.items_IE, split.captions_CE, split.owners)
-    captions = [split.owners.count(place) for place in range(min(len(split.items_IE), 50))]
-    for k in (1, 5, 10):
-        found["text_to_item"][f"chance_R@{k}"] = chance_recall(count, k)
-        found["item_to_text"][f"chance_R@{k}"] = chance_recall(
-            len(split.owners), k, round(sum(captions) / max(1, len(captions)))
-        )
+        found = retrieval(split.items_IE, split.texts_CE, split.owners)
+    for direction, values in chances(count, owners).items():
+        found[direction] |= {f"chance_{name}": value for name, value in values.items()}
     return {
         "kind": split.kind,
         "items": len(split.items_IE),
@@ -200,27 +259,23 @@ def retrieval_of(split: Any, protocol: str) -> dict[str, Any]:
     }
 
 
-def zeroshot_coco(embedder: Any, options: Options, split: Any) -> dict[str, float]:
+def zeroshot_coco(embedder: "Embedder", options: Options, split: "Split") -> dict[str, float]:
     """hit@1 and mAP of the 80 class names on pictures with instance labels."""
     from multimodal.data.sources import class_names
     from multimodal.evaluation.zeroshot import class_vectors, multi_label
 
-    config = embedder.config
-    if options.data_root is not None:
-        config = config.model_copy(
-            update={"data": config.data.model_copy(update={"data_root": options.data_root, "paths": {}})}
-        )
-    names = class_names(config)
+    names = class_names(options.data.over(embedder.config))
     if names is None or split.labels is None:
         raise UserError("--zeroshot coco80 needs annotations/instances_val2017.json in the coco folder")
     return multi_label(split.items_IE, class_vectors(embedder, names, "image"), split.labels)
 
 
-def make_bars(found: dict[str, Any], embedder: Any, options: Options) -> list:
-    """Recall beside chance; with targets where the sample data were measured."""
+def make_bars(found: dict[str, Any], embedder: "Embedder", options: Options) -> list:
+    """Recall next to chance; with targets where the sample data were measured."""
     from shared.report.page import Bar
 
-    sample = options.data_root is None and embedder.config.data.data_root is None and not embedder.config.data.paths
+    places = options.data.over(embedder.config).data
+    sample = places.data_root is None and not places.paths
     bars = []
     for name, values in found["retrieval"].items():
         item = ITEMS[values["kind"]]
@@ -246,7 +301,7 @@ def print_found(found: dict[str, Any]) -> None:
                 for k in ("R@1", "R@5", "R@10")
             )
             print(f"  {title:<16}{recalls}  median rank {own['median_rank']:.0f}  mAP@10 {own['mAP@10']:.3f}")
-    for name in ("classification", "zeroshot"):
+    for name in ("classification", "zeroshot", "picture_to_sound"):
         if found.get(name):
             print(f"{name}: {json.dumps(found[name])}")
 

@@ -96,12 +96,19 @@ def mask_words(ids_BL: Tensor, draws_B3L: Tensor, vocabulary: int) -> tuple[Tens
     return torch.where(chosen, shown, ids_BL), chosen
 
 
-class PretrainModel(nn.Module):
+class StageModule(nn.Module):
+    """What the stages have in common: the network that they train."""
+
+    def __init__(self, network: MultimodalModel):
+        super().__init__()
+        self.network = network
+
+
+class PretrainModel(StageModule):
     """Stage 1. One loss for each kind of data; both kinds run in every step."""
 
     def __init__(self, network: MultimodalModel, *, masked_words: bool = False):
-        super().__init__()
-        self.network = network
+        super().__init__(network)
         width, depth = DECODERS.get(network.config["size"], (256, 4))
         patch = network.image_patch
         self.image_decoder = MaskedDecoder(network.image_tower.width, width, depth, 3 * patch**2)
@@ -166,19 +173,21 @@ class Encoded(NamedTuple):
     masks: dict[str, Tensor | None]
 
 
-class AlignModel(nn.Module):
+class AlignModel(StageModule):
     """Stage 2: unit embeddings of every part of a batch, and the temperatures.
 
     image_keep, audio_keep: share of the patches that the encoders see while training (Li et al. 2023, FLIP).
     """
 
-    embeddings_only = True  # nothing but the first token of each tower is read
+    first_only = True  # nothing but the first token of each tower is read
 
     def __init__(self, network: MultimodalModel, *, image_keep: float = 1.0, audio_keep: float = 1.0):
-        super().__init__()
-        self.network, self.image_keep, self.audio_keep = network, image_keep, audio_keep
+        super().__init__(network)
+        self.image_keep, self.audio_keep = image_keep, audio_keep
 
-    def forward(self, batch: dict[str, Part], draws: dict[str, Part] | None = None) -> Part:
+    def forward(
+        self, batch: dict[str, Part], draws: dict[str, Part] | None = None, embeddings_only: bool = True
+    ) -> Part:
         """batch: image {images, input_ids, attention_mask}, audio {audio, audio_mask, input_ids, ...}, voice {images,
         audio}; every field may be absent. draws: uniform numbers for training, None for evaluation.
 
@@ -199,7 +208,7 @@ class AlignModel(nn.Module):
                 tokens[part]["image"] = network.image_tokens(
                     inputs["images"],
                     self._keep(keep.get("patches"), self.image_keep, part == "image"),
-                    first_only=self.embeddings_only,
+                    first_only=self.first_only,
                 )
                 features[part]["image"] = network.image_features(inputs["images"])
             if "audio" in inputs:
@@ -208,7 +217,7 @@ class AlignModel(nn.Module):
                     inputs["audio"],
                     inputs.get("audio_mask"),
                     self._keep(keep.get("patches"), self.audio_keep, part == "audio"),
-                    first_only=self.embeddings_only,
+                    first_only=self.first_only,
                 )
         self._encode_texts(batch, tokens, masks, features)
         names = {
@@ -244,7 +253,7 @@ class AlignModel(nn.Module):
 
         mask = padded("attention_mask")
         sizes = [len(batch[part]["input_ids"]) for part in parts]
-        encoded = self.network.text_tokens(padded("input_ids"), mask, first_only=self.embeddings_only).split(sizes)
+        encoded = self.network.text_tokens(padded("input_ids"), mask, first_only=self.first_only).split(sizes)
         for part, value, own in zip(parts, encoded, mask.split(sizes), strict=True):
             tokens[part]["text"], masks[part]["text"] = value, own
             width = batch[part]["input_ids"].shape[1]
@@ -254,11 +263,18 @@ class AlignModel(nn.Module):
 class FinetuneModel(AlignModel):
     """Stage 3: the embeddings, matching of true and of hard wrong pairs, and classification."""
 
-    embeddings_only = False
+    first_only = False
 
-    def forward(self, batch: dict[str, Part], draws: dict[str, Part] | None = None) -> Part:
-        """Adds image_match, audio_match (3B,) with *_match_target and *_match_weight, and class_logits (B, classes)."""
+    def forward(
+        self, batch: dict[str, Part], draws: dict[str, Part] | None = None, embeddings_only: bool = False
+    ) -> Part:
+        """Adds image_match, audio_match (3B,) with *_match_target and *_match_weight, and class_logits (B, classes).
+
+        embeddings_only: as AlignModel, for the gradient cache's first pass, which needs nothing else.
+        """
         found, parts = self._encode(batch, draws)
+        if embeddings_only:
+            return found
         # Do these two belong together? Asked of each pair, and of the wrong partners that look most alike.
         for part, scale in (("image", "logit_scale"), ("audio", "audio_logit_scale")):
             if draws is not None and part in batch and len(parts[part].tokens) == 2:
@@ -281,7 +297,7 @@ class FinetuneModel(AlignModel):
         wrong_own, valid_own = hard_negatives(text, own, scale, keys, draws[:, 1])
         everyone = torch.arange(len(own), device=own.device)
         rows = {part: torch.cat([everyone, everyone, wrong_own]), "text": torch.cat([everyone, wrong_text, everyone])}
-        tokens = {name: value[rows[name]] for name, value in encoded.tokens.items()}
+        tokens = {name: take_rows(value, rows[name]) for name, value in encoded.tokens.items()}
         masks = {name: None if mask is None else mask[rows[name]] for name, mask in encoded.masks.items()}
         logits = self.network.match_head(self.network.fuse(tokens, masks)).squeeze(-1).float()
         true = torch.ones_like(valid_text, dtype=torch.float32) * (len(own) > 1)  # one pair alone teaches nothing
@@ -302,6 +318,31 @@ class FinetuneModel(AlignModel):
         return self.network.classifier(self.network.fuse(tokens, encoded.masks, hidden)).float()
 
 
+class _TakeRows(torch.autograd.Function):
+    """value[rows] whose gradient is a sum in a fixed order.
+
+    The gradient of plain indexing adds rows that were taken twice in the order in which threads, or a GPU's blocks,
+    happen to come: the same run twice would end with other weights.
+    """
+
+    @staticmethod
+    def forward(context, value: Tensor, rows: Tensor) -> Tensor:
+        context.save_for_backward(rows)
+        context.count = len(value)
+        return value.index_select(0, rows)
+
+    @staticmethod
+    def backward(context, *gradients: Tensor) -> tuple[Tensor, None]:
+        (rows,), gradient = context.saved_tensors, gradients[0]
+        chosen = functional.one_hot(rows, context.count).to(gradient.dtype).T  # a product has one order of its own
+        return (chosen @ gradient.flatten(1)).view(context.count, *gradient.shape[1:]), None
+
+
+def take_rows(value: Tensor, rows: Tensor) -> Tensor:
+    """value[rows] along the first axis, in which rows may occur several times."""
+    return _TakeRows.apply(value, rows)
+
+
 @torch.no_grad()
 def hard_negatives(own: Tensor, other: Tensor, scale: Tensor, keys: Tensor, draws_B: Tensor) -> tuple[Tensor, Tensor]:
     """For each row of `own` the index of a wrong partner, drawn with probability softmax of the similarities, and
@@ -309,7 +350,8 @@ def hard_negatives(own: Tensor, other: Tensor, scale: Tensor, keys: Tensor, draw
 
     The true partner and duplicates of it are excluded. draws_B: uniform in [0, 1).
     """
-    scores = scale * own.float() @ other.float().T
+    with torch.autocast(own.device.type, enabled=False):  # bf16 would make near partners equal
+        scores = scale.float() * own.float() @ other.float().T
     same = (keys[:, None] == keys[None]).any(-1)
     valid = ~same.all(1)
     chances = scores.masked_fill(same, float("-inf")).softmax(1).nan_to_num(0.0)

@@ -49,10 +49,10 @@ def symbolic_loss(config: Config, module: nn.Module, stage: int, labelled: bool,
     batch, draws = inputs(config, stage, labelled)
     if twice:
         with torch.no_grad():
-            module(batch, draws)
+            module(batch, draws, embeddings_only=True)
     outputs = module(batch, draws)
     if stage == 1:
-        return sum(outputs.values())
+        return torch.stack(list(outputs.values())).sum()
     loss = (outputs["image_embeds"] @ outputs["imagetext_embeds"].T * outputs["logit_scale"]).sum()
     loss = loss + (outputs["audio_embeds"] @ outputs["audiotext_embeds"].T * outputs["audio_logit_scale"]).sum()
     for name in ("image_match", "audio_match", "class_logits"):
@@ -79,8 +79,8 @@ def inputs(config: Config, stage: int, labelled: bool) -> tuple[dict, dict]:
     if stage == 1 and training.text_pretraining == "mlm":
         batch["text"], draws["text"] = text, {"words": torch.rand(size, 3, 80)}
     if stage > 1:
-        for part in batch.values():
-            part |= {**text, "keys": torch.arange(2 * size).view(size, 2)}
+        for own in batch.values():
+            own |= {**text, "keys": torch.arange(2 * size).view(size, 2)}
     if labelled:
         batch["image"]["labels"] = torch.zeros(size, model.num_classes)
     return batch, draws

@@ -11,13 +11,14 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from multimodal.config import PRESETS, Config, TrainingConfig, stage_epochs
-from shared.config import check_resume, fixed_settings, load_config, save_config
-from shared.errors import UserError, command
+from shared.config import accumulation_steps, check_resume, fixed_settings, load_config, load_saved, save_config
+from shared.errors import UserError, command, write_text
 
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
     load_config(Config, presets=PRESETS, default="default", description=__doc__)  # answers before torch is imported
@@ -28,30 +29,37 @@ from multimodal.data.sources import Data, PairedStream, data_folder, make_datase
 from multimodal.data.text import TextTokenizer, find_glove, load_word_vectors
 from multimodal.evaluation.report import write_reports
 from multimodal.modules.blocks import Block
+from multimodal.objective import StageModule
 from multimodal.plan import print_plan
 from multimodal.trainer import (
     BETAS,
+    EPOCH_NAME,
     STAGE_NAMES,
+    STEP_NAME,
     WEIGHT_DECAY,
-    Progress,
+    Place,
     Trainer,
+    best_metric_of,
     choose_trainable,
     make_network,
     make_stage_module,
     parameter_groups,
 )
-from multimodal.weights.files import NAMES, load_start, put, read_payload
+from multimodal.weights.files import NAMES, load_start, put, read_payload, unpack_training
+from shared.engine.checkpoint import CheckpointStore, find_checkpoint, frozen_digest
 from shared.engine.dist import barrier, init_distributed, shutdown
+from shared.engine.preflight import preflight
 from shared.log import Board
-from shared.loop import FitResult, fit, is_done
+from shared.loop import FitResult, finished_checkpoint, fit, is_done
 from shared.rng import keyed_generator, keyed_seed
 
 MAX_WARMUP = 2000
+CARRIED = "carried"  # a stage that goes on from a file of another run
 _INITIAL_WEIGHTS, _WORDS = 613, 614
 
 
 class Run:
-    """One call of train.py."""
+    """One call of train.py: data, the stages one after another, and the report at the end, however it ends."""
 
     def __init__(self, config: Config):
         self.config, self.output_dir = config, Path(config.run.output_dir)
@@ -60,12 +68,14 @@ class Run:
         self.epochs = stage_epochs(config.training)
         if self.epochs.get(1) and not {"image", "audio"} & set(self.data.kinds):
             raise UserError(
-                "stage 1 trains on pictures and sounds with captions, and none of the data sets has them; use --stages "
-                "3"
+                "stage 1 trains on pictures and sounds with captions, none of the data sets has them; use --stages 3"
             )
+        self.start: dict[str, Any] | None = None  # of a checkpoint that --resume names
         self.resume = self._resume_points()
-        self._check_settings()
         self.info = init_distributed(config.run.device, 60 * config.run.timeout_minutes)
+        preflight(config, self.info)
+        self._check_batch()
+        self._check_settings()
         self.classify = self.data.labelled(config.training.label_set)
         if not self.classify and config.training.label_set != "none":
             self.data.notes.append(
@@ -83,16 +93,20 @@ class Run:
         if self.info.is_main:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             save_config(self.config, self.output_dir / "config.yaml")
+            rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.data.bad)
+            if rows:
+                write_text(self.output_dir / "bad_rows.jsonl", rows)
             print("\n".join(self.data.notes), flush=True)
         barrier()
         try:
-            state = self._initial_weights()
+            state = self._initial_weights() if self.start is None else self.start["model_state_dict"]
             for stage, epochs in self.epochs.items():
+                if self.start is not None and stage < self.start["stage"]:
+                    continue  # its result is in the checkpoint that the run starts from
                 results[stage], state = self._stage(stage, epochs, state)
-                if not results[stage].finished:
-                    reason = (
-                        f"stopped in stage {stage} by {results[stage].stopped_by}; the same command goes on from there"
-                    )
+                stopped = results[stage].interrupted or results[stage].stopped_by
+                if not results[stage].finished or results[stage].interrupted:
+                    reason = f"stopped in stage {stage} by {stopped}; the same command goes on from there"
                     break
         except BaseException as error:
             reason = f"{type(error).__name__}: {error}"
@@ -111,25 +125,67 @@ class Run:
     # --- one stage ----------------------------------------------------------------------------------------------------
 
     def _stage(self, stage: int, epochs: int, state: dict) -> tuple[FitResult, dict]:
-        folder = self.stage_dir(stage)
-        resume = self.resume[stage]
-        if resume == "auto" and is_done(folder) and self._has_weights(folder) and not self._grows(folder, epochs):
+        folder, resume = self.stage_dir(stage), self.resume[stage]
+        done = finished_checkpoint(folder) if resume == "auto" else None
+        if done is not None and not self._grows(stage, epochs, done):
             if self.info.is_main:
                 print(f"{STAGE_NAMES[stage]} is done, see {folder}", flush=True)
-            return FitResult(0, True), self._stage_weights(folder, state)
-        trainer, stream = self._trainer(stage, epochs, state, resume)
-        config, module = trainer.config, trainer.module
+            result = FitResult(0, True, checkpoint=done)
+        else:
+            result = self._fit(stage, epochs, state, resume)
+            done = result.checkpoint
+        if done is None:  # --no-save
+            return result, state
+        if result.finished and stage == max(self.epochs) and self.info.is_main:
+            put(done / "model.pt", self.output_dir / "checkpoints" / NAMES[1])
+        barrier()
+        # The next stage starts from the last weights, not the best: retrieval still improves when the loss has risen.
+        return result, read_payload(done)[0]["model_state_dict"]
+
+    def _fit(self, stage: int, epochs: int, state: dict, resume: str) -> FitResult:
+        folder = self.stage_dir(stage)
+        network = make_network(self.config, self.tokenizer.vocabulary)
+        network.load_state_dict(state)
+        module = make_stage_module(self.config, stage, network)
+        datasets = make_datasets(self.config, self.data.train, self.tokenizer, stage=stage, training=True)
+        val = make_datasets(self.config, self.data.val, self.tokenizer, stage=stage, training=False)
+        val = {kind: dataset for kind, dataset in val.items() if kind in datasets}
+        classify = self.classify and stage == 3
+        choose_trainable(module, self.config, stage, list(datasets), classify=classify, framed=self.data.framed)
+        stream = PairedStream(datasets, self.config, self.info, folder / "bad_samples.jsonl")
+        if resume == CARRIED:
+            assert self.start is not None
+            store = CheckpointStore(folder / "checkpoints", self.info)
+            frozen = frozen_digest(module) if self.info.is_main else None
+            resume = str(unpack_training(self.start, store, frozen))
+        config = self._stage_config(stage, epochs, stream, resume)
+        per_epoch = stream.epoch_steps
+        before = sum(self.epochs[number] for number in self.epochs if number < stage)
+        trainer = Trainer(
+            config,
+            Place(stage, before, before * per_epoch, per_epoch),
+            module,
+            datasets,
+            val,
+            self.info,
+            self.output_dir,
+            classify=classify,
+            tokenizer_sha256=self.tokenizer.sha256,
+        )
+        self._check_metric(trainer)
         board = Board(
             self.output_dir / "logs" / "tensorboard" / STAGE_NAMES[stage],
             folder / "metrics.jsonl",
             self.config.run.tensorboard and self.info.is_main,
         )
 
-        def after_step(bare: torch.nn.Module, step: int) -> None:
+        def after_step(bare: StageModule, step: int) -> None:
             trainer.after_step(bare, step)
             if (step + 1) % config.training.logging_steps == 0:
                 board.update()
 
+        training = config.training
+        assert training.weight_decay is not None, "the stage's settings hold a number"
         result = fit(
             config=config,
             info=self.info,
@@ -144,70 +200,43 @@ class Run:
             groups=parameter_groups(
                 module,
                 stage,
-                weight_decay=config.training.weight_decay,
-                tower_scale=config.training.tower_lr_scale,
-                word_scale=config.training.word_lr_scale,
+                weight_decay=training.weight_decay,
+                tower_scale=training.tower_lr_scale,
+                word_scale=training.word_lr_scale,
             ),
-            checkpoint_name="step_{step:08d}",
-            epoch_checkpoint_name="epoch_{epoch:04d}",
+            checkpoint_name=STEP_NAME,
+            epoch_checkpoint_name=EPOCH_NAME,
             title=f"{STAGE_NAMES[stage]}, {self.config.model.size}",
         )
         board.close()
-        if result.finished and stage == max(self.epochs) and self.info.is_main:
-            put(
-                folder / "checkpoints" / self._mark(folder, "latest") / "model.pt",
-                self.output_dir / "checkpoints" / NAMES[1],
-            )
-        barrier()
-        return result, self._stage_weights(folder, state)
-
-    def _trainer(self, stage: int, epochs: int, state: dict, resume: str) -> tuple[Trainer, PairedStream]:
-        """The module of a stage over these weights, its data and its trainer."""
-        folder = self.stage_dir(stage)
-        network = make_network(self.config, self.tokenizer.vocabulary)
-        network.load_state_dict(state)
-        module = make_stage_module(self.config, stage, network)
-        datasets = make_datasets(self.config, self.data.train, self.tokenizer, stage=stage, training=True)
-        val = make_datasets(self.config, self.data.val, self.tokenizer, stage=stage, training=False)
-        val = {kind: dataset for kind, dataset in val.items() if kind in datasets}
-        classify = self.classify and stage == 3
-        choose_trainable(module, self.config, stage, list(datasets), classify=classify, framed=self.data.framed)
-        stream = PairedStream(datasets, self.config, self.info, folder / "bad_samples.jsonl")
-        config = self._stage_config(stage, epochs, stream, resume)
-        before = [number for number in self.epochs if number < stage]
-        progress = Progress(
-            stage,
-            sum(self.epochs[number] for number in before),
-            sum(self.epochs[number] for number in before) * stream.steps_per_epoch,
-            stream.steps_per_epoch,
-        )
-        progress.best = self._best_so_far(stage, resume)
-        trainer = Trainer(
-            config,
-            stage,
-            module,
-            datasets,
-            val,
-            self.info,
-            progress,
-            classify=classify,
-            tokenizer_sha256=self.tokenizer.sha256,
-        )
-        trainer.output_dir = self.output_dir
-        return trainer, stream
+        return result
 
     def _stage_config(self, stage: int, epochs: int, stream: PairedStream, resume: str) -> Config:
         training: TrainingConfig = self.config.training
-        steps = training.total_steps or epochs * stream.steps_per_epoch
-        beta1, beta2, epsilon = BETAS[stage]
+        steps = training.total_steps or epochs * stream.epoch_steps
+        names = ("adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
+        own = dict(zip(names, (*BETAS[stage], WEIGHT_DECAY[stage]), strict=True))
+        metric, mode = best_metric_of(self.config, stage)
+        before = self._resumed_from(stage, resume)
+        if before is not None:
+            # Scores of two metrics do not compare: a stage keeps the one that it began with.
+            was = load_saved(Config, before / "config.yaml").training
+            if training.best_metric not in ("auto", was.best_metric) and stage > 1:
+                raise UserError(
+                    f"{before} chose its best by {was.best_metric}, now --best-metric is {training.best_metric}; "
+                    "leave it out, or use another --output-dir"
+                )
+            metric, mode = was.best_metric, was.best_mode
         changes = {
             "num_epochs": epochs,
-            "adam_beta1": beta1,
-            "adam_beta2": beta2,
-            "adam_epsilon": epsilon,
-            "weight_decay": WEIGHT_DECAY[stage] if training.weight_decay is None else training.weight_decay,
+            **{
+                name: value if getattr(training, name) is None else getattr(training, name)
+                for name, value in own.items()
+            },
             "warmup_steps": training.warmup_steps or min(MAX_WARMUP, round(training.warmup_ratio * steps)),
-            "eval_steps": training.eval_steps or training.eval_every_n_epochs * stream.steps_per_epoch,
+            "eval_steps": training.eval_steps or training.eval_every_n_epochs * stream.epoch_steps,
+            "best_metric": metric,
+            "best_mode": mode,
         }
         run = self.config.run.model_copy(
             update={"resume": resume, "tensorboard": False, "output_dir": str(self.stage_dir(stage))}
@@ -217,14 +246,11 @@ class Run:
     def _initial_weights(self) -> dict:
         torch.manual_seed(keyed_seed(self.config.run.seed, _INITIAL_WEIGHTS))
         network = make_network(self.config, self.tokenizer.vocabulary)
-        training = self.config.training
-        wish = training.word_embeddings
-        path = (
-            find_glove(data_folder(self.config, "glove").parent, network.words.embedding_dim)
-            if wish == "auto"
-            else None
-        )
-        if wish not in ("auto", "none"):
+        training, wish = self.config.training, self.config.training.word_embeddings
+        path = None
+        if wish == "auto":
+            path = find_glove(data_folder(self.config, "glove").parent, network.words.embedding_dim)
+        elif wish != "none":
             path = Path(wish)
             if not path.is_file():
                 raise UserError(
@@ -232,9 +258,8 @@ class Run:
                     "GloVe, or use --word-embeddings none"
                 )
         if path is not None:
-            share = load_word_vectors(
-                network.words, self.tokenizer, path, keyed_generator(self.config.run.seed, _WORDS)
-            )
+            generator = keyed_generator(self.config.run.seed, _WORDS)
+            share = load_word_vectors(network.words, self.tokenizer, path, generator)
             self.data.notes.append(f"word vectors from {path}: {share:.1%} of the tokens are covered")
         if training.init_from:
             load_start(network, training.init_from, self.tokenizer, reset_head=training.reset_head)
@@ -243,86 +268,115 @@ class Run:
     # --- where to go on -----------------------------------------------------------------------------------------------
 
     def _resume_points(self) -> dict[int, str]:
-        """run.resume for each stage. A checkpoint's path leaves the stages before it as they are and starts later ones
-        anew.
+        """run.resume for each stage, and self.start: the checkpoint that --resume names.
+
+        With a checkpoint's path the stages before it are not trained, and those after it start again.
         """
         wish = self.config.run.resume
-        if wish in ("auto", "none"):
-            return dict.fromkeys(self.epochs, wish)
         path = Path(wish)
-        folder = path
+        if wish in ("auto", "none") or path.resolve() == self.output_dir.resolve():
+            return dict.fromkeys(self.epochs, wish if wish == "none" else "auto")
+        if not path.exists():
+            there = sorted(path.parent.glob("checkpoint_epoch_*.pt"), key=lambda found: (len(found.name), found.name))
+            known = ", ".join(found.name for found in there) or "no checkpoint_epoch_N.pt"
+            raise UserError(
+                f"--resume {wish}: no such file or folder; {path.parent} holds {known} (--save-every and --keep-last "
+                "decide which); --resume auto takes the newest one"
+            )
         if path.is_file():
             payload, _ = read_payload(path)
-            folder = path.resolve().parent.parent / payload["training_state"]
-            if not (folder / "manifest.json").exists():
+            folder = path.resolve().parent.parent / str(payload.get("training_state"))
+            own = (folder / "manifest.json").exists() and folder.is_relative_to(self.output_dir.resolve())
+            point = str(folder) if own else CARRIED
+            if not own and "optimizer_state_dict" not in payload:
                 raise UserError(
-                    f"--resume {path}: its optimizer state lay in {folder} and is gone; --init-from {path} starts from "
-                    "its weights alone"
+                    f"--resume {path}: holds no optimizer state; only checkpoint_epoch_N.pt does. --init-from {path} "
+                    "starts from its weights alone"
                 )
-        stage = next(
-            (number for number, name in STAGE_NAMES.items() if name in (folder.parent.parent.name, folder.name)), None
-        )
-        if folder == self.output_dir:
-            return dict.fromkeys(self.epochs, "auto")
-        if stage is None or not folder.exists():
+        else:
+            folder = find_checkpoint(path)
+            payload, point = read_payload(folder)[0], str(folder)
+        stage = payload["stage"]
+        if stage not in self.epochs:
+            raise UserError(f"--resume {wish}: of stage {stage}, and this run has the stages {[*self.epochs]} alone")
+        self.start = payload
+        return {number: point if number == stage else "none" for number in self.epochs}
+
+    def _resumed_from(self, stage: int, resume: str) -> Path | None:
+        """The checkpoint folder that a stage goes on from."""
+        if resume == "none":
+            return None
+        if resume != "auto":
+            return Path(resume)
+        return CheckpointStore(self.stage_dir(stage) / "checkpoints", self.info).newest_valid()[0]
+
+    def _check_batch(self) -> None:
+        """Refuse a contrast of one pair with itself, whose loss is zero whatever the model does."""
+        training = self.config.training
+        micro = accumulation_steps(training, self.info.world) if training.gradient_cache else 1
+        if max(self.epochs) > 1 and training.batch_size * self.info.world * micro < 2:
             raise UserError(
-                f"--resume {wish}: neither a checkpoint_epoch_N.pt nor a checkpoint folder of a stage; auto takes the "
-                "newest one"
+                "stages 2 and 3 tell a pair from the others of its batch, and here is one pair alone: "
+                "use --batch-size 2 or more, or --grad-accum 8 with the gradient cache, which makes one batch of "
+                "all micro-steps"
             )
-        return {
-            number: "auto" if number < stage else str(folder) if number == stage else "none" for number in self.epochs
-        }
+        if max(self.epochs) == 3 and training.batch_size == 1:
+            self.data.notes.append("batch_size 1: a micro-batch has no wrong partners, so stage 3 trains no matching")
 
     def _check_settings(self) -> None:
         """Refuse other settings than those of the stages that are there, before anything is written."""
+        training = self.config.training
+        now = training.batch_size * self.info.world * accumulation_steps(training, self.info.world)
         for stage, wish in self.resume.items():
             folder = self.stage_dir(stage)
-            if wish == "none" or not (folder / "checkpoints" / "latest").exists():
+            listed = CheckpointStore(folder / "checkpoints", self.info).listed()
+            if wish == CARRIED and self.start is not None:
+                saved, what, is_over = self.start["trainer_state"], Path(self.config.run.resume), False
+            elif wish not in ("auto", "none"):
+                saved, what, is_over = json.loads((Path(wish) / "trainer.json").read_text()), Path(wish), False
+            elif wish == "auto" and listed and (listed[0][1] / "trainer.json").exists():
+                saved, what, is_over = json.loads((listed[0][1] / "trainer.json").read_text()), folder, is_done(folder)
+            else:
                 continue
-            path = folder / "checkpoints" / self._mark(folder, "latest") / "trainer.json"
-            if not path.exists():
-                continue
-            saved = json.loads(path.read_text())["fixed_settings"]
-            if differing := check_resume(saved, fixed_settings(self.config)):
+            if differing := check_resume(saved["fixed_settings"], fixed_settings(self.config)):
                 raise UserError(
-                    f"{folder} was trained with other settings: {'; '.join(differing)}; use the same, or another "
+                    f"{what} was trained with other settings: {'; '.join(differing)}; use the same, or another "
                     "--output-dir"
                 )
+            was = saved["run_state"]["global_batch"]
+            if was not in (None, now) and not is_over:
+                raise UserError(
+                    f"{what} takes {was} pairs a step, now a step would take {now}, and the epochs that are left "
+                    f"could not be counted; use --global-batch-size {was}, or start another --output-dir with "
+                    f"--init-from {what}"
+                )
 
-    def _has_weights(self, folder: Path) -> bool:
-        return any((folder / "checkpoints" / mark).exists() for mark in ("best", "latest"))
+    def _check_metric(self, trainer: Trainer) -> None:
+        """Refuse a --best-metric that validation will not measure, before the first step."""
+        names, chosen = trainer.metric_names(), trainer.config.training.best_metric
+        if chosen not in names and trainer.val:
+            raise UserError(f"--best-metric {chosen}: stage {trainer.stage} measures {', '.join(sorted(names))}")
 
-    def _grows(self, folder: Path, epochs: int) -> bool:
-        """Whether the stage is now planned longer than it ran."""
-        training = self.config.training
-        if training.max_steps or training.total_steps:
-            return int((folder / "DONE").read_text()) < (training.max_steps or training.total_steps)
-        payload, _ = read_payload(folder / "checkpoints" / self._mark(folder, "latest"))
-        before = sum(number for stage, number in self.epochs.items() if STAGE_NAMES[stage] < folder.name)
-        return payload["epoch"] - before < epochs
+    def _grows(self, stage: int, epochs: int, done: Path) -> bool:
+        """Whether a finished stage is now planned longer than it ran, and no later one has begun from it."""
+        training, saved = self.config.training, json.loads((done / "trainer.json").read_text())["run_state"]
+        limit = training.max_steps or training.total_steps
+        if limit:
+            grows = saved["step"] < limit
+        else:
+            before = sum(number for other, number in self.epochs.items() if other < stage)
+            grows = read_payload(done)[0]["epoch"] - before < epochs
+        later = [other for other in self.epochs if other > stage and self._begun(other)]
+        if grows and later and self.info.is_main:
+            print(
+                f"{STAGE_NAMES[stage]} stays at {saved['step']} steps: {STAGE_NAMES[later[0]]} has begun from it; "
+                "another --output-dir trains it longer",
+                flush=True,
+            )
+        return grows and not later
 
-    def _mark(self, folder: Path, mark: str) -> str:
-        return (folder / "checkpoints" / mark).read_text().strip()
-
-    def _stage_weights(self, folder: Path, state: dict) -> dict:
-        """The weights that the next stage starts from: the last ones.
-
-        The contrastive validation loss rises with the temperature while retrieval still improves, so its minimum comes
-        early.
-        """
-        if not (folder / "checkpoints" / "latest").exists():
-            return state
-        return read_payload(folder / "checkpoints" / self._mark(folder, "latest"))[0]["model_state_dict"]
-
-    def _best_so_far(self, stage: int, resume: str) -> float | None:
-        """The best validation loss that best_model.pt stands for, where it is of this stage and of the run that
-        resumes.
-        """
-        path = self.output_dir / "checkpoints" / NAMES[0]
-        if resume == "none" or not path.exists():
-            return None
-        payload, _ = read_payload(path)
-        return payload["best_val_loss"] if payload["stage"] == stage else None
+    def _begun(self, stage: int) -> bool:
+        return bool(CheckpointStore(self.stage_dir(stage) / "checkpoints", self.info).listed())
 
 
 @command

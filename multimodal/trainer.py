@@ -1,32 +1,34 @@
 """The trainer of one stage: what a step's loss is, how it is validated, and which files a checkpoint gets."""
 
-import contextlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import Tensor
 from torch.nn import functional
 
 from multimodal.config import Config
 from multimodal.data.records import Kind
 from multimodal.data.sources import model_inputs
-from multimodal.dataset import CaptionedDataset, collate
-from multimodal.evaluation.held_out import embed_split, measure
+from multimodal.dataset import CaptionedDataset
+from multimodal.evaluation.held_out import ValidationBatches, embed_split, measure
 from multimodal.model import MultimodalModel, create_model
 from multimodal.modules.contrastive import CachedStep, Pairing, total_loss
-from multimodal.objective import AlignModel, FinetuneModel, PretrainModel
-from multimodal.weights.files import FORMAT_VERSION, put, save_aside
+from multimodal.objective import AlignModel, FinetuneModel, PretrainModel, StageModule
+from multimodal.weights.files import FORMAT_VERSION, NAMES, put, save_aside
 from shared.data import to_device
 from shared.engine.dist import DistInfo, mean_over_ranks
-from shared.errors import BadSample, UserError
+from shared.log import read_metrics
 from shared.rng import keyed_rand
 
 STAGE_NAMES = {1: "stage1_single", 2: "stage2_align", 3: "stage3_finetune"}
 WEIGHT_DECAY = {1: 0.05, 2: 0.1, 3: 0.05}
 BETAS = {1: (0.9, 0.95, 1e-8), 2: (0.9, 0.98, 1e-6), 3: (0.9, 0.98, 1e-6)}  # beta 1, beta 2, epsilon
+STEP_NAME, EPOCH_NAME = "step_{step:08d}", "epoch_{epoch:04d}"  # folders of a stage's checkpoints
 PREFIX = "network."
 _DRAWS, _VALIDATION_STEP = 612, 0  # random stream; validation masks and negatives are those of one fixed step
 _VALIDATION_SEED_SHIFT = 1_000_003
@@ -34,17 +36,14 @@ _PART_NUMBER = {"image": 0, "audio": 1, "voice": 2, "text": 3}
 VALIDATION_BATCHES = 64  # stages 1 and 3: batches that the masked and matching losses are measured on
 
 
-@dataclass
-class Progress:
-    """Where the whole run stands; goes into the guide's checkpoint files."""
+@dataclass(frozen=True)
+class Place:
+    """Where a stage lies in the whole run."""
 
     stage: int
     first_epoch: int  # epochs of the stages before
     first_step: int
     steps_per_epoch: int
-    step: int = 0  # of this stage
-    best: float | None = None
-    improved: bool = False
 
 
 def make_network(config: Config, vocabulary: int) -> MultimodalModel:
@@ -66,7 +65,7 @@ def make_network(config: Config, vocabulary: int) -> MultimodalModel:
     )
 
 
-def make_stage_module(config: Config, stage: int, network: MultimodalModel) -> nn.Module:
+def make_stage_module(config: Config, stage: int, network: MultimodalModel) -> StageModule:
     """The module of a stage."""
     training = config.training
     network.set_grad_checkpointing(training.gradient_checkpointing)
@@ -78,14 +77,14 @@ def make_stage_module(config: Config, stage: int, network: MultimodalModel) -> n
 
 
 def choose_trainable(
-    module: nn.Module, config: Config, stage: int, kinds: list[Kind], *, classify: bool, framed: bool
+    module: StageModule, config: Config, stage: int, kinds: list[Kind], *, classify: bool, framed: bool
 ) -> None:
-    """Freeze what a stage does not train, and what its data never reach: a parameter without gradient is an error
-    later.
+    """Freeze what a stage does not train, and what its data never reach: later a parameter without gradient is an
+    error.
 
     classify: the stage has class labels. framed: voices come with video frames.
     """
-    network: MultimodalModel = module.network
+    network = module.network
     image = ["image_patches", "image_class", "image_positions", "image_tower"]
     audio = ["audio_patches", "audio_class", "audio_bands", "audio_tower"]
     text = ["words", "word_projection", "text_positions", "text_tower"]
@@ -112,13 +111,13 @@ def choose_trainable(
             trained += (["match_head"] if has_text else []) + (["classifier"] if classify else [])
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(any(name == item or name.startswith(item + ".") for item in trained))
-    if stage == 1:
+    if isinstance(module, PretrainModel):
         module.image_decoder.requires_grad_("image" in kinds)
         module.audio_decoder.requires_grad_("audio" in kinds)
 
 
 def parameter_groups(
-    module: nn.Module, stage: int, *, weight_decay: float, tower_scale: float, word_scale: float
+    module: StageModule, stage: int, *, weight_decay: float, tower_scale: float, word_scale: float
 ) -> list[dict]:
     """Groups for the optimizer: no decay for vectors, tables and tokens; in stage 3 a lower rate for the towers.
 
@@ -136,50 +135,61 @@ def parameter_groups(
     return [{"names": names, "weight_decay": decay, "lr_scale": scale} for (decay, scale), names in groups.items()]
 
 
+def best_metric_of(config: Config, stage: int) -> tuple[str, str]:
+    """The metric that decides which checkpoint of a stage is best, and whether it should be small or large.
+
+    auto: the masked loss in stage 1, retrieval after it. The contrastive loss would be a poor judge: with the
+    temperature it rises on held-out pairs while their retrieval still improves.
+    """
+    name, mode = config.training.best_metric, config.training.best_mode
+    if name == "auto" or (
+        stage == 1 and name not in ("val/loss", *(f"val/masked_{part}_loss" for part in _PART_NUMBER))
+    ):
+        name = "val/loss" if stage == 1 else "val/retrieval"
+    if mode == "auto" or (stage == 1 and config.training.best_metric != name):
+        mode = "min" if name.endswith("loss") else "max"
+    return name, mode
+
+
 class Trainer:
     """Stage 1, 2 or 3 over one module; hands its functions to shared/loop.py."""
 
     def __init__(
         self,
         config: Config,
-        stage: int,
-        module: nn.Module,
+        place: Place,
+        module: StageModule,
         datasets: dict[Kind, CaptionedDataset],
         val: dict[Kind, CaptionedDataset],
         info: DistInfo,
-        progress: Progress,
+        output_dir: Path,
         *,
         classify: bool,
         tokenizer_sha256: str,
     ):
-        self.config, self.stage, self.info, self.progress, self.classify = config, stage, info, progress, classify
-        self.module = module
-        self.val, self.tokenizer_sha256 = val, tokenizer_sha256
-        self.kinds = list(datasets)
-        network: MultimodalModel = module.network
+        self.config, self.place, self.stage, self.info = config, place, place.stage, info
+        self.module, self.val, self.kinds = module, val, list(datasets)
+        self.output_dir, self.classify, self.tokenizer_sha256 = output_dir, classify, tokenizer_sha256
+        network = module.network
         self.model_config = dict(network.config)
-        self.frozen = {
-            name: value.detach().clone()
-            for name, value in network.state_dict().items()
-            if not dict(network.named_parameters())[name].requires_grad
-        }
+        trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+        self.frozen = {name: v.detach().clone() for name, v in network.state_dict().items() if name not in trained}
         self.patches = {"image": network.grid**2, "audio": config.data.audio_frames // 16 * 5}
-        self.weights = {kind: len(dataset) ** 0.5 for kind, dataset in datasets.items()}
-        total = sum(self.weights.values()) / len(self.weights)
-        self.weights = {kind: weight / total for kind, weight in self.weights.items()}
+        roots = {str(kind): len(dataset) ** 0.5 for kind, dataset in datasets.items()}
+        self.weights = {kind: root * len(roots) / sum(roots.values()) for kind, root in roots.items()}
         self.pairings = self._pairings(datasets)
-        self.output_dir = Path(config.run.output_dir)
+        rows = read_metrics(output_dir / STAGE_NAMES[self.stage] / "metrics.jsonl")  # of a run that is resumed
+        self.val_losses = {row["step"]: row["val/loss"] for row in rows if row.get("val/loss") is not None}
 
     def _pairings(self, datasets: dict[Kind, CaptionedDataset]) -> list[Pairing]:
         found = []
         if "image" in datasets:
             found.append(Pairing("image_embeds", "imagetext_embeds", "logit_scale", "logit_bias", "image", 1.0))
+        sound = ("audio_logit_scale", "audio_logit_bias")
         if "audio" in datasets:
-            found.append(
-                Pairing("audio_embeds", "audiotext_embeds", "audio_logit_scale", "audio_logit_bias", "audio", 1.0)
-            )
+            found.append(Pairing("audio_embeds", "audiotext_embeds", *sound, "audio", 1.0))
         if "voice" in datasets and datasets["voice"].records[0].video is not None:
-            found.append(Pairing("voice_embeds", "frame_embeds", "audio_logit_scale", "audio_logit_bias", "voice", 0.5))
+            found.append(Pairing("voice_embeds", "frame_embeds", *sound, "voice", 0.5))
         return found
 
     # --- a step -------------------------------------------------------------------------------------------------------
@@ -188,18 +198,21 @@ class Trainer:
         """One pre-weighted loss a micro-batch; with the gradient cache the contrastive terms are those of the whole
         step.
         """
-        self.progress.step = step + 1
+        # Everything random of a step is drawn here, keyed by the sample's slot in it, its place among the samples of
+        # all micro-batches and ranks: the same draws on one rank and on eight, and again after a resume.
         inputs = [self._inputs(batch) for batch in batches]
         draws = [self._draws(batch, own, step) for batch, own in zip(batches, inputs, strict=True)]
         if self.stage == 1:
             for own, draw in zip(inputs, draws, strict=True):
                 yield self._masked_loss(model(own, draw), len(batches))
             return
+        # Accumulation alone does not add negatives: four micro-batches of 8 pairs are no batch of 32. So all of them
+        # are embedded once without gradient, and the loss of the whole step tells each embedding its gradient.
         cached = None
         if self.config.training.gradient_cache and len(batches) > 1 and self.pairings:
             keys = [self._keys(own) for own in inputs] if self.config.training.mask_duplicates else None
             cached = CachedStep(
-                lambda index: model(inputs[index], draws[index]),
+                lambda index: model(inputs[index], draws[index], embeddings_only=True),
                 len(batches),
                 self.config.training.contrastive_loss,
                 self.pairings,
@@ -211,6 +224,7 @@ class Trainer:
                 loss, terms = self._contrast(outputs, own)
                 loss = loss / len(batches)
             else:
+                # The second pass, with gradient and with the random numbers of the first.
                 with cached.replay(index):
                     outputs = model(own, draw)
                 loss, terms = cached.surrogate(index, outputs), cached.terms
@@ -224,12 +238,11 @@ class Trainer:
             inputs["text"] = {name: source[name] for name in ("input_ids", "attention_mask")}
         return inputs
 
-    def _draws(self, batch: dict[Kind, dict], inputs: dict, step: int, shift: int = 0) -> dict[str, dict[str, Tensor]]:
+    def _draws(self, batch: dict, inputs: dict, step: int, shift: int = 0) -> dict[str, dict[str, Tensor]]:
         """Uniform numbers by part, keyed by the sample's slot in the step: the same on any number of ranks."""
         found: dict[str, dict[str, Tensor]] = {}
-        wants_patches = self.stage == 1 or (
-            self.stage == 2 and min(self.config.training.patch_keep, self.config.training.audio_keep) < 1
-        )
+        training = self.config.training
+        wants_patches = self.stage == 1 or (self.stage == 2 and min(training.patch_keep, training.audio_keep) < 1)
         for part in inputs:
             slots = batch[part]["slot"] if part in batch else batch["image" if "image" in batch else "audio"]["slot"]
 
@@ -248,13 +261,13 @@ class Trainer:
 
     def _masked_loss(self, outputs: dict[str, Tensor], micro_batches: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Both kinds in every step, weighted by the square root of their sets' sizes (weights average 1)."""
-        loss = sum(self.weights.get(part, 1.0) * value for part, value in outputs.items())
+        loss = torch.stack([self.weights.get(part, 1.0) * value for part, value in outputs.items()]).sum()
         return loss / micro_batches, {f"masked_{part}": value.detach() for part, value in outputs.items()}
 
     def _contrast(self, outputs: dict[str, Tensor], inputs: dict) -> tuple[Tensor, dict[str, Tensor]]:
-        keys = self._keys(inputs) if self.config.training.mask_duplicates else None
         if not self.pairings:
             return torch.zeros((), device=self.info.device), {}
+        keys = self._keys(inputs) if self.config.training.mask_duplicates else None
         return total_loss(self.config.training.contrastive_loss, self.pairings, outputs, keys)
 
     def _keys(self, inputs: dict) -> dict[str, Tensor]:
@@ -265,114 +278,146 @@ class Trainer:
         terms: dict[str, Tensor] = {}
         for part in ("image", "audio"):
             if f"{part}_match" in outputs:
-                weight = outputs[f"{part}_match_weight"]
-                error = functional.binary_cross_entropy_with_logits(
-                    outputs[f"{part}_match"], outputs[f"{part}_match_target"], reduction="none"
-                )
+                weight, target = outputs[f"{part}_match_weight"], outputs[f"{part}_match_target"]
+                error = functional.binary_cross_entropy_with_logits(outputs[f"{part}_match"], target, reduction="none")
                 terms[f"{part}_match"] = (error * weight).sum() / weight.sum().clamp_min(1)
         if "class_logits" in outputs and self.classify:
+            logits = outputs["class_logits"]
             if self.config.training.label_set == "voxceleb1":
-                terms["class"] = functional.cross_entropy(outputs["class_logits"], inputs["voice"]["labels"].argmax(1))
+                terms["class"] = functional.cross_entropy(logits, inputs["voice"]["labels"].argmax(1))
             else:
-                terms["class"] = functional.binary_cross_entropy_with_logits(
-                    outputs["class_logits"], inputs["image"]["labels"]
-                )
-        total = sum(terms.values()) if terms else torch.zeros((), device=self.info.device)
+                terms["class"] = functional.binary_cross_entropy_with_logits(logits, inputs["image"]["labels"])
+        total = torch.zeros((), device=self.info.device)
+        for value in terms.values():
+            total = total + value
         return total, {name: value.detach() for name, value in terms.items()}
 
     def _temperatures(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: outputs[name].detach() for name in {pairing.scale for pairing in self.pairings}}
 
-    def after_step(self, module: nn.Module, step: int) -> None:
+    def after_step(self, module: StageModule, step: int) -> None:
         """Keep the temperatures in range."""
         if self.stage > 1:
-            module.network.clamp_scales()
+            module.network.clamp_scales(self.config.training.max_logit_scale)
 
     # --- validation ---------------------------------------------------------------------------------------------------
 
     def validate(self, model: Any, step: int) -> dict[str, float]:
         """val/loss of the stage, its parts, and retrieval; the same numbers on every rank."""
         found: dict[str, float] = {}
+        bad: dict[str, float] = {}
+        workers = self.config.training.num_workers
         if self.stage != 2:
             found |= self._validation_terms(model)
         if self.stage > 1:
-            scales = {}
+            scales: dict[str, float] = {}
+            size = max(32, self.config.training.batch_size)
             for kind, dataset in self.val.items():
-                split = embed_split(
-                    model, dataset, kind, self.info, batch_size=max(32, self.config.training.batch_size)
-                )
+                split = embed_split(model, dataset, kind, self.info, batch_size=size, workers=workers)
                 name = "logit_scale" if kind == "image" else "audio_logit_scale"
-                scales = scales or _scalars(model, dataset, kind, self.info)
-                measured = measure(
+                scales = scales or _scalars(model, dataset, self.info)
+                found |= measure(
                     split,
                     loss_kind=self.config.training.contrastive_loss,
                     scale=scales[name],
                     bias=scales[name.replace("scale", "bias")],
                     brief=True,
+                    info=self.info,
                 )
-                found |= measured
-        parts = [value for name, value in found.items() if name.endswith("_loss")]
-        loss = sum(parts)
-        best = self.progress.best
-        self.progress.improved = best is None or loss < best
-        self.progress.best = loss if self.progress.improved else best
-        return {"loss": loss, **found}
+                bad |= {f"bad_{name}": float(count) for name, count in split.bad_by_set.items()}
+        loss = sum(value for name, value in found.items() if name.endswith("_loss"))
+        ranks = [value for name, value in found.items() if name.endswith("_MRR")]
+        self.val_losses[step] = loss
+        return {"loss": loss, **({"retrieval": sum(ranks) / len(ranks)} if ranks else {}), **found, **bad}
+
+    def metric_names(self) -> set[str]:
+        """The names that validate returns in this stage, as they stand in the log."""
+        found = {"loss"}
+        if self.stage == 1:
+            return {"val/loss", *(f"val/masked_{kind}_loss" for kind in self.val)}
+        for kind in self.val:
+            ways = [f"{kind}_{way}" for way in ("item_to_text", "text_to_item")]
+            found |= {
+                "retrieval",
+                f"{kind}_loss",
+                *(f"{way}_{name}" for way in ways for name in ("R@1", "R@10", "MRR")),
+            }
+            found |= {f"{kind}_match_loss"} if self.stage == 3 and kind != "voice" else set()
+        if self.classify:
+            voice = self.config.training.label_set == "voxceleb1"
+            found |= {"class_loss", *(("speaker_accuracy",) if voice else ("mAP", "micro_F1"))}
+        return {f"val/{name}" for name in found}
 
     def _validation_terms(self, model: Any) -> dict[str, float]:
         """The masked or matching losses on the first validation batches, with fixed masks and draws."""
         size = self.config.training.batch_size
-        batches = min(VALIDATION_BATCHES, max(len(dataset) // size for dataset in self.val.values()) or 1)
-        turns, sums = -(-batches // self.info.world), {}
-        for turn in range(turns):
-            number = (turn * self.info.world + self.info.rank) % batches
-            batch = {kind: validation_batch(dataset, number, size) for kind, dataset in self.val.items()}
+        count = min(VALIDATION_BATCHES, max(len(dataset) // size for dataset in self.val.values()) or 1)
+        turns = -(-count // self.info.world)
+        numbers = [(turn * self.info.world + self.info.rank) % count for turn in range(turns)]
+        sums: dict[str, float] = {}
+        for batch in ValidationBatches(self.val, numbers, size).read(self.config.training.num_workers):
             batch = to_device(batch, self.info.device)
             inputs = self._inputs(batch)
             outputs = model(inputs, self._draws(batch, inputs, _VALIDATION_STEP, _VALIDATION_SEED_SHIFT))
-            terms = (
-                outputs
-                if self.stage == 1
-                else {name: value for name, value in self._supervised(outputs, inputs)[1].items() if name != "class"}
-            )
+            terms = outputs if self.stage == 1 else self._supervised(outputs, inputs)[1]
             for name, value in terms.items():
-                sums[name] = sums.get(name, 0.0) + float(value) / turns
+                if name != "class":  # measured on the whole split
+                    sums[name] = sums.get(name, 0.0) + float(value) / turns
         name = "masked_{}_loss" if self.stage == 1 else "{}_loss"
         return mean_over_ranks({name.format(part): value for part, value in sums.items()})
 
     # --- files --------------------------------------------------------------------------------------------------------
 
     def export(self, folder: Path, weights: dict[str, Tensor], ema: dict[str, Tensor] | None) -> None:
-        """model.pt in the checkpoint folder, and the guide's best_model.pt and checkpoint_epoch_N.pt beside all
-        stages.
+        """model.pt in the checkpoint folder; the guide's best_model.pt and checkpoint_epoch_N.pt in OUT/checkpoints.
+
+        Runs in the writer's thread while the next steps are trained, so nothing here asks where training is now: the
+        step and the best score are those that trainer.json of this checkpoint holds, the weights are copies.
         """
-        progress, chosen = self.progress, ema or weights
+        trainer = json.loads((folder / "trainer.json").read_text())
+        run, chosen = trainer["run_state"], ema or weights
+        step = run["step"]
         state = {
             **self.frozen,
             **{name.removeprefix(PREFIX): value for name, value in chosen.items() if name.startswith(PREFIX)},
         }
-        epoch, rest = divmod(progress.step, progress.steps_per_epoch)
-        checkpoint = folder.name.removeprefix(".tmp-").rpartition("-")[0]  # the folder is renamed when it is whole
+        epoch, rest = divmod(step, self.place.steps_per_epoch)
+        name = STEP_NAME.format(step=step) if rest else EPOCH_NAME.format(epoch=epoch)
+        metric, mode = best_metric_of(self.config, self.stage)
+        losses = [loss for at, loss in list(self.val_losses.items()) if at <= step]
         payload = {
-            "model_state_dict": {name: value.detach().cpu().contiguous() for name, value in state.items()},
-            "pretrain_state_dict": {name: value.cpu() for name, value in chosen.items() if not name.startswith(PREFIX)},
-            "epoch": progress.first_epoch + epoch,
-            "global_step": progress.first_step + progress.step,
+            "model_state_dict": {key: value.detach().cpu().contiguous() for key, value in state.items()},
+            "pretrain_state_dict": {key: value.cpu() for key, value in chosen.items() if not key.startswith(PREFIX)},
+            "epoch": self.place.first_epoch + epoch,
+            "global_step": self.place.first_step + step,
             "stage": self.stage,
-            "stage_step": progress.step,
-            "best_val_loss": progress.best,
+            "stage_step": step,
+            "best_val_loss": min(losses, default=None),
+            "best_metric": metric,
+            "best_mode": mode,
+            "best_value": run["best"],
             "config": self.config.model_dump(mode="json"),
             "model_config": self.model_config,
             "tokenizer_sha256": self.tokenizer_sha256,
             "format_version": FORMAT_VERSION,
-            "training_state": f"{STAGE_NAMES[self.stage]}/checkpoints/{checkpoint}",
+            "training_state": f"{STAGE_NAMES[self.stage]}/checkpoints/{name}",
         }
         save_aside(payload, folder / "model.pt")
         checkpoints = self.output_dir / "checkpoints"
-        if progress.improved:
-            put(folder / "model.pt", checkpoints / "best_model.pt")
-            progress.improved = False
+        if run["best_name"] == name:
+            put(folder / "model.pt", checkpoints / NAMES[0])
         if rest == 0:
-            put(folder / "model.pt", checkpoints / f"checkpoint_epoch_{payload['epoch']}.pt")
+            # All that training needs to go on from here, on another machine too: see files.unpack_training.
+            whole = {
+                **payload,
+                "optimizer_state_dict": load_file(folder / "optimizer.safetensors"),
+                "trainer_state": trainer,
+                "trained_state_dict": {key: value.cpu().contiguous() for key, value in weights.items()}
+                if ema
+                else None,
+                "trained_names": list(weights),
+            }
+            save_aside(whole, checkpoints / f"checkpoint_epoch_{payload['epoch']}.pt")
             self._prune(checkpoints)
 
     def _prune(self, checkpoints: Path) -> None:
@@ -381,26 +426,10 @@ class Trainer:
             path.unlink()
 
 
-def _scalars(model: Any, dataset: CaptionedDataset, kind: Kind, info: DistInfo) -> dict[str, float]:
+def _scalars(model: Any, dataset: CaptionedDataset, info: DistInfo) -> dict[str, float]:
     """The temperatures and biases, which a sharded module only shows through its forward."""
     ids, mask = to_device(dataset.tokenizer.batch([""]), info.device)
     outputs = model({"audio": {"input_ids": ids, "attention_mask": mask}})
     return {
         name: float(outputs[name]) for name in ("logit_scale", "audio_logit_scale", "logit_bias", "audio_logit_bias")
     }
-
-
-def validation_batch(dataset: CaptionedDataset, number: int, size: int) -> dict:
-    """Up to `size` samples from a fixed place on, round the set; those that cannot be read are passed over."""
-    items: dict[int, dict] = {}
-    for place in range(len(dataset)):
-        index = (number * size + place) % len(dataset)
-        with contextlib.suppress(BadSample):
-            items[index] = dataset[index]
-        if len(items) == size:
-            break
-    if not items:
-        raise UserError(f"none of {len(dataset)} validation samples can be read; look at the data folder")
-    batch = collate(list(items.values()))
-    batch["slot"] = torch.tensor(list(items))
-    return batch

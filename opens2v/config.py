@@ -27,6 +27,7 @@ class OpenS2VRunSection(RunSection):
         True, "go on from the newest checkpoint of the output folder; --no-auto-resume: start anew"
     )
     visualize: bool = setting(True, "write sample videos; --no-visualize: none")
+    wandb_save_dir: str | None = setting(None, "folder of Weights & Biases' own files; null: its default")
     disable_wandb: bool = setting(False, "do not log to Weights & Biases, whatever the file says")
     seed: int = setting(
         42,
@@ -45,6 +46,20 @@ class DataConfig(Section):
     )
     video_base_paths: list[str] = setting([], "video folders, one per part")
     background_base_paths: list[str] = setting([], "folders of background pictures (called `foreground`), one per part")
+    scenes: str | None = setting(
+        None,
+        "without json_paths: scenes composed on the fly from drawings (`sample`, the .json of a sheet, or a folder)",
+        fixed=True,
+    )
+    val_json_paths: list[str] = setting(
+        [], "annotation files of the validation clips, one per part; empty: see train_share"
+    )
+    val_video_base_paths: list[str] = setting([], "video folders of the validation clips")
+    val_background_base_paths: list[str] = setting([], "background folders of the validation clips")
+    index_dir: str | None = setting(
+        None, "folder of the indexes of large annotation files; null: beside them, or where that is read-only in "
+        "the user's cache folder"
+    )  # fmt: skip
     num_training_frames: int = setting(21, "frames of a training clip", "num_frames", ge=1, fixed=True)
     num_training_frames_unit: Literal["pixel", "latent"] = setting("pixel", "unit of num_training_frames", fixed=True)
     pixel_height: int = setting(480, "height of the video, pixels", "height", ge=16, fixed=True)
@@ -78,9 +93,13 @@ class DataConfig(Section):
     use_bbox: bool = setting(False, "cut subjects out with the background inside their box")
     ref_augment: bool = setting(True, "flip, turn, scale and recolour subject pictures a little")
     caption_key: str = setting("face_cap_qwen", "metadata field of the caption")
-    max_retries: int = setting(10, "other samples that the data set tries in place of a broken one", ge=0)
+    max_retries: int = setting(
+        10, "other samples that create_opens2v_dataloader tries in place of a broken one; train.py tries 20", ge=0
+    )
     strict: bool = setting(False, "stop at the first broken sample")
-    load_background: bool = setting(False, "load the background pictures")
+    load_background: bool = setting(
+        False, "load the background pictures, for loops of your own; train.py has no use for them"
+    )
     recolour_probability: float = setting(
         0.0, "share of samples whose subject changes colour, in video and picture alike", ge=0, le=1
     )
@@ -109,9 +128,14 @@ class ModelConfig(Section):
 
     generator_ckpt: str | None = setting(None, "base weights: diffusers folder, .safetensors or .pt, in either naming")
     use_ema: bool = setting(False, "take generator_ema of a .pt base")
+    init_from: str | None = setting(
+        None, "trained adapters that a new run starts from: a run, a checkpoint, a model.pt, or an exported file"
+    )
     base_model_path: str | None = setting(None, "folder with transformer, vae, text_encoder and tokenizer")
     image_encoder_path: str | None = setting(None, "folder of the CLIP picture encoder")
-    codec: Literal["wan", "patch"] = setting("wan", "video to latents: Wan's VAE, or components of 4 x 4 patches")
+    codec: Literal["wan", "patch", "conv"] = setting(
+        "wan", "video to latents: Wan's VAE, components of 4 x 4 patches, or a small convolutional auto-encoder"
+    )
     text_encoder: Literal["umt5", "hash"] = setting("umt5", "text to rows: UMT5-XXL, or hashed words")
     image_encoder: Literal["clip", "pixels"] = setting(
         "clip", "subject picture to tokens: CLIP ViT-H/14, or mean colours of cells"
@@ -138,6 +162,9 @@ class ModelConfig(Section):
     clip_proj_type: Literal["linear", "mlp"] = setting("linear", "projection of the CLIP tokens")
     vae_pos_embed: Literal["sincos2d", "none"] = setting("sincos2d", "positions of the picture's latent pixels")
     train_fused_path: bool = setting(False, "a third path over both kinds of tokens")
+    ref_in_self_attention: bool = setting(
+        False, "self-attention also looks at what the base itself makes of the subject pictures, with layers of its own"
+    )
     causal: bool = setting(False, "block-causal attention over frames (Self-Forcing, LongLive)")
     num_frame_per_block: int = setting(3, "latent frames of a causal block", ge=1)
     independent_first_frame: bool = setting(False, "the first latent frame is a causal block of its own")
@@ -166,7 +193,7 @@ class AdapterConfig(Section):
     fixed_on_resume = True
 
     adapter_type: Literal["lora"] = setting("lora", "the guide's key; LoRA is the only kind", "type")
-    r: int = setting(64, "LoRA rank", "rank", ge=1)
+    r: int = setting(64, "LoRA rank; 0: no LoRA", "rank", ge=0)
     lora_alpha: float = setting(64, "LoRA strength times rank", "alpha", gt=0)
     lora_dropout: float = setting(0.0, "dropout in front of the LoRA layers", "dropout", ge=0, lt=1)
     target_modules: list[str] = setting(ATTENTION, "adapted layers of the attention")
@@ -193,7 +220,7 @@ class TrainingConfig(TrainingSection):
     eval_steps: int | None = setting(
         None, "optimizer steps between validations; null: only at the end", "val_interval", ge=1
     )
-    keep_last: int = setting(1_000_000, "newest checkpoints kept", "max_checkpoints", ge=2)
+    keep_last: int = setting(1_000_000, "newest checkpoints kept", "max_checkpoints", ge=1)
     num_workers: int = setting(4, "loader processes per rank", ge=0)
     gradient_checkpointing: bool = setting(True, "recompute blocks in the backward pass to save memory")
     p_drop_text: float = setting(0.05, "share of samples trained without text", ge=0, le=1)
@@ -221,6 +248,13 @@ class TrainingConfig(TrainingSection):
         16, "samples per rank and step of the base; with global_batch_size: of all ranks", ge=1
     )
     base_learning_rate: float = setting(1e-3, "peak learning rate of the base", gt=0)
+    base_with_references: bool = setting(
+        False, "train the small base together with the reference modules; it is frozen afterwards and they go on"
+    )
+    codec_steps: int | None = setting(
+        None, "steps of the convolutional auto-encoder that is trained first; null: base_steps", ge=1
+    )
+    codec_learning_rate: float = setting(3e-3, "peak learning rate of the auto-encoder", gt=0)
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainingConfig":
@@ -238,7 +272,6 @@ REFUSED = {
     "sharding_strategy": "FSDP2 shards each block over all ranks; leave the key out and choose a --strategy",
     "generator_fsdp_wrap_strategy": "the generator is always wrapped block by block; leave the key out",
     "text_encoder_fsdp_wrap_strategy": "the text encoder is not sharded; use text_encoder_cpu_offload or cached text",
-    "ref_in_self_attention": "references enter through cross-attention only; leave the key out",
     "wandb_key": "keys are not read from files; set the environment variable WANDB_API_KEY",
     "wandb_entity": "set the environment variable WANDB_ENTITY",
     "ema_start_step": "the average warms up by itself (ema_warmup); leave the key out",
@@ -261,6 +294,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
+        if self.adapter is not None and self.adapter.r == 0:
+            self.adapter = None
         check_sizes(self)
         return self
 
@@ -333,15 +368,22 @@ def _guide_key(name: str, value: Any, homes: dict[str, tuple[str, str]]) -> tupl
 # --- sizes ------------------------------------------------------------------------------------------------------------
 
 
+TEMPORAL = 4  # pixel frames of a latent frame after the first, in all codecs
+
+
 def codec_factors(model: ModelConfig) -> tuple[int, int]:
     """(temporal, spatial) reduction of the codec."""
-    return (4, 8) if model.codec == "wan" else (4, 4)
+    return TEMPORAL, 8 if model.codec == "wan" else 4
 
 
 def pixel_frames(config: Config) -> int:
     """Pixel frames of a training clip."""
-    frames, temporal = config.data.num_training_frames, codec_factors(config.model)[0]
-    return frames if config.data.num_training_frames_unit == "pixel" else (frames - 1) * temporal + 1
+    return pixel_count(config.data.num_training_frames, config.data.num_training_frames_unit)
+
+
+def pixel_count(frames: int, unit: str) -> int:
+    """Pixel frames of a number of frames in a unit; every codec makes four of them a latent frame, after the first."""
+    return frames if unit == "pixel" else (frames - 1) * TEMPORAL + 1
 
 
 def latent_frames(config: Config) -> int:
@@ -396,10 +438,11 @@ def check_sizes(config: Config) -> None:
     wanted = [name for name, value in cached.items() if value]
     if wanted and data.cache_dir is None:
         raise ValueError(f"{', '.join(wanted)} needs cache_dir; run opens2v/precompute.py and give its folder")
-    if data.use_cached_latents and data.recolour_probability:
-        raise ValueError("recolour_probability changes the frames, cached latents cannot follow; set one of them to 0")
-    if (data.use_cached_latents or data.use_cached_text) and data.other_scene_probability:
+    if wanted and data.scenes is not None and not data.json_paths:
+        raise ValueError(f"{', '.join(wanted)}: composed scenes never repeat and are not cached; give json_paths")
+    val_lengths = [len(data.val_json_paths), len(data.val_video_base_paths), len(data.val_background_base_paths)]
+    if any(val_lengths) and (val_lengths[1] != val_lengths[0] or val_lengths[2] not in (0, val_lengths[0])):
         raise ValueError(
-            "other_scene_probability changes frames and captions, cached features cannot follow; set it to 0, or cache "
-            "neither text nor latents"
+            "val_json_paths, val_video_base_paths and val_background_base_paths must be equally long, they have "
+            f"{val_lengths[0]}, {val_lengths[1]} and {val_lengths[2]} entries; give one of each per part"
         )

@@ -6,7 +6,7 @@ Random choices of a sample are keyed by (seed, epoch, index): the same for any n
 import random
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate
 from pathlib import Path
@@ -18,16 +18,19 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
+from opens2v.config import Config, pixel_count
 from opens2v.data.annotations import Annotations
 from opens2v.data.augment import NO_CHANGES, foreground_mask, recolour_subject, show_in_scene
 from opens2v.data.clips import UNUSABLE, Part, caption_of, class_names, frame_indices, generic_caption, usable_range
 from opens2v.data.cross_frames import CrossFramePairs
+from opens2v.data.scenes import SceneDataset, scene_set
 from opens2v.data.subjects import CLIP_SIZE, SELECTIONS, Subject, SubjectFilter, reference_tensors, select_subjects
 from opens2v.data.video import cover_resize, fit_frame, normalise
 from shared.errors import BadSample, UserError
 from shared.rng import keyed_seed
 
 _SAMPLE = 501  # random stream
+VALIDATION_SEED = 551
 
 
 class OpenS2VAdapterDataset(Dataset):
@@ -60,7 +63,11 @@ class OpenS2VAdapterDataset(Dataset):
             raise UserError(f"video folder {video_base_path}: not found; check opens2v.video_base_paths")
         background = None if background_base_path is None else Path(background_base_path)
         self.part = Part(
-            Path(json_path).stem, Annotations(json_path), Path(video_base_path), background, self.options.use_bbox
+            Path(json_path).stem,
+            Annotations(json_path, index_dir=self.options.index_dir),
+            Path(video_base_path),
+            background,
+            self.options.use_bbox,
         )
         self.filter = SubjectFilter(
             **{field.name: getattr(self.options, field.name) for field in fields(SubjectFilter)}
@@ -160,10 +167,11 @@ class OpenS2VAdapterDataset(Dataset):
         if options.generic_caption_probability and rng.random() < options.generic_caption_probability:
             for name in class_names(entry):
                 caption = generic_caption(caption, name)
-        item = {"key": key, "prompts": caption, "frame_indices": torch.tensor(indices)}
+        item: dict[str, Any] = {"key": key, "prompts": caption, "frame_indices": torch.tensor(indices)}
         if frames is not None and options.load_frames:
             tensor = torch.from_numpy(frames).permute(3, 0, 1, 2)
-            item["frames"] = (tensor if options.uint8_frames else normalise(tensor)).contiguous()
+            # A view with other strides: collating copies once anyway, and a clip is large.
+            item["frames"] = tensor if options.uint8_frames else normalise(tensor).contiguous()
         if options.load_subjects:
             item |= reference_tensors(
                 chosen, images, rng if options.ref_augment else None,
@@ -287,7 +295,8 @@ class OpenS2VAdapterDataset(Dataset):
             json_path, videos = self.part.annotations.path.with_name(f"{name}.json"), self.part.videos.parent / name
             if not json_path.exists() or not videos.is_dir():
                 return None
-            self.parts[name] = Part(name, Annotations(json_path), videos, None, self.options.use_bbox)
+            annotations = Annotations(json_path, index_dir=self.options.index_dir)
+            self.parts[name] = Part(name, annotations, videos, None, self.options.use_bbox)
         return self.parts[name]
 
 
@@ -372,7 +381,9 @@ def create_dataset(data: Settings, **changes: Any) -> MultiPartOpenS2VAdapterDat
     names = {field.name for field in fields(SampleOptions)} - CODE_ONLY
     settings = {name: data[name] for name in names if name in data}
     settings |= {
-        "num_frames": data["num_pixel_frames"] if "num_pixel_frames" in data else data["num_training_frames"],
+        "num_frames": pixel_count(data["num_training_frames"], data["num_training_frames_unit"])
+        if "num_training_frames_unit" in data
+        else data["num_training_frames"],
         "height": data["pixel_height"],
         "width": data["pixel_width"],
         "ref_height": data["ref_height"],
@@ -385,6 +396,54 @@ def create_dataset(data: Settings, **changes: Any) -> MultiPartOpenS2VAdapterDat
     return MultiPartOpenS2VAdapterDataset(
         data["json_paths"], data["video_base_paths"], data["background_base_paths"] or None, **settings
     )
+
+
+Samples = MultiPartOpenS2VAdapterDataset | SceneDataset
+
+
+def training_set(config: Config, **changes: Any) -> Samples:
+    """What a run trains on: composed scenes, or the leading train_share of every clip. changes: of SampleOptions."""
+    data = config.data
+    if data.scenes is not None and not data.json_paths:
+        return scene_set(config, "train")
+    options = {"seed": config.run.seed, "time_range": (0.0, data.train_share), "load_background": False}
+    return create_dataset(data, **{**options, "uint8_frames": True, **changes})
+
+
+def validation_set(config: Config, **changes: Any) -> Samples:
+    """What a run is validated on, without augmentation: scenes of combinations that are never trained, the clips of
+    val_json_paths, or the part of every clip that train_share leaves (all of it where it leaves none).
+    """
+    data = config.data
+    if data.scenes is not None and not data.json_paths:
+        return scene_set(config, "combinations")
+    time_range = (data.train_share, 1.0) if data.train_share < 1 else (0.0, 1.0)
+    if data.val_json_paths:
+        time_range = (0.0, 1.0)
+        names = ("json_paths", "video_base_paths", "background_base_paths")
+        data = data.model_copy(update={name: getattr(data, f"val_{name}") for name in names})
+    options = {"seed": VALIDATION_SEED, "time_range": time_range, "load_background": False, **NO_CHANGES}
+    return create_dataset(data, **{**options, "uint8_frames": True, **changes})
+
+
+def readable_samples(dataset: Any, order: Iterable[int], count: int, epoch: int = 0) -> list[dict[str, Any]]:
+    """The first `count` samples of `order` that can be read; those that cannot are passed over with a line each.
+
+    UserError when none can: then the data folders are wrong, not a sample.
+    """
+    found: list[dict[str, Any]] = []
+    reason: BadSample | None = None
+    for index in order:
+        if len(found) == count:
+            break
+        try:
+            found.append(dataset.sample(index, epoch))
+        except BadSample as error:
+            reason = error
+            print(f"passed over: {error}", flush=True)
+    if not found:
+        raise UserError(f"no sample can be read; the last: {reason}; check the data folders")
+    return found
 
 
 class EpochSampler(DistributedSampler):
@@ -478,6 +537,7 @@ class SampleOptions:
     only_keys: tuple[str, ...] = ()
     without_keys: tuple[str, ...] = ()
     keep_decoded: bool = False
+    index_dir: str | None = None
     seed: int = 0
 
 

@@ -45,14 +45,17 @@ class GenerateOptions(Section):
     guidance_scale: float | None = setting(None, "strength of text guidance; null: 5, small presets 1.5", "cfg", ge=0)
     img_guidance_scale: float = setting(3.0, "strength of subject guidance, mode dual", ge=0)
     negative_prompt: str | None = setting(None, "what to steer away from; null: that of the run")
-    fps: float | None = setting(None, "frames per second of the file; null: 16, small presets 8", gt=0)
+    fps: float | None = setting(None, "frames per second of the file; null: as the training clips move", gt=0)
     seed: int = setting(42, "noise", ge=0, le=2**63 - 1)
     rembg: Literal["none", "white"] = setting("none", "white: take off a plain ground of the subject picture")
     lora_scale: float = setting(1.0, "factor on the LoRA layers", ge=0)
     ref_scale: float = setting(1.0, "factor on what the subject adds; 0 gives the base", ge=0)
     use_ema: bool = setting(True, "averaged weights, where the checkpoint has them")
     offload: bool = setting(False, "keep the text encoder on the CPU")
-    dtype: Literal["fp32", "bf16"] = setting("fp32", "precision of the generator's arithmetic")
+    vae_tiling: bool = setting(False, "decode in overlapping tiles: slower, a fraction of the memory (Wan's VAE)")
+    dtype: Literal["fp32", "bf16"] | None = setting(
+        None, "precision of the generator's arithmetic; null: bf16 where the base lies in bf16 and the device has it"
+    )
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     side_by_side: bool = setting(False, "put the subject picture left of every frame")
 
@@ -98,11 +101,22 @@ def _listed(options: GenerateOptions, path: Path) -> list[Request]:
                 f'--prompt-file {path}, line {number}: expected {{"prompt": ..., "ref_image": [...]}}'
             ) from None
         pictures = [pictures] if isinstance(pictures, str) else pictures
+        output = record.get("output", f"{number:04d}.mp4")
+        if not isinstance(prompt, str) or not isinstance(output, str) or not all(isinstance(p, str) for p in pictures):
+            raise UserError(f"--prompt-file {path}, line {number}: prompt, ref_image and output must be texts")
         pictures = [str(path.parent / picture) for picture in pictures]
-        found.append(Request(prompt, pictures, folder / record.get("output", f"{number:04d}.mp4")))
+        found.append(Request(prompt, pictures, inside(folder, output, f"--prompt-file {path}, line {number}")))
     if not found:
         raise UserError(f"--prompt-file {path}: holds no prompt")
     return found
+
+
+def inside(folder: Path, name: str, where: str) -> Path:
+    """The path of a file that a list names; UserError for one that would lie outside of the folder."""
+    target = folder / name
+    if name == "" or not target.resolve().is_relative_to(folder.resolve()) or target.resolve() == folder.resolve():
+        raise UserError(f"{where}: output {name!r} lies outside of {folder}; give a name inside of it")
+    return target
 
 
 def without_plain_ground(image: Any) -> Any:
@@ -129,9 +143,9 @@ class Generator:
     def __init__(self, options: GenerateOptions):
         import torch
 
-        from opens2v.modules.encoders import check_frames
+        from opens2v.modules.encoders import WanVAE, check_frames
         from opens2v.modules.lora import scale_lora
-        from opens2v.weights.open import load_trained_generator
+        from opens2v.weights.open import load_trained_generator, precision_of
         from shared.engine.dist import init_distributed
 
         self.options = options
@@ -149,31 +163,25 @@ class Generator:
             base=options.generator_ckpt,
             use_ema=options.use_ema,
             device=self.device,
+            precision=options.dtype,
+            offload=options.offload,
         )
-        if options.offload and self.encoders.text is not None:
-            self.encoders.text.to("cpu")
+        if options.vae_tiling:
+            if not isinstance(self.encoders.codec, WanVAE):
+                raise UserError("--vae-tiling: only Wan's VAE decodes in tiles; the small codecs need no such saving")
+            self.encoders.codec.vae.enable_tiling()
         if options.lora_scale != 1:
             scale_lora(self.module, options.lora_scale)
-        self.is_small = self.config.model.codec == "patch"
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=options.dtype == "bf16")
+        precision = precision_of(self.config, options.dtype, self.device)
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
 
     def sampler_settings(self) -> Any:
         """The sampler of the options, with the run's values where they leave it open."""
-        from opens2v.sampling.video import SamplerSettings
+        from opens2v.sampling.video import sampler_settings
 
         options = self.options
-        return SamplerSettings(
-            steps=options.steps or (20 if self.is_small else 50),
-            sampler=options.sampler,
-            shift=options.shift or self.config.training.timestep_shift,
-            guidance=options.guidance,
-            guidance_scale=options.guidance_scale
-            if options.guidance_scale is not None
-            else (1.5 if self.is_small else 5.0),
-            img_guidance_scale=options.img_guidance_scale,
-            ref_scale=options.ref_scale,
-            seed=options.seed,
-        )
+        names = ("sampler", "shift", "guidance", "guidance_scale", "img_guidance_scale", "ref_scale", "seed")
+        return sampler_settings(self.config, steps=options.steps, **{name: getattr(options, name) for name in names})
 
     def latent_shape(self) -> tuple[int, int, int, int]:
         """Shape of a video's latents; UserError for a length that causal blocks do not fill."""
@@ -225,6 +233,7 @@ class Generator:
         """The mp4 with everything that made it."""
         from opens2v.data.video import to_uint8, write_video
         from opens2v.evaluation.preview import side_by_side
+        from opens2v.sampling.video import video_rate
 
         frames = to_uint8(video)
         if self.options.side_by_side and reference is not None:
@@ -233,17 +242,15 @@ class Generator:
             "prompt": prompt, "ref_images": ref_images, "checkpoint": str(self.weights), "frames": len(frames),
             "sampler": asdict(self.sampler_settings()), "options": self.options.model_dump(),
         }  # fmt: skip
-        fps = self.options.fps or (8 if self.is_small else 16)
-        return write_video(output, frames, fps, settings)
+        return write_video(output, frames, self.options.fps or video_rate(self.config), settings)
 
     def run_held_back(self, output: Path) -> Path:
         """Draw the first held-back clip of the run's own data; the subject picture is shown beside it."""
-        from opens2v.dataset import collate_opens2v_batch
-        from opens2v.evaluation.preview import Preview, reference_picture
-        from opens2v.sampling.scheduler import FlowMatchScheduler
-        from shared.engine.dist import DistInfo
+        from opens2v.dataset import collate_opens2v_batch, readable_samples, validation_set
+        from opens2v.evaluation.preview import reference_picture
 
-        item = Preview(self.config, self.encoders, FlowMatchScheduler(), DistInfo()).dataset.sample(0, 0)
+        dataset = validation_set(self.config)
+        item = readable_samples(dataset, range(len(dataset)), 1)[0]
         conditions = self.encoders.conditions(collate_opens2v_batch([item]))
         self.options.side_by_side = True
         reference = reference_picture(item["ref_pixels"][0])

@@ -38,6 +38,11 @@ class MetricsOptions(Section):
     steps: int | None = setting(None, "denoising steps; null: 50, small presets 20", ge=1)
     guidance_scale: float | None = setting(None, "guidance; null: 5, small presets 1.5", ge=0)
     use_ema: bool = setting(True, "averaged weights, where the checkpoint has them")
+    dtype: Literal["fp32", "bf16"] | None = setting(
+        None, "precision of the generator's arithmetic; null: bf16 where the base lies in bf16 and the device has it"
+    )
+    batch_size: int | None = setting(None, "clips at a time; null: 1, small presets 16", ge=1)
+    offload: bool = setting(False, "keep the text encoder on the CPU")
     eval_json: str | None = setting(None, "OpenS2V-Eval prompt file: draw its videos instead of measuring")
     eval_images: str | None = setting(
         None, "folder that the img_paths of --eval-json are relative to; null: that of the file"
@@ -47,30 +52,28 @@ class MetricsOptions(Section):
 
 def clips_for(config: Any, options: MetricsOptions) -> tuple[Any, list[list[dict]]]:
     """The data set of held-back windows with background, and its samples: windows x clips."""
-    from opens2v.data.augment import NO_CHANGES
-    from opens2v.dataset import create_dataset
+    from opens2v.dataset import readable_samples, validation_set
 
     data = config.data.model_copy(update={"without_keys": [], "is_cross_frame": False})
-    share = config.data.train_share
-    dataset = create_dataset(
-        data,
-        seed=7,
-        time_range=(share, 1.0) if share < 1 else (0.0, 1.0),
-        load_background=True,
-        **{**NO_CHANGES, "generic_caption_probability": 1.0},
+    dataset = validation_set(
+        config.model_copy(update={"data": data}), seed=7, load_background=True, generic_caption_probability=1.0
     )
-    count = min(len(dataset), options.max_clips)
-    if count < 2:
+    order = range(len(dataset))
+    first = readable_samples(dataset, order, min(len(order), options.max_clips))
+    if len(first) < 2:
         raise UserError("the measures compare subjects with one another; the data set has one clip only")
-    return dataset, [[dataset.sample(index, window) for index in range(count)] for window in range(options.windows)]
+    places = {dataset.identity(index)[1]: index for index in order}
+    more = [[dataset.sample(places[item["key"]], window) for item in first] for window in range(1, options.windows)]
+    return dataset, [first, *more]
 
 
-def loss_figures(generator: Any, samples: list[list[dict]], unseen: list[int]) -> dict[str, float]:
+def loss_figures(generator: Any, samples: list[list[dict]], unseen: list[int], chunk: int) -> dict[str, float]:
     """Losses with the own, another's and no subject picture, for seen and unseen subjects, and the x0 error by noise
     level.
     """
     import torch
 
+    from opens2v.data.video import normalise
     from opens2v.dataset import collate_opens2v_batch
     from opens2v.evaluation.subject_use import PairedErrors, paired_errors, subject_region
     from opens2v.sampling.scheduler import FlowMatchScheduler
@@ -84,15 +87,15 @@ def loss_figures(generator: Any, samples: list[list[dict]], unseen: list[int]) -
             region = None
             if "background_pixels" in batch:
                 size = tuple(conditions.latents_BCFhw.shape[2:])
-                region = subject_region(batch["frames"], batch["background_pixels"], size).to(
+                region = subject_region(normalise(batch["frames"]), batch["background_pixels"], size).to(
                     conditions.latents_BCFhw.device
                 )
             variance_2C = generator.encoders.codec.variance
-            arguments = (generator.module, conditions, region, scheduler, config.model.prediction, variance_2C)
-            found.append(paired_errors(*arguments, seed=window))
+            arguments = (generator.module, conditions, region, scheduler, config.model, variance_2C)
+            found.append(paired_errors(*arguments, seed=window, chunk=chunk))
             if window == 0:
                 for sigma in (0.3, 0.5, 0.7):
-                    errors = paired_errors(*arguments, sigmas=(sigma,), seed=window, references="next")
+                    errors = paired_errors(*arguments, sigmas=(sigma,), seed=window, references="next", chunk=chunk)
                     x0[f"x0_error_sigma_{sigma}"] = sigma**2 * errors.whole_BB.diagonal().mean().item()
     fields = ("subject_BB", "subject_none_B", "whole_BB", "whole_none_B")
     errors = PairedErrors(*(torch.stack([getattr(one, field) for one in found]).mean(0) for field in fields))
@@ -107,18 +110,18 @@ def loss_figures(generator: Any, samples: list[list[dict]], unseen: list[int]) -
 class Drawn:
     """Videos of clips with references, drawn in batches with noise by seed; the same (clip, reference, seed) once."""
 
-    def __init__(self, generator: Any, items: list[dict]):
-        from opens2v.data.video import to_uint8
+    def __init__(self, generator: Any, items: list[dict], batch: int):
+        from opens2v.data.video import normalise, to_uint8
         from opens2v.dataset import collate_opens2v_batch
         from opens2v.evaluation.preview import reference_picture
 
-        self.generator, self.items = generator, items
+        self.generator, self.items, self.batch = generator, items, batch
         self.videos: dict[tuple[int, int, int], Any] = {}
         self.conditions = generator.encoders.conditions(collate_opens2v_batch(items))
         self.backgrounds = [
             to_uint8(item["background_pixels"][:, None])[0] if "background_pixels" in item else None for item in items
         ]
-        self.truth = [to_uint8(item["frames"]) for item in items]
+        self.truth = [to_uint8(normalise(item["frames"])) for item in items]
         self.references = [reference_picture(item["ref_pixels"][0]) for item in items]
 
     def draw(self, jobs: list[tuple[int, int]], seed: int) -> None:
@@ -128,8 +131,8 @@ class Drawn:
         from opens2v.data.video import to_uint8
         from opens2v.modules.conditions import Conditions
 
-        for first in range(0, len(jobs), 16):
-            part = jobs[first : first + 16]
+        for first in range(0, len(jobs), self.batch):
+            part = jobs[first : first + self.batch]
             clips, others = (torch.tensor([job[k] for job in part]) for k in (0, 1))
             given = self.conditions.with_references_of(others.to(self.conditions.text_BRD.device))
             conditions = Conditions(
@@ -284,7 +287,7 @@ def write_samples(drawn: Drawn, folder: Path, unseen: list[int], fps: float) -> 
 
 def draw_benchmark(options: MetricsOptions, path: Path) -> list[Path]:
     """Videos <id>.mp4 for every entry of an OpenS2V-Eval prompt file; those that are there are passed over."""
-    from opens2v.generate import GenerateOptions, Generator, Request
+    from opens2v.generate import GenerateOptions, Generator, Request, inside
 
     if not path.exists():
         raise UserError(f"--eval-json {path}: not found")
@@ -299,7 +302,7 @@ def draw_benchmark(options: MetricsOptions, path: Path) -> list[Path]:
     generator = Generator(GenerateOptions(**_shared_options(options)))
     written = []
     for name, (prompt, pictures) in wanted.items():
-        target = folder / f"{name}.mp4"
+        target = inside(folder, f"{name}.mp4", f"--eval-json {path}")
         if not target.exists():
             pictures = [pictures] if isinstance(pictures, str) else pictures
             generator.run(Request(prompt, [str(images / picture) for picture in pictures], target))
@@ -308,7 +311,7 @@ def draw_benchmark(options: MetricsOptions, path: Path) -> list[Path]:
 
 
 def _shared_options(options: MetricsOptions) -> dict[str, Any]:
-    names = ("checkpoint", "config_path", "generator_ckpt", "device", "steps", "guidance_scale", "use_ema")
+    names = "checkpoint config_path generator_ckpt device steps guidance_scale use_ema dtype offload".split()
     return {name: getattr(options, name) for name in names}
 
 
@@ -320,21 +323,27 @@ def main(argv: list[str] | None = None) -> dict[str, float] | list[Path]:
     if options.eval_json is not None:
         return draw_benchmark(options, Path(options.eval_json))
     from opens2v.generate import GenerateOptions, Generator
+    from opens2v.sampling.video import video_rate
     from shared.report.page import write_report
 
     generator = Generator(GenerateOptions(**_shared_options(options), sampler="euler"))
+    batch = options.batch_size or (1 if generator.config.model.codec == "wan" else 16)
+    if generator.config.data.scenes is not None and not generator.config.data.json_paths:
+        from opens2v.evaluation.scene_use import measure_scenes
+
+        return measure_scenes(generator, options, batch)
     _, samples = clips_for(generator.config, options)
     held_out = generator.config.data.without_keys
     unseen = [i for i, item in enumerate(samples[0]) if any(text in item["key"] for text in held_out)]
-    figures = loss_figures(generator, samples, unseen)
-    drawn = Drawn(generator, samples[0])
+    figures = loss_figures(generator, samples, unseen, batch)
+    drawn = Drawn(generator, samples[0], batch)
     figures |= video_figures(drawn, options, unseen)
     output = Path(options.output or Path(options.checkpoint) / "metrics.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"checkpoint": str(generator.weights), **figures}, indent=1)
     write_text(output, text)
     run_folder = output.parent
-    shown = write_samples(drawn, run_folder / "samples" / "metrics", unseen, 8 if generator.is_small else 16)
+    shown = write_samples(drawn, run_folder / "samples" / "metrics", unseen, video_rate(generator.config))
     write_report(
         run_folder,
         title="OpenS2V: a subject picture becomes a video",

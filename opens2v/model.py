@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from opens2v.modules.adapter import (
     DualPathCrossAttention,
     ReferenceTokens,
+    RefSelfAttention,
     clip_projection,
     sincos_1d,
     sincos_2d,
@@ -55,8 +56,11 @@ class RefWanBlock(WanTransformerBlock):
         layer: int,
         clip_path: str,
         fused_path: bool,
+        ref_in_self_attention: bool,
     ):
         super().__init__(dim, ffn_dim, num_heads, cross_attn_norm=cross_attn_norm, eps=eps)
+        if ref_in_self_attention:
+            self.attn1 = RefSelfAttention(dim, num_heads, eps=eps)
         self.attn2 = DualPathCrossAttention(dim, num_heads, eps=eps, clip_path=clip_path, fused_path=fused_path)
         for attention in (self.attn1, self.attn2):  # the same values and names, in less time on a CPU
             attention.norm_q, attention.norm_k = RMSNorm(dim, eps=eps), RMSNorm(dim, eps=eps)
@@ -72,15 +76,21 @@ class RefWanBlock(WanTransformerBlock):
         runs: list | None = None,
         cache: KeyValueCache | None = None,
         tokens_per_frame: int = 1,
+        features: list[Tensor] | None = None,
     ) -> Tensor:
-        """temb: (B, 6, D), or (B, T, 6, D) with one entry per frame or per token."""
+        """temb: (B, 6, D), or (B, T, 6, D) with one entry per frame or per token. features: takes in what enters the
+        self-attention.
+        """
         parts = (self.scale_shift_table.float() + temb.float()).unbind(-2)
         shift1, scale1, gate1, shift2, scale2, gate2 = (per_token(part, hidden_states.shape[1]) for part in parts)
 
         normed = (self.norm1(hidden_states.float()) * (1 + scale1) + shift1).type_as(hidden_states)
+        if features is not None:
+            features.append(normed)
         attended = self_attention(
-            self.attn1, normed, rotary_emb, runs=runs, cache=cache, layer=self.layer, tokens_per_frame=tokens_per_frame
-        )
+            self.attn1, normed, rotary_emb, runs=runs, cache=cache, layer=self.layer,
+            tokens_per_frame=tokens_per_frame, references=references,
+        )  # fmt: skip
         hidden_states = (hidden_states.float() + attended * gate1).type_as(hidden_states)
 
         normed = self.norm2(hidden_states.float()).type_as(hidden_states)
@@ -125,6 +135,7 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
         vae_pos_embed: str = "sincos2d",
         fused_path: bool = False,
         absolute_positions: bool = False,
+        ref_in_self_attention: bool = False,
     ) -> None:
         super().__init__(
             patch_size=patch_size,
@@ -156,6 +167,7 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
                 layer=layer,
                 clip_path=clip_path,
                 fused_path=fused_path,
+                ref_in_self_attention=ref_in_self_attention,
             )
             for layer in range(num_layers)
         )
@@ -163,14 +175,15 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
             None if clip_path == "off" and not fused_path else clip_projection(clip_proj_type, ref_clip_dim, dim)
         )
         self.vae_proj = nn.Linear(in_channels, dim)
+        self.ref_in_self_attention = ref_in_self_attention
         self.reset_reference_parameters()
 
     def reset_reference_parameters(self) -> None:
         """Put the reference modules back to the values that leave the base's output unchanged."""
         for block in self.blocks:
-            attention = block.attn2
-            assert isinstance(attention, DualPathCrossAttention)
-            attention.reset_reference_parameters()
+            for attention in (block.attn1, block.attn2):
+                if isinstance(attention, DualPathCrossAttention | RefSelfAttention):
+                    attention.reset_reference_parameters()
 
     @classmethod
     def from_base(
@@ -228,7 +241,13 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
                 vae = vae + sincos_2d(height, width, vae.shape[-1]).to(vae)
             vae, mask_vae = vae.flatten(1, 2), subject_mask(present_BN, height * width)
         weight = present_BN.any(1)[:, None, None].float() * scale
-        return ReferenceTokens(clip, vae, mask_clip, mask_vae, weight, {} if remember else None)
+        tokens = ReferenceTokens(clip, vae, mask_clip, mask_vae, weight, {} if remember else None)
+        if self.ref_in_self_attention and ref_latents is not None:
+            _, patch_h, patch_w = self.patch_size
+            tokens.latents_BNChw = ref_latents
+            count = ref_latents.shape[-2] // patch_h * (ref_latents.shape[-1] // patch_w)
+            tokens.mask_self_BS = subject_mask(present_BN, count)
+        return tokens
 
     def forward(
         self,
@@ -279,6 +298,9 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
             references = self.project_references(ref_clip, ref_latents, ref_mask)
         runs = None if frame_mask is None else attention_runs(frame_mask, tokens_per_frame)
 
+        if references is not None and references.latents_BNChw is not None and references.features is None:
+            references.features = self._reference_features(references.latents_BNChw, text_BSD)
+
         # Everything that a block depends on is an argument, so that recomputing it in the backward pass sees the same:
         # state kept on a module would have moved on by then, and the gradient would be wrong without an error.
         run_block = self._block_runner()
@@ -292,6 +314,27 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
         output = self._unpatchify(self._head(x_BLD, temb), frames, grid)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
+    @torch.no_grad()
+    def _reference_features(self, latents_BNChw: Tensor, text_BSD: Tensor) -> list[Tensor]:
+        """What enters every block's self-attention when the base sees the pictures as clean one-frame videos, with
+        fixed positions added: (B, S, D) by block. Every call of the model makes them, so that sharded weights are
+        gathered by all ranks at the same places.
+        """
+        batch, subjects, _, height, width = latents_BNChw.shape
+        _, patch_h, patch_w = self.patch_size
+        grid = (height // patch_h, width // patch_w)
+        pictures = latents_BNChw.flatten(0, 1).unsqueeze(2)
+        x_BLD = self.patch_embedding(pictures.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
+        if self.absolute_positions:
+            x_BLD = x_BLD + absolute_positions(1, grid, x_BLD.shape[-1]).to(x_BLD)
+        modulation = self._modulation(torch.zeros(len(x_BLD), device=x_BLD.device))[1]
+        rotary, text_BSD = self.rope(pictures), text_BSD.repeat_interleave(subjects, 0)
+        features: list[Tensor] = []
+        for block in self.blocks:
+            x_BLD = block(x_BLD, text_BSD, modulation, rotary, features=features)
+        where = sincos_2d(*grid, x_BLD.shape[-1])
+        return [(one + where.to(one)).unflatten(0, (batch, subjects)).flatten(1, 2) for one in features]
+
     def _rotary(
         self, hidden_states: Tensor, frames: int, grid: tuple[int, int], cache: KeyValueCache | None, twice: bool
     ) -> tuple[Tensor, Tensor]:
@@ -304,19 +347,18 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
         return (torch.cat([cos, cos], 1), torch.cat([sin, sin], 1)) if twice else (cos, sin)
 
     def _conditions(self, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Time embedding (B, [T,] D), its six modulations (B, [T,] 6, D), and projected text. Times never pass through
-        bf16.
-        """
+        """Time embedding (B, [T,] D), its six modulations (B, [T,] 6, D), and projected text."""
+        embedder = self.condition_embedder.text_embedder
+        return *self._modulation(timestep), embedder(text.to(embedder.linear_1.weight.dtype))
+
+    def _modulation(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """Time embedding and its six modulations. Times never pass through bf16."""
         embedder = self.condition_embedder
         with torch.autocast(timestep.device.type, enabled=False):
             sinusoid = embedder.timesteps_proj(timestep.float().flatten())
             temb = embedder.time_embedder(sinusoid.to(embedder.time_embedder.linear_1.weight.dtype))
             modulation = embedder.time_proj(embedder.act_fn(temb.to(embedder.time_proj.weight.dtype)))
-        temb, modulation = (
-            temb.unflatten(0, timestep.shape),
-            modulation.unflatten(0, timestep.shape).unflatten(-1, (6, -1)),
-        )
-        return temb, modulation, embedder.text_embedder(text.to(embedder.text_embedder.linear_1.weight.dtype))
+        return temb.unflatten(0, timestep.shape), modulation.unflatten(0, timestep.shape).unflatten(-1, (6, -1))
 
     def _block_runner(self) -> Callable[..., Tensor]:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -343,6 +385,7 @@ def _by_frame(timestep: Tensor, frames: int) -> Tensor:
     return timestep[:, None].expand(-1, frames) if timestep.ndim == 1 else timestep
 
 
+NEW_IN_SELF_ATTENTION = ("k_ref", "v_ref", "norm_k_ref")
 NEW_IN_ATTENTION = (
     "k_vae",
     "v_vae",
@@ -360,6 +403,8 @@ NEW_IN_ATTENTION = (
 def is_reference_name(name: str) -> bool:
     """Whether a parameter (diffusers naming) belongs to the reference modules and not to the base."""
     parts = name.split(".")
-    return parts[0] in ("clip_proj", "vae_proj") or (
-        "attn2" in parts and any(part in NEW_IN_ATTENTION for part in parts)
+    return (
+        parts[0] in ("clip_proj", "vae_proj")
+        or ("attn2" in parts and any(part in NEW_IN_ATTENTION for part in parts))
+        or ("attn1" in parts and any(part in NEW_IN_SELF_ATTENTION for part in parts))
     )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from opens2v.config import Config, ModelConfig
+from opens2v.data.video import normalise
 from opens2v.modules.causal import causal_frame_mask, frame_blocks
 from opens2v.modules.conditions import Conditions, Encoders
 from opens2v.sampling.scheduler import FlowMatchScheduler, velocity_of
@@ -82,10 +83,9 @@ class RefImageFlowMatching:
         settings, sigma = self.config.model, self.scheduler.sigma_of(timestep)
         noisy = self.scheduler.add_noise(clean, noise, timestep)
         arguments: dict[str, Any] = conditions.reference() if self.with_references else {}
-        if settings.causal:
-            arguments["frame_mask"] = frame_mask(settings, clean.shape[2])
-        if settings.teacher_forcing:
-            arguments |= self._context(clean, step, slots)
+        arguments |= causal_arguments(settings, clean)
+        if settings.noise_augmentation_max_timestep:
+            arguments |= self._noisy_context(clean, step, slots)
         output = model(noisy, timestep, conditions.text_BRD, return_dict=False, **arguments)[0]
         # The error is taken in float32, outside autocast; a small base gives mean and variance instead of the velocity.
         velocity = velocity_of(output.float(), noisy, sigma, settings.prediction, self.encoders.codec.variance)
@@ -116,14 +116,9 @@ class RefImageFlowMatching:
         """Random numbers of one part of a step, (B, *shape), where the encoders are."""
         return draw(shape, key=(self.config.run.seed, part, step), slots=slots, device=self.encoders.device)
 
-    def _context(self, clean: Tensor, step: int, slots: Tensor) -> dict[str, Tensor]:
-        """Teacher forcing's clean frames, on wish a little noisy, and their timesteps."""
+    def _noisy_context(self, clean: Tensor, step: int, slots: Tensor) -> dict[str, Tensor]:
+        """Teacher forcing's clean frames made a little noisy, and their timesteps."""
         limit = self.config.model.noise_augmentation_max_timestep
-        if limit == 0:
-            return {
-                "clean_hidden_states": clean,
-                "clean_timestep": torch.zeros(clean.shape[0], clean.shape[2], device=clean.device),
-            }
         timestep = self._draw(keyed_rand, (1,), _CONTEXT_TIMES, step, slots).expand(-1, clean.shape[2]) * limit
         noise = self._draw(keyed_randn, clean.shape[1:], _CONTEXT_NOISE, step, slots)
         return {"clean_hidden_states": self.scheduler.add_noise(clean, noise, timestep), "clean_timestep": timestep}
@@ -131,7 +126,7 @@ class RefImageFlowMatching:
     def _conditions(self, batch: dict) -> Conditions:
         if self.with_references:
             return self.encoders.conditions(batch)
-        frames = batch["frames"].to(self.encoders.device)
+        frames = normalise(batch["frames"].to(self.encoders.device))
         empty = torch.zeros(len(frames), 0, device=frames.device)
         return Conditions(
             self.encoders.codec.encode(frames), self.encoders.encode_text(batch["prompts"]), None, empty, empty
@@ -156,6 +151,16 @@ def frame_mask(settings: ModelConfig, frames: int) -> Tensor:
         frames, settings.num_frame_per_block, independent_first_frame=settings.independent_first_frame,
         local_window=settings.local_attn_size, teacher_forcing=settings.teacher_forcing,
     )  # fmt: skip
+
+
+def causal_arguments(settings: ModelConfig, clean: Tensor) -> dict[str, Tensor]:
+    """What a causal model's forward takes more: its mask, and with teacher forcing the clean frames at timestep 0."""
+    if not settings.causal:
+        return {}
+    found = {"frame_mask": frame_mask(settings, clean.shape[2])}
+    if settings.teacher_forcing:
+        found["clean_hidden_states"] = clean
+    return found
 
 
 def reference_strength(module: nn.Module, step: int) -> dict[str, float]:

@@ -4,13 +4,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils.flop_counter import FlopCounterMode
 
 from opens2v.config import Config, pixel_frames
 from opens2v.model import RefWanBlock, RefWanTransformer3DModel
 from opens2v.modules.conditions import clip_token_width
-from opens2v.objective import frame_mask
+from opens2v.objective import causal_arguments
 from opens2v.weights.base import latent_shape, prepare_generator, transformer_settings
 from shared.plan.measure import FrozenPart
 from shared.plan.table import Workload, plan_run
@@ -18,15 +18,28 @@ from shared.plan.table import Workload, plan_run
 CLIP_PARAMETERS, CLIP_TOKENS = 630_766_080, 257
 UMT5_PARAMETERS, UMT5_EMBEDDING = 5_680_910_336, 256_384 * 4096
 VAE_PARAMETERS = 126_892_531
-VAE_WORKSPACE = 2_000_000_000  # bytes; an estimate of the largest feature maps while a clip is encoded
+# Bytes that Wan's VAE needs beside its weights for each pixel of a frame, whatever the number of frames (81 at most):
+# counted on fake tensors, float32. Encoding comes before the forward pass, decoding (of sample videos) after a step, so
+# that adding them to the activations plans for more than is ever held at once.
+VAE_ENCODE_BYTES, VAE_DECODE_BYTES = 15_100, 20_500
 
 
 def workload(config: Config) -> Workload:
     """One micro-step of the generator with its frozen encoders."""
 
     def build(config: Config) -> nn.Module:
-        model = RefWanTransformer3DModel(**transformer_settings(config))
-        prepare_generator(config, model)
+        # On the meta device first: peft moves its layers to where the base's lie, and fake weights cannot be moved.
+        with unset_fake_temporarily(), torch.device("meta"):
+            model = RefWanTransformer3DModel(**transformer_settings(config))
+            prepare_generator(config, model, precision=config.run.precision or "bf16")
+        for module in model.modules():
+            for name, tensor in module._parameters.items():
+                if tensor is not None:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    module._parameters[name] = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+            for name, tensor in module._buffers.items():
+                if tensor is not None:
+                    module._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
         return model
 
     def step(config: Config) -> Callable[[nn.Module], Tensor]:
@@ -44,11 +57,7 @@ def symbolic_loss(config: Config, model: nn.Module) -> Tensor:
     channels, frames, height, width = latent_shape(config, pixel_frames(config), data.pixel_height, data.pixel_width)
     ref_height, ref_width = latent_shape(config, 1, data.ref_height, data.ref_width)[2:]
     latents = torch.randn(batch, channels, frames, height, width)
-    arguments: dict[str, Tensor] = {}
-    if config.model.causal:
-        arguments["frame_mask"] = frame_mask(config.model, frames)
-    if config.model.teacher_forcing:
-        arguments["clean_hidden_states"] = latents
+    arguments = causal_arguments(config.model, latents)
     timestep = torch.rand(batch, frames) if config.model.causal else torch.rand(batch)
     clip_tokens = CLIP_TOKENS if config.model.image_encoder == "clip" else 17
     clip = None if config.model.clip_path == "off" else torch.randn(batch, slots, clip_tokens, clip_token_width(config))
@@ -72,9 +81,11 @@ def frozen_parts(config: Config) -> list[FrozenPart]:
     if model.codec == "wan":
         flops = batch * vae_encode_flops(pixel_frames(config), data.pixel_height, data.pixel_width)
         flops = 0.0 if data.use_cached_latents else flops
-        parts.append(
-            FrozenPart("Wan VAE, fp32, with workspace", VAE_PARAMETERS, 4 * VAE_PARAMETERS + VAE_WORKSPACE, flops)
-        )
+        draws = config.run.visualize and (config.training.val_num_samples or config.training.val_prompts)
+        per_pixel = VAE_DECODE_BYTES if draws else 0 if data.use_cached_latents else VAE_ENCODE_BYTES
+        workspace = per_pixel * data.pixel_height * data.pixel_width
+        name = f"Wan VAE, fp32, with workspace to {'draw samples' if draws else 'encode'}"
+        parts.append(FrozenPart(name, VAE_PARAMETERS, 4 * VAE_PARAMETERS + workspace, flops))
     if model.image_encoder == "clip" and model.clip_path != "off" and not data.use_cached_clip:
         flops = 2.0 * CLIP_PARAMETERS * CLIP_TOKENS * batch * data.max_subjects_per_sample
         parts.append(FrozenPart("CLIP ViT-H/14, bf16", CLIP_PARAMETERS, 2 * CLIP_PARAMETERS, flops))

@@ -7,6 +7,8 @@
 The same command again goes on from the newest checkpoint; --no-auto-resume starts anew.
 """
 
+import contextlib
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from opens2v.config import PRESETS, SAMPLE_DATA, Config
+from opens2v.config import PRESETS, SAMPLE_DATA, Config, DataConfig
 from shared.config import load_config, load_saved
 from shared.errors import UserError, command
 
@@ -33,8 +35,7 @@ def parse(argv: list[str] | None) -> Config:
         description=__doc__,
         aliases={"--config_path": "--config"},
     )
-    if not config.data.json_paths:
-        config.data = config.data.model_copy(update=sample_paths())
+    config.data = with_sample_data(config.data)
     if not config.run.auto_resume:
         config.run.resume = "none"
     if config.run.disable_wandb:
@@ -43,7 +44,9 @@ def parse(argv: list[str] | None) -> Config:
 
 
 def guide_arguments(argv: list[str]) -> list[str]:
-    """The guide's `--set a=1 b=2` and `--set opens2v.key=value` as this project's: one --set each, section `data`."""
+    """The guide's `--set a=1 b=2` and `--set opens2v.key=value` as this project's: one --set each, section `data`, and
+    the names that only the guide's YAML has.
+    """
     result: list[str] = []
     in_set = False
     for text in argv:
@@ -52,14 +55,32 @@ def guide_arguments(argv: list[str]) -> list[str]:
         elif in_set:
             if result[-1] != "--set":
                 result.append("--set")
-            if text.startswith("opens2v."):
-                text = f"data.{text.removeprefix('opens2v.')}"
+            key, equals, value = text.partition("=")
+            key = f"data.{key.removeprefix('opens2v.')}" if key.startswith("opens2v.") else key
+            if key == "adapter" and value.lower() in ("null", "none", "~", ""):
+                key, value = "adapter.r", "0"
+            elif key == "mixed_precision":
+                value = {"true": "bf16", "false": "fp32"}.get(value.lower(), value)
+            text = f"{GUIDE_NAMES.get(key, key)}{equals}{value}"
         result.append(text)
     return result
 
 
+GUIDE_NAMES = {"distributed": "run.strategy", "mixed_precision": "run.precision"}
+
+
+def with_sample_data(data: DataConfig) -> DataConfig:
+    """The data section with the shipped data where none is given: the drawings of composed scenes, or the clips."""
+    if data.json_paths:
+        return data.model_copy(update={"scenes": None})  # clips that are given win over the preset's scenes
+    if data.scenes is None:
+        return data.model_copy(update=sample_paths())
+    sheet = str(SAMPLE_DATA / "drawings.json")
+    return data.model_copy(update={"scenes": sheet if data.scenes == "sample" else data.scenes})
+
+
 def sample_paths() -> dict[str, list[str]]:
-    """The data that ships with the repository."""
+    """The clips that ship with the repository."""
     return {
         "json_paths": [str(SAMPLE_DATA / "step5/merge_final_json/dataset1.json")],
         "video_base_paths": [str(SAMPLE_DATA / "step0/videos/dataset1")],
@@ -84,11 +105,18 @@ def with_drawn_seed(config: Config, info: "DistInfo") -> Config:
     return config
 
 
+def begins(config: Config) -> bool:
+    """Whether a run starts at its first step: no checkpoint to go on from."""
+    has_some = any((Path(config.run.output_dir) / "checkpoints").glob("*/manifest.json"))
+    return config.run.resume == "none" or (config.run.resume == "auto" and not has_some)
+
+
 def check_inputs(config: Config) -> None:
     """UserError for paths that are not there, before anything is loaded."""
     model = config.model
     for name, path in (
         ("generator_ckpt", model.generator_ckpt),
+        ("init_from", model.init_from if begins(config) else None),
         ("base_model_path", model.base_model_path if model.codec == "wan" or model.text_encoder == "umt5" else None),
         *(("val_ref_images", path) for path in config.training.val_ref_images),
     ):
@@ -99,6 +127,11 @@ def check_inputs(config: Config) -> None:
             "generator_ckpt is not set; give the folder or file of Wan2.1-T2V-1.3B (--generator-ckpt), or train a "
             "small "
             "base first (--config small)"
+        )
+    if model.generator_ckpt is None and (model.codec == "wan" or model.text_encoder != "hash"):
+        raise UserError(
+            "base_steps trains a small base on codec conv or patch and text_encoder hash; for Wan's VAE give "
+            "--generator-ckpt"
         )
     if model.codec == "wan" and model.base_model_path is None:
         raise UserError("base_model_path is not set; give the folder Wan2.1-T2V-1.3B-Diffusers (--base-model-path)")
@@ -111,30 +144,32 @@ class OpenS2VTrainer:
     """
 
     def __init__(self, config: Config, info: "DistInfo | None" = None):
-        from opens2v.data.cache import cached_null_text, with_cached_features
-        from opens2v.dataset import create_dataset
+        from opens2v.data.cache import cached_changes, with_cached_features
+        from opens2v.dataset import training_set
         from opens2v.evaluation.preview import Preview
         from opens2v.modules.conditions import load_encoders
         from opens2v.objective import RefImageFlowMatching
         from opens2v.weights.base import ensure_base, load_generator
+        from opens2v.weights.export import load_init
         from shared.engine.dist import init_distributed
+        from shared.engine.preflight import preflight
+        from shared.engine.strategy import choose_precision
 
         check_inputs(config)
+        if config.run.wandb_save_dir is not None:
+            os.environ["WANDB_DIR"] = config.run.wandb_save_dir
         self.info = info or init_distributed(config.run.device, config.run.timeout_minutes * 60)
+        preflight(config, self.info)
         self.config = config = with_drawn_seed(config, self.info)
-        dataset = create_dataset(
-            config.data,
-            seed=config.run.seed,
-            time_range=(0.0, config.data.train_share),
-            load_frames=not config.data.use_cached_latents,
-        )
+        dataset = training_set(config, **cached_changes(config))
         self.dataset = with_cached_features(dataset, config)
         self.base = ensure_base(config, self.info)
         self.encoders = load_encoders(config, self.base.parent)
-        self.model, self.trainable = load_generator(config, self.base)
+        precision = choose_precision(config.run.precision, self.info.device)
+        self.model, self.trainable = load_generator(config, self.base, precision=precision)
+        if config.model.init_from is not None and begins(config):
+            load_init(self.model, Path(config.model.init_from))
         self.encoders.to(self.info.device)
-        if config.data.use_cached_text:
-            self.encoders.set_null_text(cached_null_text(config))
         self.objective = RefImageFlowMatching(config, self.encoders)
         self.preview = Preview(config, self.encoders, self.objective.scheduler, self.info)
 
@@ -203,6 +238,20 @@ class OpenS2VTrainer:
         step = json.loads((folder / "trainer.json").read_text())["run_state"]["step"]
         state = legacy_checkpoint(self.config, self.model, weights, ema, step)
         torch.save(state, folder / "model.pt")
+        link_for_guide(folder.parent.parent, f"checkpoint_opens2v_{step:06d}")
+
+
+def link_for_guide(output_dir: Path, name: str) -> None:
+    """OUT/checkpoint_opens2v_000500, where the guide has it: a link into OUT/checkpoints, as far as the file
+    system has links. Links to checkpoints that were since removed go.
+    """
+    for link in output_dir.glob("checkpoint_opens2v_*"):
+        if link.is_symlink() and not link.exists():
+            link.unlink()
+    link = output_dir / name
+    if not link.exists() and not link.is_symlink():
+        with contextlib.suppress(OSError):
+            link.symlink_to(Path("checkpoints") / name, target_is_directory=True)
 
 
 @command

@@ -31,8 +31,10 @@ fail() {
     exit 2
 }
 
-whole_number() {
-    [[ "$2" =~ ^[0-9]+$ ]] || fail "$1 $2: a whole number is needed"
+whole_number() { # NAME VALUE LEAST MOST
+    [[ "$2" =~ ^[0-9]{1,9}$ ]] || fail "$1 $2: a whole number is needed"
+    ((10#$2 >= $3)) || fail "$1 $2: at least $3"
+    ((10#$2 <= $4)) || fail "$1 $2: from $3 to $4"
 }
 
 system="" gpus="${GPUS:-}" nodes="${NNODES:-1}" node_rank="${NODE_RANK:-}" master="${MASTER:-}"
@@ -85,10 +87,15 @@ while (($#)); do
 done
 
 [[ -n "$system" ]] || fail "no system given; one of float, opens2v, bagel, dit, multimodal (see --help)"
-[[ -f "$root/$system/$entry" ]] || fail "$system/$entry does not exist"
-whole_number --nodes "$nodes"
-whole_number --max-restarts "$restarts"
-((nodes >= 1)) || fail "--nodes $nodes: at least 1"
+[[ "$entry" =~ ^([a-z][a-z_0-9]*/)*[a-z][a-z_0-9]*\.py$ ]] || fail "--entry $entry: the name of a .py file of the system, such as precompute.py"
+[[ -f "$root/$system/$entry" ]] || fail "--entry $entry: $system/$entry does not exist"
+whole_number --nodes "$nodes" 1 100000
+whole_number --max-restarts "$restarts" 0 1000
+[[ -z "$node_rank" ]] || whole_number --node-rank "$node_rank" 0 $((10#$nodes - 1))
+if [[ -n "$master" ]]; then
+    [[ "$master" =~ ^[^:[:space:]]+:[0-9]{1,5}$ || "$master" =~ ^\[[0-9a-fA-F:]+\]:[0-9]{1,5}$ ]] || fail "--master $master: HOST:PORT is needed, such as host0:29500"
+    whole_number "the port of --master" "${master##*:}" 1 65535
+fi
 
 python="$root/.venv/bin/python"
 [[ -x "$python" ]] || python="$(command -v python3 || command -v python)" || fail "no python found; run scripts/setup_environment.sh"
@@ -104,14 +111,16 @@ if [[ -z "$gpus" ]]; then
         gpus=1
     fi
 fi
-whole_number --gpus "$gpus"
-((gpus >= 1)) || fail "--gpus $gpus: at least 1"
+whole_number --gpus "$gpus" 1 1024
 if ((found > 0 && gpus > found)); then
     fail "--gpus $gpus: only $found found on this node"
 fi
 
 # A restarted worker must not meet the keys of the former attempt in the shared store.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# After SIGTERM torchrun kills its workers when this many seconds have passed, 30 by default: less than a large save takes.
+# kubernetes.yaml and slurm.sh leave more than this before the end.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-270}"
 if ((nodes == 1 && found == 0)); then
     export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}"
 fi
@@ -125,13 +134,22 @@ else
     else
         [[ "$master" == *:* ]] || fail "--nodes $nodes needs --master HOST:PORT, the address of node 0"
         [[ -n "$node_rank" ]] || fail "--nodes $nodes needs --node-rank K, from 0 to $((nodes - 1))"
-        whole_number --node-rank "$node_rank"
-        ((node_rank < nodes)) || fail "--node-rank $node_rank: from 0 to $((nodes - 1))"
+        host="${master%:*}"
+        if [[ "$print_only" == false ]] && command -v getent >/dev/null; then
+            for try in {1..15}; do # a cluster may need some seconds to know the names of its nodes
+                getent ahosts "${host//[\[\]]/}" >/dev/null && break
+                ((try < 15)) || fail "--master $master: the name $host is not known here; give the address of node 0"
+                sleep 2
+            done
+        fi
         line+=("--nnodes=$nodes" "--node_rank=$node_rank" "--master_addr=${master%:*}" "--master_port=${master##*:}")
     fi
     line+=("$root/$system/$entry")
 fi
 line+=("${forwarded[@]}")
+if [[ "${line[1]}" == -m && "$entry" == train.py && "$print_only" == false ]]; then
+    CHECK_ARGUMENTS=1 "$python" "$root/$system/$entry" "${forwarded[@]}" # a wrong flag is one sentence, not one a process
+fi
 printf '%q ' "${line[@]}"
 printf '\n'
 if [[ "$print_only" == true ]]; then

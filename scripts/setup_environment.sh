@@ -41,6 +41,11 @@ if [[ -z "$python" ]]; then
     done
 fi
 [[ -n "$python" ]] || { echo "error: Python 3.11 was not found; install it or give --python PATH" >&2; exit 2; }
+if ! found="$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)"; then
+    printf 'error: --python %s: not a Python that runs; give the path of Python 3.11\n' "$python" >&2
+    exit 2
+fi
+[[ "$found" == 3.11 ]] || { printf 'error: --python %s is Python %s; 3.11 is needed\n' "$python" "$found" >&2; exit 2; }
 
 mark=".venv/installed"
 wanted="$(cksum <requirements.txt)"

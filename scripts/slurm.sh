@@ -5,9 +5,10 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
-#SBATCH --signal=B:USR1@300
+#SBATCH --signal=B:USR1@330
 #SBATCH --requeue
-# A template for sbatch: one launcher a node; five minutes before the end every rank saves, and the job goes back into the queue.
+# A template for sbatch: one launcher a node; 330 seconds before the end every rank saves, for which launch.sh leaves it 270, and
+# the job goes back into the queue.
 # usage: sbatch scripts/slurm.sh SYSTEM [options of train.py]      for example: sbatch scripts/slurm.sh dit --config xl --strategy fsdp
 set -euo pipefail
 if [[ "${1:-}" == -h || "${1:-}" == --help || $# -eq 0 ]]; then

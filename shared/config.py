@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import sys
 import typing
 from collections.abc import Collection
@@ -29,10 +30,13 @@ from shared.flags import (
     make_parser,
     put,
     section_of,
+    take_out,
     unknown_flag,
 )
 
 T = TypeVar("T", bound=BaseModel)
+_PLACE = re.compile(r"(?:^|[._])(?:device|paths?|dirs?|root|folder|file|ckpt|cache|images?_root)$")
+_ABSENT = object()
 STRATEGIES = ("none", "ddp", "fsdp", "zero1", "zero2", "zero3")
 
 
@@ -43,15 +47,22 @@ def setting(
     hidden: bool = False,
     fixed: bool = False,
     common: bool = False,
+    instead_of: Collection[str] = (),
     **limits: Any,
 ) -> Any:
     """A field with its help text.
 
     flags: further names, on the command line and in YAML. hidden: no flag. fixed: may not change when a run resumes.
-    common: --help names it among the first. limits: pydantic's ge, gt, le, lt. A mutable default is copied for every
-    instance.
+    common: --help names it among the first. instead_of: settings of the same section that a flag for this one takes out
+    of the preset. limits: pydantic's ge, gt, le, lt. A mutable default is copied for every instance.
     """
-    extra: Any = {"flags": list(flags), "hidden": hidden, "fixed": fixed, "common": common}
+    extra: Any = {
+        "flags": list(flags),
+        "hidden": hidden,
+        "fixed": fixed,
+        "common": common,
+        "instead_of": list(instead_of),
+    }
     if isinstance(default, (list, dict)):
         return Field(
             default_factory=lambda: type(default)(default), description=help, json_schema_extra=extra, **limits
@@ -116,7 +127,7 @@ class RunSection(Section):
     )
     resume: str = setting(
         "auto",
-        "auto: newest complete checkpoint of output_dir; none: start anew; or a checkpoint's path",
+        "auto: newest complete checkpoint of output_dir; none: start again from step 0; or a checkpoint's path",
         "resume_from_checkpoint",
     )
     allow_data_change: bool = setting(False, "resume although the list of samples differs from the saved one")
@@ -127,7 +138,7 @@ class RunSection(Section):
     plan_table: bool = setting(False, "with dry_run: a table over strategies, micro-batches and up to world_size GPUs")
     time_limit_minutes: float | None = setting(None, "save and stop after this many minutes", gt=0)
     timeout_minutes: float = setting(10.0, "longest wait of one rank for the others, minutes", gt=0)
-    tensorboard: bool = setting(False, "write TensorBoard event files beside metrics.jsonl")
+    tensorboard: bool = setting(False, "write TensorBoard event files next to metrics.jsonl")
     wandb: bool = setting(False, "log to Weights & Biases (pip install wandb)", "use_wandb")
     wandb_project: str = setting("trainings", "Weights & Biases project")
     run_name: str | None = setting(None, "name of the run in Weights & Biases", "wandb_run_name")
@@ -157,7 +168,12 @@ class TrainingSection(Section):
     )
     allow_tf32: bool = setting(True, "fp32 products on a GPU may use TF32: about 8 times faster, 10 bits of mantissa")
     num_epochs: int | None = setting(
-        100, "passes over the data; used when total_steps is null", "epochs", "num_train_epochs", ge=1
+        100,
+        "passes over the data; used when total_steps is null; as a flag it takes the place of the preset's total_steps",
+        "epochs",
+        "num_train_epochs",
+        instead_of=("total_steps",),
+        ge=1,
     )
     total_steps: int | None = setting(
         None, "planned optimizer steps, the length of the schedule; null: num_epochs", ge=1
@@ -183,7 +199,9 @@ class TrainingSection(Section):
     save_steps: int | None = setting(
         500, "optimizer steps between checkpoints; null: only at the end", "save_every", ge=1
     )
-    save_every_n_epochs: int | None = setting(None, "epochs between checkpoints, beside save_steps", ge=1)
+    save_every_n_epochs: int | None = setting(
+        None, "epochs between checkpoints that are never deleted, besides save_steps", ge=1
+    )
     eval_steps: int | None = setting(
         500, "optimizer steps between validations; null: only at the end", "eval_every", ge=1
     )
@@ -194,7 +212,9 @@ class TrainingSection(Section):
     save_in_background: bool = setting(
         True, "copy the state to host memory (16 bytes a trainable parameter) and write while training goes on"
     )
-    keep_last: int = setting(2, "newest checkpoints kept; the best one is kept beside them", "save_total_limit", ge=2)
+    keep_last: int | None = setting(
+        2, "newest whole checkpoints kept, besides the best one; null: all", "save_total_limit", ge=2
+    )
     keep_every: int | None = setting(None, "also keep the checkpoints at multiples of this step", ge=1)
     best_metric: str = setting("val/loss", "metric that decides which checkpoint is best")
     best_mode: Literal["min", "max"] = setting("min", "whether the best metric is the smallest or the largest")
@@ -235,6 +255,8 @@ def read_yaml(path: Path) -> dict:
     """The mapping in a YAML file; a UserError names the file and line of what cannot be read."""
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)  # noqa: S506  (a SafeLoader)
+    except RecursionError:
+        raise UserError(f"{path}: not readable as YAML: nested too deeply") from None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; check the path") from None
     except IsADirectoryError:
@@ -256,10 +278,12 @@ def load_config(
     default: str | None = None,
     description: str | None = None,
     aliases: dict[str, str] | None = None,
+    given: set[str] | None = None,
 ) -> T:
     """Read --config PRESET|FILE.yaml and the flags of `schema` into a validated `schema`.
 
-    aliases maps further flag spellings onto existing ones, e.g. {"--config_path": "--config"}. Errors are UserErrors.
+    aliases maps further flag spellings onto existing ones, e.g. {"--config_path": "--config"}. given: receives the
+    dotted names of the settings that the command line gave. Errors are UserErrors.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     leaves = list(leaves_of(schema))
@@ -267,21 +291,30 @@ def load_config(
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         raise unknown_flag(unknown[0], leaves)
-    given = vars(known)
+    flags = vars(known)
     tree, where = {}, "command line"
-    chosen = given.pop("--config", default)
+    chosen = flags.pop("--config", default)
     if chosen is not None and presets is not None:
         path = _preset_path(chosen, presets)
         tree, where = read_yaml(path), str(path)
-    for assignment in given.pop("--set", None) or ():
+    for assignment in flags.pop("--set", None) or ():
         key, separator, value = assignment.partition("=")
         if not separator:
             raise UserError(f"--set {assignment}: expected section.key=value")
-        given[full_key(key, leaves)] = value
-    kinds = {leaf.path: leaf.annotation for leaf in leaves}
-    for name, value in given.items():
-        put(tree, name, from_text(value, kinds[name]), schema)
-    return validate(schema, tree, where, flags=given)
+        flags[full_key(key, leaves)] = value
+    by_path = {leaf.path: leaf for leaf in leaves}
+    for name, value in flags.items():
+        put(tree, name, from_text(value, by_path[name].annotation), schema)
+        section = name.rpartition(".")[0]
+        for other in extra_of(by_path[name].field).get("instead_of", ()):
+            if f"{section}.{other}" not in flags:  # the preset's; --num-epochs would be ignored next to its total_steps
+                take_out(tree, f"{section}.{other}", schema)
+    if given is not None:
+        given.update(flags)
+    config = validate(schema, tree, where, flags=flags)
+    if os.environ.get("CHECK_ARGUMENTS"):  # of scripts/launch.sh, before it starts many processes
+        raise SystemExit(0)
+    return config
 
 
 def validate(schema: type[T], tree: dict, where: str, *, flags: Collection[str] = ()) -> T:
@@ -313,15 +346,26 @@ def config_digest(config: BaseModel) -> str:
 
 def fixed_settings(config: BaseModel) -> dict[str, Any]:
     """Dotted names and values of every setting that may not change when a run resumes."""
-    values = config.model_dump(mode="json")
+    fixed = {leaf.path for leaf in leaves_of(type(config)) if leaf.fixed}
+    return {name: value for name, value in flat_settings(config).items() if name in fixed}
+
+
+def flat_settings(config: BaseModel, tree: dict | None = None) -> dict[str, Any]:
+    """Dotted name -> value of every setting; of `tree`, such as a saved config.yaml, those that stand in it."""
+    tree = config.model_dump(mode="json") if tree is None else tree
     found = {}
     for leaf in leaves_of(type(config)):
-        if leaf.fixed:
-            node: Any = values
-            for part in leaf.path.split("."):
-                node = node.get(part) if isinstance(node, dict) else None
+        node: Any = tree
+        for part in leaf.path.split("."):
+            node = node.get(part, _ABSENT) if isinstance(node, dict) else _ABSENT
+        if node is not _ABSENT:
             found[leaf.path] = node
     return found
+
+
+def is_place(name: str) -> bool:
+    """Whether a setting says where something lies or which device is used: that may differ between nodes."""
+    return bool(_PLACE.search(name))
 
 
 def check_resume(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:

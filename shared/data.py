@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import re
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,8 +22,10 @@ from shared.errors import BadSample, UserError
 from shared.rng import keyed_generator, keyed_seed
 
 MAX_BAD_SHARE = 0.01  # training stops when more of the data cannot be read
+LEAST_SHARED = 1 << 20  # bytes of /dev/shm, for loader processes
 SMALL = 1 << 16  # bytes of a tensor that loader processes send by value
-SUBSTITUTES = 20  # how many other samples are tried in place of a broken one
+MOST_REPEATS = 1000  # of a data set in one optimizer step
+SUBSTITUTES = 20  # how many other samples are tried instead of a broken one
 STEPS_AHEAD = 2  # read while a step is computed; one that comes late is then made up for by the next
 _ORDER, _SUBSTITUTE = 101, 102  # random streams
 
@@ -59,6 +63,11 @@ class BatchPlan:
     def __post_init__(self) -> None:
         if self.num_samples < 1:
             raise UserError("the data set is empty; check its path and split")
+        if self.global_batch > max(MOST_REPEATS * self.num_samples, 10_000):
+            raise UserError(
+                f"one optimizer step would take {self.global_batch} samples, the data set has {self.num_samples}; use "
+                "a smaller --batch-size or less accumulation"
+            )
         if self.drop_last and self.num_samples < self.global_batch:
             raise UserError(
                 f"the data set has {self.num_samples} samples, one optimizer step takes {self.global_batch} "
@@ -200,6 +209,9 @@ class _KeyBatches:
             step += 1
 
 
+_NO_NAME = re.compile(r"<_io\.BytesIO object at 0x[0-9a-f]+>")  # what Pillow calls bytes from a shard
+
+
 class BadSamples:
     """The samples that could not be read: listed in a file, one JSON object a line, and counted over all ranks.
 
@@ -212,7 +224,7 @@ class BadSamples:
 
     def note(self, found: list[tuple[int, str]]) -> None:
         """Take in (index, reason) of samples that were passed over."""
-        new = {index: reason for index, reason in found if index not in self.reasons}
+        new = {index: _NO_NAME.sub("the file", reason) for index, reason in found if index not in self.reasons}
         self.reasons.update(new)
         if new and self.path is not None:
             with open(self.path, "a", encoding="utf-8") as file:
@@ -257,13 +269,15 @@ class MapStream:
         self.dataset, self.plan, self.info = dataset, plan, info
         self.collate, self.num_workers, self.prefetch_factor = _Collate(collate), num_workers, prefetch_factor
         self.bad = BadSamples(bad_samples, len(dataset))
-        self.steps_per_epoch, self.samples_per_step = plan.steps_per_epoch, plan.global_batch
+        self.steps_per_epoch: int | None = plan.steps_per_epoch
+        self.samples_per_step = plan.global_batch
         self.fingerprint = dataset.fingerprint if isinstance(dataset, Listed) else None
         self._batches: Iterator | None = None
 
     def start(self, step: int, state: dict | None = None) -> None:
         """Read on from the batches of `step`."""
         self.close()
+        check_shared_memory(self.num_workers)
         loader = DataLoader(
             _KeyedDataset(self.dataset, self.plan.seed),
             batch_sampler=_KeyBatches(self.plan, self.info.rank, step),
@@ -304,7 +318,7 @@ class MapStream:
 class ReadAhead:
     """A started stream's steps on the device: while one is computed, a thread reads the next two and copies them there.
 
-    On CUDA the copy has a stream of its own, so it runs beside the products; from pinned memory nothing waits for it.
+    On CUDA the copy has a stream of its own, so it runs next to the products; from pinned memory nothing waits for it.
     """
 
     def __init__(self, stream: Stream, device: torch.device):
@@ -341,6 +355,16 @@ class ReadAhead:
         """Let the thread end, and the stream after it."""
         self._thread.shutdown(cancel_futures=True)
         self.stream.close()
+
+
+def check_shared_memory(num_workers: int, place: Path = Path("/dev/shm")) -> None:
+    """Refuse loader processes where the memory that they hand samples over in is as good as full."""
+    free = shutil.disk_usage(place).free if num_workers and place.is_dir() else LEAST_SHARED
+    if free < LEAST_SHARED:
+        raise UserError(
+            f"--num-workers {num_workers}: {place} has {free / 1e3:.0f} kB free, which loader processes need; enlarge "
+            "it (docker run --shm-size 8g), or use --num-workers 0"
+        )
 
 
 def start_process(worker: int) -> None:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 
 class UserError(Exception):
@@ -25,33 +26,83 @@ class CheckpointError(UserError):
 
 
 def command(main: Callable) -> Callable:
-    """Decorate a ``main(argv)`` so that what the user can mend ends with exit code 2 and one sentence on stderr."""
+    """Decorate a ``main(argv)`` so that what the user can fix ends with exit code 2 and one sentence on stderr."""
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None):
+        _AT_END.append([])
         try:
             return main(argv)
         except UserError as error:
             _leave(f"error: {error}")
         except FileNotFoundError as error:
-            _leave(f"error: {error.filename}: no such file or folder; check the path")
+            _leave(f"error: {error.filename or error}: no such file or folder; check the path")
         except PermissionError as error:
-            _leave(f"error: {error.filename}: permission denied; choose a place that you can read and write")
+            _leave(f"error: {error.filename or error}: permission denied; choose a place that you can read and write")
+        except RecursionError:
+            _leave("error: an input file or value is nested too deeply to be read; look at its brackets")
+        except UnicodeError as error:
+            _leave(f"error: a file or a file's name is not UTF-8 text ({error}); convert or rename it")
+        except BrokenPipeError:
+            _leave("error: the console was closed, such as by head; what was saved stays, the same command goes on")
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                place = error.filename or "output folder"
+                place = error.filename or ("the console's output" if _console_fails() else "output folder")
                 _leave(f"error: {place}: the disk is full; free some space and run the same command again")
-            if error.filename is None:
+            if error.filename is None and error.errno not in _OF_DISKS:
                 raise
-            _leave(f"error: {error.filename}: {error.strerror}; give another path")
+            place = error.filename or "reading or writing failed"
+            _leave(f"error: {place}: {error.strerror}; look at that disk, or give another path")
+        finally:
+            for action in _AT_END.pop():
+                action()
 
     return run
 
 
+_AT_END: list[list[Callable[[], object]]] = []  # of every command that runs, the inner one last
+
+
+def in_command() -> bool:
+    """Whether a command() runs; not where a notebook or a test calls its parts."""
+    return bool(_AT_END)
+
+
+def at_end(action: Callable[[], object]) -> None:
+    """Do this when the command that runs now ends, however it ends."""
+    _AT_END[-1].append(action)
+
+
+_OF_DISKS = (errno.EIO, errno.EROFS, errno.ESTALE, errno.EFBIG, errno.ENODEV, errno.ENXIO, errno.EMFILE, errno.ENFILE)
+
+
+def _console_fails() -> bool:
+    try:
+        print(flush=True)
+    except OSError:
+        return True
+    return False
+
+
 def _leave(message: str) -> None:
     rank = os.environ.get("RANK")
-    print(message if rank is None else f"[rank {rank}] {message}", file=sys.stderr, flush=True)
+    with suppress(OSError):
+        print(message if rank is None else f"[rank {rank}] {message}", file=sys.stderr, flush=True)
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):  # or the interpreter would report it once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     raise SystemExit(2)
+
+
+def sync_file(file: IO) -> None:
+    """Have a file on the disk, not in the system's memory; an error names the file."""
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = os.fspath(file.name)
+        raise
 
 
 # --- atomic writes: files that are visible only when they are whole ---------------------------------------------------
@@ -151,6 +202,5 @@ def write_text(path: Path | str, text: str, *, sync: bool = False) -> None:
     """Atomic write of UTF-8 text. sync: it is on the disk, not in the system's memory, before the renaming."""
     with written_aside(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
-        file.flush()
         if sync:
-            os.fsync(file.fileno())
+            sync_file(file)

@@ -36,7 +36,7 @@ StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _ma
 
 
 def extra_of(field: Any) -> dict:
-    """What setting() noted beside the limits: flags, hidden, fixed."""
+    """What setting() noted besides the limits: flags, hidden, fixed."""
     return field.json_schema_extra or {}
 
 
@@ -257,6 +257,15 @@ def put(tree: dict, path: str, value: Any, schema: type[BaseModel]) -> None:
     for other in extra_of(schema.model_fields[name]).get("flags", ()):
         tree.pop(other, None)
     tree[name] = value
+
+
+def take_out(tree: dict, path: str, schema: type[BaseModel]) -> None:
+    """Take a setting, under any of its names, out of the tree, so that its default counts."""
+    put(tree, path, None, schema)
+    *parents, name = path.split(".")
+    for parent in parents:
+        tree = tree[parent]
+    del tree[name]
 
 
 def full_key(key: str, leaves: list[Leaf]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -36,6 +37,7 @@ class RunLog:
             self.board = _tensorboard(output_dir, resume_step) if run.tensorboard else None
             self.wandb = _wandb(output_dir, run, settings or {}) if run.wandb else None
         self.bar: tqdm | None = None
+        self.has_console = True
         self._start_window()
 
     def start_bar(self, step: int, last_step: int) -> None:
@@ -53,10 +55,14 @@ class RunLog:
     def say(self, text: str) -> None:
         """One line to the console and train.log."""
         if self.file is not None:
-            if self.bar is not None:
-                self.bar.write(text)
-            else:
-                print(text, flush=True)
+            try:
+                if self.bar is not None:
+                    self.bar.write(text)
+                elif self.has_console:
+                    print(text, flush=True)
+            except OSError:  # closed, as by `| head`, or full: training and train.log go on
+                self.has_console = False
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             self.file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     # --- the window between two log lines -----------------------------------------------------------------------------
@@ -86,12 +92,16 @@ class RunLog:
     def speed(self, micro_steps: int, samples_per_step: int) -> dict[str, float]:
         """This rank's speed and memory in the window so far; micro_steps of one optimizer step."""
         elapsed, steps = time.perf_counter() - self.started, self.counts["train/micro_loss"] // micro_steps
-        return {
+        found = {
             "perf/samples_per_second": steps * samples_per_step / elapsed,
             "perf/seconds_per_step": elapsed / steps,
             "perf/data_wait_share": self.waited / elapsed,
             "perf/memory_gb": memory_gb(self.info.device),
         }
+        if self.info.device.type == "cuda":
+            found["gpu/memory_allocated_gb"] = torch.cuda.memory_allocated(self.info.device) / 1e9
+            found["gpu/memory_reserved_gb"] = torch.cuda.memory_reserved(self.info.device) / 1e9
+        return found
 
     def close_window(self) -> dict[str, float]:
         """The window's means over steps and ranks; starts the next window. A collective."""
@@ -117,6 +127,15 @@ class RunLog:
                     self.board.add_scalar(name, value, step)
         if self.wandb is not None:
             self.wandb.log({"step": step, **clean})
+
+    def reopen(self) -> None:
+        """Begin the two log files again where somebody removed them."""
+        if self.file is not None and self.metrics is not None:
+            self.file.close()
+            self.metrics.close()
+            self.file = open(self.output_dir / "train.log", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+            self.metrics = open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+            self.say("the output folder was removed while the run wrote to it; its log begins again here")
 
     def close(self) -> None:
         """Close every file."""
@@ -183,9 +202,7 @@ def _wandb(output_dir: Path, run: RunSection, settings: dict):
 
 
 class Board:
-    """Copies the new lines of a metrics file into event files. Off: does nothing, and tensorboard need not be
-    installed.
-    """
+    """Copies the new lines of a metrics file into event files. Off: does nothing, and needs no tensorboard."""
 
     def __init__(self, folder: Path, metrics: Path, enabled: bool):
         self.metrics, self.position, self.writer = metrics, 0, None

@@ -15,8 +15,11 @@ One optimizer step, in the order in which it happens:
   engine/state.py     save_run                 to the checkpoint manager of engine/checkpoint.py: aside, hashed, renamed
 """
 
+import contextlib
+import functools
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,13 +29,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from shared.config import config_digest, save_config
+from shared.config import save_config
 from shared.data import ReadAhead, Stream
-from shared.engine.checkpoint import CheckpointStore, frozen_digest
+from shared.engine.checkpoint import CheckpointStore, attempt, frozen_digest, read_manifest, sampled_digest
 from shared.engine.dist import (
     DistInfo,
     StopFlag,
     barrier,
+    from_main,
     heartbeat,
     max_over_ranks,
     mean_over_ranks,
@@ -41,7 +45,8 @@ from shared.engine.dist import (
     same_on_all_ranks,
 )
 from shared.engine.parallel import make_strategy
-from shared.engine.state import RunState, checkpoint_folder_name, resume, save_run
+from shared.engine.preflight import claimed, compare_ranks
+from shared.engine.state import RunState, checkpoint_folder_name, resume, save_again, save_run
 from shared.engine.strategy import EMA, StepInfo, Strategy, check_gradients_agree, choose_precision
 from shared.errors import UserError, write_text
 from shared.log import RunLog
@@ -57,6 +62,7 @@ class TrainedModel:
 
     def __init__(self, strategy: Strategy):
         self.strategy = strategy
+        self.last_step: StepInfo | None = None  # what the last optimizer step did, for after_step
 
     @property
     def module(self) -> nn.Module:
@@ -77,14 +83,47 @@ class FitResult:
     stopped_by: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     best: float | None = None
-    checkpoint: Path | None = None
+    checkpoint: Path | None = None  # the one that it ended at, resumed from or written; None only without saving
+    interrupted: str | None = None  # a signal or the time limit, even if it came when the last step was done
+
+
+def steps_done(output_dir: Path | str) -> int:
+    """The step at which a run in this folder reached its planned end; -1 where it did not, or DONE is unreadable."""
+    try:
+        return int((Path(output_dir) / "DONE").read_text())
+    except (OSError, ValueError):
+        return -1
 
 
 def is_done(output_dir: Path | str) -> bool:
     """Whether a run in this folder reached its last planned step."""
-    return (Path(output_dir) / "DONE").exists()
+    return steps_done(output_dir) >= 0
 
 
+def finished_checkpoint(output_dir: Path | str) -> Path | None:
+    """The last checkpoint of a run that reached its planned end, verified; None where it did not, or where that
+    checkpoint is damaged or gone: fit() then goes on from what is whole. This is how one phase is handed to the next.
+    """
+    folder, _ = CheckpointStore(Path(output_dir) / "checkpoints", DistInfo()).look()
+    if folder is None or read_manifest(folder)["step"] != steps_done(output_dir):
+        return None
+    return folder
+
+
+def _claiming(train: Callable[..., FitResult]) -> Callable[..., FitResult]:
+    """Hold the output folder's lock (on rank 0) while it trains."""
+
+    @functools.wraps(train)
+    def run(*, config: Any, info: DistInfo, output_dir: Path | str | None = None, **others: Any) -> FitResult:
+        output_dir = Path(output_dir or config.run.output_dir)
+        with contextlib.ExitStack() as stack:
+            raise_together(attempt(lambda: stack.enter_context(claimed(output_dir))) if info.is_main else None)
+            return train(config=config, info=info, output_dir=output_dir, **others)
+
+    return run
+
+
+@_claiming
 def fit(
     *,
     config: Any,
@@ -111,13 +150,15 @@ def fit(
     same order. Raises UserError for unreadable data, settings that do not fit the checkpoint, and lasting overflow.
     """
     run, training = config.run, config.training
-    # Ranks that started with other settings or data would train diverging replicas without an error: compare first.
-    same_on_all_ranks(config_digest(config), "settings")
-    same_on_all_ranks(stream.fingerprint, "samples")
     output_dir = Path(output_dir or run.output_dir)
+    # Ranks that started with other settings, data or weights would train diverging replicas without an error.
+    compare_ranks(config, info)
+    same_on_all_ranks(stream.fingerprint, "samples")
+    frozen = frozen_digest(model)
+    same_on_all_ranks(frozen, "frozen base weights")
+    same_on_all_ranks(sampled_digest(model), "first weights")
     precision = choose_precision(run.precision, info.device)
     strategy = make_strategy(run.strategy, info, precision, training, run.cpu_offload)
-    frozen = frozen_digest(model) if info.is_main else None  # before the strategy shards the base
     strategy.prepare(model, groups or decay_groups(model, training.weight_decay), wrap_classes)
     ema = EMA(strategy, training.ema_decay, training.ema_warmup) if training.ema_decay > 0 else None
     trained = TrainedModel(strategy)
@@ -125,15 +166,20 @@ def fit(
         output_dir / "checkpoints", info, keep_last=training.keep_last, keep_every=training.keep_every
     )
     notes: list[str] = []  # the log opens after resuming, which decides from which step on it is kept
-    state = resume(config, strategy, ema, store, stream, frozen, notes.append)
+    state, checkpoint = resume(config, strategy, ema, store, stream, frozen, notes.append)
     last_step = plan_steps(training, stream)
     stop_at = min(last_step, training.max_steps or last_step)
     log = RunLog(output_dir, run, info, resume_step=state.step, settings=config.model_dump(mode="json"))
+    was_done = from_main(steps_done(output_dir)) == state.step and (
+        state.step >= stop_at or _patience_is_over(state, training)
+    )
     if info.is_main:
         save_config(config, output_dir / "config.yaml")
-        if state.step < stop_at:
+        if not was_done:
             (output_dir / "DONE").unlink(missing_ok=True)
     trainable = sum(math.prod(strategy.shape(name)) for name in strategy.parameters)
+    if training.save and state.step < stop_at:  # weights, two moments and the average, in fp32
+        raise_together(_disk_error(output_dir, 4 * trainable * (3 if ema is None else 4)) if info.is_main else None)
     log.say(
         f"{title or output_dir}: {trainable:,} trainable and {strategy.frozen_count():,} frozen parameters; "
         f"{strategy.name} on {info.world} rank(s), {info.device}, {strategy.precision}; {stream.samples_per_step} "
@@ -146,18 +192,31 @@ def fit(
     reader = ReadAhead(stream, info.device)
     log.start_bar(state.step, stop_at)
     metrics: dict[str, float] = {}
-    checkpoint: Path | None = None
-    reason: str | None = None
+    reason = None if state.step >= stop_at or not was_done else _without_gain(training)
     error: Exception | None = None
     began, began_step = time.perf_counter(), state.step
     outcome = _Outcome(state, ema, log)
+
+    def name_now() -> str:
+        return checkpoint_folder_name(state, stream, checkpoint_name, epoch_checkpoint_name)
 
     def save() -> Path | None:
         outcome.take_in()
         if not training.save:
             return None
-        name = checkpoint_folder_name(state, stream, checkpoint_name, epoch_checkpoint_name)
-        return save_run(name, config, state, strategy, ema, store, frozen, export)
+        if info.is_main and not (output_dir / "config.yaml").exists():  # the folder was removed under the run
+            save_config(config, output_dir / "config.yaml")
+            log.reopen()
+        keep = _epoch_due(state, stream, training.save_every_n_epochs)
+        return save_run(name_now(), config, state, strategy, ema, store, frozen, export, keep=keep)
+
+    def validated(hook: Callable) -> bool:
+        """Validate, and say whether this is the best so far."""
+        found, is_best = _validate(hook, trained, ema, state, training, log)
+        metrics.update(found)
+        if is_best:
+            state.best_name = name_now()
+        return is_best
 
     with StopFlag(run.time_limit_minutes) as stop, naming_late_ranks():
         while state.step < stop_at and reason is None:
@@ -200,13 +259,13 @@ def fit(
             # Whether the gradient was finite is a number on the device, and reading it would stop the queue. So the
             # last step's outcome (average, log, skipped steps) is taken in here, when the device has long done it.
             outcome.take_in()
-            outcome.done = strategy.optimizer_step()
+            outcome.done = trained.last_step = strategy.optimizer_step()
             if after_step is not None:
                 after_step(strategy.module, state.step)
             state.step, state.data_step, state.stream = state.step + 1, state.data_step + 1, reader.state()
             state.samples_seen += stream.samples_per_step
             log.step_done()
-            at_end, is_best = state.step == stop_at, False
+            at_end = state.step == stop_at
 
             # Whatever is written, or runs on the averaged weights, needs this step's outcome at once.
             if state.step % training.logging_steps == 0 or at_end:
@@ -226,33 +285,55 @@ def fit(
                     f"{_clock(left)} left"
                 )
                 metrics |= row
-            if validate is not None and (at_end or _due(state.step, training.eval_steps)):
+            if at_end:
+                break  # what comes at the end follows below: saved first, then validated
+            is_best = False
+            if validate is not None and _due(state.step, training.eval_steps):
                 outcome.take_in()
-                found, is_best = _validate(validate, trained, ema, state, training, log)
-                metrics |= found
-                if is_best:
-                    state.best_name = checkpoint_folder_name(state, stream, checkpoint_name, epoch_checkpoint_name)
+                is_best = validated(validate)
                 if _patience_is_over(state, training):
-                    reason = f"no better {training.best_metric} in {training.early_stopping_patience} validations"
-            if sample is not None and (at_end or _due(state.step, training.sample_steps)):
+                    reason = _without_gain(training)
+            if sample is not None and _due(state.step, training.sample_steps):
                 outcome.take_in()
                 _run_hook(sample, trained, ema, state.step, output_dir / "samples")
             due = is_best or _due(state.step, training.save_steps)
             due = due or _epoch_due(state, stream, training.save_every_n_epochs)
-            if due and not at_end and reason is None:
-                checkpoint = save()
-    if state.step > 0 and (state.step > began_step or reason):
-        checkpoint = save()
-    store.wait()
-    finished = state.step >= stop_at or (reason or "").startswith("no better")
+            if due and reason is None:
+                checkpoint = save() or checkpoint
+        if state.step > 0 and not was_done and (state.step > began_step or reason):
+            checkpoint = save() or checkpoint
+        store.wait()
+
+        # The last validation and the last samples come after the last checkpoint, so that a failure or a kill in them
+        # costs nothing: the same command does them then. The checkpoint takes their outcome in without being written
+        # a second time.
+        if reason is None and not was_done and max_over_ranks(float(stop.reason is not None)):
+            reason = stop.reason or "another rank's signal"
+        if reason is None and not was_done and state.step > 0:
+            seed_everything(run.seed, _STEP_STREAM, info.rank, state.step)  # the same, whoever does it
+            strategy.set_lr(lr_at(state.step - 1, training, last_step))
+            if validate is not None:
+                is_best = validated(validate)
+                if _patience_is_over(state, training):
+                    reason = _without_gain(training)
+                if training.save and checkpoint is not None:
+                    save_again(checkpoint, config, state, strategy, ema, store, export if is_best else None)
+            if sample is not None:
+                _run_hook(sample, trained, ema, state.step, output_dir / "samples")
+        late = max_over_ranks(float(stop.reason is not None)) > 0
+    interrupted = (stop.reason or "another rank's signal") if late else None
+    finished = was_done or reason is None or reason.startswith("no better")
     reader.close()
+    if not finished:
+        StopFlag.pending = None  # the caller is told; a signal that came too late to stop this run stops the next one
     if reason is not None:
-        log.say(f"stopped at step {state.step} by {reason}; the same command goes on from here")
+        then = "the run is done" if finished else "the same command goes on from here"
+        log.say(f"stopped at step {state.step} by {reason}; {then}")
     if finished and info.is_main:
         write_text(output_dir / "DONE", f"{state.step}\n")
     log.close()
     barrier()
-    return FitResult(state.step, finished, reason, metrics, state.best, checkpoint)
+    return FitResult(state.step, finished, reason, metrics, state.best, checkpoint, interrupted)
 
 
 def plan_steps(training: Any, stream: Stream) -> int:
@@ -321,7 +402,12 @@ def _validate(
     found = mean_over_ranks(
         {f"val/{key}": float(value) for key, value in _run_hook(validate, trained, ema, state.step).items()}
     )
+    default = type(training).model_fields["best_metric"].default
+    if training.best_metric not in found and (training.best_metric != default or training.early_stopping_patience):
+        raise UserError(f"--best-metric {training.best_metric}: the validation gives {', '.join(sorted(found))}")
     log.write(state.step, found)
+    if not math.isfinite(found.get(training.best_metric, 0.0)):
+        log.say(f"warning: {training.best_metric} is not finite; lower --learning-rate and go back to a checkpoint")
     log.say(f"Step {state.step}, " + ", ".join(f"{key}: {value:.4f}" for key, value in found.items()))
     score, sign = found.get(training.best_metric), 1 if training.best_mode == "min" else -1
     if score is None or not math.isfinite(score):
@@ -332,10 +418,25 @@ def _validate(
     return found, is_best
 
 
+def _without_gain(training: Any) -> str:
+    return f"no better {training.best_metric} in {training.early_stopping_patience} validations"
+
+
 def _patience_is_over(state: RunState, training: Any) -> bool:
     return (
         training.early_stopping_patience is not None
         and state.validations_without_gain >= training.early_stopping_patience
+    )
+
+
+def _disk_error(output_dir: Path, needed: int) -> UserError | None:
+    """What is wrong when the first checkpoint cannot fit."""
+    free = shutil.disk_usage(output_dir).free
+    if free >= needed:
+        return None
+    return UserError(
+        f"{output_dir}: the disk is full: a checkpoint takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free; free "
+        "some space and run the same command again"
     )
 
 

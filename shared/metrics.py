@@ -86,14 +86,18 @@ def precision_recall(
     Kynkaanniemi et al. 2019: a manifold is the balls round its samples that reach their nearest `neighbours`.
     """
     made, real = (torch.as_tensor(np.asarray(rows)).double() for rows in (made_NF, real_NF))
+    block = 1024  # rows of a distance matrix at a time: a whole one of 50,000 samples would take 20 GB
 
     def radius(points: Tensor) -> Tensor:
-        return torch.cdist(points, points).kthvalue(min(neighbours + 1, len(points)), dim=1).values
+        nearest = min(neighbours + 1, len(points))
+        return torch.cat([torch.cdist(part, points).kthvalue(nearest, dim=1).values for part in points.split(block)])
 
-    between = torch.cdist(made, real)
-    precision = (between <= radius(real)[None]).any(1).double().mean().item()
-    recall = (between <= radius(made)[:, None]).any(0).double().mean().item()
-    return precision, recall
+    def inside(points: Tensor, others: Tensor) -> float:
+        reach = radius(others)[None]
+        hits = [(torch.cdist(part, others) <= reach).any(1) for part in points.split(block)]
+        return torch.cat(hits).double().mean().item()
+
+    return inside(made, real), inside(real, made)
 
 
 @torch.no_grad()
@@ -208,8 +212,7 @@ def colour_shares(pictures: np.ndarray) -> np.ndarray:
 
 
 def agreement(pictures: np.ndarray, captions: list[str], *, draws: int = 2000) -> dict[str, float]:
-    """Mean share of the named colours in their own picture, the same over all other pictures, and the p of a
-    permutation test.
+    """Mean share of the named colours in their own picture and in all others, and the p of a permutation test.
 
     Captions without a colour are left out; "pictures" is how many count.
     """

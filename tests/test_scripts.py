@@ -1,6 +1,7 @@
 """The launchers: the commands they print, the mistakes they refuse, and shellcheck."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -92,6 +93,15 @@ def test_no_gpu_is_said_aloud():
         (["--nodes", "2", "--master", "a:1", "dit"], "needs --node-rank"),
         (["--nodes", "2", "--master", "a:1", "--node-rank", "2", "dit"], "from 0 to 1"),
         (["--entry", "nothing.py", "dit"], "dit/nothing.py does not exist"),
+        (["--entry", "../run_all.sh", "dit"], "the name of a .py file of the system"),
+        (["--entry", "../shared/report/page.py", "dit"], "the name of a .py file of the system"),
+        (["--gpus", "99999999999999999999", "dit"], "a whole number is needed"),
+        (["--gpus", "2000", "dit"], "from 1 to 1024"),
+        (["--max-restarts", "-1", "dit"], "a whole number is needed"),
+        (["--nodes", "2", "--node-rank", "0", "--master", "host:abc", "dit"], "HOST:PORT is needed"),
+        (["--nodes", "2", "--node-rank", "0", "--master", ":29500", "dit"], "HOST:PORT is needed"),
+        (["--nodes", "2", "--node-rank", "0", "--master", "host:99999", "dit"], "from 1 to 65535"),
+        (["--nodes", "2", "--node-rank", "0", "--master", "a b:1", "dit"], "HOST:PORT is needed"),
     ],
 )
 def test_mistakes_end_with_code_2_and_a_sentence(arguments, message):
@@ -106,6 +116,10 @@ def test_mistakes_end_with_code_2_and_a_sentence(arguments, message):
         (["--bogus"], "unknown option --bogus"),
         (["--preset"], "--preset needs a value"),
         (["--datasets"], "needs one name or more"),
+        (["--preset", "smal"], "--preset smal: float has no such preset"),
+        (["--preset", "7b"], "--preset 7b: float has no such preset"),
+        (["--preset", "7b", "--only", "bagel", "--only", "dit"], "--preset 7b: dit has no such preset"),
+        (["--jobs", "0"], "a number from 1 is wanted"),
     ],
 )
 def test_run_all_refuses_mistakes_before_it_starts(arguments, message):
@@ -115,7 +129,10 @@ def test_run_all_refuses_mistakes_before_it_starts(arguments, message):
 
 @pytest.mark.parametrize(
     "script",
-    [ROOT / "run_all.sh", *[ROOT / "scripts" / f"{name}.sh" for name in ("launch", "setup_environment", "test")]],
+    [
+        ROOT / "run_all.sh",
+        *[ROOT / "scripts" / f"{name}.sh" for name in ("launch", "setup_environment", "test", "demo")],
+    ],
     ids=lambda path: path.name,
 )
 def test_help_is_answered_from_any_folder(script, tmp_path):
@@ -140,3 +157,29 @@ def test_each_train_script_forwards_to_its_system(script, system):
     assert done.returncode == 0, done.stderr
     line = done.stdout.split()
     assert line[1].startswith(str(ROOT / system)) and line[-4:] == ["--config", "small", "--batch-size", "4"]
+
+
+def test_a_wrong_flag_is_one_sentence_before_many_processes_start():
+    done = launch("--gpus", "2", "dit", "--learning-rat", "1", "--output-dir", "never")
+    assert done.returncode == 2 and done.stderr.startswith("error: --learning-rat: no such flag")
+    assert len(done.stderr.splitlines()) == 1 and not (ROOT / "never").exists()
+
+
+@pytest.mark.parametrize("python", ["/nowhere/python", "/bin/true", "/bin/sh"])
+def test_what_is_no_python_is_refused_although_all_is_installed(python):
+    done = bash(ROOT / "scripts" / "setup_environment.sh", "--python", python)
+    assert done.returncode == 2 and f"--python {python}" in done.stderr and not done.stdout
+
+
+def test_torchrun_gets_the_time_that_a_save_needs(tmp_path):
+    """Less than what kubernetes.yaml and slurm.sh leave before the end."""
+    spy = tmp_path / "sitecustomize.py"
+    spy.write_text("import os, sys; print(os.environ.get('TORCH_ELASTIC_SHUTDOWN_TIMEOUT'), file=sys.stderr)")
+    given = int(launch("dit", "--help", PYTHONPATH=str(tmp_path)).stderr.split()[-1])
+    assert (
+        int(launch("dit", "--help", PYTHONPATH=str(tmp_path), TORCH_ELASTIC_SHUTDOWN_TIMEOUT="7").stderr.split()[-1])
+        == 7
+    )
+    pod = re.search(r"terminationGracePeriodSeconds: (\d+)", (ROOT / "scripts" / "kubernetes.yaml").read_text())
+    job = re.search(r"--signal=B:USR1@(\d+)", (ROOT / "scripts" / "slurm.sh").read_text())
+    assert 30 < given < int(pod[1]) <= int(job[1])

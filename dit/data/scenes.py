@@ -6,7 +6,7 @@ training never sees at all (shared/media/scenes.py).
 
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,10 @@ class SceneDataset(Dataset):
     def number(self, index: int, epoch: int) -> int:
         """The scene's number, which keys its draws."""
         return index + (epoch * SCENES if self.is_train else 0)
+
+    def names(self) -> Iterator[str]:
+        """The scenes' names, in order."""
+        return (f"scene {self.number(index, 0)}" for index in range(len(self)))
 
     @property
     def fingerprint(self) -> str:

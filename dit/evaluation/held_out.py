@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dit.dataset import unit
+from dit.data.cache import CachedDataset
+from dit.dataset import spread, unit
 from dit.modules.text import CaptionEncoder, condition_of
 from dit.modules.vae import Codec
 from shared.engine.dist import DistInfo, sum_over_ranks
@@ -25,10 +26,11 @@ class HeldOut(NamedTuple):
     """Pictures that no training step saw, as latents, with their conditions."""
 
     latents: Tensor
-    condition: dict[str, Tensor]
+    condition: dict[str, Tensor]  # of the first captions, or labels
     captions: list[str]
-    images: Tensor
+    images: Tensor  # (N, 3, S, S) in [-1, 1]; empty where a cache stands for the pictures
     prompts: list[str]  # what to draw: the first caption that names a colour, else the first
+    prompt_condition: dict[str, Tensor]
     mean_latent: Tensor  # of training pictures: what the constant predictor knows
 
 
@@ -45,7 +47,46 @@ def prepare(
     seen = unit(torch.stack([sample["image"] for sample in readable(training_set, count)]))
     mean = torch.cat([_mean_latent(codec, part.to(device)) for part in seen.split(16)]).mean(0)
     prompts = [colour_caption(dataset.items[sample["index"]].captions or ("",)) for sample in samples]
-    return HeldOut(latents, condition_of(captions, labels, encoder, device), captions, images, prompts, mean)
+    first, drawn = (condition_of(texts, labels, encoder, device) for texts in (captions, prompts))
+    return HeldOut(latents, first, captions, images, prompts, drawn, mean)
+
+
+@torch.no_grad()
+def prepare_cached(
+    dataset: CachedDataset, training_set: CachedDataset, codec: Codec, *, count: int, device: torch.device
+) -> HeldOut:
+    """The same from a cache: no picture is opened and nothing is encoded."""
+    indices = sorted(spread(dataset, count)[:count])
+    captions = [dataset.captions_of(index) for index in indices]
+    prompts = [colour_caption(texts) for texts in captions]
+    first = [dataset.sample(index, 0, flip=False) for index in indices]
+    drawn = [
+        dataset.sample(index, 0, flip=False, caption=texts.index(prompt))
+        for index, texts, prompt in zip(indices, captions, prompts, strict=True)
+    ]
+    seen = [training_set.sample(index, 0, flip=False) for index in spread(training_set, count)[:count]]
+    latents, mean = (
+        codec.latents(torch.stack([sample["moments"] for sample in samples]).to(device)).float()
+        for samples in (first, seen)
+    )
+    return HeldOut(
+        latents,
+        stacked_condition(first, device),
+        [texts[0] for texts in captions],
+        torch.zeros(0),
+        prompts,
+        stacked_condition(drawn, device),
+        mean.mean(0),
+    )
+
+
+def stacked_condition(samples: list[dict], device: torch.device) -> dict[str, Tensor]:
+    """The model's keyword arguments for samples of a cache."""
+    names = {"text_embeddings": "text_embeddings", "text_mask": "text_mask", "text_pooled": "text_pooled"}
+    found = {name: torch.stack([sample[name] for sample in samples]).to(device) for name in names if name in samples[0]}
+    if not found and "label" in samples[0]:
+        found["labels"] = torch.tensor([sample["label"] for sample in samples], device=device)
+    return found
 
 
 def held_out_noise(latents: Tensor, level: int, pictures: Tensor) -> Tensor:
@@ -114,13 +155,15 @@ def _mean_latent(codec: Codec, images: Tensor) -> Tensor:
 
 
 def readable(dataset: Any, count: int, *, epoch: int = 0) -> list[dict]:
-    """The first `count` samples that can be read, not mirrored; broken ones are listed when training meets them."""
+    """Up to `count` samples that can be read, spread over the set by hash, in its order, not mirrored. Broken ones are
+    listed when training meets them.
+    """
     samples: list[dict] = []
-    for index in range(len(dataset)):
+    for index in spread(dataset, count):
         if len(samples) == count:
             break
         try:
             samples.append(dataset.sample(index, epoch, flip=False))
         except BadSample:
             continue
-    return samples
+    return sorted(samples, key=lambda sample: sample["index"])

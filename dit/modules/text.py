@@ -7,13 +7,16 @@ import math
 import re
 import unicodedata
 import zlib
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dit.config import Config, TextConfig
+from dit.config import Config
 from shared.errors import UserError
 
 
@@ -44,6 +47,20 @@ class CaptionEncoder(nn.Module):
         """Condition of token ids."""
         raise NotImplementedError
 
+    def is_cut(self, captions: list[str]) -> list[bool]:
+        """Whether a caption is longer than what is read of it."""
+        raise NotImplementedError
+
+
+def warn_of_cut(encoder: CaptionEncoder, captions: list[str], say: Callable[[str], None]) -> None:
+    """One sentence on captions that are longer than the model reads."""
+    cut = encoder.is_cut(captions)
+    if any(cut):
+        say(
+            f"warning: {sum(cut)} of {len(cut)} captions have more than the {encoder.length} tokens that are read "
+            f"(model.text_len); what follows is cut off, first in: {captions[cut.index(True)][:120]!r}"
+        )
+
 
 class TextEncoder(CaptionEncoder):
     """CLIP's text tower, frozen. States follow the final layer norm; pooled is that of the first end-of-text token."""
@@ -60,14 +77,35 @@ class TextEncoder(CaptionEncoder):
         super().__init__()
         from transformers import CLIPTextModel, CLIPTokenizer
 
-        try:
+        with _loading(pretrained_model_name):
             self.tokenizer = CLIPTokenizer.from_pretrained(pretrained_model_name, local_files_only=local_files_only)
             self.model = CLIPTextModel.from_pretrained(pretrained_model_name, local_files_only=local_files_only)
-        except (OSError, ValueError) as error:
+        self._freeze(length)
+        places = self.model.config.max_position_embeddings
+        if length > places:
             raise UserError(
-                f"text.pretrained_model_name {pretrained_model_name}: cannot be loaded ({_first_line(error)}); give a "
-                "local folder with --text-encoder-path, or use --set text.type=hash, which needs no weights"
-            ) from None
+                f"model.text_len {length}: this CLIP reads {places} tokens at most; set --text-len {places}, or use "
+                "--set text.type=language with a T5, Gemma or Qwen"
+            )
+
+    @classmethod
+    def of_model(cls, model: nn.Module, *, name: str, length: int) -> "TextEncoder":
+        """One around a CLIPTextModel that is loaded already; its tokenizer comes from where the model came from, or
+        from `name`.
+        """
+        from transformers import CLIPTextModel, CLIPTokenizer
+
+        if not isinstance(model, CLIPTextModel):
+            raise UserError(f"text_encoder is {type(model).__name__}; a CLIPTextModel or a CaptionEncoder is wanted")
+        made = cls.__new__(cls)
+        CaptionEncoder.__init__(made)
+        place = model.config.name_or_path or name
+        with _loading(place):
+            made.tokenizer, made.model = CLIPTokenizer.from_pretrained(place), model
+        made._freeze(length)
+        return made
+
+    def _freeze(self, length: int) -> None:
         self.length, self.width = length, self.model.config.hidden_size
         self.model.requires_grad_(False).eval()
 
@@ -82,6 +120,10 @@ class TextEncoder(CaptionEncoder):
         )
         return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
 
+    def is_cut(self, captions: list[str]) -> list[bool]:
+        """Whether a caption has more tokens than are read."""
+        return [len(ids) > self.length for ids in self.tokenizer(captions, verbose=False)["input_ids"]]
+
     @torch.inference_mode()
     def encode(self, captions: list[str]) -> TextCondition:
         """Condition of every caption, on the encoder's device."""
@@ -95,6 +137,53 @@ class TextEncoder(CaptionEncoder):
         first_end = (ids_BT == self.tokenizer.eos_token_id).int().argmax(1)
         mask = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None] <= first_end[:, None]
         return TextCondition(states, mask, states[torch.arange(len(ids_BT), device=ids_BT.device), first_end])
+
+
+class LanguageEncoder(TextEncoder):
+    """A text model of transformers by path, frozen: the encoder of T5 and UMT5, or a decoder such as Gemma or Qwen read
+    up to its last layer. Pooled is the mean over real tokens.
+    """
+
+    has_tokens = False  # a batch of ids without its mask would not do: other models' padding may be any token
+
+    def __init__(self, pretrained_model_name: str, *, length: int, local_files_only: bool = False) -> None:
+        CaptionEncoder.__init__(self)
+        import transformers
+
+        with _loading(pretrained_model_name):
+            self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
+                pretrained_model_name, local_files_only=local_files_only, padding_side="right"
+            )
+            config = transformers.AutoConfig.from_pretrained(pretrained_model_name, local_files_only=local_files_only)
+            kinds = {"t5": transformers.T5EncoderModel, "umt5": transformers.UMT5EncoderModel}
+            loader: Any = kinds.get(config.model_type, transformers.AutoModel)
+            self.model: Any = loader.from_pretrained(pretrained_model_name, local_files_only=local_files_only)
+        if getattr(self.model, "language_model", None) is not None:  # the text part of a model that also sees
+            self.model = self.model.language_model
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self._freeze(length)
+
+    @torch.inference_mode()
+    def encode(self, captions: list[str]) -> TextCondition:
+        """Condition of every caption, on the encoder's device. The empty caption keeps one token."""
+        tokens = {name: value.to(self.model.device) for name, value in self.tokenize(captions).items()}
+        mask = tokens["attention_mask"].bool()
+        mask[:, 0] |= ~mask.any(1)
+        states = self.model(input_ids=tokens["input_ids"], attention_mask=mask.long()).last_hidden_state.float()
+        weight = mask.float()[..., None]
+        return TextCondition(states, mask, (states * weight).sum(1) / weight.sum(1))
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"text.pretrained_model_name {name}: cannot be loaded ({_first_line(error)}); give a local folder with "
+            "--text-encoder-path, or use --set text.type=hash, which needs no weights"
+        ) from None
 
 
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+|[#*+&%]")
@@ -128,6 +217,10 @@ class HashTextEncoder(CaptionEncoder):
             mask[row, : len(words)] = True
             pooled[row] = vectors.sum(0) / math.sqrt(len(words))
         return TextCondition(torch.from_numpy(states), torch.from_numpy(mask), torch.from_numpy(pooled))
+
+    def is_cut(self, captions: list[str]) -> list[bool]:
+        """Whether a caption has more words than are read."""
+        return [len(self.words(caption)) > self.length - 1 for caption in captions]
 
     @staticmethod
     def words(caption: str) -> list[str]:
@@ -167,7 +260,8 @@ def make_text_encoder(config: Config) -> CaptionEncoder | None:
         return None
     if text.type == "hash":
         return HashTextEncoder(width=model.text_dim, length=model.text_len, context=text.context)
-    encoder = _clip(text, model.text_len)
+    kind = TextEncoder if text.type == "clip" else LanguageEncoder
+    encoder = kind(text.pretrained_model_name, length=model.text_len, local_files_only=text.local_files_only)
     if encoder.width != model.text_dim:
         raise UserError(
             f"text.pretrained_model_name {text.pretrained_model_name} has states of width {encoder.width}, "
@@ -185,10 +279,6 @@ def condition_of(
     # encoders answer with inference tensors, which autograd refuses to save: the copies are ordinary ones
     states, mask, pooled = (part.to(device) for part in encoder.encode(texts))
     return {"text_embeddings": states.clone(), "text_mask": mask.clone(), "text_pooled": pooled.clone()}
-
-
-def _clip(text: TextConfig, length: int) -> TextEncoder:
-    return TextEncoder(text.pretrained_model_name, length=length, local_files_only=text.local_files_only)
 
 
 def _first_line(error: Exception) -> str:

@@ -4,6 +4,7 @@ Official code and weights of DiT are CC-BY-NC 4.0 and stay so after conversion; 
 """
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
@@ -12,9 +13,9 @@ from typing import NamedTuple
 import torch
 import yaml
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from dit.model import DiTModel
+from dit.model import DiTModel, timestep_sinusoid
 from shared.engine.checkpoint import load_weights
 from shared.errors import UserError
 
@@ -53,10 +54,12 @@ def load_pretrained(
     model: DiTModel, path: str | Path, strict: bool = False, *, time_scale: float | None = None
 ) -> LoadReport:
     """Load what fits by name and shape, print the three lists, and fail when nothing fits (or, if strict, when
-    anything is left).
+    anything is left). time_scale: the flow's, which a run of ours must have been trained with.
     """
     path = Path(path)
-    state = to_official_names(read_state(path))
+    state = read_state(path)
+    check_pixart(path, state, model)
+    state = to_official_names(fold_size_embedders(state, model))
     check_time(path, model, time_scale)
     state = fit_output_channels(state, model)
     compare_positions(state, model)
@@ -79,6 +82,57 @@ def load_pretrained(
         file=sys.stderr,
     )
     return report
+
+
+def check_pixart(path: Path, state: State, model: DiTModel) -> None:
+    """Refuse a PixArt whose positions are laid out otherwise: its config says by how much coordinates are divided."""
+    if not any(name.startswith("adaln_single.") for name in state):
+        return
+    places = [place / "config.json" for place in (path / "transformer", path, path.parent)]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        if model.pos_scale == 1.0:
+            print(
+                f"warning: no config.json next to {path}: positions are those of PixArt-256 and -512 (a PixArt-1024 "
+                "needs --pos-scale 0.5)",
+                file=sys.stderr,
+            )
+        return
+    config = json.loads(found.read_text(encoding="utf-8"))
+    base = config["sample_size"] // config.get("patch_size", 2)
+    divided = config.get("interpolation_scale") or max(config["sample_size"] // 64, 1)
+    wanted = base / model.grid[0] / divided  # diffusers: grid / (grid_size / base_size) / interpolation_scale
+    if "sincos" not in model.pos or abs(model.pos_scale - wanted) > 1e-9:
+        raise UserError(
+            f"{path}: its positions are coordinates times {wanted:g} for this size, the model's are {model.pos} times "
+            f"{model.pos_scale:g}; set --pos sincos --pos-scale {wanted:g}"
+        )
+
+
+def fold_size_embedders(state: State, model: DiTModel) -> State:
+    """PixArt-1024 adds vectors for the picture's size and aspect ratio to that of time. For pictures of one square size
+    they are constants, and go into the last bias of the time embedder.
+    """
+    prefix = "adaln_single.emb."
+    if f"{prefix}resolution_embedder.linear_1.weight" not in state:
+        return state
+
+    def embedded(name: str, values: list[float]) -> Tensor:
+        rows = timestep_sinusoid(torch.tensor(values), state[f"{prefix}{name}.linear_1.weight"].shape[1])
+        for layer in ("linear_1", "linear_2"):
+            weight, bias = (state[f"{prefix}{name}.{layer}.{kind}"].float() for kind in ("weight", "bias"))
+            rows = nn.functional.linear(rows, weight, bias)
+            rows = nn.functional.silu(rows) if layer == "linear_1" else rows
+        return rows.flatten()
+
+    pixels = float(8 * model.patch_size * model.grid[0])  # PixArt's VAE has 8 pixels a cell
+    size = torch.cat([embedded("resolution_embedder", [pixels, pixels]), embedded("aspect_ratio_embedder", [1.0])])
+    folded = {
+        name: value for name, value in state.items() if not re.search(r"emb\.(resolution|aspect_ratio)_emb", name)
+    }
+    bias = f"{prefix}timestep_embedder.linear_2.bias"
+    folded[bias] = (folded[bias].float() + size).to(folded[bias].dtype)
+    return folded
 
 
 def read_state(path: Path) -> State:

@@ -1,19 +1,22 @@
 """From settings to the parts of a run: the network, the codec of the latents, a model to draw with."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from dit.config import Config
+from dit.data.cache import file_digest, read_manifest
 from dit.dataset import TextImageDataset, unit
 from dit.model import DiTModel
 from dit.modules.autoencoder import ConvAutoencoder, PatchAutoencoder
 from dit.modules.text import CaptionEncoder, make_text_encoder
-from dit.modules.vae import CODEC_FILE, Codec, PixelCodec, PoolCodec, VAEEncoder
+from dit.modules.vae import CODEC_FILE, Codec, PixelCodec, PoolCodec, VAEEncoder, scaled_latents
 from dit.objective import Objective, make_objective
 from shared.config import load_saved
 from shared.engine.checkpoint import find_checkpoint, load_strict, load_weights
@@ -26,6 +29,10 @@ CODEC_PICTURES = 2048  # training pictures that a codec is fitted on
 def build_model(config: Config) -> DiTModel:
     """The network of the settings, with fresh weights."""
     options = config.model.model_dump(exclude={"pretrained_path"})
+    options["class_dropout"] = 0.0 if config.model.class_dropout == 0 else 0.1  # for the model: is there a null row?
+    if config.repa.features is not None:
+        repa = config.repa
+        options |= {"align_width": repa.features, "align_layer": repa.layer, "align_hidden": repa.hidden}
     model = DiTModel(input_size=config.latent_side, null_text=config.diffusion.null_text, **options)
     model.gradient_checkpointing = config.training.gradient_checkpointing
     return model
@@ -41,6 +48,9 @@ def make_vae(config: Config) -> Codec:
             use_tiling=vae.use_tiling,
             posterior=vae.posterior,
             latent_stats=vae.latent_stats,
+            scaling_factor=vae.scaling_factor,
+            precision=vae.vae_precision,
+            chunk=vae.vae_chunk,
             local_files_only=config.text.local_files_only,
         )
     elif vae.type == "patches":
@@ -49,12 +59,60 @@ def make_vae(config: Config) -> Codec:
         codec = ConvAutoencoder(channels=config.model.in_channels, factor=vae.patch, width=vae.width)
     else:
         codec = PixelCodec() if vae.type == "pixels" else PoolCodec()
+    if codec.factor != config.vae_factor:
+        raise UserError(
+            f"vae.pretrained_model_name {vae.pretrained_model_name}: a latent cell is {codec.factor} pixels wide, the "
+            f"run was laid out for {config.vae_factor}; set --set vae.factor={codec.factor}"
+        )
     if codec.channels != config.model.in_channels:
         raise UserError(
             f"vae.type {vae.type} gives latents of {codec.channels} channels, model.in_channels is "
             f"{config.model.in_channels}; "
             f"set --in-channels {codec.channels}"
         )
+    return codec
+
+
+class LazyVAE(Codec):
+    """The VAE of a run that trains from a cache: latents follow from the cache's numbers, and the weights are opened
+    when a picture is to be drawn.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, config: Config, numbers: dict[str, list[float]]) -> None:
+        super().__init__()
+        self.config, self.posterior = config, config.vae.posterior
+        self.factor, self.channels = config.vae_factor, config.model.in_channels
+        self.register_buffer("mean", torch.tensor(numbers["mean"]).reshape(1, -1, 1, 1))
+        self.register_buffer("scale", torch.tensor(numbers["scale"]).reshape(1, -1, 1, 1))
+        self._opened: Codec | None = None
+
+    def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """As VAEEncoder.latents."""
+        return scaled_latents(moments, noise if self.posterior == "sample" else None, self.mean, self.scale)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images in [-1, 1]; UserError where the VAE cannot be opened."""
+        if self._opened is None:
+            self._opened = make_vae(self.config).to(latents.device).eval()
+        return self._opened.decode(latents)
+
+
+def cached_codec(config: Config, output_dir: Path, info: DistInfo) -> Codec:
+    """The codec of a run that trains from a cache; a fitted one is taken from there into the run's folder."""
+    assert config.data.cache_dir is not None
+    folder = Path(config.data.cache_dir)
+    if config.vae.type == "sd":
+        return LazyVAE(config, read_manifest(folder)["latents"])
+    codec = make_vae(config)
+    if codec.learns:
+        if info.is_main and not (output_dir / CODEC_FILE).exists():
+            with written_aside(output_dir / CODEC_FILE) as temporary:
+                shutil.copyfile(folder / CODEC_FILE, temporary)
+        barrier()
+        load_codec(codec, output_dir / CODEC_FILE)
     return codec
 
 
@@ -105,6 +163,14 @@ class Trained(NamedTuple):
     text_encoder: CaptionEncoder | None
     objective: Objective
     folder: Path
+    name: str  # the checkpoint, and what its files hold
+
+
+def _name_of(path: Path, folder: Path) -> str:
+    """The checkpoint's name with the hash of its manifest, or of its file: two of one name are told by it."""
+    manifest = folder / "manifest.json"
+    held = file_digest(path if path.is_file() else manifest) if path.is_file() or manifest.exists() else "unknown"
+    return f"{path.name if path.is_file() else folder.name} {held[:12]}"
 
 
 def load_trained(
@@ -142,4 +208,5 @@ def load_trained(
         None if encoder is None else encoder.to(device),
         objective,
         folder,
+        _name_of(path, folder),
     )

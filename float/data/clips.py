@@ -25,15 +25,15 @@ class Clip:
     motion: Path | None = None  # csv with true mouth motion (rendered clips only)
 
 
-def find_clips(root: Path, split: str) -> list[Clip]:
-    """The clips of one split, ordered by id. UserError when the folder holds none."""
+def find_clips(root: Path, split: str, *, required: bool = True) -> list[Clip]:
+    """The clips of one split, ordered by id. UserError when the folder holds none and the split is required."""
     if not root.is_dir():
         raise UserError(
             f"--data-root {root}: no such folder; give one with metadata.csv, or with {split}/<identity>/<clip>.mp4"
         )
     names = SPLIT_NAMES.get(split, (split,))
     clips = _from_table(root, names) if (root / "metadata.csv").is_file() else _from_folders(root, names)
-    if not clips:
+    if not clips and required:
         raise UserError(
             f"{root}: no clips of split '{split}'; rows with that split in metadata.csv, "
             f"or {split}/<identity>/<clip>.mp4 expected"
@@ -101,18 +101,19 @@ def _from_folders(root: Path, splits: tuple[str, ...]) -> list[Clip]:
             Clip(
                 clip_id="/".join(inside.with_suffix("").parts).replace("/", "__"),
                 video=video,
-                audio=_sound_beside(video, folders[video.parent]),
+                audio=sound_beside(video, folders[video.parent]),
                 identity=inside.parts[0] if len(inside.parts) > 1 else video.stem,
-                emotion=_label(inside),
+                emotion=label_of(inside),
             )
         )
     return clips
 
 
-def _sound_beside(video: Path, beside: dict[str, Path]) -> Path:
+def sound_beside(video: Path, beside: dict[str, Path] | None = None) -> Path:
     """A sound file of the same name, with or without the ending _processed; else the video's own track. beside: the
-    files of its folder by their names in small letters.
+    files of its folder by their names in small letters, where they are known.
     """
+    beside = {path.name.lower(): path for path in video.parent.iterdir()} if beside is None else beside
     for stem in (video.stem, video.stem.removesuffix("_processed")):
         for suffix in AUDIO_SUFFIXES:
             path = beside.get((stem + suffix).lower())
@@ -121,7 +122,7 @@ def _sound_beside(video: Path, beside: dict[str, Path]) -> Path:
     return video
 
 
-def _label(inside: Path) -> int | None:
+def label_of(inside: Path) -> int | None:
     """The class by a RAVDESS file name or a MEAD folder name; None for HDTF."""
     ravdess = ravdess_emotion(inside.stem)
     if ravdess is not None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -47,10 +48,12 @@ class Span:
 
 
 @contextmanager
-def _opened(path: Path | str, kind: str) -> Iterator[av.container.InputContainer]:
-    """An open file; what goes wrong becomes a BadSample that names it."""
+def _opened(path: Path | str, kind: str, source: Any = None) -> Iterator[av.container.InputContainer]:
+    """An open file, or file object `source`; what goes wrong becomes a BadSample that names it."""
     try:
-        with av.open(str(path)) as container:
+        # of a sound that is still coming in little is looked at first, else seconds of it
+        look = {} if source is None else {"probesize": "8192", "analyzeduration": "100000"}
+        with av.open(str(path) if source is None else source, options=look) as container:
             yield container
     except FileNotFoundError:
         raise BadSample(f"{path}: no such file") from None
@@ -69,7 +72,7 @@ def _video_stream(container: av.container.InputContainer, path: Path | str) -> a
 
 def _zero(container: av.container.InputContainer) -> float:
     """Time 0 of the file on its own timestamps, seconds."""
-    tracks = (*container.streams.video, *container.streams.audio)
+    tracks: list[av.VideoStream | av.AudioStream] = [*container.streams.video, *container.streams.audio]
     return min((_start(stream) for stream in tracks if stream.start_time is not None), default=0.0)
 
 
@@ -79,23 +82,35 @@ def _start(stream: av.VideoStream | av.AudioStream) -> float:
 
 
 def _decoded(
-    container: av.container.InputContainer, stream: av.VideoStream | av.AudioStream, path: Path | str, kind: str
+    container: av.container.InputContainer,
+    stream: av.VideoStream | av.AudioStream,
+    path: Path | str,
+    kind: str,
+    lost: list[float] | None = None,
 ) -> Iterator[av.VideoFrame | av.AudioFrame]:
-    """Frames in the order of presentation. Damaged packets are passed over; BadSample where they are too many."""
-    whole, broken, reason = 0, 0, ""
+    """Frames in the order of presentation. Damaged packets are passed over; BadSample where they are too many.
+
+    lost: receives the seconds that timestamps do not know of. MP3 has none of its own: they are counted in packets, and
+    a damaged stretch of any length counts as one, so its bytes tell how long it is.
+    """
+    whole, broken, reason, size, counts = 0, 0, "", 0, "mp3" in container.format.name
     packets = container.demux(stream)
+    packet: av.Packet | None = None
     while True:
         try:
             packet = next(packets, None)
             frames = packet.decode() if packet is not None else None
         except av.FFmpegError as error:
             broken, reason = broken + 1, str(error.strerror)
+            if lost is not None and counts and packet is not None and whole and packet.duration:
+                seconds = float(packet.duration * (packet.time_base or 0))
+                lost.append(max(0.0, (packet.size * whole / size - 1) * seconds))
             if broken > whole + 10:  # nothing but damage: not worth going on
                 break
             continue
         if frames is None:
             break
-        whole += 1
+        whole, size = whole + 1, size + (packet.size if packet is not None else 0)
         yield from (frame for frame in frames if isinstance(frame, av.VideoFrame | av.AudioFrame))
     if broken > MAX_BROKEN * (whole + broken):
         raise BadSample(
@@ -270,7 +285,7 @@ def sound_of_file(path: Path | str, *, rate: int | None = None, mono: bool = Fal
         own, channels = stream.rate, stream.channels
     layout = "mono" if mono or channels == 1 else "stereo"
     rate = rate or (own if own in AAC_RATES else 48000)
-    return Sound(rate, layout, _sound_pieces(path, rate, layout))
+    return Sound(rate, layout, sound_pieces(path, rate, layout))
 
 
 def sound_of_wave(wave: np.ndarray) -> Sound:
@@ -278,14 +293,16 @@ def sound_of_wave(wave: np.ndarray) -> Sound:
     return Sound(SAMPLE_RATE, "mono", iter([np.asarray(wave, np.float32)[None]]))
 
 
-def _sound_pieces(path: Path | str, rate: int, layout: str) -> Iterator[np.ndarray]:
-    with _opened(path, "sound") as container:
+def sound_pieces(path: Path | str, rate: int, layout: str, source: Any = None) -> Iterator[np.ndarray]:
+    """A file's sound, or that of a file object `source`, resampled; pieces (channels, n) as they are decoded."""
+    with _opened(path, "sound", source) as container:
         stream, zero = _audio_stream(container, path), _zero(container)
         resampler, written, heard, begun = av.AudioResampler("fltp", layout, rate), 0, 0.0, False
-        channels = 1 if layout == "mono" else 2
-        for frame in _decoded(container, stream, path, "sound"):
+        channels, lost = 1 if layout == "mono" else 2, [0.0]
+        for frame in _decoded(container, stream, path, "sound", lost):
             assert isinstance(frame, av.AudioFrame)
-            gap = 0.0 if frame.time is None else frame.time - zero - heard  # heard: where the next sample should lie
+            # heard: where the next sample should lie
+            gap = 0.0 if frame.time is None else frame.time - zero + sum(lost) - heard
             samples = frame.samples / frame.sample_rate
             if gap > (GAP if begun else 1e-4):  # silence where nothing was recorded
                 rest = _planes(resampler.resample(None))
@@ -340,20 +357,25 @@ class VideoWriter:
     """H.264 with AAC sound, frame by frame; the file appears under its name when it is complete.
 
     with VideoWriter(path, fps=25, sound=sound_of_file("speech.mp3")) as video: video.add(frame)
-    The sound keeps its rate and channels; it is cut, or filled with silence, to the length of the picture.
+    The sound keeps its rate and channels; it is cut, or filled with silence, to the length of the picture. live: the
+    file can be watched while it grows (fragments of half a second), under its own name.
     """
 
-    def __init__(self, path: Path | str, *, fps: float, sound: Sound | None = None):
-        self.path, self.fps, self.sound = Path(path), fps, sound
+    def __init__(self, path: Path | str, *, fps: float, sound: Sound | None = None, live: bool = False):
+        self.path, self.fps, self.sound, self.live = Path(path), fps, sound, live
         self.temporary = self.path.with_name(f".{self.path.stem}.{os.getpid()}{self.path.suffix or '.mp4'}")
+        self.temporary = self.path if live else self.temporary
         self.frames = self.sounded = 0
         self.waiting = np.zeros((1, 0), np.float32)  # sound that was read and not written
 
     def __enter__(self) -> "VideoWriter":
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.container = av.open(str(self.temporary), "w", format="mp4")
+        fragments = {"movflags": "frag_keyframe+delay_moov+default_base_moof", "flush_packets": "1"}
+        self.container = av.open(str(self.temporary), "w", format="mp4", options=fragments if self.live else {})
         self.video = self.container.add_stream("libx264", rate=Fraction(self.fps).limit_denominator(1001))
         self.video.pix_fmt, self.video.options = "yuv420p", {"crf": VIDEO_CRF}
+        if self.live:
+            self.video.options |= {"tune": "zerolatency", "g": str(max(1, round(self.fps / 2)))}
         self.audio: av.AudioStream | None = None
         if self.sound is not None:
             self.audio = self.container.add_stream("aac", rate=self.sound.rate)
@@ -402,7 +424,8 @@ class VideoWriter:
         finally:
             self.container.close()
             if kind is None and self.frames:
-                os.replace(self.temporary, self.path)
+                if not self.live:
+                    os.replace(self.temporary, self.path)
             else:
                 self.temporary.unlink(missing_ok=True)
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from float.data.clips import Clip, read_table
@@ -117,7 +117,9 @@ def _augmented(meter: MouthMeter, image: Tensor, generator: torch.Generator) -> 
     return torch.where(torch.rand(count, 1, 1, 1, generator=generator) < 0.5, blurred, crop)
 
 
-def meter_for(clips: list[Clip], frames: list[np.ndarray], box: list[float], cache: Path, key: str) -> MouthMeter:
+def meter_for(
+    frames: list[np.ndarray], truths: list[np.ndarray], box: list[float], cache: Path, key: str
+) -> MouthMeter:
     """A meter trained on these clips; kept in `cache` and used again while `key` (what it is made of) is the same."""
     try:
         with safe_open(str(cache), "pt") as file:
@@ -128,8 +130,9 @@ def meter_for(clips: list[Clip], frames: list[np.ndarray], box: list[float], cac
         meter = MouthMeter(box)
         meter.load_state_dict(load_file(cache))
         return meter.eval()
-    truths = [truth for truth in map(read_truth, clips) if truth is not None]
     meter = train_meter(frames, truths, box)
     with written_aside(cache) as temporary:
-        save_file({name: value.contiguous() for name, value in meter.state_dict().items()}, temporary, {"key": key})
+        temporary.write_bytes(
+            save({name: value.contiguous() for name, value in meter.state_dict().items()}, {"key": key})
+        )
     return meter

@@ -22,6 +22,7 @@ from float.sampling.animate import Animator, audio_windows, sampling_options
 from float.sampling.motion import SamplingOptions
 
 ENCODE_BATCH = 32
+SHEET_FRAMES = 7
 
 
 @dataclass
@@ -61,7 +62,7 @@ class Scorer:
     """Runs one animator over material."""
 
     def __init__(self, animator: Animator, meter: MouthMeter | None):
-        self.animator, self.meter = animator, meter
+        self.animator, self.meter, self.config = animator, meter, animator.config
         model = animator.config.model
         self.encoder = make_audio_encoder(
             model.audio_features, model.wav2vec_model_path, only_last_features=model.only_last_features
@@ -175,3 +176,41 @@ def side_by_side(*videos: np.ndarray, enlarge: int = 1) -> Iterator[np.ndarray]:
     for frames in zip(*videos, strict=False):
         row = np.concatenate(frames, 1)
         yield row.repeat(enlarge, 0).repeat(enlarge, 1)
+
+
+def talking_sheet(
+    path: Path, frames: np.ndarray, opening: np.ndarray, truth: np.ndarray, wave: np.ndarray, *, fps: float
+) -> None:
+    """A picture: generated frames, from the widest mouth to the most shut, over the curves of mouth and sound.
+
+    frames: uint8 (T, S, S, 3); opening: the mouth read off them, (T,); truth: that of the true frames; wave: (n,).
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    order = np.argsort(-opening[: len(frames)])
+    shown = sorted(order[np.linspace(0, len(order) - 1, SHEET_FRAMES).astype(int)])
+    figure, (above, below) = pyplot.subplots(2, 1, figsize=(12, 5), height_ratios=(2, 1.2), layout="constrained")
+    above.imshow(np.concatenate(list(frames[shown]), 1), interpolation="nearest")
+    above.axis("off")
+    time = np.arange(len(opening)) / fps
+    energy = log_energy(wave, fps=fps, frames=len(opening))
+    curves = (
+        ("sound, log energy", energy, "0.7"),
+        ("mouth, true", truth, "tab:green"),
+        ("mouth, generated", opening, "k"),
+    )
+    for name, values, colour in curves:
+        values = values[: len(time)]
+        level = (values - values.mean()) / max(float(values.std()), 1e-6)
+        below.plot(time[: len(values)], level, label=name, color=colour, linewidth=1.4)
+    for index in shown:
+        below.axvline(index / fps, color="tab:blue", linewidth=0.6, linestyle=":")
+    below.set_xlabel("seconds; dotted: the frames above")
+    below.set_yticks([])
+    below.legend(loc="upper right", fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)

@@ -4,7 +4,6 @@ Shapes: T frames of the clip, L frames of a window, F raw audio width, d motion 
 """
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,9 @@ from float.model import MotionGenerator, Pass
 from float.modules.audio import AudioEncoder, LogMelEncoder
 from float.modules.autoencoder import edit_motion
 from float.sampling.motion import SamplingOptions, sample_windows
-from float.weights.open import Autoencoder, chosen_checkpoint, load_autoencoder, load_generator, make_generator
+from float.weights.open import Autoencoder, load_autoencoder, load_generator, make_generator
 from shared.config import load_saved
+from shared.engine.checkpoint import open_run
 from shared.errors import UserError
 
 FRAMING_CLIPS, FRAMING_SIDE = 8, 256  # how many clips a run's framing is measured on, in which size
@@ -111,7 +111,7 @@ class Animator:
             options=options,
         )
         for window in windows:
-            yield self.generator.unwhiten(window)
+            yield self.generator.unwhiten(window, motion_1d)
 
     @torch.no_grad()
     def frames(
@@ -183,29 +183,30 @@ def autoencoder_source(config: Config, output_dir: Path) -> str:
 
 
 def load_run(path: str | Path, device: torch.device) -> Animator:
-    """Everything of a trained run (its best checkpoint), of one of its checkpoints, or of the released weights."""
+    """Everything of a trained run (shared.engine.checkpoint.open_run says which checkpoint), of one of its checkpoints,
+    or of a file of weights with the released names.
+    """
     path = Path(path)
     if not path.exists():
         raise UserError(
             f"--checkpoint {path}: no such file or folder; give the output folder of float/train.py, or float.pth"
         )
     if path.is_file() and not is_of_run(path):
-        config, source = load_saved(Config, PRESETS / "official.yaml"), str(path)
+        config, source, weights = load_saved(Config, PRESETS / "official.yaml"), str(path), path
         framing: Framing | None = RELEASED
     else:
-        folder = run_folder(path)
+        folder, weights = run_folder(path), path if path.is_file() else open_run(path)
         config = load_saved(Config, folder / "config.yaml")
         source, framing = autoencoder_source(config, folder), framing_of_run(config, folder)
     generator = make_generator(config.model, config.data)
-    load_generator(generator, path)
+    load_generator(generator, weights)
     autoencoder = load_autoencoder(config.model, source)
-    print(f"motion generator of {chosen_checkpoint(path)}", file=sys.stderr)
     return Animator(generator.to(device).eval(), autoencoder, config, device, framing=framing)
 
 
 def is_of_run(path: Path) -> bool:
-    """Whether a file of weights lies in a run's folder; others are taken for the released model's."""
-    return any((folder / "config.yaml").is_file() for folder in path.parents[:3])
+    """Whether a file of weights lies in a checkpoint of a run; others are taken for the released model's."""
+    return (path.parent / "manifest.json").is_file()
 
 
 def framing_of_run(config: Config, folder: Path) -> Framing | None:

@@ -6,13 +6,14 @@ emotions.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from float.model import Pass
-from float.sampling.ode import solve_ode
+from shared.flow import integrate
 
 # (t_B, x, wa, wr, we, prev_x, prev_wa) -> (B, P + L, d) or (B, L, d)
 VelocityModel = Callable[..., Tensor]
@@ -25,6 +26,16 @@ class ModelOfPasses(Protocol):
     def velocities(self, t_B: Tensor, *inputs: Tensor, passes: Sequence[Pass]) -> Tensor:
         """inputs as a VelocityModel's; -> (passes, B, L, d)."""
         ...
+
+
+def solver_times(nfe: int, steps: int | None = None) -> Tensor:
+    """The solver's times from noise at 0 to data at 1. nfe counts time points as the released sampler does: nfe 10 is 9
+    steps of 1/9. `steps` counts steps and overrides nfe.
+    """
+    intervals = nfe - 1 if steps is None else steps
+    if intervals < 1:
+        raise ValueError("nfe counts time points and must be at least 2 (steps at least 1)")
+    return torch.linspace(0, 1, intervals + 1)
 
 
 @dataclass(frozen=True)
@@ -129,22 +140,24 @@ def sample_windows(
             previous = no_motion, wa.new_zeros(len(wa), num_prev_frames, wa.shape[-1])
         prev_x, prev_wa = previous
         we = we_B1E if isinstance(we_B1E, Tensor) else next(we_B1E)
-        conditions, has_emotion = (wa, wr_Bd, we, prev_x, prev_wa), bool(we.any())
-
-        def velocity(x: Tensor, t_B: Tensor, conditions=conditions, has_emotion=has_emotion) -> Tensor:
-            return guided_velocity(model, t_B, x, *conditions, options=options, has_emotion=has_emotion)[
-                :, -num_frames:
-            ]
-
-        sample = solve_ode(
-            velocity,
-            options.noise_scale * next(noise).to(wa.device),
-            nfe=options.nfe,
-            steps=options.steps,
-            method=options.method,
-            atol=options.atol,
-            rtol=options.rtol,
+        ask = partial(
+            guided_velocity,
+            model,
+            wa=wa,
+            wr=wr_Bd,
+            we=we,
+            prev_x=prev_x,
+            prev_wa=prev_wa,
+            options=options,
+            has_emotion=bool(we.any()),
         )
+
+        def velocity(x: Tensor, t_B: Tensor, ask: Callable[..., Tensor] = ask) -> Tensor:
+            return ask(t_B, x)[:, -num_frames:]
+
+        start = options.noise_scale * next(noise).to(wa.device)
+        times = solver_times(options.nfe, options.steps)
+        sample = integrate(velocity, start, times, options.method, atol=options.atol, rtol=options.rtol)
         yield sample
         previous = (_last_frames(prev_x, sample, num_prev_frames), _last_frames(prev_wa, wa, num_prev_frames))
 

@@ -10,11 +10,12 @@ from float.model import FlowMatchingTransformer, MotionGenerator
 from float.modules.audio import raw_audio_width
 from float.modules.autoencoder import MotionAutoencoder
 from float.modules.compact import CompactAutoencoder
-from shared.engine.checkpoint import load_strict, load_weights
+from shared.engine.checkpoint import find_checkpoint, load_strict, load_weights
 from shared.errors import UserError
 
 Autoencoder = MotionAutoencoder | CompactAutoencoder
 AUTOENCODER_PREFIX = "motion_autoencoder."
+WRAPPERS = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, Lightning
 
 
 def make_autoencoder(model: ModelConfig) -> Autoencoder:
@@ -46,16 +47,28 @@ def make_generator(model: ModelConfig, data: DataConfig, *, gradient_checkpointi
     """Transformer and audio projection with fresh weights."""
     width = raw_audio_width(model.audio_features, model.wav2vec_model_path, only_last_features=model.only_last_features)
     return MotionGenerator(
-        make_transformer(model, data, gradient_checkpointing=gradient_checkpointing), width, model.dim_w
+        make_transformer(model, data, gradient_checkpointing=gradient_checkpointing),
+        width,
+        model.dim_w,
+        relative=model.relative_motion,
     )
 
 
-def chosen_checkpoint(path: str | Path) -> Path:
-    """What to load from: of a run's output folder its best checkpoint by validation, where there is one; else `path`
-    itself, from which shared.engine.checkpoint takes the newest.
-    """
-    mark = Path(path) / "checkpoints" / "best"
-    return mark.parent / mark.read_text().strip() if mark.is_file() else Path(path)
+def check_weights(flag: str, path: str) -> None:
+    """UserError unless a run, a checkpoint or a file of weights lies at `path`; reads no weights."""
+    if not Path(path).exists():
+        raise UserError(f"{flag} {path}: no such checkpoint; give a run, one of its checkpoints, or a file of weights")
+    if Path(path).is_dir():
+        find_checkpoint(path)
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Tensors by name of a run, a checkpoint or a file, without what wrappers put before every name."""
+    state = load_weights(path)
+    for prefix in WRAPPERS:
+        if state and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
 
 
 def load_autoencoder(model: ModelConfig, path: str) -> Autoencoder:
@@ -65,7 +78,7 @@ def load_autoencoder(model: ModelConfig, path: str) -> Autoencoder:
     autoencoder = make_autoencoder(model)
     state = {
         name.removeprefix(AUTOENCODER_PREFIX): value
-        for name, value in load_weights(chosen_checkpoint(path)).items()
+        for name, value in read_weights(path).items()
         if name.startswith(AUTOENCODER_PREFIX)
     }
     if not state:
@@ -78,7 +91,7 @@ def load_generator(generator: MotionGenerator, path: str | Path) -> None:
     """Weights of a phase-2 run or checkpoint, or the transformer and projection of float.pth."""
     state = {
         name: value
-        for name, value in load_weights(chosen_checkpoint(path)).items()
+        for name, value in read_weights(path).items()
         if name.startswith(("fmt.", "audio_encoder.audio_", "motion_"))
     }
     state = {name: value for name, value in state.items() if not name.startswith(AUTOENCODER_PREFIX)}

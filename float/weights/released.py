@@ -60,9 +60,9 @@ def load_released_checkpoint(path: str | Path, autoencoder: "Autoencoder", gener
     Buffers are computed here and need not be in the file; unknown names are reported, not refused. A pos_embed of
     another window length is not copied: it is a fixed table.
     """
-    from shared.engine.checkpoint import load_weights
+    from float.weights.open import read_weights
 
-    state, report = load_weights(path), NameReport()
+    state, report = read_weights(path), NameReport()
     own: dict[str, Tensor] = {}
     for prefix, module in _parts(autoencoder, generator).items():
         own |= {prefix + name: value.data for name, value in module.named_parameters()}

@@ -302,13 +302,13 @@ def _seconds(text: str) -> float | None:
         return None
 
 
-def missing_clips(folder: Path, split: str) -> list[Clip]:
-    """The clips that AudioCaps' table lists and that are not there."""
+def missing_clips(folder: Path, split: str) -> tuple[list[Clip], int]:
+    """The clips that AudioCaps' table lists and that are not there, and how many it lists."""
     rows, _ = read_csv(folder / f"{split}.csv", ("youtube_id", "start_time", "caption"))
     wanted = list(dict.fromkeys((row["youtube_id"], row["start_time"]) for row in rows))
     numbers = {row.get("audiocap_id") or "": (row["youtube_id"], row["start_time"]) for row in rows}
     present = clips_below(folder, split, wanted, numbers)
-    return [clip for clip in wanted if clip not in present]
+    return [clip for clip in wanted if clip not in present], len(wanted)
 
 
 AUDIOSET_LISTS = {"train": ("balanced_train_segments", "unbalanced_train_segments"), "test": ("eval_segments",)}

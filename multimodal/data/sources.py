@@ -192,7 +192,7 @@ def _check_voice(config: Config, data: Data) -> None:
             data.val["voice"] = framed["val"]
     elif config.training.label_set != "voxceleb1":
         sentence = (
-            "voxceleb: no videos (mp4/) beside the sounds, so nothing to contrast the voices with; add the "
+            "voxceleb: no videos (mp4/) next to the sounds, so nothing to contrast the voices with; add the "
             "mp4 files, or train speaker identification with --label-set voxceleb1 --num-classes 1251"
         )
         if len(data.train) == 1:
@@ -271,7 +271,8 @@ class PairedStream:
                 bad_samples=bad_samples,
             )
         first = next(iter(self.streams.values()))
-        self.steps_per_epoch: int | None = first.steps_per_epoch
+        self.epoch_steps = first.plan.steps_per_epoch
+        self.steps_per_epoch: int | None = self.epoch_steps
         self.samples_per_step = first.samples_per_step
         self.fingerprint: str | None = "+".join(f"{kind}:{stream.fingerprint}" for kind, stream in self.streams.items())
 

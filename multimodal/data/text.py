@@ -50,6 +50,10 @@ class TextTokenizer:
         """Token strings of one text, not cut."""
         return self._tokenizer.encode(text).tokens
 
+    def token_of(self, index: int) -> str:
+        """The string of a token id; empty for an id that is none."""
+        return self._tokenizer.id_to_token(index) or ""
+
     def decode(self, ids: list[int]) -> str:
         """The text of ids; special tokens are left out, and nothing gives the empty string."""
         plain = [index for index in ids if index >= SPECIAL_TOKENS]

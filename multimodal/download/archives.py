@@ -1,6 +1,4 @@
-"""Unpacking zip, tar and 7z archives that nobody has to trust: nothing lands outside the folder, nothing is
-overwritten.
-"""
+"""Unpacking zip, tar and 7z archives that nobody has to trust: nothing lands outside, nothing is overwritten."""
 
 import importlib.util
 import os
@@ -47,9 +45,15 @@ def unpack(archive: Path, folder: Path, *, expected_bytes: int) -> dict[str, int
             _move_into(top, folder / top.name)
         return counts
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, NotImplementedError, RuntimeError) as error:
-        raise ArchiveError(f"{archive}: damaged ({error}); delete it and run the same command again") from None
+        raise damaged(archive, str(error)) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def damaged(archive: Path, reason: str) -> ArchiveError:
+    """What to say of an archive that cannot be read; of a decoder's many lines the first says enough."""
+    first = next(iter(reason.strip().splitlines()), "no reason given")
+    return ArchiveError(f"{archive}: damaged ({first}); delete it and run the same command again")
 
 
 def count_files(path: Path) -> int:
@@ -97,7 +101,9 @@ def _members(archive: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
                 raise ArchiveError(f"{archive}: member {member.name!r} is a link or a device; nothing was unpacked")
         for member in opened:
             if member.isfile():
-                yield member.name, member.size, opened.extractfile(member)
+                content = opened.extractfile(member)
+                assert content is not None, "a file has content"
+                yield member.name, member.size, content
 
 
 def _write_member(archive: Path, aside: Path, name: str, size: int, stream: IO[bytes], limit: int) -> int:
@@ -134,13 +140,11 @@ def _unpack_7z(archive: Path, aside: Path, limit: int) -> None:
         except (py7zr.exceptions.ArchiveError, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            raise ArchiveError(f"{archive}: damaged ({error}); delete it and run the same command again") from None
+            raise damaged(archive, str(error)) from None
     elif program:
         listing = subprocess.run([program, "l", "-slt", "-ba", str(archive)], capture_output=True, text=True)
         if listing.returncode:
-            raise ArchiveError(
-                f"{archive}: damaged ({listing.stderr.strip()[:200]}); delete it and run the same command again"
-            )
+            raise damaged(archive, listing.stderr[:200])
         fields = [line.split(" = ", 1) for line in listing.stdout.splitlines() if " = " in line]
         for key, value in fields:
             if key == "Path":
@@ -170,9 +174,7 @@ def _refuse_links(archive: Path, folder: Path) -> None:
 
 
 def _move_into(source: Path, target: Path) -> None:
-    """Rename into place. A folder that is there is filled up; a file that is there and differs is kept beside,
-    renamed.
-    """
+    """Rename into place. A folder that is there is filled up; a file that is there and differs is kept, renamed."""
     if not target.exists():
         os.rename(source, target)
     elif source.is_dir() and target.is_dir() and not target.is_symlink():

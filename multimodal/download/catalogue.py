@@ -1,8 +1,6 @@
-"""Where the public data sets lie: files, sizes, checksums, and the steps for what cannot be fetched without asking its
-authors.
-"""
+"""Where the public data sets lie: files, sizes, checksums, and the steps for what its authors hand out on request."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 GB = 10**9
 
@@ -19,9 +17,8 @@ class RemoteFile:
     size: int | None = None  # bytes, None where the server must tell
     unpacked: int = 0  # bytes after unpacking; 0: not an archive
     query: str = ""
-    base: str | None = None  # in place of the set's base address
+    base: str | None = None  # instead of the set's base address
     estimate: int = 0  # bytes, for the disk check where `size` is not known
-    into: str = ""  # sub-folder that the archive unpacks into
 
     @property
     def name(self) -> str:
@@ -47,9 +44,7 @@ class RemoteSet:
     files: tuple[RemoteFile, ...]
     manual: tuple[ManualFile, ...] = ()
     steps: tuple[str, ...] = ()  # what the user must do by hand
-    layout: tuple[str, ...] = field(
-        default=()
-    )  # glob patterns below its folder, any of which shows that the manual part is there
+    layout: tuple[str, ...] = ()  # patterns below its folder, any of which shows that the manual part is there
 
 
 def _sha(value: str) -> tuple[str, str]:
@@ -132,12 +127,15 @@ CLOTHO = RemoteSet(
 AUDIOCAPS_STEPS = (
     "The sounds of AudioCaps are not public files; its authors hand them out for academic use:",
     "1. Ask for them at https://forms.gle/2wF54Y1Ft2LtPdhW8",
-    "2. Lay the clips into audio/train/, audio/val/ and audio/test/ of the data set's folder, named "
-    "{youtube_id}_{start_time}, "
-    "{youtube_id} or Y{youtube_id}, as .flac, .wav, .mp3, .m4a, .ogg or .opus.",
+    "2. Lay the clips into audio/train/, audio/val/ and audio/test/ of the data set's folder, named by the video and "
+    "the start (ID_30, ID_30_40, Y-ID_30.000_40.000, ...), by ID or YID, or by audiocap_id; .wav, .flac, .mp3, .m4a, "
+    ".ogg and .opus are read.",
     "3. Run this command again; clips that are not there are left out of training, and their number is reported.",
 )
-AUDIOCAPS_LAYOUT = tuple(f"{place}/*.*" for place in ("audio/train", "audio/val", "audio/test", "train", "val", "test"))
+_PLACES = ("audio", "wavs", "waveforms", "clips")
+AUDIOCAPS_LAYOUT = tuple(
+    f"{place}/*.*" for top in _PLACES for place in (top, *(f"{top}/{split}" for split in ("train", "val", "test")))
+) + ("train/*.*", "val/*.*", "test/*.*")
 AUDIOCAPS = RemoteSet(
     "audiocaps",
     "https://raw.githubusercontent.com/cdjkim/audiocaps/master/dataset/",
@@ -205,12 +203,10 @@ VOXCELEB = RemoteSet(
     steps=(
         "VoxCeleb is handed out on request (an institutional mail address is needed):",
         "1. Ask for it at https://mm.kaist.ac.kr/datasets/voxceleb/",
-        "2. Lay the files (vox1_dev_wav_partaa ... partad, vox1_test_wav.zip, vox2_dev_aac_partaa ... "
-        "partah, vox2_test_aac.zip; mp4 for "
-        "frames) into the data set's folder.",
-        "3. Run this command again: it checks, joins and unpacks them. An unpacked wav/ID/VIDEO/N.wav or "
-        "dev/aac/ID/VIDEO/N.m4a is "
-        "accepted as it is.",
+        "2. Lay the files (vox1_dev_wav_partaa ... partad, vox1_test_wav.zip, vox2_dev_aac_partaa ... partah, "
+        "vox2_test_aac.zip; mp4 for frames) into the data set's folder.",
+        "3. Run this command again: it checks, joins and unpacks each of them. An unpacked wav/ID/VIDEO/N.wav or "
+        "dev/aac/ID/VIDEO/N.m4a is accepted as it is.",
     ),
     layout=("wav/id*/*/*.wav", "dev/aac/id*/*/*.m4a", "aac/id*/*/*.m4a"),
 )
@@ -222,4 +218,3 @@ GLOVE = RemoteSet(
 )
 
 SETS = {found.name: found for found in (COCO, CLOTHO, AUDIOCAPS, VOXCELEB, GLOVE)}
-SPLITS = ("train", "val", "test", "test2017", "karpathy")

@@ -166,7 +166,7 @@ def _one_request(
             have = 0
         _write_facts(part, response.headers, total)
         with open(part, "ab") as file:
-            while block := response.read(CHUNK if progress is None else CHUNK >> 2):
+            while block := response.read1(CHUNK):  # what has come, not a full block: a reset loses nothing received
                 file.write(block)
                 have += len(block)
                 if progress is not None:

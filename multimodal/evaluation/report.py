@@ -18,7 +18,9 @@ from multimodal.model import MultimodalModel
 from shared.engine.dist import DistInfo
 from shared.errors import write_text
 from shared.log import read_metrics
+from shared.report.page import Bar, write_report
 
+ITEMS = {"image": "picture", "audio": "sound", "voice": "voice"}
 STAGES = {1: "stage1_single", 2: "stage2_align", 3: "stage3_finetune"}
 PARTS = ("image", "text", "audio", "fusion")
 
@@ -53,7 +55,7 @@ def write_reports(
         },
         "environment": environment(info),
         "model": model_facts(network),
-        "data": [{**row, "bad": count_bad(output_dir)} for row in data.counts],
+        "data": [{**row, "bad": count_bad(output_dir, row, rows)} for row in data.counts],
         "notes": data.notes,
         "epochs": [entry for stage, found in rows.items() for entry in epoch_rows(stage, found)],
         "retrieval": retrieval_table(rows),
@@ -67,7 +69,32 @@ def write_reports(
     path = folder / f"report_{stamp}.json"
     write_text(path, json.dumps(report, indent=1, ensure_ascii=False, default=str))
     write_text(path.with_suffix(".md"), markdown(report))
+    write_page(output_dir, report)
     return path
+
+
+def write_page(output_dir: Path, report: dict[str, Any]) -> None:
+    """OUT/report.html of what validation measured while training; metrics.py writes it again with samples."""
+    bars = []
+    for pair, values in report["retrieval"].items():
+        kind, way = pair.split("_", 1)
+        title = f"{ITEMS[kind]} to text" if way == "item_to_text" else f"text to {ITEMS[kind]}"
+        bars.append(Bar(f"validation: {title} R@10", values["R@10"], baseline=values["chance_R@10"]))
+    run, model = report["run"], report["model"]
+    write_report(
+        output_dir,
+        title="Multimodal: pictures, texts and sounds in one space",
+        command=run["command"],
+        summary={
+            "model": f"{model['size']}, {model['parameters']:,} parameters",
+            "ended": run["exit_reason"],
+            **{f"classes {name}": value for name, value in report["classification"].items()},
+            **{f"{row['dataset']} {row['split']}": f"{row['items']} items" for row in report["data"]},
+        },
+        bars=bars,
+        samples=[],
+        text="Measured on the validation split while training; multimodal/metrics.py adds intervals and samples.",
+    )
 
 
 # --- facts ------------------------------------------------------------------------------------------------------------
@@ -122,9 +149,15 @@ def model_facts(network: MultimodalModel) -> dict[str, Any]:
     }
 
 
-def count_bad(output_dir: Path) -> int:
-    """Samples that could not be read so far."""
-    return sum(len(path.read_text().splitlines()) for path in output_dir.glob("*/bad_samples.jsonl"))
+def count_bad(output_dir: Path, row: dict[str, Any], rows: dict[int, list[dict]]) -> int:
+    """Samples of one data set and split that could not be read: of training as listed in bad_samples.jsonl of all
+    stages, each once; of validation as counted by the last one.
+    """
+    if row["split"] == "val":
+        counts = [line[name] for own in rows.values() for line in own if (name := f"val/bad_{row['dataset']}") in line]
+        return int(counts[-1]) if counts else 0
+    lines = [line for path in output_dir.glob("*/bad_samples.jsonl") for line in path.read_text().splitlines()]
+    return len({reason for line in lines if (reason := json.loads(line)["reason"]).startswith(f"{row['dataset']}: ")})
 
 
 def describe(path: Path, output_dir: Path) -> dict[str, Any]:
@@ -168,25 +201,27 @@ def last_values(rows: dict[int, list[dict]]) -> dict[str, float]:
 
 
 def retrieval_table(rows: dict[int, list[dict]]) -> dict[str, dict[str, float]]:
-    """Per pair and direction: R@K with intervals, ranks, mAP@10 and the chance level."""
+    """Per pair and direction: R@K, the mean reciprocal rank and the chance level of that direction."""
     values, table = last_values(rows), {}
     for kind in KINDS:
         for direction in ("item_to_text", "text_to_item"):
             start = f"{kind}_{direction}_"
             own = {name[len(start) :]: value for name, value in values.items() if name.startswith(start)}
             if own:
-                table[f"{kind}_{direction}"] = {**own, "chance_R@10": values.get(f"{kind}_chance_R@10")}
+                table[f"{kind}_{direction}"] = own
     return table
 
 
 def best_values(rows: dict[int, list[dict]]) -> dict[str, dict[str, float]]:
-    """The lowest validation loss of each stage and its step."""
-    found = {}
+    """The lowest validation loss and the best retrieval of each stage, and their steps."""
+    found: dict[str, dict[str, float]] = {}
     for stage, own in rows.items():
-        measured = [(row["val/loss"], row["step"]) for row in own if row.get("val/loss") is not None]
-        if measured:
-            loss, step = min(measured)
-            found[f"stage {stage}"] = {"val_loss": loss, "step": step}
+        for name, sign in (("val/loss", 1), ("val/retrieval", -1)):
+            measured = [(sign * row[name], row["step"]) for row in own if row.get(name) is not None]
+            if measured:
+                value, step = min(measured)
+                key = name.replace("/", "_")
+                found.setdefault(f"stage {stage}", {}).update({key: sign * value, f"{key}_step": step})
     return found
 
 
@@ -194,7 +229,7 @@ def best_values(rows: dict[int, list[dict]]) -> dict[str, dict[str, float]]:
 
 
 def draw_plots(folder: Path, stamp: str, rows: dict[int, list[dict]]) -> list[str]:
-    """Curves of the losses, recall, learning rate and memory, as PNG beside the report; none without matplotlib."""
+    """Curves of the losses, recall, learning rate and memory, as PNG next to the report; none without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -202,14 +237,13 @@ def draw_plots(folder: Path, stamp: str, rows: dict[int, list[dict]]) -> list[st
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    wanted = {f"loss_stage{stage}": (stage, ("train/loss", "val/loss")) for stage in rows}
     last = max(rows, default=0)
     names = sorted({name for row in rows.get(last, []) for name in row if name.endswith(("item_R@10", "text_R@10"))})
-    wanted |= {
-        "recall": (last, tuple(names)),
-        "learning_rate": (last, ("train/lr",)),
-        "memory": (last, ("perf/memory_gb",)),
-    }
+    wanted: dict[str, tuple[int, list[str]]] = {}
+    for stage in rows:
+        wanted[f"loss_stage{stage}"] = (stage, ["train/loss", "val/loss"])
+    wanted["recall"] = (last, names)
+    wanted["learning_rate"], wanted["memory"] = (last, ["train/lr"]), (last, ["perf/memory_gb"])
     files = []
     for title, (stage, columns) in wanted.items():
         curves = {

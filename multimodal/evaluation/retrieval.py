@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shared.engine.dist import DistInfo, gather_objects
+
 QUERY_BLOCK, BLOCK = 1024, 4096
 RECALLS = (1, 5, 10)
 BOOTSTRAPS = 1000
@@ -15,16 +17,17 @@ BOOTSTRAPS = 1000
 def ranks_of_targets(queries_QE: Tensor, candidates_CE: Tensor, targets: list[list[int]]) -> list[np.ndarray]:
     """0-based ranks of each query's relevant candidates, ascending.
 
-    Larger scores first, equal ones by ascending index, so that constant embeddings do not score 100 %. Never holds
-    more than 1,024 queries against 4,096 candidates.
+    Larger scores first, equal ones by ascending index, so that constant embeddings do not score 100 %; what cannot be
+    compared, such as NaN, ranks last. Never holds more than 1,024 queries against 4,096 candidates.
     """
+    device = candidates_CE.device
     ranks: list[np.ndarray] = []
     for start in range(0, len(queries_QE), QUERY_BLOCK):
         queries = queries_QE[start : start + QUERY_BLOCK].float()
         own = targets[start : start + QUERY_BLOCK]
-        row = torch.tensor([i for i, wanted in enumerate(own) for _ in wanted])
-        column = torch.tensor([j for wanted in own for j in wanted])
-        score = torch.empty(len(row))
+        row = torch.tensor([i for i, wanted in enumerate(own) for _ in wanted], device=device)
+        column = torch.tensor([j for wanted in own for j in wanted], device=device)
+        score = torch.empty(len(row), device=device)
         blocks = [
             (first, candidates_CE[first : first + BLOCK].float()) for first in range(0, len(candidates_CE), BLOCK)
         ]
@@ -32,19 +35,22 @@ def ranks_of_targets(queries_QE: Tensor, candidates_CE: Tensor, targets: list[li
             scores = queries @ block.T
             inside = (column >= first) & (column < first + len(block))
             score[inside] = scores[row[inside], column[inside] - first]
-        better = torch.zeros(len(row), dtype=torch.int64)
+        better = torch.zeros(len(row), dtype=torch.int64, device=device)
         for first, block in blocks:
             scores = (queries @ block.T)[row]
-            index = torch.arange(first, first + len(block))
-            ahead = (scores > score[:, None]) | ((scores == score[:, None]) & (index[None] < column[:, None]))
-            better += ahead.sum(1)
+            index = torch.arange(first, first + len(block), device=device)
+            behind = (scores < score[:, None]) | ((scores == score[:, None]) & (index[None] >= column[:, None]))
+            better += (~behind).sum(1)
         lengths = [len(wanted) for wanted in own]
-        ranks += [np.sort(part.numpy()) for part in better.split(lengths)]
+        worst = len(candidates_CE) - 1
+        ranks += [np.sort(part.clamp(max=worst).cpu().numpy()) for part in better.split(lengths)]
     return ranks
 
 
-def summarise(ranks: list[np.ndarray], owners: list[int] | None = None, *, seed: int = 0) -> dict[str, float]:
-    """R@1, R@5, R@10 (best relevant candidate) with 95 % intervals, median and mean rank (from 1), and mAP@10.
+def summarise(
+    ranks: list[np.ndarray], owners: list[int] | None = None, *, seed: int = 0, intervals: bool = True
+) -> dict[str, float]:
+    """R@1, R@5, R@10 (best relevant candidate) with 95 % intervals, median and mean rank (from 1), MRR and mAP@10.
 
     owners: the item that each query belongs to. The intervals draw whole items, since the captions of one picture
     are found or missed together; None: each query for itself.
@@ -54,8 +60,11 @@ def summarise(ranks: list[np.ndarray], owners: list[int] | None = None, *, seed:
     found |= {
         "median_rank": float(np.floor(np.median(best)) + 1),
         "mean_rank": float(best.mean() + 1),
+        "MRR": float((1 / (best + 1)).mean()),
         "mAP@10": float(np.mean([average_precision_at(ranked) for ranked in ranks])),
     }
+    if not intervals:
+        return found
     groups = np.unique(np.arange(len(best)) if owners is None else np.array(owners), return_inverse=True)[1]
     sizes = np.bincount(groups)
     draws = np.random.default_rng(seed).integers(0, len(sizes), (BOOTSTRAPS, len(sizes)))
@@ -72,17 +81,34 @@ def average_precision_at(ranks: np.ndarray, limit: int = 10) -> float:
     return float(hits / min(len(ranks), limit))
 
 
-def retrieval(items_IE: Tensor, captions_CE: Tensor, owners: list[int]) -> dict[str, dict[str, float]]:
+def retrieval(
+    items_IE: Tensor, captions_CE: Tensor, owners: list[int], *, info: DistInfo | None = None, intervals: bool = True
+) -> dict[str, dict[str, float]]:
     """Both directions; owners[c] is the item of caption c. An item may have several captions, each caption has one
     item.
+
+    info: ranks that each take a part of the queries, all with the same embeddings; a collective then.
     """
     captions_of: list[list[int]] = [[] for _ in range(len(items_IE))]
     for caption, owner in enumerate(owners):
         captions_of[owner].append(caption)
+    to_text = _ranks_over_ranks(items_IE, captions_CE, captions_of, info)
+    to_item = _ranks_over_ranks(captions_CE, items_IE, [[owner] for owner in owners], info)
     return {
-        "item_to_text": summarise(ranks_of_targets(items_IE, captions_CE, captions_of)),
-        "text_to_item": summarise(ranks_of_targets(captions_CE, items_IE, [[owner] for owner in owners]), owners),
+        "item_to_text": summarise(to_text, intervals=intervals),
+        "text_to_item": summarise(to_item, owners, intervals=intervals),
     }
+
+
+def _ranks_over_ranks(
+    queries_QE: Tensor, candidates_CE: Tensor, targets: list[list[int]], info: DistInfo | None
+) -> list[np.ndarray]:
+    if info is None:
+        return ranks_of_targets(queries_QE, candidates_CE, targets)
+    share = -(-len(targets) // info.world)
+    own = slice(info.rank * share, (info.rank + 1) * share)
+    found = ranks_of_targets(queries_QE[own].to(info.device), candidates_CE.to(info.device), targets[own])
+    return [ranks for part in gather_objects(found) for ranks in part]
 
 
 def chance_recall(candidates: int, k: int, relevant: int = 1) -> float:
@@ -91,6 +117,17 @@ def chance_recall(candidates: int, k: int, relevant: int = 1) -> float:
     for i in range(min(k, candidates)):
         miss *= max(0, candidates - relevant - i) / (candidates - i)
     return 1 - miss
+
+
+def chances(items: int, owners: list[int]) -> dict[str, dict[str, float]]:
+    """R@k of a random order for both directions: an item with five captions finds one of them more easily."""
+    captions = np.bincount(np.array(owners, dtype=np.int64), minlength=items)
+    return {
+        "text_to_item": {f"R@{k}": chance_recall(items, k) for k in RECALLS},
+        "item_to_text": {
+            f"R@{k}": float(np.mean([chance_recall(len(owners), k, int(count)) for count in captions])) for k in RECALLS
+        },
+    }
 
 
 def mean_average_precision(scores_QC: np.ndarray, labels_QC: np.ndarray) -> float:

@@ -1,6 +1,4 @@
-"""What a person can look at: contact sheets of retrieved pictures, tables of retrieved captions, and the run's report
-page.
-"""
+"""What a person can look at: sheets of retrieved pictures, tables of retrieved captions, the run's report page."""
 
 import textwrap
 from pathlib import Path
@@ -20,12 +18,12 @@ RIGHT, WRONG = (30, 150, 70), (200, 200, 200)
 
 def best_items(split: Split, caption: int, count: int = SHOWN) -> list[int]:
     """Items by falling similarity to a caption."""
-    return (split.items_IE @ split.captions_CE[caption]).argsort(descending=True, stable=True)[:count].tolist()
+    return (split.items_IE @ split.texts_CE[caption]).argsort(descending=True, stable=True)[:count].tolist()
 
 
 def best_captions(split: Split, item: int, count: int = SHOWN) -> list[int]:
     """Captions by falling similarity to an item."""
-    return (split.captions_CE @ split.items_IE[item]).argsort(descending=True, stable=True)[:count].tolist()
+    return (split.texts_CE @ split.items_IE[item]).argsort(descending=True, stable=True)[:count].tolist()
 
 
 def spread(split: Split, count: int) -> list[int]:
@@ -95,7 +93,7 @@ def write_run_report(
     bars: list[Bar],
     command: str,
 ) -> Path:
-    """report.json, .md and .html beside the run: recall beside chance, retrieved pictures, sounds with their nearest
+    """report.json, .md and .html of the run: recall next to chance, retrieved pictures, sounds with their nearest
     captions. sources: the records of all splits by id.
     """
     samples: list[Sample] = []
@@ -117,10 +115,9 @@ def write_run_report(
                 )
             )
         samples += _items_with_captions(run, name, split, sources)
-    summary = {
+    summary: dict[str, float | str] = {
         "model": f"{embedder.config.model.size}, {embedder.model.network.num_parameters():,} parameters",
-        "checkpoint": f"stage {embedder.payload['stage']}, epoch {embedder.payload['epoch']}, best validation loss "
-        f"{embedder.payload['best_val_loss']}",
+        "checkpoint": embedder.what,
     }
     for kind, values in (("classification", found["classification"]), ("zero-shot", found.get("zeroshot", {}))):
         summary |= {f"{kind} {name}": str(value) for name, value in values.items()}

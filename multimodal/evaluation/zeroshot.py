@@ -70,7 +70,7 @@ def labelled_files(folder: Path) -> tuple[list[Path], list[int], list[str], Kind
     class.
     """
     if (folder / "meta" / "esc50.csv").exists():
-        rows = read_csv(folder / "meta" / "esc50.csv", ("filename", "category"))
+        rows, _ = read_csv(folder / "meta" / "esc50.csv", ("filename", "category"))
         names = sorted({row["category"].replace("_", " ") for row in rows})
         index = {name: place for place, name in enumerate(names)}
         return (
@@ -86,7 +86,7 @@ def labelled_files(folder: Path) -> tuple[list[Path], list[int], list[str], Kind
         for path in sorted(own.rglob("*"))
         if path.suffix.lower() in (*IMAGE_SUFFIXES, *AUDIO_SUFFIXES)
     ]
-    kinds = {"image" if path.suffix.lower() in IMAGE_SUFFIXES else "audio" for path, _ in files}
+    kinds: set[Kind] = {"image" if path.suffix.lower() in IMAGE_SUFFIXES else "audio" for path, _ in files}
     if len(kinds) != 1:
         raise UserError(
             f"--zeroshot {folder}: a folder for each class, all with pictures or all with sounds, or the ESC-50 layout "

@@ -1,17 +1,19 @@
 """The guide's checkpoint files: one dict of tensors and plain values that torch.load reads with weights_only=True."""
 
+import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from multimodal.data.text import TextTokenizer
 from multimodal.model import MultimodalModel, create_model
-from shared.engine.checkpoint import load_strict
-from shared.errors import UserError, written_aside
+from shared.engine.checkpoint import CheckpointStore, load_strict
+from shared.errors import UserError, write_text, written_aside
 
 FORMAT_VERSION = 1
 NAMES = ("best_model.pt", "final_model.pt")
@@ -35,8 +37,8 @@ def put(source: Path, target: Path) -> None:
             shutil.copyfile(source, temporary)
 
 
-def read_payload(path: Path | str) -> tuple[dict[str, Any], Path]:
-    """The dict of OUT (its best model), of a checkpoint folder or of a .pt file, and the file read."""
+def checkpoint_file(path: Path | str) -> Path:
+    """The file that a user means by OUT (its best model), a checkpoint folder or a .pt file."""
     path = Path(path)
     if path.is_dir():
         places = [path / "model.pt", *(path / "checkpoints" / name for name in NAMES), *(path / name for name in NAMES)]
@@ -45,10 +47,15 @@ def read_payload(path: Path | str) -> tuple[dict[str, Any], Path]:
             raise UserError(
                 f"--checkpoint {path}: holds no best_model.pt or final_model.pt; give a run's folder or a .pt file"
             )
-    elif path.exists():
-        file = path
-    else:
+        return file
+    if not path.exists():
         raise UserError(f"--checkpoint {path}: no such file or folder")
+    return path
+
+
+def read_payload(path: Path | str) -> tuple[dict[str, Any], Path]:
+    """The dict of a checkpoint, and the file read."""
+    file = checkpoint_file(path)
     try:
         payload = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for damaged files
@@ -59,6 +66,42 @@ def read_payload(path: Path | str) -> tuple[dict[str, Any], Path]:
             f"{file}: holds no model_state_dict and model_config; a checkpoint of multimodal/train.py is wanted"
         )
     return payload, file
+
+
+def unpack_training(payload: dict[str, Any], store: CheckpointStore, frozen: str | None) -> Path:
+    """A checkpoint folder that the loop resumes from, out of a checkpoint_epoch_N.pt of another run; a collective.
+
+    frozen: the digest of what this stage does not train, taken from the same file.
+    """
+    trainer = json.loads(json.dumps(payload["trainer_state"]))
+    trainer["run_state"] |= {"best": None, "best_name": None}  # the best one stayed behind
+    weights = payload["trained_state_dict"] or {
+        **{f"network.{name}": value for name, value in payload["model_state_dict"].items()},
+        **payload["pretrain_state_dict"],
+    }
+    parts = {"model.safetensors": {name: weights[name] for name in payload["trained_names"]}}
+    if payload["trained_state_dict"]:
+        averaged = {f"network.{name}": value for name, value in payload["model_state_dict"].items()}
+        averaged |= payload["pretrain_state_dict"]
+        parts["ema.safetensors"] = {name: averaged[name] for name in payload["trained_names"]}
+    parts["optimizer.safetensors"] = payload["optimizer_state_dict"]
+
+    def extra(folder: Path) -> None:
+        write_text(folder / "config.yaml", yaml.safe_dump(payload["config"], sort_keys=False, allow_unicode=True))
+        more = ("optimizer_state_dict", "trainer_state", "trained_state_dict", "trained_names")
+        save_aside({name: value for name, value in payload.items() if name not in more}, folder / "model.pt")
+
+    return store.save(
+        payload["training_state"].rpartition("/")[2],
+        step=payload["stage_step"],
+        trainer=trainer,
+        tensors={
+            file: ([(name, tuple(v.shape), v.dtype) for name, v in own.items()], iter(own.values()))
+            for file, own in parts.items()
+        },
+        meta={"frozen_sha256": frozen, "unpacked": True},
+        extra=extra,
+    )
 
 
 def build(model_config: dict[str, Any]) -> MultimodalModel:
@@ -102,7 +145,7 @@ def load_start(network: MultimodalModel, path: str, tokenizer: TextTokenizer, *,
     if head and not reset_head:
         raise UserError(
             f"--init-from {file}: its classifier has {payload['model_config']['num_classes']} classes, this run "
-            f"{network.config['num_classes']}; add --reset-head to start the classifier anew"
+            f"{network.config['num_classes']}; add --reset-head to start the classifier from fresh weights"
         )
     if head:
         state = {name: value for name, value in state.items() if not name.startswith("classifier.")}

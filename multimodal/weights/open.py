@@ -1,12 +1,14 @@
 """A trained model ready to embed pictures, texts and sounds; what generate.py, metrics.py and embed.py share."""
 
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from multimodal.config import Config
 from multimodal.data.audio import AUDIO_SUFFIXES, compress, fit_frames, log_power, read_audio
@@ -16,8 +18,9 @@ from multimodal.data.text import TextTokenizer
 from multimodal.dataset import CaptionedDataset
 from multimodal.evaluation.held_out import Split, embed_split
 from multimodal.objective import AlignModel, FinetuneModel
-from multimodal.weights.files import load_model
+from multimodal.weights.files import checkpoint_file, load_model
 from shared.config import validate
+from shared.data import start_process, to_device
 from shared.engine.dist import DistInfo, init_distributed
 from shared.errors import BadSample, UserError
 from shared.media.pictures import to_pixels
@@ -27,7 +30,7 @@ from shared.media.pictures import to_pixels
 class Embedder:
     """A model in eval mode on its device, with the settings that it was trained with."""
 
-    model: nn.Module
+    model: AlignModel
     tokenizer: TextTokenizer
     config: Config
     payload: dict[str, Any]
@@ -39,11 +42,21 @@ class Embedder:
         cls, checkpoint: str, *, device: str = "auto", tokenizer: str | None = None, batch_size: int = 64
     ) -> "Embedder":
         """From OUT, a checkpoint folder or a .pt file."""
-        network, own_tokenizer, payload = load_model(checkpoint, tokenizer)
+        file = checkpoint_file(checkpoint)
+        network, own_tokenizer, payload = load_model(file, tokenizer)
         info = init_distributed(device)
         config = validate(Config, payload["config"], f"the settings in {checkpoint}")
         stage = FinetuneModel(network) if payload["stage"] == 3 else AlignModel(network)
-        return cls(stage.to(info.device).eval(), own_tokenizer, config, payload, info, batch_size)
+        found = cls(stage.to(info.device).eval(), own_tokenizer, config, payload, info, batch_size)
+        print(f"checkpoint: {file} ({found.what})", file=sys.stderr, flush=True)
+        return found
+
+    @property
+    def what(self) -> str:
+        """Which checkpoint it is, in words."""
+        score, name = self.payload.get("best_value"), self.payload.get("best_metric", "val/loss")
+        best = f", best {name} so far {score:.4f}" if score is not None else ""
+        return f"stage {self.payload['stage']}, epoch {self.payload['epoch']}{best}"
 
     @property
     def loss_kind(self) -> str:
@@ -62,7 +75,15 @@ class Embedder:
             records, data, self.tokenizer, image_size=self.config.model.image_size, num_classes=num_classes
         )
 
-    def split(self, records: Records, kind: Kind, *, audio_crops: int = 1, num_classes: int | None = None) -> Split:
+    def split(
+        self,
+        records: Records,
+        kind: Kind,
+        *,
+        audio_crops: int = 1,
+        num_classes: int | None = None,
+        workers: int = 0,
+    ) -> Split:
         """All items and captions of one kind; audio_crops 3: start, middle and end of long sounds, averaged."""
         positions = (0.0,) if audio_crops == 1 else tuple(i / (audio_crops - 1) for i in range(audio_crops))
         return embed_split(
@@ -72,61 +93,90 @@ class Embedder:
             self.info,
             batch_size=self.batch_size,
             positions=positions,
+            workers=workers,
         )
 
     def texts(self, texts: list[str]) -> Tensor:
         """(n, E) unit vectors, fp32, on the CPU."""
         found = []
-        for start in range(0, len(texts), 2 * self.batch_size):
-            input_ids, mask = self.tokenizer.batch(texts[start : start + 2 * self.batch_size])
-            found.append(
-                self.encode(
-                    {
-                        "image": {
-                            "input_ids": input_ids.to(self.info.device),
-                            "attention_mask": mask.to(self.info.device),
-                        }
-                    }
-                )["imagetext_embeds"].cpu()
-            )
+        for own in batches(texts, 2 * self.batch_size):
+            input_ids, mask = to_device(self.tokenizer.batch(own), self.info.device)
+            outputs = self.encode({"image": {"input_ids": input_ids, "attention_mask": mask}})
+            found.append(finite(outputs["imagetext_embeds"].cpu()))
         return torch.cat(found)
 
     def images(self, paths: list[Path]) -> tuple[Tensor, list[Path]]:
-        """(n, E) unit vectors of the pictures that can be read, and their paths."""
-        return self._files(paths, "image")
+        """(n, E) unit vectors of the pictures that can be read, and their paths; UserError where none can be."""
+        return self._readable(paths, "image")
 
     def sounds(self, paths: list[Path]) -> tuple[Tensor, list[Path]]:
-        """(n, E) unit vectors of the sounds that can be read, and their paths."""
-        return self._files(paths, "audio")
+        """(n, E) unit vectors of the sounds that can be read, and their paths; UserError where none can be."""
+        return self._readable(paths, "audio")
 
-    def _files(self, paths: list[Path], kind: Kind) -> tuple[Tensor, list[Path]]:
-        vectors, good = [], []
-        for batch in batches(paths, self.batch_size):
-            inputs, own = [], []
-            for path in batch:
-                try:
-                    inputs.append(self._load(path, kind))
-                    own.append(path)
-                except BadSample as error:
-                    print(f"left out: {error}", flush=True)
-            if own:
-                name = "images" if kind == "image" else "audio"
-                vectors.append(
-                    self.encode({kind: {name: torch.stack(inputs).to(self.info.device)}})[f"{kind}_embeds"].cpu()
-                )
-                good += own
+    def _readable(self, paths: list[Path], kind: Kind) -> tuple[Tensor, list[Path]]:
+        vectors, good, bad = self.files(paths, kind)
+        for sentence in bad:
+            print(f"left out: {sentence}", file=sys.stderr, flush=True)
         if not good:
-            raise UserError(
-                f"none of {len(paths)} files can be read as {'a picture' if kind == 'image' else 'a sound'}"
-            )
-        return torch.cat(vectors), good
+            what = "a picture" if kind == "image" else "a sound"
+            raise UserError(f"none of {len(paths)} files can be read as {what}; the first: {bad[0]}")
+        return vectors, good
 
-    def _load(self, path: Path, kind: Kind) -> Tensor:
-        if kind == "image":
-            return normalise(to_pixels(center_crop(read_image(path), self.config.model.image_size)))
+    def files(self, paths: list[Path], kind: Kind, workers: int = 0) -> tuple[Tensor, list[Path], list[str]]:
+        """(n, E) unit vectors of the files that can be read, their paths, and sentences on the others."""
+        vectors, good, bad = [], [], []
+        views = _Files(paths, kind, self.config, self.batch_size)
+        options: dict[str, Any] = {"worker_init_fn": start_process, "prefetch_factor": 2} if workers else {}
+        for part, own, faults in DataLoader(views, None, num_workers=workers, **options):
+            bad += faults
+            good += own
+            if own:
+                vectors.append(finite(self.encode({kind: to_device(part, self.info.device)})[f"{kind}_embeds"].cpu()))
+        width = self.config.model.embed_dim
+        return torch.cat(vectors) if vectors else torch.zeros(0, width), good, bad
+
+
+class _Files(Dataset):
+    """Batches of files as evaluation sees them: (tensors, the paths that can be read, sentences on the others)."""
+
+    def __init__(self, paths: list[Path], kind: Kind, config: Config, batch_size: int):
+        self.batches, self.kind, self.config = list(batches(paths, batch_size)), kind, config
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> tuple[dict[str, Tensor], list[Path], list[str]]:
+        values, masks, good, bad = [], [], [], []
+        for path in self.batches[number]:
+            try:
+                value, mask = self._load(path)
+                values.append(value)
+                masks.append(mask)
+                good.append(path)
+            except BadSample as error:
+                bad.append(str(error))
+        part: dict[str, Tensor] = {}
+        if values:
+            part["images" if self.kind == "image" else "audio"] = torch.stack(values)
+        if any(mask is not None for mask in masks):
+            whole = torch.ones(self.config.data.audio_frames, dtype=torch.bool)
+            part["audio_mask"] = torch.stack([whole if mask is None else mask for mask in masks])
+        return part, good, bad
+
+    def _load(self, path: Path) -> tuple[Tensor, Tensor | None]:
+        if self.kind == "image":
+            return normalise(to_pixels(center_crop(read_image(path), self.config.model.image_size))), None
         frames = self.config.data.audio_frames
         power = log_power(torch.from_numpy(read_audio(path, seconds=frames / 100)))
-        return compress(fit_frames(power, frames, fill="repeat_pad")[0])
+        clip, mask = fit_frames(power, frames, fill=self.config.data.audio_fill)
+        return compress(clip), mask
+
+
+def finite(vectors: Tensor) -> Tensor:
+    """Itself; UserError when the model makes numbers that cannot be compared."""
+    if not vectors.isfinite().all():
+        raise UserError("the model's embeddings are not finite: its training has diverged; use an earlier checkpoint")
+    return vectors
 
 
 def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

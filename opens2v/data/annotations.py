@@ -11,9 +11,13 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import re
+import tempfile
 from collections.abc import Iterator
 from io import FileIO
 
@@ -26,6 +30,8 @@ INDEX_ABOVE_BYTES = 512 << 20  # larger files get an index file by themselves
 _CHUNK = 8 << 20
 _LARGEST_ENTRY = 256 << 20
 _SPACE = " \t\r\n"
+_BOM = b"\xef\xbb\xbf"
+_KEY = re.compile(rb'"key"\s*:\s*("(?:[^"\\]|\\.)*")')
 _COLUMNS = 5  # offset and length of the key, offset and length of the entry, hash of the key
 _FORMAT = 1
 
@@ -33,11 +39,14 @@ _FORMAT = 1
 class Annotations:
     """Entries of one annotation file by position or key; nothing but the index stays in memory.
 
-    path: .json, .jsonl or a folder. index_path: where the index of a large file lies (default: beside it, name + .idx).
+    path: .json, .jsonl or a folder. index_path: where the index of a large file lies (default: beside it, name + .idx;
+    beside a file in a read-only folder: in the user's cache folder). index_dir: the folder for it instead.
     """
 
-    def __init__(self, path: str | Path, index_path: str | Path | None = None):
+    def __init__(self, path: str | Path, index_path: str | Path | None = None, *, index_dir: str | Path | None = None):
         self.path = Path(path)
+        if index_path is None and index_dir is not None:
+            index_path = Path(index_dir) / index_name(self.path)
         if not self.path.exists():
             raise UserError(f"annotation file {self.path}: not found; check opens2v.json_paths")
         self.files = sorted(self.path.glob("*.json")) if self.path.is_dir() else None
@@ -112,9 +121,27 @@ def _hash(key: bytes) -> int:
 # --- the index --------------------------------------------------------------------------------------------------------
 
 
+def index_name(path: Path) -> str:
+    """The name of an index that does not lie beside its file: told apart by the file's folder."""
+    folder = hashlib.sha256(str(path.resolve().parent).encode()).hexdigest()[:8]
+    return f"{path.stem}-{folder}{path.suffix}.idx"
+
+
+def index_place(path: Path) -> Path:
+    """Where the index of a file lies when nobody says: beside it, or in the user's cache folder if that cannot be."""
+    beside = path.with_name(path.name + ".idx")
+    if beside.exists() or os.access(path.parent, os.W_OK):
+        return beside
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # no home
+        cache = Path(tempfile.gettempdir())
+    return cache / "opens2v" / index_name(path)
+
+
 def write_index(path: Path, out: Path | None = None) -> Path:
     """Index an annotation file in one streaming pass; the index is written aside and renamed."""
-    out = out or path.with_name(path.name + ".idx")
+    out = out or index_place(path)
     stamp = _stamp(path)
     rows = np.fromiter(_rows(path), dtype=(np.int64, _COLUMNS))
     with written_aside(out) as temporary, open(temporary, "wb") as file:
@@ -124,19 +151,62 @@ def write_index(path: Path, out: Path | None = None) -> Path:
 
 def _index_of(path: Path, index_path: Path | None) -> np.ndarray:
     """The table of a file: from a fresh index file, by writing one for a large file, or scanned now for a small one."""
-    out = index_path or path.with_name(path.name + ".idx")
-    if not out.exists() and path.stat().st_size > INDEX_ABOVE_BYTES:
-        write_index(path, out)
-    if out.exists():
-        try:
-            table = np.load(out, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise UserError(f"index {out}: not readable ({error}); delete it and it is made anew") from None
-        if tuple(table[0]) == _stamp(path):
-            return table[1:]
-        write_index(path, out)  # the annotation file changed since
-        return np.load(out, mmap_mode="r", allow_pickle=False)[1:]
-    return np.fromiter(_rows(path), dtype=(np.int64, _COLUMNS))
+    out = index_path or index_place(path)
+    if not out.exists() and path.stat().st_size <= INDEX_ABOVE_BYTES:
+        return np.fromiter(_rows(path), dtype=(np.int64, _COLUMNS))
+    table = _fresh_table(path, out)
+    if table is None:
+        with _one_at_a_time(out):  # the ranks of a node start together; the first one writes, the others find it
+            table = _fresh_table(path, out)
+            if table is None:
+                write_index(path, out)
+                table = _fresh_table(path, out)
+    assert table is not None
+    return table
+
+
+def _fresh_table(path: Path, out: Path) -> np.ndarray | None:
+    """The rows of an index that fits the file; None where there is none or the file changed since."""
+    if not out.exists():
+        return None
+    try:
+        table = np.load(out, mmap_mode="r", allow_pickle=False)
+        stamp = tuple(int(value) for value in table[0])
+    except (ValueError, OSError, EOFError, IndexError) as error:
+        raise UserError(f"index {out}: not readable ({error}); delete it and it is made again") from None
+    now = _stamp(path)
+    if stamp[0] != now[0] or stamp[2:] != now[2:]:
+        return None
+    # Copied or touched files have another time and the same content: then some rows are compared with the file.
+    return table[1:] if stamp[1] == now[1] or _rows_fit(path, table[1:]) else None
+
+
+def _rows_fit(path: Path, table: np.ndarray, count: int = 256) -> bool:
+    if not len(table):
+        return True
+    places = np.unique(np.linspace(0, len(table) - 1, min(count, len(table))).astype(int))
+    with open(path, "rb") as file:
+        for key_at, key_length, entry_at, entry_length, digest in table[places].tolist():
+            file.seek(key_at)
+            key = file.read(key_length)
+            file.seek(entry_at)
+            entry = file.read(entry_length).strip()
+            try:
+                if _hash(json.loads(key).encode()) != digest or entry[:1] != b"{" or entry[-1:] != b"}":
+                    return False
+            except (ValueError, AttributeError):
+                return False
+    return True
+
+
+@contextlib.contextmanager
+def _one_at_a_time(out: Path) -> Iterator[None]:
+    """Processes of this machine (and of others, where the file system has locks) enter one after the other."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out.with_name(f".{out.name}.lock"), "w") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks: each writes for itself, aside and renamed
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
@@ -152,15 +222,16 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, ...]]:
     offset = 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if line.strip():
+            skipped = len(_BOM) if number == 1 and line.startswith(_BOM) else 0
+            text, start = line[skipped:], offset + skipped
+            if text.strip():
                 try:
-                    key = json.dumps(json.loads(line)["key"], ensure_ascii=False).encode()
-                except (ValueError, KeyError, TypeError):
-                    raise UserError(f'{path}, line {number}: not a JSON object with a "key"') from None
-                start = line.find(key)
-                if start < 0:
-                    raise UserError(f"{path}, line {number}: the key must be written without escapes")
-                yield (offset + start, len(key), offset, len(line), _hash(json.loads(key).encode()))
+                    wanted = json.loads(text)["key"]
+                    places = [found.span(1) for found in _KEY.finditer(text) if json.loads(found[1]) == wanted]
+                    first, last = places[0]
+                except (ValueError, KeyError, TypeError, IndexError):
+                    raise UserError(f'{path}, line {number}: not a JSON object with a "key" that is text') from None
+                yield (start + first, last - first, start, len(text), _hash(wanted.encode()))
             offset += len(line)
 
 
@@ -194,6 +265,8 @@ def _json_rows(path: Path) -> Iterator[tuple[int, ...]]:
     scan, window = json.JSONDecoder(strict=False).raw_decode, _Window(path)
     with window.file:
         window.grow(0)
+        if window.text.startswith(_BOM.decode("latin-1")):  # Windows' editors put it before UTF-8
+            window.text, window.start = window.text[len(_BOM) :], len(_BOM)
         place = _skip(window, 0, "{", first=True)
         while True:
             place = _skip(window, place, '"}')

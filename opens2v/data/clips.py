@@ -131,7 +131,8 @@ def fault_of(entry: Any) -> str | None:
     return None
 
 
-def _file_digest(path: Path, pieces: int = 16, piece: int = 1 << 16) -> bytes:
+def file_digest(path: Path, pieces: int = 16, piece: int = 1 << 16) -> bytes:
+    """Changes with a file: of its size and up to 16 pieces of 64 KiB. BadSample for one that cannot be read."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -188,8 +189,10 @@ class Part:
         metadata.pop("caption", None)
         digest = hashlib.sha256(json.dumps([metadata, entry["annotation"]], sort_keys=True, default=str).encode())
         files = [self.videos / entry["metadata"]["path"], *([self.background_path(key)] if background else [])]
+        records = entry["annotation"].get("mask_map") or {}
+        files += [Path(record["image"]) for record in records.values() if record.get("image")]  # see prepare.py
         for path in files:
-            digest.update(_file_digest(path) if path is not None else b"none")
+            digest.update(file_digest(path) if path is not None else b"none")
         return digest.hexdigest()[:16]
 
     def subjects(self, key: str, entry: dict) -> list[Subject]:

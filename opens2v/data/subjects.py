@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from opens2v.data.augment import WHITE, augment
+from shared.media.pictures import as_rgb
 
 SELECTIONS = ("first", "random", "best_score")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -84,6 +85,9 @@ def find_subjects(entry: dict[str, Any], frame: np.ndarray, *, use_bbox: bool = 
     masks = annotation["mask_annotation"].get(frame_index, {})
     found = []
     for annotation_idx, record in annotation["mask_map"].items():
+        if record.get("image") is not None:  # prepare.py: a picture stands for the subject
+            found.append(_from_picture(annotation_idx, record, frame))
+            continue
         if annotation_idx not in masks:
             continue
         if not isinstance(record["class_name"], str):
@@ -114,6 +118,16 @@ def find_subjects(entry: dict[str, Any], frame: np.ndarray, *, use_bbox: bool = 
             )
         )
     return found
+
+
+def _from_picture(annotation_idx: str, record: dict[str, Any], frame: np.ndarray) -> Subject:
+    """A subject of a picture of its own, which no mask of the frame belongs to."""
+    try:
+        image = as_rgb(Image.open(record["image"]))
+    except (OSError, AttributeError) as error:
+        raise ValueError(f"subject picture {record['image']}: cannot be read ({error})") from None
+    none = np.zeros(frame.shape[:2], np.uint8)
+    return Subject(annotation_idx, record["class_name"], image, None, None, 1.0, image.width * image.height, none)
 
 
 def _tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:

@@ -34,15 +34,25 @@ def read_frames(path: str | Path, indices: Sequence[int], shape: Shape | None = 
     wanted = sorted({int(index) for index in indices})
     if not wanted or wanted[0] < 0:
         raise BadSample(f"video {path}: frame numbers {wanted[:3]} are not from 0 on")
-    keep = shape or (lambda frame: frame)
+    rows: dict[int, list[int]] = {}
+    for row, index in enumerate(indices):
+        rows.setdefault(int(index), []).append(row)
+    result: list[np.ndarray] = []  # the whole clip, made when the first frame says how large one is
+
+    def put(index: int, picture: np.ndarray) -> None:
+        picture = picture if shape is None else shape(picture)
+        if not result:
+            result.append(np.empty((len(indices), *picture.shape), picture.dtype))
+        for row in rows[index]:
+            result[0][row] = picture
+
     try:
         times = presentation_times(path)
-        found = None if times is None else _by_time(path, wanted, times, keep)
-        if found is None:
-            found = _by_counting(path, wanted, keep)
+        if times is None or not _by_time(path, wanted, times, put):
+            _by_counting(path, wanted, put)
     except (av.error.FFmpegError, ValueError, IndexError, OSError, MemoryError) as error:
         raise BadSample(f"video {path}: cannot be decoded ({' '.join(str(error).split())[:160]})") from None
-    return np.stack([found[int(index)] for index in indices])
+    return result[0]
 
 
 def frame_times(path: str | Path) -> np.ndarray:
@@ -104,13 +114,14 @@ def _times_of(path: str, size: int, mtime_ns: int) -> Times | None:
     return Times(np.sort(np.array(shown, np.int64)), np.sort(np.array(keys, np.int64)))
 
 
-def _by_time(path: Path, wanted: list[int], times: Times, keep: Shape) -> dict[int, np.ndarray] | None:
-    """Frames by number, found by their times; None when decoding does not give what the packets promise."""
+def _by_time(path: Path, wanted: list[int], times: Times, put: Callable[[int, np.ndarray], None]) -> bool:
+    """Put the frames by number, found by their times; False when decoding does not give what the packets promise."""
     last = len(times.shown) - 1
-    numbers = {int(times.shown[min(index, last)]): min(index, last) for index in wanted}
+    numbers: dict[int, list[int]] = {}
+    for index in wanted:
+        numbers.setdefault(int(times.shown[min(index, last)]), []).append(index)
     first, final = min(numbers), max(numbers)
     before = times.keys[times.keys <= first]
-    found: dict[int, np.ndarray] = {}
     with open_video(path) as container:
         stream = _stream_of(container)
         if len(before) and before[-1] > times.shown[0]:
@@ -118,35 +129,32 @@ def _by_time(path: Path, wanted: list[int], times: Times, keep: Shape) -> dict[i
         is_first = True
         for frame in container.decode(stream):
             if frame.pts is None or (is_first and frame.pts > first):
-                return None  # landed behind the wanted frame: a file whose key frames are not what they say
+                return False  # landed behind the wanted frame: a file whose key frames are not what they say
             is_first = False
             if frame.pts in numbers:
-                found[numbers[frame.pts]] = keep(_upright(frame))
+                picture = _upright(frame)
+                for index in numbers.pop(frame.pts):
+                    put(index, picture)
             if frame.pts >= final:
                 break
-    if len(found) < len(numbers):
-        return None
-    return {index: found[min(index, last)] for index in wanted}
+    return not numbers
 
 
-def _by_counting(path: Path, wanted: list[int], keep: Shape) -> dict[int, np.ndarray]:
-    """Frames by number, decoded from the first one on; the last one also stands for numbers behind it."""
-    found: dict[int, np.ndarray] = {}
-    last, position = None, -1
+def _by_counting(path: Path, wanted: list[int], put: Callable[[int, np.ndarray], None]) -> None:
+    """Put the frames by number, decoded from the first one on; the last one also stands for numbers behind it."""
+    last, open_numbers = None, set(wanted)
     with open_video(path) as container:
         for position, frame in enumerate(container.decode(_stream_of(container))):
             last = frame
-            if position in wanted:
-                found[position] = keep(_upright(frame))
+            if position in open_numbers:
+                put(position, _upright(frame))
+                open_numbers.discard(position)
             if position >= wanted[-1]:
                 break
     if last is None:
         raise ValueError("it holds no frame")
-    missing = [index for index in wanted if index not in found]
-    if missing:
-        picture = keep(_upright(last))
-        found |= {index: picture for index in missing}
-    return found
+    for index in open_numbers:
+        put(index, _upright(last))
 
 
 def _upright(frame: av.VideoFrame) -> np.ndarray:

@@ -3,6 +3,7 @@ videos.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +12,20 @@ import torch
 from PIL import Image
 
 from opens2v.config import Config, pixel_frames
-from opens2v.data.augment import NO_CHANGES
-from opens2v.data.cache import with_cached_features
+from opens2v.data.cache import cached_changes, with_cached_features
 from opens2v.data.subjects import clip_pixels, reference_pixels
 from opens2v.data.video import to_uint8, write_video
-from opens2v.dataset import collate_opens2v_batch, create_dataset
+from opens2v.dataset import VALIDATION_SEED, collate_opens2v_batch, readable_samples, validation_set
 from opens2v.evaluation.subject_use import paired_errors
 from opens2v.modules.conditions import Conditions, Encoders
 from opens2v.sampling.scheduler import FlowMatchScheduler
-from opens2v.sampling.video import SamplerSettings, VideoSampler
+from opens2v.sampling.video import VideoSampler, sampler_settings, video_rate
 from opens2v.weights.base import latent_shape
 from shared.engine.dist import DistInfo
 from shared.errors import UserError, write_text
 from shared.media.pictures import as_rgb
 
 VALIDATION_SIGMAS = tuple((place + 0.5) / 10 for place in range(10))  # ten fixed noise levels
-_VALIDATION_SEED = 551
 
 
 def open_picture(path: str | Path) -> Image.Image:
@@ -74,34 +73,52 @@ def side_by_side(reference: np.ndarray, frames: np.ndarray) -> np.ndarray:
 
 
 class Preview:
-    """The validate and sample hooks of a run. The clips are the held-back part of each clip, without augmentation."""
+    """The validate and sample hooks of a run, on clips that it is not trained on where there are some."""
 
     def __init__(self, config: Config, encoders: Encoders, scheduler: FlowMatchScheduler, info: DistInfo):
         self.config, self.encoders, self.scheduler, self.info = config, encoders, scheduler, info
-        held_back = (config.data.train_share, 1.0) if config.data.train_share < 1 else (0.0, 1.0)
-        dataset = create_dataset(config.data, seed=_VALIDATION_SEED, time_range=held_back, **NO_CHANGES)
-        self.dataset = with_cached_features(dataset, config, latents=False)
+        dataset = validation_set(config, **cached_changes(config))
+        self.dataset = with_cached_features(dataset, config, split="val")
+        data = config.data
+        if data.json_paths and not data.val_json_paths and data.train_share == 1 and info is not None and info.is_main:
+            print(
+                "validation looks at the training clips: give --val-json-paths, or --train-share below 1, to hold some "
+                "back",
+                flush=True,
+            )
+        # What could end the run at its last step ends it now: a broken clip where none may be, a prompt not stored.
+        if config.data.strict:
+            self._items(validation_count(config))
+        if encoders is not None and encoders.text is None:
+            encoders.encode_text(["", config.training.negative_prompt, *config.training.val_prompts])
+        if config.training.val_prompts and encoders is not None and encoders.image is None:
+            for path in config.training.val_ref_images:
+                encoders.encode_pictures(clip_pixels(open_picture(path), config.data.ref_clip_size)[None, None])
+
+    def _items(self, count: int) -> list[dict[str, Any]]:
+        """The first `count` samples that can be read, from the start again where there are fewer."""
+        if count == 0:
+            return []
+        order = range(len(self.dataset))
+        items = readable_samples(self.dataset, order, min(count, len(order)))
+        return [items[place % len(items)] for place in range(count)]
 
     def validate(self, model: Any, step: int) -> dict[str, float]:
-        """Flow loss at ten fixed noise levels with the true reference, none, and another clip's; gap = other - true."""
-        count = min(len(self.dataset), self.config.training.val_batches * max(2, self.config.training.batch_size))
+        """Flow loss at ten fixed noise levels with the true reference, none, and another clip's; gap = other - true.
+
+        Every rank runs every batch, as a sharded model needs; the mean over ranks is then the same on each.
+        """
+        size = validation_batch(self.config)
+        items = self._items(max(size, min(len(self.dataset), validation_count(self.config))))
         found: list[dict[str, float]] = []
-        size = max(2, min(self.config.training.batch_size, 8))
-        for number, first in enumerate(range(0, count, size)):
-            # Every rank runs every batch, as a sharded model needs; the mean over ranks is then the same on each.
-            items = [self.dataset.sample(index % len(self.dataset), 0) for index in range(first, first + size)]
-            conditions = self.encoders.conditions(collate_opens2v_batch(items))
+        for number in range(len(items) // size):
+            part = items[number * size : (number + 1) * size]
+            conditions = self.encoders.conditions(collate_opens2v_batch(part))
             errors = paired_errors(
-                model,
-                conditions,
-                None,
-                self.scheduler,
-                self.config.model.prediction,
-                self.encoders.codec.variance,
-                sigmas=VALIDATION_SIGMAS,
-                seed=_VALIDATION_SEED + number,
-                references="next",
-            )
+                model, conditions, None, self.scheduler, self.config.model, self.encoders.codec.variance,
+                sigmas=VALIDATION_SIGMAS, seed=VALIDATION_SEED + number, references="next",
+                chunk=self.config.training.batch_size,
+            )  # fmt: skip
             matrix = errors.whole_BB
             other = torch.tensor([matrix[i, (i + 1) % size] for i in range(size)])
             true = matrix.diagonal()
@@ -116,50 +133,49 @@ class Preview:
         return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
 
     def sample(self, model: Any, step: int, folder: Path) -> None:
-        """Videos of the configured prompts, or of held-back clips, each beside its subject picture."""
+        """Videos of the configured prompts, or of validation clips, each beside its subject picture; one at a time, as
+        a card that trains has room for one. Drawn as generate.py draws by default.
+        """
         training = self.config.training
-        if self.encoders.text is None:
-            return  # text is cached: there is no encoder for the negative prompt
-        if training.val_prompts:
-            pictures = [[open_picture(path)] for path in training.val_ref_images] or [[] for _ in training.val_prompts]
-            conditions = conditions_for(self.config, self.encoders, training.val_prompts, pictures)
-            captions = training.val_prompts
-            shown = [None if not row else np.array(row[0]) for row in pictures]
-        elif training.val_num_samples:
-            items = [self.dataset.sample(index % len(self.dataset), 0) for index in range(training.val_num_samples)]
-            conditions = self.encoders.conditions(collate_opens2v_batch(items))
-            captions = [item["prompts"] for item in items]
-            shown = [reference_picture(item["ref_pixels"][0]) for item in items]
-        else:
-            return
-        settings = SamplerSettings(
-            steps=training.val_steps,
-            shift=training.timestep_shift,
-            guidance="both",
-            guidance_scale=2.0,
-            sampler="euler",
-            seed=self.config.run.seed,
-        )
+        negative = self.encoders.encode_text([training.negative_prompt])[0]
+        sampler = VideoSampler(
+            model, None, self.config.model, sampler_settings(self.config, steps=training.val_steps),
+            self.encoders.codec.variance,
+        )  # fmt: skip
         shape = latent_shape(
             self.config, pixel_frames(self.config), self.config.data.pixel_height, self.config.data.pixel_width
         )
-        negative = self.encoders.encode_text([training.negative_prompt])[0]
-        latents = VideoSampler(model, None, self.config.model, settings, self.encoders.codec.variance).sample(
-            conditions, negative, shape
-        )
-        videos = self.encoders.codec.decode(latents)
-        if self.info.is_main:
-            self._write(folder, step, videos, captions, shown)
+        captions = []
+        for place, (caption, conditions, shown) in enumerate(self._to_draw()):
+            frames = to_uint8(self.encoders.codec.decode(sampler.sample(conditions, negative, shape, [place]))[0])
+            captions.append(caption)
+            if self.info.is_main:
+                frames = frames if shown is None else side_by_side(shown, frames)
+                write_video(folder / f"step_{step:06d}_{place}.mp4", frames, fps=video_rate(self.config))
+        if self.info.is_main and captions:
+            listed = {f"step_{step:06d}_{place}": text for place, text in enumerate(captions)}
+            write_text(folder / f"step_{step:06d}.json", json.dumps(listed, ensure_ascii=False, indent=1))
 
-    def _write(self, folder: Path, step: int, videos: torch.Tensor, captions: list[str], shown: list) -> None:
-        for place, (video, reference) in enumerate(zip(videos, shown, strict=True)):
-            frames = to_uint8(video)
-            if reference is not None:
-                frames = side_by_side(reference, frames)
-            write_video(
-                folder / f"step_{step:06d}_{place}.mp4", frames, fps=8 if self.config.model.codec == "patch" else 16
-            )
-        listed = json.dumps(
-            {f"step_{step:06d}_{place}": text for place, text in enumerate(captions)}, ensure_ascii=False, indent=1
-        )
-        write_text(folder / f"step_{step:06d}.json", listed)
+    def _to_draw(self) -> Iterator[tuple[str, Conditions, np.ndarray | None]]:
+        """(caption, conditions, subject picture) of each sample video."""
+        training = self.config.training
+        if training.val_prompts:
+            pictures = [[open_picture(path)] for path in training.val_ref_images] or [[] for _ in training.val_prompts]
+            for prompt, row in zip(training.val_prompts, pictures, strict=True):
+                conditions = conditions_for(self.config, self.encoders, [prompt], [row])
+                yield prompt, conditions, np.array(row[0]) if row else None
+            return
+        for item in self._items(training.val_num_samples):
+            conditions = self.encoders.conditions(collate_opens2v_batch([item]))
+            yield item["prompts"], conditions, reference_picture(item["ref_pixels"][0])
+
+
+def validation_batch(config: Config) -> int:
+    """Clips of a validation batch: two at least, since each is also shown with another's reference."""
+    return max(2, min(config.training.batch_size, 8))
+
+
+def validation_count(config: Config) -> int:
+    """Clips of a validation."""
+    size = validation_batch(config)
+    return max(size, config.training.val_batches * max(2, config.training.batch_size) // size * size)

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from opens2v.config import ModelConfig
 from opens2v.data.augment import FOREGROUND_LEVELS
 from opens2v.modules.conditions import Conditions
+from opens2v.objective import causal_arguments
 from opens2v.sampling.scheduler import FlowMatchScheduler, velocity_of
 from shared.rng import keyed_generator
 
@@ -72,17 +74,18 @@ def paired_errors(
     conditions: Conditions,
     region_BFhw: Tensor | None,
     scheduler: FlowMatchScheduler,
-    prediction: str,
+    settings: ModelConfig,
     variance_2C: Tensor | None = None,
     *,
     sigmas: tuple[float, ...] = SIGMAS,
     seed: int = 0,
-    chunk: int = 32,
+    chunk: int = 1,
     references: str = "all",
 ) -> PairedErrors:
     """The errors of every clip under every reference, its own, and none, with the same noise.
 
-    prediction, variance_2C: see velocity_of.
+    variance_2C: see velocity_of. chunk: forward passes at a time; a training step of so many samples needs more memory.
+    A causal model is called as in training: with its mask, and with teacher forcing beside the clean clip.
     references: "all", or "next": besides the own only that of the next clip (the rest of the matrix is NaN).
     """
     clean = conditions.latents_BCFhw
@@ -108,13 +111,10 @@ def paired_errors(
             (other < 0).to(clean.device)
         )
         output = model(
-            noisy,
-            sigma * scheduler.num_train_timesteps,
-            conditions.text_BRD[clip],
-            return_dict=False,
-            **given.reference(),
-        )[0]
-        velocity = velocity_of(output.float(), noisy, sigma, prediction, variance_2C)
+            noisy, sigma * scheduler.num_train_timesteps, conditions.text_BRD[clip], return_dict=False,
+            **given.reference(), **causal_arguments(settings, own),
+        )[0]  # fmt: skip
+        velocity = velocity_of(output.float(), noisy, sigma, settings.prediction, variance_2C)
         error = (velocity - (noise - own)).square().mean(1)
         inside = region[clip]
         by_region = (error * inside).sum((1, 2, 3)) / inside.sum((1, 2, 3)).clamp(min=1)

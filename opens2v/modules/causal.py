@@ -10,6 +10,8 @@ from diffusers.models.transformers.transformer_wan import WanAttention, WanRotar
 from torch import Tensor
 from torch.nn import functional
 
+from opens2v.modules.adapter import ReferenceTokens, RefSelfAttention
+
 
 def frame_blocks(frames: int, frames_per_block: int, independent_first_frame: bool = False) -> list[int]:
     """The lengths of the causal blocks; ValueError when the frames do not fill whole blocks."""
@@ -165,10 +167,14 @@ def self_attention(
     cache: KeyValueCache | None,
     layer: int,
     tokens_per_frame: int,
+    references: ReferenceTokens | None = None,
 ) -> Tensor:
-    """A Wan block's self-attention: of all tokens, in runs of frames, or over a cache."""
+    """A Wan block's self-attention: of all tokens, in runs of frames, or over a cache; and over the subject pictures
+    where the attention has layers for them (RefSelfAttention).
+    """
     heads = attention.heads
-    q = rotate(attention.norm_q(attention.to_q(x_BLD)).unflatten(-1, (heads, -1)), rotary).transpose(1, 2)
+    query_BLD = attention.norm_q(attention.to_q(x_BLD))
+    q = rotate(query_BLD.unflatten(-1, (heads, -1)), rotary).transpose(1, 2)
     k = rotate(attention.norm_k(attention.to_k(x_BLD)).unflatten(-1, (heads, -1)), rotary).transpose(1, 2)
     v = attention.to_v(x_BLD).unflatten(-1, (heads, -1)).transpose(1, 2)
     if cache is not None:
@@ -177,4 +183,8 @@ def self_attention(
         out = attention_in_runs(q, k, v, runs)
     else:
         out = functional.scaled_dot_product_attention(q, k, v)
-    return attention.to_out[0](out.transpose(1, 2).flatten(2).type_as(q))
+    out_BLD = out.transpose(1, 2).flatten(2).type_as(q)
+    if references is not None and references.features is not None and isinstance(attention, RefSelfAttention):
+        # Unrotated: where a part of the subject lies in its picture says nothing about where it goes in the frame.
+        out_BLD = out_BLD + attention.reference_path(query_BLD, references, layer)
+    return attention.to_out[0](out_BLD)

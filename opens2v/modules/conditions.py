@@ -3,6 +3,7 @@
 Shapes: B batch, C channels, F latent frames, h w latent grid, R text rows, N subjects, S tokens of a subject.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor
 
 from opens2v.config import Config
+from opens2v.data.cache import StoredFeatures
+from opens2v.data.video import normalise
+from opens2v.modules.codec import ConvCodec
 from opens2v.modules.encoders import (
     ClipImages,
     HashText,
@@ -60,12 +64,15 @@ class Conditions:
         )
 
 
+Codec = WanVAE | PatchCodec | ConvCodec
+
+
 class Encoders:
     """The frozen encoders of a configuration. Those whose features are cached are not loaded."""
 
     def __init__(
         self,
-        codec: WanVAE | PatchCodec,
+        codec: Codec,
         text: UMT5Text | HashText | None,
         image: ClipImages | PixelImages | None,
         *,
@@ -73,6 +80,7 @@ class Encoders:
     ):
         self.codec, self.text, self.image, self.text_device = codec, text, image, text_device
         self.device = torch.device("cpu")
+        self.stored: StoredFeatures | None = None  # where an encoder was left out because its features are cached
         self._null: Tensor | None = None
 
     def to(self, device: torch.device) -> "Encoders":
@@ -87,11 +95,19 @@ class Encoders:
 
     def encode_text(self, texts: list[str]) -> Tensor:
         """float32 (B, R, D) on the run's device."""
-        if self.text is None:
-            raise UserError(
-                "the text encoder was left out because text is cached, and a text that is not cached is needed"
-            )
-        return self.text(texts).to(self.device)
+        if self.text is not None:
+            return self.text(texts).to(self.device)
+        assert self.stored is not None  # the text encoder is left out only where text is cached
+        return torch.stack([self.stored.text(text) for text in texts]).to(self.device)
+
+    def encode_pictures(self, pixels: Tensor) -> Tensor | None:
+        """CLIP-normalised (B, N, 3, S, S) -> tokens (B, N, T, C); None where there is no CLIP path."""
+        if self.image is not None:
+            return self.image(pixels.to(self.device))
+        if self.stored is None or self.stored.clip_cache is None:
+            return None
+        found = [[self.stored.picture(picture) for picture in row] for row in pixels]
+        return torch.stack([torch.stack(row) for row in found]).to(self.device)
 
     def null_text(self) -> Tensor:
         """Rows (R, D) of the empty prompt, encoded once."""
@@ -99,20 +115,16 @@ class Encoders:
             self._null = self.encode_text([""])[0]
         return self._null
 
-    def set_null_text(self, rows: Tensor) -> None:
-        """Rows of the empty prompt from the cache."""
-        self._null = rows.to(self.device)
-
     @torch.no_grad()
     def conditions(self, batch: dict[str, Any]) -> Conditions:
         """Encode what the batch does not hold as features yet."""
         latents = batch.get("latents")
         if latents is None and "frames" in batch:
-            latents = self.codec.encode(batch["frames"].to(self.device))
+            latents = self.codec.encode(normalise(batch["frames"].to(self.device)))
         text = batch["text_rows"] if "text_rows" in batch else self.encode_text(batch["prompts"])
         clip = batch.get("clip_tokens")
-        if clip is None and self.image is not None:
-            clip = self.image(batch["ref_clip_pixels"].to(self.device))
+        if clip is None:
+            clip = self.encode_pictures(batch["ref_clip_pixels"])
         return Conditions(
             None if latents is None else latents.to(self.device),
             text.to(self.device),
@@ -129,40 +141,40 @@ class Encoders:
         return self.codec.encode(flat)[:, :, 0].unflatten(0, (batch, count))
 
 
-def load_encoders(config: Config, base_folder: Path | None = None, *, everything: bool = False) -> Encoders:
-    """The encoders of a configuration from local folders. base_folder: where the small base lies with its codec.
+def load_encoders(config: Config, base_folder: Path | None = None, *, kinds: Sequence[str] | None = None) -> Encoders:
+    """The encoders of a configuration from local folders; those whose features are cached are left out.
 
-    everything: load also those whose features are cached (sampling needs the text encoder for new prompts).
+    base_folder: where the small base lies with its codec. kinds: of "text" and "clip" those to load whatever is cached.
     """
     model, data = config.model, config.data
-    if model.codec == "wan":
-        codec: WanVAE | PatchCodec = load_wan_vae(model.base_model_path)
-    else:
-        codec = load_patch_codec(base_folder)
+    codec: Codec = load_wan_vae(model.base_model_path) if model.codec == "wan" else load_codec(model.codec, base_folder)
+    wants_text = not data.use_cached_text if kinds is None else "text" in kinds
+    wants_image = model.clip_path != "off" and (not data.use_cached_clip if kinds is None else "clip" in kinds)
     text = image = None
-    if everything or not data.use_cached_text:
+    if wants_text:
+        is_hash = model.text_encoder == "hash"
         text = (
-            HashText(model.text_dim, model.text_rows)
-            if model.text_encoder == "hash"
-            else load_umt5(model.base_model_path)
+            HashText(model.text_dim, model.text_rows) if is_hash else load_umt5(model.base_model_path, model.text_rows)
         )
-    if model.clip_path != "off" and (everything or not data.use_cached_clip):
+    if wants_image:
         image = PixelImages() if model.image_encoder == "pixels" else load_clip(model.image_encoder_path)
-    return Encoders(codec, text, image, text_device="cpu" if model.text_encoder_cpu_offload else None)
+    encoders = Encoders(codec, text, image, text_device="cpu" if model.text_encoder_cpu_offload else None)
+    if data.use_cached_text or data.use_cached_clip:
+        encoders.stored = StoredFeatures(config)
+    return encoders
 
 
-def load_patch_codec(folder: Path | None) -> PatchCodec:
-    """The patch codec that was fitted when the small base was trained."""
+def load_codec(kind: str, folder: Path | None) -> PatchCodec | ConvCodec:
+    """The codec ("patch" or "conv") that was made when the small base was trained."""
     path = None if folder is None else folder / "codec.safetensors"
     if path is None or not path.exists():
         raise UserError(
-            f"codec patch needs codec.safetensors beside the base weights, {path or 'no folder'} has none; give the "
-            "generator.safetensors "
-            "of a small run as --generator-ckpt, or leave it out and set base_steps"
+            f"codec {kind} needs codec.safetensors beside the base weights, {path or 'no folder'} has none; give the "
+            "generator.safetensors of a small run as --generator-ckpt, or leave it out and set base_steps"
         )
-    codec = PatchCodec()
-    load_strict(codec, load_weights(path), what=str(path))
-    return codec
+    codec = PatchCodec() if kind == "patch" else ConvCodec()
+    load_strict(codec, load_weights(path), what=f"codec {kind}, {path}")
+    return codec.eval().requires_grad_(False)
 
 
 def clip_token_width(config: Config) -> int:

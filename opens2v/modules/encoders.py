@@ -70,10 +70,11 @@ class WanVAE:
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
-        """See VideoCodec.encode."""
+        """See VideoCodec.encode. One clip at a time: a batch would need the workspace of all its clips at once."""
         check_frames(frames.shape[2], "the video")
         parameter = next(self.vae.parameters())
-        latents = self.vae.encode(frames.to(parameter.device, parameter.dtype)).latent_dist.mode().float()
+        clips = frames.to(parameter.device, parameter.dtype).split(1)
+        latents = torch.cat([self.vae.encode(clip).latent_dist.mode() for clip in clips]).float()
         return (latents - self.mean.to(latents)) / self.std.to(latents)
 
     @torch.no_grad()
@@ -81,7 +82,8 @@ class WanVAE:
         """See VideoCodec.decode."""
         parameter = next(self.vae.parameters())
         raw = latents.float() * self.std.to(latents.device) + self.mean.to(latents.device)
-        return self.vae.decode(raw.to(parameter.device, parameter.dtype)).sample.float().clamp(-1, 1)
+        clips = raw.to(parameter.device, parameter.dtype).split(1)
+        return torch.cat([self.vae.decode(clip).sample for clip in clips]).float().clamp(-1, 1)
 
 
 class PatchCodec(nn.Module):
@@ -300,14 +302,13 @@ def load_wan_vae(base_model_path: str | None, dtype: torch.dtype = torch.float32
     return WanVAE(AutoencoderKLWan.from_pretrained(str(path), torch_dtype=dtype))
 
 
-def load_umt5(base_model_path: str | None, dtype: torch.dtype = torch.bfloat16) -> UMT5Text:
-    """UMT5-XXL from base_model_path/text_encoder and its tokenizer."""
+def load_umt5(base_model_path: str | None, rows: int = TEXT_ROWS, dtype: torch.dtype = torch.bfloat16) -> UMT5Text:
+    """UMT5-XXL from base_model_path/text_encoder and its tokenizer; it gives so many rows a text."""
     encoder, tokenizer = (_folder(base_model_path, name, "the text encoder") for name in ("text_encoder", "tokenizer"))
     from transformers import AutoTokenizer, UMT5EncoderModel
 
-    return UMT5Text(
-        UMT5EncoderModel.from_pretrained(str(encoder), dtype=dtype), AutoTokenizer.from_pretrained(str(tokenizer))
-    )
+    model = UMT5EncoderModel.from_pretrained(str(encoder), dtype=dtype)
+    return UMT5Text(model, AutoTokenizer.from_pretrained(str(tokenizer)), rows)
 
 
 def load_clip(image_encoder_path: str | None, dtype: torch.dtype = torch.bfloat16) -> ClipImages:

@@ -116,4 +116,5 @@ def trainable_group(name: str) -> str | None:
     if not is_reference_name(name):
         return None
     parts = name.split(".")
-    return parts[0] if "attn2" not in parts else f"attn2.{parts[parts.index('attn2') + 1]}"
+    place = next((place for place, part in enumerate(parts) if part in ("attn1", "attn2")), None)
+    return parts[0] if place is None else ".".join(parts[place : place + 2])

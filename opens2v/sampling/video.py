@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opens2v.config import ModelConfig
+from opens2v.config import Config, ModelConfig
+from opens2v.data.annotations import Annotations
+from opens2v.data.scenes import SCENE_RATE
 from opens2v.modules.causal import KeyValueCache, frame_blocks
 from opens2v.modules.conditions import Conditions
 from opens2v.sampling.scheduler import FlowMatchScheduler, velocity_of
+from shared.errors import UserError
 from shared.rng import keyed_generator
 
 GUIDANCE_MODES = ("text", "both", "dual")
@@ -37,6 +40,39 @@ class SamplerSettings:
             raise ValueError(f"guidance {self.guidance!r} is not one of {', '.join(GUIDANCE_MODES)}")
         if self.sampler not in ("unipc", "euler"):
             raise ValueError(f"sampler {self.sampler!r} is not one of unipc, euler")
+
+
+SMALL_STEPS, SMALL_GUIDANCE = 20, 1.5
+
+
+def sampler_settings(config: Config, *, steps: int | None = None, **given: Any) -> SamplerSettings:
+    """How videos of a run are drawn where nothing else is said, in training and by generate.py alike; None in `given`
+    counts as not said. Small presets: 20 steps, guidance 1.5; else 50 steps, guidance 5.
+    """
+    is_small = config.model.codec != "wan"
+    chosen: dict[str, Any] = {
+        "steps": steps or (SMALL_STEPS if is_small else 50),
+        "shift": config.training.timestep_shift,
+        "guidance_scale": SMALL_GUIDANCE if is_small else 5.0,
+        "seed": config.run.seed,
+    }
+    return SamplerSettings(**(chosen | {name: value for name, value in given.items() if value is not None}))
+
+
+def video_rate(config: Config) -> float:
+    """Frames per second at which a drawn clip moves as the training clips do: target_fps, or the rate of the first
+    clip over the stride; 16, Wan's own, where the data cannot be asked.
+    """
+    data = config.data
+    if data.target_fps is not None:
+        return data.target_fps
+    if data.scenes is not None and not data.json_paths:
+        return SCENE_RATE
+    try:
+        rate = Annotations(data.json_paths[0], index_dir=data.index_dir).entry(0)["metadata"]["fps"]
+        return round(float(rate) / data.sample_stride, 2)
+    except (UserError, OSError, KeyError, TypeError, ValueError, IndexError, ZeroDivisionError):
+        return 16.0
 
 
 @dataclass

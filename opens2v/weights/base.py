@@ -2,29 +2,33 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from opens2v.config import Config, codec_factors
-from opens2v.dataset import collate_opens2v_batch, create_dataset
+from opens2v.data.video import normalise
+from opens2v.dataset import Samples, collate_opens2v_batch, readable_samples, training_set
 from opens2v.model import RefWanBlock, RefWanTransformer3DModel, is_reference_name
-from opens2v.modules.conditions import Encoders, clip_token_width, load_patch_codec
-from opens2v.modules.encoders import HashText, PatchCodec
+from opens2v.modules.codec import ConvCodec, codec_loss
+from opens2v.modules.conditions import Encoders, clip_token_width, load_codec
+from opens2v.modules.encoders import HashText, PatchCodec, PixelImages
 from opens2v.modules.lora import TrainableSet, add_lora, enable_trainable
 from opens2v.objective import RefImageFlowMatching
-from opens2v.weights.wan import cast_base, load_generator_checkpoint
+from opens2v.weights.wan import cast_base, holds_fused_path, load_generator_checkpoint, read_generator_state
 from shared.data import BatchPlan, MapStream
+from shared.engine.checkpoint import find_checkpoint
 from shared.engine.dist import DistInfo, barrier
 from shared.errors import UserError, written_aside
-from shared.loop import fit
-from shared.rng import keyed_generator, seed_everything
+from shared.loop import FitResult, fit
+from shared.rng import keyed_generator, keyed_rand, keyed_randn, seed_everything
 
-_WEIGHTS, _CODEC_FRAMES = 521, 522  # random streams
+_WEIGHTS, _CODEC_FRAMES, _CODEC_NOISE = 521, 522, 523  # random streams
 _CODEC_CLIPS = 24  # clips that the codec is fitted to
 
 
@@ -38,18 +42,22 @@ def transformer_settings(config: Config) -> dict[str, Any]:
         freq_dim=model.freq_dim, ffn_dim=model.ffn_dim, num_layers=model.num_layers, rope_max_seq_len=1024,
         ref_clip_dim=clip_token_width(config), clip_path=model.clip_path, clip_proj_type=model.clip_proj_type,
         vae_pos_embed=model.vae_pos_embed, fused_path=model.train_fused_path,
-        absolute_positions=model.absolute_positions,
+        absolute_positions=model.absolute_positions, ref_in_self_attention=model.ref_in_self_attention,
     )  # fmt: skip
 
 
-def new_transformer(config: Config) -> RefWanTransformer3DModel:
+def new_transformer(config: Config, **changes: Any) -> RefWanTransformer3DModel:
     """The transformer with weights that depend on the seed alone."""
     seed_everything(config.run.seed, _WEIGHTS)
-    return RefWanTransformer3DModel(**transformer_settings(config))
+    return RefWanTransformer3DModel(**{**transformer_settings(config), **changes})
 
 
-def prepare_generator(config: Config, model: RefWanTransformer3DModel) -> TrainableSet:
-    """LoRA first (peft freezes everything else), then the names that train; the base goes into its own precision."""
+def prepare_generator(config: Config, model: RefWanTransformer3DModel, *, precision: str) -> TrainableSet:
+    """LoRA first (peft freezes everything else), then the names that train; the base goes into its own precision.
+
+    precision: of the arithmetic. Without autocast nothing may multiply mixed types: under fp32 a base that is meant to
+    lie in bf16 is rounded to it and held in fp32.
+    """
     if config.adapter is not None:
         adapter = config.adapter
         seed_everything(config.run.seed, _WEIGHTS, 1)
@@ -61,14 +69,19 @@ def prepare_generator(config: Config, model: RefWanTransformer3DModel) -> Traina
         model.enable_gradient_checkpointing()
     trainable = enable_trainable(model, train_fused_path=config.model.train_fused_path)
     cast_base(model, {"fp32": torch.float32, "bf16": torch.bfloat16}[config.model.base_dtype])
+    if precision == "fp32":
+        cast_base(model, torch.float32)
     return trainable
 
 
-def load_generator(config: Config, path: str | Path) -> tuple[RefWanTransformer3DModel, TrainableSet]:
-    """The frozen base with its trainable parts, ready for training."""
-    model = new_transformer(config)
-    load_generator_checkpoint(model, path, use_ema=config.model.use_ema)
-    return model, prepare_generator(config, model)
+def load_generator(
+    config: Config, path: str | Path, *, precision: str = "fp32"
+) -> tuple[RefWanTransformer3DModel, TrainableSet]:
+    """The frozen base with its trainable parts. precision: see prepare_generator."""
+    state = read_generator_state(path, use_ema=config.model.use_ema)
+    model = new_transformer(config, fused_path=config.model.train_fused_path or holds_fused_path(state))
+    load_generator_checkpoint(model, path, state=state)
+    return model, prepare_generator(config, model, precision=precision)
 
 
 # --- the small base ---------------------------------------------------------------------------------------------------
@@ -84,15 +97,6 @@ def ensure_base(config: Config, info: DistInfo) -> Path:
     path = base_path(config)
     if config.model.generator_ckpt is not None:
         return path
-    if config.training.base_steps == 0:
-        raise UserError(
-            "generator_ckpt is not set; give the folder or file of Wan2.1-T2V-1.3B, or base_steps to train a small "
-            "base first"
-        )
-    if config.model.codec != "patch" or config.model.text_encoder != "hash":
-        raise UserError(
-            "base_steps trains a small base on codec patch and text_encoder hash; for Wan's VAE give --generator-ckpt"
-        )
     wanted = min(config.training.base_steps, config.training.max_steps or config.training.base_steps)
     if base_steps_done(path) >= wanted:
         return path
@@ -108,82 +112,150 @@ def base_steps_done(path: Path) -> int:
     """Steps that a small base was trained for; 0 where there is none."""
     if not path.exists():
         return 0
-    with safe_open(str(path), "pt") as file:
-        return int((file.metadata() or {}).get("steps", 0))
+    try:
+        with safe_open(str(path), "pt") as file:
+            return int((file.metadata() or {}).get("steps", 0))
+    except (SafetensorError, ValueError, OSError) as error:
+        raise UserError(f"small base {path}: cannot be read ({error}); delete it and it is made again") from None
 
 
-def base_config(config: Config, world: int) -> Config:
-    """The settings under which the base is trained: every parameter, no references, text dropped now and then.
+def base_config(config: Config, world: int, **changes: Any) -> Config:
+    """The settings under which the base, or with changes its codec, is trained: every parameter, no references, text
+    dropped now and then.
 
     With a global batch size the base's step takes base_batch_size samples over all ranks, so that any number of them
     trains the same base; without one, every rank takes so many.
     """
-    batch_size = config.training.base_batch_size
-    if config.training.global_batch_size is not None:
+    training, batch_size = config.training, config.training.base_batch_size
+    if training.global_batch_size is not None:
         if batch_size % world:
             raise UserError(
                 f"training.base_batch_size {batch_size} does not divide over {world} ranks, and with global_batch_size "
                 f"the base's step has so many samples; use a multiple of {world}"
             )
         batch_size //= world
-    training = config.training.model_copy(
-        update=dict(
-            total_steps=config.training.base_steps, batch_size=batch_size, warmup_steps=50,
-            global_batch_size=None, gradient_accumulation_steps=1, learning_rate=config.training.base_learning_rate,
-            lr_scheduler_type="cosine", min_lr_ratio=0.05, p_drop_ref=0.0, p_drop_both=0.0, p_drop_text=0.1,
-            ema_decay=0.995, eval_steps=None, gradient_checkpointing=False, save=True,
-        )
+    settings = dict(
+        total_steps=training.base_steps, batch_size=batch_size, warmup_steps=50, global_batch_size=None,
+        gradient_accumulation_steps=1, learning_rate=training.base_learning_rate, lr_scheduler_type="cosine",
+        min_lr_ratio=0.05, p_drop_ref=0.0, p_drop_both=0.0, p_drop_text=0.1, ema_decay=0.995, eval_steps=None,
+        early_stopping_patience=None, gradient_checkpointing=False, save=True,
     )  # fmt: skip
-    return config.model_copy(update={"training": training, "adapter": None})
+    changed = training.model_copy(update={**settings, **changes})
+    return config.model_copy(update={"training": changed, "adapter": None})
 
 
 def train_base(config: Config, info: DistInfo, path: Path, steps: int) -> None:
-    """Fit the codec, train the whole transformer without references, and write both beside each other."""
-    config = base_config(config, info.world)
-    dataset = create_dataset(
-        config.data, seed=config.run.seed, time_range=(0.0, config.data.train_share), load_subjects=False
-    )
-    codec = fit_codec(dataset, path.parent / "codec.safetensors", config.run.seed, info)
+    """Make the codec, train the whole transformer, and write both beside each other.
+
+    With base_with_references the reference modules are trained along: a base that never saw a subject picture gives
+    them little to hold on to. It is then frozen all the same, and they go on alone.
+    """
+    codec_path = path.parent / "codec.safetensors"
+    if config.model.codec == "conv":
+        train_codec(config, info, codec_path)
+    else:
+        fit_codec(training_set(config, load_subjects=False), codec_path, config.run.seed, info)
+    codec = load_codec(config.model.codec, path.parent)
+    together = config.training.base_with_references
+    drops = dict(p_drop_text=0.1, p_drop_ref=0.1, p_drop_both=0.05) if together else {}
+    config = base_config(config, info.world, **drops)
+    dataset = training_set(config, load_subjects=together)
     model = new_transformer(config)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not is_reference_name(name))
-    encoders = Encoders(codec, HashText(config.model.text_dim, config.model.text_rows), None).to(info.device)
-    objective = RefImageFlowMatching(config, encoders, with_references=False)
-    plan = BatchPlan(len(dataset), config.training.batch_size, info.world, 1, config.run.seed, drop_last=False)
-    stream = MapStream(dataset, plan, info, collate=collate_opens2v_batch, num_workers=config.training.num_workers)
+        parameter.requires_grad_(together or not is_reference_name(name))
+    image = PixelImages() if together and config.model.clip_path != "off" else None
+    encoders = Encoders(codec, HashText(config.model.text_dim, config.model.text_rows), image).to(info.device)
+    objective = RefImageFlowMatching(config, encoders, with_references=together)
 
     def export(folder: Path, weights: dict[str, Tensor], ema: dict[str, Tensor] | None) -> None:
-        write_base(folder / "generator.safetensors", {**weights, **(ema or {})}, steps)
+        write_base(folder / "generator.safetensors", {**weights, **(ema or {})}, steps, together)
 
     result = fit(
-        config=config, info=info, model=model, stream=stream, losses=objective.losses, export=export,
-        wrap_classes=(RefWanBlock,), output_dir=path.parent, title="small text-to-video base",
+        config=config, info=info, model=model, stream=_stream(config, dataset, info), losses=objective.losses,
+        export=export, wrap_classes=(RefWanBlock,), output_dir=path.parent, title="small text-to-video base",
     )  # fmt: skip
+    _take(result, path.parent, "generator.safetensors", path, steps, info)
+
+
+def train_codec(config: Config, info: DistInfo, path: Path) -> None:
+    """Train the convolutional auto-encoder on the clips and on the subjects' pictures, which it also has to code."""
+    if path.exists():
+        return
+    steps = config.training.codec_steps or config.training.base_steps
+    config = base_config(
+        config, info.world, total_steps=steps, learning_rate=config.training.codec_learning_rate, ema_decay=0.0,
+        weight_decay=0.0, adam_beta2=0.99,
+    )  # fmt: skip
+    if config.training.max_steps is not None:
+        steps = min(steps, config.training.max_steps)
+    dataset, folder = training_set(config), path.parent / "codec"
+    seed_everything(config.run.seed, _WEIGHTS, 2)
+    model = ConvCodec()
+
+    def losses(model: Any, batches: list[dict], step: int) -> Iterator[tuple[Tensor, dict]]:
+        for batch in batches:
+            key, slots = (config.run.seed, _CODEC_NOISE, step), batch["slot"]
+            clips = normalise(batch["frames"].to(info.device))
+            pictures = batch["ref_pixels"].to(info.device)[:, 0].unsqueeze(2)
+            loss = torch.zeros((), device=info.device)
+            for frames, share in ((clips, 1.0), (pictures, 0.5)):
+                latent = (ConvCodec.channels, (frames.shape[2] - 1) // 4 + 1, *(n // 4 for n in frames.shape[-2:]))
+                level = keyed_rand((1,), key=(*key, 0), slots=slots, device=info.device)[:, :, None, None, None]
+                noise = keyed_randn(latent, key=(*key, frames.shape[2]), slots=slots, device=info.device)
+                rebuilt, size = model(frames, 0.3 * level * noise)
+                loss = loss + share * codec_loss(rebuilt.float(), frames, size.float())
+            yield loss / len(batches), {}
+
+    def export(folder: Path, weights: dict[str, Tensor], ema: dict[str, Tensor] | None) -> None:
+        trained = ConvCodec()
+        trained.load_state_dict({**trained.state_dict(), **weights})
+        trained.measure(normalise(torch.stack(_some_clips(dataset, config.run.seed, 128))))
+        save_file({name: value.contiguous() for name, value in trained.state_dict().items()}, folder / path.name)
+
+    result = fit(
+        config=config, info=info, model=model, stream=_stream(config, dataset, info), losses=losses, export=export,
+        output_dir=folder, title="small video auto-encoder",
+    )  # fmt: skip
+    _take(result, folder, path.name, path, steps, info)
+
+
+def _stream(config: Config, dataset: Samples, info: DistInfo) -> MapStream:
+    plan = BatchPlan(len(dataset), config.training.batch_size, info.world, 1, config.run.seed, drop_last=False)
+    return MapStream(dataset, plan, info, collate=collate_opens2v_batch, num_workers=config.training.num_workers)
+
+
+def _take(result: FitResult, folder: Path, name: str, path: Path, steps: int, info: DistInfo) -> None:
+    """Put the file that the last checkpoint of a finished phase holds where the next phase looks for it."""
     if result.step < steps:
-        raise UserError(f"the base was stopped at step {result.step} of {steps}; the same command goes on from there")
+        raise UserError(f"{folder}: stopped at step {result.step} of {steps}; the same command goes on from there")
     if info.is_main:
-        assert result.checkpoint is not None
+        # A run that was killed after its last save has trained nothing now: then the newest complete one is taken.
+        checkpoint = result.checkpoint or find_checkpoint(folder)
         with written_aside(path) as temporary:
-            shutil.copyfile(result.checkpoint / "generator.safetensors", temporary)
+            shutil.copyfile(checkpoint / name, temporary)
     barrier()
 
 
-def write_base(path: Path, weights: dict[str, Tensor], steps: int) -> None:
-    """Base weights under diffusers names, float32."""
-    base = {name: value.contiguous() for name, value in weights.items() if not is_reference_name(name)}
+def write_base(path: Path, weights: dict[str, Tensor], steps: int, with_references: bool = False) -> None:
+    """Base weights under diffusers names, float32; the reference modules as well where they were trained with it."""
+    names = [name for name in weights if with_references or not is_reference_name(name)]
+    base = {name: weights[name].contiguous() for name in names}
     save_file(base, path, metadata={"steps": str(steps), "format": json.dumps("opens2v small base")})
 
 
-def fit_codec(dataset: Any, path: Path, seed: int, info: DistInfo) -> PatchCodec:
+def fit_codec(dataset: Any, path: Path, seed: int, info: DistInfo) -> None:
     """The patch codec of a data set; made once, by rank 0, from a window of some clips."""
-    codec = PatchCodec()
     if info.is_main and not path.exists():
-        order = torch.randperm(len(dataset), generator=keyed_generator(seed, _CODEC_FRAMES))[:_CODEC_CLIPS].tolist()
-        codec.fit(torch.stack([dataset.sample(index, 0)["frames"] for index in order]))
+        codec = PatchCodec().fit(normalise(torch.stack(_some_clips(dataset, seed, _CODEC_CLIPS))))
         with written_aside(path) as temporary:
             save_file({name: value.contiguous() for name, value in codec.state_dict().items()}, temporary)
     barrier()
-    return load_patch_codec(path.parent)
+
+
+def _some_clips(dataset: Any, seed: int, count: int) -> list[Tensor]:
+    """The frames of up to `count` clips that can be read."""
+    order = torch.randperm(len(dataset), generator=keyed_generator(seed, _CODEC_FRAMES)).tolist()
+    return [item["frames"] for item in readable_samples(dataset, order, count)]
 
 
 def latent_shape(config: Config, frames: int, height: int, width: int) -> tuple[int, int, int, int]:

@@ -64,6 +64,24 @@ def read_trained(path: Path, *, use_ema: bool = True) -> dict[str, Tensor]:
 
 def load_trained(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
     """Put trained weights (canonical names, or those of a model.pt) into the model; UserError for what does not fit."""
+    renamed = _fitting(model, weights, source, "use the config.yaml that lies beside it")
+    model.load_state_dict(renamed, strict=False)
+
+
+def load_init(model: nn.Module, path: Path) -> None:
+    """Start a new run from trained adapters: all that they hold must fit; what they lack starts anew and is said.
+
+    So LoRA can be added in a second stage; the other way round, LoRA is merged by export.py first.
+    """
+    weights = read_trained(path)
+    advice = "give the settings that they were trained with (--r, --clip-path, ...), or merge LoRA with export.py first"
+    renamed = _fitting(model, weights, f"init_from {path}", advice)
+    model.load_state_dict(renamed, strict=False)
+    new = [name for name, p in model.named_parameters() if p.requires_grad and name not in renamed]
+    print(f"init_from {path}: {len(renamed)} tensors taken, {len(new)} start anew{f' ({new[0]}, ...)' if new else ''}")
+
+
+def _fitting(model: nn.Module, weights: dict[str, Tensor], source: str, advice: str) -> dict[str, Tensor]:
     own = model.state_dict()
     renamed = {_own_name(name, own): value for name, value in weights.items()}
     unexpected = [name for name in renamed if name not in own]
@@ -71,10 +89,9 @@ def load_trained(model: nn.Module, weights: dict[str, Tensor], source: str) -> N
     if unexpected or shapes:
         raise UserError(
             f"{source} does not fit the generator: {len(unexpected)} unexpected {unexpected[:3]}, {len(shapes)} of "
-            "another "
-            f"shape {shapes[:3]}; use the config.yaml that lies beside it"
+            f"another shape {shapes[:3]}; {advice}"
         )
-    model.load_state_dict(renamed, strict=False)
+    return renamed
 
 
 def _own_name(name: str, own: dict[str, Tensor]) -> str:

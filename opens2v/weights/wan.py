@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -67,6 +66,8 @@ _DIFFUSERS_TO_ORIGINAL = (
     (r"(blocks\.\d+)\.attn2\.", r"\1.cross_attn."),
 )
 _WRAPPERS = (
+    "model.diffusion_model.",  # ComfyUI's checkpoints
+    "diffusion_model.",
     "model.",
     "module.",
     "_fsdp_wrapped_module.",
@@ -74,6 +75,7 @@ _WRAPPERS = (
     "_orig_mod.",
     "base_model.model.",
 )
+_NO_GENERATORS = ("Wan2.1_VAE.pth",)  # beside the generator in the original folders
 _KEEP_FLOAT32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
 
 
@@ -115,88 +117,135 @@ def normalise_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_generator_state(path: str | Path, *, use_ema: bool = False) -> dict[str, Tensor]:
-    """Base weights under diffusers names from a .pt, .pth or .safetensors file or a diffusers folder.
+    """Base weights under diffusers names from a .pt, .pth, .bin or .safetensors file, or a folder that holds them: a
+    diffusers folder (its transformer or the whole model), or one with a single file such as LongLive's.
 
-    use_ema takes `generator_ema` of a .pt where it is there. Raises UserError for what cannot be read.
+    use_ema takes `generator_ema` of a .pt where it is there. LoRA of this project's own model.pt is merged in. Raises
+    UserError for what cannot be read.
     """
     path = Path(path)
     if not path.exists():
         raise UserError(
             f"generator_ckpt {path}: no such file or folder; give the folder of Wan2.1-T2V-1.3B or its weights file"
         )
-    if path.is_dir():
-        return normalise_state(_read_folder(path))
+    state: dict[str, Tensor] = {}
+    for file in _files_of(path) if path.is_dir() else [path]:
+        state |= _unwrapped(_read_file(file), file, use_ema)
+    return normalise_state(state)
+
+
+def _read_file(path: Path) -> Mapping:
     try:
         loaded = (
             load_file(path)
             if path.suffix == ".safetensors"
             else torch.load(path, map_location="cpu", weights_only=True)
         )
-    except (OSError, RuntimeError, SafetensorError, ValueError, EOFError, KeyError, TypeError) as error:
+    except Exception as error:  # the readers raise many kinds, one of them not public; all mean the same to a user
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
-            f"generator_ckpt {path}: cannot be read as weights ({_first_line(error)}); copy or download it again"
-        ) from None
-    except Exception as error:  # the unpickler has an error class of its own that is not public
-        raise UserError(
-            f"generator_ckpt {path}: cannot be read as weights ({_first_line(error)}); copy or download it again"
+            f"generator_ckpt {path}: cannot be read as weights ({reason}); copy or download it again"
         ) from None
     if not isinstance(loaded, dict):
         raise UserError(f"generator_ckpt {path}: holds {type(loaded).__name__}, a dict of tensors is needed")
-    if "critic" in loaded or "generator_lora" in loaded:
+    return loaded
+
+
+def _unwrapped(loaded: Mapping, path: Path, use_ema: bool) -> dict[str, Tensor]:
+    """The tensors of the generator in what a file holds."""
+    is_own = str(loaded.get("format", "")).startswith("opens2v")
+    if not is_own and ("critic" in loaded or "generator_lora" in loaded):
         warnings.warn(
             f"{path} comes from distillation (it holds critic or generator_lora): a few-step generator is no velocity "
-            "model over the "
-            "whole schedule, and flow matching with it frozen will not converge; use the undistilled Wan2.1-T2V-1.3B",
+            "model over the whole schedule, and flow matching with it frozen will not converge; use the undistilled "
+            "Wan2.1-T2V-1.3B",
             stacklevel=2,
         )
-    order = ("generator_ema", "generator") if use_ema else ("generator", "generator_ema")
     state: Mapping = loaded
+    found = ""
+    order = ("generator_ema", "generator") if use_ema else ("generator", "generator_ema")
     for key in (*order, "model", "state_dict"):
         inner = loaded.get(key)
         if isinstance(inner, Mapping):
-            state = inner
+            state, found = inner, key
             break
-    return normalise_state({name: value for name, value in state.items() if isinstance(value, Tensor)})
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if is_own and found == "generator_ema":  # averages are kept of what trains; the frozen rest stands beside them
+        tensors = {**loaded.get("generator", {}), **tensors}
+    if is_own:
+        lora = loaded.get("generator_lora_ema" if found == "generator_ema" else "generator_lora") or {}
+        adapter = (loaded.get("ref_config") or {}).get("adapter") or {}
+        merge_state(tensors, lora, float(adapter.get("lora_alpha", 1)), str(path))
+    return tensors
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+def merge_state(tensors: dict[str, Tensor], lora: Mapping[str, Tensor], alpha: float, source: str) -> None:
+    """Add LoRA products alpha / r B A to the weights that they belong to (names as in a model.pt), in float32."""
+    for name, down in lora.items():
+        if not name.endswith("lora_A.weight"):
+            continue
+        target = name.replace(".lora_A.weight", ".weight")
+        if target not in tensors:
+            raise UserError(
+                f"generator_ckpt {source}: holds LoRA for {target} and not the layer itself; train with "
+                "--save-full-generator, or give the base as --generator-ckpt and this file as --init-from"
+            )
+        product = lora[name.replace("lora_A", "lora_B")].float() @ down.float()
+        tensors[target] = (tensors[target].float() + alpha / len(down) * product).to(tensors[target].dtype)
 
 
-def _read_folder(folder: Path) -> dict[str, Tensor]:
+def _files_of(folder: Path) -> list[Path]:
+    """The weights files of a folder: all shards of an index, else the only file; UserError names what is unclear."""
     for candidate in (folder / "transformer", folder):
-        index = sorted(candidate.glob("*.safetensors.index.json"))
-        files = sorted(candidate.glob("*.safetensors"))
-        if index:
-            names = sorted(set(json.loads(index[0].read_text())["weight_map"].values()))
-            files = [candidate / name for name in names]
+        for suffix in (".safetensors", ".bin"):
+            index = sorted(candidate.glob(f"*{suffix}.index.json"))
+            files = sorted(candidate.glob(f"*{suffix}"))
+            if index:
+                names = sorted(set(json.loads(index[0].read_text())["weight_map"].values()))
+                files = [candidate / name for name in names]
+                missing = [str(file) for file in files if not file.exists()]
+                if missing:
+                    raise UserError(
+                        f"generator_ckpt {folder}: {missing[0]} of the weight index is missing; download the folder "
+                        "again"
+                    )
+            if files:
+                return files
+        files = sorted([*candidate.glob("*.pt"), *candidate.glob("*.pth")])
+        files = [file for file in files if file.name not in _NO_GENERATORS and not file.name.startswith("models_")]
+        if len(files) > 1:
+            raise UserError(
+                f"generator_ckpt {folder}: holds {len(files)} weights files ({', '.join(f.name for f in files[:4])}); "
+                "name one of them"
+            )
         if files:
-            missing = [str(file) for file in files if not file.exists()]
-            if missing:
-                raise UserError(
-                    f"generator_ckpt {folder}: {missing[0]} of the weight index is missing; download the folder again"
-                )
-            state: dict[str, Tensor] = {}
-            for file in files:
-                state.update(load_file(file))
-            return state
-        weights = sorted([*candidate.glob("*.pt"), *candidate.glob("*.pth")])
-        if weights:
-            return torch.load(weights[0], map_location="cpu", weights_only=True)
+            return files
     raise UserError(
-        f"generator_ckpt {folder}: holds no .safetensors, .pt or .pth file; give the folder that holds the transformer"
+        f"generator_ckpt {folder}: holds no .safetensors, .bin, .pt or .pth file of a generator; give the folder that "
+        "holds the transformer"
     )
 
 
+def holds_fused_path(state: Mapping[str, Tensor]) -> bool:
+    """Whether base weights bring a trained third path: it is kept, frozen, and adds to the output."""
+    return any(".k_fused." in name for name in state)
+
+
 def load_generator_checkpoint(
-    model: RefWanTransformer3DModel, path: str | Path, *, use_ema: bool = False
+    model: RefWanTransformer3DModel,
+    path: str | Path,
+    *,
+    use_ema: bool = False,
+    state: dict[str, Tensor] | None = None,
 ) -> dict[str, list[str]]:
     """Load base weights (and reference weights where the file has them) into the model, strictly.
 
-    Fails unless what is missing are reference modules, nothing is left over, and all shapes fit. Returns the names by
-    "loaded", "new" (reference modules not in the file).
+    state: what read_generator_state gave for the path, when it was read already. Fails unless what is missing are
+    reference modules, nothing is left over, and all shapes fit. Returns the names by "loaded", "new" (reference modules
+    not in the file).
     """
-    state, own = read_generator_state(path, use_ema=use_ema), model.state_dict()
+    state = read_generator_state(path, use_ema=use_ema) if state is None else state
+    own = model.state_dict()
     references = [name for name in own if is_reference_name(name)]
     load_strict(model, state, what=f"generator_ckpt {path}", allow_missing=references)
     new = [name for name in own if name not in state]

@@ -1,16 +1,22 @@
 """One checkpoint format for every system, strategy and number of ranks.
 
 A checkpoint is a folder: model.safetensors (trainable weights and buffers), ema.safetensors, optimizer.safetensors,
-trainer.json, config.yaml, and manifest.json (sizes and SHA-256 of all files), written last. It is written beside its
-place and renamed into it, so what is visible is complete; what was damaged later is told apart by its hashes.
+trainer.json, config.yaml, and manifest.json (sizes and SHA-256 of all files), written last. Saving is atomic: a
+temporary folder next to its place is renamed into it, so what is visible is complete; what was damaged later is
+detected by its hashes.
 """
 
+import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
+import pickle
 import shutil
 import struct
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,19 +29,26 @@ from torch import Tensor, nn
 
 from shared.config import read_yaml
 from shared.engine.dist import DistInfo, from_main, raise_together
-from shared.errors import CheckpointError, UserError, write_text
+from shared.errors import CheckpointError, UserError, remove_parts, sync_file, write_text
 
 FORMAT = 1
+TENSOR_FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
+OLD = ".tmp-old-"  # a checkpoint that is being replaced: its name and the process follow
 
 
 class CheckpointStore:
-    """The checkpoints of one run, in `root`."""
+    """The checkpoint manager: the checkpoints of one run, in `root`, all of one trajectory.
 
-    def __init__(self, root: Path, info: DistInfo, *, keep_last: int = 2, keep_every: int | None = None):
+    identity, in every manifest as "run": the trajectory's id, and its parent where it began at another checkpoint.
+    """
+
+    def __init__(self, root: Path, info: DistInfo, *, keep_last: int | None = 2, keep_every: int | None = None):
         self.root, self.info, self.keep_last, self.keep_every = Path(root), info, keep_last, keep_every
+        self.identity = new_identity()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
         self._copied: dict[str, list[Tensor]] = {}  # kept from save to save: fresh memory costs more than the copying
+        self._verified: dict[Path, tuple] = {}  # checkpoints written or hashed by this process, as they were then
 
     def save(
         self,
@@ -54,11 +67,11 @@ class CheckpointStore:
         tensors: file name -> (specs [(name, shape, dtype)], values in that order); drawing a value may be a collective.
         extra(folder): rank 0 writes further files. best: the best checkpoint so far, which is kept.
         background: copy the values now (into memory that rank 0 keeps for all of them) and write in a thread; an error
-        comes up in the next save() or wait().
+        comes up in the next save() or wait(). A checkpoint of that name and step that this trajectory wrote stays.
         """
         self.wait()
         final = self.root / name
-        if from_main(final.exists() and _is_valid(final)):
+        if from_main(self.info.is_main and self._is_own(final, step)):
             return final
         drawn = {file: (specs, iter(values)) for file, (specs, values) in tensors.items()}
         error: Exception | None = None
@@ -67,15 +80,28 @@ class CheckpointStore:
         if self.info.is_main:
             job = functools.partial(self._write, final, step, trainer, drawn, meta, extra, best)
             if background:
-                self._pending = self._writer.submit(_attempt, job)
+                self._pending = self._writer.submit(attempt, job)
                 return final
-            error = _attempt(job)
+            error = attempt(job)
         for _, values in drawn.values():  # gathering is a collective: every rank draws all, written or not
             for _ in values:
                 pass
         if not background:
             raise_together(error)
         return final
+
+    def rewrite(
+        self, folder: Path, *, trainer: dict, extra: Callable[[Path], None] | None = None, best: str | None = None
+    ) -> None:
+        """Give the newest checkpoint another trainer.json, and with `extra` other further files; a collective.
+
+        Its tensors are not written again (hard links). As for a new one, what is visible is always whole.
+        """
+        self.wait()
+        error = None
+        if self.info.is_main:
+            error = attempt(functools.partial(self._rewrite, folder, trainer, extra, best))
+        raise_together(error)
 
     def wait(self) -> None:
         """Let a save in the background end; a collective. Raises its error on all ranks."""
@@ -98,30 +124,60 @@ class CheckpointStore:
         self._copied[file] = copies
         return copies
 
+    # --- writing, on rank 0 -------------------------------------------------------------------------------------------
+
+    def _is_own(self, final: Path, step: int) -> bool:
+        try:
+            manifest = read_manifest(final)
+        except CheckpointError:
+            return False
+        return manifest["step"] == step and manifest.get("run") == self.identity and self.is_whole(final)
+
     def _write(
         self, final: Path, step: int, trainer: dict, drawn: dict, meta: dict, extra: Callable | None, best: str | None
     ) -> None:
-        """Rank 0: everything from the temporary folder to the removal of older checkpoints."""
-        temporary = self.root / f".tmp-{final.name}-{os.getpid()}"
-        try:
-            self._make_room(temporary)
+        """Everything from the temporary folder to the removal of older checkpoints."""
+        with self._temporary(final) as temporary:
             files = {file: write_safetensors(temporary / file, *parts) for file, parts in drawn.items()}
             self._write_rest(temporary, trainer, meta, step, extra, files)
             self._commit(temporary, final)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        self._point(final.name, best)
+        self.point(final.name, best)
         self._prune(best)
 
-    def _make_room(self, temporary: Path) -> None:
+    def _rewrite(self, final: Path, trainer: dict, extra: Callable | None, best: str | None) -> None:
+        manifest = read_manifest(final)
+        files = {name: entry for name, entry in manifest["files"].items() if name != "trainer.json"}
+        if extra is not None:
+            files = {name: entry for name, entry in files.items() if name in TENSOR_FILES}
+        meta = {name: value for name, value in manifest.items() if name not in ("format", "step", "files", "sha256")}
+        with self._temporary(final) as temporary:
+            for name in files:
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                _link(final / name, temporary / name)
+            self._write_rest(temporary, trainer, meta, manifest["step"], extra, files)
+            self._commit(temporary, final)
+        self.point(final.name, best)
+
+    @contextlib.contextmanager
+    def _temporary(self, final: Path) -> Iterator[Path]:
         self.root.mkdir(parents=True, exist_ok=True)
-        for left in self.root.glob(".*"):  # of a run that was killed while it wrote
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
-            else:
-                left.unlink(missing_ok=True)
+        self.recover()
+        temporary = self.root / f".tmp-{final.name}-{os.getpid()}"
         temporary.mkdir()
+        try:
+            yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def recover(self) -> None:
+        """Finish or undo what a killed run of this folder was doing: called when no other writes in it."""
+        for left in sorted(self.root.glob(".tmp-*")):
+            name = left.name.removeprefix(OLD).rpartition("-")[0]
+            if left.name.startswith(OLD) and not (self.root / name).exists():
+                left.rename(self.root / name)  # killed between the two renames of a replacement
+            elif left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+        remove_parts(self.root)
 
     def _write_rest(
         self, folder: Path, trainer: dict, meta: dict, step: int, extra: Callable | None, files: dict
@@ -130,46 +186,94 @@ class CheckpointStore:
         if extra is not None:
             extra(folder)
         for path in sorted(folder.rglob("*")):
-            if path.is_file() and path.name not in files:
+            if path.is_file() and str(path.relative_to(folder)) not in files:
                 files[str(path.relative_to(folder))] = _describe(path)
-        manifest = {"format": FORMAT, "step": step, **meta, "files": files}
+        manifest = {"format": FORMAT, "step": step, **meta, "run": self.identity, "files": files}
         manifest["sha256"] = _digest(manifest)
         write_text(folder / "manifest.json", json.dumps(manifest, indent=1), sync=True)
 
     def _commit(self, temporary: Path, final: Path) -> None:
-        damaged = self.root / f".tmp-damaged-{final.name}-{os.getpid()}"
-        if final.exists():  # found damaged above
-            final.rename(damaged)
+        old = self.root / f"{OLD}{final.name}-{os.getpid()}"
         _sync_folder(temporary)
+        if final.exists():  # damaged, of another trajectory, or written again
+            final.rename(old)
         os.rename(temporary, final)
         _sync_folder(self.root)
-        shutil.rmtree(damaged, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        self._verified[final] = _signature(final)
 
-    def _point(self, name: str, best: str | None) -> None:
-        for mark, target in (("latest", name), ("best", best)):
+    def point(self, latest: str | None, best: str | None) -> None:
+        """Write the marks `latest` and `best`, which are for people: nothing is decided by them while training."""
+        for mark, target in (("latest", latest), ("best", best)):
             if target is not None:
                 write_text(self.root / mark, target + "\n", sync=True)
 
     def _prune(self, best: str | None) -> None:
-        found = self.listed()
-        keep = {path for _, path in found[: self.keep_last]}
-        for step, path in found:
-            if path in keep or path.name == best or (self.keep_every and step % self.keep_every == 0):
+        """Delete what is older than the `keep_last` newest whole checkpoints, but for the best one, those of keep_every
+        and those marked "keep". A damaged one takes no place among them, so that the last whole one always stays.
+        """
+        if self.keep_last is None:
+            return
+        whole = 0
+        for step, path in self.listed():
+            if whole < self.keep_last:
+                whole += self.is_whole(path)
                 continue
-            trash = self.root / f".tmp-del-{path.name}"
+            if path.name == best or (self.keep_every and step % self.keep_every == 0) or _is_kept(path):
+                continue
+            trash = self.root / f".tmp-del-{path.name}-{os.getpid()}"
             path.rename(trash)
             shutil.rmtree(trash, ignore_errors=True)
+
+    def set_aside(self, reason: str, *, after: int | None = None) -> Path | None:
+        """Move checkpoints out of the way, into a folder next to `root`: all, or those after a step and those that
+        cannot be read. The log of their steps is copied there. None where there was nothing to move.
+        """
+        steps = {path: step for step, path in self.listed()}
+        moved = [path for path in self.folders() if after is None or steps.get(path, after + 1) > after]
+        if not moved:
+            return None
+        place = self.root.with_name(f"{self.root.name}.{reason}-{time.strftime('%Y%m%d-%H%M%S')}")
+        for number in itertools.count(2):
+            if not place.exists():
+                break
+            place = place.with_name(f"{place.name.partition('~')[0]}~{number}")
+        place.mkdir()
+        for path in moved:
+            path.rename(place / path.name)
+        for name in ("metrics.jsonl", "config.yaml"):
+            with contextlib.suppress(OSError):
+                shutil.copy2(self.root.parent / name, place / name)
+        with contextlib.suppress(OSError):
+            if not (self.root / (self.root / "best").read_text().strip()).exists():
+                (self.root / "best").unlink()
+        return place
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    def folders(self) -> list[Path]:
+        """Every folder that looks like a checkpoint, readable or not."""
+        found = self.root.iterdir() if self.root.is_dir() else ()
+        return sorted(path for path in found if path.is_dir() and not path.name.startswith("."))
 
     def listed(self) -> list[tuple[int, Path]]:
         """(step, folder) of every checkpoint that has a readable manifest, newest first; contents are not checked."""
         found = []
-        for path in self.root.glob("*/manifest.json") if self.root.exists() else ():
-            if not path.parent.name.startswith("."):
-                try:
-                    found.append((int(json.loads(path.read_text())["step"]), path.parent))
-                except (ValueError, KeyError, TypeError, OSError):
-                    continue
+        for path in self.folders():
+            with contextlib.suppress(CheckpointError):
+                found.append((read_manifest(path)["step"], path))
         return sorted(found, reverse=True, key=lambda item: (item[0], item[1].name))
+
+    def is_whole(self, path: Path) -> bool:
+        """Whether all files have the right hash. What this process wrote or hashed is not hashed a second time, unless
+        a file was touched.
+        """
+        with contextlib.suppress(OSError, CheckpointError):
+            if self._verified.get(path) != _signature(path):
+                verify(path)
+                self._verified[path] = _signature(path)
+            return True
+        return False
 
     def newest_valid(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint whose files all have the right hash, and sentences on the others; rank 0 decides."""
@@ -178,40 +282,56 @@ class CheckpointStore:
     def look(self) -> tuple[Path | None, list[str]]:
         """newest_valid() of this process alone."""
         readable = self.listed()
-        folders = sorted(path for path in self.root.iterdir() if path.is_dir()) if self.root.is_dir() else []
         known = {path for _, path in readable}
         passed_over = [
-            f"{path}: manifest.json is missing or unreadable"
-            for path in folders
-            if path not in known and not path.name.startswith(".")
+            f"{path}: manifest.json is missing or unreadable" for path in self.folders() if path not in known
         ]
         for _, path in readable:
+            if self.is_whole(path):
+                return path, passed_over
             try:
                 verify(path)
             except CheckpointError as error:
                 passed_over.append(str(error))
-            else:
-                return path, passed_over
         return None, passed_over
+
+
+def new_identity(parent: str | None = None, settings: str | None = None) -> dict[str, str | None]:
+    """A trajectory: its id; its parent, the SHA-256 of the manifest that it began at; the settings of its beginning."""
+    return {"id": uuid.uuid4().hex[:16], "parent": parent, "settings": settings}
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest of a checkpoint, its form checked; CheckpointError where it is missing or no manifest."""
+    path = folder / "manifest.json"
+    try:
+        if not path.is_file():
+            raise ValueError("no file")
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        step, files, digest = manifest["step"], manifest["files"], manifest["sha256"]
+        sound = isinstance(step, int) and isinstance(files, dict) and isinstance(digest, str)
+        for name, entry in files.items():
+            inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+            sound = sound and inside and isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)
+        if not sound:
+            raise ValueError("another form")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError(f"{folder}: manifest.json is missing or unreadable; use another checkpoint") from None
+    return manifest
 
 
 def verify(path: Path) -> dict:
     """The manifest of a checkpoint whose files agree with it in size and hash; CheckpointError names what differs."""
-    try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        claimed = manifest.pop("sha256")
-        files = dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{path}: manifest.json is missing or unreadable; use another checkpoint") from None
+    manifest = read_manifest(path)
+    claimed = manifest.pop("sha256")
     if _digest(manifest) != claimed:
         raise CheckpointError(f"{path}: manifest.json was changed after it was written; use another checkpoint")
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path}: checkpoint format {manifest.get('format')}, this code reads {FORMAT}")
-    for name, expected in files.items():
-        try:
-            found = (path / name).stat().st_size
-        except OSError:
-            raise CheckpointError(f"{path}: {name} is missing; use another checkpoint") from None
+    for name, expected in manifest["files"].items():
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path}: {name} is missing; use another checkpoint")
+        found = (path / name).stat().st_size
         if found != expected["bytes"]:
             raise CheckpointError(
                 f"{path}: {name} has {found} bytes, {expected['bytes']} were written; use another checkpoint"
@@ -219,6 +339,23 @@ def verify(path: Path) -> dict:
         if _describe(path / name)["sha256"] != expected["sha256"]:
             raise CheckpointError(f"{path}: {name} is damaged (its SHA-256 differs); use another checkpoint")
     return manifest
+
+
+def _is_kept(path: Path) -> bool:
+    return bool(read_manifest(path).get("keep"))
+
+
+def _signature(path: Path) -> tuple:
+    """Changes when a file of the folder is written to."""
+    found = [(item, item.stat()) for item in sorted(path.rglob("*"))]
+    return tuple((str(item), stat.st_size, stat.st_mtime_ns, stat.st_ino) for item, stat in found)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
 
 
 # --- reading weights --------------------------------------------------------------------------------------------------
@@ -242,23 +379,23 @@ def open_run(path: Path | str, say: Callable[[str], None] | None = None) -> Path
     return folder
 
 
-def find_checkpoint(path: Path | str) -> Path:
-    """open_run() without a word."""
-    return _choose(Path(path))[0]
+def find_checkpoint(path: Path | str, *, newest: bool = False) -> Path:
+    """open_run() without a word. newest: of a run folder always the newest, as resuming wants it."""
+    return _choose(Path(path), may_be_best=not newest)[0]
 
 
-def _choose(path: Path) -> tuple[Path, str]:
+def _choose(path: Path, may_be_best: bool = True) -> tuple[Path, str]:
     for folder in (path, path.parent / "checkpoints" / path.name):
         if (folder / "manifest.json").exists():
             return folder, f"step {verify(folder)['step']}, as named"
     passed_over: list[str] = []
     if (path / "checkpoints").is_dir():
         newest, passed_over = CheckpointStore(path / "checkpoints", DistInfo()).look()
-        best = _best_of_early_stopping(path) if newest is not None else None
+        best = _best_of_early_stopping(path) if newest is not None and may_be_best else None
         if best is not None:
             return best, f"step {verify(best)['step']}, the best by validation; {newest} is the newest"
         if newest is not None:
-            step = json.loads((newest / "manifest.json").read_text())["step"]
+            step = read_manifest(newest)["step"]
             newer = f"; passed over {'; passed over '.join(passed_over)}" if passed_over else ""
             return newest, f"step {step}, the newest{newer}"
     found = sorted(item.parent.name for item in path.parent.glob("*/manifest.json")) if path.parent.is_dir() else []
@@ -305,6 +442,11 @@ def _load_file(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # torch's own sentence advises to switch the protection off
+        raise CheckpointError(
+            f"{path}: holds Python objects besides tensors, which could run code and are not loaded; save its state "
+            "dict alone, or use a .safetensors file"
+        ) from None
     except Exception as error:  # the readers raise many kinds; all mean the same to a user
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: cannot be read as weights ({reason}); download or copy it again") from None
@@ -354,6 +496,19 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def sampled_digest(model: nn.Module) -> str:
+    """SHA-256 over names, shapes and some thousand evenly spread numbers of each trainable parameter: equal first
+    weights on all ranks are seen at once, whatever their size.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.device.type != "meta":
+            flat = parameter.detach().flatten()
+            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+            digest.update(flat[:: max(1, len(flat) // 4096)].cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def frozen_digest(model: nn.Module) -> str | None:
     """SHA-256 over names, dtypes and bytes of the frozen parameters; None where there are none."""
     digest, any_frozen = hashlib.sha256(), False
@@ -365,20 +520,13 @@ def frozen_digest(model: nn.Module) -> str | None:
     return digest.hexdigest() if any_frozen else None
 
 
-def _attempt(action: Callable[[], Any]) -> Exception | None:
+def attempt(action: Callable[[], Any]) -> Exception | None:
+    """The error of an action, for raise_together()."""
     try:
         action()
     except Exception as error:  # handed to raise_together, which raises it on all ranks
         return error
     return None
-
-
-def _is_valid(path: Path) -> bool:
-    try:
-        verify(path)
-    except CheckpointError:
-        return False
-    return True
 
 
 def _describe(path: Path) -> dict:
@@ -430,8 +578,7 @@ def write_safetensors(path: Path, specs: list[tuple[str, tuple, torch.dtype]], v
             file.write(block)
             digest.update(block)
             written += len(block)
-        file.flush()
-        os.fsync(file.fileno())
+        sync_file(file)
     return {"bytes": written, "sha256": digest.hexdigest()}
 
 

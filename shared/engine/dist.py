@@ -9,10 +9,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as torch_dist
@@ -21,6 +21,7 @@ from torch import Tensor
 from shared.errors import UserError
 
 LAST_COLLECTIVE = 0.1  # seconds that a thread may take to drop it
+STORE_SECONDS = 2.0  # that the ranks' common store may take to say who is late
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def use_tf32(allowed: bool) -> None:
 
 def keep_freed_memory() -> None:
     """Let glibc keep the memory of freed tensors up to 1 GiB instead of returning it to the system at every operation:
-    each page that comes anew costs a fault, together a fifth of a small CPU step. Nothing with another C library.
+    each fresh page costs a fault, together a fifth of a small CPU step. Nothing with another C library.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -165,6 +166,19 @@ def same_on_all_ranks(value: Any, what: str) -> None:
             )
 
 
+def same_settings_on_all_ranks(facts: dict[str, Any]) -> None:
+    """Raise a UserError on every rank that names each fact in which a rank differs from rank 0."""
+    first = from_main(facts)
+    names = [name for name in {**first, **facts} if first.get(name) != facts.get(name)]
+    found = [f"{name} is {facts.get(name)!r} instead of {first.get(name)!r}" for name in names]
+    for rank, differing in enumerate(gather_objects(found)):
+        if differing:
+            raise UserError(
+                f"rank {rank} has other settings than rank 0: {'; '.join(differing[:12])}; start every node with the "
+                "same command, code and libraries"
+            )
+
+
 def raise_together(error: Exception | None) -> None:
     """Raise on every rank when any rank met an error, so that none waits for the others."""
     texts = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
@@ -189,10 +203,26 @@ def naming_late_ranks() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        late = _late_ranks() if is_distributed() else ""
+        late = _in_time(_late_ranks) if is_distributed() else ""
+        if late is None:
+            late = "the ranks' common store does not answer: the first node, or the network to it, is gone"
         if not late:
             raise
         raise RuntimeError(f"{error}\n{late}") from error
+
+
+def _in_time(ask: Callable[[], str]) -> str | None:
+    """The answer, or None when it takes longer than STORE_SECONDS: what words an error must not wait for ever."""
+    answers: list[str] = []
+
+    def answer() -> None:
+        with contextlib.suppress(RuntimeError):  # a store that is gone
+            answers.append(ask())
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    thread.join(STORE_SECONDS)
+    return answers[0] if answers else None
 
 
 def _late_ranks() -> str:
@@ -223,20 +253,34 @@ def shutdown() -> None:
 # When to stop: a signal or the time limit. The loop agrees on the flag over ranks and saves before it leaves.
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class StopFlag:
-    """Context that makes SIGTERM, SIGINT, SIGUSR1 or the time limit a reason to stop; a second SIGINT raises."""
+    """Context that makes SIGTERM, SIGINT, SIGHUP, SIGUSR1 or the time limit a reason to stop; a second SIGINT raises.
+
+    There is one flag a process: a signal that comes in the last save of one phase stops the next one before its first
+    step. The time limit counts from start_clock(), for all phases together.
+    """
+
+    pending: ClassVar[str | None] = None  # the signal on which no run has acted yet
+    clock: ClassVar[float | None] = None
 
     def __init__(self, time_limit_minutes: float | None = None):
-        self.deadline = None if time_limit_minutes is None else time.monotonic() + 60 * time_limit_minutes
-        self.signal_name: str | None = None
+        began = time.monotonic() if StopFlag.clock is None else StopFlag.clock
+        self.deadline = None if time_limit_minutes is None else began + 60 * time_limit_minutes
         self._before: dict = {}
+
+    @classmethod
+    def start_clock(cls) -> None:
+        """The time limit counts from now on."""
+        cls.clock = time.monotonic()
 
     def __enter__(self) -> "StopFlag":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            # nohup has SIGHUP ignored, and means it
+            numbers = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -244,15 +288,15 @@ class StopFlag:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_name is not None and number == signal.SIGINT:
+        if StopFlag.pending is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal_name = signal.Signals(number).name
+        StopFlag.pending = signal.Signals(number).name
 
     @property
     def reason(self) -> str | None:
         """Why to stop, or None."""
-        if self.signal_name is not None:
-            return self.signal_name
+        if StopFlag.pending is not None:
+            return StopFlag.pending
         if self.deadline is not None and time.monotonic() >= self.deadline:
             return "the time limit"
         return None

@@ -1,6 +1,7 @@
 """ddp and fsdp (FSDP2) behind the interface of strategy.py, and the choice of a strategy by its name."""
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator
 
 import torch
@@ -104,17 +105,23 @@ class FSDP(Strategy):
         return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
+def check_strategy(name: str | None, world: int, cpu_offload: bool) -> str:
+    """The strategy that is meant. UserError for what cannot work."""
+    name = name or ("ddp" if world > 1 else "none")
+    if name == "none" and world > 1:
+        raise UserError(f"--strategy none runs on one rank, {world} were started; use ddp, fsdp, zero1, zero2 or zero3")
+    if cpu_offload and name in ("none", "ddp"):
+        raise UserError(f"--cpu-offload works with the strategies fsdp, zero1, zero2 and zero3, not with {name}")
+    if name.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(f"--strategy {name} needs DeepSpeed: pip install 'deepspeed>=0.19,<0.20'")
+    return name
+
+
 def make_strategy(
     name: str | None, info: DistInfo, precision: str, training: TrainingSection, cpu_offload: bool = False
 ) -> Strategy:
     """The strategy of that name; null means ddp on several ranks and none on one. UserError for what cannot work."""
-    name = name or ("ddp" if info.world > 1 else "none")
-    if name == "none" and info.world > 1:
-        raise UserError(
-            f"--strategy none runs on one rank, {info.world} were started; use ddp, fsdp, zero1, zero2 or zero3"
-        )
-    if cpu_offload and name in ("none", "ddp"):
-        raise UserError(f"--cpu-offload works with the strategies fsdp, zero1, zero2 and zero3, not with {name}")
+    name = check_strategy(name, info.world, cpu_offload)
     if name == "none":
         return Strategy(name, info, precision, training)
     ensure_group()

@@ -1,21 +1,38 @@
 """What a checkpoint holds of strategy and EMA, and how it comes back under any strategy and number of ranks."""
 
 import functools
+import hashlib
 import importlib.metadata
 import json
-import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shared.config import check_resume, config_digest, fixed_settings, save_config
+from shared.config import (
+    check_resume,
+    config_digest,
+    fixed_settings,
+    flat_settings,
+    is_place,
+    read_yaml,
+    save_config,
+)
 from shared.data import Stream
-from shared.engine.checkpoint import CheckpointStore, TensorFile, find_checkpoint, load_weights, persistent_buffers
-from shared.engine.dist import barrier, from_main
+from shared.engine.checkpoint import (
+    CheckpointStore,
+    TensorFile,
+    attempt,
+    find_checkpoint,
+    load_weights,
+    new_identity,
+    persistent_buffers,
+    read_manifest,
+)
+from shared.engine.dist import from_main, raise_together
 from shared.engine.strategy import EMA, MOMENTS, Strategy
 from shared.errors import CheckpointError, UserError
 
@@ -109,7 +126,7 @@ def restore_weights_only(path: Path, strategy: Strategy, ema: EMA | None, say: C
         )
         if ema is not None:
             ema.load_full(name, weights[name])
-    say(f"weights taken from {path}; it holds no optimizer state, average or position: these start anew at step 0")
+    say(f"weights taken from {path}; it holds no optimizer state, average or position: these start again at step 0")
 
 
 def versions() -> dict[str, str]:
@@ -162,67 +179,172 @@ def resume(
     stream: Stream,
     frozen: str | None,
     say: Callable[[str], None],
-) -> RunState:
-    """The state to continue from; weights, moments and averages are put into place."""
-    wish = config.run.resume
-    samples_per_step, fingerprint = stream.samples_per_step, stream.fingerprint
-    if wish == "none":
-        _set_aside(store, say)
-        return RunState(fingerprint=fingerprint, global_batch=samples_per_step)
-    if wish == "auto":
-        folder, passed_over = store.newest_valid()
-        for sentence in passed_over:
-            say(f"passed over {sentence}")
-    else:
-        path = Path(wish)
-        if path.is_file():
-            restore_weights_only(path, strategy, ema, say)
-            return RunState(fingerprint=fingerprint, global_batch=samples_per_step)
-        folder = find_checkpoint(path)
-    if folder is None:
-        return RunState(fingerprint=fingerprint, global_batch=samples_per_step)
-    trainer = json.loads((folder / "trainer.json").read_text())
-    differing = check_resume(trainer["fixed_settings"], fixed_settings(config))
+) -> tuple[RunState, Path | None]:
+    """The state to continue from and the checkpoint that it is in (None at step 0); weights, moments and averages are
+    put into place. Checkpoints that the new trajectory does not go through are set aside, once all has been checked.
+
+    UserError for a checkpoint that does not fit, and where there are checkpoints of which none can be read.
+    """
+    chosen = from_main(_attempt_choice(config, store) if store.info.is_main else None)
+    if isinstance(chosen, Exception):
+        raise chosen
+    for note in chosen.notes:
+        say(note)
+    state, folder = RunState(fingerprint=stream.fingerprint, global_batch=stream.samples_per_step), chosen.folder
+    trainer: dict = {}
+    if folder is not None:
+        try:
+            trainer = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+            state = RunState(**trainer["run_state"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"{folder}: trainer.json is not one of a run ({type(error).__name__})") from None
+        _compare(folder, trainer, config, strategy.precision, frozen, say)
+        if stream.fingerprint != state.fingerprint and not config.run.allow_data_change:
+            raise UserError(
+                f"{folder} was trained on another list of samples (fingerprint {state.fingerprint}, now "
+                f"{stream.fingerprint}); use the same data, or --allow-data-change"
+            )
+        state.fingerprint = stream.fingerprint
+        _fit_global_batch(state, stream.samples_per_step, say)
+    store.identity = chosen.identity
+    if folder is not None:
+        try:
+            restore(folder, trainer, strategy, ema, say)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{folder}: trainer.json is not one of a run ({error!r})") from None
+        say(f"resumed from {folder} at step {state.step}")
+    elif chosen.weights is not None:
+        restore_weights_only(chosen.weights, strategy, ema, say)
+    raise_together(attempt(lambda: _set_aside(chosen, state.step, store, say)) if store.info.is_main else None)
+    return state, folder
+
+
+@dataclass
+class _Choice:
+    """Where a run begins: a checkpoint, a file of weights, or neither."""
+
+    folder: Path | None
+    identity: dict
+    weights: Path | None = None
+    aside: str = ""  # why other checkpoints of the folder are set aside; empty: they are not
+    notes: list[str] = field(default_factory=list)
+
+
+def _attempt_choice(config: Any, store: CheckpointStore) -> "_Choice | Exception":
+    try:
+        store.recover()
+        return _choose(config, store)
+    except (UserError, OSError) as error:  # raised on all ranks
+        return error
+
+
+def _choose(config: Any, store: CheckpointStore) -> _Choice:
+    wish, settings = config.run.resume, settings_digest(config)
+    if wish == "none" and store.info.restart == 0:
+        return _Choice(None, new_identity(), aside="starting again from step 0 as asked")
+    if wish in ("auto", "none"):
+        newest, passed_over = store.look()
+        if newest is None and passed_over:
+            raise UserError(
+                f"{store.root} holds {len(passed_over)} checkpoint(s), and none can be read: {passed_over[0]}; put a "
+                "copy of one there, give another --output-dir, or start again with --resume none, which keeps them"
+            )
+        return _Choice(newest, _identity_of(newest), notes=[f"passed over {sentence}" for sentence in passed_over])
+    path = Path(wish)
+    weights = path if path.is_file() else None
+    folder = None if weights else find_checkpoint(path, newest=True)
+    parent = f"{path.name} {path.stat().st_size}" if weights else read_manifest(folder or path)["sha256"]
+    newest, passed_over = store.look()
+    began = _identity_of(newest)
+    if newest is not None and (began.get("parent"), began.get("settings")) == (parent, settings):
+        # the same command once more, by a scheduler or after a crash: it must not throw away its own work
+        return _Choice(newest, began, notes=[f"this run began at {path}; it goes on from its newest checkpoint"])
+    if newest is not None and folder is not None and folder.resolve() == newest.resolve() and not passed_over:
+        return _Choice(newest, began)
+    aside = f"going back to {path}" if newest is not None or passed_over else ""
+    return _Choice(folder, new_identity(parent, settings), weights, aside)
+
+
+def _identity_of(folder: Path | None) -> dict:
+    found = read_manifest(folder).get("run") if folder is not None else None
+    return found if isinstance(found, dict) else new_identity()  # written before manifests had one
+
+
+def _set_aside(chosen: _Choice, step: int, store: CheckpointStore, say: Callable[[str], None]) -> None:
+    if not chosen.aside:
+        return
+    inside = chosen.folder is not None and chosen.folder.resolve().parent == store.root.resolve()
+    place = store.set_aside(f"after-step-{step}" if inside else "before", after=step if inside else None)
+    if place is not None:
+        say(f"{chosen.aside}; the former checkpoints{f' after step {step}' if inside else ''} lie in {place}")
+    if chosen.folder is not None and inside:
+        store.point(chosen.folder.name, None)
+
+
+def settings_digest(config: Any) -> str:
+    """SHA-256 of all settings but places, how long this call trains, and where it begins."""
+    left_out = ("run.resume", "training.max_steps", "training.total_steps", "training.num_epochs", "run.run_name")
+    settings = {
+        name: value for name, value in flat_settings(config).items() if not is_place(name) and name not in left_out
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _compare(
+    folder: Path, trainer: dict, config: Any, precision: str, frozen: str | None, say: Callable[[str], None]
+) -> None:
+    """Refuse a checkpoint whose fixed settings, precision or base are others; say every other setting that differs."""
+    manifest = read_manifest(folder)
+    differing = check_resume(trainer.get("fixed_settings", {}), fixed_settings(config))
+    if manifest.get("precision", precision) != precision:
+        differing.append(f"run.precision was {manifest['precision']!r}, is {precision!r}")
     if differing:
         raise UserError(
             f"{folder} was made with other settings: {'; '.join(differing)}; use the same, or another --output-dir"
         )
-    _check_base(folder, from_main(frozen))
-    state = RunState(**trainer["run_state"])
-    if fingerprint != state.fingerprint and not config.run.allow_data_change:
+    if manifest.get("frozen_sha256") != frozen:
         raise UserError(
-            f"{folder} was trained on another list of samples (fingerprint {state.fingerprint}, now {fingerprint}); "
-            "use the same data, or --allow-data-change"
+            f"{folder} was trained on another frozen base (SHA-256 {str(manifest.get('frozen_sha256'))[:12]}, now "
+            f"{str(frozen)[:12]}); give the same base weights"
         )
-    state.fingerprint = fingerprint
-    if state.global_batch != samples_per_step:
-        say(
-            f"one optimizer step now takes {samples_per_step} samples, before it took {state.global_batch}; "
-            f"the data go on after {state.samples_seen} samples "
-            f"(--global-batch-size {state.global_batch} would keep the run the same)"
-        )
-        state.data_step, state.stream = state.samples_seen // samples_per_step, None
-        state.global_batch = samples_per_step
-    restore(folder, trainer, strategy, ema, say)
-    say(f"resumed from {folder} at step {state.step}")
-    return state
+    saved = flat_settings(config, read_yaml(folder / "config.yaml")) if (folder / "config.yaml").is_file() else {}
+    now = {name: value for name, value in flat_settings(config).items() if name not in _SAID_ELSEWHERE}
+    for sentence in check_resume(saved, now):
+        say(f"changed setting: {sentence}")
+    for name, version in versions().items():
+        if manifest.get("versions", {}).get(name, version) != version:
+            say(f"changed library: {name} was {manifest['versions'][name]}, is {version}")
+    if manifest.get("code_sha256", code_digest(config)) != code_digest(config):
+        say("changed code: the checkpoint was written by another version of this repository")
 
 
-def _set_aside(store: CheckpointStore, say: Callable[[str], None]) -> None:
-    if store.info.is_main and store.listed():
-        aside = store.root.with_name(f"{store.root.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
-        store.root.rename(aside)
-        say(f"starting anew as asked; the former checkpoints lie in {aside}")
-    barrier()
+_SAID_ELSEWHERE = ("run.resume", "run.output_dir", "run.precision", "run.allow_data_change")
 
 
-def _check_base(folder: Path, frozen: str | None) -> None:
-    saved = json.loads((folder / "manifest.json").read_text()).get("frozen_sha256")
-    if saved != frozen:
-        raise UserError(
-            f"{folder} was trained on another frozen base (SHA-256 {str(saved)[:12]}, now {str(frozen)[:12]}); "
-            "give the same base weights"
-        )
+@functools.cache
+def _digest_of_code(folders: tuple[str, ...]) -> str:
+    root, digest = Path(__file__).resolve().parents[2], hashlib.sha256()
+    for path in sorted(path for folder in folders for path in (root / folder).rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def code_digest(config: Any) -> str:
+    """SHA-256 of the Python files of shared/ and of the system whose settings these are."""
+    return _digest_of_code(("shared", type(config).__module__.partition(".")[0]))
+
+
+def _fit_global_batch(state: RunState, samples_per_step: int, say: Callable[[str], None]) -> None:
+    if state.global_batch == samples_per_step:
+        return
+    say(
+        f"one optimizer step now takes {samples_per_step} samples, before it took {state.global_batch}; "
+        f"the data go on after {state.samples_seen} samples "
+        f"(--global-batch-size {state.global_batch} would keep the run the same)"
+    )
+    state.data_step, state.stream = state.samples_seen // samples_per_step, None
+    state.global_batch = samples_per_step
 
 
 def checkpoint_folder_name(state: RunState, stream: Stream, name: str, epoch_name: str | None) -> str:
@@ -242,20 +364,10 @@ def save_run(
     store: CheckpointStore,
     frozen: str | None,
     export: Callable | None,
+    *,
+    keep: bool = False,
 ) -> Path:
-    """Write a checkpoint of the run as it is; a collective."""
-    trainer = {**trainer_state(strategy, ema), "run_state": vars(state) | {}, "fixed_settings": fixed_settings(config)}
-    whole = None
-    if export is not None:  # a guide's own files want all weights at once
-        weights = {key: strategy.full("weight", key).clone() for key in strategy.parameters}
-        averaged = None if ema is None else {key: ema.full(key).clone() for key in strategy.parameters}
-        whole = (weights, averaged)
-
-    def extra(folder: Path) -> None:
-        save_config(config, folder / "config.yaml")
-        if export is not None and whole is not None:
-            export(folder, *whole)
-
+    """Write a checkpoint of the run as it is; a collective. keep: it is never deleted."""
     meta = {
         "world": strategy.info.world,
         "strategy": strategy.name,
@@ -263,14 +375,51 @@ def save_run(
         "config_sha256": config_digest(config),
         "frozen_sha256": frozen,
         "versions": versions(),
+        "code_sha256": code_digest(config),
+        **({"keep": True} if keep else {}),
     }
     return store.save(
         name,
         step=state.step,
-        trainer=trainer,
+        trainer=_trainer(config, state, strategy, ema),
         tensors=tensors_to_save(strategy, ema),
         meta=meta,
-        extra=extra,
+        extra=_exporter(config, strategy, ema, export),
         best=state.best_name,
         background=config.training.save_in_background,
     )
+
+
+def save_again(
+    folder: Path,
+    config: Any,
+    state: RunState,
+    strategy: Strategy,
+    ema: EMA | None,
+    store: CheckpointStore,
+    export: Callable | None,
+) -> None:
+    """Give a checkpoint of this very step the state after its validation; a collective. export: as in save_run, or
+    None where what was exported stays right.
+    """
+    extra = None if export is None else _exporter(config, strategy, ema, export)
+    store.rewrite(folder, trainer=_trainer(config, state, strategy, ema), extra=extra, best=state.best_name)
+
+
+def _trainer(config: Any, state: RunState, strategy: Strategy, ema: EMA | None) -> dict:
+    return {**trainer_state(strategy, ema), "run_state": vars(state) | {}, "fixed_settings": fixed_settings(config)}
+
+
+def _exporter(config: Any, strategy: Strategy, ema: EMA | None, export: Callable | None) -> Callable[[Path], None]:
+    """What rank 0 writes besides the tensors. A guide's own files want all weights at once: all ranks gather them."""
+    weights = averaged = None
+    if export is not None:
+        weights = {key: strategy.full("weight", key).clone() for key in strategy.parameters}
+        averaged = None if ema is None else {key: ema.full(key).clone() for key in strategy.parameters}
+
+    def extra(folder: Path) -> None:
+        save_config(config, folder / "config.yaml")
+        if export is not None:
+            export(folder, weights, averaged)
+
+    return extra

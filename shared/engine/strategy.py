@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from shared.config import TrainingSection
 from shared.engine.dist import DistInfo, gather_objects, use_tf32
 from shared.errors import UserError
-from shared.optim import FusedAdamW, adamw
+from shared.optim import FusedOptimizer, adamw
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("weight", *MOMENTS)
@@ -75,7 +75,7 @@ class Strategy:
         self.module: nn.Module
         self.model: nn.Module  # what the objective calls
         self.parameters: dict[str, nn.Parameter]
-        self.optimizer: FusedAdamW
+        self.optimizer: FusedOptimizer
 
     # --- set-up -------------------------------------------------------------------------------------------------------
 
@@ -117,7 +117,7 @@ class Strategy:
     def optimizer_step(self) -> StepInfo:
         """Clip, step and clear. A gradient that is not finite leaves the weights as they are, on all ranks alike.
 
-        The fused optimizer scales the gradients, or leaves the step out, by numbers on the device (FusedAdamW's
+        The fused optimizer scales the gradients, or leaves the step out, by numbers on the device (FusedOptimizer's
         attributes): nothing waits here but fp16, whose next loss scale depends on this step.
         """
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
@@ -282,8 +282,7 @@ def check_gradients_agree(strategy: Strategy, step: int) -> None:
 class EMA:
     """values <- decay values + (1 - decay) weights after every applied optimizer step.
 
-    warmup: decay min(decay, (1 + n) / (10 + n)) at update n = 0, 1, ..., so that a short run does not evaluate its
-    initial weights.
+    warmup: decay min(decay, (1 + n) / (10 + n)) at update n = 0, 1, ..., so that short runs forget their start.
     """
 
     def __init__(self, strategy: Strategy, decay: float, warmup: bool = True):

@@ -10,7 +10,7 @@ Shapes: H W of a picture, T frames, S side of a drawing.
 import hashlib
 import itertools
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -170,6 +170,10 @@ class Scenes:
         """uint8 (T, H, W, 3): the object crosses the picture from the first frame to the last."""
         return np.stack([self._painted(scene, frame / max(count - 1, 1)) for frame in range(count)])
 
+    def frame(self, scene: Scene, at: float) -> np.ndarray:
+        """uint8 (H, W, 3) of a moving scene. at: 0 first frame, 1 last."""
+        return self._painted(scene, at)
+
     def mask(self, scene: Scene, at: float = 0.5) -> np.ndarray:
         """How much of every pixel the objects cover: float32 (H, W) in [0, 1]. at: 0 first frame, 1 last."""
         covered = np.zeros((self.height, self.width), np.float32)
@@ -193,10 +197,10 @@ class Scenes:
     def sentence(self, scene: Scene, index: int, *, nouns: Sequence[str] | None = None) -> str:
         """A sentence that tells all of the ground truth, in words chosen by `index`. nouns: in place of the names."""
         draw = _generator(self.seed, _WORDS, index)
-        nouns = [drawing_name.lower() for drawing_name in nouns or [self.drawings[n].name for n in scene.objects]]
+        nouns = [noun.lower() for noun in nouns or [self.drawings[n].name for n in scene.objects]]
 
         def choose(options: Sequence[str]) -> str:
-            return options[draw.integers(len(options))]
+            return options[int(draw.integers(len(options)))]
 
         ground = _with_article(f"{choose(_GROUND_WORDS[scene.ground])} {choose(_BACKGROUND)}")
         if scene.relation:
@@ -234,10 +238,9 @@ class Scenes:
     def edit(self, scene: Scene, index: int) -> tuple[str, Scene]:
         """An instruction that changes one thing, and the scene after it; all else stays, shifts included."""
         draw = _generator(self.seed, _EDIT, index)
-        places = {"ground": GROUNDS, "place": PLACES, "size": SIZES, "relation": RELATIONS, "motion": MOTIONS}
-        what = [name for name in places if getattr(scene, name)]
-        what = what[draw.integers(len(what))]
-        values = [value for value in places[what] if value != getattr(scene, what)]
+        changeable = [name for name in _VALUES if getattr(scene, name)]
+        what = changeable[draw.integers(len(changeable))]
+        values = [value for value in _VALUES[what] if value != getattr(scene, what)]
         value, noun = values[draw.integers(len(values))], self.name(scene).lower()
         told = {
             "ground": f"make the background {value}",
@@ -246,7 +249,8 @@ class Scenes:
             "relation": f"put the {noun} {value} the {self.name(scene, 1).lower() if scene.relation else ''}",
             "motion": f"let the {noun} move {value}",
         }
-        return told[what], scene._replace(**{what: value})
+        change: dict[str, Any] = {what: value}
+        return told[what], scene._replace(**change)
 
     def alternatives(self, scene: Scene, what: str, *, among: int | None = None) -> list[Scene]:
         """The scene itself, then those that differ from it in `what` alone: object, second, ground, place, size,
@@ -254,14 +258,14 @@ class Scenes:
         """
         if what in ("object", "second"):
             which = int(what == "second")
-            others = [number for number in range(len(self.drawings)) if number not in scene.objects]
-            if among is not None and len(others) >= among:
+            numbers = [number for number in range(len(self.drawings)) if number not in scene.objects]
+            if among is not None and len(numbers) >= among:
                 draw = _generator(self.seed, _SCENE, 7, *scene.objects)
-                others = draw.choice(others, among - 1, replace=False).tolist()
-            swapped = [tuple(other if k == which else n for k, n in enumerate(scene.objects)) for other in others]
+                numbers = draw.choice(numbers, among - 1, replace=False).tolist()
+            swapped = [tuple(other if k == which else n for k, n in enumerate(scene.objects)) for other in numbers]
             return [scene, *(scene._replace(objects=objects) for objects in swapped)]
-        values = {"ground": GROUNDS, "place": PLACES, "size": SIZES, "relation": RELATIONS, "motion": MOTIONS}[what]
-        return [scene, *(scene._replace(**{what: value}) for value in values if value != getattr(scene, what))]
+        changes: list[dict[str, Any]] = [{what: value} for value in _VALUES[what] if value != getattr(scene, what)]
+        return [scene, *(scene._replace(**change) for change in changes)]
 
     # --- how it is done -----------------------------------------------------------------------------------------------
 
@@ -329,8 +333,15 @@ class Scenes:
 
 # --- words ------------------------------------------------------------------------------------------------------------
 
-_ORDERS = tuple(itertools.permutations(range(3)))  # the first changes nothing
+_ORDERS = [(a, b, 3 - a - b) for a, b in itertools.permutations(range(3), 2)]  # the first changes nothing
 _GROUND_NAMES, _SIZE_NAMES = tuple(GROUNDS), tuple(SIZES)
+_VALUES: dict[str, tuple[str, ...]] = {
+    "ground": _GROUND_NAMES,
+    "place": tuple(PLACES),
+    "size": _SIZE_NAMES,
+    "relation": tuple(RELATIONS),
+    "motion": tuple(MOTIONS),
+}
 _BACKGROUND = ("ground", "background", "backdrop")
 _GROUND_WORDS = {
     "red": ("red", "crimson"),
@@ -386,8 +397,7 @@ def _to_uint8(picture: np.ndarray) -> np.ndarray:
 
 
 def _first_repeated(names: list[str]) -> str | None:
-    seen: set[str] = set()
-    return next((name for name in names if name in seen or seen.add(name)), None)
+    return next((name for number, name in enumerate(names) if name in names[:number]), None)
 
 
 def _reached_from_border(is_light: np.ndarray) -> np.ndarray:

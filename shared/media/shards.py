@@ -23,7 +23,7 @@ _PLAIN_EXTRAS = re.compile(rb"(?:\d+ (?:[acm]time|[gu]id|[gu]name)=[^\n]*\n)+") 
 class Shards:
     """Samples of tar files: members that share a path up to the first dot of the name make one sample.
 
-    The headers are read once; the index lies beside the shards (or in `cache_dir`) as a memory-mapped array, so that a
+    The headers are read once; the index lies next to the shards (or in `cache_dir`) as a memory-mapped array, so that a
     million samples open at once with flat memory. shards[i] -> {"__key__": str, "jpg": bytes, "txt": bytes, ...}.
     """
 
@@ -51,6 +51,10 @@ class Shards:
             if extensions is None or extension in extensions:
                 sample[extension] = self._read(shard, offset, size)
         return sample
+
+    def path_of(self, index: int) -> Path:
+        """The shard that holds a sample."""
+        return self.paths[self._members(index)[0]]
 
     def names(self, index: int) -> tuple[str, list[str]]:
         """The sample's key and the extensions of its members, from the index alone."""
@@ -111,15 +115,33 @@ def _open_index(path: Path, cache_dir: Path | None) -> tuple[np.ndarray, np.ndar
     folder = Path(cache_dir) if cache_dir is not None else path.parent
     cached = folder / f".{path.name}.{mark}.index.npz"
     names = [cached.with_suffix(f".{part}.npy") for part in ("starts", "members")]
-    if not all(name.exists() for name in names):
+    index = _load_index(*names)
+    if index is None:
         arrays = _read_headers(path)
         try:
             for name, array in zip(names, arrays, strict=True):
                 with written_aside(name) as temporary, open(temporary, "wb") as file:
                     np.save(file, array)
+                    file.flush()
+                    os.fsync(file.fileno())
         except OSError:
             return arrays  # a read-only data folder: index again next time
-    return np.load(names[0], mmap_mode="r"), np.load(names[1], mmap_mode="r")
+        index = _load_index(*names)
+        return arrays if index is None else index
+    return index
+
+
+def _load_index(starts_file: Path, members_file: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """The stored index, memory-mapped; None where there is none or it is damaged: it is made from the shard again."""
+    try:
+        starts, members = (np.load(file, mmap_mode="r") for file in (starts_file, members_file))
+        names = members.dtype.names
+        sound = starts.dtype == np.int64 and starts.ndim == members.ndim == 1 and names == ("offset", "size", "name")
+        sound = sound and len(starts) > 1 and starts[0] == 0 and starts[-1] == len(members)
+        sound = sound and bool((np.diff(starts) > 0).all()) and bool((members["size"] >= 0).all())
+        return (starts, members) if sound else None
+    except (OSError, ValueError, EOFError):
+        return None
 
 
 def _read_headers(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -1,16 +1,20 @@
-"""A cache that is damaged is named; what it holds is mirrored only where no caption names a side."""
+"""A cache is never stale: what changed is encoded again and nothing else, what is damaged or differs is named."""
 
 import json
+import os
 import shutil
 
 import pytest
+import torch
+from PIL import Image
 
-from dit import precompute
-from dit.data.cache import CachedDataset
+from dit import precompute, train
+from dit.data.cache import CachedDataset, content_of, finished_shards, read_manifest
 from dit.dataset import TextImageDataset
 from shared.config import save_config
 from shared.errors import UserError
-from tests.dit.small import tiny
+from shared.log import read_metrics
+from tests.dit.small import picture, tiny
 
 
 @pytest.fixture(scope="module")
@@ -21,16 +25,137 @@ def cache(tmp_path_factory):
     precompute.main(["--config", str(folder / "tiny.yaml"), "--out", str(folder / "cache"), "--shard-size", "120"])
 
     def opened(place) -> CachedDataset:
-        config = tiny(data={"cache_dir": str(place), "flip": 1.0})
-        return CachedDataset(config, TextImageDataset.from_config(config, is_train=True))
+        return CachedDataset(tiny(data={"cache_dir": str(place), "flip": 1.0}))
 
     return folder / "cache", opened
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A folder of 24 pictures with captions; make(...) caches it, run(...) trains on it and gives the losses."""
+    data = tmp_path / "data"
+    for number in range(24):
+        picture(data / f"{number:03d}.png", size=(40, 40), colour=(9 * number, 200, 30))
+        (data / f"{number:03d}.txt").write_text(f"picture number {number}\nthe same in other words {number}")
+    settings = tiny(
+        run={"device": "cpu", "precision": "fp32"},
+        data={"dataset_name": "custom", "dataset_path": str(data), "val_fraction": 0.2},
+        training={"total_steps": 3, "batch_size": 4},
+    )
+    save_config(settings, tmp_path / "own.yaml")
+    base, number = ["--config", str(tmp_path / "own.yaml")], iter(range(99))
+
+    def make(*arguments: str) -> None:
+        out = ["--out", str(tmp_path / "cache"), "--shard-size", "8", "--cache.dtype", "float32"]
+        precompute.main([*base, *out, *arguments])
+
+    def run(*arguments: str, cached: bool = True) -> list[dict]:
+        where = ["--cache-dir", str(tmp_path / "cache")] if cached else []
+        out = tmp_path / f"run{next(number)}"
+        train.main([*base, *where, "--output-dir", str(out), *arguments])
+        rows = read_metrics(out / "metrics.jsonl")
+        return [{name: row[name] for name in ("train/loss", "val/loss") if name in row} for row in rows]
+
+    return data, tmp_path / "cache", make, run
+
+
+def encoded(output: str) -> tuple[int, int]:
+    """Pictures and captions that the printed lines say were encoded."""
+    lines = [line for line in output.splitlines() if line.startswith("shard ")]
+    words = [line.replace(",", "").split() for line in lines]
+    return (
+        sum(int(row[row.index("encoded") - 1]) for row in words),
+        sum(int(row[row.index("captions") - 1]) for row in words),
+    )
+
+
+def test_only_what_changed_is_encoded_again_and_losses_are_those_of_the_pictures(own, capsys):
+    data, folder, make, run = own
+    make()
+    assert encoded(capsys.readouterr().out) == (24, 48)
+    assert run() == run(cached=False)
+    make()
+    assert encoded(capsys.readouterr().out) == (0, 0)
+    (data / "005.txt").write_text("quite another caption")
+    with pytest.raises(SystemExit):  # the run sees it, and says what to do
+        run()
+    assert "005.png" in capsys.readouterr().err
+    make()
+    assert encoded(capsys.readouterr().out) == (0, 1)
+    assert run() == run(cached=False)
+    picture(data / "007.png", size=(40, 40), colour=(1, 2, 3))
+    os.utime(data / "007.png", ns=(1, 1))
+    make()
+    assert encoded(capsys.readouterr().out) == (1, 0)
+    assert run() == run(cached=False)
+    (data / "000.png").unlink()
+    picture(data / "100.png", size=(40, 40))
+    (data / "100.txt").write_text("a new one")
+    make()
+    assert encoded(capsys.readouterr().out) == (1, 1)
+    assert run() == run(cached=False)
+    assert len(list(finished_shards(folder))) == len(read_manifest(folder)["shards"])  # nothing stale is left
+
+
+def test_a_broken_picture_is_left_out_and_listed(own, capsys):
+    data, folder, make, run = own
+    (data / "003.png").write_bytes((data / "003.png").read_bytes()[:40])
+    make()
+    said = capsys.readouterr()
+    assert "1 broken" in said.out and "003.png" in said.err
+    assert "003.png" in (folder / "bad_samples.jsonl").read_text() and len(run()) == 4
+    (data / "003.png").unlink()
+    make()
+    assert encoded(capsys.readouterr().out) == (0, 0) and not (folder / "bad_samples.jsonl").read_text()
+    with pytest.raises(SystemExit):
+        (data / "004.png").write_bytes(b"")
+        make("--on-error", "raise")
+    assert "004.png" in capsys.readouterr().err
+
+
+def test_training_needs_no_pictures(own):
+    data, folder, make, run = own
+    make()
+    before = run()
+    shutil.rmtree(data)
+    assert run() == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "encodes"),
+    [
+        (["--crop", "resize"], (24, 0)),
+        (["--use-bbox", "true", "--dataset-name", "custom"], None),
+        (["--image-size", "48"], (24, 0)),
+        (["--text-dim", "32"], (0, 48)),
+    ],
+)
+def test_other_settings_are_other_keys(own, capsys, changed, encodes):
+    _, _, make, run = own
+    make()
+    with pytest.raises(SystemExit):
+        run(*changed)
+    assert "data.cache_dir" in (said := capsys.readouterr().err) or "would change nothing" in said
+    if encodes is not None:
+        make(*changed)
+        assert encoded(capsys.readouterr().out) == encodes
+
+
+def test_content_is_what_files_hold_and_not_where_they_lie(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name / "vae").mkdir(parents=True)
+        (tmp_path / name / "vae" / "config.json").write_text("{}")
+        (tmp_path / name / "vae" / "weights.safetensors").write_bytes(b"weights")
+    assert content_of(str(tmp_path / "one"), "vae") == content_of(str(tmp_path / "two" / "vae"))
+    (tmp_path / "two" / "vae" / "weights.safetensors").write_bytes(b"Weights")
+    assert content_of(str(tmp_path / "one"), "vae") != content_of(str(tmp_path / "two"), "vae")
+    assert content_of("nobody/nothing") is None and content_of("a b c/!!") is None
 
 
 def test_a_cache_spares_pictures_whose_captions_name_a_side(cache, tmp_path):
     folder, opened = cache
     shutil.copytree(folder, tmp_path / "cache")
-    listing = tmp_path / "cache" / "items_00000.jsonl"
+    listing = next((tmp_path / "cache").glob("items_00000_*"))
     items = [json.loads(line) for line in listing.read_text(encoding="utf-8").splitlines()]
     items[3]["captions"] = ["an arrow to the left", "a bird"]
     listing.write_text("".join(json.dumps(item) + "\n" for item in items))
@@ -43,18 +168,41 @@ def test_a_cache_spares_pictures_whose_captions_name_a_side(cache, tmp_path):
     [
         ("manifest.json", "[]", "no manifest"),
         ("manifest.json", '{"shards": []}', "no manifest"),
-        ("items_00000.jsonl", '{"id": "a", "capt', "items_00000.jsonl: cannot be read"),
-        ("items_00001.jsonl", "", "holds 0 items, 76 expected"),
-        ("text_00000.safetensors", "", "text_00000.safetensors: cannot be read"),
-        ("text_00001.safetensors", None, "lacks item_index"),
+        ("manifest.json", '{"version": 1, "shards": []}', "earlier version"),
+        ("items_00000", '{"id": "a", "capt', "items_00000.*: cannot be read"),
+        ("items_00001", "", "holds 0 items, 76 expected"),
+        ("text_00000", "", "text_00000.*: cannot be read"),
+        ("text_00001", None, "lacks item_index"),
     ],
 )
 def test_a_damaged_cache_is_named(cache, tmp_path, name, content, message):
     folder, opened = cache
     shutil.copytree(folder, tmp_path / "cache")
+    place = next((tmp_path / "cache").glob(f"{name}*"))
     if content is None:
-        shutil.copy(tmp_path / "cache" / "latents_00001.safetensors", tmp_path / "cache" / name)
+        shutil.copy(next((tmp_path / "cache").glob("latents_00001_*")), place)
     else:
-        (tmp_path / "cache" / name).write_text(content)
+        place.write_text(content)
     with pytest.raises(UserError, match=message):
         opened(tmp_path / "cache")
+
+
+def test_a_fitted_codec_lies_in_the_cache(own, tmp_path):
+    data, folder, make, run = own
+    patches = ["--set", "vae.type=patches", "--set", "vae.patch=4", "--decoder-steps", "2", "--in-channels", "8"]
+    run(*patches, cached=False)
+    make(*patches, "--codec", str(tmp_path / "run0"))
+    before = run(*patches)
+    shutil.rmtree(data)
+    shutil.rmtree(tmp_path / "run0")
+    assert run(*patches) == before
+
+
+def test_the_picture_is_seen_as_it_is_in_the_cache(cache):
+    folder, opened = cache
+    plain, held = TextImageDataset.from_config(tiny(data={"flip": 1.0}), is_train=True), opened(folder)
+    assert held.fingerprint == plain.fingerprint and len(held) == len(plain)
+    for index in (0, 60, 150):
+        one, other = plain.sample(index, 3), held.sample(index, 3)
+        assert (one["flip"], one["image_id"]) == (other["flip"], other["image_id"])
+    assert torch.is_tensor(held.sample(0, 0)["moments"]) and Image.open(plain.items[0].image).size

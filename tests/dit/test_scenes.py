@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 from dit import generate, metrics, train
 from dit.config import PRESETS, Config, DataConfig
@@ -19,6 +20,7 @@ from shared.config import load_config, save_config
 from shared.errors import UserError
 from shared.log import read_metrics
 from shared.media.scene_scores import truth_pictures
+from tests import launching
 from tests.dit.small import picture, tiny
 
 SCENES = {"dataset_name": "scenes", "dataset_path": "sample", "drawings": 8, "image_size": 16}
@@ -181,6 +183,9 @@ def test_a_run_trains_the_autoencoder_first_and_resumes_inside_either_phase(sett
             train.main([*arguments, "--time-limit-minutes", limit])
         assert stopped.value.code == 2 and not (broken / "autoencoder.safetensors").exists()
     assert (broken / "autoencoder.safetensors").read_bytes() == whole
+    (broken / "autoencoder.safetensors").unlink()  # as if the run had been killed between the phases
+    train.main([*settings, "--output-dir", str(broken)])
+    assert (broken / "autoencoder.safetensors").read_bytes() == whole
     name = "checkpoints/checkpoint-step-4/model.safetensors"
     assert (broken / name).read_bytes() == (straight / name).read_bytes()
 
@@ -229,3 +234,20 @@ def truth_images(count: int) -> torch.Tensor:
     scenes = dataset().scenes
     pictures = truth_pictures(scenes, [scenes.scene(index) for index in range(count)])
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_ranks_train_both_phases_as_one(settings, tmp_path):
+    arguments = [*settings, "--global-batch-size", "8", "--batch-size", "4", "--precision", "fp32"]
+    train.main([*arguments, "--output-dir", str(tmp_path / "one")])
+    wanted = load_file(tmp_path / "one" / "autoencoder.safetensors")
+    last = "checkpoints/checkpoint-step-4/model.safetensors"
+    for strategy in ("ddp", "fsdp", "zero3"):
+        launching.run(2, "dit/train.py", *arguments, "--strategy", strategy, "--output-dir", str(tmp_path / strategy))
+        found = load_file(tmp_path / strategy / "autoencoder.safetensors")
+        for name, value in wanted.items():
+            assert (value - found[name]).abs().max() <= 1e-4 * max(1.0, value.abs().max()), (strategy, name)
+        one, two = (load_file(tmp_path / run / last) for run in ("one", strategy))
+        for name, value in one.items():
+            assert (value.float() - two[name].float()).abs().max() <= 1e-4 * max(1.0, value.float().abs().max()), name

@@ -1,7 +1,6 @@
 """Reading clips, sound, pictures and cached features; what is refused, and in which words."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +10,10 @@ from PIL import Image
 
 from float.config import DataConfig, ModelConfig
 from float.data.clips import Clip, find_clips
-from float.data.face import crop_centre, crop_to_box, detect_face, prepare_picture, read_boxes
-from float.data.features import ClipEncoder, encode_clips, is_encoded, remove_unlisted
-from float.data.frames import FramePairs, FrameStore, collate_pairs, finished, seek_frame
-from float.data.media import is_silent, iterate_frames, read_audio, read_image, write_video
+from float.data.face import Face, Framing, crop_centre, crop_to_box, prepare_portrait, read_boxes
+from float.data.features import ClipEncoder, cached_metadata, encode_clips
+from float.data.frames import ClipReader, FramePairs, FrameStore, collate_pairs, finished
+from float.data.media import is_silent, iterate_frames, read_audio, read_image, seek_frame, write_video
 from float.dataset import FLOATDataset, collate_windows, create_dataloader
 from float.modules.audio import frames_of
 from float.modules.emotion import emotion_index, ravdess_emotion
@@ -167,19 +166,58 @@ def test_the_crop_is_square_around_the_box_and_black_outside():
     assert crop.shape == (32, 32, 3) and (crop[:, :6] == 0).all() and (crop[:, 6:] == 200).all()
 
 
-def test_a_picture_without_a_face():
+def face_at(left: float, top: float, side: float) -> Face:
+    return Face((left, top, left + side, top + side), 0.9, np.zeros((5, 2)))
+
+
+def test_a_portrait_is_cropped_to_its_main_face():
     picture = np.full((60, 80, 3), 200, np.uint8)
-    with pytest.raises(UserError, match="portrait.png: no face found"):
-        prepare_picture(picture, 32, detector=lambda small: np.array([[1, 1, 9, 9, 0.5]]), name="portrait.png")
-    with pytest.warns(UserWarning, match="no face box and no detector, the centre square is used"):
-        assert prepare_picture(picture, 32).shape == (32, 32, 3)
-    assert prepare_picture(picture, 32, crop=False).shape == (32, 32, 3)
-    box = detect_face(picture, lambda small: np.array([[60, 60, 120, 120, 0.99]]))
-    assert np.allclose(box, (10, 10, 20, 20))
+    with pytest.raises(UserError, match="portrait.png: no face found; use another picture, give --face-box"):
+        prepare_portrait(picture, 32, name="portrait.png", detector=lambda picture: [])
+    picture[20:40, 30:50] = 90
+    small, large = face_at(2, 2, 8), face_at(30, 20, 20)
+    cropped, note = prepare_portrait(picture, 32, name="a", detector=lambda picture: [small, large])
+    assert (cropped[16, 16] == 90).all() and (cropped[1, 1] == 200).all() and "2 faces" in note
     for wrong in ((10, 10, 5, 20), (200, 200, 240, 240)):
         with pytest.raises(UserError, match="face box"):
             crop_to_box(picture, wrong, 32)
     assert crop_centre(picture, 16).shape == (16, 16, 3)
+
+
+def test_another_photo_is_framed_as_the_training_clips_are():
+    """Half the side of the clips is face, which sits above the middle: so in a photo of any size."""
+    frames = [np.zeros((100, 100, 3), np.uint8)] * 4
+    framing = Framing.of_frames(frames, lambda frame: [face_at(25, 15, 50)])
+    assert framing is not None and np.allclose((framing.margin, *framing.shift), (2.0, 0.0, 0.1))
+    photo = np.zeros((300, 400, 3), np.uint8)
+    photo[100:160, 200:260] = 250  # a face of 60 pixels
+    bright = framing.crop(photo, (200, 100, 260, 160), 120)[..., 0] > 125
+    rows, columns = np.flatnonzero(bright.any(1)), np.flatnonzero(bright.any(0))
+    assert abs(len(rows) - 60) <= 1 and abs(rows.mean() - 47.5) < 1.5 and abs(columns.mean() - 59.5) < 1.5
+    assert Framing.of_frames(frames, lambda frame: []) is None
+
+
+@pytest.mark.parametrize("shape", [(48, 80), (90, 40)])
+def test_a_clip_that_is_not_square_is_cropped_and_never_squeezed(tmp_path, shape, monkeypatch):
+    height, width = shape
+    picture = np.full((height, width, 3), 100, np.uint8)
+    picture[height // 2 - 8 : height // 2 + 8, width // 2 - 8 : width // 2 + 8] = 250  # a square in the middle
+    write_video(tmp_path / "a.mp4", [picture] * 10, fps=25)
+    clip, side = Clip("a", tmp_path / "a.mp4", tmp_path / "a.mp4", "nobody"), min(shape)
+
+    def bright(reader: ClipReader) -> tuple[int, int]:
+        lit = next(reader.frames(clip))[..., 0] > 175
+        return int(lit.any(1).sum()), int(lit.any(0).sum())
+
+    monkeypatch.setattr("float.data.frames.default_detector", lambda: None)
+    reader = ClipReader(side, settings()[1], {})
+    assert all(abs(count - 16) <= 1 for count in bright(reader))
+    assert f"{width} x {height} pixels" in reader.notes[0] and "centre square" in reader.notes[0]
+    corner = (width // 2 - 10, height // 2 - 10, width // 2 + 10, height // 2 + 10)
+    boxed = ClipReader(32, settings()[1], {"a": corner})
+    assert all(abs(count - 16) <= 1 for count in bright(boxed)) and not boxed.notes  # 20 pixels x 1.6 are 32
+    monkeypatch.setattr("float.data.frames.default_detector", lambda: lambda picture: [face_at(*corner[:2], 20)])
+    assert all(abs(count - 16) <= 1 for count in bright(ClipReader(32, settings()[1], {})))
 
 
 def test_a_table_with_a_byte_order_mark_is_read(tmp_path):
@@ -220,22 +258,91 @@ def test_encoding_resumes_and_follows_the_encoders(tmp_path, encoder):
     write_clip(tmp_path / "train" / "b", "two", frames=12)
     clips, folder = find_clips(tmp_path, "train"), tmp_path / "cache"
     first = encode_clips(encoder, clips, {}, folder, rank=0, world=2)
-    assert first["encoded"] == ["a__one"]
+    assert first.encoded == ["a__one"]
     rest = encode_clips(encoder, clips, {}, folder)
-    assert rest["encoded"] == ["b__two"] and rest["kept"] == ["a__one"]
+    assert rest.encoded == ["b__two"] and rest.kept == ["a__one"]
     (folder / "a__one.safetensors").write_bytes(b"broken")
-    assert encode_clips(encoder, clips, {}, folder)["encoded"] == ["a__one"]
+    assert encode_clips(encoder, clips, {}, folder).encoded == ["a__one"]
     model, data = settings()
     other = ClipEncoder(model, data, make_autoencoder(model).eval(), torch.device("cpu"))
-    assert not is_encoded(folder / "a__one.safetensors", other.hash)
-    assert encode_clips(other, clips, {}, folder)["encoded"] == ["a__one", "b__two"]
+    assert cached_metadata(folder / "a__one.safetensors")["encoders"] == encoder.hash != other.hash
+    assert encode_clips(other, clips, {}, folder).encoded == ["a__one", "b__two"]
 
 
-def test_features_of_clips_that_are_listed_no_more_are_removed(tmp_path):
-    for name in ("kept", "moved"):
-        write_feature_clip(tmp_path, name, 20)
-    remove_unlisted([Clip("kept", Path(), Path(), "nobody")], tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["kept.safetensors"]
+def test_a_cache_for_two_data_folders_removes_and_replaces_nothing(tmp_path, encoder):
+    for name in ("dsA", "dsB"):
+        write_clip(tmp_path / name / "train" / "a", f"of_{name}", frames=12, seed=1)
+        write_clip(tmp_path / name / "train" / "a", "both", frames=12, seed=len(name))
+    write_clip(tmp_path / "dsB" / "train" / "a", "both", frames=16, seed=7)
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    (folder / "my_other_model.safetensors").write_bytes(b"of the user")
+    assert encode_clips(encoder, find_clips(tmp_path / "dsA", "train"), {}, folder).encoded == ["a__both", "a__of_dsA"]
+    before = (folder / "a__both.safetensors").read_bytes()
+    with pytest.raises(UserError, match="a__both.safetensors: holds the clip .*dsA.*; give another --features-dir"):
+        encode_clips(encoder, find_clips(tmp_path / "dsB", "train"), {}, folder)
+    assert (folder / "a__both.safetensors").read_bytes() == before
+    assert (folder / "my_other_model.safetensors").read_bytes() == b"of the user"
+    dataset = FLOATDataset(folder, encoder.data, train=True, clips=["a__of_dsA"])
+    assert [path.stem for path in dataset.paths] == ["a__of_dsA"]  # what lies there besides is not trained on
+    (folder / "a__of_dsA.safetensors").write_bytes((folder / "my_other_model.safetensors").read_bytes())
+    assert "a__of_dsA" in encode_clips(encoder, find_clips(tmp_path / "dsA", "train"), {}, folder).encoded
+
+
+def test_a_file_of_another_program_is_not_overwritten(tmp_path, encoder):
+    from safetensors.torch import save_file
+
+    write_clip(tmp_path / "train" / "a", "one", frames=12)
+    (tmp_path / "cache").mkdir()
+    save_file({"weights": torch.zeros(3)}, tmp_path / "cache" / "a__one.safetensors")
+    with pytest.raises(UserError, match="was not written by this program"):
+        encode_clips(encoder, find_clips(tmp_path, "train"), {}, tmp_path / "cache")
+
+
+def test_a_clip_that_changes_on_disk_is_encoded_again_and_a_moved_one_is_not(tmp_path, encoder):
+    write_clip(tmp_path / "data" / "train" / "a", "one", frames=12)
+    folder = tmp_path / "cache"
+    assert encode_clips(encoder, find_clips(tmp_path / "data", "train"), {}, folder).encoded
+    (tmp_path / "data").rename(tmp_path / "moved")
+    assert encode_clips(encoder, find_clips(tmp_path / "moved", "train"), {}, folder).kept == ["a__one"]
+    write_clip(tmp_path / "moved" / "train" / "a", "one", frames=20, seed=3)
+    assert encode_clips(encoder, find_clips(tmp_path / "moved", "train"), {}, folder).encoded == ["a__one"]
+    assert oct((folder / "a__one.safetensors").stat().st_mode)[-3:] == "644"
+
+
+def test_picture_and_sound_of_a_clip_begin_together(tmp_path, encoder):
+    """A picture that begins 0.4 s after the sound: these frames are left out of both."""
+    from tests.float.test_media import click_at, every, write
+
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    path = write(tmp_path / "train" / "a" / "late.mp4", [0.4 + t for t in every(25, 2)], wave=click_at(1.0, 2.4))
+    clip, reader = find_clips(tmp_path, "train")[0], ClipReader(SIDE, encoder.data, {})
+    assert reader.first(clip) == 10 and abs(np.abs(reader.sound(clip, 10)).argmax() / 16000 - 0.62) < 0.03
+    tensors, notes = encoder.encode(clip, {})
+    assert 48 <= len(tensors["motion"]) <= 50 == 50 and "the picture begins at 0.40 s" in notes[0]
+    assert path.exists() and len(tensors["audio_raw"]) == len(tensors["motion"])
+
+
+def test_sound_next_to_the_video_is_found_whatever_its_letters_and_kind(tmp_path):
+    for index, suffix in enumerate((".WAV", ".Wav", ".ogg", ".opus", ".aac", ".mp3", ".FLAC")):
+        path = write_clip(tmp_path / "train" / f"id{index}", "Clip", frames=4, sound="none")
+        path.rename(path.with_suffix(".MP4"))
+        path.with_name("clip" + suffix).write_bytes(b"sound")
+    found = find_clips(tmp_path, "train")
+    assert [clip.audio.suffix for clip in found] == [".WAV", ".Wav", ".ogg", ".opus", ".aac", ".mp3", ".FLAC"]
+
+
+def test_a_long_clip_is_encoded_as_it_is_read(tmp_path, encoder, monkeypatch):
+    """No more than a batch of its frames is in memory at once."""
+    write_clip(tmp_path / "train" / "a", "one", frames=100)
+    reading, encoding, plain = [], [], ClipEncoder.motion
+    frames = ClipReader.frames
+    monkeypatch.setattr(ClipReader, "frames", lambda *given: (reading.append(0) or frame for frame in frames(*given)))
+    monkeypatch.setattr(
+        ClipEncoder, "motion", lambda self, x: encoding.append((len(reading), len(x))) or plain(self, x)
+    )
+    assert encode_clips(encoder, find_clips(tmp_path, "train"), {}, tmp_path / "cache").encoded == ["a__one"]
+    assert encoding == [(32, 32), (64, 32), (96, 32), (100, 4)]
 
 
 def test_rules_for_odd_clips(tmp_path, encoder):
@@ -246,11 +353,11 @@ def test_rules_for_odd_clips(tmp_path, encoder):
     path = write_clip(folder, "silent", frames=10)
     soundfile.write(path.with_suffix(".wav"), np.zeros(6400), 16000)
     done = encode_clips(encoder, find_clips(tmp_path, "train"), {}, tmp_path / "cache")
-    assert sorted(done["encoded"]) == ["a__long_sound", "a__short_sound"]
-    assert any("no sound track" in sentence for sentence in done["bad"]) and any(
-        "is silent" in sentence for sentence in done["bad"]
+    assert sorted(done.encoded) == ["a__long_sound", "a__short_sound"]
+    assert any("no sound track" in sentence for sentence in done.bad) and any(
+        "is silent" in sentence for sentence in done.bad
     )
-    assert len(done["notes"]) == 2 and "cut to the shorter" in done["notes"][0]
+    assert len(done.notes) == 2 and "cut to the shorter" in done.notes[0]
     dataset = FLOATDataset(tmp_path / "cache", encoder.data, train=False)
     lengths = {path.stem: FLOATDataset._frames(path) for path in dataset.paths}
     assert lengths == {"a__long_sound": 20, "a__short_sound": 15}
@@ -336,6 +443,7 @@ def test_augmentation_and_transforms(tmp_path):
     plain = next(
         item for item, is_flipped in zip(items, flipped, strict=True) if not is_flipped and item["has_previous"]
     )
+    assert torch.equal(plain["motion_latent_prev_clean"][:, 0].diff(), torch.ones(3))  # what a loss may ask for
     gaps = plain["motion_latent_prev"][:, 0].diff()
     assert not torch.equal(gaps, torch.ones(3)) and (gaps - 1).abs().max() < 3
     assert dataset.sample(1, 0)["audio_cur"].min() >= 100
@@ -355,6 +463,17 @@ def test_the_loader_gives_whole_batches_whatever_the_workers(tmp_path):
     assert batches[0]["motion_latent_cur"].shape == (4, 16, 5) and batches[0]["clip_id"] == batches[1]["clip_id"]
     assert torch.equal(batches[0]["motion_latent_cur"], batches[1]["motion_latent_cur"])
     assert set(collate_windows([dataset[0]])) == set(batches[0]) - {"slot"}
+
+
+def test_a_dataloader_is_gone_through_epoch_by_epoch(tmp_path):
+    for name in "abc":
+        write_feature_clip(tmp_path, name, 50)
+    loader = create_dataloader(FLOATDataset(tmp_path, settings()[1], train=True), batch_size=4, seed=5)
+    epochs = [[batch["motion_latent_cur"] for batch in loader] for _ in range(2)]
+    assert len(loader) == 2 == len(epochs[0]) == len(epochs[1]) and epochs[0][0].shape == (4, 16, 5)
+    assert not torch.equal(torch.cat(epochs[0]), torch.cat(epochs[1]))  # another order in every epoch
+    again = create_dataloader(FLOATDataset(tmp_path, settings()[1], train=True), batch_size=4, seed=5)
+    assert torch.equal(next(iter(again))["motion_latent_cur"], epochs[0][0])
 
 
 def test_frame_pairs_come_from_one_clip_and_by_key(tmp_path):

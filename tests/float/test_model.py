@@ -4,16 +4,25 @@ import json
 
 import pytest
 import torch
+from transformers import Wav2Vec2Model
 
 from float.config import PRESETS, Config, DataConfig, ModelConfig
 from float.model import FlowMatchingTransformer, MotionGenerator
-from float.modules.audio import AudioEncoder, LogMelEncoder, normalise_waveform, pad_to_samples, rename_weight_norm
+from float.modules.audio import (
+    AudioEncoder,
+    LogMelEncoder,
+    convolved,
+    normalise_waveform,
+    pad_to_samples,
+    rename_weight_norm,
+)
 from float.modules.autoencoder import MotionAutoencoder, edit_motion
 from float.modules.compact import CompactAutoencoder
 from float.modules.discriminators import AutoencoderWithJudges
+from float.modules.emotion import Audio2Emotion
 from float.sampling.animate import Animator, audio_windows
 from float.sampling.motion import SamplingOptions, sample_motion
-from float.weights.open import chosen_checkpoint, load_autoencoder, make_autoencoder, make_generator
+from float.weights.open import load_autoencoder, load_generator, make_autoencoder, make_generator
 from float.weights.released import export_released_layout, load_released_checkpoint, released_state
 from shared.config import load_saved
 from shared.errors import UserError
@@ -225,15 +234,6 @@ def test_the_compact_mouth_branch_draws_in_its_box_only():
     assert changed[16:24, 8:24].any() and changed.sum() == changed[16:24, 8:24].sum()
 
 
-def test_a_run_is_used_at_its_best_checkpoint_and_a_checkpoint_at_itself(tmp_path):
-    folder = tmp_path / "checkpoints"
-    folder.mkdir()
-    assert chosen_checkpoint(tmp_path) == tmp_path  # the newest, where validation named none
-    (folder / "best").write_text("step_00000002\n")
-    assert chosen_checkpoint(tmp_path) == folder / "step_00000002"
-    assert chosen_checkpoint(folder / "step_00000004") == folder / "step_00000004"
-
-
 @torch.no_grad()
 def test_whitening_goes_there_and_back():
     generator = MotionGenerator(small_transformer(), 5, motion_width=12)
@@ -243,6 +243,35 @@ def test_whitening_goes_there_and_back():
     whitened = generator.whiten(motion)
     assert torch.allclose(torch.cov(whitened.T), torch.eye(8), atol=1e-3)
     assert torch.allclose(generator.unwhiten(whitened), motion, atol=1e-4)
+
+
+@torch.no_grad()
+def test_relative_motion_is_that_of_the_reference_taken_off_and_added_back():
+    """Two people who move alike have the same motion in the flow's space, each with the own face as reference."""
+    generator = MotionGenerator(small_transformer(), 5, motion_width=12, relative=True)
+    moves, people = torch.randn(2, 6, 12), torch.randn(2, 12) * 5
+    motion = moves[:1] + people[:, None]
+    clips = torch.cat([clip for clip in motion])
+    generator.set_motion_statistics(clips, spread_TD=(motion - motion.mean(1, keepdim=True)).flatten(0, 1))
+    reference = motion[:, 2]
+    relative = generator.whiten(motion, reference)
+    assert torch.allclose(relative[0], relative[1], atol=1e-4) and relative[:, 2].abs().max() < 1e-5
+    assert torch.allclose(generator.unwhiten(relative, reference), motion, atol=1e-2)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_a_released_file_may_be_safetensors_and_carry_a_wrappers_prefix(tmp_path, prefix):
+    from safetensors.torch import save_file
+
+    model, data = tiny_settings()
+    autoencoder, generator = make_autoencoder(model), make_generator(model, data)
+    state = {prefix + name: value for name, value in released_state(autoencoder, generator).items()}
+    save_file(state, tmp_path / "FLOAT.safetensors")
+    other = make_generator(model, data)
+    load_generator(other, tmp_path / "FLOAT.safetensors")
+    assert torch.equal(other.fmt.c_embedder.weight, generator.fmt.c_embedder.weight)
+    loaded = load_autoencoder(model, str(tmp_path / "FLOAT.safetensors"))
+    assert torch.equal(loaded.enc.fc[0].weight, autoencoder.enc.fc[0].weight)
 
 
 def test_the_released_layout_goes_out_and_comes_back(tmp_path):
@@ -302,19 +331,58 @@ def test_a_clip_is_animated_as_its_windows_are_sampled_by_hand():
     assert torch.allclose(torch.cat(list(windows), 1), expected, atol=1e-5)
 
 
-@torch.no_grad()
-def test_streamed_sound_is_that_of_the_whole_clip_where_the_context_covers_it():
+def small_wav2vec2(norm: str = "group", **changes):
+    """A wav2vec2 of two convolutions and one layer, with random weights."""
     from transformers import Wav2Vec2Config
 
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     convolutions = {"conv_dim": (8, 8), "conv_kernel": (10, 3), "conv_stride": (5, 2), "num_conv_pos_embeddings": 4}
-    config = Wav2Vec2Config(**small, **convolutions, num_conv_pos_embedding_groups=2)
-    encoder, wave = AudioEncoder.from_config(config, only_last_features=True), torch.randn(16000)
+    layers = {"feat_extract_norm": norm, "do_stable_layer_norm": norm == "layer", "num_conv_pos_embedding_groups": 2}
+    torch.manual_seed(0)
+    return Wav2Vec2Config(**{**small, **convolutions, **layers, **changes})
+
+
+@torch.no_grad()
+def test_streamed_sound_is_that_of_the_whole_clip_where_the_context_covers_it():
+    encoder, wave = AudioEncoder.from_config(small_wav2vec2(), only_last_features=True), torch.randn(16000)
     whole, streamed = (
         list(audio_windows(encoder, wave, fps=25.0, length=10, stream=stream)) for stream in (False, True)
     )
     assert [len(window[0]) for window in streamed] == [10, 10, 5] == [len(window[0]) for window in whole]
     assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(whole, streamed, strict=True))
+
+
+@pytest.mark.parametrize("norm", ["group", "layer"])
+@torch.no_grad()
+def test_convolutions_in_chunks_give_the_features_of_the_whole_sound(norm, monkeypatch):
+    """Also where a norm over time sees the whole sound."""
+    model, wave = Wav2Vec2Model(small_wav2vec2(norm)).eval(), torch.randn(2, 5037)
+    whole = model.feature_extractor(wave).transpose(1, 2)
+    monkeypatch.setattr("float.modules.audio.CHUNK_SAMPLES", 700)
+    assert torch.allclose(convolved(model, wave), whole, atol=1e-5)
+
+
+@torch.no_grad()
+def test_windows_of_a_long_clip_are_whole_though_its_pieces_end_elsewhere():
+    encoder, wave = AudioEncoder.from_config(small_wav2vec2(), only_last_features=True), torch.randn(16000 * 2 + 77)
+    pieces = list(encoder.pieces(wave, 25.0, length=15, context=0.2))
+    assert [len(piece) for piece in pieces] == [15, 15, 15, 6]
+    encoder.pieces = lambda wave, fps: iter(pieces)
+    windows = list(audio_windows(encoder, wave, fps=25.0, length=10, stream=False))
+    assert [len(window[0]) for window in windows] == [10, 10, 10, 10, 10, 1]
+    assert torch.equal(torch.cat(windows, 1)[0], torch.cat(pieces))
+
+
+@torch.no_grad()
+def test_the_recogniser_hears_long_sound_in_pieces_and_the_shortest_at_all(monkeypatch):
+    recogniser = Audio2Emotion.from_config(small_wav2vec2("layer"))
+    for samples in (1, 12, 399, 5000):
+        found = recogniser(torch.randn(1, samples))
+        assert found.shape == (1, 7) and torch.isfinite(found).all() and abs(found.sum() - 1) < 1e-5
+    wave = torch.randn(1, 48000)
+    whole = recogniser(wave)
+    monkeypatch.setattr("float.modules.emotion.HEARD_SECONDS", 1)
+    assert 0 < (recogniser(wave) - whole).abs().max() < 0.05
 
 
 def test_sound_features_line_up_with_the_frames():

@@ -2,19 +2,23 @@
 
 import contextlib
 import re
+import socket
+import struct
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Site:
-    """files: path -> bytes. cut: bytes after which every connection is cut. answers: status codes given before the
-    first file.
+    """files: path -> bytes. cut: bytes after which every connection is cut; reset: hard, as a broken network does.
+    answers: status codes given before the first file.
     """
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.cut: int | None = None
+        self.reset = False
         self.ranges = True
         self.etag: str | None = '"one"'
         self.answers: list[tuple[int, dict[str, str]]] = []
@@ -52,6 +56,11 @@ def _handler(site: Site) -> type[BaseHTTPRequestHandler]:
             body = content[start:]
             self.wfile.write(body if site.cut is None else body[: site.cut])
             self.close_connection = True
+            if site.reset and site.cut is not None and len(body) > site.cut:
+                self.wfile.flush()
+                time.sleep(0.05)  # what was sent arrives; then the connection is reset
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.close()
 
         def _plain(self, status: int, headers: dict[str, str]) -> None:
             self.send_response(status)

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import io
+import shutil
 import stat
 import tarfile
 import zipfile
@@ -45,6 +46,14 @@ def test_a_connection_cut_every_64_kb_is_survived(site: Site, tmp_path: Path, et
     assert (tmp_path / "a").read_bytes() == site.files["a"]
     assert len(site.requests) == 16 and site.requests[1][1] == "bytes=65536-"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_connection_reset_every_70_kb_makes_progress(site: Site, tmp_path: Path):
+    site.files["a"], site.cut, site.reset = content(300_000), 70_000, True
+    fetch(
+        site.url + "a", tmp_path / "a", checksum=sha(site.files["a"]), policy=QUICK, progress=lambda have, total: None
+    )
+    assert (tmp_path / "a").read_bytes() == site.files["a"] and len(site.requests) == 5
 
 
 def test_a_part_of_an_earlier_run_is_continued(site: Site, tmp_path: Path):
@@ -317,6 +326,84 @@ def test_manual_sets_print_their_steps(
         (tmp_path / "data" / "voxceleb" / name).write_bytes(part)
     assert run(tmp_path, "--datasets", "voxceleb") == 0
     assert (tmp_path / "data" / "voxceleb" / "wav" / "id1" / "v" / "00001.wav").exists()
+
+
+def test_what_is_done_is_not_fetched_again_when_a_later_file_fails(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    files = {name: make_zip(tmp_path / f"{name}.zip", {f"{name}/1": content(3000)}).read_bytes() for name in "abc"}
+    remote = [RemoteFile(f"{name}.zip", "always", sha(data), len(data), 6000) for name, data in files.items()]
+    monkeypatch.setitem(SETS, "coco", RemoteSet("coco", site.url, tuple(remote)))
+    site.files = {f"{name}.zip": data for name, data in files.items() if name != "c"}
+    assert run(tmp_path, "--datasets", "coco") == 3
+    assert [path for path, _ in site.requests] == ["a.zip", "b.zip", "c.zip"]
+    site.requests, site.files = [], {f"{name}.zip": data for name, data in files.items()}
+    assert run(tmp_path, "--datasets", "coco") == 0
+    assert [path for path, _ in site.requests] == ["c.zip"]
+    assert run(tmp_path, "--datasets", "coco", "--skip-existing") == 0 and len(site.requests) == 1
+
+
+def test_every_archive_that_was_laid_there_is_unpacked(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    dev = make_zip(tmp_path / "dev.zip", {"wav/id10001/v/00001.wav": b"dev"}).read_bytes()
+    test = make_zip(tmp_path / "test.zip", {"wav/id10270/v/00001.wav": b"test"}).read_bytes()
+    second = make_zip(tmp_path / "second.zip", {"dev/aac/id00012/v/00001.m4a": b"second"}).read_bytes()
+    md5 = {name: hashlib.md5(data).hexdigest() for name, data in (("dev", dev), ("test", test), ("second", second))}
+    parts = tuple((f"dev_{i}", hashlib.md5(part).hexdigest()) for i, part in enumerate((dev[:80], dev[80:])))
+    manual = (ManualFile("dev.zip", md5["dev"], parts), ManualFile("test.zip", md5["test"]))
+    voxceleb = RemoteSet(
+        "voxceleb", site.url, (), manual=(*manual, ManualFile("second.zip", md5["second"])), steps=("ask",),
+        layout=("wav/id*/*/*.wav", "dev/aac/id*/*/*.m4a"),
+    )  # fmt: skip
+    monkeypatch.setitem(SETS, "voxceleb", voxceleb)
+    folder = tmp_path / "data" / "voxceleb"
+    folder.mkdir(parents=True)
+    (folder / "dev_0").write_bytes(dev[:80])
+    (folder / "dev_1").write_bytes(dev[80:])
+    (folder / "test.zip").write_bytes(test)
+    assert run(tmp_path, "--datasets", "voxceleb", "--skip-existing") == 0
+    found = sorted(path.name for path in (folder / "wav").iterdir())
+    assert found == ["id10001", "id10270"] and not (folder / "dev.zip").exists() and (folder / "test.zip").exists()
+    (folder / "second.zip").write_bytes(second)  # VoxCeleb2 comes later
+    assert run(tmp_path, "--datasets", "voxceleb", "--skip-existing") == 0
+    assert (folder / "dev" / "aac" / "id00012" / "v" / "00001.m4a").exists()
+    from multimodal.data.sources import read_records
+
+    records = read_records("voxceleb", folder, "train").records
+    labels = {record.id.split("/")[1]: record.labels for record in records}
+    assert labels == {"id00012": (0,), "id10001": (1,), "id10270": (2,)}
+    monkeypatch.setattr(download_datasets.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100})())
+    shutil.rmtree(folder / "wav")
+    assert run(tmp_path, "--datasets", "voxceleb") == 3 and "are needed" in capsys.readouterr().err
+
+
+def test_missing_clips_are_listed(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    table = b"audiocap_id,youtube_id,start_time,caption\n1,abc,30,x\n2,-de,90,y\n"
+    site.files["train.csv"] = table
+    steps = {"steps": SETS["audiocaps"].steps, "layout": SETS["audiocaps"].layout}
+    small = RemoteSet("audiocaps", site.url, (RemoteFile("train.csv", "train", sha(table), len(table)),), **steps)
+    monkeypatch.setitem(SETS, "audiocaps", small)
+    assert run(tmp_path, "--datasets", "audiocaps") == 4
+    folder = tmp_path / "data" / "audiocaps"
+    assert "0 of 2 clips are there" in capsys.readouterr().out
+    (folder / "wavs" / "train").mkdir(parents=True)
+    (folder / "wavs" / "train" / "Yabc_30.0_40.0.wav").write_bytes(b"x")
+    assert run(tmp_path, "--datasets", "audiocaps") == 0
+    assert "1 of 2 clips are there" in capsys.readouterr().out
+    assert (folder / "missing_train.csv").read_text() == "youtube_id,start_time\n-de,90\n"
+
+
+def test_a_damaged_archive_is_named_in_one_line(tmp_path: Path):
+    for name, data in (
+        ("x.tar", b"no archive at all" * 100),
+        ("y.zip", b"PK\x03\x04" + bytes(100)),
+        ("z.7z", b"7z" * 40),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ArchiveError, match="damaged.*run the same command again") as found:
+            unpack(tmp_path / name, tmp_path / "data", expected_bytes=10_000)
+        assert "\n" not in str(found.value)
 
 
 @pytest.mark.parametrize(

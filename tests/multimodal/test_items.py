@@ -11,7 +11,7 @@ from multimodal.data.sources import SAMPLE_DATA, PairedStream, make_datasets, re
 from multimodal.data.synthetic import synthetic_records
 from multimodal.data.text import TextTokenizer, load_word_vectors
 from multimodal.dataset import Augmentation, collate
-from multimodal.trainer import validation_batch
+from multimodal.evaluation.held_out import validation_batch
 from shared.engine.dist import DistInfo
 from shared.errors import BadSample, UserError
 from tests.multimodal.files import dataset, picture

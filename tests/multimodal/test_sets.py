@@ -52,7 +52,7 @@ def test_audiocaps_clips_under_the_names_that_people_give_them(tmp_path, name):
     touch(tmp_path / "audio/train/1PvkGXhqdKs_99.wav")  # another clip of the second video
     found = read_records("audiocaps", tmp_path, "train")
     assert [record.source for record in found.records] == [tmp_path / name] and found.missing == 1
-    assert missing_clips(tmp_path, "train") == [("1PvkGXhqdKs", "10")]
+    assert missing_clips(tmp_path, "train") == ([("1PvkGXhqdKs", "10")], 2)
 
 
 def test_clips_that_cannot_be_told_apart_or_are_empty_are_missing(tmp_path):

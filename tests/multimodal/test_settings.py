@@ -51,6 +51,26 @@ def test_the_guides_yaml_and_flags(tmp_path):
     assert (config.data.data_root, config.run.output_dir, config.training.use_amp) == ("./d", "./o", False)
 
 
+GUIDE = """
+model: {size: base, embed_dim: 512, use_checkpoint: true}
+training: {epochs: 100, batch_size: 8, learning_rate: 1e-4, use_amp: true, gradient_accumulation_steps: 4}
+paths: {data_root: ./data, output_dir: ./outputs}
+"""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [GUIDE, "{}", "paths: {output_dir: ./outputs}", "run: {seed: 1}", "model: {size: base}", "training: {epochs: 3}"],
+)
+def test_a_file_leaves_what_it_does_not_name_at_the_guides_defaults(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    config = load_config(Config, presets=Path("."), argv=["--config", str(path)])
+    assert config.run.tensorboard and config.run.output_dir in ("outputs", "./outputs")
+    assert config.data.data_root == "./data" and config.training.learning_rate == 1e-4
+    assert config.training.batch_size == 8 and config.training.gradient_accumulation_steps == 4
+
+
 @pytest.mark.parametrize(
     "tree,message",
     [

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from opens2v.config import SAMPLE_DATA
 from opens2v.model import RefWanTransformer3DModel
 from opens2v.weights.wan import load_generator_checkpoint
 
@@ -24,45 +25,23 @@ TINY = dict(
     rope_max_seq_len=1024,
 )
 PARTS = ("dataset1", "dataset1_cluster")
-# A run of a few seconds: the small preset with one narrow block on 16 x 32 pixels.
+_TINY_SIZES = (
+    "--config small --device cpu --precision fp32 --num-layers 1 --num-attention-heads 2 --attention-head-dim 16 "
+    "--ffn-dim 32 --text-dim 16 --text-rows 24 --pixel-height 16 --pixel-width 32 --ref-height 16 --ref-width 16 "
+    "--batch-size 2 --base-batch-size 2 --logging-steps 1 --val-steps 2 --val-batches 1"
+).split()
+NO_ADAPTER = ["--r", "0"]
+# Runs of a few seconds. QUICK: the shipped clips with the patch codec; SCENES: the small preset's composed scenes.
 QUICK = [
-    "--config",
-    "small",
-    "--device",
-    "cpu",
-    "--precision",
-    "fp32",
-    "--num-layers",
-    "1",
-    "--num-attention-heads",
-    "2",
-    "--attention-head-dim",
-    "16",
-    "--ffn-dim",
-    "32",
-    "--text-dim",
-    "16",
-    "--text-rows",
-    "24",
-    "--pixel-height",
-    "16",
-    "--pixel-width",
-    "32",
-    "--ref-height",
-    "16",
-    "--ref-width",
-    "16",
-    "--batch-size",
-    "2",
-    "--base-batch-size",
-    "2",
-    "--logging-steps",
-    "1",
-    "--val-steps",
-    "2",
-    "--val-batches",
-    "1",
-]
+    *_TINY_SIZES, "--codec", "patch", "--prediction", "gaussian", "--patch-size", "2", "--timestep-shift", "3.0",
+    "--no-ref-in-self-attention", "--no-base-with-references", "--ref-clip-size", "32", *NO_ADAPTER,
+    "--without-keys", "anim_elephant", "anim_girl",
+    "--recolour-probability", "0.7", "--other-scene-probability", "0.5", "--generic-caption-probability", "0.5",
+    "--json-paths", str(SAMPLE_DATA / "step5/merge_final_json/dataset1.json"),
+    "--video-base-paths", str(SAMPLE_DATA / "step0/videos/dataset1"),
+    "--background-base-paths", str(SAMPLE_DATA / "step5/final_output/dataset1/foreground"),
+]  # fmt: skip
+SCENES = [*_TINY_SIZES, "--r", "2"]
 
 
 def tensors(name: str) -> dict:

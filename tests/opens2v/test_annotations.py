@@ -1,6 +1,7 @@
 """Annotation files of any size and form: one entry in memory at a time, an index that streams and follows changes."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -86,3 +87,55 @@ def test_index_command(tmp_path):
         [sys.executable, str(annotations.__file__), "--json", "nowhere.json"], capture_output=True, text=True
     )
     assert failed.returncode == 2 and failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
+
+
+def test_windows_files_are_read_and_escaped_keys_found(tmp_path):
+    entries = {"a/é": {"n": 1}, 'quoted "b"': {"n": 2, "key": "x"}}
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(entries).encode().replace(b", ", b",\r\n"))
+    lines = [json.dumps({"n": entry["n"], "key": key}) for key, entry in entries.items()]
+    (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    for name in ("a.json", "b.jsonl"):
+        found = Annotations(tmp_path / name)
+        assert [found.item(place)[0] for place in range(2)] == list(entries)
+        assert [found.item(place)[1]["n"] for place in range(2)] == [1, 2] and found.find('quoted "b"') == 1
+
+
+def test_an_index_is_kept_when_its_file_was_touched_and_made_again_when_it_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(annotations, "INDEX_ABOVE_BYTES", 10)
+    path, calls = tmp_path / "part.json", []
+    real = annotations.write_index
+    monkeypatch.setattr(annotations, "write_index", lambda *given: calls.append(given) or real(*given))
+    path.write_text(json.dumps({"aa": {"n": 1}, "bb": {"n": 2}}))
+    assert len(Annotations(path)) == 2 and len(calls) == 1
+    os.utime(path, (1, 1))
+    assert Annotations(path).entry(1) == {"n": 2} and len(calls) == 1
+    path.write_text(json.dumps({"aa": {"n": 1}, "cc": {"n": 2}}))
+    assert Annotations(path).key(1) == "cc" and len(calls) == 2
+
+
+def test_the_index_lies_where_it_is_wished_and_read_only_folders_do_not_matter(tmp_path, monkeypatch):
+    monkeypatch.setattr(annotations, "INDEX_ABOVE_BYTES", 10)
+    path = tmp_path / "data" / "part.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"aa": {"n": 1}}))
+    Annotations(path, index_dir=tmp_path / "here")
+    assert list((tmp_path / "here").glob("part-*.json.idx")) and not list(path.parent.glob("*.idx"))
+    monkeypatch.setattr(annotations.os, "access", lambda *given: False)  # root may write everywhere
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    Annotations(path)
+    assert list((tmp_path / "cache/opens2v").glob("part-*.json.idx")) and not list(path.parent.glob("*.idx"))
+
+
+def test_ranks_that_start_together_write_one_index(tmp_path):
+    path = tmp_path / "part.json"
+    path.write_text(json.dumps({f"{place}": {"n": place} for place in range(2000)}))
+    code = (
+        "import sys; from opens2v.data import annotations as a; a.INDEX_ABOVE_BYTES = 10; real = a.write_index\n"
+        "a.write_index = lambda *g: print('wrote') or real(*g)\n"
+        "print(len(a.Annotations(sys.argv[1])))"
+    )
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True) for _ in "abc"
+    ]
+    said = "".join(rank.communicate()[0] for rank in ranks)
+    assert said.count("wrote") == 1 and said.count("2000") == 3

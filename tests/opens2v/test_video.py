@@ -1,5 +1,6 @@
 """Frames by their number in the order of presentation, in files of every kind of timing."""
 
+import shutil
 import struct
 from fractions import Fraction
 
@@ -60,14 +61,15 @@ def test_a_number_is_the_same_frame_alone_together_and_counted(tmp_path, timing,
 
 
 def test_a_clip_that_states_a_turn_is_turned(tmp_path):
-    path = write_clip(tmp_path / "clip.mp4", np.arange(12) * 40)
+    path = part_paths("dataset1")[1] / "clip0001_part1.mp4"
+    path = shutil.copy(path, tmp_path / "clip.mp4")
     upright = read_frames(path, [5])
     data = bytearray(path.read_bytes())
     place = data.index(b"tkhd") + 4 + 4 + 4 * 9  # version and flags, nine words, then the matrix
-    data[place : place + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 16 << 16, 0, 1 << 30)  # 90 degrees
+    data[place : place + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)  # 90 degrees
     path.write_bytes(data)
     turned = read_frames(path, [5])
-    assert upright.shape == (1, 16, 32, 3) and turned.shape == (1, 32, 16, 3)
+    assert np.array_equal(turned[0], np.rot90(upright[0], -1))  # the matrix says clockwise
 
 
 def test_what_is_no_clip_is_a_bad_sample(tmp_path):

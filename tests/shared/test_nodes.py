@@ -131,3 +131,33 @@ def test_two_namespaces_survive_a_cut_cable(tmp_path, two_hosts):
     finish(start())
     assert "resumed from" in log.read_text()
     assert same_bits(final_tensors(tmp_path / "one_node"), final_tensors(tmp_path / "two_hosts"))
+
+
+@pytest.mark.parametrize("trial", range(5))
+def test_both_ends_of_a_cut_cable_end_within_the_timeout(tmp_path, two_hosts, trial):
+    """The node without the store as well: what words its error asks the store, and must not wait for it."""
+    names, ends = two_hosts
+    path = cases(tmp_path, "cut", total_steps=100_000, save_steps=100_000)
+    agents = [
+        agent(
+            rank, "10.77.0.1", 29500, path, "ip", "netns", "exec", names[rank],
+            GLOO_SOCKET_IFNAME=ends[rank], TOY_TIMEOUT="30",
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    log = tmp_path / "cut" / "train.log"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (log.exists() and f"Step {20 + trial}" in log.read_text()):
+        time.sleep(0.05)
+    subprocess.run(["ip", "-n", names[1], "link", "set", ends[1], "down"], check=True)
+    began, texts = time.monotonic(), []
+    try:
+        for process in agents:
+            texts.append(process.communicate(timeout=90 - (time.monotonic() - began))[1])
+    finally:
+        for process in agents:
+            process.kill()
+    assert all(process.returncode for process in agents)
+    assert "common store does not answer" in texts[1] or "is late" in texts[1] or "Connection" in texts[1], texts[1][
+        -2000:
+    ]

@@ -49,3 +49,8 @@ def test_a_picture_that_is_cut_short_raises():
     Image.effect_noise((64, 64), 90).save(buffer, "PNG")
     with pytest.raises(OSError):
         as_rgb(Image.open(io.BytesIO(buffer.getvalue()[:500])))
+
+
+def test_a_dark_picture_of_16_bits_stays_dark():
+    dark = Image.fromarray((np.arange(90, dtype=np.uint16) * 2).reshape(9, 10))
+    assert dark.mode == "I;16" and np.asarray(as_rgb(dark)).max() <= 1

@@ -2,6 +2,7 @@
 
 import json
 import re
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -174,12 +175,130 @@ def test_the_cost_of_every_phase_is_told(tmp_path):
         assert "base: 60 steps in 2.0 minutes, 0.5 GB" in (tmp_path / "run" / name).read_text()
 
 
-def test_the_bars_of_all_systems_stand_in_one_table_on_top(tmp_path):
-    bars = [Bar("recall", 0.5, target=0.4, baseline=0.1)]
-    paths = [make_run(tmp_path / name, title=f"System {name}", bars=bars) for name in "ab"]
-    write_index(paths, tmp_path / "index.html")
-    top = (tmp_path / "index.html").read_text().split("<section>")[0]
-    assert top.count("<td>recall") == 2 and "<td>System a" in top and "<td>System b" in top
+def test_what_was_made_stands_first_then_curves_then_figures_folded(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("one.png", "two.png", "film.mp4"):
+        (tmp_path / "a" / name).write_bytes(PNG)
+    bars = [Bar("loss", 0.3, target=0.4), Bar("recall", 0.5, target=0.4, baseline=0.1)]
+    samples = [Sample("one.png", "first"), Sample("film.mp4", "moves"), Sample("two.png", "chosen", first=True)]
+    path = make_run(tmp_path / "a", "Toy", bars, samples, summary={"steps": 5}, headline="names 84 of 100, guessing 6")
+    write_index([path], tmp_path / "index.html")
+    page = (tmp_path / "index.html").read_text()
+    order = ["<h1>", "names 84 of 100, guessing 6", "chosen", "<h2>Curves", "<svg", "first", "moves", "<td>recall"]
+    places = [page.index(text) for text in order]
+    assert places == sorted(places) and page.count("base64") == 3  # nothing is embedded twice
+    assert "<details" not in page[: places[4]] and "<td>recall" in page[page.index("<details>") :]
+    assert page.count("<details>") == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["a.wav", "b.png", "c.mp4", "d.webm", "e.mp4", "f.mp4"], ["c.mp4", "d.webm", "e.mp4"]),
+        (["a.txt", "b.png", "c.png"], ["b.png"]),
+        (["a.txt", "b.wav"], ["a.txt"]),
+        ([], []),
+    ],
+)
+def test_a_report_that_names_nothing_shows_its_videos_or_else_its_first_picture(tmp_path, names, shown):
+    for name in names:
+        (tmp_path / name).write_bytes(PNG)
+    make_run(tmp_path, samples=[Sample(name, f"[{name}]") for name in names], bars=[Bar("r", 0.5, 0.4, baseline=0.1)])
+    strip = (tmp_path / "report.html").read_text().split("<h2>Curves")[0]
+    assert re.findall(r"<figcaption>\[(.*?)\]", strip) == shown and "r: 0.5, baseline 0.1" in strip
+
+
+def test_videos_play_silently_and_sound_is_one_click_away(tmp_path):
+    (tmp_path / "spoken.mp4").write_bytes(b"ftyp mp4a")
+    (tmp_path / "silent.mp4").write_bytes(b"ftyp avc1")
+    make_run(tmp_path, samples=[Sample("spoken.mp4", "a sentence"), Sample("silent.mp4", "a scene")])
+    strip = (tmp_path / "report.html").read_text().split("<h2>Curves")[0]
+    assert strip.count(" autoplay muted></video>") == 2 and " controls" not in strip
+    (button,) = re.findall("<button type=button class=sound .*?</button>", strip)
+    assert "aria-pressed=false" in button and "a sentence" in button and strip.count("class=pause") == 2
+
+
+def tags_of(page: str) -> list[tuple[str, set[str]]]:
+    """Every tag that a browser would see, with the names of its attributes."""
+    found: list[tuple[str, set[str]]] = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: found.append((tag, {name for name, _ in attributes}))
+    parser.feed(page)
+    return found
+
+
+HOSTILE = "</script><img src=x onerror=alert(1)>\n# |a|`b` *c* [d](http://e) '\"&"
+
+
+def test_every_text_is_escaped_in_the_page_and_in_markdown(tmp_path):
+    name = "a' onerror='x ](b) |.txt"
+    (tmp_path / name).write_text(HOSTILE)
+    bar = Bar(HOSTILE, 0.5, 0.4, baseline=0.1, note=HOSTILE)
+    rows = [Sample(name, HOSTILE, HOSTILE), Sample("gone<b>.png", HOSTILE, HOSTILE)]
+    path = make_run(
+        tmp_path, HOSTILE, [bar], rows, {HOSTILE: HOSTILE}, text=HOSTILE, headline=HOSTILE, command="python x\n# y"
+    )
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "toy.log").write_text(HOSTILE)
+    write_index(
+        [path],
+        tmp_path / "index.html",
+        title=HOSTILE,
+        notes=[HOSTILE],
+        states={HOSTILE: HOSTILE},
+        logs=tmp_path / "logs",
+    )
+    for page in ("report.html", "index.html"):
+        tags = tags_of((tmp_path / page).read_text())
+        names = {tag for tag, _ in tags}
+        assert "img" not in names and "b" not in names and "a" not in names and names >= {"figure", "script", "details"}
+        assert [tag for tag, attributes in tags if any(name.startswith("on") for name in attributes)] == []
+        assert sum(tag == "script" for tag, _ in tags) == 1
+    markdown = (tmp_path / "report.md").read_text()
+    assert re.findall(r"(?<!\\)[<*`]", markdown) == [] and "[d](" not in markdown and "\n# |" not in markdown
+    assert "(a%27%20onerror%3D%27x%20%5D%28b%29%20%7C.txt)" in markdown and "    python x # y" in markdown
+    (row,) = [line for line in markdown.splitlines() if "| 0.5 | 0.1 |" in line]
+    assert len(re.findall(r"(?<!\\)\|", row)) == 6
+
+
+def test_a_going_run_says_what_each_system_does(tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "dit.log").write_text(
+        "start\n 3%|#  | 5/9\r50%\nStep 40, Loss: 1.5 | of 2400 | lr 1e-3 | 0.59 GB | 0:27:43 left\n"
+        "Step 40, val/loss: 0.8\n"
+    )
+    where = tmp_path / "index.html"
+    main(
+        [
+            "--output",
+            str(where),
+            "--running",
+            "--logs",
+            str(tmp_path / "logs"),
+            "--state",
+            "dit=train",
+            "--state",
+            "float=waits",
+        ]
+    )
+    page = where.read_text()
+    assert "<th scope=row>dit<td>train<td>step 40 of 2400, 0:27:43 left" in page
+    assert "<th scope=row>float<td>waits<td>" in page and "http-equiv=refresh" in page
+    assert "<summary>dit: console" in page and "50%" in page and "5/9" not in page
+    main(["--output", str(where)])
+    assert "http-equiv" not in where.read_text() and "<table class=state" not in where.read_text()
+    with pytest.raises(SystemExit) as ended:
+        main(["--output", str(where), "--state", "dit"])
+    assert ended.value.code == 2
+
+
+def test_the_page_is_made_for_a_phone_the_night_and_the_keyboard(tmp_path):
+    (tmp_path / "a.png").write_bytes(PNG)
+    make_run(tmp_path, samples=[Sample("a.png", "a card")], bars=[Bar("r", 1.0, 0.5)])
+    page = (tmp_path / "report.html").read_text()
+    assert "prefers-color-scheme:dark" in page and "max-width:48rem" in page and "prefers-reduced-motion" in page
+    assert "alt='a card'" in page and 'role="img" aria-label="curves of train/loss' in page and ":focus-visible" in page
+    assert "currentColor" in page and "#123456" not in page
 
 
 def test_samples_are_found_from_the_working_folder_too(tmp_path, monkeypatch):

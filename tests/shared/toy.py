@@ -124,6 +124,9 @@ def validate(model, step):
 def run_case(case, info):
     torch.manual_seed(3)
     model = Toy(case.get("dropout", 0.0), case.get("tied", False), case.get("branches"))
+    own = case.get(f"rank_{info.rank}", {})  # what is other on this rank
+    if "shift" in own:
+        next(model.get_submodule(own["shift"]).parameters()).data.add_(1)
     training = {
         "batch_size": 2,
         "total_steps": 20,
@@ -134,6 +137,7 @@ def run_case(case, info):
         "save_steps": None,
         "eval_steps": 10,
         **case.get("training", {}),
+        **own.get("training", {}),
     }
     config = Config(
         run={
@@ -143,6 +147,7 @@ def run_case(case, info):
             "output_dir": case["output_dir"],
             **({"seed": info.rank} if case.get("other_settings") else {}),
             **case.get("run", {}),
+            **own.get("run", {}),
         },
         training=training,
     )

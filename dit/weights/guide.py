@@ -1,0 +1,175 @@
+"""The guide's form of a checkpoint: model.pt, optimizer.pt, scheduler.pt, training_state.json in one folder.
+
+Written next to ours on request (training.guide_files), and read back: such a folder becomes a checkpoint of ours, which
+any strategy and number of ranks resumes from. Everything is read with weights_only=True.
+"""
+
+import json
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dit.config import Config
+from shared.config import fixed_settings
+from shared.data import MapStream
+from shared.engine.checkpoint import CheckpointStore, frozen_digest, load_strict, persistent_buffers
+from shared.engine.dist import DistInfo
+from shared.engine.state import RunState, versions
+from shared.errors import UserError, write_text, written_aside
+
+MODEL, OPTIMIZER, SCHEDULER, STATE = "model.pt", "optimizer.pt", "scheduler.pt", "training_state.json"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def is_guide_folder(path: Path) -> bool:
+    """Whether a folder is a checkpoint in the guide's form alone."""
+    return (path / MODEL).is_file() and not (path / "manifest.json").exists()
+
+
+def trained_names(model: nn.Module) -> list[str]:
+    """The parameters in the order in which torch numbers them."""
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def write_guide_files(folder: Path, model: nn.Module, config: Config, steps_per_epoch: int) -> None:
+    """Add the four files to a checkpoint of ours that is being written."""
+    weights, moments = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
+    trainer = json.loads((folder / "trainer.json").read_text())
+    state = trainer["run_state"]
+    names, taken = trained_names(model), trainer["optimizer_steps"]
+    group = {**trainer["parameter_groups"][0], "weight_decay": config.training.weight_decay}
+    optimizer = {
+        "state": {
+            number: {"step": torch.tensor(float(taken[name]))} | {kind: moments[f"{name}.{kind}"] for kind in MOMENTS}
+            for number, name in enumerate(names)
+            if f"{name}.exp_avg" in moments
+        },
+        "param_groups": [{**group, "params": list(range(len(names)))}],
+    }
+    write_guide_folder(folder, weights, optimizer, step=state["step"], steps_per_epoch=steps_per_epoch, config=config)
+
+
+def write_guide_folder(
+    folder: Path, weights: dict[str, Tensor], optimizer: dict | None, *, step: int, steps_per_epoch: int, config: Config
+) -> None:
+    """The four files; without an optimizer's state only model.pt and training_state.json."""
+    contents: dict[str, Any] = {MODEL: weights}
+    if optimizer is not None:
+        contents |= {OPTIMIZER: optimizer, SCHEDULER: {"last_epoch": step, "type": config.training.lr_scheduler_type}}
+    for name, content in contents.items():
+        with written_aside(folder / name) as temporary:
+            torch.save(content, temporary)
+    epoch = step // steps_per_epoch if steps_per_epoch else 0
+    write_text(folder / STATE, json.dumps({"epoch": epoch, "global_step": step, "version": 1}, indent=1) + "\n")
+
+
+def read_guide_weights(folder: Path, model: nn.Module) -> None:
+    """Put model.pt into the model."""
+    state = _loaded(folder / MODEL)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{folder / MODEL}: a state dict, names to tensors, is expected")
+    load_strict(model, {name.removeprefix("module."): value for name, value in state.items()}, what=str(folder / MODEL))
+
+
+def adopt(folder: Path, config: Config, model: nn.Module, stream: MapStream, info: DistInfo) -> Path:
+    """Turn a folder of the guide into a checkpoint of ours in the run's folder; all ranks call it. Returns its place.
+
+    What is absent starts anew, which is said. UserError: files that are damaged or belong to another model.
+    """
+    read_guide_weights(folder, model)
+    names = trained_names(model)
+    parameters = dict(model.named_parameters())
+    state = _state(folder, stream.steps_per_epoch)
+    optimizer = _loaded(folder / OPTIMIZER) if (folder / OPTIMIZER).is_file() else None
+    if optimizer is None and info.is_main:
+        print(f"warning: {folder} holds no {OPTIMIZER}; the optimizer starts anew", file=sys.stderr)
+    moments, taken = _moments(folder, optimizer, names, parameters)
+    run_state = RunState(
+        step=state["global_step"],
+        samples_seen=state["global_step"] * stream.samples_per_step,
+        data_step=state["global_step"],
+        fingerprint=stream.fingerprint,
+        global_batch=stream.samples_per_step,
+    )
+    training = config.training
+    group = {"lr": training.learning_rate, "betas": [training.adam_beta1, training.adam_beta2]}
+    trainer = {
+        "optimizer_steps": taken,
+        "parameter_groups": [{**group, "eps": training.adam_epsilon, "weight_decay": training.weight_decay}],
+        "loss_scale": {"value": 1.0, "good_steps": 0},
+        "ema_updates": 0,
+        "run_state": vars(run_state),
+        "fixed_settings": fixed_settings(config),
+    }
+    buffers = persistent_buffers(model)
+    weights = [(name, parameters[name].detach()) for name in names] + list(buffers.items())
+    tensors = {"model.safetensors": weights, "optimizer.safetensors": list(moments.items())}
+    store = CheckpointStore(Path(config.run.output_dir) / "checkpoints", info, keep_last=1_000_000)
+    return store.save(
+        f"{folder.name}-of-the-guide",
+        step=run_state.step,
+        trainer=trainer,
+        tensors={
+            file: ([(name, tuple(value.shape), value.dtype) for name, value in pairs], (value for _, value in pairs))
+            for file, pairs in tensors.items()
+        },
+        meta={"frozen_sha256": frozen_digest(model), "versions": versions()},
+    )
+
+
+def _state(folder: Path, steps_per_epoch: int) -> dict[str, int]:
+    """epoch and global_step; epoch counts those that are complete."""
+    path = folder / STATE
+    if not path.is_file():
+        print(f"warning: {folder} holds no {STATE}; the run starts at step 0", file=sys.stderr)
+        return {"global_step": 0}
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        step = tree.get("global_step", tree.get("epoch", 0) * steps_per_epoch)
+        if not isinstance(step, int) or step < 0:
+            raise ValueError(f"global_step is {step!r}")
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{path}: epoch and global_step, whole numbers, are expected ({error})") from None
+    return {"global_step": step}
+
+
+def _moments(
+    folder: Path, optimizer: Any, names: list[str], parameters: dict[str, nn.Parameter]
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """AdamW's moments by name, and the steps that each parameter has taken."""
+    moments: dict[str, Tensor] = {}
+    taken: dict[str, int] = {}
+    if optimizer is None:
+        return moments, taken
+    try:
+        order = [number for group in optimizer["param_groups"] for number in group["params"]]
+        held = optimizer["state"]
+        for name, number in zip(names, order, strict=True):
+            if number not in held:
+                continue
+            taken[name] = int(held[number]["step"])
+            for kind in MOMENTS:
+                value = held[number][kind]
+                wanted = tuple(parameters[name].shape)
+                if tuple(value.shape) != wanted:
+                    raise ValueError(f"{kind} of {name} is {tuple(value.shape)}, {wanted} is wanted")
+                moments[f"{name}.{kind}"] = value.float()
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{folder / OPTIMIZER}: not the state of an AdamW over this model's {len(names)} parameters ({error}); "
+            "remove the file to start the optimizer anew"
+        ) from None
+    return moments, taken
+
+
+def _loaded(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise UserError(f"{path}: cannot be read ({reason}); copy it again") from None

@@ -1,0 +1,147 @@
+"""Clips composed on the fly: a drawing that moves over a plain ground, with its picture as the reference.
+
+What the small preset trains on. A tenth of the combinations (drawing, ground, direction) is never trained, and the last
+UNSEEN drawings of the sheet are never trained at all: what is drawn of those was learned from the picture alone.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from opens2v.config import Config, pixel_count
+from opens2v.data.subjects import clip_pixels, reference_pixels
+from shared.errors import UserError
+from shared.media.scenes import Drawing, Scene, Scenes, cut_out
+from shared.rng import keyed_seed
+
+SCENE_RATE = 8.0  # frames per second
+UNSEEN = 16  # drawings at the end of the list
+SPAN = 0.5  # of the way across the picture that a clip shows
+LENGTH = 4096  # scenes of an epoch
+RECOLOURED = 0.6  # share of the trained scenes whose drawing and picture have their colour channels in another order
+GENERIC = 0.5  # share of the trained captions that call the drawing "subject"
+_CHOICES = 503  # random stream
+
+
+def read_drawings(path: str | Path) -> list[Drawing]:
+    """The drawings of a sheet (NAME.json beside NAME.webp), or of a folder of pictures, named by their files."""
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in (".png", ".webp", ".jpg", ".jpeg"))
+        found = []
+        for file in files:
+            try:
+                found.append(Drawing(file.stem.replace("_", " ").lower(), cut_out(Image.open(file))))
+            except (OSError, ValueError) as error:
+                raise UserError(f"data.scenes: {file} cannot be used ({error}); mend or remove it") from None
+        if len(found) <= UNSEEN:
+            raise UserError(f"data.scenes {path}: {len(found)} pictures; more than {UNSEEN} are needed")
+        return found
+    if not path.is_file():
+        raise UserError(f"data.scenes {path}: not found; give a folder of pictures or the .json of a sheet")
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))
+        side, columns, names = int(listed["side"]), int(listed["columns"]), list(listed["names"])
+        sheet = np.array(Image.open(path.with_suffix(".webp")).convert("RGBA"))
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"data.scenes {path}: no sheet of drawings ({error}); copy it again") from None
+    return [
+        Drawing(name, sheet[row * side : (row + 1) * side, column * side : (column + 1) * side])
+        for place, name in enumerate(names)
+        for row, column in [divmod(place, columns)]
+    ]
+
+
+class SceneDataset:
+    """Samples as OpenS2VAdapterDataset gives them. which: "train", "combinations" (never trained), "subjects" (drawings
+    that are never trained).
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        num_frames: int,
+        size: tuple[int, int],
+        reference_size: tuple[int, int],
+        clip_size: int,
+        max_subjects: int = 1,
+        seed: int = 0,
+        which: str = "train",
+        generic: float = GENERIC,
+    ):
+        drawings = read_drawings(path)
+        chosen = drawings[-UNSEEN:] if which == "subjects" else drawings[:-UNSEEN]
+        self.which, self.seed, self.generic = which, seed, generic if which == "train" else 0.0
+        self.scenes = Scenes(
+            chosen, height=size[0], width=size[1], kinds=("moving",), seed=seed,
+            recoloured=RECOLOURED if which == "train" else 0.0,
+        )  # fmt: skip
+        self.num_frames, self.reference_size, self.clip_size = num_frames, reference_size, clip_size
+        self.max_subjects = max_subjects
+        self.fingerprint = f"scenes-{len(drawings)}-{seed}"
+
+    def __len__(self) -> int:
+        return LENGTH
+
+    def identity(self, index: int) -> tuple[str, str]:
+        """(part, key) of a sample."""
+        return f"scenes_{self.which}", f"{index:06d}"
+
+    def scene(self, index: int, epoch: int = 0) -> Scene:
+        """The ground truth of a sample."""
+        return self.scenes.scene(epoch * LENGTH + index, unseen=self.which == "combinations")
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.sample(index, 0)
+
+    def sample(self, index: int, epoch: int) -> dict[str, Any]:
+        """The sample of (index, epoch); another epoch is another scene."""
+        return self.shown(self.scene(index, epoch), epoch * LENGTH + index)
+
+    def at(self, frame: int) -> float:
+        """Which part of its way the subject has gone in a frame: the middle of it, so that it stays in the picture."""
+        return 0.5 + SPAN * (frame / max(1, self.num_frames - 1) - 0.5)
+
+    def clip(self, scene: Scene) -> np.ndarray:
+        """uint8 (F, H, W, 3)."""
+        return np.stack([self.scenes.frame(scene, self.at(frame)) for frame in range(self.num_frames)])
+
+    def shown(self, scene: Scene, number: int, nouns: Sequence[str] | None = None) -> dict[str, Any]:
+        """The sample of a scene, worded by `number`."""
+        draw = np.random.Generator(np.random.PCG64(keyed_seed(self.seed, _CHOICES, number)))
+        if nouns is None and draw.random() < self.generic:
+            nouns = ["subject"]
+        scale = draw.uniform(0.85, 1.0) if self.which == "train" else 1.0
+        picture = Image.fromarray(self.scenes.reference(scene, max(self.reference_size)))
+        frames = torch.from_numpy(self.clip(scene)).permute(3, 0, 1, 2)
+        slots, blank = self.max_subjects, Image.new("RGB", (8, 8), (255, 255, 255))
+        pictures = [picture, *[blank] * (slots - 1)]
+        part, key = self.identity(number)
+        return {
+            "key": key,
+            "prompts": self.scenes.sentence(scene, number, nouns=nouns),
+            "frame_indices": torch.arange(self.num_frames),
+            "frames": frames.contiguous(),
+            "ref_pixels": torch.stack([reference_pixels(one, *self.reference_size, scale=scale) for one in pictures]),
+            "ref_clip_pixels": torch.stack([clip_pixels(one, self.clip_size) for one in pictures]),
+            "ref_mask": torch.tensor([place == 0 for place in range(slots)]),
+            "subject_names": [self.scenes.name(scene), *[""] * (slots - 1)],
+            "subject_scores": torch.full((slots, 2), torch.nan),
+            "meta": {"part": part, "fps": SCENE_RATE, "content": f"{scene}", "annotation_idx": ["1"]},
+        }
+
+
+def scene_set(config: Config, which: str) -> SceneDataset:
+    """The scenes of a configuration; see SceneDataset for `which`."""
+    data = config.data
+    return SceneDataset(
+        str(data.scenes), num_frames=pixel_count(data.num_training_frames, data.num_training_frames_unit),
+        size=(data.pixel_height, data.pixel_width), reference_size=(data.ref_height, data.ref_width),
+        clip_size=data.ref_clip_size, max_subjects=data.max_subjects_per_sample, seed=config.run.seed, which=which,
+    )  # fmt: skip

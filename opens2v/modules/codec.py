@@ -1,0 +1,160 @@
+"""A small video auto-encoder for presets without a download, with the frames of Wan's VAE: one alone, then four each.
+
+Convolutions whose fields overlap, so that no patch decides alone: what it decodes has no seams. The first latent frame
+holds a picture, later ones hold its motion.
+Shapes: B batch, C channels, F frames, h w latent grid.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from opens2v.modules.encoders import check_frames
+
+
+class Pictures(nn.Module):
+    """A picture of H x W <-> C channels of H/4 x W/4."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.encoder = _encoder(3, channels, width)
+        self.decoder = nn.Sequential(
+            nn.Conv2d(channels, 2 * width, 3, padding=1), nn.SiLU(),
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.SiLU(),
+            nn.Conv2d(2 * width, 4 * width, 3, padding=1), nn.PixelShuffle(2), nn.SiLU(),
+            nn.Conv2d(width, width, 3, padding=1), nn.SiLU(),
+            nn.Conv2d(width, 12, 3, padding=1), nn.PixelShuffle(2),
+        )  # fmt: skip
+
+
+class Motion(nn.Module):
+    """Four frames after a known one <-> C channels of H/4 x W/4: how it moves, and what comes in new.
+
+    Each frame is the one before, warped by a flow field, and where a mask says so painted over. So the later latents
+    need not hold what is seen, only how it goes on, and a subject keeps its detail while it moves.
+    """
+
+    frames = 4
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.encoder = _encoder(3 * (1 + self.frames), channels, width)
+        self.context = nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(48, channels, 1))
+        self.decoder = nn.Sequential(
+            nn.Conv2d(2 * channels, 2 * width, 3, padding=1), nn.SiLU(),
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.SiLU(),
+            nn.Conv2d(2 * width, 2 * width, 5, padding=2), nn.SiLU(),
+            nn.Conv2d(2 * width, 4 * width, 3, padding=1), nn.PixelShuffle(2), nn.SiLU(),
+            nn.Conv2d(width, width, 3, padding=1), nn.SiLU(),
+            nn.Conv2d(width, 4 * 6 * self.frames, 3, padding=1), nn.PixelShuffle(2),
+        )  # fmt: skip
+        last = self.decoder[-2]
+        assert isinstance(last, nn.Conv2d) and last.bias is not None
+        with torch.no_grad():  # near the identity: nothing moves and nothing is painted over
+            last.weight.mul_(0.1)
+            nn.init.zeros_(last.bias)
+
+    def decode(self, source: Tensor, latents: Tensor) -> Tensor:
+        """(B, 3, H, W) and (B, C, h, w) -> the next four frames (B, 3, 4, H, W)."""
+        parts = self.decoder(torch.cat([latents, self.context(source)], 1)).float().unflatten(1, (self.frames, 6))
+        height, width = source.shape[-2:]
+        rows, columns = (torch.linspace(-1 + 1 / n, 1 - 1 / n, n, device=source.device) for n in (height, width))
+        grid = torch.stack([columns.expand(height, -1), rows[:, None].expand(-1, width)], -1)
+        scale = torch.tensor([8 / width, 8 / height], device=source.device)  # an output of 1 is four pixels
+        shown = []
+        source = source.float()
+        for place in range(self.frames):
+            flow, paint, mask = parts[:, place].split([2, 3, 1], 1)
+            moved = functional.grid_sample(
+                source, grid + flow.permute(0, 2, 3, 1) * scale, padding_mode="border", align_corners=False
+            )
+            source = torch.lerp(moved, paint, torch.sigmoid(mask - 2))
+            shown.append(source)
+        return torch.stack(shown, 2)
+
+
+def _encoder(inputs: int, channels: int, width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.PixelUnshuffle(2), nn.Conv2d(4 * inputs, width, 3, padding=1), nn.SiLU(),
+        nn.Conv2d(width, width, 3, padding=1), nn.SiLU(),
+        nn.Conv2d(width, 2 * width, 4, stride=2, padding=1), nn.SiLU(),
+        nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.SiLU(), nn.Conv2d(2 * width, channels, 1),
+    )  # fmt: skip
+
+
+class ConvCodec(nn.Module):
+    """See VideoCodec. `mean` and `std` (2, C): of the channels of the first latent frame and of later ones."""
+
+    temporal, spatial, channels = Motion.frames, 4, 16
+    variance: Tensor | None = None
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.first = Pictures(self.channels, width)
+        self.later = Motion(self.channels, width)
+        self.register_buffer("mean", torch.zeros(2, self.channels))
+        self.register_buffer("std", torch.ones(2, self.channels))
+
+    def raw_latents(self, frames: Tensor) -> Tensor:
+        """(B, 3, 4k + 1, H, W) -> (B, C, 1 + k, h, w), not normalised."""
+        count = frames.shape[2]
+        check_frames(count, "the video")
+        latents = [self.first.encoder(frames[:, :, 0])]
+        for start in range(0, count - 1, self.temporal):
+            window = frames[:, :, start : start + self.temporal + 1]
+            latents.append(self.later.encoder(window.transpose(1, 2).flatten(1, 2)))
+        return torch.stack(latents, 2)
+
+    def from_raw(self, latents: Tensor) -> Tensor:
+        """The inverse of raw_latents, not clamped: each group of frames goes on from the last one drawn."""
+        frames = [self.first.decoder(latents[:, :, 0]).unsqueeze(2)]
+        for place in range(1, latents.shape[2]):
+            frames.append(self.later.decode(frames[-1][:, :, -1], latents[:, :, place]))
+        return torch.cat(frames, 2)
+
+    def forward(self, frames: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """The training pass: (rebuilt frames, mean square of the latents).
+
+        noise: in the shape of the latents, in units of their spread. What the decoder is trained with is a little off,
+        as the latents that a generator draws will be.
+        """
+        latents = self.raw_latents(frames)
+        spread = latents.detach().std((0, 3, 4), keepdim=True)
+        return self.from_raw(latents + spread * noise), latents.square().mean()
+
+    def _stats(self, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        kind = torch.arange(count, device=like.device).clamp(max=1)
+        mean, std = (table.to(like)[kind].T[None, :, :, None, None] for table in (self.mean, self.std))
+        return mean, std
+
+    @torch.no_grad()
+    def encode(self, frames: Tensor) -> Tensor:
+        """See VideoCodec.encode."""
+        latents = self.raw_latents(frames.float())
+        mean, std = self._stats(latents.shape[2], latents)
+        return (latents - mean) / std
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """See VideoCodec.decode."""
+        latents = latents.float()
+        mean, std = self._stats(latents.shape[2], latents)
+        return self.from_raw(latents * std + mean).clamp(-1, 1)
+
+    @torch.no_grad()
+    def measure(self, clips: Tensor) -> None:
+        """Take mean and spread of the latents from clips (M, 3, F, H, W), so that encode gives unit variance."""
+        for place, part in enumerate(self.raw_latents(clips.float()).tensor_split([1], 2)):
+            if part.shape[2]:
+                self.mean[place] = part.mean((0, 2, 3, 4))
+                self.std[place] = part.std((0, 2, 3, 4)).clamp(min=1e-4)
+
+
+def codec_loss(rebuilt: Tensor, frames: Tensor, size: Tensor) -> Tensor:
+    """Squared error, and 0.2 of the absolute error of differences along rows and columns, which keeps edges."""
+    loss = functional.mse_loss(rebuilt, frames) + 1e-4 * size
+    for axis in (-2, -1):
+        loss = loss + 0.2 * functional.l1_loss(rebuilt.diff(dim=axis), frames.diff(dim=axis))
+    return loss

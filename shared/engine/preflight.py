@@ -1,0 +1,225 @@
+"""What can be found wrong before anything is trained, encoded or fitted; and the lock of the output folder."""
+
+import contextlib
+import datetime
+import difflib
+import fcntl
+import importlib.util
+import os
+import shutil
+import socket
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from shared.config import accumulation_steps, flat_settings, is_place
+from shared.data import check_shared_memory
+from shared.engine.checkpoint import attempt, find_checkpoint
+from shared.engine.dist import DistInfo, StopFlag, raise_together, same_settings_on_all_ranks
+from shared.engine.parallel import check_strategy
+from shared.engine.state import code_digest, versions
+from shared.engine.strategy import choose_precision
+from shared.errors import UserError, at_end, in_command
+
+LEAST_FREE = 1_000_000  # bytes: with less not even the log of a run fits
+WORKERS_PER_CORE = 16
+MOST_SAMPLES = 1_000_000  # of one micro-step, and micro-steps of one optimizer step
+LOCK = ".lock"
+_held: dict[str, tuple[int, int]] = {}  # real path -> (open file, how often it is held)
+
+
+def preflight(
+    config: Any,
+    info: DistInfo,
+    *,
+    phases: Collection[Any] = (),
+    metrics: Collection[str] | None = None,
+    folders: Mapping[str, str | Path | None] | None = None,
+) -> None:
+    """Check all that can be checked before a run costs time; called right after init_distributed. Writes nothing but
+    the lock of the output folder, which goes when the command ends.
+
+    phases: settings of further phases. metrics: names that a validation gives, such as "val/loss". folders: setting ->
+    folder in Hugging Face's form, or None. UserError on all ranks for the first thing that is wrong.
+    """
+    StopFlag.start_clock()
+    compare_ranks(config, info)
+    raise_together(attempt(lambda: _check(config, info, [config, *phases], metrics, folders or {})))
+    taking = info.is_main and in_command()  # elsewhere fit() holds it while it trains
+    raise_together(attempt(lambda: at_end(_take(Path(config.run.output_dir)).close)) if taking else None)
+
+
+def compare_ranks(config: Any, info: DistInfo) -> None:
+    """Refuse ranks that started with other settings, code or libraries; places and devices may differ. A collective."""
+    settings = {name: value for name, value in flat_settings(config).items() if not is_place(name)}
+    try:
+        taken = choose_precision(config.run.precision, info.device)
+    except UserError as error:  # raised by _check, once all know that they were started alike
+        taken = str(error)
+    same_settings_on_all_ranks({**settings, "precision taken": taken, **versions(), "code": code_digest(config)})
+
+
+def _check(
+    config: Any, info: DistInfo, phases: list, metrics: Collection[str] | None, folders: Mapping[str, Any]
+) -> None:
+    run, training = config.run, config.training
+    choose_precision(run.precision, info.device)
+    check_strategy(run.strategy, info.world, run.cpu_offload)
+    for phase in phases:
+        _check_batch(phase.training, info.world)
+        _check_workers(phase.training.num_workers)
+        check_shared_memory(phase.training.num_workers)
+    if training.total_steps is None and training.num_epochs is None:
+        raise UserError("neither total_steps nor num_epochs is set; give --total-steps N or --num-epochs N")
+    _check_loggers(run)
+    if metrics is not None and training.best_metric not in metrics:
+        near = difflib.get_close_matches(training.best_metric, metrics, 1, 0.0)
+        raise UserError(
+            f"--best-metric {training.best_metric}: no validation gives it"
+            f"{f'; did you mean {near[0]}?' if near else ''} ({', '.join(sorted(metrics))})"
+        )
+    if run.resume not in ("auto", "none") and not Path(run.resume).is_file():
+        _check_resume(Path(run.resume))
+    for name, folder in folders.items():
+        check_folder(name, folder)
+    if info.is_main:
+        _check_output(run.output_dir)
+
+
+def _check_batch(training: Any, world: int) -> None:
+    accumulation = accumulation_steps(training, world)
+    if training.batch_size > MOST_SAMPLES or accumulation > MOST_SAMPLES:
+        raise UserError(
+            f"--batch-size {training.batch_size} with {accumulation} micro-steps: no machine takes that; use at most "
+            f"{MOST_SAMPLES:,} of each"
+        )
+
+
+def _check_workers(count: int) -> None:
+    most = WORKERS_PER_CORE * max(4, os.cpu_count() or 1)
+    if count > most:
+        raise UserError(
+            f"--num-workers {count}: this machine has {os.cpu_count()} cores; use at most {most}, best 2 to 8 a rank"
+        )
+
+
+def _check_loggers(run: Any) -> None:
+    for flag, wanted, package in (("tensorboard", run.tensorboard, "tensorboard"), ("wandb", run.wandb, "wandb")):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise UserError(f"--{flag} needs the package {package}: pip install {package}; or use --no-{flag}")
+
+
+def _check_resume(path: Path) -> None:
+    """That there is something to resume from; its hashes are compared later, which may take minutes."""
+    places = [path, path.parent / "checkpoints" / path.name]
+    if any((place / "manifest.json").is_file() for place in places):
+        return
+    if not any(item for below in ("", "*/") for item in path.glob(f"{below}checkpoints/*/manifest.json")):
+        find_checkpoint(path, newest=True)  # says what is wrong
+
+
+def check_folder(name: str, folder: str | Path | None) -> None:
+    """Refuse a model folder in Hugging Face's form that lacks its config.json or weights; None is a folder not needed.
+
+    name: the setting, for the message. A folder that is a pipeline (model_index.json) holds such folders.
+    """
+    if folder is None:
+        return
+    path, flag = Path(folder), f"--{name.replace('_', '-')}"
+    if not path.is_dir():
+        raise UserError(f"{flag} {path}: no such folder; give the folder of the downloaded model")
+    if (path / "model_index.json").is_file():
+        return
+    if not (path / "config.json").is_file():
+        raise UserError(f"{flag} {path}: config.json is missing; download the folder completely")
+    weights = [item for suffix in ("*.safetensors", "*.bin", "*.pt", "*.pth") for item in path.glob(suffix)]
+    if not weights or not all(item.stat().st_size for item in weights):
+        raise UserError(f"{flag} {path}: the weights (.safetensors or .bin) are missing or empty; download them again")
+
+
+def _check_output(output_dir: str) -> None:
+    if not output_dir.strip():
+        raise UserError("--output-dir is empty; name a folder for the run")
+    place = Path(output_dir)
+    while not place.exists() and not place.is_symlink() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"--output-dir {output_dir}: {place} is not a folder; give another path")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"--output-dir {output_dir}: {place}: permission denied; choose a place that you can write to")
+    free = shutil.disk_usage(place).free
+    if free < LEAST_FREE:
+        raise UserError(
+            f"--output-dir {output_dir}: the disk is full ({free / 1e6:.2f} MB are free); free some space and run the "
+            "same command again"
+        )
+
+
+# --- the lock of the output folder ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def claimed(output_dir: Path) -> Iterator[None]:
+    """Hold the output folder's lock: two runs in one folder would mix and delete each other's checkpoints.
+
+    UserError names the process that holds it. A POSIX lock on a file that names host and process: it ends with the
+    process, however that ends, and works over NFS. Within one process it may be held several times.
+    """
+    with contextlib.closing(_take(output_dir)):
+        yield
+
+
+class _Held:
+    """One hold of a folder's lock."""
+
+    def __init__(self, key: str, made: bool):
+        self.key, self.made = key, made
+
+    def close(self) -> None:
+        """Give it back; the last one removes the file, and a folder that was made for it alone."""
+        file, count = _held[self.key]
+        if count > 1:
+            _held[self.key] = (file, count - 1)
+            return
+        del _held[self.key]
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(file), os.stat(os.path.join(self.key, LOCK))):
+                os.unlink(os.path.join(self.key, LOCK))
+        os.close(file)
+        if self.made:
+            with contextlib.suppress(OSError):
+                os.rmdir(self.key)
+
+
+def _take(output_dir: Path) -> _Held:
+    made = not output_dir.exists()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    key = os.path.realpath(output_dir)
+    path = os.path.join(key, LOCK)
+    if key in _held:
+        file, count = _held[key]
+        if os.path.exists(path) and os.path.samestat(os.fstat(file), os.stat(path)):
+            _held[key] = (file, count + 1)
+            return _Held(key, False)
+        os.close(file)  # the folder was removed meanwhile
+        del _held[key]
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            holder = os.read(file, 200).decode("utf-8", "replace").strip() or "another process"
+            os.close(file)
+            raise UserError(
+                f"{output_dir} is in use by {holder}; wait until that run has ended, or give another --output-dir"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        if os.path.exists(path) and os.path.samestat(os.fstat(file), os.stat(path)):
+            break
+        os.close(file)  # its last holder has just removed it
+    now = datetime.datetime.now().isoformat(" ", "seconds")
+    os.ftruncate(file, 0)
+    os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()} since {now}\n".encode(), 0)
+    _held[key] = (file, 1)
+    return _Held(key, made)

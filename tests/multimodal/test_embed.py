@@ -1,0 +1,260 @@
+"""Embedding folders with breaks, indexes in both formats, the search page; what metrics say of training data."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from multimodal import embed, generate, metrics, train
+from multimodal.evaluation.held_out import Split
+from multimodal.evaluation.transfer import transfer
+from multimodal.weights.open import Embedder
+from tests.multimodal import small
+from tests.multimodal.files import wav
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_network():
+    patch = pytest.MonkeyPatch()
+    patch.setitem(small.model.SIZES, "mini", small.WIDTHS)
+    patch.setitem(small.objectives.DECODERS, "mini", (64, 1))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Own pictures and sounds, some of them in both splits."""
+    folder = tmp_path_factory.mktemp("data")
+    for number in range(24):
+        place = folder / "jsonl" / f"{number}.png"
+        place.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.random.default_rng(number).integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(place)
+        wav(folder / "jsonl" / f"{number}.wav", 0.4 + number / 50)
+    for split, numbers in (("train", range(16)), ("val", range(12, 24))):
+        rows = [{"file": f"{n}.{suffix}", "caption": f"thing {n}"} for n in numbers for suffix in ("png", "wav")]
+        (folder / "jsonl" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory, data) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "out"
+    own = ("--datasets", "jsonl", "--data-root", str(data), "--label-set", "none", "--stages", "2", "--max-steps", "2")
+    train.main([*small.QUICK, "--output-dir", str(folder), *own])
+    return folder
+
+
+def failing(capsys, command, *argv: str) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as leaving:
+        command.main(list(argv))
+    assert leaving.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "parquet"])
+@pytest.mark.parametrize("kind,pattern", [("images", "*.png"), ("audio", "*.wav")])
+def test_a_folder_is_embedded_in_parts_and_gives_what_one_piece_gives(out, data, tmp_path, suffix, kind, pattern):
+    paths = sorted((data / "jsonl").glob(pattern))
+    command = ["encode", "--checkpoint", str(out), f"--{kind}", str(data / "jsonl")]
+    whole, parts = tmp_path / f"whole.{suffix}", tmp_path / f"parts.{suffix}"
+    embed.main([*command, "--output", str(whole)])
+    embed.main([*command, "--output", str(parts), "--part-size", "7", "--workers", "1"])
+    one, two = embed.read_index(whole), embed.read_index(parts)
+    assert one.ids == two.ids == [str(path) for path in paths] and one.kind == two.kind == kind
+    assert torch.allclose(one.vectors, two.vectors, atol=1e-6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([whole.name, parts.name])
+
+
+def test_a_stopped_encode_goes_on_where_it_was(out, data, tmp_path, monkeypatch):
+    command = ["encode", "--checkpoint", str(out), "--images", str(data / "jsonl"), "--part-size", "5", "--output"]
+    read, own = [], Embedder.files
+
+    def stopped(self, paths, kind, workers=0):
+        if len(read) == 2:
+            raise KeyboardInterrupt
+        read.append(paths)
+        return own(self, paths, kind, workers)
+
+    monkeypatch.setattr(Embedder, "files", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        embed.main([*command, str(tmp_path / "e.safetensors")])
+    monkeypatch.setattr(Embedder, "files", lambda self, paths, *rest: (read.append(paths), own(self, paths, *rest))[1])
+    embed.main([*command, str(tmp_path / "e.safetensors")])
+    assert len(read) == 5 and len({path for part in read for path in part}) == 24  # none twice
+    embed.main([*command, str(tmp_path / "w.safetensors"), "--part-size", "24"])
+    assert torch.equal(
+        embed.read_index(tmp_path / "e.safetensors").vectors, embed.read_index(tmp_path / "w.safetensors").vectors
+    ) or torch.allclose(
+        embed.read_index(tmp_path / "e.safetensors").vectors,
+        embed.read_index(tmp_path / "w.safetensors").vectors,
+        atol=1e-6,
+    )
+
+
+def test_files_that_cannot_be_read_are_left_out_and_listed(out, tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "good.png")
+    (folder / "bad.png").write_bytes(b"no")
+    command = ["encode", "--checkpoint", str(out), "--images", str(folder), "--output", str(tmp_path / "e.parquet")]
+    embed.main(command)
+    assert embed.read_index(tmp_path / "e.parquet").ids == [str(folder / "good.png")]
+    assert "bad.png" in (tmp_path / "e.parquet.bad.jsonl").read_text() and "1 files left out" in capsys.readouterr().out
+    (folder / "good.png").unlink()
+    assert "none of 1 files" in failing(capsys, embed, *command[:-1], str(tmp_path / "f.parquet"))
+    assert not list(tmp_path.glob("f.*")) and not list(tmp_path.glob(".f.*"))
+
+
+def test_an_index_of_many_ids(out, tmp_path, monkeypatch):
+    monkeypatch.setattr(embed, "MOST_IDS", 2)
+    texts = tmp_path / "texts.txt"
+    texts.write_text("a dog\n\nun café\nthird\n", encoding="utf-8")
+    embed.main(["encode", "--checkpoint", str(out), "--texts", str(texts), "--output", str(tmp_path / "t.safetensors")])
+    assert embed.read_index(tmp_path / "t.safetensors").ids == ["a dog", "un café", "third"]
+    found = embed.search(
+        embed.SearchOptions(
+            checkpoint=str(out), index=str(tmp_path / "t.safetensors"), query_text="un café", device="cpu", top_k=1
+        )
+    )
+    assert found[0][0] == "un café" and found[0][1] == pytest.approx(1, abs=1e-5)
+
+
+def test_files_that_are_no_index_are_named(out, tmp_path, capsys):
+    for name in ("a.safetensors", "a.parquet"):
+        (tmp_path / name).write_bytes(b"nothing")
+        error = failing(
+            capsys, embed, "search", "--checkpoint", str(out), "--index", str(tmp_path / name), "--query-text", "x"
+        )
+        assert "not an index that embed.py wrote" in error
+    assert "expected encode, search or page" in failing(capsys, embed, "find")
+
+
+def test_the_page_holds_everything_and_its_vectors_find_the_same(out, data, tmp_path):
+    indexes = []
+    for kind in ("images", "audio"):
+        indexes.append(str(tmp_path / f"{kind}.safetensors"))
+        embed.main(["encode", "--checkpoint", str(out), f"--{kind}", str(data / "jsonl"), "--output", indexes[-1]])
+    (tmp_path / "t.txt").write_text("a </script> dog\nthing 3\n")
+    indexes.append(str(tmp_path / "t.safetensors"))
+    embed.main(["encode", "--checkpoint", str(out), "--texts", str(tmp_path / "t.txt"), "--output", indexes[-1]])
+    embed.main(["page", "--index", *indexes, "--output", str(tmp_path / "p.html"), "--limit", "10"])
+    text = (tmp_path / "p.html").read_text()
+    assert text.count("</script>") == 1 and not re.search(r"(?:src|href)=['\"]?https?:", text)
+    items = json.loads(re.search(r"const items=(\[.*?\]);const width", text)[1])
+    assert [sum(item["kind"] == kind for item in items) for kind in ("images", "audio", "texts")] == [10, 10, 2]
+    assert all(item["shown"].startswith("data:") for item in items[:20]) and items[20]["name"] == "a </script> dog"
+    import base64
+
+    rows = np.frombuffer(base64.b64decode(re.search(r"packed='(.*?)'", text)[1]), np.int8).reshape(22, -1)
+    rows = torch.nn.functional.normalize(torch.from_numpy(rows.astype(np.float32)), dim=1)
+    original = embed.read_index(Path(indexes[0])).vectors[0]
+    assert float(rows[0] @ original) > 0.999
+
+
+def test_indexes_of_other_weights_do_not_share_a_page(out, data, tmp_path, capsys):
+    vectors = torch.nn.functional.normalize(torch.randn(2, 32), dim=1)
+    for name in "ab":
+        embed.write_index(tmp_path / f"{name}.safetensors", vectors, ["x", "y"], "texts", f"mark {name}")
+    indexes = [str(tmp_path / f"{name}.safetensors") for name in "ab"]
+    assert "other weights" in failing(capsys, embed, "page", "--index", *indexes, "--output", str(tmp_path / "p.html"))
+    assert not (tmp_path / "p.html").exists()
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def test_samples_seen_in_training_are_counted_and_said(out, data, tmp_path, capsys):
+    metrics.main(["--checkpoint", str(out), "--output", str(tmp_path / "m.json")])
+    found = json.loads((tmp_path / "m.json").read_text())
+    assert found["retrieval"]["jsonl_image"]["seen_in_training"] == 8  # four pictures and four sounds are in both
+    assert "warning: jsonl: 8 of these 24 samples were in the training data" in capsys.readouterr().err
+    command = ["--checkpoint", str(out), "--split", "train", "--output", str(tmp_path / "t.json")]
+    metrics.main(command)
+    assert json.loads((tmp_path / "t.json").read_text())["retrieval"]["jsonl_audio"]["seen_in_training"] == 32
+
+
+def coco(folder: Path, ids: dict[str, list[int]]) -> None:
+    for split, numbers in ids.items():
+        tree = {
+            "images": [{"id": n, "file_name": f"{n:012d}.jpg"} for n in numbers],
+            "annotations": [{"id": n, "image_id": n, "caption": f"thing {n}"} for n in numbers],
+        }
+        (folder / "annotations").mkdir(parents=True, exist_ok=True)
+        (folder / "annotations" / f"captions_{split}2017.json").write_text(json.dumps(tree))
+        for n in numbers:
+            (folder / f"{split}2017").mkdir(exist_ok=True)
+            Image.new("RGB", (32, 32), (n * 9 % 255, 40, 80)).save(folder / f"{split}2017" / f"{n:012d}.jpg")
+
+
+def test_karpathys_test_pictures_in_train2017_are_said(tmp_path, capsys):
+    coco(tmp_path / "coco", {"train": list(range(16)), "val": list(range(16, 20))})
+    rows = [
+        {
+            "split": "test",
+            "filepath": "val2014",
+            "filename": f"x{n}.jpg",
+            "cocoid": n,
+            "sentences": [{"raw": f"thing {n}"}],
+        }
+        for n in (3, 5, 17)
+    ]
+    (tmp_path / "coco" / "dataset_coco.json").write_text(json.dumps({"images": rows}))
+    own = (
+        "--datasets",
+        "coco",
+        "--data-root",
+        str(tmp_path),
+        "--label-set",
+        "none",
+        "--stages",
+        "2",
+        "--max-steps",
+        "1",
+    )
+    train.main([*small.QUICK, "--output-dir", str(tmp_path / "out"), *own])
+    command = ["--checkpoint", str(tmp_path / "out"), "--output", str(tmp_path / "m.json")]
+    metrics.main([*command, "--protocol", "karpathy"])
+    found = json.loads((tmp_path / "m.json").read_text())
+    assert found["split"] == "test" and found["retrieval"]["coco"]["seen_in_training"] == 2
+    assert "warning: coco: 2 of these 3" in capsys.readouterr().err
+    assert "no captions" in failing(capsys, metrics, *command, "--split", "test")
+    metrics.main(command)
+    assert json.loads((tmp_path / "m.json").read_text())["retrieval"]["coco"]["seen_in_training"] == 0
+
+
+def test_own_data_elsewhere_are_measured_and_shown(out, data, tmp_path):
+    (data / "jsonl").parent.joinpath("elsewhere").symlink_to(data / "jsonl")
+    place = f"data.paths={{jsonl: {data / 'elsewhere'}}}"
+    metrics.main(["--checkpoint", str(out), "--set", place, "--output", str(tmp_path / "m.json")])
+    assert json.loads((tmp_path / "m.json").read_text())["retrieval"]["jsonl_image"]["items"] == 12
+    generate.main(["--checkpoint", str(out), "--set", place, "--output", str(tmp_path / "s.png")])
+    assert (tmp_path / "s.png").stat().st_size > 1000
+
+
+def test_pictures_find_sounds_above_chance_only_where_they_do():
+    generator = torch.Generator().manual_seed(0)
+    words = ["violin", "trumpet", "drum", "piano", "guitar", "bell"]
+    centres = torch.nn.functional.normalize(torch.randn(6, 16, generator=generator), dim=1)
+
+    def split(kind: str, count: int, aligned: bool) -> Split:
+        classes = [n % 6 for n in range(count)]
+        noise = torch.randn(count, 16, generator=generator)
+        rows = centres[classes] + 0.2 * noise if aligned else noise
+        texts = [
+            f"a red {words[c]} in a picture" if kind == "image" else f"the sound of two {words[c]}s" for c in classes
+        ]
+        rows = torch.nn.functional.normalize(rows, dim=1)
+        return Split(kind, [str(n) for n in range(count)], rows, rows, list(range(count)), list(range(count)), texts)
+
+    found = transfer({"a": split("image", 30, True), "b": split("audio", 24, True)})
+    assert found["classes"] == sorted(words) and found["chance"] == pytest.approx(1 / 6)
+    assert found["precision@5"] > 0.7 and found["p"] < 0.01
+    found = transfer({"a": split("image", 30, True), "b": split("audio", 24, False)})
+    assert found["p"] > 0.05
+    assert transfer({"a": split("image", 30, True)}) == {}

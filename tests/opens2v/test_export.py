@@ -1,0 +1,182 @@
+"""Trained adapters leave for diffusers and ComfyUI and come back in; base weights come in from everywhere."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.loaders import WanLoraLoaderMixin
+from safetensors.torch import load_file, save_file
+
+from opens2v import export, train
+from opens2v.model import is_reference_name
+from opens2v.weights.base import load_generator
+from opens2v.weights.open import load_trained_model
+from opens2v.weights.wan import load_generator_checkpoint, read_generator_state, to_original_name
+from shared.errors import UserError
+from tests.launching import losses
+from tests.opens2v.cases import QUICK, REFERENCE, tiny_model
+
+# No positions of our own and the velocity as output: what diffusers' class computes.
+PLAIN = ["--no-absolute-positions", "--prediction", "velocity", "--patch-size", "2"]
+STEPS = ["--base-steps", "2", "--total-steps", "2", "--warmup-steps", "0", "--learning-rate", "0.1"]
+
+
+@pytest.fixture(scope="module", params=[8.0, 2.0])
+def run(request, tmp_path_factory):
+    """A run with LoRA of rank 2, of a strength that is not 1."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    lora = ["--r", "2", "--lora-alpha", str(request.param), "--ema-decay", "0.5"]
+    train.main([*QUICK, *PLAIN, *STEPS, *lora, "--output-dir", str(folder)])
+    return folder
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(1)
+    x, text = torch.randn(1, 16, 2, 4, 8, generator=generator), torch.randn(1, 24, 16, generator=generator)
+    return x, torch.tensor([500.0]), text
+
+
+def theirs(run, folder) -> WanTransformer3DModel:
+    """diffusers' model with the run's bare base."""
+    model, *_ = load_trained_model(run)
+    base = WanTransformer3DModel.from_config(export.diffusers_config(model))
+    base.load_state_dict(load_file(run / "base/generator.safetensors"))
+    return base.eval()
+
+
+@torch.no_grad()
+def differences(run, model) -> tuple[float, float]:
+    """(largest difference of diffusers' output from ours, largest change that LoRA makes)."""
+    own, bare = load_trained_model(run)[0], theirs(run, None)
+    wanted, without = own(*inputs()).sample, bare(*inputs()).sample
+    return (model(*inputs()).sample - wanted).abs().max().item(), (wanted - without).abs().max().item()
+
+
+@pytest.mark.parametrize("names", ["diffusers", "comfyui"])
+def test_lora_gives_the_same_output_in_diffusers(run, tmp_path, names):
+    export.main(["--checkpoint", str(run), "--output", str(tmp_path), "--what", "lora", "--names", names])
+    file = next(tmp_path.glob("*.safetensors"))
+    if names == "comfyui":
+        stored = load_file(file)
+        assert stored["diffusion_model.blocks.0.self_attn.q.alpha"] in (8.0, 2.0)
+        assert stored["diffusion_model.blocks.0.cross_attn.o.lora_A.weight"].shape == (2, 32)
+    model = theirs(run, tmp_path)
+    state = WanLoraLoaderMixin.lora_state_dict(str(tmp_path), weight_name=file.name)
+    WanLoraLoaderMixin.load_lora_into_transformer(state, model)
+    difference, change = differences(run, model)
+    assert difference < 1e-5 < 1e-3 < change
+
+
+def test_merged_weights_give_the_same_output_in_diffusers(run, tmp_path):
+    export.main(["--checkpoint", str(run), "--output", str(tmp_path), "--what", "merged"])
+    model = WanTransformer3DModel.from_pretrained(str(tmp_path / "transformer"))
+    difference, change = differences(run, model)
+    assert difference < 1e-5 < 1e-3 < change
+
+
+@pytest.mark.parametrize("names", ["original", "comfyui"])
+def test_merged_weights_under_the_original_names_are_a_base_again(run, tmp_path, names):
+    export.main(["--checkpoint", str(run), "--output", str(tmp_path), "--what", "merged", "--names", names])
+    state = read_generator_state(tmp_path / f"wan_{names}.safetensors")
+    assert state.keys() == load_file(run / "base/generator.safetensors").keys()
+
+
+def test_references_and_lora_start_a_second_stage(run, tmp_path):
+    export.main(["--checkpoint", str(run), "--output", str(tmp_path), "--what", "references"])
+    base = ["--generator-ckpt", str(run / "base/generator.safetensors")]
+    more = [*QUICK, *PLAIN, *STEPS, *base, "--learning-rate", "0"]
+    reference = load_file(tmp_path / export.REFERENCE_FILE)
+    assert reference and all(is_reference_name(name) for name in reference)
+    for place, source in enumerate((tmp_path / export.REFERENCE_FILE, run)):
+        folder = tmp_path / f"second{place}"
+        train.main([*more, "--r", "2", "--init-from", str(source), "--output-dir", str(folder)])
+        found = load_trained_model(folder, use_ema=False)[0].state_dict()
+        assert all(torch.equal(found[name], value) for name, value in reference.items())
+        train.main([*more, "--r", "2", "--init-from", str(source), "--output-dir", str(folder), "--total-steps", "3"])
+        assert losses(folder).keys() == {1, 2, 3}
+    with pytest.raises(UserError, match="does not fit.*merge LoRA with export.py"):
+        train.main.__wrapped__([*more, "--init-from", str(run), "--output-dir", str(tmp_path / "no")])
+    with pytest.raises(UserError, match="init_from nowhere: not found"):
+        train.main.__wrapped__([*more, "--init-from", "nowhere", "--output-dir", str(tmp_path / "no")])
+
+
+def test_an_own_full_model_pt_with_lora_is_a_base_with_lora_merged(tmp_path, recwarn):
+    folder = tmp_path / "out"
+    lora = ["--r", "2", "--lora-alpha", "8", "--ema-decay", "0"]
+    train.main([*QUICK, *PLAIN, *STEPS, *lora, "--save-full-generator", "--output-dir", str(folder)])
+    file = folder / "checkpoints/checkpoint_opens2v_000002/model.pt"
+    config = train.parse([*QUICK, *PLAIN])
+    model, _ = load_generator(config, file)
+    assert torch.allclose(model(*inputs()).sample, load_trained_model(folder)[0](*inputs()).sample, atol=1e-5)
+    assert not [one for one in recwarn if "distillation" in str(one.message)]
+
+
+def test_the_guides_path_of_a_checkpoint_holds_model_pt(run):
+    state = torch.load(run / "checkpoint_opens2v_000002/model.pt", weights_only=True)
+    assert state["step"] == 2
+
+
+def test_a_base_with_a_fused_path_keeps_it_frozen_and_uses_it(tmp_path):
+    model = tiny_model(fused_path=True)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn2.v_fused.weight.normal_()
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, tmp_path / "base.safetensors")
+    size = "--num-layers 2 --num-attention-heads 4 --attention-head-dim 16 --text-dim 32 --freq-dim 32 --ffn-dim 160"
+    config = train.parse([*QUICK, *PLAIN, *size.split(), "--r", "0"])
+    config.model.image_encoder = "pixels"
+    state = {name: value for name, value in load_file(tmp_path / "base.safetensors").items() if "clip_proj" not in name}
+    save_file(state, tmp_path / "base.safetensors")
+    loaded, trainable = load_generator(config, tmp_path / "base.safetensors")
+    assert torch.equal(loaded.blocks[0].attn2.v_fused.weight, model.blocks[0].attn2.v_fused.weight)
+    assert not loaded.blocks[0].attn2.v_fused.weight.requires_grad
+    assert not any("fused" in group for group in trainable.groups)
+    x, t, text = torch.randn(1, 16, 1, 4, 4), torch.tensor([500.0]), torch.randn(1, 8, 32)
+    pictures = {"ref_clip": torch.randn(1, 1, 17, 48), "ref_latents": torch.randn(1, 1, 16, 4, 4)}
+    assert not torch.equal(loaded(x, t, text, **pictures).sample, loaded(x, t, text).sample)
+
+
+@pytest.mark.parametrize("form", ["comfyui", "comfyui_model", "bin", "bin_shards", "longlive_folder", "wan_folder"])
+def test_base_weights_from_everywhere(tmp_path, form):
+    wanted = load_file(REFERENCE / "tiny_weights.safetensors")
+    original = {to_original_name(name): value for name, value in tiny_state().items()}
+    path = tmp_path / "base.safetensors"
+    if form.startswith("comfyui"):
+        prefix = "model.diffusion_model." if form == "comfyui_model" else "diffusion_model."
+        save_file({prefix + name: value for name, value in original.items()}, path)
+    elif form == "bin":
+        path = tmp_path
+        torch.save(tiny_state(), tmp_path / "diffusion_pytorch_model.bin")
+    elif form == "bin_shards":
+        path, names = tmp_path, list(tiny_state())
+        parts = {"a.bin": names[::2], "b.bin": names[1::2]}
+        for file, part in parts.items():
+            torch.save({name: tiny_state()[name] for name in part}, tmp_path / file)
+        index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+        (tmp_path / "diffusion_pytorch_model.bin.index.json").write_text(json.dumps(index))
+    elif form == "longlive_folder":
+        path = tmp_path
+        torch.save({"generator": {f"model.{name}": v for name, v in original.items()}}, tmp_path / "longlive_base.pt")
+    else:
+        path = tmp_path
+        save_file(original, tmp_path / "diffusion_pytorch_model.safetensors")
+        for name in ("Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"):
+            torch.save({}, tmp_path / name)
+    model = tiny_model()
+    loaded = load_generator_checkpoint(model, path)["loaded"]
+    assert set(loaded) == set(tiny_state()) and wanted
+
+
+def tiny_state() -> dict[str, torch.Tensor]:
+    """The recorded tiny base under diffusers names."""
+    return {name: value for name, value in tiny_model().state_dict().items() if not is_reference_name(name)}
+
+
+def test_several_files_in_a_folder_are_named(tmp_path):
+    for name in ("a.pt", "b.pt"):
+        torch.save({}, tmp_path / name)
+    with pytest.raises(UserError, match=r"holds 2 weights files \(a.pt, b.pt\)"):
+        read_generator_state(tmp_path)
+    shutil.rmtree(tmp_path)

@@ -1,0 +1,89 @@
+"""Every shipped preset walked from end to end, small: plan, train, kill, resume, validate, sample, generate, export.
+
+  python -m tests.roads [--only dit "float small"] [--output DIR]
+The plan is that of the preset as it is shipped; the rest runs with small widths, depths, pictures and steps and tiny
+encoders of the right class, every other switch as it is. A killed run must end with the bits of an undisturbed one.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.launching import final_tensors, run, run_and_kill, same_bits
+from tests.roads.roads import ROADS, Road
+
+
+def walk(road: Road, files: Path, output: Path) -> list[tuple[str, str]]:
+    """(part of the road, empty or what went wrong) in order; parts behind a failure of the training are left out."""
+    found: list[tuple[str, str]] = []
+
+    def part(name: str, action) -> bool:
+        try:
+            fault = action() or ""
+        except (AssertionError, Exception) as error:  # noqa: B014  (one line for whatever fails)
+            fault = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+        found.append((name, fault))
+        return not fault
+
+    straight, killed = output / "straight", output / "killed"
+    part("plan", lambda: done(run(1, *road.plan(), check=False)))
+    if not part("train", lambda: done(run(road.ranks, *road.train(files, straight), check=False, timeout=600))):
+        return found
+    latest = killed / road.place / "checkpoints" / "latest"
+    part(
+        "kill",
+        lambda: None if run_and_kill(road.ranks, *road.train(files, killed), after=0.0, watch=latest) else "ended",
+    )
+    if part("resume", lambda: done(run(road.ranks, *road.train(files, killed), check=False, timeout=600))):
+        part("equal", lambda: equal(straight / road.place, killed / road.place))
+    for name, commands in road.after.items():
+        for line in commands(files, straight):
+            part(name, lambda line=line: done(run(1, *line, check=False, timeout=600)))
+    return found
+
+
+def done(result) -> str:
+    """What a command that failed said last."""
+    if result.returncode == 0:
+        return ""
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    return f"exit {result.returncode}: {lines[-1][:300] if lines else ''}"
+
+
+def equal(straight: Path, killed: Path) -> str:
+    """Whether both runs ended with the same bits."""
+    return "" if same_bits(final_tensors(straight), final_tensors(killed)) else "other weights than the undisturbed run"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--only", nargs="+", default=[], help="words that the names begin with, such as dit or 'dit xl'"
+    )
+    parser.add_argument("--output", type=Path, help="keep the runs here")
+    options = parser.parse_args()
+    roads = [road for road in ROADS if not options.only or any(road.name.startswith(word) for word in options.only)]
+    failed, began = 0, time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        place = options.output or Path(folder)
+        files = place / "files"
+        files.mkdir(parents=True, exist_ok=True)
+        for road in roads:
+            start = time.monotonic()
+            found = walk(road, files, place / road.name.replace(" ", "_"))
+            faults = [f"{name}: {fault}" for name, fault in found if fault]
+            failed += bool(faults)
+            passed = ", ".join(name for name, fault in found if not fault)
+            print(
+                f"{'FAILED' if faults else 'passed'} | {road.name} | {passed} | {time.monotonic() - start:.0f} s",
+                flush=True,
+            )
+            print("".join(f"         {fault}\n" for fault in faults), end="", flush=True)
+    print(f"{len(roads)} presets, {failed} failed, {time.monotonic() - began:.0f} s")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

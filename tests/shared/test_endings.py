@@ -1,0 +1,185 @@
+"""How a command ends when the disk, the console or a stored file fails: one sentence, exit code 2, nothing lost."""
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from shared.data import BadSamples, check_shared_memory
+from shared.engine.checkpoint import load_weights
+from shared.errors import CheckpointError, UserError, command, write_text
+from shared.report.page import write_report
+from tests.launching import ENVIRONMENT, ROOT, losses, newest
+from tests.shared.test_resume import TOY, case, write
+from tests.shared.test_shards import make_shard
+
+# --- disk and console -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EROFS, errno.ESTALE, errno.EMFILE])
+@pytest.mark.parametrize("filename", [None, "place/file"])
+def test_what_a_disk_answers_is_a_sentence(capsys, number, filename):
+    @command
+    def main(argv):
+        raise OSError(number, os.strerror(number), filename) if filename else OSError(number, os.strerror(number))
+
+    with pytest.raises(SystemExit) as left:
+        main([])
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and os.strerror(number) in said and (filename or "reading or writing") in said
+
+
+def test_a_failing_fsync_names_the_file(tmp_path, monkeypatch):
+    def fail(handle):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="notes.txt|content.part") as found:
+        write_text(tmp_path / "notes.txt", "words", sync=True)
+    assert str(tmp_path) in found.value.filename and not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "action, said",
+    [
+        (lambda: json.loads("[" * 50_000 + "]" * 50_000), "nested too deeply"),
+        (lambda: "name \udcff".encode(), "not UTF-8"),
+        (lambda: b"\xff\xfe".decode(), "not UTF-8"),
+    ],
+)
+def test_input_that_cannot_be_read_as_text_is_a_sentence(capsys, action, said):
+    with pytest.raises(SystemExit) as left:
+        command(lambda argv: action())([])
+    assert left.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_other_errors_of_the_system_keep_their_traceback():
+    @command
+    def main(argv):
+        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+    with pytest.raises(ConnectionResetError):
+        main([])
+
+
+@pytest.mark.parametrize("shell", ["{command} | head -1", "{command} > /dev/full"])
+def test_training_goes_on_when_the_console_is_closed_or_full(tmp_path, shell):
+    path = write(tmp_path, **case(tmp_path / "run", training={"total_steps": 40}))
+    line = shell.format(command=f"{sys.executable} {TOY} {path}")
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.stderr == "" and len(losses(tmp_path / "run")) == 40
+    assert newest(tmp_path / "run").name == "step_00000040" and (tmp_path / "run" / "DONE").exists()
+
+
+@pytest.mark.parametrize("shell, said", [("{command} | true", "console"), ("{command} > /dev/full", "console")])
+def test_a_closed_or_full_console_is_named(tmp_path, shell, said):
+    script = tmp_path / "talk.py"
+    script.write_text(
+        f"import sys, time\nsys.path[0] = {str(ROOT)!r}\nfrom shared.errors import command\n"
+        "@command\ndef main(argv=None):\n    time.sleep(0.3)\n    print('words', flush=True)\nmain()\n"
+    )
+    line = "set -o pipefail; " + shell.format(command=f"{sys.executable} {script}")
+    done = subprocess.run(["bash", "-c", line], env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and said in done.stderr
+
+
+def test_a_full_shared_memory_is_said_before_processes_start(tmp_path, monkeypatch):
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(16384, 16384, 0))
+    with pytest.raises(UserError, match="--num-workers 2: .* has 0 kB free.*--shm-size"):
+        check_shared_memory(2, tmp_path)
+    check_shared_memory(0, tmp_path)
+
+
+# --- stored files -----------------------------------------------------------------------------------------------------
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def zero(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def another(path):
+    with open(path, "wb") as file:
+        np.save(file, np.zeros(3, np.int32))
+
+
+def pickled(path):
+    with open(path, "wb") as file:
+        np.save(file, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+
+
+@pytest.mark.parametrize("damage", [cut, empty, zero, another, pickled])
+@pytest.mark.parametrize("part", ["starts", "members"])
+def test_a_damaged_shard_index_is_made_again(tmp_path, damage, part):
+    from shared.media.shards import Shards
+
+    shard = tmp_path / "a.tar"
+    make_shard(shard, {str(i): {"txt": b"x%d" % i} for i in range(5)})
+    whole = [Shards([shard])[i] for i in range(5)]
+    (index,) = tmp_path.glob(f".a.tar.*{part}.npy")
+    damage(index)
+    assert [Shards([shard])[i] for i in range(5)] == whole
+    sizes = index.stat().st_size
+    assert [Shards([shard])[i] for i in range(5)] == whole and index.stat().st_size == sizes
+
+
+def test_a_file_of_python_objects_is_refused_without_the_advice_to_trust_it(tmp_path):
+    torch.save({"model": Thing()}, tmp_path / "thing.pt")
+    with pytest.raises(CheckpointError, match="Python objects") as found:
+        load_weights(tmp_path / "thing.pt")
+    assert "weights_only" not in str(found.value)
+
+
+class Thing:
+    pass
+
+
+def test_bytes_without_a_name_are_not_named_by_their_address(tmp_path):
+    bad = BadSamples(tmp_path / "bad.jsonl", 500)
+    bad.note([(3, "cannot identify image file <_io.BytesIO object at 0x7f12ab>")])
+    assert json.loads((tmp_path / "bad.jsonl").read_text())["reason"] == "cannot identify image file the file"
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+NASTY = '<script>alert(1)</script> | [x](javascript:y) `z`\n# heading "quoted"'
+
+
+def test_no_text_becomes_markup_in_either_page(tmp_path):
+    from shared.report.page import Bar, Sample, write_index
+
+    bars = [Bar(NASTY, 1.0, baseline=2.0, target=3.0, note=NASTY)]
+    samples = [Sample(f"{NASTY[:7]}.txt", caption=NASTY, group=NASTY)]
+    (tmp_path / f"{NASTY[:7]}.txt").write_text(NASTY)
+    path = write_report(
+        tmp_path, title=NASTY, command=NASTY, summary={NASTY: NASTY}, bars=bars, samples=samples, text=NASTY
+    )
+    text = (tmp_path / "report.md").read_text()
+    outside = "\n".join(line for line in text.splitlines() if not line.startswith("    "))
+    assert (
+        "<script" not in outside
+        and not re.search(r"(?<!\\)\]\(javascript", outside)
+        and not any(line.startswith("# heading") for line in text.splitlines())
+    )
+    assert all(line.count(" | ") == 4 for line in text.splitlines() if line.startswith("| &lt;"))
+    report = json.loads(path.read_text())
+    report["bars"][0].update(value=NASTY, baseline=NASTY, target=NASTY, direction=NASTY, reached=NASTY)
+    path.write_text(json.dumps(report))
+    write_index([path], tmp_path / "index.html")
+    for name in ("report.html", "index.html"):
+        assert "<script>alert" not in (tmp_path / name).read_text()
