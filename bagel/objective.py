@@ -130,7 +130,7 @@ class UnifiedTrainer:
             groups=parameter_groups(self.model, training),
             wrap_classes=(MoTDecoderLayer, EncoderLayer),
             checkpoint_name="step_{step}",
-            title="BAGEL",
+            title="BAGEL" if config.data.packing == "samples" else "BAGEL (samples are packs)",
         )
 
     def collate(self) -> Callable[[list[dict]], Pack]:
