@@ -3,7 +3,7 @@
 python float/generate.py --checkpoint outputs/float --ref-path face.png --aud-path speech.wav --output talk.mp4
 python float/generate.py --checkpoint outputs/float --output talk.mp4   the first held-out clip speaks its own sound
 python float/generate.py --ckpt-path float.pth --ref-path face.png --aud-path speech.mp3 --emo happy --e-cfg-scale 5
-... --stream                 sound is encoded in pieces, so that memory does not grow with the length
+arecord -f S16_LE -r 16000 | python float/generate.py --checkpoint OUT --ref-path face.png --aud-path - --stream ...
 ... --set-direction 3=1.5    every frame gets coefficient 1.5 along direction 3; --shift-direction 3=0.5 adds 0.5
 """
 
@@ -56,7 +56,11 @@ class GenerateOptions(Section):
     e_cfg_scale: float | None = setting(None, "guidance by emotion; 5 to 10 exaggerates")
     reference_guidance: bool | None = setting(None, "a further pass without reference motion")
     dynamic_emotion: bool = setting(False, "hear the emotion anew in every window (needs the recogniser)")
-    stream: bool = setting(False, "encode the sound in pieces: bounded memory for any length")
+    stream: bool = setting(
+        False,
+        "hear the sound window by window: the first frame is ready soon; --aud-path may be - (standard input), a pipe, "
+        "or a file that is being recorded, and the video can be watched while it grows",
+    )
     set_direction: list[str] = setting([], "K=VALUE: fix the motion's coefficient along direction K")
     shift_direction: list[str] = setting([], "K=VALUE: add to it")
     wav2vec_model_path: str | None = setting(None, "folder of wav2vec2, in place of the checkpoint's")
@@ -71,9 +75,14 @@ def generate(options: GenerateOptions, animator: "Animator", portrait_path: str,
     from float.data.media import VideoWriter, is_silent, read_audio, sound_of_file
     from float.modules.audio import frames_of, make_audio_encoder
     from float.sampling.animate import audio_windows, sampling_options
+    from float.sampling.live import STDIN, is_live
 
     config, data, device = animator.config, animator.config.data, animator.device
     picture = _picture(options, animator, portrait_path)
+    if options.stream and is_live(sound_path):
+        return generate_live(options, animator, picture, sound_path)
+    if sound_path == STDIN:
+        raise UserError("--aud-path -: standard input is read with --stream")
     wave = read_audio(sound_path)
     if is_silent(wave):
         print(f"note: {sound_path} is silent; the mouth follows no speech", file=sys.stderr)
@@ -97,6 +106,56 @@ def generate(options: GenerateOptions, animator: "Animator", portrait_path: str,
         for frame in animator.frames(portrait, motions, total=total, edit=edit):
             video.add(frame)
     return Path(name), video.frames
+
+
+def generate_live(
+    options: GenerateOptions, animator: "Animator", picture: "np.ndarray", sound_path: str
+) -> tuple[Path, int]:
+    """The same while the sound comes in: frames are written as they are ready, and the delay is printed."""
+    import torch
+
+    from float.data.media import VideoWriter
+    from float.modules.audio import make_audio_encoder, normalise_waveform
+    from float.modules.emotion import FROM_SPEECH, Audio2Emotion, emotion_index, one_hot
+    from float.sampling.animate import sampling_options
+    from float.sampling.live import LOOK_AHEAD, LiveSound
+
+    config, data, model = animator.config, animator.config.data, animator.config.model
+    encoder = make_audio_encoder(
+        model.audio_features, model.wav2vec_model_path, only_last_features=model.only_last_features
+    ).to(animator.device)
+    live = LiveSound(sound_path, encoder, fps=data.video_fps, length=data.sequence_length)
+
+    def heard_emotions(recogniser: Audio2Emotion) -> "Iterator[torch.Tensor]":
+        while True:  # of what was heard up to the window
+            yield recogniser(normalise_waveform(live.heard.to(animator.device))[None])[0]
+
+    emotion: torch.Tensor | Iterator[torch.Tensor] = torch.zeros(model.dim_e)
+    if options.emo != FROM_SPEECH:
+        emotion = one_hot(emotion_index(options.emo))
+    elif Path(model.audio2emotion_path).is_dir():
+        emotion = heard_emotions(Audio2Emotion.from_pretrained(model.audio2emotion_path).to(animator.device))
+    portrait = animator.portrait(picture)
+    edit = animator.editor(_directions(options.set_direction), _directions(options.shift_direction))
+    chosen = {name: options[name] for name in SAMPLING}
+    sampling = sampling_options(config, method=options.torchdiffeq_ode_method, **chosen)
+    path = Path(options.output or Path(options.res_dir) / _name(options, sampling, options.ref_path or "clip", "live"))
+    motions = animator.motion_windows(live.windows(), portrait.motion, emotion, sampling)
+    with VideoWriter(path, fps=data.video_fps, sound=live.sound, live=True) as video:
+        for window in motions:
+            # the last window is as long as the sound
+            total = live.total if live.total is not None else video.frames + window.shape[1]
+            for frame in animator.frames(portrait, iter([window]), total=total - video.frames, edit=edit):
+                video.add(frame)
+    length = data.sequence_length / data.video_fps
+    if live.delays:
+        print(
+            f"delay: a frame comes at most {length + LOOK_AHEAD + max(live.delays):.2f} s after its sound: window "
+            f"{length:.2f} s, look-ahead {LOOK_AHEAD:.2f} s, computing {max(live.delays):.2f} s at most and "
+            f"{sum(live.delays) / len(live.delays):.2f} s on average; "
+            + ("it keeps up" if sum(live.delays) / len(live.delays) <= length else "it falls behind: use fewer --steps")
+        )
+    return path, video.frames
 
 
 def _picture(options: GenerateOptions, animator: "Animator", path: str) -> "np.ndarray":
@@ -222,7 +281,7 @@ def _check(options: GenerateOptions) -> None:
     if options.checkpoint is None:
         raise UserError("--checkpoint is missing: the output folder of float/train.py, or float.pth")
     for flag, value in (("--ref-path", options.ref_path), ("--aud-path", options.aud_path)):
-        if value is not None and not Path(value).exists():
+        if value is not None and not Path(value).exists() and not (value == "-" and flag == "--aud-path"):
             raise UserError(f"{flag} {value}: no such file")
         if value is not None and Path(value).is_dir():
             raise UserError(f"{flag} {value}: a folder; give one file")

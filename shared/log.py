@@ -92,12 +92,16 @@ class RunLog:
     def speed(self, micro_steps: int, samples_per_step: int) -> dict[str, float]:
         """This rank's speed and memory in the window so far; micro_steps of one optimizer step."""
         elapsed, steps = time.perf_counter() - self.started, self.counts["train/micro_loss"] // micro_steps
-        return {
+        found = {
             "perf/samples_per_second": steps * samples_per_step / elapsed,
             "perf/seconds_per_step": elapsed / steps,
             "perf/data_wait_share": self.waited / elapsed,
             "perf/memory_gb": memory_gb(self.info.device),
         }
+        if self.info.device.type == "cuda":
+            found["gpu/memory_allocated_gb"] = torch.cuda.memory_allocated(self.info.device) / 1e9
+            found["gpu/memory_reserved_gb"] = torch.cuda.memory_reserved(self.info.device) / 1e9
+        return found
 
     def close_window(self) -> dict[str, float]:
         """The window's means over steps and ranks; starts the next window. A collective."""
@@ -123,6 +127,15 @@ class RunLog:
                     self.board.add_scalar(name, value, step)
         if self.wandb is not None:
             self.wandb.log({"step": step, **clean})
+
+    def reopen(self) -> None:
+        """Begin the two log files again where somebody removed them."""
+        if self.file is not None and self.metrics is not None:
+            self.file.close()
+            self.metrics.close()
+            self.file = open(self.output_dir / "train.log", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+            self.metrics = open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+            self.say("the output folder was removed while the run wrote to it; its log begins again here")
 
     def close(self) -> None:
         """Close every file."""
@@ -189,9 +202,7 @@ def _wandb(output_dir: Path, run: RunSection, settings: dict):
 
 
 class Board:
-    """Copies the new lines of a metrics file into event files. Off: does nothing, and tensorboard need not be
-    installed.
-    """
+    """Copies the new lines of a metrics file into event files. Off: does nothing, and needs no tensorboard."""
 
     def __init__(self, folder: Path, metrics: Path, enabled: bool):
         self.metrics, self.position, self.writer = metrics, 0, None

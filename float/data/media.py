@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -47,10 +48,12 @@ class Span:
 
 
 @contextmanager
-def _opened(path: Path | str, kind: str) -> Iterator[av.container.InputContainer]:
-    """An open file; what goes wrong becomes a BadSample that names it."""
+def _opened(path: Path | str, kind: str, source: Any = None) -> Iterator[av.container.InputContainer]:
+    """An open file, or file object `source`; what goes wrong becomes a BadSample that names it."""
     try:
-        with av.open(str(path)) as container:
+        # of a sound that is still coming in little is looked at first, else seconds of it
+        look = {} if source is None else {"probesize": "8192", "analyzeduration": "100000"}
+        with av.open(str(path) if source is None else source, options=look) as container:
             yield container
     except FileNotFoundError:
         raise BadSample(f"{path}: no such file") from None
@@ -282,7 +285,7 @@ def sound_of_file(path: Path | str, *, rate: int | None = None, mono: bool = Fal
         own, channels = stream.rate, stream.channels
     layout = "mono" if mono or channels == 1 else "stereo"
     rate = rate or (own if own in AAC_RATES else 48000)
-    return Sound(rate, layout, _sound_pieces(path, rate, layout))
+    return Sound(rate, layout, sound_pieces(path, rate, layout))
 
 
 def sound_of_wave(wave: np.ndarray) -> Sound:
@@ -290,8 +293,9 @@ def sound_of_wave(wave: np.ndarray) -> Sound:
     return Sound(SAMPLE_RATE, "mono", iter([np.asarray(wave, np.float32)[None]]))
 
 
-def _sound_pieces(path: Path | str, rate: int, layout: str) -> Iterator[np.ndarray]:
-    with _opened(path, "sound") as container:
+def sound_pieces(path: Path | str, rate: int, layout: str, source: Any = None) -> Iterator[np.ndarray]:
+    """A file's sound, or that of a file object `source`, resampled; pieces (channels, n) as they are decoded."""
+    with _opened(path, "sound", source) as container:
         stream, zero = _audio_stream(container, path), _zero(container)
         resampler, written, heard, begun = av.AudioResampler("fltp", layout, rate), 0, 0.0, False
         channels, lost = 1 if layout == "mono" else 2, [0.0]
@@ -353,20 +357,25 @@ class VideoWriter:
     """H.264 with AAC sound, frame by frame; the file appears under its name when it is complete.
 
     with VideoWriter(path, fps=25, sound=sound_of_file("speech.mp3")) as video: video.add(frame)
-    The sound keeps its rate and channels; it is cut, or filled with silence, to the length of the picture.
+    The sound keeps its rate and channels; it is cut, or filled with silence, to the length of the picture. live: the
+    file can be watched while it grows (fragments of half a second), under its own name.
     """
 
-    def __init__(self, path: Path | str, *, fps: float, sound: Sound | None = None):
-        self.path, self.fps, self.sound = Path(path), fps, sound
+    def __init__(self, path: Path | str, *, fps: float, sound: Sound | None = None, live: bool = False):
+        self.path, self.fps, self.sound, self.live = Path(path), fps, sound, live
         self.temporary = self.path.with_name(f".{self.path.stem}.{os.getpid()}{self.path.suffix or '.mp4'}")
+        self.temporary = self.path if live else self.temporary
         self.frames = self.sounded = 0
         self.waiting = np.zeros((1, 0), np.float32)  # sound that was read and not written
 
     def __enter__(self) -> "VideoWriter":
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.container = av.open(str(self.temporary), "w", format="mp4")
+        fragments = {"movflags": "frag_keyframe+delay_moov+default_base_moof", "flush_packets": "1"}
+        self.container = av.open(str(self.temporary), "w", format="mp4", options=fragments if self.live else {})
         self.video = self.container.add_stream("libx264", rate=Fraction(self.fps).limit_denominator(1001))
         self.video.pix_fmt, self.video.options = "yuv420p", {"crf": VIDEO_CRF}
+        if self.live:
+            self.video.options |= {"tune": "zerolatency", "g": str(max(1, round(self.fps / 2)))}
         self.audio: av.AudioStream | None = None
         if self.sound is not None:
             self.audio = self.container.add_stream("aac", rate=self.sound.rate)
@@ -415,7 +424,8 @@ class VideoWriter:
         finally:
             self.container.close()
             if kind is None and self.frames:
-                os.replace(self.temporary, self.path)
+                if not self.live:
+                    os.replace(self.temporary, self.path)
             else:
                 self.temporary.unlink(missing_ok=True)
 

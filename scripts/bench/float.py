@@ -1,5 +1,5 @@
-"""What FLOAT costs: the transformer's step beside diffusers' DiT-S/2 on the same core, training from the cache and from
-frames, a second of talking portrait, the loader, scaling.
+"""What FLOAT costs: the transformer's step and a guided window next to the same network with the paper's formulas
+written out, training from the cache and from frames, a second of talking portrait, the loader, scaling.
 
     python scripts/bench/float.py [--parts peers precision use start loader scaling] [--rounds 5] [--output DIR]
     bash scripts/bench.sh --system float
@@ -23,6 +23,8 @@ import io
 import tempfile
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 from float.config import AUTOENCODER_PRESETS, PRESETS, SAMPLE_DATA, AutoencoderConfig, Config, features_dir
@@ -35,12 +37,11 @@ from float.model import FlowMatchingTransformer
 from float.modules.audio import SAMPLE_RATE, LogMelEncoder
 from float.plan import autoencoder_workload, workload
 from float.sampling.animate import Animator, sampling_options
+from float.sampling.motion import SamplingOptions, guided_velocity
 from float.weights.open import make_autoencoder, make_generator
 from shared.data import BatchPlan, MapStream
 from shared.engine.dist import DistInfo
 
-# The reference network's step at this size takes 104 ms where diffusers' DiT-S/2 step takes 660.
-REFERENCE_SHARE = 104 / 660
 PHASE_1_CLIPS = 4  # decoded for the loader of phase 1
 
 
@@ -50,26 +51,75 @@ def settings(*words: str) -> Config:
 
 
 def transformer_step(
-    depth: int = 4, width: int = 256, batch: int = 2, length: int = 50, before: int = 10, *, window_only: bool = True
+    depth: int = 4,
+    width: int = 256,
+    batch: int = 2,
+    length: int = 50,
+    before: int = 10,
+    *,
+    kind: type[FlowMatchingTransformer] = FlowMatchingTransformer,
 ) -> Job:
     """Forward, mean square of the velocity and backward of the transformer on made-up windows."""
-    model = FlowMatchingTransformer(dim_h=width, depth=depth, num_heads=8, num_frames=length, num_prev_frames=before)
+    model = kind(dim_h=width, depth=depth, num_heads=8, num_frames=length, num_prev_frames=before)
     shapes = [(length, 512), (length, 512), (512,), (1, 7), (before, 512), (before, 512)]
     inputs, t_B = [torch.randn(batch, *shape) for shape in shapes], torch.rand(batch)
-    step = training_step(model, lambda: model(t_B, *inputs, window_only=window_only).square().mean())
+    step = training_step(model, lambda: model(t_B, *inputs, window_only=True)[:, -length:].square().mean())
     step.parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return step
 
 
-def dit_step() -> Job:
-    """diffusers' DiT-S/2, latents 16 x 16, batch 4: the yardstick of this core."""
-    from diffusers import DiTTransformer2DModel
+class PlainTransformer(FlowMatchingTransformer):
+    """The same network and weights with the paper's formulas written out: the peer of every step and every window."""
 
-    model = DiTTransformer2DModel(
-        num_attention_heads=6, attention_head_dim=64, in_channels=4, num_layers=12, sample_size=16
-    )
-    x, t, labels = torch.randn(4, 4, 16, 16), torch.randint(0, 1000, (4,)), torch.randint(0, 1000, (4,))
-    return training_step(model, lambda: model(x, t, labels).sample.square().mean())
+    def forward(self, t_B, x_BLd, wa_BLa, wr_Bd, we_B1E, prev_x_BPd, prev_wa_BPa, **_):
+        """Velocity of all frames, (B, P + L, d)."""
+        x, wa = torch.cat([prev_x_BPd, x_BLd], 1), torch.cat([prev_wa_BPa, wa_BLa], 1)
+        tokens = x.shape[1]
+        conditions = [wr_Bd[:, None].expand(-1, tokens, -1), wa, we_B1E.expand(-1, tokens, -1)]
+        condition = self.c_embedder(torch.cat(conditions, -1)) + self.t_embedder(t_B)[:, None]
+        x = self.x_embedder(x) + self.pos_embed
+        for block in self.blocks:
+            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = block.adaLN_modulation(condition).chunk(6, -1)
+            normed = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale_a) + shift_a
+            q, k, v = rearrange(block.attn.qkv(normed), "b n (t h k) -> t b h n k", t=3, h=block.attn.heads)
+            seen = F.scaled_dot_product_attention(q, k, v, attn_mask=~self.alignment_mask)
+            x = x + gate_a * block.attn.proj(rearrange(seen, "b h n k -> b n (h k)"))
+            x = x + gate_m * block.mlp(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale_m) + shift_m)
+        shift, scale = self.decoder.adaLN_modulation(condition).chunk(2, -1)
+        return self.decoder.linear(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
+
+
+def guided_window(config: Config, *, plain: bool, steps: int = 3) -> Job:
+    """A window of motion from raw sound under guidance, `steps` of the solver. plain: three passes in one batch, each
+    of which projects the sound; else as sampling does it.
+    """
+    torch.manual_seed(0)
+    generator, data = make_generator(config.model, config.data).eval(), config.data
+    if plain:
+        generator.fmt.__class__ = PlainTransformer
+    width = generator.audio_encoder.audio_projection[0].in_features
+    raw, before = torch.randn(1, data.sequence_length, width), torch.randn(1, data.prev_frames, width)
+    wr, we, motion = torch.randn(1, generator.fmt.dim_w), torch.rand(1, 1, 7), generator.fmt.dim_w
+    prev_x, start = torch.randn(1, data.prev_frames, motion), torch.randn(1, data.sequence_length, motion)
+    options = SamplingOptions(a_cfg_scale=2.0)
+
+    def velocity(t_B, x, wa, wr, we, prev_x, prev_wa):
+        given = wa.flatten(1).any(1)[:, None, None]  # a pass without sound has zeros behind the projection
+        project = generator.audio_encoder
+        return generator.fmt(t_B, x, project(wa) * given, wr, we, prev_x, project(prev_wa))[:, data.prev_frames :]
+
+    @torch.no_grad()
+    def window() -> None:
+        x, sounds = start, (raw, before) if plain else (generator.audio_encoder(raw), generator.audio_encoder(before))
+        for step in range(steps):
+            t_B = torch.full((1,), step / steps)
+            model = velocity if plain else generator.fmt
+            x = (
+                x
+                + guided_velocity(model, t_B, x, sounds[0], wr, we, prev_x, sounds[1], options)[:, -len(x[0]) :] / steps
+            )
+
+    return window
 
 
 def generator_loss(generator: nn.Module, config: Config, audio: torch.Tensor, motion: torch.Tensor) -> torch.Tensor:
@@ -84,15 +134,17 @@ def generator_loss(generator: nn.Module, config: Config, audio: torch.Tensor, mo
 
 
 def peers(bench: Bench) -> None:
-    """The transformer against the scaled reference, and the small preset's step from the cache and from frames."""
+    """The transformer against its plain form, and the small preset's step from the cache and from frames."""
     step = transformer_step()
     sizes = f"depth 4, width 256, batch 2, 50 + 10 frames, {step.parameters:,} parameters"
-    note = f"{sizes}; loss and gradients of the 50 frames; bar 0.8 of 104 ms scaled"
-    yardstick, peer = dit_step(), "reference, 104 ms x (diffusers' DiT-S/2 step / 0.66 s)"
-    bench.pair("transformer step", step, yardstick, peer=peer, scale=REFERENCE_SHARE, bar=0.8, note=note)
-    step = transformer_step(window_only=False)
-    note = f"{sizes}; all 60 frames, as with a loss on the previous ones"
-    bench.pair("transformer step, previous frames too", step, yardstick, peer=peer, scale=REFERENCE_SHARE, note=note)
+    plain = transformer_step(kind=PlainTransformer)
+    peer = "the paper's formulas written out, same weights"
+    note = f"{sizes}; loss and gradients of the 50 frames"
+    bench.pair("transformer step", step, plain, peer=peer, bar=0.85, note=note)
+    official = settings("official")
+    note = "L 50, P 10, raw sound of 9,216 features, 3 steps of the solver, guidance by sound and emotion"
+    windows = [guided_window(official, plain=plain) for plain in (False, True)]
+    bench.pair("guided window, official size", *windows, peer=peer, bar=0.70, note=note)
     config = settings("small")
     generator, autoencoder = make_generator(config.model, config.data), make_autoencoder(config.model).eval()
     batch, frames = config.training.batch_size, config.data.sequence_length + config.data.prev_frames

@@ -22,7 +22,7 @@ from float.modules.discriminators import AutoencoderWithJudges
 from float.modules.emotion import Audio2Emotion
 from float.sampling.animate import Animator, audio_windows
 from float.sampling.motion import SamplingOptions, sample_motion
-from float.weights.open import load_autoencoder, make_autoencoder, make_generator
+from float.weights.open import load_autoencoder, load_generator, make_autoencoder, make_generator
 from float.weights.released import export_released_layout, load_released_checkpoint, released_state
 from shared.config import load_saved
 from shared.errors import UserError
@@ -243,6 +243,35 @@ def test_whitening_goes_there_and_back():
     whitened = generator.whiten(motion)
     assert torch.allclose(torch.cov(whitened.T), torch.eye(8), atol=1e-3)
     assert torch.allclose(generator.unwhiten(whitened), motion, atol=1e-4)
+
+
+@torch.no_grad()
+def test_relative_motion_is_that_of_the_reference_taken_off_and_added_back():
+    """Two people who move alike have the same motion in the flow's space, each with the own face as reference."""
+    generator = MotionGenerator(small_transformer(), 5, motion_width=12, relative=True)
+    moves, people = torch.randn(2, 6, 12), torch.randn(2, 12) * 5
+    motion = moves[:1] + people[:, None]
+    clips = torch.cat([clip for clip in motion])
+    generator.set_motion_statistics(clips, spread_TD=(motion - motion.mean(1, keepdim=True)).flatten(0, 1))
+    reference = motion[:, 2]
+    relative = generator.whiten(motion, reference)
+    assert torch.allclose(relative[0], relative[1], atol=1e-4) and relative[:, 2].abs().max() < 1e-5
+    assert torch.allclose(generator.unwhiten(relative, reference), motion, atol=1e-2)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_a_released_file_may_be_safetensors_and_carry_a_wrappers_prefix(tmp_path, prefix):
+    from safetensors.torch import save_file
+
+    model, data = tiny_settings()
+    autoencoder, generator = make_autoencoder(model), make_generator(model, data)
+    state = {prefix + name: value for name, value in released_state(autoencoder, generator).items()}
+    save_file(state, tmp_path / "FLOAT.safetensors")
+    other = make_generator(model, data)
+    load_generator(other, tmp_path / "FLOAT.safetensors")
+    assert torch.equal(other.fmt.c_embedder.weight, generator.fmt.c_embedder.weight)
+    loaded = load_autoencoder(model, str(tmp_path / "FLOAT.safetensors"))
+    assert torch.equal(loaded.enc.fc[0].weight, autoencoder.enc.fc[0].weight)
 
 
 def test_the_released_layout_goes_out_and_comes_back(tmp_path):

@@ -1,16 +1,21 @@
 """Both phases through the loop: learning, exact resume, ranks, what moves, settings, and what users see."""
 
 import json
+import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from PIL import Image
 
 from float.config import AUTOENCODER_PRESETS, PRESETS, AutoencoderConfig, Config, settle
+from float.data.clips import Clip
 from float.data.media import iterate_frames, read_audio
 from float.data.synthetic import write_synthetic_features
 from float.dataset import FLOATDataset, collate_windows
@@ -117,8 +122,52 @@ def test_the_released_network_trains_in_phase_one(tmp_path, clips):
     assert result.finished and np.isfinite(result.metrics["val/psnr"])
 
 
+def speaks_while_the_sound_comes_in(tmp_path, run, portrait):
+    """From a pipe, and from a file that a recorder is writing; the video grows under its own name."""
+    data, made = (tmp_path / "speech.wav").read_bytes(), tmp_path / "live.mp4"
+    flags = ["--checkpoint", str(run), "--ref-path", portrait, "--emo", "sad", "--stream", "--device", "cpu"]
+    grown = []
+
+    def play(target) -> None:
+        for start in range(0, len(data), 16000):  # half a second
+            target.write(data[start : start + 16000])
+            target.flush()
+            time.sleep(0.4)
+            grown.append(made.stat().st_size if made.exists() else 0)
+
+    def play_pipe() -> None:
+        with open(tmp_path / "pipe", "wb") as target:
+            play(target)
+
+    os.mkfifo(tmp_path / "pipe")
+    player = threading.Thread(target=play_pipe)
+    player.start()
+    generate([*flags, "--aud-path", str(tmp_path / "pipe"), "--output", str(made)])
+    player.join()
+    assert len(list(iterate_frames(made, 25))) == 75
+    assert any(0 < size < made.stat().st_size for size in grown), grown
+    assert abs(len(read_audio(made)) - 48000) <= 2048
+
+    target = open(tmp_path / "growing.wav", "wb")
+    target.write(data[:8000])
+    target.flush()
+    player = threading.Thread(target=lambda: [time.sleep(0.1), play_rest()])
+
+    def play_rest() -> None:
+        for start in range(8000, len(data), 4000):
+            target.write(data[start : start + 4000])
+            target.flush()
+            time.sleep(0.02)
+        target.close()
+
+    player.start()
+    generate([*flags, "--aud-path", str(tmp_path / "growing.wav"), "--output", str(made)])
+    player.join()
+    assert len(list(iterate_frames(made, 25))) == 75
+
+
 @pytest.mark.slow
-def test_from_clips_to_a_talking_video(tmp_path, clips):
+def test_from_clips_to_a_talking_video(tmp_path, clips, capsys):
     output = tmp_path / "run"
     flags = [*TINY, *TINY_PICTURES, "--data-root", str(clips), "--batch-size", "2"]
     flags += ["--output-dir", str(output), "--max-steps", "3"]
@@ -148,7 +197,17 @@ def test_from_clips_to_a_talking_video(tmp_path, clips):
         ]
     )
     assert len(list(iterate_frames(made, 25))) == 75 and len(read_audio(made)) >= 48000
-    scores = metrics(["--checkpoint", str(output), "--seeds", "1", "--device", "cpu"])
+    wide = tmp_path / "wide.png"
+    Image.new("RGB", (80, 40), (90, 120, 150)).save(wide)
+    flags_of_use = ["--checkpoint", str(output), "--aud-path", str(tmp_path / "speech.wav"), "--device", "cpu"]
+    for number, changes in enumerate((["--no-crop"], ["--shift-direction", "1=0.5"], ["--face-box", "20,0,60,40"])):
+        folder = tmp_path / f"results{number}"
+        generate([*flags_of_use, "--ref-path", str(wide), "--emo", "sad", "--res-dir", str(folder), *changes])
+        assert "wide" in next(folder.iterdir()).name
+    assert "squeezed to a square, as --no-crop asks" in capsys.readouterr().err
+    speaks_while_the_sound_comes_in(tmp_path, output, portrait)
+    scores = metrics(["--checkpoint", str(output), "--seeds", "1", "--max-sounds", "2", "--device", "cpu"])
+    assert {"talking_id0__clip.png", "talking_id0__clip.mp4"} <= {p.name for p in (output / "samples").iterdir()}
     assert scores["held_out_clips"] == 2 and not scores["uses_meter"]
     assert (
         json.loads((output / "metrics.json").read_text())["psnr"] == scores["psnr"]
@@ -185,6 +244,30 @@ def test_a_longer_run_keeps_the_auto_encoder_that_phase_two_was_trained_on(tmp_p
         train([*flags, "--max-steps", "7", "--autoencoder-path", str(other)])
     assert stopped.value.code == 2 and "phase 2 was trained on the auto-encoder of" in capsys.readouterr().err
     assert max(losses(output)) == 5
+
+
+def test_previews_show_the_emotion_that_training_sees(tmp_path, clips, monkeypatch):
+    """The cached one, which the recogniser heard where the clip has no label."""
+    from safetensors.torch import load_file
+
+    from float.data.features import write_features
+    from float.evaluation.preview import make_sampler
+    from float.sampling.animate import Animator
+    from float.weights.open import load_autoencoder, make_generator
+
+    flags = [*TINY, *TINY_PICTURES, "--data-root", str(clips), "--batch-size", "2", "--max-steps", "1"]
+    train([*flags, "--output-dir", str(tmp_path / "run")])
+    config = load_saved(Config, tmp_path / "run" / "config.yaml")
+    heard, seen = torch.tensor([0.1, 0.2, 0.3, 0.1, 0.1, 0.1, 0.1]), []
+    for path in (tmp_path / "run" / "features" / "val").glob("*.safetensors"):
+        clip = Clip(path.stem, Path(), Path(), "nobody")
+        write_features(path, {**load_file(path), "emotion": heard}, clip, "test")
+    generator = make_generator(config.model, config.data)
+    autoencoder = load_autoencoder(config.model, str(tmp_path / "run" / "autoencoder"))
+    shown = Animator.motion_windows
+    monkeypatch.setattr(Animator, "motion_windows", lambda *given: seen.append(given[3]) or shown(*given))
+    make_sampler(config, generator, autoencoder, DistInfo())(generator, 1, tmp_path / "samples")
+    assert len(seen) == 2 and all(torch.equal(emotion, heard) for emotion in seen)
 
 
 def test_epochs_and_batch_of_the_guide_count_in_both_phases(tmp_path, clips, capsys):
@@ -224,6 +307,21 @@ def test_two_ranks_train_as_one(tmp_path, strategy):
     flags = [*TINY, "--synthetic", "--max-steps", "4", "--global-batch-size", "4", "--batch-size"]
     run(1, "float/train.py", *flags, "4", "--output-dir", tmp_path / "one")
     run(2, "float/train.py", *flags, "2", "--output-dir", tmp_path / "two", "--strategy", strategy)
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert one.keys() == two.keys() and max(abs(one[step] - two[step]) for step in one) < 1e-5
+    # the ranks share the held-out windows out
+    rows = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
+    one, two = ([row["val/loss"] for row in map(json.loads, lines) if "val/loss" in row] for lines in rows)
+    assert len(one) == len(two) == 2 and max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-5
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_ranks_count_the_previous_frames_of_both(tmp_path):
+    """loss_prev is a mean over the rows that count, wherever they lie: a rank with fewer does not weigh them more."""
+    flags = [*TINY, "--synthetic", "--prev-loss-weight", "2", "--max-steps", "4", "--global-batch-size", "4"]
+    run(1, "float/train.py", *flags, "--batch-size", "1", "--output-dir", tmp_path / "one")
+    run(2, "float/train.py", *flags, "--batch-size", "2", "--output-dir", tmp_path / "two", "--strategy", "ddp")
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert one.keys() == two.keys() and max(abs(one[step] - two[step]) for step in one) < 1e-5
 
@@ -536,6 +634,41 @@ def test_one_silent_clip_is_left_out_and_more_are_refused(tmp_path, clips, capsy
         train([*flags, "--output-dir", str(tmp_path / "two")])
     assert "2 of 3 clips of 'train' cannot be used" in capsys.readouterr().err
     assert train([*flags, "--output-dir", str(tmp_path / "two"), "--max-bad-share", "0.7"]).finished
+
+
+@pytest.mark.parametrize("samples", [160, 10240, 64000, 64100, 64399, 70000])
+def test_the_emotion_is_heard_in_every_window_whatever_the_length(samples, monkeypatch, tmp_path):
+    """One for each window of sound features; the last hears as much sound as the others, or all there is."""
+    import types
+
+    from float.generate import GenerateOptions, emotion_of
+    from float.modules.audio import frames_of
+    from float.modules.emotion import Audio2Emotion
+
+    config, heard = Config(), []
+    config.model.audio2emotion_path = str(tmp_path)
+
+    def recogniser(wave):
+        heard.append(wave.shape[-1])
+        return torch.full((1, 7), 1 / 7)
+
+    recogniser.to = lambda device: recogniser
+    monkeypatch.setattr(Audio2Emotion, "from_pretrained", classmethod(lambda cls, path: recogniser))
+    animator = types.SimpleNamespace(config=config, device=torch.device("cpu"))
+    sound = torch.randn(samples)
+    emotions = list(emotion_of(GenerateOptions(dynamic_emotion=True), animator, sound))
+    assert len(emotions) == -(-frames_of(samples, 25.0) // 16)
+    assert set(heard) == {min(samples, 10240)}
+
+
+def test_given_features_are_scored(tmp_path):
+    rows = np.random.default_rng(0).standard_normal((40, 8))
+    for name, values in {"a": rows, "b": rows + 1, "c": rows[0]}.items():
+        np.save(tmp_path / f"{name}.npy", values)
+    a, b, c = (str(tmp_path / f"{name}.npy") for name in "abc")
+    scores = metrics(["--video-embeddings", a, "--audio-embeddings", a, "--features-real", a, "--features-made", b])
+    assert scores["lse_offset_frames"] == 0 and scores["lse_d"] < 1e-6 and abs(scores["frechet_distance"] - 8) < 0.5
+    assert -1 <= metrics(["--frame-embeddings", b, "--source-embedding", c])["csim"] <= 1
 
 
 def test_missing_things_end_with_one_sentence(tmp_path, capsys):
