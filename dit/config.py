@@ -109,8 +109,8 @@ class ModelConfig(Section):
     num_classes: int | None = setting(
         None, "class-conditional model with so many classes; needs text_conditioning none", ge=1
     )
-    class_dropout: float | None = setting(
-        None, "0: the label table has no row for no class; else another name of diffusion.cfg_dropout", ge=0, lt=1
+    class_dropout: float = setting(
+        0.1, "0: the label table has no row for no class; else another name of diffusion.cfg_dropout", ge=0, lt=1
     )
     learn_sigma: bool = setting(False, "also predict the variance (public DiT weights); noise objective only")
     conditioning: Literal["adaln_zero", "adaln_single"] = setting(
@@ -477,12 +477,12 @@ class Config(Section):
 
     def _one_dropout(self) -> None:
         """Labels are dropped as often as captions; an earlier version had a second number that decided nothing."""
-        dropout, former_default = self.model.class_dropout, 0.1
-        if self.model.num_classes is None or dropout is None or dropout == self.diffusion.cfg_dropout:
+        dropout, default = self.model.class_dropout, 0.1
+        if self.model.num_classes is None or dropout in (default, self.diffusion.cfg_dropout):
             return
         if "cfg_dropout" not in self.diffusion.model_fields_set:
             self.diffusion.cfg_dropout = dropout
-        elif dropout != former_default:
+        else:
             needs = "which needs a row for no class, " if dropout == 0 else ""
             raise ValueError(
                 f"diffusion.cfg_dropout {self.diffusion.cfg_dropout} drops labels, {needs}and model.class_dropout is "

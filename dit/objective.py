@@ -366,7 +366,7 @@ class Trainer:
     @property
     def current_epoch(self) -> int:
         """Epochs that are complete."""
-        return self.global_step // self.stream.steps_per_epoch if self.stream is not None else 0
+        return self.global_step // self.stream.plan.steps_per_epoch if self.stream is not None else 0
 
     def losses(self, model: Callable, batches: list[dict], step: int) -> Iterator[tuple[Tensor, dict]]:
         """One (loss, metrics) a micro-batch. Draws are keyed by (seed, step, sample): ranks and resumes change none."""
@@ -496,7 +496,7 @@ class Trainer:
             save_file(weights, temporary)
         save_config(self.config, folder / "config.yaml")
         if self.config.training.guide_files:
-            epoch = 0 if self.stream is None else self.stream.steps_per_epoch
+            epoch = 0 if self.stream is None else self.stream.plan.steps_per_epoch
             write_guide_folder(folder, weights, None, step=self.global_step, steps_per_epoch=epoch, config=self.config)
 
     def load_checkpoint(self, path: str | Path) -> None:
@@ -520,7 +520,7 @@ class Trainer:
             codec = {name: value.cpu().contiguous() for name, value in self.vae_encoder.state_dict().items()}
             save_file(codec, folder / CODEC_FILE)
         if self.config.training.guide_files and self.stream is not None:
-            write_guide_files(folder, self.model, self.config, self.stream.steps_per_epoch)
+            write_guide_files(folder, self.model, self.config, self.stream.plan.steps_per_epoch)
 
     def latents(self, batch: dict, step: int) -> Tensor:
         """Scaled latents (B, C, H, W), from the cache or from pictures; the posterior is drawn anew on every visit."""

@@ -247,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
         prefetch_factor=training.prefetch_factor,
         bad_samples=output_dir / "bad_samples.jsonl",
     )
-    _steps_from_epochs(config, stream.steps_per_epoch)
+    _steps_from_epochs(config, order.steps_per_epoch)
     seed_everything(config.run.seed)  # the same first weights on every rank
     model = build_model(config)
     if config.model.pretrained_path and going_on is None:

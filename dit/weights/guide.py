@@ -84,7 +84,7 @@ def adopt(folder: Path, config: Config, model: nn.Module, stream: MapStream, inf
     read_guide_weights(folder, model)
     names = trained_names(model)
     parameters = dict(model.named_parameters())
-    state = _state(folder, stream.steps_per_epoch)
+    state = _state(folder, stream.plan.steps_per_epoch)
     optimizer = _loaded(folder / OPTIMIZER) if (folder / OPTIMIZER).is_file() else None
     if optimizer is None and info.is_main:
         print(f"warning: {folder} holds no {OPTIMIZER}; the optimizer starts anew", file=sys.stderr)
