@@ -91,6 +91,24 @@ while (($#)); do
 done
 ((${#only[@]})) || only=("${all[@]}")
 
+gpu=false
+if nvidia-smi -L >/dev/null 2>&1; then gpu=true; fi
+# The preset that a system trains: the one that was asked for; showcase where there is one, when asked for or on a GPU.
+preset_of() {
+    local wanted="$preset"
+    if [[ -z "$wanted" && "$gpu" == true ]]; then wanted=showcase; fi
+    if [[ -f "$1/configs/${wanted:-small}.yaml" ]]; then
+        echo "${wanted:-small}"
+    elif [[ "$wanted" == showcase ]]; then
+        echo small
+    fi
+}
+for system in "${only[@]}"; do
+    if [[ "$pipeline" == true ]]; then break; fi
+    [[ -n "$(preset_of "$system")" ]] || fail "--preset $preset: $system has no such preset; give --only, or one of $system/configs/*.yaml"
+    if [[ "$preset" == showcase && "$(preset_of "$system")" == small ]]; then echo "$system has no preset showcase: it trains small"; fi
+done
+
 bash scripts/setup_environment.sh
 python="$root/.venv/bin/python"
 export HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
@@ -120,26 +138,10 @@ fi
 
 mkdir -p "$output/logs"
 cores="$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)"
-gpu=false
-if nvidia-smi -L >/dev/null 2>&1; then gpu=true; fi
 if [[ -z "$jobs" ]]; then
     jobs=1
     if ((cores >= 2)) && [[ "$gpu" == false ]]; then jobs=2; fi
 fi
-
-# The preset that a system trains: the one that was asked for; showcase where there is one, when asked for or on a GPU.
-preset_of() {
-    local wanted="$preset"
-    if [[ -z "$wanted" && "$gpu" == true ]]; then wanted=showcase; fi
-    if [[ -f "$1/configs/${wanted:-small}.yaml" ]]; then
-        echo "${wanted:-small}"
-    elif [[ "$wanted" == showcase ]]; then
-        echo small
-    fi
-}
-for system in "${only[@]}"; do
-    [[ -n "$(preset_of "$system")" ]] || fail "--preset $preset: $system has no such preset; give --only, or one of its configs/"
-done
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores / jobs > 0 ? cores / jobs : 1))}"
 export PYTHONUNBUFFERED=1

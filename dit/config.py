@@ -67,6 +67,9 @@ class DataConfig(Section):
         0.1, "scenes: share of the combinations that are never trained, chosen by hash", fixed=True, ge=0, lt=1
     )
     on_error: Literal["skip", "raise"] = setting("skip", "missing or broken pictures: skip and list them, or stop")
+    buckets: bool = setting(
+        False, "train on pictures of several shapes of about image_size squared pixels, each batch of one shape"
+    )
     keep_in_memory: bool = setting(False, "keep decoded pictures in memory (small sets)")
     cache_dir: str | None = setting(
         None, "folder written by precompute.py; replaces the frozen encoders during training"
@@ -93,7 +96,7 @@ class ModelConfig(Section):
     hidden_size: int = setting(768, "width", ge=4)
     num_layers: int = setting(16, "blocks", ge=1)
     num_heads: int = setting(12, "attention heads; divides hidden_size", ge=1)
-    patch_size: Literal[1, 2, 4, 8] = setting(2, "latent cells per token side")
+    patch_size: Literal[1, 2, 4, 8, 16, 32] = setting(2, "latent cells per token side")
     in_channels: int = setting(4, "channels of the latent; 3 for pixels", ge=1)
     mlp_ratio: float = setting(4.0, "hidden units of the GELU MLP over width", gt=0)
     text_conditioning: Literal["cross", "joint", "pooled", "none"] = setting(
@@ -125,6 +128,16 @@ class ModelConfig(Section):
         1.0, "sincos: factor on the coordinates; 0.5 for PixArt-1024 (its interpolation_scale is 2)", gt=0
     )
     time_freq_shift: Literal[0, 1] = setting(0, "0: official DiT and SiT weights; 1: weights trained with diffusers")
+    value_residual: bool = setting(
+        False, "every block's attention mixes in the values of the first (Zhou et al. 2024, 2410.17897)"
+    )
+    route_share: float = setting(
+        0.0, "share of image tokens that pass by the middle blocks in training (TREAD, 2501.04765)", ge=0, lt=1
+    )
+    route_start: int = setting(2, "TREAD: number of the first block that they pass by", ge=0)
+    route_end: int | None = setting(
+        None, "TREAD: number of the block where they join again; null: num_layers - 4", ge=1
+    )
     pretrained_path: str | None = setting(
         None, "start from these weights: ours, DiT, SiT, diffusers DiT or PixArt", "pretrained"
     )
@@ -141,6 +154,43 @@ class ModelConfig(Section):
             )
         if self.num_classes and self.text_conditioning != "none":
             raise ValueError("num_classes needs text_conditioning: none")
+        end = max(self.route_start, self.num_layers - 4) if self.route_end is None else self.route_end
+        if self.route_share and not self.route_start < end <= self.num_layers:
+            raise ValueError(
+                f"route_share {self.route_share}: tokens would pass by the blocks from {self.route_start} to {end} of "
+                f"{self.num_layers}; set route_start and route_end so that at least one lies between"
+            )
+        if self.route_share and self.value_residual and self.route_start == 0:
+            raise ValueError(
+                "route_start 0: value_residual needs the first block's values of all tokens; set 1 or more"
+            )
+        return self
+
+
+class RepaConfig(Section):
+    """Representation alignment (REPA, Yu et al. 2024, arXiv 2410.06940)."""
+
+    encoder_path: str | None = setting(
+        None, "local folder of a frozen vision encoder: DINOv2, DINOv3 or SigLIP classes of transformers; null: off"
+    )
+    layer: int = setting(8, "block after which tokens are compared, counted from 1", "align_layer", fixed=True, ge=1)
+    weight: float = setting(0.5, "weight of the term, minus the mean cosine", "align_weight", gt=0)
+    hidden: int = setting(2048, "width of the projector's two hidden layers", "align_hidden", fixed=True, ge=1)
+    features: int | None = setting(
+        None, "width of the encoder's features; null: what its config.json says", "align_features", fixed=True, ge=1
+    )
+
+    @model_validator(mode="after")
+    def _width_of_its_own(self) -> "RepaConfig":
+        if self.encoder_path is not None and self.features is None:
+            try:
+                tree = json.loads((Path(self.encoder_path) / "config.json").read_text(encoding="utf-8"))
+                self.features = int({**tree, **tree.get("vision_config", {})}["hidden_size"])
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                raise ValueError(
+                    f"encoder_path {self.encoder_path}: no folder with a config.json that tells hidden_size; give a "
+                    "local copy of an encoder such as facebook/dinov2-base"
+                ) from None
         return self
 
 
@@ -330,6 +380,10 @@ class TrainingConfig(TrainingSection):
     guide_files: bool = setting(
         False, "write model.pt, optimizer.pt, scheduler.pt and training_state.json into every checkpoint as well"
     )
+    optimizer: Literal["adamw", "muon"] = setting(  # type: ignore[assignment]  # wider than the loop's
+        "adamw", "muon: matrices of the blocks by Muon (Jordan et al. 2024), the rest by AdamW", fixed=True
+    )
+    muon_learning_rate: float = setting(0.02, "muon: peak learning rate of the matrices", ge=0)
     keep_epochs: bool = setting(True, "keep the checkpoints of save_every_n_epochs next to the keep_last newest")
     gradient_checkpointing: bool | int = setting(  # type: ignore[assignment]  # wider than the loop's, which hands it on
         False, "recompute blocks in the backward pass to save memory: all, or with a number every so-manieth"
@@ -375,6 +429,7 @@ class Config(Section):
     run: RunSection = RunSection()
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
+    repa: RepaConfig = RepaConfig()
     vae: VaeConfig = VaeConfig()
     text: TextConfig = TextConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -412,6 +467,10 @@ class Config(Section):
                 f"{self.diffusion.objective}; use auto, {', '.join(samplers)}"
             )
         self._one_dropout()
+        if self.repa.encoder_path is not None and self.repa.layer > self.model.num_layers:
+            raise ValueError(f"repa.layer {self.repa.layer}: the model has {self.model.num_layers} blocks")
+        if self.repa.encoder_path is not None and self.data.cache_dir is not None:
+            raise ValueError("repa.encoder_path needs pictures, and a cache holds none; leave data.cache_dir out")
         if self.training.sample_prompts and self.model.text_conditioning == "none":
             raise ValueError("training.sample_prompts need a model that reads text; leave them out")
         return self
@@ -441,6 +500,12 @@ class Config(Section):
         """Pixels per latent cell side; 8 for a VAE that is not on this disk and of which nothing is said."""
         of_sd = self.vae.factor or vae_factor(self.vae.pretrained_model_name) or 8
         return {"sd": of_sd, "pool": 8, "pixels": 1, "patches": self.vae.patch, "conv": self.vae.patch}[self.vae.type]
+
+    @property
+    def bucket_step(self) -> int:
+        """What the sides of data.buckets are multiples of, pixels: a sixteenth of a picture, in whole tokens."""
+        unit = self.vae_factor * self.model.patch_size
+        return max(1, round(self.data.image_size / 16 / unit)) * unit
 
     @property
     def latent_side(self) -> int:
@@ -478,6 +543,15 @@ def refuse_unused(config: Config) -> None:
             value = config[section][key]
             if not is_used and value != default[section][key]:
                 faults.append(f"{name} {value} would change nothing: {reason}; leave it out")
+    if config.training.optimizer == "muon" and config.run.strategy not in (None, "none", "ddp"):
+        faults.append(
+            f"training.optimizer muon: it turns whole matrices, and under --strategy {config.run.strategy} each rank "
+            "holds a part of every matrix; use --strategy none or ddp, or --optimizer adamw"
+        )
+    if config.repa.features is not None and config.repa.encoder_path is None:
+        faults.append("repa.features: the run was begun with an encoder to align with; give its folder: --encoder-path")
+    if config.data.buckets and (config.data.cache_dir is not None or config.data.dataset_name == "scenes"):
+        faults.append("data.buckets need pictures of their own shapes: leave data.cache_dir and scenes out")
     if config.flow.contrastive and config.training.batch_size % 2:
         faults.append(
             f"training.batch_size {config.training.batch_size}: flow.contrastive compares the samples of a batch in "

@@ -1,14 +1,17 @@
 """Pictures with captions as training samples. Everything random about a sample follows from (seed, epoch, index)."""
 
+import copy
 import hashlib
 import io
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -17,11 +20,12 @@ from torch.utils.data import Dataset, default_collate
 from dit.config import SAMPLE_DATA, Config, DataConfig, Layout
 from dit.data.readers import Item, Items, read
 from dit.data.scenes import SceneDataset
+from shared.data import BatchPlan
 from shared.errors import BadSample, UserError
 from shared.media.pictures import as_rgb, to_pixels
 from shared.rng import keyed_generator
 
-_AUGMENT, _SUBSET = 11, 12  # random streams
+_AUGMENT, _SUBSET, _BUCKETS = 11, 12, 14  # random streams
 _SIDES = ("left", "right", "leftward", "rightward", "leftwards", "rightwards")
 _WORDS = re.compile("[a-z]+")
 WIDE = 8  # sides of pictures from this ratio on are cut before they are scaled
@@ -45,7 +49,9 @@ class TextImageDataset(Dataset):
         seed: int = 0,
         num_classes: int | None = None,
         tokenize: Callable[[list[str]], dict[str, Tensor]] | None = None,
+        bucket_step: int = 64,
     ) -> None:
+        """bucket_step: what the sides of data.buckets are multiples of, pixels."""
         if settings is None:
             settings = DataConfig(
                 dataset_name=dataset_name,
@@ -71,8 +77,11 @@ class TextImageDataset(Dataset):
                 f"data.dataset_path {self.root}: no usable picture with {wanted} was found for dataset_name "
                 f"{settings.dataset_name}; {len(self.skipped)} were left out"
                 f"{f', the first: {self.skipped[0][1]}' if self.skipped else ''}; check the layout and the captions"
+                f"{'' if num_classes or settings.dataset_name != 'custom' else ' (folders of classes: --num-classes)'}"
             )
         self.may_flip = self._flip_rule()
+        self.shapes = bucket_shapes(settings.image_size, bucket_step) if settings.buckets and is_train else []
+        self.bucket_N = self._buckets()
         self._memory: dict[int, tuple[Image.Image, Crop]] = {}
         if blank := sum(item.captions == ("",) for item in self.items) if self.items.captions_at_hand else 0:
             print(f"warning: {blank} captions are empty; their pictures train without one", file=sys.stderr)
@@ -88,6 +97,7 @@ class TextImageDataset(Dataset):
             seed=config.run.seed,
             num_classes=config.model.num_classes,
             tokenize=tokenize,
+            bucket_step=config.bucket_step,
         )
 
     def __len__(self) -> int:
@@ -143,6 +153,30 @@ class TextImageDataset(Dataset):
             return False
         return True
 
+    def as_squares(self) -> "TextImageDataset":
+        """The same pictures, all square, as evaluations see them."""
+        squares = copy.copy(self)
+        squares.shapes, squares._memory = [], {}
+        return squares
+
+    def _buckets(self) -> np.ndarray:
+        """The number of every picture's shape, by the header of its file; broken ones go with the square ones, and are
+        met in training.
+        """
+        if not self.shapes:
+            return np.zeros(0, dtype=np.int64)
+        ratios = np.log([height / width for height, width in self.shapes])
+        found = np.full(len(self.items), int(np.abs(ratios).argmin()), dtype=np.int64)
+        for index in range(len(self.items)):
+            try:
+                item = self.items[index]
+                width, height = _size(self.items.picture(item)[0])
+            except (BadSample, OSError, ValueError, SyntaxError):
+                continue
+            if item.box is None:  # a bird's box is a square
+                found[index] = int(np.abs(ratios - math.log(height / width)).argmin())
+        return found
+
     def _square(self, index: int, item: Item, draw: Callable[[], float]) -> tuple[Image.Image, Crop]:
         """The picture cut to size, and where it lay; squares that come out the same on every visit may be kept."""
         if index in self._memory:
@@ -151,7 +185,11 @@ class TextImageDataset(Dataset):
         image = decode(*self.items.picture(item))
         if item.box is not None:
             image = crop_to_box(image, item.box)
-        square = to_square(image, self.settings.image_size, crop=crop, draw=draw)
+        if self.shapes:
+            shape = self.shapes[self.bucket_N[index]]
+            square = to_shape(image, shape, draw if self.settings.crop == "random" else lambda: 0.5)
+        else:
+            square = to_square(image, self.settings.image_size, crop=crop, draw=draw)
         if self.settings.keep_in_memory and crop == _steady(crop):
             self._memory[index] = square
         return square
@@ -223,8 +261,68 @@ def spread(dataset: Named, count: int) -> list[int]:
     return sorted(range(len(dataset)), key=digests.__getitem__)
 
 
+class BucketPlan(BatchPlan):
+    """A plan whose steps hold pictures of one shape. Each epoch shuffles every bucket, cuts it into steps, leaves out
+    what fills none, and shuffles the steps: a function of (seed, epoch), so that resuming and ranks change nothing.
+    """
+
+    def with_buckets(self, bucket_N: np.ndarray) -> "BucketPlan":
+        """The plan for pictures whose shapes have these numbers."""
+        object.__setattr__(self, "bucket_N", torch.from_numpy(bucket_N))
+        if self.steps_per_epoch == 0:
+            raise UserError(
+                f"data.buckets: no shape has the {self.global_batch} pictures of one optimizer step; use a smaller "
+                "--batch-size, or leave buckets out"
+            )
+        return self
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that the buckets fill."""
+        counts = torch.bincount(self.__dict__["bucket_N"]) if "bucket_N" in self.__dict__ else torch.tensor([1])
+        return int((counts // self.global_batch).sum())
+
+    def _order(self, epoch: int) -> Tensor:
+        cache = self.__dict__.setdefault("_orders", {})
+        if epoch not in cache:
+            while len(cache) > 1:
+                cache.pop(min(cache))
+            generator, steps = keyed_generator(self.seed, _BUCKETS, epoch), []
+            for number in self.bucket_N.unique().tolist():
+                members = (self.bucket_N == number).nonzero().flatten()
+                members = members[torch.randperm(len(members), generator=generator)]
+                whole = len(members) // self.global_batch * self.global_batch
+                steps += members[:whole].split(self.global_batch)
+            cache[epoch] = torch.cat(
+                [steps[place] for place in torch.randperm(len(steps), generator=generator).tolist()]
+            )
+        return cache[epoch]
+
+    bucket_N: Tensor
+
+
+def bucket_shapes(size: int, step: int) -> list[tuple[int, int]]:
+    """(height, width) from 1:2 to 2:1 in multiples of `step`, of at most size squared pixels, as many as there are."""
+    shapes = {(size, size)}
+    for side in range(-(-size // 2 // step) * step, 2 * size + 1, step):
+        other = size * size // side // step * step
+        if other and 0.5 <= side / other <= 2:
+            shapes |= {(side, other), (other, side)}
+    return sorted(shapes)
+
+
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch: tensors stacked (in a loader process straight into shared memory), texts and ids as lists."""
+    """A batch: tensors stacked (in a loader process straight into shared memory), texts and ids as lists.
+
+    With buckets, a sample that stands in for a broken one may have another shape than the rest; then one of the rest
+    stands in for it.
+    """
+    if "image" in samples[0]:
+        shapes = Counter(tuple(sample["image"].shape) for sample in samples)
+        if len(shapes) > 1:
+            shape = shapes.most_common(1)[0][0]
+            fitting = next(sample for sample in samples if tuple(sample["image"].shape) == shape)
+            samples = [sample if tuple(sample["image"].shape) == shape else fitting for sample in samples]
     batch: dict[str, Any] = {}
     for name, first in samples[0].items():
         values = [sample[name] for sample in samples]
@@ -312,6 +410,26 @@ def to_square(
     else:
         left, top = spare_x // 2, spare_y // 2
     return image.crop((left, top, left + size, top + size)), (top, left, image.height, image.width)
+
+
+def to_shape(image: Image.Image, shape: tuple[int, int], draw: Callable[[], float]) -> tuple[Image.Image, Crop]:
+    """A (height, width) picture that fills its shape, scaled by the smaller side; what sticks out is cut off evenly, or
+    where draw() says.
+    """
+    height, width = shape
+    scale = max(height / image.height, width / image.width)
+    whole = (round(image.height * scale), round(image.width * scale))
+    top, left = draw() * (image.height - height / scale), draw() * (image.width - width / scale)
+    box = (left, top, min(image.width, left + width / scale), min(image.height, top + height / scale))
+    cut = image.resize((width, height), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+    return cut, (round(top * scale), round(left * scale), *whole)
+
+
+def _size(data: bytes) -> tuple[int, int]:
+    """(width, height) of an encoded picture, as it stands upright; only its header is read."""
+    image = Image.open(io.BytesIO(data))
+    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    return image.size[::-1] if turned else image.size
 
 
 def _window_of_strip(image: Image.Image, size: int, draw: Callable[[], float]) -> tuple[Image.Image, Crop]:

@@ -66,7 +66,9 @@ def rotation_table_2d(head_width: int, rows: int, columns: int, *, theta: float 
 
 
 def rotate(heads_BHNK: Tensor, cos_NK: Tensor, sin_NK: Tensor) -> Tensor:
-    """Turn neighbouring pairs of the last dimension by the table's angles."""
+    """Turn neighbouring pairs of the last dimension by a table of angles, which may be each sample's own (B, N, K)."""
+    if cos_NK.ndim == 3:
+        cos_NK, sin_NK = cos_NK[:, None], sin_NK[:, None]
     pairs = rearrange(heads_BHNK, "b heads n (k two) -> b heads n k two", two=2)
     turned = rearrange(torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1), "b heads n k two -> b heads n (k two)")
     return heads_BHNK * cos_NK.to(heads_BHNK.dtype) + turned * sin_NK.to(heads_BHNK.dtype)
@@ -149,9 +151,13 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """Self-attention; rows of qkv are ordered q, k, v and inside each by head."""
 
-    def __init__(self, hidden_size: int, num_heads: int, *, qk_norm: bool = False) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, *, qk_norm: bool = False, value_residual: bool = False
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
+        # the share of the first block's values (Zhou et al. 2024, arXiv 2410.17897, in its learned form)
+        self.value_share = nn.Parameter(torch.tensor(0.5)) if value_residual else None
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
         head_width = hidden_size // num_heads
@@ -159,16 +165,28 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(head_width, eps=EPS) if qk_norm else nn.Identity()
 
     def forward(self, x_BLD: Tensor, rotation: Rotation = None, mask_BL: Tensor | None = None) -> Tensor:
+        """Attended tokens (B, L, D)."""
+        return self.attend(x_BLD, rotation, mask_BL)[0]
+
+    def attend(
+        self,
+        x_BLD: Tensor,
+        rotation: Rotation = None,
+        mask_BL: Tensor | None = None,
+        first_v: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The attended tokens (B, L, D), and the block's own values (B, heads, L, K)."""
         qkv = rearrange(self.qkv(x_BLD), "b l (three heads k) -> b l three heads k", three=3, heads=self.num_heads)
         # unbound where they lie, so that their gradients are stacked in the order of memory
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k, own_v = self.q_norm(q), self.k_norm(k), v
+        if self.value_share is not None and first_v is not None:
+            v = torch.lerp(v, first_v.to(v.dtype), self.value_share.to(v.dtype))
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         mask = None if mask_BL is None else mask_BL[:, None, None]
-        return self.proj(
-            rearrange(scaled_dot_product_attention(q, k, v, attn_mask=mask), "b heads l k -> b l (heads k)")
-        )
+        attended = rearrange(scaled_dot_product_attention(q, k, v, attn_mask=mask), "b heads l k -> b l (heads k)")
+        return self.proj(attended), own_v
 
 
 class CrossAttention(nn.Module):
@@ -238,11 +256,13 @@ class DiTBlock(nn.Module):
         cross_norm: str = "layernorm",
         conditioning: str = "adaln_zero",
         drop_path: float = 0.0,
+        value_residual: bool = False,
+        is_first: bool = False,
     ) -> None:
         super().__init__()
-        self.drop_path = drop_path
+        self.drop_path, self.value_residual = drop_path, value_residual
         self.norm1 = Norm(hidden_size, norm)
-        self.attn = Attention(hidden_size, num_heads, qk_norm=qk_norm)
+        self.attn = Attention(hidden_size, num_heads, qk_norm=qk_norm, value_residual=value_residual and not is_first)
         self.cross_norm = Norm(hidden_size, cross_norm) if cross else None
         self.cross_attn = CrossAttention(hidden_size, num_heads) if cross else None
         self.norm2 = Norm(hidden_size, norm)
@@ -258,21 +278,24 @@ class DiTBlock(nn.Module):
         rotation: Rotation = None,
         mask_BL: Tensor | None = None,
         draws_B3: Tensor | None = None,
-    ) -> Tensor:
+        first_v: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Tokens to tokens; with value_residual the values of this block as well, which the first one hands on."""
         # the order of the six is that of the public weights
         if self.adaLN_modulation is not None:
             shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
         else:
             assert self.scale_shift_table is not None  # one of the two is there
             shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + condition).unbind(1)
-        attended = self.attn(modulate(self.norm1(x_BLD), shift1, scale1), rotation, mask_BL)
+        attended, values = self.attn.attend(modulate(self.norm1(x_BLD), shift1, scale1), rotation, mask_BL, first_v)
         x_BLD = torch.addcmul(x_BLD, gate1[:, None], self._drop(attended, draws_B3, 0))
         # text enters between the two, ungated: its last projection starts at zero, so it needs no gate to start as
         # the identity
         if self.cross_attn is not None and self.cross_norm is not None:
             x_BLD = x_BLD + self._drop(self.cross_attn(self.cross_norm(x_BLD), text_BTD, text_mask_BT), draws_B3, 1)
         expanded = self.mlp(modulate(self.norm2(x_BLD), shift2, scale2))
-        return torch.addcmul(x_BLD, gate2[:, None], self._drop(expanded, draws_B3, 2))
+        x_BLD = torch.addcmul(x_BLD, gate2[:, None], self._drop(expanded, draws_B3, 2))
+        return (x_BLD, values) if self.value_residual else x_BLD
 
     def _drop(self, branch_BLD: Tensor, draws_B3: Tensor | None, branch: int) -> Tensor:
         """Stochastic depth (Huang et al. 2016): leave the branch out for whole samples in training, and scale the rest
@@ -342,8 +365,18 @@ class DiTModel(nn.Module):
         drop_path: float = 0.0,
         pos_scale: float = 1.0,
         time_freq_shift: Literal[0, 1] = 0,
+        value_residual: bool = False,
+        route_share: float = 0.0,
+        route_start: int = 2,
+        route_end: int | None = None,
+        align_width: int | None = None,
+        align_layer: int = 8,
+        align_hidden: int = 2048,
     ) -> None:
         super().__init__()
+        self.route_share, self.route_start = route_share, route_start
+        self.route_end = max(route_start, num_layers - 4) if route_end is None else route_end
+        self.align_layer = align_layer
         _check_sizes(hidden_size, num_heads, input_size, patch_size, pos)
         self.patch_size, self.in_channels = patch_size, in_channels
         self.hidden_size, self.num_heads = hidden_size, num_heads
@@ -386,10 +419,21 @@ class DiTModel(nn.Module):
                 cross_norm=cross_norm,
                 conditioning=conditioning,
                 drop_path=drop_path * index / max(num_layers - 1, 1),
+                value_residual=value_residual,
+                is_first=index == 0,
             )
             for index in range(num_layers)
         )
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, norm=norm, conditioning=conditioning)
+        self.projector = None
+        if align_width is not None:  # REPA (Yu et al. 2024, arXiv 2410.06940): three layers onto an encoder's features
+            self.projector = nn.Sequential(
+                nn.Linear(hidden_size, align_hidden),
+                nn.SiLU(),
+                nn.Linear(align_hidden, align_hidden),
+                nn.SiLU(),
+                nn.Linear(align_hidden, align_width),
+            )
         self.initialize_weights()
 
     def forward(
@@ -403,10 +447,14 @@ class DiTModel(nn.Module):
         labels: Tensor | None = None,
         drop: Tensor | None = None,
         path_draws: Tensor | None = None,
-    ) -> Tensor:
+        route_draws: Tensor | None = None,
+        align: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
         """noisy_latents (B, C, H, W), timesteps (B,), text_embeddings (B, T, text_dim), text_mask (B, T) True at real
         tokens, text_pooled (B, text_dim), labels (B,). Where drop (B,) is True the null condition takes the place of
-        text or label. path_draws (B, layers, 3): uniform numbers that decide on drop_path.
+        text or label. path_draws (B, layers, 3): uniform numbers that decide on drop_path. route_draws (B, N): uniform
+        numbers that decide which tokens pass by the middle blocks. align: also return the projected tokens (B, n, E) of
+        block align_layer, and the numbers (B, n) of the tokens they belong to, None for all.
         """
         # The null condition replaces states, mask and pooled vector together, sample by sample: guidance at sampling
         # compares with exactly what training showed.
@@ -445,16 +493,58 @@ class DiTModel(nn.Module):
             c_BD if self.adaLN_single is None else rearrange(self.adaLN_single(c_BD), "b (six d) -> b six d", six=6)
         )
         rotation = self._rotation(grid, tokens_before, x_BLD.device) if "rope" in self.pos else None
+        whole = (rotation, mask_BL)
+        first_v: Tensor | None = None
+        first_of_part: Tensor | None = None
+        kept: Tensor | None = None
+        projected: Tensor | None = None
+        aligned_kept: Tensor | None = None
+        x_before = x_BLD
         for index, block in enumerate(self.blocks):
+            # TREAD (Krause et al. 2025, arXiv 2501.04765): in training a share of the image tokens passes by the middle
+            # blocks and joins the others again; drawing uses all.
+            if route_draws is not None and self.training and index == self.route_start:
+                kept = self._kept_tokens(route_draws, tokens_before)
+                x_before, x_BLD = x_BLD, _taken(x_BLD, kept)
+                rotation = None if rotation is None else (rotation[0][kept], rotation[1][kept])
+                mask_BL = None if mask_BL is None else mask_BL.gather(1, kept)
+                first_of_part = None if first_v is None else first_v.gather(2, _like_heads(kept, first_v))
+            if kept is not None and index == self.route_end:
+                x_BLD = x_before.scatter(1, kept[..., None].expand_as(x_BLD), x_BLD.to(x_before.dtype))
+                (rotation, mask_BL), kept = whole, None
+            arguments = (
+                x_BLD,
+                condition,
+                text_BTD,
+                mask,
+                rotation,
+                mask_BL,
+                None if path_draws is None else path_draws[:, index],
+                first_v if kept is None else first_of_part,
+            )
             every = int(self.gradient_checkpointing)
-            draws = None if path_draws is None else path_draws[:, index]
             if every and self.training and index % every == 0:
-                x_BLD = checkpoint(
-                    block, x_BLD, condition, text_BTD, mask, rotation, mask_BL, draws, use_reentrant=False
-                )
+                found = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                x_BLD = block(x_BLD, condition, text_BTD, mask, rotation, mask_BL, draws)
-        return unpatchify(self.final_layer(x_BLD[:, tokens_before:], c_BD), grid, self.patch_size)
+                found = block(*arguments)
+            x_BLD, values = found if isinstance(found, tuple) else (found, None)
+            first_v = values if index == 0 else first_v
+            if align and self.projector is not None and index + 1 == self.align_layer:
+                projected, aligned_kept = self.projector(x_BLD[:, tokens_before:]), kept
+        if kept is not None:
+            x_BLD = x_before.scatter(1, kept[..., None].expand_as(x_BLD), x_BLD.to(x_before.dtype))
+        found = unpatchify(self.final_layer(x_BLD[:, tokens_before:], c_BD), grid, self.patch_size)
+        if not align:
+            return found
+        assert projected is not None  # asked for of models that have a projector and the layer
+        return found, projected, None if aligned_kept is None else aligned_kept[:, tokens_before:] - tokens_before
+
+    def _kept_tokens(self, draws_BN: Tensor, tokens_before: int) -> Tensor:
+        """Numbers (B, n) of the tokens that go through the middle blocks: all of text, the smallest draws of image."""
+        count = max(1, round(draws_BN.shape[1] * (1 - self.route_share)))
+        image = draws_BN.argsort(1)[:, :count].sort(1).values + tokens_before
+        text = torch.arange(tokens_before, device=image.device).expand(len(image), -1)
+        return torch.cat([text, image], dim=1)
 
     @torch.no_grad()
     def set_null_text(self, states_TD: Tensor, mask_T: Tensor, pooled_D: Tensor) -> None:
@@ -550,6 +640,14 @@ class DiTModel(nn.Module):
             sin = torch.cat([torch.zeros(tokens_before, sin.shape[1]), sin])
             self._rotations[key] = (cos.to(device), sin.to(device))
         return self._rotations[key]
+
+
+def _taken(x_BLD: Tensor, kept_BN: Tensor) -> Tensor:
+    return x_BLD.gather(1, kept_BN[..., None].expand(-1, -1, x_BLD.shape[2]))
+
+
+def _like_heads(kept_BN: Tensor, values_BHLK: Tensor) -> Tensor:
+    return kept_BN[:, None, :, None].expand(-1, values_BHLK.shape[1], -1, values_BHLK.shape[3])
 
 
 def _real_tokens(mask_BT: Tensor) -> int:

@@ -21,6 +21,7 @@ from dit.config import FLOW_SAMPLERS, NOISE_SAMPLERS, Config, DiffusionConfig, F
 from dit.dataset import TextImageDataset, collate, unit
 from dit.evaluation.held_out import HeldOut, errors, summary
 from dit.model import DiTBlock, DiTModel
+from dit.modules.features import FeatureEncoder
 from dit.modules.text import CaptionEncoder, TextEncoder, condition_of
 from dit.modules.vae import CODEC_FILE, Codec
 from dit.sampling.drawing import Drawing, draw_latents, grid, to_uint8
@@ -34,9 +35,10 @@ from shared.engine.dist import DistInfo
 from shared.errors import UserError, written_aside
 from shared.flow import expand_like, linear_path, sample_times, shift_noise_level
 from shared.loop import FitResult, fit
+from shared.optim import decay_groups
 from shared.rng import keyed_rand, keyed_randn
 
-TIMES, NOISE, DROPS, POSTERIOR, PATHS = 1, 2, 3, 4, 5  # random streams
+TIMES, NOISE, DROPS, POSTERIOR, PATHS, ROUTES = 1, 2, 3, 4, 5, 6  # random streams
 LEAST_GAP = 0.05  # smallest 1 - t that a clean prediction is divided by in training; sampling goes closer to the data
 
 
@@ -351,6 +353,9 @@ class Trainer:
         self.criterion = self.objective.error
         self.resume = config.run.resume
         self.global_step = 0
+        self.feature_encoder: FeatureEncoder | None = None
+        if config.repa.encoder_path is not None:
+            self.feature_encoder = FeatureEncoder(config.repa.encoder_path).to(self.device).eval()
         if config.model.text_conditioning != "none" and config.diffusion.null_text == "empty":
             if null_condition is None and self.text_encoder is not None:
                 states, mask, pooled = self.text_encoder.encode([""])
@@ -366,6 +371,7 @@ class Trainer:
     def losses(self, model: Callable, batches: list[dict], step: int) -> Iterator[tuple[Tensor, dict]]:
         """One (loss, metrics) a micro-batch. Draws are keyed by (seed, step, sample): ranks and resumes change none."""
         seed, self.global_step = self.config.run.seed, step
+        aligns = self.feature_encoder is not None
         for batch in batches:
             # Frozen encoders first: pictures to latents, captions to states (or both from the cache).
             latents_BCHW = self.latents(batch, step)
@@ -378,6 +384,7 @@ class Trainer:
             noise_BCHW = keyed_randn(latents_BCHW.shape[1:], key=(seed, NOISE, step), **draws)
             drop_B = keyed_rand((), key=(seed, DROPS, step), **draws) < self.config.diffusion.cfg_dropout
             noisy_BCHW = self.objective.noisy(latents_BCHW, noise_BCHW, t_B)
+            tokens = latents_BCHW.shape[2] * latents_BCHW.shape[3] // self.config.model.patch_size**2
 
             # Dropped rows get the null condition inside the model, so every rank runs the same modules in every step.
             if condition and self.config.diffusion.cfg_dropout:
@@ -385,11 +392,31 @@ class Trainer:
             if self.config.model.drop_path:
                 shape = (self.config.model.num_layers, 3)
                 condition["path_draws"] = keyed_rand(shape, key=(seed, PATHS, step), **draws)
-            predicted = model(noisy_BCHW, self.objective.model_time(t_B), **condition)
+            if self.config.model.route_share:
+                condition["route_draws"] = keyed_rand((tokens,), key=(seed, ROUTES, step), **draws)
+            found = model(
+                noisy_BCHW, self.objective.model_time(t_B), **condition, **({"align": True} if aligns else {})
+            )
+            predicted, projected, kept = found if aligns else (found, None, None)
 
             # The loop adds the micro-batches' losses up: each is divided here by their number. The error is fp32.
             error_B = self.criterion(predicted, noisy_BCHW, latents_BCHW, noise_BCHW, t_B)
-            yield error_B.mean() / len(batches), {"loss_by_t": (t_B / self.objective.span, error_B)}
+            report: dict[str, Any] = {"loss_by_t": (t_B / self.objective.span, error_B)}
+            loss = error_B.mean()
+            if projected is not None:
+                term = self.alignment(projected, kept, batch, latents_BCHW)
+                loss, report = loss + self.config.repa.weight * term, {**report, "alignment": term.detach()}
+            yield loss / len(batches), report
+
+    def alignment(self, projected: Tensor, kept: Tensor | None, batch: dict, latents: Tensor) -> Tensor:
+        """Minus the mean cosine of the projected tokens (B, n, E) and the frozen encoder's features of their places."""
+        assert self.feature_encoder is not None
+        patch = self.config.model.patch_size
+        grid_size = (latents.shape[2] // patch, latents.shape[3] // patch)
+        wanted = self.feature_encoder(unit(batch["image"].to(self.device)), grid_size)
+        if kept is not None:  # TREAD: the tokens that came so far
+            wanted = wanted.gather(1, kept[..., None].expand(-1, -1, wanted.shape[2]))
+        return -nn.functional.cosine_similarity(projected.float(), wanted, dim=-1).mean()
 
     def validate(self, model: Callable, step: int) -> dict[str, float]:
         """Held-out loss at fixed levels with fixed noise: comparable between steps, runs and numbers of ranks."""
@@ -445,6 +472,7 @@ class Trainer:
             losses=self.losses,
             validate=self.validate if self.held_out else None,
             sample=self.sample if draws else None,
+            groups=muon_groups(self.model, self.config) if self.config.training.optimizer == "muon" else None,
             wrap_classes=(DiTBlock,),
             export=self.export if exports else None,
             title="DiT",
@@ -514,6 +542,27 @@ class Trainer:
             states, mask, pooled = self.text_encoder.encode_ids(batch["input_ids"])
             return {"text_embeddings": states.clone(), "text_mask": mask.clone(), "text_pooled": pooled.clone()}
         return condition_of(batch.get("text", []), batch.get("label"), self.text_encoder, self.info.device)
+
+
+def muon_groups(model: nn.Module, config: Config) -> list[dict]:
+    """The matrices of attention and feed-forward, by how many lie below each other in one; the rest goes to AdamW."""
+    training = config.training
+    kinds = {"attn.qkv": 3, "cross_attn.kv": 2, "attn.proj": 1, "cross_attn.q": 1, "cross_attn.proj": 1}
+    kinds |= {"mlp.fc1": 2 if config.model.mlp == "swiglu" else 1, "mlp.fc2": 1}
+    found: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters():
+        kind = name.split(".", 2)[2].removesuffix(".weight") if name.startswith("blocks.") else ""
+        if parameter.requires_grad and kind in kinds and name.endswith(".weight"):
+            found.setdefault(kinds[kind], []).append(name)
+    taken = {name for names in found.values() for name in names}
+    rest = decay_groups(model, training.weight_decay)
+    for group in rest:
+        group["names"] = [name for name in group["names"] if name not in taken]
+    scale = training.muon_learning_rate / training.learning_rate if training.learning_rate else 0.0
+    return rest + [
+        {"names": names, "weight_decay": training.weight_decay, "lr_scale": scale, "muon": parts}
+        for parts, names in found.items()
+    ]
 
 
 def around(encoder: nn.Module | None, config: Config) -> CaptionEncoder | None:

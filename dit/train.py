@@ -35,7 +35,7 @@ from dit.data.cache import (
     refuse_changed_pictures,
     refuse_other_settings,
 )
-from dit.dataset import TextImageDataset, collate, spread, unit
+from dit.dataset import BucketPlan, TextImageDataset, collate, spread, unit
 from dit.evaluation.held_out import HeldOut, prepare, prepare_cached, readable
 from dit.modules.text import CaptionEncoder, make_text_encoder, warn_of_cut
 from dit.modules.vae import CODEC_FILE, Codec
@@ -87,7 +87,7 @@ def _save_inputs(dataset: TextImageDataset | CachedDataset, folder: Path) -> Non
         captions = [dataset.captions_of(index)[0] for index in range(min(16, len(dataset)))]
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        samples = readable(dataset, 16)
+        samples = readable(dataset.as_squares() if dataset.settings.buckets else dataset, 16)
         pixels = unit(torch.stack([sample["image"] for sample in samples]))
         with written_aside(folder / "inputs.png") as temporary:
             grid(to_uint8(pixels), columns=8).save(temporary, "PNG")
@@ -160,7 +160,8 @@ def _from_pictures(config: Config, sets: dict[str, TextImageDataset], info: Dist
     if len(validation_set):
         codec, encoder = codec.to(info.device), None if encoder is None else encoder.to(info.device)
         count = config.training.eval_samples
-        held_out = prepare(validation_set, training_set, codec, encoder, count=count, device=info.device)
+        seen = training_set.as_squares() if config.data.buckets else training_set
+        held_out = prepare(validation_set, seen, codec, encoder, count=count, device=info.device)
     return Parts(training_set, codec, encoder, held_out)
 
 
@@ -226,14 +227,17 @@ def main(argv: list[str] | None = None) -> None:
         print("no held-out pictures: no evaluation (set --val-fraction, or give the data a split)", file=sys.stderr)
 
     training = config.training
-    order = BatchPlan(
+    plan = BucketPlan if config.data.buckets else BatchPlan
+    order = plan(
         len(parts.training_set),
         training.batch_size,
         info.world,
         accumulation_steps(training, info.world),
         config.run.seed,
-        drop_last=training.drop_last,
+        drop_last=training.drop_last or config.data.buckets,
     )
+    if isinstance(order, BucketPlan) and isinstance(parts.training_set, TextImageDataset):
+        order.with_buckets(parts.training_set.bucket_N)
     stream = MapStream(
         parts.training_set,
         order,

@@ -161,7 +161,7 @@ class TrainingConfig(TrainingSection):
     save_every_n_epochs: int | None = setting(10, "epochs between checkpoints", "save_every", ge=1)
     eval_steps: int | None = setting(None, "optimizer steps between validations; null: eval_every_n_epochs", ge=1)
     eval_every_n_epochs: int = setting(1, "epochs between validations", "eval_every", ge=1)
-    keep_last: int = setting(3, "newest checkpoints kept; the best one is kept beside them", ge=2)
+    keep_last: int = setting(3, "newest checkpoints kept; the best one is kept too", ge=2)
     num_workers: int = setting(4, "loader processes per rank and kind of data", "workers", ge=0)
 
     @model_validator(mode="after")

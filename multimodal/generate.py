@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def with_prompts(embedder: Any, split: Any, prompts: list[str]) -> Any:
-    """The split with the user's texts in place of its captions; no item is the true one then."""
+    """The split with the user's texts instead of its captions; no item is the true one then."""
     if not prompts:
         return split
     split.captions_CE, split.caption_texts, split.owners = embedder.texts(prompts), prompts, [-1] * len(prompts)

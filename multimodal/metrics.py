@@ -68,7 +68,7 @@ class Options(Section):
     batch_size: int = setting(64, "items at a time", ge=1)
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     tokenizer: str | None = setting(None, "tokenizer file; null: the run's")
-    report: bool = setting(True, "write report.json, .md and .html beside the run")
+    report: bool = setting(True, "write report.json, .md and .html into the run's folder")
 
 
 @command
@@ -271,7 +271,7 @@ def zeroshot_coco(embedder: "Embedder", options: Options, split: "Split") -> dic
 
 
 def make_bars(found: dict[str, Any], embedder: "Embedder", options: Options) -> list:
-    """Recall beside chance; with targets where the sample data were measured."""
+    """Recall next to chance; with targets where the sample data were measured."""
     from shared.report.page import Bar
 
     places = options.data.over(embedder.config).data

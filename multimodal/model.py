@@ -399,8 +399,9 @@ class MultimodalModel(nn.Module):
 
 # --- the linear path --------------------------------------------------------------------------------------------------
 
-GRID, COLOURS, BINS, ZONES = 12, 3, 8, 3  # pixels a side; levels of a channel; directions of an edge; zones a side
-IMAGE_FEATURES = 3 * GRID**2 + COLOURS**3 + BINS * ZONES**2
+GRID, COLOURS, COLOUR_ZONES = 8, 3, 3  # pixels a side; levels of a channel; zones a side of the colours
+BINS, EDGE_ZONES = 8, 6  # directions of an edge; zones a side of the edges
+IMAGE_FEATURES = 3 * GRID**2 + COLOURS**3 * COLOUR_ZONES**2 + BINS * EDGE_ZONES**2
 SPANS, GROUPS = 8, 16  # stretches of a clip, groups of bands
 AUDIO_FEATURES = 4 * MEL_BANDS + SPANS * GROUPS
 
@@ -421,21 +422,21 @@ class LinearPath(nn.Module):
 
 @torch.no_grad()
 def picture_statistics(images_BCHW: Tensor) -> Tensor:
-    """(B, IMAGE_FEATURES) of normalised pictures: 12 x 12 pixels, a histogram of 27 colours, and the strength of edges
-    in 8 directions in each ninth of the picture; each part about of unit size.
+    """(B, IMAGE_FEATURES) of normalised pictures: 8 x 8 pixels, a histogram of 27 colours in each ninth of the picture,
+    and the strength of edges in 8 directions in each 36th of it; each part about of unit size.
     """
     images = images_BCHW.float()
     small = functional.adaptive_avg_pool2d(images, GRID)
     levels = torch.linspace(-1.5, 1.8, COLOURS, device=images.device)
     near = (-4 * (images.unsqueeze(2) - levels[:, None, None]).square()).softmax(2)  # B C levels H W
-    colours = torch.einsum("bihw,bjhw,bkhw->bijk", near[:, 0], near[:, 1], near[:, 2]).flatten(1)
-    colours = (colours / images[0, 0].numel()).sqrt()
+    each = torch.einsum("bihw,bjhw,bkhw->bijkhw", near[:, 0], near[:, 1], near[:, 2]).flatten(1, 3)
+    colours = functional.adaptive_avg_pool2d(each, COLOUR_ZONES).flatten(1).sqrt()
     grey = functional.pad(images.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
     across, down = grey[..., 1:-1, 2:] - grey[..., 1:-1, :-2], grey[..., 2:, 1:-1] - grey[..., :-2, 1:-1]
     strength = (across.square() + down.square() + 1e-8).sqrt()
     directions = torch.arange(BINS, device=images.device) * (math.pi / BINS)
     cosine = (across * directions.cos()[:, None, None] + down * directions.sin()[:, None, None]) / strength
-    edges = functional.adaptive_avg_pool2d(strength * cosine.square().square(), ZONES).flatten(1)
+    edges = functional.adaptive_avg_pool2d(strength * cosine.square().square(), EDGE_ZONES).flatten(1)
     return torch.cat([small.flatten(1), 5 * colours, 3 * edges.sqrt()], 1)
 
 

@@ -50,7 +50,7 @@ from shared.engine.checkpoint import CheckpointStore, find_checkpoint, frozen_di
 from shared.engine.dist import barrier, init_distributed, shutdown
 from shared.engine.preflight import preflight
 from shared.log import Board
-from shared.loop import FitResult, fit
+from shared.loop import FitResult, finished_checkpoint, fit, is_done
 from shared.rng import keyed_generator, keyed_seed
 
 MAX_WARMUP = 2000
@@ -104,10 +104,9 @@ class Run:
                 if self.start is not None and stage < self.start["stage"]:
                     continue  # its result is in the checkpoint that the run starts from
                 results[stage], state = self._stage(stage, epochs, state)
-                if not results[stage].finished:
-                    reason = (
-                        f"stopped in stage {stage} by {results[stage].stopped_by}; the same command goes on from there"
-                    )
+                stopped = results[stage].interrupted or results[stage].stopped_by
+                if not results[stage].finished or results[stage].interrupted:
+                    reason = f"stopped in stage {stage} by {stopped}; the same command goes on from there"
                     break
         except BaseException as error:
             reason = f"{type(error).__name__}: {error}"
@@ -127,14 +126,14 @@ class Run:
 
     def _stage(self, stage: int, epochs: int, state: dict) -> tuple[FitResult, dict]:
         folder, resume = self.stage_dir(stage), self.resume[stage]
-        done = self._finished(folder) if resume == "auto" else None
+        done = finished_checkpoint(folder) if resume == "auto" else None
         if done is not None and not self._grows(stage, epochs, done):
             if self.info.is_main:
                 print(f"{STAGE_NAMES[stage]} is done, see {folder}", flush=True)
             result = FitResult(0, True, checkpoint=done)
         else:
             result = self._fit(stage, epochs, state, resume)
-            done = CheckpointStore(folder / "checkpoints", self.info).newest_valid()[0]
+            done = result.checkpoint
         if done is None:  # --no-save
             return result, state
         if result.finished and stage == max(self.epochs) and self.info.is_main:
@@ -331,20 +330,25 @@ class Run:
         for stage, wish in self.resume.items():
             folder = self.stage_dir(stage)
             listed = CheckpointStore(folder / "checkpoints", self.info).listed()
-            if wish == "none" or not listed or not (listed[0][1] / "trainer.json").exists():
+            if wish == CARRIED and self.start is not None:
+                saved, what, is_over = self.start["trainer_state"], Path(self.config.run.resume), False
+            elif wish not in ("auto", "none"):
+                saved, what, is_over = json.loads((Path(wish) / "trainer.json").read_text()), Path(wish), False
+            elif wish == "auto" and listed and (listed[0][1] / "trainer.json").exists():
+                saved, what, is_over = json.loads((listed[0][1] / "trainer.json").read_text()), folder, is_done(folder)
+            else:
                 continue
-            saved = json.loads((listed[0][1] / "trainer.json").read_text())
             if differing := check_resume(saved["fixed_settings"], fixed_settings(self.config)):
                 raise UserError(
-                    f"{folder} was trained with other settings: {'; '.join(differing)}; use the same, or another "
+                    f"{what} was trained with other settings: {'; '.join(differing)}; use the same, or another "
                     "--output-dir"
                 )
             was = saved["run_state"]["global_batch"]
-            if was not in (None, now) and not (folder / "DONE").exists():
+            if was not in (None, now) and not is_over:
                 raise UserError(
-                    f"{folder} takes {was} pairs a step, now a step would take {now}, and the epochs that are left "
+                    f"{what} takes {was} pairs a step, now a step would take {now}, and the epochs that are left "
                     f"could not be counted; use --global-batch-size {was}, or start another --output-dir with "
-                    f"--init-from {self.output_dir}"
+                    f"--init-from {what}"
                 )
 
     def _check_metric(self, trainer: Trainer) -> None:
@@ -352,16 +356,6 @@ class Run:
         names, chosen = trainer.metric_names(), trainer.config.training.best_metric
         if chosen not in names and trainer.val:
             raise UserError(f"--best-metric {chosen}: stage {trainer.stage} measures {', '.join(sorted(names))}")
-
-    def _finished(self, folder: Path) -> Path | None:
-        """The newest whole checkpoint of a stage that reached its planned end, None for any other."""
-        newest = CheckpointStore(folder / "checkpoints", self.info).newest_valid()[0]
-        try:
-            planned = int((folder / "DONE").read_text())
-            step = json.loads((newest / "manifest.json").read_text())["step"] if newest else -1
-        except (OSError, ValueError):
-            return None
-        return newest if step >= planned else None
 
     def _grows(self, stage: int, epochs: int, done: Path) -> bool:
         """Whether a finished stage is now planned longer than it ran, and no later one has begun from it."""

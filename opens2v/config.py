@@ -93,9 +93,13 @@ class DataConfig(Section):
     use_bbox: bool = setting(False, "cut subjects out with the background inside their box")
     ref_augment: bool = setting(True, "flip, turn, scale and recolour subject pictures a little")
     caption_key: str = setting("face_cap_qwen", "metadata field of the caption")
-    max_retries: int = setting(10, "other samples that the data set tries in place of a broken one", ge=0)
+    max_retries: int = setting(
+        10, "other samples that create_opens2v_dataloader tries in place of a broken one; train.py tries 20", ge=0
+    )
     strict: bool = setting(False, "stop at the first broken sample")
-    load_background: bool = setting(False, "load the background pictures")
+    load_background: bool = setting(
+        False, "load the background pictures, for loops of your own; train.py has no use for them"
+    )
     recolour_probability: float = setting(
         0.0, "share of samples whose subject changes colour, in video and picture alike", ge=0, le=1
     )
@@ -248,7 +252,7 @@ class TrainingConfig(TrainingSection):
         False, "train the small base together with the reference modules; it is frozen afterwards and they go on"
     )
     codec_steps: int | None = setting(
-        None, "steps of the convolutional auto-encoder that is trained first; null: half of base_steps", ge=1
+        None, "steps of the convolutional auto-encoder that is trained first; null: base_steps", ge=1
     )
     codec_learning_rate: float = setting(3e-3, "peak learning rate of the auto-encoder", gt=0)
 

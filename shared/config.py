@@ -127,7 +127,7 @@ class RunSection(Section):
     )
     resume: str = setting(
         "auto",
-        "auto: newest complete checkpoint of output_dir; none: start anew; or a checkpoint's path",
+        "auto: newest complete checkpoint of output_dir; none: start again from step 0; or a checkpoint's path",
         "resume_from_checkpoint",
     )
     allow_data_change: bool = setting(False, "resume although the list of samples differs from the saved one")
@@ -138,7 +138,7 @@ class RunSection(Section):
     plan_table: bool = setting(False, "with dry_run: a table over strategies, micro-batches and up to world_size GPUs")
     time_limit_minutes: float | None = setting(None, "save and stop after this many minutes", gt=0)
     timeout_minutes: float = setting(10.0, "longest wait of one rank for the others, minutes", gt=0)
-    tensorboard: bool = setting(False, "write TensorBoard event files beside metrics.jsonl")
+    tensorboard: bool = setting(False, "write TensorBoard event files next to metrics.jsonl")
     wandb: bool = setting(False, "log to Weights & Biases (pip install wandb)", "use_wandb")
     wandb_project: str = setting("trainings", "Weights & Biases project")
     run_name: str | None = setting(None, "name of the run in Weights & Biases", "wandb_run_name")

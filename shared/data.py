@@ -24,7 +24,8 @@ from shared.rng import keyed_generator, keyed_seed
 MAX_BAD_SHARE = 0.01  # training stops when more of the data cannot be read
 LEAST_SHARED = 1 << 20  # bytes of /dev/shm, for loader processes
 SMALL = 1 << 16  # bytes of a tensor that loader processes send by value
-SUBSTITUTES = 20  # how many other samples are tried in place of a broken one
+MOST_REPEATS = 1000  # of a data set in one optimizer step
+SUBSTITUTES = 20  # how many other samples are tried instead of a broken one
 STEPS_AHEAD = 2  # read while a step is computed; one that comes late is then made up for by the next
 _ORDER, _SUBSTITUTE = 101, 102  # random streams
 
@@ -62,6 +63,11 @@ class BatchPlan:
     def __post_init__(self) -> None:
         if self.num_samples < 1:
             raise UserError("the data set is empty; check its path and split")
+        if self.global_batch > max(MOST_REPEATS * self.num_samples, 10_000):
+            raise UserError(
+                f"one optimizer step would take {self.global_batch} samples, the data set has {self.num_samples}; use "
+                "a smaller --batch-size or less accumulation"
+            )
         if self.drop_last and self.num_samples < self.global_batch:
             raise UserError(
                 f"the data set has {self.num_samples} samples, one optimizer step takes {self.global_batch} "
@@ -312,7 +318,7 @@ class MapStream:
 class ReadAhead:
     """A started stream's steps on the device: while one is computed, a thread reads the next two and copies them there.
 
-    On CUDA the copy has a stream of its own, so it runs beside the products; from pinned memory nothing waits for it.
+    On CUDA the copy has a stream of its own, so it runs next to the products; from pinned memory nothing waits for it.
     """
 
     def __init__(self, stream: Stream, device: torch.device):

@@ -26,7 +26,7 @@ class CheckpointError(UserError):
 
 
 def command(main: Callable) -> Callable:
-    """Decorate a ``main(argv)`` so that what the user can mend ends with exit code 2 and one sentence on stderr."""
+    """Decorate a ``main(argv)`` so that what the user can fix ends with exit code 2 and one sentence on stderr."""
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None):
@@ -39,6 +39,10 @@ def command(main: Callable) -> Callable:
             _leave(f"error: {error.filename or error}: no such file or folder; check the path")
         except PermissionError as error:
             _leave(f"error: {error.filename or error}: permission denied; choose a place that you can read and write")
+        except RecursionError:
+            _leave("error: an input file or value is nested too deeply to be read; look at its brackets")
+        except UnicodeError as error:
+            _leave(f"error: a file or a file's name is not UTF-8 text ({error}); convert or rename it")
         except BrokenPipeError:
             _leave("error: the console was closed, such as by head; what was saved stays, the same command goes on")
         except OSError as error:

@@ -36,7 +36,7 @@ StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _ma
 
 
 def extra_of(field: Any) -> dict:
-    """What setting() noted beside the limits: flags, hidden, fixed."""
+    """What setting() noted besides the limits: flags, hidden, fixed."""
     return field.json_schema_extra or {}
 
 

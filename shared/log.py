@@ -128,6 +128,15 @@ class RunLog:
         if self.wandb is not None:
             self.wandb.log({"step": step, **clean})
 
+    def reopen(self) -> None:
+        """Begin the two log files again where somebody removed them."""
+        if self.file is not None and self.metrics is not None:
+            self.file.close()
+            self.metrics.close()
+            self.file = open(self.output_dir / "train.log", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+            self.metrics = open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+            self.say("the output folder was removed while the run wrote to it; its log begins again here")
+
     def close(self) -> None:
         """Close every file."""
         for item in (self.bar, self.file, self.metrics, self.board):
@@ -193,9 +202,7 @@ def _wandb(output_dir: Path, run: RunSection, settings: dict):
 
 
 class Board:
-    """Copies the new lines of a metrics file into event files. Off: does nothing, and tensorboard need not be
-    installed.
-    """
+    """Copies the new lines of a metrics file into event files. Off: does nothing, and needs no tensorboard."""
 
     def __init__(self, folder: Path, metrics: Path, enabled: bool):
         self.metrics, self.position, self.writer = metrics, 0, None

@@ -81,10 +81,10 @@ class FitResult:
     step: int
     finished: bool
     stopped_by: str | None = None
-    interrupted: str | None = None  # a signal or the time limit, even if it came when the last step was done
     metrics: dict[str, float] = field(default_factory=dict)
     best: float | None = None
     checkpoint: Path | None = None  # the one that it ended at, resumed from or written; None only without saving
+    interrupted: str | None = None  # a signal or the time limit, even if it came when the last step was done
 
 
 def steps_done(output_dir: Path | str) -> int:
@@ -204,6 +204,9 @@ def fit(
         outcome.take_in()
         if not training.save:
             return None
+        if info.is_main and not (output_dir / "config.yaml").exists():  # the folder was removed under the run
+            save_config(config, output_dir / "config.yaml")
+            log.reopen()
         keep = _epoch_due(state, stream, training.save_every_n_epochs)
         return save_run(name_now(), config, state, strategy, ema, store, frozen, export, keep=keep)
 
@@ -330,7 +333,7 @@ def fit(
         write_text(output_dir / "DONE", f"{state.step}\n")
     log.close()
     barrier()
-    return FitResult(state.step, finished, reason, interrupted, metrics, state.best, checkpoint)
+    return FitResult(state.step, finished, reason, metrics, state.best, checkpoint, interrupted)
 
 
 def plan_steps(training: Any, stream: Stream) -> int:
@@ -403,6 +406,8 @@ def _validate(
     if training.best_metric not in found and (training.best_metric != default or training.early_stopping_patience):
         raise UserError(f"--best-metric {training.best_metric}: the validation gives {', '.join(sorted(found))}")
     log.write(state.step, found)
+    if not math.isfinite(found.get(training.best_metric, 0.0)):
+        log.say(f"warning: {training.best_metric} is not finite; lower --learning-rate and go back to a checkpoint")
     log.say(f"Step {state.step}, " + ", ".join(f"{key}: {value:.4f}" for key, value in found.items()))
     score, sign = found.get(training.best_metric), 1 if training.best_mode == "min" else -1
     if score is None or not math.isfinite(score):

@@ -212,8 +212,7 @@ def colour_shares(pictures: np.ndarray) -> np.ndarray:
 
 
 def agreement(pictures: np.ndarray, captions: list[str], *, draws: int = 2000) -> dict[str, float]:
-    """Mean share of the named colours in their own picture, the same over all other pictures, and the p of a
-    permutation test.
+    """Mean share of the named colours in their own picture and in all others, and the p of a permutation test.
 
     Captions without a colour are left out; "pictures" is how many count.
     """

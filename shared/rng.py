@@ -27,8 +27,7 @@ def keyed_generator(*key: int) -> torch.Generator:
 def keyed_randn(
     shape: tuple[int, ...], *, key: tuple[int, ...], slots: Tensor, device: torch.device | None = None
 ) -> Tensor:
-    """Standard normal (B, *shape), float32, on `device` (that of slots when None); row i depends only on key and
-    slots[i].
+    """Standard normal (B, *shape), float32, on `device` (None: that of slots); row i depends on key and slots[i] alone.
 
     slots: int64 (B,), best on the CPU: the host reads them, and would wait for a GPU's. Drawn on the CPU, so that CPU
     and GPU see the same numbers.

@@ -45,9 +45,12 @@ def use(page: Page, tab: str, button: str) -> None:
     """Open a tab and press its button; waits until its state says that it is done."""
     page.get_by_role("tab", name=tab).click()
     panel = page.get_by_role("tabpanel").filter(visible=True)
+    assert page.get_by_label("Share").filter(visible=True).count() == 0, "a button that uploads elsewhere"
     panel.get_by_role("button", name=button, exact=True).click()
     state = panel.get_by_label("state")
     began = time.monotonic()
+    while state.input_value() == "done" and time.monotonic() - began < 30:  # that of the job before
+        page.wait_for_timeout(50)
     while state.input_value() != "done":
         alert = page.locator(".toast-body")
         assert alert.count() == 0, f"{tab}: {alert.first.inner_text()}"
@@ -86,7 +89,8 @@ def drive(page: Page, pictures: Path) -> None:
     panel.get_by_label("answer").check()
     panel.get_by_role("textbox").first.fill("What does this picture show?")
     use(page, "Chat (BAGEL)", "Send")
-    assert panel.locator(".bot").count() >= 2
+    answer = panel.locator(".message.bot").last.inner_text().strip()
+    assert answer and panel.locator(".message.bot").count() == 2, answer
     page.screenshot(path=pictures / "bagel.png")
 
     use(page, "Search (multimodal)", "Search")

@@ -6,7 +6,14 @@ import pytest
 
 from tests.launching import run
 
-TRAININGS = [("bagel", 0), ("dit", 0), ("float", 0), ("float", 1), *(("multimodal", stage) for stage in range(3))]
+TRAININGS = [
+    ("bagel", 0),
+    ("dit", 0),
+    ("dit", 1),
+    ("float", 0),
+    ("float", 1),
+    *(("multimodal", stage) for stage in range(3)),
+]
 TRAININGS += [("opens2v", 0), ("opens2v", 1)]
 
 

@@ -116,6 +116,10 @@ def test_mistakes_end_with_code_2_and_a_sentence(arguments, message):
         (["--bogus"], "unknown option --bogus"),
         (["--preset"], "--preset needs a value"),
         (["--datasets"], "needs one name or more"),
+        (["--preset", "smal"], "--preset smal: float has no such preset"),
+        (["--preset", "7b"], "--preset 7b: float has no such preset"),
+        (["--preset", "7b", "--only", "bagel", "--only", "dit"], "--preset 7b: dit has no such preset"),
+        (["--jobs", "0"], "a number from 1 is wanted"),
     ],
 )
 def test_run_all_refuses_mistakes_before_it_starts(arguments, message):
@@ -125,7 +129,10 @@ def test_run_all_refuses_mistakes_before_it_starts(arguments, message):
 
 @pytest.mark.parametrize(
     "script",
-    [ROOT / "run_all.sh", *[ROOT / "scripts" / f"{name}.sh" for name in ("launch", "setup_environment", "test")]],
+    [
+        ROOT / "run_all.sh",
+        *[ROOT / "scripts" / f"{name}.sh" for name in ("launch", "setup_environment", "test", "demo")],
+    ],
     ids=lambda path: path.name,
 )
 def test_help_is_answered_from_any_folder(script, tmp_path):

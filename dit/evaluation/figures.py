@@ -36,7 +36,7 @@ def ssim(found: Tensor, wanted: Tensor) -> float:
     """Structural similarity of images (B, C, H, W) in [-1, 1], at least 11 pixels a side (Wang et al. 2004, eq. 13):
     windows of 11 pixels weighted by a normal curve of deviation 1.5, constants 0.01 and 0.03, mean over all.
     """
-    curve = torch.exp(-torch.arange(-5.0, 6.0).square() / (2 * 1.5**2))
+    curve = torch.exp(-torch.arange(-5.0, 6.0, dtype=torch.float64).square() / (2 * 1.5**2))
     window = torch.outer(curve, curve) / curve.sum() ** 2
     x, y = (images.double().flatten(0, 1)[:, None] for images in (found, wanted.to(found.device)))
 

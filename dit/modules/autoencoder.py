@@ -37,11 +37,14 @@ class ConvAutoencoder(Codec):
         super().__init__()
         self.channels, self.factor = channels, factor
         halvings = factor.bit_length() - 2  # after the first, which only rearranges pixels
-        down, up = [nn.PixelUnshuffle(2), _conv(12, width), nn.SiLU(), _conv(width, width), nn.SiLU()], []
+        down: list[nn.Module] = [
+            nn.PixelUnshuffle(2), _conv(12, width), nn.SiLU(), _conv(width, width), nn.SiLU(),
+        ]  # fmt: skip
+        up: list[nn.Module] = []
         for _ in range(halvings):
             down += [nn.Conv2d(width, 2 * width, 4, stride=2, padding=1), nn.SiLU(), _conv(2 * width, 2 * width)]
             down.append(nn.SiLU())
-            up: list[nn.Module] = [
+            up = [
                 _conv(2 * width, 4 * width),
                 nn.PixelShuffle(2),
                 nn.SiLU(),

@@ -85,6 +85,8 @@ class VAEEncoder(Codec):
             self.vae.enable_tiling()
         config = self.vae.config
         self.posterior, self.channels, self.precision, self.chunk = posterior, config.latent_channels, precision, chunk
+        if config.get("encoder_block_out_channels"):  # AutoencoderDC, which has no distribution
+            self.posterior = "mode"
         widths = config.get("encoder_block_out_channels") or config.block_out_channels
         self.factor = 2 ** (len(widths) - 1)
         self.scaling_factor = float(scaling_factor or config.get("scaling_factor") or 1.0)
@@ -252,7 +254,9 @@ def _from_file(path: Path, scaling_factor: float | None) -> Any:
         raise UserError(f"vae.pretrained_model_name {path}: cannot be read ({error}); copy it again") from None
     state = {name.removeprefix("first_stage_model.").removeprefix("vae."): value for name, value in state.items()}
     is_original = "encoder.down.0.block.0.conv1.weight" in state
-    config = vae_config(str(path.parent)) or _config_from_shapes(path, state, is_original, scaling_factor)
+    is_its_folder = (path.parent / "config.json").is_file() and not (path.parent / "vae").is_dir()
+    own = vae_config(str(path.parent)) if is_its_folder else None
+    config = own or _config_from_shapes(path, state, is_original, scaling_factor)
     vae: Any = AutoencoderKL.from_config(config)
     if is_original:
         state = convert_ldm_vae_checkpoint(state, vae.config)

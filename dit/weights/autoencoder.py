@@ -19,12 +19,11 @@ from dit.modules.autoencoder import ConvAutoencoder
 from dit.modules.vae import CODEC_FILE, Codec
 from dit.sampling.drawing import grid, to_uint8
 from dit.weights.open import fit_codec
-from shared.config import accumulation_steps
 from shared.data import BatchPlan, MapStream
 from shared.engine.checkpoint import load_strict, load_weights
 from shared.engine.dist import DistInfo
 from shared.errors import UserError
-from shared.loop import fit
+from shared.loop import FitResult, fit
 from shared.rng import keyed_rand, keyed_randn, seed_everything
 
 PHASE = "autoencoder"  # folder within the run's output
@@ -32,7 +31,7 @@ NOISE, SPREAD, WEIGHTS = 51, 52, 53  # random streams
 LARGEST_NOISE = 0.3  # of the latents' own spread
 EDGES, SIZE = 0.2, 1e-4  # weights of the edges' absolute error and of the latents' squared size
 LEARNING_RATE, BATCH = 3e-3, 16
-SHOWN = 8
+HELD_OUT, SHOWN = 64, 8  # pictures of an evaluation, and of a sample grid
 
 
 def prepare_codec(config: Config, codec: Codec, training_set: Any, validation_set: Any, info: DistInfo) -> None:
@@ -56,56 +55,86 @@ def train_autoencoder(
     output_dir = Path(config.run.output_dir) / PHASE
     if info.is_main:
         print(f"the autoencoder of the latents is trained first, into {output_dir}", flush=True)
-    seed_everything(config.run.seed, WEIGHTS)
-    network = ConvAutoencoder(channels=codec.channels, factor=codec.factor, width=config.vae.width)
-    order = BatchPlan(
-        len(training_set), phase.training.batch_size, info.world, accumulation_steps(phase.training, info.world),
-        config.run.seed, drop_last=False,
-    )  # fmt: skip
-    stream = MapStream(
-        training_set, order, info, collate=collate, num_workers=config.training.num_workers,
-        prefetch_factor=config.training.prefetch_factor, bad_samples=output_dir / "bad_samples.jsonl",
-    )  # fmt: skip
-    samples = readable(validation_set if len(validation_set) else training_set, 64)
-    shown = unit(torch.stack([sample["image"] for sample in samples])).to(info.device)
-
-    def losses(model: Callable, batches: list[dict], step: int) -> Iterator[tuple[Tensor, dict]]:
-        for batch in batches:
-            images = unit(batch["image"].to(info.device))
-            draws = {"slots": batch["slot"], "device": images.device}
-            latent = (codec.channels, images.shape[2] // codec.factor, images.shape[3] // codec.factor)
-            noise = keyed_randn(latent, key=(config.run.seed, NOISE, step), **draws)
-            spread_B = LARGEST_NOISE * keyed_rand((), key=(config.run.seed, SPREAD, step), **draws)
-            decoded, latents = model(images, noise, spread_B)
-            loss = reconstruction_loss(decoded.float(), images) + SIZE * latents.float().square().mean()
-            yield loss / len(batches), {}
-
-    def decoded(model: Callable) -> Tensor:
-        latent = (codec.channels, shown.shape[2] // codec.factor, shown.shape[3] // codec.factor)
-        nothing = torch.zeros(len(shown), *latent, device=info.device)
-        return model(shown, nothing, torch.zeros(len(shown), device=info.device))[0].float().clamp(-1, 1)
-
-    def validate(model: Callable, step: int) -> dict[str, float]:
-        found = decoded(model)
-        psnr = 10 * torch.log10(4 / (found - shown).square().mean())
-        return {"loss": reconstruction_loss(found, shown).item(), "psnr": psnr.item()}
-
-    def sample(model: Callable, step: int, folder: Path) -> None:
-        made = to_uint8(decoded(model)[:SHOWN])
-        if info.is_main:
-            pictures = np.concatenate([to_uint8(shown[:SHOWN]), made])
-            grid(pictures, columns=SHOWN, enlarge=2).save(folder / f"step_{step:08d}.png")
-
-    result = fit(
-        config=phase, info=info, model=network, stream=stream, losses=losses, validate=validate, sample=sample,
-        output_dir=output_dir, title="autoencoder of the latents", wrap_classes=(nn.Sequential,),
-    )  # fmt: skip
+    result = AutoencoderTrainer(phase, training_set, validation_set, info).train(output_dir)
     if not result.finished:
         raise UserError(
             f"the autoencoder was stopped at step {result.step} of {phase.training.total_steps}; the same command "
             "goes on from there"
         )
     load_strict(codec, load_weights(result.checkpoint or output_dir), what=str(output_dir))
+
+
+class AutoencoderTrainer:
+    """The phase's objective as functions for the loop: pictures come back out of latents that were disturbed."""
+
+    def __init__(self, config: Config, training_set: Any, validation_set: Any, info: DistInfo) -> None:
+        """config: of this phase (phase_config)."""
+        self.config, self.training_set, self.info = config, training_set, info
+        seed_everything(config.run.seed, WEIGHTS)
+        self.model = ConvAutoencoder(channels=config.model.in_channels, factor=config.vae.patch, width=config.vae.width)
+        samples = readable(validation_set if len(validation_set) else training_set, HELD_OUT)
+        self.shown_NCHW = unit(torch.stack([sample["image"] for sample in samples])).to(info.device)
+
+    def losses(self, model: Callable, batches: list[dict], step: int) -> Iterator[tuple[Tensor, dict]]:
+        """One (loss, metrics) a micro-batch. Noise is keyed by (seed, step, sample): ranks and resumes change none."""
+        seed = self.config.run.seed
+        for batch in batches:
+            images_BCHW = unit(batch["image"].to(self.info.device))
+            draws = {"slots": batch["slot"], "device": images_BCHW.device}
+            noise_BChw = keyed_randn(self._latent_shape(images_BCHW), key=(seed, NOISE, step), **draws)
+            spread_B = LARGEST_NOISE * keyed_rand((), key=(seed, SPREAD, step), **draws)
+            decoded_BCHW, latents_BChw = model(images_BCHW, noise_BChw, spread_B)
+            # a little weight on the latents' size, or they grow without end: the noise grows with them
+            loss = reconstruction_loss(decoded_BCHW.float(), images_BCHW) + SIZE * latents_BChw.float().square().mean()
+            yield loss / len(batches), {}
+
+    def validate(self, model: Callable, step: int) -> dict[str, float]:
+        """Loss and PSNR in dB of the undisturbed round trip, on held-out pictures."""
+        found = self._round_trip(model)
+        psnr = 10 * torch.log10(4 / (found - self.shown_NCHW).square().mean())
+        return {"loss": reconstruction_loss(found, self.shown_NCHW).item(), "psnr": psnr.item()}
+
+    def sample(self, model: Callable, step: int, folder: Path) -> None:
+        """A row of held-out pictures, and below it what comes back."""
+        back = to_uint8(self._round_trip(model)[:SHOWN])
+        if self.info.is_main:
+            pictures = np.concatenate([to_uint8(self.shown_NCHW[:SHOWN]), back])
+            grid(pictures, columns=min(SHOWN, len(back)), enlarge=2).save(folder / f"step_{step:08d}.png")
+
+    def train(self, output_dir: Path) -> FitResult:
+        """Train to the planned step, resuming what is in the output folder."""
+        training, seed = self.config.training, self.config.run.seed
+        # without drop_last a batch runs on into the next epoch, so that a set smaller than a batch will do
+        order = BatchPlan(len(self.training_set), training.batch_size, self.info.world, 1, seed, drop_last=False)
+        stream = MapStream(
+            self.training_set,
+            order,
+            self.info,
+            collate=collate,
+            num_workers=training.num_workers,
+            prefetch_factor=training.prefetch_factor,
+            bad_samples=output_dir / "bad_samples.jsonl",
+        )
+        return fit(
+            config=self.config,
+            info=self.info,
+            model=self.model,
+            stream=stream,
+            losses=self.losses,
+            validate=self.validate,
+            sample=self.sample,
+            output_dir=output_dir,
+            title="autoencoder of the latents",
+            wrap_classes=(nn.Sequential,),
+        )
+
+    def _latent_shape(self, images_BCHW: Tensor) -> tuple[int, int, int]:
+        factor = self.config.vae.patch
+        return (self.config.model.in_channels, images_BCHW.shape[2] // factor, images_BCHW.shape[3] // factor)
+
+    def _round_trip(self, model: Callable) -> Tensor:
+        nothing = torch.zeros(len(self.shown_NCHW), *self._latent_shape(self.shown_NCHW), device=self.info.device)
+        return model(self.shown_NCHW, nothing, nothing[:, 0, 0, 0])[0].float().clamp(-1, 1)
 
 
 def reconstruction_loss(decoded: Tensor, images: Tensor) -> Tensor:

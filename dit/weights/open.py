@@ -30,6 +30,9 @@ def build_model(config: Config) -> DiTModel:
     """The network of the settings, with fresh weights."""
     options = config.model.model_dump(exclude={"pretrained_path"})
     options["class_dropout"] = 0.0 if config.model.class_dropout == 0 else 0.1  # for the model: is there a null row?
+    if config.repa.features is not None:
+        repa = config.repa
+        options |= {"align_width": repa.features, "align_layer": repa.layer, "align_hidden": repa.hidden}
     model = DiTModel(input_size=config.latent_side, null_text=config.diffusion.null_text, **options)
     model.gradient_checkpointing = config.training.gradient_checkpointing
     return model

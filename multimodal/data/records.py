@@ -183,7 +183,7 @@ class Packer:
         """What was added."""
         ends = np.array(self.ends, dtype=np.int64)
         bounds_N2 = np.stack([np.concatenate([np.zeros(min(1, len(ends)), np.int64), ends[:-1]]), ends], 1)
-        text_B = np.frombuffer(bytes(self.text), np.uint8)
+        text_B = np.frombuffer(self.text, np.uint8)  # the same memory
         return PackedRecords(self.dataset, text_B, bounds_N2, np.array(self.kinds, np.int8), self.labelled)
 
 

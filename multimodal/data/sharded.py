@@ -78,7 +78,7 @@ class ShardRecords(Records):
         captions: tuple[str, ...] = ()
         labels, fault = None, ""
         try:
-            # The json first: it may hold several captions, and labels. Where it has no caption, the text beside it.
+            # The json first: it may hold several captions, and labels. Where it has no caption, the text next to it.
             row = json.loads(sample.get("json", b"{}"))
             if isinstance(row, dict):
                 captions, labels = captions_of(row), labels_of(row)

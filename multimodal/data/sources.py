@@ -192,7 +192,7 @@ def _check_voice(config: Config, data: Data) -> None:
             data.val["voice"] = framed["val"]
     elif config.training.label_set != "voxceleb1":
         sentence = (
-            "voxceleb: no videos (mp4/) beside the sounds, so nothing to contrast the voices with; add the "
+            "voxceleb: no videos (mp4/) next to the sounds, so nothing to contrast the voices with; add the "
             "mp4 files, or train speaker identification with --label-set voxceleb1 --num-classes 1251"
         )
         if len(data.train) == 1:

@@ -174,9 +174,7 @@ def _refuse_links(archive: Path, folder: Path) -> None:
 
 
 def _move_into(source: Path, target: Path) -> None:
-    """Rename into place. A folder that is there is filled up; a file that is there and differs is kept beside,
-    renamed.
-    """
+    """Rename into place. A folder that is there is filled up; a file that is there and differs is kept, renamed."""
     if not target.exists():
         os.rename(source, target)
     elif source.is_dir() and target.is_dir() and not target.is_symlink():

@@ -17,7 +17,7 @@ class RemoteFile:
     size: int | None = None  # bytes, None where the server must tell
     unpacked: int = 0  # bytes after unpacking; 0: not an archive
     query: str = ""
-    base: str | None = None  # in place of the set's base address
+    base: str | None = None  # instead of the set's base address
     estimate: int = 0  # bytes, for the disk check where `size` is not known
 
     @property

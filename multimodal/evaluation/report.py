@@ -229,7 +229,7 @@ def best_values(rows: dict[int, list[dict]]) -> dict[str, dict[str, float]]:
 
 
 def draw_plots(folder: Path, stamp: str, rows: dict[int, list[dict]]) -> list[str]:
-    """Curves of the losses, recall, learning rate and memory, as PNG beside the report; none without matplotlib."""
+    """Curves of the losses, recall, learning rate and memory, as PNG next to the report; none without matplotlib."""
     try:
         import matplotlib
     except ImportError:

@@ -93,7 +93,7 @@ def write_run_report(
     bars: list[Bar],
     command: str,
 ) -> Path:
-    """report.json, .md and .html beside the run: recall beside chance, retrieved pictures, sounds with their nearest
+    """report.json, .md and .html of the run: recall next to chance, retrieved pictures, sounds with their nearest
     captions. sources: the records of all splits by id.
     """
     samples: list[Sample] = []

@@ -145,7 +145,7 @@ def load_start(network: MultimodalModel, path: str, tokenizer: TextTokenizer, *,
     if head and not reset_head:
         raise UserError(
             f"--init-from {file}: its classifier has {payload['model_config']['num_classes']} classes, this run "
-            f"{network.config['num_classes']}; add --reset-head to start the classifier anew"
+            f"{network.config['num_classes']}; add --reset-head to start the classifier from fresh weights"
         )
     if head:
         state = {name: value for name, value in state.items() if not name.startswith("classifier.")}

@@ -79,6 +79,13 @@ class Preview:
         self.config, self.encoders, self.scheduler, self.info = config, encoders, scheduler, info
         dataset = validation_set(config, **cached_changes(config))
         self.dataset = with_cached_features(dataset, config, split="val")
+        data = config.data
+        if data.json_paths and not data.val_json_paths and data.train_share == 1 and info is not None and info.is_main:
+            print(
+                "validation looks at the training clips: give --val-json-paths, or --train-share below 1, to hold some "
+                "back",
+                flush=True,
+            )
         # What could end the run at its last step ends it now: a broken clip where none may be, a prompt not stored.
         if config.data.strict:
             self._items(validation_count(config))

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from opens2v.config import SAMPLE_DATA, Config, pixel_frames
-from opens2v.dataset import collate_opens2v_batch, create_dataset
+from opens2v.dataset import collate_opens2v_batch, create_dataset, training_set
 from opens2v.model import WAN_1_3B, RefWanTransformer3DModel
 from opens2v.modules.conditions import Conditions
 from opens2v.modules.encoders import TEXT_ROWS as WAN_TEXT_ROWS
@@ -62,7 +62,7 @@ def video_step(model: nn.Module, frames: int = 5, batch: int = 1, height: int = 
 
 def peers(bench: Bench) -> None:
     """All weights trained beside diffusers' class, references off; then the adapters' step with and without a cache."""
-    from diffusers import WanTransformer3DModel
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
     theirs = WanTransformer3DModel(**WAN_SMALL)
     ours = RefWanTransformer3DModel.from_base(theirs)
@@ -78,7 +78,7 @@ def cached_pair(bench: Bench, frames: int = 21, height: int = 64, width: int = 9
     Of deep models, blocks are measured and counted: the base as its first block and 29 later ones, which also carry the
     gradient on to the block before. Pictures of subjects go through the VAE in both.
     """
-    from diffusers import AutoencoderKLWan
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
     from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
     vae = AutoencoderKLWan().eval()
@@ -156,8 +156,9 @@ def use(bench: Bench) -> None:
     name = f"sampling, small preset, {frames} frames, guided UniPC, {steps} steps"
     bench.time(name, drawing(config, frames, steps), per=frames / 16, unit="ms a second of video at 16 frames/s")
     for preset in ("small", "default"):
-        data = settings(preset).data.model_copy(update={"keep_decoded": False})
-        dataset = create_dataset(data, seed=0)
+        chosen = settings(preset)
+        data = chosen.data = chosen.data.model_copy(update={"keep_decoded": False})
+        dataset = training_set(chosen)
         size = f"{data.num_training_frames} frames of {data.pixel_height} x {data.pixel_width}"
         count = min(4, len(dataset))
         bench.time(
@@ -175,7 +176,7 @@ def loader(bench: Bench) -> None:
     """The default preset's loader beside a step of the planned length."""
     config = settings("default")
     training = config.training
-    dataset = create_dataset(config.data, seed=0)
+    dataset = training_set(config)
     plan = BatchPlan(len(dataset), training.batch_size, drop_last=False)
     stream = MapStream(
         dataset, plan, DistInfo(), collate=collate_opens2v_batch, num_workers=training.num_workers,

@@ -28,7 +28,15 @@ WAITING = 16  # visitors in the queue
 EMOTIONS = ["S2E", "angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"]
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 PROGRESS = gr.Progress()  # Gradio finds it among the defaults of a function and hands in one for each visitor
-STYLE = ".gradio-container{max-width:70rem!important;margin:auto}footer{display:none!important}"
+STYLE = (
+    ".gradio-container{width:min(70rem,100%)!important;max-width:none!important;margin:auto}"
+    "footer,[aria-label=Share]{display:none!important}.message img{min-width:10rem}"
+)
+SOURCES: list[Any] = ["upload", "microphone"]
+SEEN: list[Any] = [
+    "download",
+    "fullscreen",
+]  # Gradio's share buttons upload elsewhere: left out, and hidden where it insists
 
 
 class Demo:
@@ -189,11 +197,11 @@ class Demo:
 
     def _float(self) -> None:
         with gr.Row():
-            face = gr.Image(self.example("portrait"), type="filepath", label="photo")
+            face = gr.Image(self.example("portrait"), type="filepath", label="photo", buttons=SEEN)
             sound = gr.Audio(
                 self.example("speech"), type="filepath", label="recording", sources=["upload", "microphone"]
             )
-            video = gr.Video(label="video", autoplay=True)
+            video = gr.Video(label="video", autoplay=True, buttons=SEEN[:1])
         with gr.Row():
             emotion = gr.Dropdown(EMOTIONS, value="S2E", label="emotion (S2E: from the voice)")
             guidance = gr.Slider(0, 10, 2, step=0.5, label="guidance by sound")
@@ -204,9 +212,11 @@ class Demo:
 
     def _opens2v(self) -> None:
         with gr.Row():
-            subject = gr.Image(self.example("subject"), type="filepath", label="subject")
-            video = gr.Video(label="video", autoplay=True, loop=True)
-        prompt = gr.Textbox("the thing moves from left to right", label="what happens", max_length=500)
+            subject = gr.Image(self.example("subject"), type="filepath", label="subject", buttons=SEEN)
+            video = gr.Video(label="video", autoplay=True, loop=True, buttons=SEEN[:1])
+        prompt = gr.Textbox(
+            "a big subject moves to the right on a blue background", label="what happens", max_length=500
+        )
         with gr.Row():
             steps = gr.Slider(1, 100, 20, step=1, label="steps")
             guidance = gr.Slider(1, 10, 1.5, step=0.5, label="guidance by text")
@@ -215,9 +225,9 @@ class Demo:
         start.click(self.film, [subject, prompt, steps, guidance, seed, checkpoint], [video, state])
 
     def _bagel(self) -> None:
-        chat, picture = gr.Chatbot(label="conversation", height=420), gr.State(None)
+        chat, picture = gr.Chatbot(label="conversation", height=420, buttons=["copy"]), gr.State(None)
         message = gr.MultimodalTextbox(
-            {"text": "A glossy 3D picture of a red apple on a white background.", "files": []},
+            {"text": "a big sparkling heart in the upper left corner on a red background", "files": []},
             file_types=["image"],
             label="message",
             submit_btn=False,
@@ -231,8 +241,10 @@ class Demo:
         gr.on([start.click, message.submit], self.chat, inputs, [chat, picture, message, state])
 
     def _dit(self) -> None:
-        prompt = gr.Textbox("a red ground with a large heart in the middle", label="sentence", max_length=500)
-        pictures = gr.Gallery(label="pictures", columns=4, height=320, object_fit="contain")
+        prompt = gr.Textbox(
+            "a big sparkling heart in the upper left corner on a red background", label="sentence", max_length=500
+        )
+        pictures = gr.Gallery(label="pictures", columns=4, height=320, object_fit="contain", buttons=SEEN)
         with gr.Row():
             count = gr.Slider(1, 16, 4, step=1, label="pictures")
             samplers = ["auto", "euler", "heun", "midpoint", "rk4", "dopri5", "sde", "ddim", "dpmpp_2m", "ddpm"]
@@ -250,10 +262,10 @@ class Demo:
             kind = gr.Radio(["images", "audio"], value="images", label="search among its")
             count = gr.Slider(1, 20, 8, step=1, label="results")
         with gr.Row():
-            text = gr.Textbox("a dog on grass", label="by a text", max_length=500)
-            picture = gr.Image(type="filepath", label="or by a picture")
-            sound = gr.Audio(type="filepath", label="or by a sound", sources=["upload", "microphone"])
-        gallery = gr.Gallery(label="found", columns=4, height=320, object_fit="contain")
+            text = gr.Textbox("a red balloon", label="by a text", max_length=500)
+            picture = gr.Image(type="filepath", label="or by a picture", buttons=SEEN)
+            sound = gr.Audio(type="filepath", label="or by a sound", sources=SOURCES, buttons=SEEN[:1])
+        gallery = gr.Gallery(label="found", columns=4, height=320, object_fit="contain", buttons=SEEN)
         table = gr.Dataframe(headers=["similarity", "file"], label="files", interactive=False)
         checkpoint, start, state = self._bottom("multimodal", "Search")
         inputs = [folder, kind, text, picture, sound, count, checkpoint]

@@ -144,11 +144,16 @@ def text_of(text: str | None, what: str) -> str:
 def _read(job: Job) -> None:
     """Keep the last lines; a bar that is drawn over with carriage returns is one line."""
     assert job.process.stdout is not None
+    whole: list[str] = []
     rest = ""
     while chunk := os.read(job.process.stdout.fileno(), 65536):
-        *whole, rest = (rest + chunk.decode("utf-8", "replace")).split("\n")
-        shown = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in [*whole, *([rest] if rest else [])]]
-        job.lines = [*job.lines[-200:], *shown]
+        *ended, rest = (rest + chunk.decode("utf-8", "replace")).split("\n")
+        whole = [*whole, *map(_last_drawn, ended)][-200:]
+        job.lines = [*whole, _last_drawn(rest)] if rest else whole
+
+
+def _last_drawn(line: str) -> str:
+    return line.rstrip("\r").rsplit("\r", 1)[-1]
 
 
 def _kill(process: subprocess.Popen) -> None:

@@ -74,7 +74,7 @@ def use_tf32(allowed: bool) -> None:
 
 def keep_freed_memory() -> None:
     """Let glibc keep the memory of freed tensors up to 1 GiB instead of returning it to the system at every operation:
-    each page that comes anew costs a fault, together a fifth of a small CPU step. Nothing with another C library.
+    each fresh page costs a fault, together a fifth of a small CPU step. Nothing with another C library.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

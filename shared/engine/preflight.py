@@ -23,6 +23,7 @@ from shared.errors import UserError, at_end, in_command
 
 LEAST_FREE = 1_000_000  # bytes: with less not even the log of a run fits
 WORKERS_PER_CORE = 16
+MOST_SAMPLES = 1_000_000  # of one micro-step, and micro-steps of one optimizer step
 LOCK = ".lock"
 _held: dict[str, tuple[int, int]] = {}  # real path -> (open file, how often it is held)
 
@@ -65,7 +66,7 @@ def _check(
     choose_precision(run.precision, info.device)
     check_strategy(run.strategy, info.world, run.cpu_offload)
     for phase in phases:
-        accumulation_steps(phase.training, info.world)
+        _check_batch(phase.training, info.world)
         _check_workers(phase.training.num_workers)
         check_shared_memory(phase.training.num_workers)
     if training.total_steps is None and training.num_epochs is None:
@@ -83,6 +84,15 @@ def _check(
         check_folder(name, folder)
     if info.is_main:
         _check_output(run.output_dir)
+
+
+def _check_batch(training: Any, world: int) -> None:
+    accumulation = accumulation_steps(training, world)
+    if training.batch_size > MOST_SAMPLES or accumulation > MOST_SAMPLES:
+        raise UserError(
+            f"--batch-size {training.batch_size} with {accumulation} micro-steps: no machine takes that; use at most "
+            f"{MOST_SAMPLES:,} of each"
+        )
 
 
 def _check_workers(count: int) -> None:

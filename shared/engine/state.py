@@ -206,7 +206,6 @@ def resume(
             )
         state.fingerprint = stream.fingerprint
         _fit_global_batch(state, stream.samples_per_step, say)
-    raise_together(attempt(lambda: _set_aside(chosen, state.step, store, say)) if store.info.is_main else None)
     store.identity = chosen.identity
     if folder is not None:
         try:
@@ -216,6 +215,7 @@ def resume(
         say(f"resumed from {folder} at step {state.step}")
     elif chosen.weights is not None:
         restore_weights_only(chosen.weights, strategy, ema, say)
+    raise_together(attempt(lambda: _set_aside(chosen, state.step, store, say)) if store.info.is_main else None)
     return state, folder
 
 
@@ -411,9 +411,7 @@ def _trainer(config: Any, state: RunState, strategy: Strategy, ema: EMA | None) 
 
 
 def _exporter(config: Any, strategy: Strategy, ema: EMA | None, export: Callable | None) -> Callable[[Path], None]:
-    """What rank 0 writes besides the tensors. A guide's own files want all weights at once: gathered here, on all
-    ranks.
-    """
+    """What rank 0 writes besides the tensors. A guide's own files want all weights at once: all ranks gather them."""
     weights = averaged = None
     if export is not None:
         weights = {key: strategy.full("weight", key).clone() for key in strategy.parameters}

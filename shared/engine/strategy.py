@@ -282,8 +282,7 @@ def check_gradients_agree(strategy: Strategy, step: int) -> None:
 class EMA:
     """values <- decay values + (1 - decay) weights after every applied optimizer step.
 
-    warmup: decay min(decay, (1 + n) / (10 + n)) at update n = 0, 1, ..., so that a short run does not evaluate its
-    initial weights.
+    warmup: decay min(decay, (1 + n) / (10 + n)) at update n = 0, 1, ..., so that short runs forget their start.
     """
 
     def __init__(self, strategy: Strategy, decay: float, warmup: bool = True):

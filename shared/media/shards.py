@@ -23,7 +23,7 @@ _PLAIN_EXTRAS = re.compile(rb"(?:\d+ (?:[acm]time|[gu]id|[gu]name)=[^\n]*\n)+") 
 class Shards:
     """Samples of tar files: members that share a path up to the first dot of the name make one sample.
 
-    The headers are read once; the index lies beside the shards (or in `cache_dir`) as a memory-mapped array, so that a
+    The headers are read once; the index lies next to the shards (or in `cache_dir`) as a memory-mapped array, so that a
     million samples open at once with flat memory. shards[i] -> {"__key__": str, "jpg": bytes, "txt": bytes, ...}.
     """
 

@@ -86,7 +86,7 @@ def gpu_named(device_name: str) -> GPU | None:
 class FrozenPart:
     """A frozen encoder that runs before the model: parameters, bytes on the device, FLOPs for one micro-batch.
 
-    activations: the most bytes that live at one time while it encodes, beside its weights. precision: what it computes
+    activations: the most bytes that live at one time while it encodes, besides its weights. precision: what it computes
     in, where that is not the run's.
     """
 
@@ -108,7 +108,7 @@ class Measured:
     frozen_bytes: int
     forward_flops: float
     step_flops: float  # forward and backward, with what checkpointing computes again
-    peak_bytes: int  # largest sum of live tensors beside the parameters, gradients included
+    peak_bytes: int  # largest sum of live tensors besides the parameters, gradients included
     activation_bytes: int  # the same without the gradients of parameters
     block_bytes: int  # the largest unit that fsdp and zero3 gather
     recomputed_flops: float = 0.0  # of step_flops

@@ -1,6 +1,6 @@
 """One picture of what several runs made: for each report its first wide picture, or three frames of its first video.
 
-`python -m shared.report.figure OUT/dit/report.json ... --output OUT/figure.jpg`; run_all.sh writes it beside its page.
+`python -m shared.report.figure OUT/dit/report.json ... --output OUT/figure.jpg`; run_all.sh writes it next to its page.
 """
 
 import argparse

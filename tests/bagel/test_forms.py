@@ -308,7 +308,14 @@ def bad_share(pictures, bad: int, good: int):
 
 
 def test_a_run_stops_before_training_when_too_much_is_malformed(pictures, tmp_path, capsys):
-    flags = ["--config", "small", "--train_data_path", bad_share(pictures, 6, 60), "--output-dir", str(tmp_path / "o")]
+    flags = [
+        "--config",
+        "small_captions",
+        "--train_data_path",
+        bad_share(pictures, 6, 60),
+        "--output-dir",
+        str(tmp_path / "o"),
+    ]
     with pytest.raises(SystemExit) as stopped:
         main([*flags, "--device", "cpu"])
     said = capsys.readouterr().err
@@ -320,7 +327,18 @@ def test_a_run_stops_before_training_when_too_much_is_malformed(pictures, tmp_pa
 
 def test_one_malformed_record_is_always_allowed(pictures, tmp_path):
     path = bad_share(pictures, 1, 5)
-    main(["--config", "small", "--train_data_path", path, "--output-dir", str(tmp_path / "o"), "--max-steps", "1"])
+    main(
+        [
+            "--config",
+            "small_captions",
+            "--train_data_path",
+            path,
+            "--output-dir",
+            str(tmp_path / "o"),
+            "--max-steps",
+            "1",
+        ]
+    )
     assert (tmp_path / "o" / "data_errors_train.jsonl").is_file()
 
 

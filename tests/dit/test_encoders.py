@@ -9,11 +9,13 @@ from diffusers import AutoencoderKL
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from dit.modules.autoencoder import PatchAutoencoder
-from dit.modules.text import HashTextEncoder, TextEncoder
+from dit.modules.text import HashTextEncoder, TextEncoder, make_text_encoder
 from dit.modules.vae import PixelCodec, PoolCodec, VAEEncoder
+from dit.weights.open import make_vae
 from shared.errors import UserError
 from shared.metrics import agreement, colour_shares, named_colours
 from tests.dit.golden import assert_close
+from tests.dit.small import tiny
 
 
 @pytest.fixture(scope="module")
@@ -177,3 +179,128 @@ def test_colour_meter():
     assert named_colours("A violet, gray and WHITE cup") == {"purple", "grey"}
     assert colour_shares(np.full((1, 4, 4, 3), 255, np.uint8)).sum() == 0
     assert agreement(pictures, ["no hue"] * 5) == {"pictures": 0.0}
+
+
+def tiny_vae(path, *, blocks: int = 4, channels: int = 4, groups: int = 4, width: int = 8, **options):
+    """A tiny AutoencoderKL with random weights."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    AutoencoderKL(
+        block_out_channels=[width] * blocks, down_block_types=["DownEncoderBlock2D"] * blocks,
+        up_block_types=["UpDecoderBlock2D"] * blocks, layers_per_block=1, norm_num_groups=groups,
+        latent_channels=channels, **options,
+    ).save_pretrained(path)  # fmt: skip
+    return path
+
+
+@pytest.mark.parametrize(("blocks", "channels", "factor"), [(2, 4, 2), (5, 8, 16), (4, 16, 8)])
+def test_factor_and_channels_are_the_vaes_own(tmp_path, blocks, channels, factor):
+    folder = tiny_vae(tmp_path / "pipe" / "vae", blocks=blocks, channels=channels)
+    config = tiny(
+        data={"image_size": 64}, model={"in_channels": channels},
+        vae={"type": "sd", "pretrained_model_name": str(tmp_path / "pipe")},
+    )  # fmt: skip
+    codec = make_vae(config)
+    images = torch.rand(3, 3, 64, 64) * 2 - 1
+    assert codec.factor == config.vae_factor == factor and config.latent_side == 64 // factor
+    assert codec.encode(images).shape == (3, channels, 64 // factor, 64 // factor)
+    assert codec.decode(codec.encode(images)).shape == images.shape
+    with pytest.raises(UserError, match="--in-channels"):
+        make_vae(tiny(data={"image_size": 64}, model={"in_channels": channels + 1},
+                      vae={"type": "sd", "pretrained_model_name": str(folder)}))  # fmt: skip
+    with pytest.raises(ValueError, match="multiple of"):
+        tiny(data={"image_size": 64 + factor // 2}, model={"in_channels": channels, "patch_size": 1},
+             vae={"type": "sd", "pretrained_model_name": str(folder)})  # fmt: skip
+
+
+def test_dc_ae_and_flux2_are_vaes_too(tmp_path):
+    from diffusers import AutoencoderDC, AutoencoderKLFlux2
+
+    torch.manual_seed(0)
+    AutoencoderDC(
+        latent_channels=8, attention_head_dim=8, encoder_block_out_channels=(8, 8, 16),
+        decoder_block_out_channels=(8, 8, 16), encoder_layers_per_block=(1, 1, 1), decoder_layers_per_block=(1, 1, 1),
+        encoder_qkv_multiscales=((), (), ()), decoder_qkv_multiscales=((), (), ()), scaling_factor=0.5,
+    ).save_pretrained(tmp_path / "dc")  # fmt: skip
+    flux = AutoencoderKLFlux2(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, latent_channels=4, norm_num_groups=4,
+    )  # fmt: skip
+    flux.bn.running_mean.copy_(torch.arange(16.0) / 10)
+    flux.bn.running_var.fill_(4.0)
+    flux.save_pretrained(tmp_path / "flux2")
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    dc, flux2 = VAEEncoder(str(tmp_path / "dc")), VAEEncoder(str(tmp_path / "flux2"))
+    assert dc.factor == 4 and torch.equal(dc.encode(images), dc.encode(images))  # it has no distribution
+    assert torch.allclose(dc.encode(images), 0.5 * dc.vae.encode(images).latent, atol=1e-6)
+    assert flux2.factor == 2 and torch.allclose(flux2.mean.flatten(), torch.tensor([0.15, 0.55, 0.95, 1.35]))
+    assert abs(flux2.scale.mean() - 0.5) < 0.01 and flux2.decode(flux2.encode(images)).shape == images.shape
+
+
+def test_one_file_is_a_vae_by_its_shapes_or_the_config_next_to_it(tmp_path):
+    folder = tiny_vae(tmp_path / "vae", width=32, groups=32)
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    images = torch.rand(1, 3, 32, 32) * 2 - 1
+    want = VAEEncoder(str(folder), posterior="mode").encode(images)
+    assert torch.allclose(VAEEncoder(str(weights), posterior="mode").encode(images), want)
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes(weights.read_bytes())
+    with pytest.raises(UserError, match="--scaling-factor"):
+        VAEEncoder(str(alone))
+    found = VAEEncoder(str(alone), posterior="mode", scaling_factor=0.18215)
+    assert torch.allclose(found.encode(images), want, atol=1e-5) and found.factor == 8
+    config = tiny(vae={"type": "sd", "pretrained_model_name": str(alone), "scaling_factor": 0.18215})
+    assert config.vae_factor == 8
+    (tmp_path / "other.safetensors").write_bytes(b"no header")
+    with pytest.raises(UserError, match="other.safetensors"):
+        VAEEncoder(str(tmp_path / "other.safetensors"))
+
+
+def test_pictures_pass_the_vae_in_parts(tmp_path):
+    folder = tiny_vae(tmp_path / "vae")
+    images = torch.rand(5, 3, 256, 256) * 2 - 1
+    sizes = []
+    whole, parts = (VAEEncoder(str(folder), posterior="mode", chunk=chunk) for chunk in (8, 2))
+    parts.vae.encoder.register_forward_pre_hook(lambda module, arguments: sizes.append(len(arguments[0])))
+    assert torch.allclose(whole.encode(images), parts.encode(images), atol=1e-5) and sizes == [2, 2, 1]
+
+
+@pytest.mark.parametrize("kind", ["t5", "qwen", "gemma"])
+def test_language_models_by_path_are_text_encoders(tmp_path, kind):
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: number for number, word in enumerate(["<pad>", "</s>", "<unk>", "a", "red", "bird"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+    fast.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    common = {"vocab_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    models_of = {
+        "t5": lambda: transformers.T5EncoderModel(
+            transformers.T5Config(vocab_size=8, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        ),
+        "qwen": lambda: transformers.Qwen2Model(
+            transformers.Qwen2Config(hidden_size=16, intermediate_size=16, **common)
+        ),
+        "gemma": lambda: transformers.GemmaModel(
+            transformers.GemmaConfig(hidden_size=16, intermediate_size=16, head_dim=8, **common)
+        ),
+    }
+    models_of[kind]().save_pretrained(tmp_path)
+    config = tiny(text={"type": "language", "pretrained_model_name": str(tmp_path)}, model={"text_len": 6})
+    encoder = make_text_encoder(config)
+    states, mask, pooled = encoder.encode(["a red bird", "", "a bird a bird a bird a bird"])
+    assert states.shape == (3, 6, 16) and pooled.shape == (3, 16) and bool(mask.any(1).all())
+    if kind == "qwen":  # transformers puts a tokenizer of its own in front of this one
+        return
+    assert mask.sum(1).tolist() == [3, 1, 6]
+    alone = encoder.encode(["a red bird"])
+    assert torch.allclose(alone.states[0, :3], states[0, :3], atol=1e-5)
+    assert encoder.is_cut(["a red bird", "a bird a bird a bird a bird"]) == [False, True]
+    with pytest.raises(UserError, match="text_dim"):
+        make_text_encoder(
+            tiny(text={"type": "language", "pretrained_model_name": str(tmp_path)}, model={"text_dim": 8})
+        )

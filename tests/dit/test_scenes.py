@@ -183,6 +183,9 @@ def test_a_run_trains_the_autoencoder_first_and_resumes_inside_either_phase(sett
             train.main([*arguments, "--time-limit-minutes", limit])
         assert stopped.value.code == 2 and not (broken / "autoencoder.safetensors").exists()
     assert (broken / "autoencoder.safetensors").read_bytes() == whole
+    (broken / "autoencoder.safetensors").unlink()  # as if the run had been killed between the phases
+    train.main([*settings, "--output-dir", str(broken)])
+    assert (broken / "autoencoder.safetensors").read_bytes() == whole
     name = "checkpoints/checkpoint-step-4/model.safetensors"
     assert (broken / name).read_bytes() == (straight / name).read_bytes()
 

@@ -105,6 +105,21 @@ def test_betas_and_epsilon_are_those_that_were_given(tmp_path):
     assert group["betas"] == [0.5, 0.98] and group["eps"] == 0.1
 
 
+def test_rates_and_bounds_of_parts_act(tmp_path):
+    flags = ("--align-flip", "1", "--attention", "chunked", "--attention-chunk", "8", "--no-mask-duplicates")
+    folder = run(
+        tmp_path / "a", "--stages", "3", "--max-steps", "1", "--tower-lr-scale", "0", "--max-logit-scale", "12", *flags
+    )
+    groups = json.loads(next((folder / THREE / "checkpoints").glob("*/trainer.json")).read_text())["parameter_groups"]
+    assert min(group["lr"] for group in groups) == 0 < max(group["lr"] for group in groups)
+    assert load(folder, "final_model.pt")["model_state_dict"]["log_scale"].exp().item() == pytest.approx(12, abs=1e-4)
+    words = ("--train-words", "true", "--word-lr-scale", "20")
+    folder = run(tmp_path / "b", "--stages", "2", "--max-steps", "1", *words)
+    groups = json.loads(next((folder / TWO / "checkpoints").glob("*/trainer.json")).read_text())["parameter_groups"]
+    rates = sorted({group["lr"] for group in groups})
+    assert rates[1] == pytest.approx(20 * rates[0])
+
+
 def test_an_epochs_file_goes_on_in_another_folder_bit_for_bit(slow_disk, tmp_path):
     """In the middle of a stage, and with nothing of the first run but that file."""
     carried = tmp_path / "checkpoint_epoch_3.pt"
@@ -137,6 +152,11 @@ def test_a_checkpoint_that_is_not_there_is_named_with_those_that_are(slow_disk, 
     assert "checkpoint_epoch_50.pt: no such file" in error and "checkpoint_epoch_6.pt" in error
     error = refused(tmp_path / "out", capsys, *LONG, "--resume", str(slow_disk / "checkpoints" / "best_model.pt"))
     assert "no optimizer state" in error
+    carried = str(slow_disk / "checkpoints" / "checkpoint_epoch_3.pt")
+    error = refused(tmp_path / "out", capsys, *LONG, "--embed-dim", "64", "--resume", carried)
+    assert "model.embed_dim was 32, is 64" in error
+    assert "8 pairs a step" in refused(tmp_path / "out", capsys, *LONG, "--batch-size", "4", "--resume", carried)
+    assert "of stage 2" in refused(tmp_path / "out", capsys, "--stages", "3", "--resume", carried)
     assert not (tmp_path / "out").exists()
 
 

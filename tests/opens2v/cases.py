@@ -34,7 +34,8 @@ NO_ADAPTER = ["--r", "0"]
 # Runs of a few seconds. QUICK: the shipped clips with the patch codec; SCENES: the small preset's composed scenes.
 QUICK = [
     *_TINY_SIZES, "--codec", "patch", "--prediction", "gaussian", "--patch-size", "2", "--timestep-shift", "3.0",
-    "--no-ref-in-self-attention", "--ref-clip-size", "32", *NO_ADAPTER, "--without-keys", "anim_elephant", "anim_girl",
+    "--no-ref-in-self-attention", "--no-base-with-references", "--ref-clip-size", "32", *NO_ADAPTER,
+    "--without-keys", "anim_elephant", "anim_girl",
     "--recolour-probability", "0.7", "--other-scene-probability", "0.5", "--generic-caption-probability", "0.5",
     "--json-paths", str(SAMPLE_DATA / "step5/merge_final_json/dataset1.json"),
     "--video-base-paths", str(SAMPLE_DATA / "step0/videos/dataset1"),

@@ -17,6 +17,8 @@ from opens2v.weights.wan import cast_base, load_generator_checkpoint, read_gener
 from shared.errors import UserError
 from tests.opens2v.cases import REFERENCE, TINY, tensors, tiny_model
 
+SELF = {"ref_in_self_attention": True}
+
 
 def references(batch: int = 2, subjects: int = 2) -> dict:
     draw = torch.Generator().manual_seed(1)
@@ -38,7 +40,8 @@ def shaken(model: RefWanTransformer3DModel) -> RefWanTransformer3DModel:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"fused_path": True}, {"clip_path": "separate", "clip_proj_type": "mlp"}, {"clip_path": "off"}]
+    "options",
+    [{}, {"fused_path": True}, {"clip_path": "separate", "clip_proj_type": "mlp"}, {"clip_path": "off"}, SELF],
 )
 @torch.no_grad()
 def test_output_at_step_0_equals_the_base_exactly(options):
@@ -47,7 +50,7 @@ def test_output_at_step_0_equals_the_base_exactly(options):
     assert torch.equal(model(case["x"], case["t"], case["context"], **references()).sample, base)
 
 
-@pytest.mark.parametrize("options", [{}, {"fused_path": True}, {"clip_path": "separate"}])
+@pytest.mark.parametrize("options", [{}, {"fused_path": True}, {"clip_path": "separate"}, SELF])
 def test_after_two_steps_every_trainable_tensor_moved_and_no_base_tensor(options):
     case, model = tensors("tiny_noncausal"), tiny_model(**options)
     add_lora(model, rank=2, alpha=2, target_modules=["to_q", "to_k", "to_v", "to_out"], scope=["attn1", "attn2"])
@@ -65,7 +68,7 @@ def test_after_two_steps_every_trainable_tensor_moved_and_no_base_tensor(options
     for name, value in model.named_parameters():
         moved = not torch.equal(value, before[name])
         assert moved == (is_reference_name(name) or "lora_" in name), name
-    zero_values = ("v_vae", "v_fused", "add_v_proj", "gate_clip", "lora_B")
+    zero_values = ("v_vae", "v_fused", "add_v_proj", "v_ref", "gate_clip", "lora_B")
     assert all(any(part in name for part in zero_values) for name in first_step)
 
 
@@ -285,3 +288,62 @@ def test_a_bf16_base_keeps_times_and_norms_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         output = model(case["x"], case["t"], case["context"], **references()).sample
     assert (output.float() - case["y"]).square().mean() < 1e-3
+
+
+# --- references in self-attention -------------------------------------------------------------------------------------
+
+
+def self_model() -> RefWanTransformer3DModel:
+    """The tiny transformer whose self-attention looks at the pictures, its new values away from zero."""
+    model = tiny_model(ref_in_self_attention=True)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn1.v_ref.weight.normal_(std=0.3)
+    return model.eval()
+
+
+def video(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    draw = torch.randn(batch, 16, 3, 4, 6, generator=generator), torch.randn(batch, 9, 32, generator=generator)
+    return draw[0], torch.tensor([500.0] * batch), draw[1]
+
+
+@torch.no_grad()
+def test_pictures_in_self_attention_start_at_the_base_and_masked_ones_stay_there():
+    plain, fresh, model = tiny_model().eval(), tiny_model(ref_in_self_attention=True).eval(), self_model()
+    x, t, text = video()
+    pictures = references()
+    wanted = plain(x, t, text).sample
+    assert torch.equal(fresh(x, t, text, **pictures).sample, wanted)
+    pictures["ref_mask"] = torch.tensor([[True, False], [False, False]])
+    found = model(x, t, text, **pictures).sample
+    assert torch.equal(found[1], wanted[1]) and not torch.allclose(found[0], wanted[0], atol=1e-3)
+    other = {**pictures, "ref_latents": pictures["ref_latents"].clone()}
+    other["ref_latents"][0, 1] += 1  # a subject that is masked out
+    assert torch.equal(model(x, t, text, **other).sample[0], found[0])
+
+
+@torch.no_grad()
+def test_pictures_in_self_attention_may_be_remembered():
+    model, pictures = self_model(), references()
+    x, t, text = video()
+    wanted = model(x, t, text, **pictures).sample
+    kept = model.project_references(**pictures, remember=True)
+    for _ in range(2):
+        assert torch.allclose(model(x, t, text, references=kept).sample, wanted, atol=1e-6)
+
+
+def test_pictures_in_self_attention_train_alone_and_recomputation_changes_nothing():
+    gradients = []
+    for recompute in (False, True):
+        model = self_model().train()
+        if recompute:
+            model.enable_gradient_checkpointing()
+        groups = enable_trainable(model).groups
+        assert {"attn1.k_ref", "attn1.v_ref", "attn1.norm_k_ref", "attn2.k_vae"} <= groups.keys()
+        x, t, text = video()
+        model(x, t, text, **references()).sample.square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and any("k_ref" in name for name in gradients[0])
+    assert all(torch.allclose(gradients[0][name], gradients[1][name], atol=1e-7) for name in gradients[0])

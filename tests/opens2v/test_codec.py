@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from opens2v.modules.codec import ConvCodec, Motion, codec_loss
 from opens2v.modules.encoders import PatchCodec
 from shared.errors import UserError
 
@@ -41,3 +42,43 @@ def test_a_picture_is_a_video_of_one_frame_and_other_lengths_are_refused():
     assert codec.decode(codec.encode(picture)).shape == picture.shape
     with pytest.raises(UserError, match="4k \\+ 1 frames"):
         codec.encode(smooth_clips(2, 4))
+
+
+def test_the_convolutional_codec_gives_unit_latents_and_frames_of_any_number():
+    torch.manual_seed(0)
+    codec, clips = ConvCodec(width=8), torch.rand(6, 3, 9, 16, 24) * 2 - 1
+    codec.measure(clips)
+    latents = codec.encode(clips)
+    assert latents.shape == (6, 16, 3, 4, 6) and codec.decode(latents).shape == clips.shape
+    for part in (latents[:, :, :1], latents[:, :, 1:]):
+        assert torch.allclose(part.mean((0, 2, 3, 4)), torch.zeros(16), atol=1e-4)
+        assert torch.allclose(part.std((0, 2, 3, 4)), torch.ones(16), atol=1e-3)
+    assert torch.equal(codec.encode(clips[:, :, :1]), latents[:, :, :1]), "a picture is a video of one frame"
+    with pytest.raises(UserError, match="4k"):
+        codec.encode(clips[:, :, :4])
+
+
+def test_a_new_motion_coder_lets_everything_stand_still():
+    torch.manual_seed(0)
+    motion, picture = Motion(16, 8), torch.rand(2, 3, 16, 24)
+    frames = motion.decode(picture, torch.zeros(2, 16, 4, 6))
+    assert frames.shape == (2, 3, 4, 16, 24)
+    assert (frames[:, :, 0] - picture).abs().mean() < 0.15
+
+
+def test_the_codec_learns_a_moving_square():
+    torch.manual_seed(0)
+    codec, clips = ConvCodec(width=8), torch.zeros(8, 3, 5, 16, 16) - 0.5
+    for place, clip in enumerate(clips):
+        for frame in range(5):
+            clip[place % 3, frame, 4:10, 1 + frame + place % 2 : 7 + frame + place % 2] = 0.8
+    optimizer = torch.optim.AdamW(codec.parameters(), lr=3e-3)
+    errors = []
+    for _ in range(300):
+        rebuilt, size = codec(clips, torch.zeros(8, 16, 2, 4, 4))
+        loss = codec_loss(rebuilt, clips, size)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        errors.append((rebuilt - clips).square().mean().item())
+    assert errors[-1] < 0.2 * errors[0]

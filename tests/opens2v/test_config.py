@@ -121,7 +121,6 @@ def test_guide_flags(tmp_path):
         ({"opens2v": {"json_paths": ["a", "b"], "video_base_paths": ["v"]}}, "they have 2, 1 and 0 entries"),
         ({"p_drop_text": 0.6, "p_drop_ref": 0.6}, "exceeds 1"),
         ({"use_cached_text": True}, "use_cached_text needs cache_dir"),
-        ({"ref_in_self_attention": True}, "ref_in_self_attention is not offered"),
         ({"wandb_key": "secret"}, "WANDB_API_KEY"),
         ({"opens2v": {"subject_selection": "last"}}, "subject_selection"),
         ({"val_prompts": ["a", "b"], "val_ref_images": ["c"]}, "one picture per prompt"),

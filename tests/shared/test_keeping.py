@@ -413,6 +413,8 @@ FAULTS = [
     ({"run": {"output_dir": "  "}}, "--output-dir is empty"),
     ({"run": {"output_dir": "/proc/self/status/x"}}, "is not a folder"),
     ({"training": {"global_batch_size": 7, "batch_size": 2}}, "global_batch_size 7 is not divisible"),
+    ({"training": {"batch_size": 10**20}}, "--batch-size 100000000000000000000 with 1 micro-steps"),
+    ({"training": {"gradient_accumulation_steps": 10**9}}, "with 1000000000 micro-steps"),
     ({"training": {"num_workers": 100_000}}, "--num-workers 100000: this machine has"),
     ({"training": {"best_metric": "val/los"}}, "--best-metric val/los: no validation gives it; did you mean val/loss"),
 ]
@@ -491,3 +493,38 @@ def test_going_back_on_two_ranks(tmp_path):
     path = write(tmp_path, **case(tmp_path / "branch", run=other, training={"save_steps": 4, **BRANCH}))
     run(2, Path(toy.__file__), path)
     assert same_bits(final_tensors(tmp_path / "run"), final_tensors(tmp_path / "branch"))
+
+
+def test_a_folder_that_is_removed_under_the_run_is_made_again(tmp_path, monkeypatch):
+    original = toy.losses
+
+    def removing(described):
+        hook = original(described)
+
+        def losses(model, batches, step):
+            if step == 4:
+                shutil.rmtree(tmp_path / "run")
+            yield from hook(model, batches, step)
+
+        return losses
+
+    monkeypatch.setattr(toy, "losses", removing)
+    assert run_here(case(tmp_path / "run", training={"total_steps": 9, "save_in_background": False})).finished
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"config.yaml", "train.log", "metrics.jsonl", "DONE"} <= names
+    assert "was removed while" in (tmp_path / "run" / "train.log").read_text() and verify(at(tmp_path / "run", 9))
+
+
+def test_a_validation_that_is_not_finite_is_said(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(toy, "validate", lambda model, step: {"loss": float("inf")})
+    assert run_here(case(tmp_path / "run", training={"total_steps": 3})).finished
+    assert "warning: val/loss is not finite" in capfd.readouterr().out
+
+
+def test_weights_of_the_same_folder_are_read_before_the_run_is_set_aside(tmp_path, capfd):
+    run_here(case(tmp_path / "run", training={"total_steps": 6}))
+    file = at(tmp_path / "run", 6) / "model.safetensors"
+    run_here(case(tmp_path / "run", run={"resume": str(file)}, training={"total_steps": 2}))
+    assert "weights taken from" in capfd.readouterr().out and checkpoints(tmp_path / "run") == ["step_00000002"]
+    (aside,) = tmp_path.glob("run/checkpoints.before-*")
+    assert (aside / "step_00000006").is_dir()

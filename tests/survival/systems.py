@@ -72,6 +72,17 @@ def multimodal(files: Path, world: int) -> list[str]:
     return [*MULTIMODAL, "--stages", "3", "--epochs", "99", *batch]
 
 
+def float_whole(files: Path, world: int) -> list[str]:
+    """Phase 1, the features of the sample clips, and phase 2 on them."""
+    return [*FLOAT, *PICTURES, *batches(world), "--max-steps", "8"]
+
+
+def multimodal_whole(files: Path, world: int) -> list[str]:
+    """All three stages."""
+    batch = ["--batch-size", str(MICRO), "--grad-accum", str(GLOBAL // MICRO // world)]
+    return [*MULTIMODAL, *batch]
+
+
 SYSTEMS = [
     System("dit", "dit/train.py", dit),
     System("float phase 1", "float/train_autoencoder.py", float_pictures),
@@ -79,6 +90,8 @@ SYSTEMS = [
     System("bagel", "bagel/train.py", bagel),
     System("opens2v", "opens2v/train.py", opens2v),
     System("multimodal", "tests/survival/multimodal.py", multimodal, place="stage3_finetune"),
+    System("whole float", "float/train.py", float_whole),
+    System("whole multimodal", "tests/survival/multimodal.py", multimodal_whole, place="stage3_finetune"),
 ]
 
 

@@ -1,0 +1,143 @@
+"""Scenes: what is trained and what never is, a record for each task, the autoencoder's phase, the counted figures."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from bagel import generate, metrics
+from bagel.config import PRESETS, AutoencoderConfig, Config, SceneConfig
+from bagel.data.scenes import SCENES, UNSEEN, SceneFile, World
+from bagel.data.tokenizer import load_tokenizer
+from bagel.dataset import open_dataset
+from bagel.evaluation.scenes import CHANGES, scene_bars
+from bagel.modules.vision import ConvAutoencoder
+from bagel.train import main
+from shared.config import load_config
+from shared.errors import UserError
+
+SIZES = """language.hidden_size=32 language.intermediate_size=48 language.num_hidden_layers=1
+language.num_attention_heads=2 language.num_key_value_heads=2 vision.hidden_size=32 vision.intermediate_size=32
+vision.num_hidden_layers=1 autoencoder.steps=4"""
+SMALL = ["--config", "small", "--device", "cpu", "--sample-records", "0", "--set", "training.validation_records=4"]
+SMALL += [word for size in SIZES.split() for word in ("--set", f"model.{size}")]
+
+
+def sets(**changes):
+    config = load_config(Config, presets=PRESETS, argv=["--config", "small"])
+    config.data.scenes = config.data.scenes.model_copy(update=changes)
+    tokenizer = load_tokenizer(config.model)
+    return [open_dataset(config, config.model, tokenizer, path) for path in ("scenes", UNSEEN)]
+
+
+def test_combinations_that_are_kept_back_are_never_trained():
+    """Neither drawn, nor looked at, nor the outcome of an edit, in any epoch."""
+    trained, held_out = (dataset.records.sources[0] for dataset in sets())
+    scenes = trained.world.scenes
+    for number in range(0, 9 * SCENES, 37):
+        before, _, _, after = trained.world.edit(number, unseen=False)
+        assert not any(scenes.is_unseen(scene) for scene in (trained.scene(number), before, after))
+    for number in range(60):
+        assert scenes.is_unseen(held_out.scene(number)) and scenes.is_unseen(
+            held_out.world.edit(number, unseen=True)[3]
+        )
+
+
+def test_every_task_comes_as_often_as_asked_and_changes_with_the_epoch():
+    dataset = sets(draw=0.5, ask=0.5, edit=0.0, talk=0.0)[0]
+    kinds = dataset.describe()["formats"]
+    assert set(kinds) == {"text_to_image", "conversation"} and abs(kinds["text_to_image"] / SCENES - 0.5) < 0.05
+    first, again, later = (dataset.sample(3, epoch) for epoch in (0, 0, 1))
+    assert [item.ids for item in first["items"]] == [item.ids for item in again["items"]]
+    assert [item.ids for item in first["items"]] != [item.ids for item in later["items"]]
+    assert dataset.room(3, 1) == dataset.length(3, 1) and not dataset.errors
+
+
+@pytest.mark.parametrize(
+    "task, items", [("draw", "tn"), ("ask", "v" + "tt" * 5), ("edit", "cvtn"), ("talk", "tncvtttn")]
+)
+def test_what_a_task_gives_and_learns(task, items):
+    dataset = sets(**{name: float(name == task) for name in ("draw", "ask", "edit", "talk")})[0]
+    letters = {"text": "t", "vit_image": "v"}
+    for index in range(4):
+        plan = dataset.plan(index, 0)
+        assert "".join(letters.get(item.type) or ("n" if item.loss else "c") for item in plan) == items
+
+
+def test_answers_follow_from_the_scene():
+    world = World(SceneConfig(), 0)
+    scene = world.scenes.scene(0)._replace(ground="purple", size="small", place="top left")
+    name = world.scenes.name(scene)
+    assert world.question(scene, "what") == ("what is in the picture?", name)
+    assert world.question(scene, "where")[1] == "top left" and world.question(scene, "colour")[1] == "purple"
+    assert world.is_described(scene, world.scenes.sentence(scene, 77))
+    assert not world.is_described(scene, world.scenes.sentence(scene._replace(ground="red"), 77))
+    for number in range(30):
+        before, what, told, after = world.edit(number, unseen=False)
+        differ = [
+            kind for kind in ("objects", "ground", "place", "size") if getattr(before, kind) != getattr(after, kind)
+        ]
+        assert differ == ["objects" if what == "object" else what] and told and before.shifts == after.shifts
+
+
+@pytest.mark.parametrize("fault", ["missing", "list", "one"])
+def test_drawings_that_cannot_be_used_are_named(tmp_path, fault):
+    path = tmp_path / "d.json"
+    if fault != "missing":
+        path.write_text(json.dumps([1] if fault == "list" else {"a.png": "a"}))
+    with pytest.raises(UserError, match="d.json"):
+        SceneFile("scenes", SceneConfig(drawings=str(path)), 0)
+    with pytest.raises(UserError, match="give scenes"):
+        SceneFile("scenes:other", SceneConfig(), 0)
+
+
+@pytest.mark.parametrize("downsample", [2, 4, 8])
+def test_the_autoencoder_settles_to_unit_variance(downsample):
+    torch.manual_seed(0)
+    config = AutoencoderConfig(kind="conv", ch=32, downsample=downsample, z_channels=6)
+    autoencoder, images = ConvAutoencoder(config), torch.rand(8, 3, 32, 32) * 2 - 1
+    autoencoder.settle(images)
+    latents = autoencoder.encode(images)
+    assert latents.shape == (8, 6, 32 // downsample, 32 // downsample)
+    assert latents.mean((0, 2, 3)).abs().max() < 1e-4 and (latents.std((0, 2, 3)) - 1).abs().max() < 1e-3
+    assert autoencoder.decode(latents).shape == images.shape
+    with pytest.raises(ValueError, match="must be 2, 4, 8"):
+        AutoencoderConfig(kind="conv", downsample=3)
+
+
+@pytest.mark.slow
+def test_a_run_of_scenes_trains_resumes_exports_and_is_counted(tmp_path):
+    """The autoencoder comes first, once; the same command goes on; the exported folder draws what the run draws."""
+    main([*SMALL, "--output-dir", str(tmp_path / "a"), "--max-steps", "3"])
+    first = (tmp_path / "a" / "autoencoder.safetensors").read_bytes()
+    main([*SMALL, "--output-dir", str(tmp_path / "a"), "--max-steps", "5"])
+    assert (tmp_path / "a" / "autoencoder.safetensors").read_bytes() == first
+    drawn = []
+    for name in ("a", "a/model"):
+        flags = ["--checkpoint", str(tmp_path / name), "--prompt", "a small dog at the top left on a red ground"]
+        generate.main([*flags, "--output", str(tmp_path / "x.png"), "--num-timesteps", "3", "--device", "cpu"])
+        drawn.append((tmp_path / "x.png").read_bytes())
+    assert drawn[0] == drawn[1]
+    metrics.main(["--checkpoint", str(tmp_path / "a"), "--scenes", "4", "--max-records", "4", "--device", "cpu"])
+    figures = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    wanted = {f"answer_{kind}" for kind in ("what", "where", "colour", "size")} | {
+        "edit_changed",
+        "edit_kept",
+        "described",
+    }
+    wanted |= {f"drawn_{kind}_right" for kind in CHANGES} | {"drawn_border_over_true", "text_loss", "image_ratio"}
+    assert wanted <= figures.keys() and all(0 <= figures[name] <= 1 for name in wanted if "right" in name)
+    assert (
+        len(scene_bars(figures)) == 12
+        and "user: what is in the picture?" in (tmp_path / "a" / "report.html").read_text()
+    )
+
+
+def test_pictures_of_scenes_are_those_of_the_truth():
+    dataset = sets(draw=1.0, ask=0.0, edit=0.0, talk=0.0)[1]
+    source = dataset.records.sources[0]
+    image = dataset.sample(5, 0)["items"][1].image
+    assert np.array_equal(
+        ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy(), source.world.scenes.picture(source.scene(5))
+    )

@@ -1,0 +1,123 @@
+"""Sound and pictures are read by what they are: every container equally loud, every name, every special word."""
+
+import os
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+
+from multimodal.data.audio import read_audio
+from multimodal.data.image import read_image
+from multimodal.data.records import ListRecords, Record
+from multimodal.data.text import PAD, SPECIAL_TOKENS, TextTokenizer
+from multimodal.objective import hard_negatives
+from shared.errors import BadSample
+from tests.multimodal.files import dataset, wav
+
+RATE = 48000
+
+
+def encoded(path: Path, samples_CT: np.ndarray, codec: str, form: str) -> Path:
+    """Samples in a container by PyAV."""
+    layout = "stereo" if len(samples_CT) == 2 else "mono"
+    with av.open(str(path), "w", format=form) as container:
+        stream = container.add_stream(codec, rate=RATE, layout=layout)
+        stream.bit_rate = 192_000
+        frame = av.AudioFrame.from_ndarray(samples_CT.astype(np.float32), format="fltp", layout=layout)
+        frame.rate = RATE
+        resampler = av.AudioResampler(format=stream.codec_context.format.name, layout=layout, rate=RATE)
+        fifo = av.AudioFifo()
+        for part in resampler.resample(frame):
+            fifo.write(part)
+        size = stream.codec_context.frame_size or 1024
+        while (piece := fifo.read(size, partial=True)) is not None:
+            container.mux(stream.encode(piece))
+        container.mux(stream.encode(None))
+    return path
+
+
+def stereo(seconds: float = 2.0) -> np.ndarray:
+    """Two different channels."""
+    time = np.arange(int(seconds * RATE)) / RATE
+    return np.stack([0.6 * np.sin(2 * np.pi * 440 * time), 0.3 * np.sin(2 * np.pi * 660 * time)])
+
+
+FORMS = [("a.m4a", "aac", "mp4"), ("a.aac", "aac", "adts"), ("a.mkv", "aac", "matroska"), ("a.mp4", "aac", "mp4")]
+
+
+@pytest.mark.parametrize("name,codec,form", FORMS)
+@pytest.mark.parametrize("channels", ["different", "equal", "mono"])
+def test_every_container_is_as_loud_as_the_wav(tmp_path, name, codec, form, channels):
+    samples = stereo()
+    samples = {"different": samples, "equal": samples[[0, 0]], "mono": samples[:1]}[channels]
+    soundfile.write(tmp_path / "a.wav", samples.T, RATE)
+    expected, found = read_audio(tmp_path / "a.wav"), read_audio(encoded(tmp_path / name, samples, codec, form))
+    middle = slice(8000, 24000)
+    rms = [float(np.sqrt(np.square(part[middle]).mean())) for part in (expected, found)]
+    assert rms[1] == pytest.approx(rms[0], rel=0.02)
+    assert np.abs(found[middle]).max() < np.abs(expected[middle]).max() * 1.05  # the codec rings at a clip's ends
+
+
+@pytest.mark.parametrize("name,codec,form", FORMS[:2])
+@pytest.mark.parametrize("called", ["b.wav", "b.flac", "b.mp3", "b.ogg", "b.m4a"])
+def test_a_sound_is_what_its_first_bytes_say(tmp_path, name, codec, form, called):
+    path = encoded(tmp_path / name, stereo(), codec, form)
+    expected = read_audio(path)
+    path.rename(tmp_path / called)
+    assert len(read_audio(tmp_path / called)) == len(expected) > 30_000
+    assert len(read_audio((tmp_path / called).read_bytes())) == len(expected)
+
+
+def test_a_wav_under_the_name_of_another_container_is_read(tmp_path):
+    wav(tmp_path / "a.wav", 1.0).rename(tmp_path / "a.m4a")
+    assert len(read_audio(tmp_path / "a.m4a")) == 16000
+    for data in (b"", b"no sound at all", b"\xff\xf1" + bytes(100)):
+        (tmp_path / "b.wav").write_bytes(data)
+        with pytest.raises(BadSample, match="b.wav"):
+            read_audio(tmp_path / "b.wav")
+
+
+@pytest.mark.parametrize("suffix", ["tif", "tiff", "avif", "jfif", "gif", "bmp", "webp"])
+def test_further_forms_of_pictures(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    Image.new("RGB", (40, 30), (200, 40, 40)).save(path, {"jfif": "JPEG", "tif": "TIFF"}.get(suffix))
+    assert read_image(path).size == (40, 30)
+
+
+def test_a_file_that_changes_is_not_served_from_the_cache(tmp_path):
+    path = wav(tmp_path / "a.wav", 1.0)
+    records = ListRecords([Record("a", path, ("x",), "jsonl", "audio")])
+    items = dataset(records, TextTokenizer(), data={"mel_cache": str(tmp_path / "cache")})
+    first = items[0]["audio"]
+    assert torch.equal(items[0]["audio"], first)
+    time = np.arange(16000) / 16000
+    soundfile.write(path, 0.3 * np.sin(2 * np.pi * 1760 * time), 16000)
+    os.utime(path, ns=(1, 1))
+    assert (items[0]["audio"] - first).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("text", ["a [PAD] b", "[CLS] dog [SEP] [MASK]", "[UNK]", "\ud83d x"])
+def test_words_that_look_like_special_tokens_are_words(text):
+    tokenizer = TextTokenizer()
+    from multimodal.data.records import clean
+
+    ids = tokenizer.encode(clean(text))
+    assert all(index >= SPECIAL_TOKENS for index in ids[1:-1]) and PAD not in ids
+    ids, mask = tokenizer.batch([clean(text), "x"])
+    assert mask[0].sum() == len(tokenizer.encode(clean(text)))
+
+
+def test_hard_negatives_are_chosen_in_full_precision():
+    """Two wrong partners whose similarities bf16 cannot tell apart."""
+    own = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]), dim=1)
+    other = torch.nn.functional.normalize(torch.tensor([[1.0, 0, 0], [1.0, 0.020, 0], [1.0, 0.021, 0.0]]), dim=1)
+    keys = torch.arange(6).view(3, 2)
+    scale = torch.tensor(1e6)
+    exact, _ = hard_negatives(own, other, scale, keys, torch.full((3,), 0.5))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded, _ = hard_negatives(own, other, scale, keys, torch.full((3,), 0.5))
+    assert exact.tolist() == rounded.tolist() and exact[0] == 1
