@@ -611,7 +611,7 @@ def test_what_would_stop_phase_two_is_said_before_phase_one(tmp_path, clips, cap
     for flags, words in [
         (["--audio-features", "wav2vec2", "--wav2vec-model-path", nowhere], "nowhere: no wav2vec2 model here"),
         (["--emotion-source", "ser", "--audio2emotion-path", nowhere], "nowhere: no wav2vec2 model here"),
-        (["--resume", nowhere], "--resume"),
+        (["--resume", nowhere], "nowhere: no such checkpoint"),
         (["--batch-size", "16"], "3 windows of 16 frames, one optimizer step takes 16; use --batch-size 3"),
         (["--fmt-path", nowhere], "--fmt-path"),
         (["--ode-method", "eular"], "'eular'"),
