@@ -63,7 +63,7 @@ OTHERS = [
     "bagel/check_data.py --data-path /nowhere",
     "bagel/weights/export.py --checkpoint EMPTY --output OUT",
     "float/weights/released.py --checkpoint EMPTY --output OUT/float.pth",
-    "dit/weights/convert.py --input /nowhere --output OUT",
+    "dit/precompute.py --config small --shard-size 0 --out OUT",
 ]
 
 
