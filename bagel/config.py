@@ -376,5 +376,5 @@ class MetricsOptions(Section):
     nltk_data: str | None = setting(None, "folder with the WordNet corpus, for METEOR")
     bertscore_model: str | None = setting(None, "local folder of an encoder, for BERTScore")
     bertscore_layer: int | None = setting(None, "its layer; null: the last")
-    fid_weights: str | None = setting(None, "local TorchScript file of Inception features, for FID")
-    clip_model: str | None = setting(None, "local folder of a CLIP model, for the CLIP score")
+    fid_weights: str | None = setting(None, "local Inception weights or TorchScript file, for FID", "inception_weights")
+    clip_model: str | None = setting(None, "local folder of a CLIP model, for the CLIP score", "clip_path")

@@ -25,6 +25,7 @@ from bagel.packing import Dropout, Pack, PackStream, make_collate, patchify
 from bagel.plan import counted_flops, peak_tflops, reference_flops, utilisation
 from shared.config import accumulation_steps
 from shared.engine.dist import DistInfo, sum_over_ranks
+from shared.engine.strategy import choose_precision
 from shared.loop import FitResult, TrainedModel, fit, plan_steps
 from shared.optim import decay_groups
 
@@ -45,6 +46,8 @@ class UnifiedTrainer:
         self.config, self.info, self.model, self.tokenizer = config, info, model, tokenizer
         self.autoencoder = autoencoder.to(info.device)
         self.train_set, self.val_set = train_set, val_set
+        precision = choose_precision(config.run.precision, info.device)
+        self.encodes_in_bf16 = info.device.type == "cuda" and precision == "bf16"
         self.speed = SpeedMeter(model.config, info)
         # Before a strategy shards the model: a checkpoint holds what trains, an export everything. No copy is made.
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -62,7 +65,10 @@ class UnifiedTrainer:
 
     def encoded(self, pack: Pack) -> Pack:
         """The pack with the latents of its pictures."""
-        return with_latents(pack, self.autoencoder, self.model.config, together=self.config.data.pad_images_together)
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.encodes_in_bf16):  # as the released trainer encodes
+            return with_latents(
+                pack, self.autoencoder, self.model.config, together=self.config.data.pad_images_together
+            )
 
     def validate(self, model: TrainedModel, step: int) -> dict[str, float]:
         """Losses of the held-out records, with the same noise and the same times in every validation."""
@@ -124,7 +130,7 @@ class UnifiedTrainer:
             groups=parameter_groups(self.model, training),
             wrap_classes=(MoTDecoderLayer, EncoderLayer),
             checkpoint_name="step_{step}",
-            title="BAGEL",
+            title="BAGEL" if config.data.packing == "samples" else "BAGEL (samples are packs)",
         )
 
     def collate(self) -> Callable[[list[dict]], Pack]:

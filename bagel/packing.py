@@ -579,14 +579,14 @@ class PackStream:
         self.bad, self.bad_in_a_row = BadSamples(bad_samples, len(dataset)), 0
         self.fingerprint: str | None = dataset.fingerprint()
         packs_a_step = self.packs_each * accumulation * info.world
+        # A pack counts as one sample, unless it is a number of samples: a checkpoint's place in the data is told by it.
+        by_samples = data.packing == "samples"
+        self.samples_per_step = packs_a_step * (batch_size if by_samples else 1)
         self.steps_per_epoch: int | None
-        if data.packing == "samples":
-            self.samples_per_step = packs_a_step * batch_size
+        if by_samples:
             self.steps_per_epoch = -(-len(dataset.order(0)) // self.samples_per_step)
-        else:  # packs hold as many samples as fit: their mean is what a step counts as
-            packs = packs_per_epoch(dataset, data, batch_size)
-            self.steps_per_epoch = -(-packs // packs_a_step)
-            self.samples_per_step = max(1, round(len(dataset.order(0)) / packs * packs_a_step))
+        else:
+            self.steps_per_epoch = -(-packs_per_epoch(dataset, data, batch_size) // packs_a_step)
         self._ahead: deque[dict] = deque()
         self._position: dict | None = None
         self._loaded: Iterator | None = None

@@ -17,6 +17,7 @@ if not __package__:
 import json
 import os
 import time
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 from bagel.config import PRESETS, SAMPLE_DATA, Config, ModelConfig
@@ -211,6 +212,14 @@ def main(argv: list[str] | None = None) -> None:
         print_plan(config)
         return
     config = complete(config, argv)
+    if config.run.wandb and find_spec("wandb") is None:
+        if _given(argv, "wandb", "use-wandb", "run.wandb"):
+            raise UserError("--wandb needs the package wandb: pip install wandb; or use --no-wandb")
+        print(
+            f"--wandb-project {config.run.wandb_project}: the package wandb is missing, nothing is logged there",
+            flush=True,
+        )
+        config.run.wandb = False
     import torch
 
     from bagel.data.tokenizer import load_tokenizer

@@ -218,9 +218,9 @@ def write_clip(
     import soundfile
     from PIL import Image
 
-    from float.data.face import crop_to_box, head_pose
+    from float.data.face import crop_to_box, head_pose, turned
     from float.data.media import VideoWriter, iterate_frames, resize, sound_of_wave
-    from float.data.shots import FPS, turned
+    from float.data.shots import FPS
     from float.modules.audio import SAMPLE_RATE
 
     place = folder / "clips" / _safe(source.identity)

@@ -9,11 +9,9 @@ The same command again resumes, in either phase. The guide's flags: --config-fil
 --num-epochs, --resume, --output-dir, --device, --num-workers.
 """
 
-import importlib.util
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +37,7 @@ TRAINED_ON = "trained_on.json"  # which auto-encoder phase 2 of a run learns the
 
 
 def check(config: Config, world: int) -> None:
-    """UserError for everything that would stop the run later, however long its first phase takes."""
+    """UserError for what preflight() cannot know and would stop the run later, however long its first phase takes."""
     from float.data.clips import find_clips
     from float.data.media import count_frames
     from float.modules.audio import config_of
@@ -48,13 +46,6 @@ def check(config: Config, world: int) -> None:
 
     model, data, training = config.model, config.data, config.training
     check_solver(model.ode_method)
-    for name, wanted in (("wandb", config.run.wandb), ("tensorboard", config.run.tensorboard)):
-        if wanted and importlib.util.find_spec(name) is None:
-            raise UserError(f"--{name} needs the package {name}; run: pip install {name}")
-    if config.run.resume not in ("auto", "none") and not Path(config.run.resume).exists():
-        raise UserError(
-            f"--resume {config.run.resume}: no such checkpoint; give a run's folder or one of its checkpoints"
-        )
     if model.audio_features == "wav2vec2":
         config_of(model.wav2vec_model_path)
     if config.synthetic:
@@ -195,7 +186,6 @@ def run(config: Config, info: "DistInfo", *, batch_given: bool = False) -> "FitR
     from float.weights.open import load_generator, make_generator
     from shared.rng import seed_everything
 
-    started, limit = time.monotonic(), config.run.time_limit_minutes
     autoencoder, clips = None, None
     if config.synthetic:
         write_synthetic_features(config, info)
@@ -209,8 +199,6 @@ def run(config: Config, info: "DistInfo", *, batch_given: bool = False) -> "FitR
                     print(f"phase 1 was stopped at step {result.step}; run the same command again to go on", flush=True)
                 return result
         autoencoder, clips = prepare_features(config, info, path)
-    if limit is not None:  # one limit for all phases; a second is left to stop in
-        config.run.time_limit_minutes = max(1 / 60, limit - (time.monotonic() - started) / 60)
     train_set, val_set = datasets(config, clips)
     seed_everything(config.run.seed, 2)
     generator = make_generator(config.model, config.data, gradient_checkpointing=config.training.gradient_checkpointing)

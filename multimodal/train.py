@@ -330,20 +330,25 @@ class Run:
         for stage, wish in self.resume.items():
             folder = self.stage_dir(stage)
             listed = CheckpointStore(folder / "checkpoints", self.info).listed()
-            if wish == "none" or not listed or not (listed[0][1] / "trainer.json").exists():
+            if wish == CARRIED and self.start is not None:
+                saved, what, is_over = self.start["trainer_state"], Path(self.config.run.resume), False
+            elif wish not in ("auto", "none"):
+                saved, what, is_over = json.loads((Path(wish) / "trainer.json").read_text()), Path(wish), False
+            elif wish == "auto" and listed and (listed[0][1] / "trainer.json").exists():
+                saved, what, is_over = json.loads((listed[0][1] / "trainer.json").read_text()), folder, is_done(folder)
+            else:
                 continue
-            saved = json.loads((listed[0][1] / "trainer.json").read_text())
             if differing := check_resume(saved["fixed_settings"], fixed_settings(self.config)):
                 raise UserError(
-                    f"{folder} was trained with other settings: {'; '.join(differing)}; use the same, or another "
+                    f"{what} was trained with other settings: {'; '.join(differing)}; use the same, or another "
                     "--output-dir"
                 )
             was = saved["run_state"]["global_batch"]
-            if was not in (None, now) and not is_done(folder):
+            if was not in (None, now) and not is_over:
                 raise UserError(
-                    f"{folder} takes {was} pairs a step, now a step would take {now}, and the epochs that are left "
+                    f"{what} takes {was} pairs a step, now a step would take {now}, and the epochs that are left "
                     f"could not be counted; use --global-batch-size {was}, or start another --output-dir with "
-                    f"--init-from {self.output_dir}"
+                    f"--init-from {what}"
                 )
 
     def _check_metric(self, trainer: Trainer) -> None:

@@ -252,7 +252,7 @@ class TrainingConfig(TrainingSection):
         False, "train the small base together with the reference modules; it is frozen afterwards and they go on"
     )
     codec_steps: int | None = setting(
-        None, "steps of the convolutional auto-encoder that is trained first; null: half of base_steps", ge=1
+        None, "steps of the convolutional auto-encoder that is trained first; null: base_steps", ge=1
     )
     codec_learning_rate: float = setting(3e-3, "peak learning rate of the auto-encoder", gt=0)
 

@@ -92,12 +92,16 @@ class RunLog:
     def speed(self, micro_steps: int, samples_per_step: int) -> dict[str, float]:
         """This rank's speed and memory in the window so far; micro_steps of one optimizer step."""
         elapsed, steps = time.perf_counter() - self.started, self.counts["train/micro_loss"] // micro_steps
-        return {
+        found = {
             "perf/samples_per_second": steps * samples_per_step / elapsed,
             "perf/seconds_per_step": elapsed / steps,
             "perf/data_wait_share": self.waited / elapsed,
             "perf/memory_gb": memory_gb(self.info.device),
         }
+        if self.info.device.type == "cuda":
+            found["gpu/memory_allocated_gb"] = torch.cuda.memory_allocated(self.info.device) / 1e9
+            found["gpu/memory_reserved_gb"] = torch.cuda.memory_reserved(self.info.device) / 1e9
+        return found
 
     def close_window(self) -> dict[str, float]:
         """The window's means over steps and ranks; starts the next window. A collective."""

@@ -327,7 +327,8 @@ def fit(
     if not finished:
         StopFlag.pending = None  # the caller is told; a signal that came too late to stop this run stops the next one
     if reason is not None:
-        log.say(f"stopped at step {state.step} by {reason}; the same command goes on from here")
+        then = "the run is done" if finished else "the same command goes on from here"
+        log.say(f"stopped at step {state.step} by {reason}; {then}")
     if finished and info.is_main:
         write_text(output_dir / "DONE", f"{state.step}\n")
     log.close()

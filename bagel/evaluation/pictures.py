@@ -5,28 +5,28 @@ Pictures are uint8 RGB (PIL). Models come from local paths only.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from bagel.evaluation.text import Unavailable, from_folder, rouge
-from shared.metrics import frechet_gaussians, gaussian_of
+from bagel.evaluation.text import Unavailable, rouge
+from shared import metrics
+from shared.errors import UserError
+from shared.media.inception import inception
 
 Features = Callable[[Sequence[Image.Image]], Tensor]  # pictures -> (N, D)
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two sets of features (N, D), in float64 (Heusel et al. 2017, eq.
-    6).
-    """
+    """The Frechet distance of two sets of features (N, D), in float64 (Heusel et al. 2017, eq. 6)."""
     if min(len(first), len(second)) < 2:
         raise Unavailable(
             f"a Frechet distance needs two or more pictures on each side, found {len(first)} and {len(second)}"
         )
-    gaussians = [gaussian_of(features.double().numpy()) for features in (first, second)]
-    return frechet_gaussians(*gaussians[0], *gaussians[1])
+    return metrics.frechet_distance(first, second)
 
 
 def fid(
@@ -39,9 +39,9 @@ def fid(
     if features is None:
         if weights is None:
             raise Unavailable(
-                "FID needs local weights: --fid-weights FILE, TorchScript, uint8 (N, 3, 299, 299) to features"
+                "FID needs local weights: --fid-weights FILE, the public Inception weights or TorchScript"
             )
-        features = torchscript_features(weights)
+        features = inception_features(weights)
     if min(len(generated), len(real)) < 2:
         raise Unavailable(f"FID needs two or more pictures on each side, found {len(generated)} and {len(real)}")
     result: dict[str, float | int | str] = {
@@ -53,45 +53,44 @@ def fid(
     return result
 
 
-def torchscript_features(path: str) -> Features:
-    """Features of a TorchScript module."""
+def inception_features(path: str) -> Features:
+    """Features of the public FID weights, or of a TorchScript file."""
     if not Path(path).is_file():
         raise Unavailable(f"FID: {path} is not a file")
     try:
-        module = torch.jit.load(path, map_location="cpu").eval()
-    except RuntimeError as error:
-        raise Unavailable(f"FID: {path} is not a TorchScript file ({str(error).splitlines()[0]})") from None
+        network = inception(path)
+    except UserError as reason:
+        raise Unavailable(str(reason)) from None
 
     def features(pictures: Sequence[Image.Image]) -> Tensor:
-        with torch.no_grad():
-            return torch.cat([module(_pixels(picture, 299)[None]).flatten(1) for picture in pictures])
+        rows = [np.asarray(picture.convert("RGB")) for picture in pictures]
+        return torch.from_numpy(metrics.picture_features(network, rows, device=torch.device("cpu")))
 
     return features
 
 
-def _pixels(picture: Image.Image, side: int) -> Tensor:
-    resized = picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+class Cosines(Protocol):
+    """What tells how well texts and pictures fit."""
 
-
-class ClipScorer:
-    """Cosines of texts and pictures under a CLIP model in a local folder."""
-
-    def __init__(self, folder: str | None):
-        self.model, self.processor = from_folder("CLIP score", folder, "--clip-model", "CLIPModel", "AutoProcessor")
-        self.model.eval()
-
-    @torch.no_grad()
     def cosines(self, texts: Sequence[str], pictures: Sequence[Image.Image]) -> list[float]:
         """One cosine for each pair."""
-        inputs = self.processor(
-            text=list(texts), images=list(pictures), return_tensors="pt", padding=True, truncation=True
-        )
-        found = self.model(**inputs)
-        return torch.nn.functional.cosine_similarity(found.text_embeds, found.image_embeds).tolist()
+        ...
 
 
-def clip_score(texts: Sequence[str], pictures: Sequence[Image.Image], scorer: ClipScorer) -> dict[str, float]:
+class ClipScorer(metrics.ClipScorer):
+    """Cosines of texts and pictures under a CLIP model in a local folder; nothing is downloaded."""
+
+    def __init__(self, folder: str | None):
+        if folder is None or not Path(folder).is_dir():
+            found = "" if folder is None else f", {folder} is not a folder"
+            raise Unavailable(f"CLIP score needs a local model: --clip-model FOLDER{found}")
+        try:
+            super().__init__(folder)
+        except UserError as reason:
+            raise Unavailable(f"CLIP score: {folder} holds no such model ({reason})") from None
+
+
+def clip_score(texts: Sequence[str], pictures: Sequence[Image.Image], scorer: Cosines) -> dict[str, float]:
     """100 * max(cosine, 0), mean over pairs (Hessel et al. 2021 without its 2.5)."""
     cosines = scorer.cosines(texts, pictures)
     return {"clip_score": 100 * sum(max(value, 0.0) for value in cosines) / len(cosines)}
@@ -102,7 +101,7 @@ def consistency(
     pictures: Sequence[Image.Image],
     texts: Sequence[str],
     references: Sequence[str],
-    scorer: ClipScorer | None,
+    scorer: Cosines | None,
     described: Sequence[str] | None = None,
 ) -> dict[str, float | int | None]:
     """How well what was generated together fits together, each part 0..1, and the mean of the parts that could be
@@ -133,6 +132,11 @@ def consistency(
 
 
 # --- colour -----------------------------------------------------------------------------------------------------------
+
+
+def _pixels(picture: Image.Image, side: int) -> Tensor:
+    resized = picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
 
 def foreground_colour(picture: Image.Image) -> Tensor:
@@ -169,26 +173,9 @@ def colour_agreement(drawn: Sequence[Image.Image], real: Sequence[Image.Image]) 
     }
 
 
-COLOURS = {
-    "red": "\u7ea2",
-    "orange": "\u6a59",
-    "yellow": "\u9ec4",
-    "green": "\u7eff",
-    "blue": "\u84dd",
-    "purple": "\u7d2b",
-    "pink": "\u7c89",
-    "brown": "\u68d5",
-    "grey": "\u7070",
-    "white": "\u767d",
-    "black": "\u9ed1",
-    "teal": "\u9752",
-}
-
-
 def colours_named(text: str) -> set[str]:
-    """The colours that an English or Chinese text names."""
-    lower = text.lower()
-    return {name for name, sign in COLOURS.items() if name in lower or sign in text}
+    """The colours that an English or Chinese text names, by whole words, white included."""
+    return metrics.named_colours(text, white=True)
 
 
 def named_colour_agreement(texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:

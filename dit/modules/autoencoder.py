@@ -37,25 +37,17 @@ class ConvAutoencoder(Codec):
         super().__init__()
         self.channels, self.factor = channels, factor
         halvings = factor.bit_length() - 2  # after the first, which only rearranges pixels
-        down: list[nn.Module] = [
-            nn.PixelUnshuffle(2), _conv(12, width), nn.SiLU(), _conv(width, width), nn.SiLU(),
-        ]  # fmt: skip
-        up: list[nn.Module] = []
+        down = [nn.PixelUnshuffle(2), _conv(12, width), nn.SiLU(), _conv(width, width), nn.SiLU()]
+        # Up by repeating cells and a convolution over them (Odena et al. 2016). PixelShuffle, which writes the cells of
+        # a block from channels of their own, left seams at every second and fourth pixel.
+        up = [_doubled(), _conv(width, width // 4), nn.SiLU(), _conv(width // 4, 3)]
         for _ in range(halvings):
             down += [nn.Conv2d(width, 2 * width, 4, stride=2, padding=1), nn.SiLU(), _conv(2 * width, 2 * width)]
             down.append(nn.SiLU())
-            up = [
-                _conv(2 * width, 4 * width),
-                nn.PixelShuffle(2),
-                nn.SiLU(),
-                _conv(width, width),
-                nn.SiLU(),
-                *up,
-            ]
+            up = [_doubled(), _conv(2 * width, width), nn.SiLU(), _conv(width, width), nn.SiLU(), *up]
             width *= 2
         self.encoder = nn.Sequential(*down, nn.Conv2d(width, channels, 1))
-        first = [_conv(channels, width), nn.SiLU(), _conv(width, width), nn.SiLU()]
-        self.decoder = nn.Sequential(*first, *up, _conv(width >> halvings, 12), nn.PixelShuffle(2))
+        self.decoder = nn.Sequential(_conv(channels, width), nn.SiLU(), _conv(width, width), nn.SiLU(), *up)
         self.register_buffer("mean", torch.zeros(1, channels, 1, 1))
         self.register_buffer("std", torch.ones(1, channels, 1, 1))
 
@@ -98,6 +90,10 @@ class ConvAutoencoder(Codec):
 
 def _conv(inside: int, outside: int) -> nn.Conv2d:
     return nn.Conv2d(inside, outside, 3, padding=1)
+
+
+def _doubled() -> nn.Upsample:
+    return nn.Upsample(scale_factor=2, mode="nearest")
 
 
 class PatchAutoencoder(Codec):

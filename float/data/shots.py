@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from float.data.face import Face, FaceBox, FaceDetector, common_box, main_face
+from float.data.face import Face, FaceBox, FaceDetector, common_box, main_face, turned, upright_turn
 from float.data.media import iterate_frames
 from float.modules.audio import SAMPLE_RATE
 
@@ -21,7 +21,7 @@ CUT, CUT_OVER_MOTION = 9.0, 4.0  # mean grey levels that a cut changes, and over
 BLACK = 12.0  # mean grey level below which there is no picture
 LOST_LOOKS = 3  # looks without the face that end a part
 SAME_FACE = 0.3  # overlap of a face with itself from look to look
-KEPT_LOOKS = 8  # pictures kept of a shot, to turn them where no face is found
+KEPT_LOOKS, TURN_LOOKS = 8, 3  # pictures kept of a shot, and of these turned to see which way is up
 QUIET_DB, FLOOR_DB = 35.0, -55.0  # below the loud parts, and of full scale: nobody speaks
 PAUSE_SECONDS, PAD_SECONDS = 1.0, 0.2  # a longer pause is left out but for so much at its ends
 
@@ -63,11 +63,6 @@ class Part:
     @property
     def box(self) -> FaceBox:
         return common_box(face.box for face in self.faces)
-
-
-def turned(picture: np.ndarray, turns: int) -> np.ndarray:
-    """The picture after quarter turns, counter-clockwise."""
-    return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture
 
 
 def find_shots(path: Path, detector: FaceDetector) -> Iterator[Shot]:
@@ -112,15 +107,15 @@ def _keep(shot: Shot, frame: np.ndarray) -> None:
 
 
 def _upright(shot: Shot, path: Path, detector: FaceDetector) -> Shot:
-    """The shot; where hardly a face is found, looked at again in the turn that shows most of them."""
-    if sum(look.face is not None for look in shot.looks) * 3 < len(shot.looks):
-        found = [sum(main_face(detector(turned(frame, k))) is not None for frame in shot.kept) for k in range(4)]
-        if (best := int(np.argmax(found))) and found[best] * 2 >= len(shot.kept):
-            shot.turns, shot.looks = best, []
-            shot.shape = shot.shape if best == 2 else shot.shape[::-1]
-            for index, frame in enumerate(iterate_frames(path, FPS, start=shot.start, stop=shot.end)):
-                if index % LOOK_EVERY == 0:
-                    shot.looks.append(Look(shot.start + index / FPS, main_face(detector(turned(frame, best)))))
+    """The shot; where its faces lie on their side, looked at again in the turn that brings them upright."""
+    shot.turns = upright_turn(shot.kept[:: max(1, len(shot.kept) // TURN_LOOKS)][:TURN_LOOKS], detector)
+    if shot.turns:
+        shot.looks = []
+        shot.shape = shot.shape if shot.turns == 2 else shot.shape[::-1]
+        for index, frame in enumerate(iterate_frames(path, FPS, start=shot.start, stop=shot.end)):
+            if index % LOOK_EVERY == 0:
+                face = main_face(detector(turned(frame, shot.turns)))
+                shot.looks.append(Look(shot.start + index / FPS, face))
     shot.kept = []
     return shot
 

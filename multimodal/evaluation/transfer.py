@@ -4,6 +4,7 @@ Legend: P pictures, S sounds, E embedding width.
 """
 
 import re
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 DRAWS = 2000
 SHORTEST = 3  # letters of a word that may name a class
+MOST = 0.2  # share of the items of a kind that a class may have
 # Words that captions of anything hold, and that name nothing to be seen and heard.
 PLAIN = frozenset(
     """the and with for from that this are was has its one two three four five some several single other over under into
@@ -40,8 +42,7 @@ def transfer(splits: dict[str, "Split"]) -> dict[str, float | list[str]]:
     if not pictures or not sounds:
         return {}
     named = [[words_of(texts) for split in part for texts in captions_by_item(split)] for part in (pictures, sounds)]
-    seen, heard = (set().union(*part) for part in named)
-    shared: set[str] = seen & heard
+    shared = _names(named[0]) & _names(named[1])
     picture_rows = [row for row, words in enumerate(named[0]) if words & shared]
     sound_rows = [row for row, words in enumerate(named[1]) if words & shared]
     if len(shared) < 3 or len(picture_rows) < 3 or len(sound_rows) < 6:
@@ -70,6 +71,12 @@ def transfer(splits: dict[str, "Split"]) -> dict[str, float | list[str]]:
         "chance": float(right_PS.mean()),
         "p": (1 + sum(value >= own for value in drawn)) / (1 + DRAWS),
     }
+
+
+def _names(words_by_item: list[set[str]]) -> set[str]:
+    """The words that name some of the items, not many of them: `hand` in a third of the pictures names no class."""
+    counts = Counter(word for words in words_by_item for word in words)
+    return {word for word, count in counts.items() if count <= MOST * len(words_by_item)}
 
 
 def captions_by_item(split: "Split") -> list[list[str]]:

@@ -189,6 +189,8 @@ class Part:
         metadata.pop("caption", None)
         digest = hashlib.sha256(json.dumps([metadata, entry["annotation"]], sort_keys=True, default=str).encode())
         files = [self.videos / entry["metadata"]["path"], *([self.background_path(key)] if background else [])]
+        records = entry["annotation"].get("mask_map") or {}
+        files += [Path(record["image"]) for record in records.values() if record.get("image")]  # see prepare.py
         for path in files:
             digest.update(file_digest(path) if path is not None else b"none")
         return digest.hexdigest()[:16]

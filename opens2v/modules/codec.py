@@ -19,11 +19,11 @@ class Pictures(nn.Module):
         super().__init__()
         self.encoder = _encoder(3, channels, width)
         self.decoder = nn.Sequential(
-            nn.Conv2d(channels, 2 * width, 3, padding=1), nn.SiLU(),
-            nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.SiLU(),
-            nn.Conv2d(2 * width, 4 * width, 3, padding=1), nn.PixelShuffle(2), nn.SiLU(),
-            nn.Conv2d(width, width, 3, padding=1), nn.SiLU(),
-            nn.Conv2d(width, 12, 3, padding=1), nn.PixelShuffle(2),
+            _conv(channels, 2 * width), nn.SiLU(),
+            _conv(2 * width, 2 * width), nn.SiLU(),
+            _conv(2 * width, 4 * width), nn.PixelShuffle(2), nn.SiLU(),
+            _conv(width, width), nn.SiLU(),
+            _conv(width, 12), nn.PixelShuffle(2),
         )  # fmt: skip
 
 
@@ -41,12 +41,12 @@ class Motion(nn.Module):
         self.encoder = _encoder(3 * (1 + self.frames), channels, width)
         self.context = nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(48, channels, 1))
         self.decoder = nn.Sequential(
-            nn.Conv2d(2 * channels, 2 * width, 3, padding=1), nn.SiLU(),
-            nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.SiLU(),
-            nn.Conv2d(2 * width, 2 * width, 5, padding=2), nn.SiLU(),
-            nn.Conv2d(2 * width, 4 * width, 3, padding=1), nn.PixelShuffle(2), nn.SiLU(),
-            nn.Conv2d(width, width, 3, padding=1), nn.SiLU(),
-            nn.Conv2d(width, 4 * 6 * self.frames, 3, padding=1), nn.PixelShuffle(2),
+            _conv(2 * channels, 2 * width), nn.SiLU(),
+            _conv(2 * width, 2 * width), nn.SiLU(),
+            _conv(2 * width, 2 * width, 5), nn.SiLU(),
+            _conv(2 * width, 4 * width), nn.PixelShuffle(2), nn.SiLU(),
+            _conv(width, width), nn.SiLU(),
+            _conv(width, 4 * 6 * self.frames), nn.PixelShuffle(2),
         )  # fmt: skip
         last = self.decoder[-2]
         assert isinstance(last, nn.Conv2d) and last.bias is not None
@@ -73,12 +73,17 @@ class Motion(nn.Module):
         return torch.stack(shown, 2)
 
 
+def _conv(inputs: int, outputs: int, size: int = 3) -> nn.Conv2d:
+    """A convolution that keeps the size; the border is repeated, as zeros around a picture become a frame inside it."""
+    return nn.Conv2d(inputs, outputs, size, padding=size // 2, padding_mode="replicate")
+
+
 def _encoder(inputs: int, channels: int, width: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.PixelUnshuffle(2), nn.Conv2d(4 * inputs, width, 3, padding=1), nn.SiLU(),
-        nn.Conv2d(width, width, 3, padding=1), nn.SiLU(),
+        nn.PixelUnshuffle(2), _conv(4 * inputs, width), nn.SiLU(),
+        _conv(width, width), nn.SiLU(),
         nn.Conv2d(width, 2 * width, 4, stride=2, padding=1), nn.SiLU(),
-        nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.SiLU(), nn.Conv2d(2 * width, channels, 1),
+        _conv(2 * width, 2 * width), nn.SiLU(), nn.Conv2d(2 * width, channels, 1),
     )  # fmt: skip
 
 

@@ -181,7 +181,7 @@ def train_codec(config: Config, info: DistInfo, path: Path) -> None:
     """Train the convolutional auto-encoder on the clips and on the subjects' pictures, which it also has to code."""
     if path.exists():
         return
-    steps = config.training.codec_steps or (config.training.base_steps + 1) // 2
+    steps = config.training.codec_steps or config.training.base_steps
     config = base_config(
         config, info.world, total_steps=steps, learning_rate=config.training.codec_learning_rate, ema_decay=0.0,
         weight_decay=0.0, adam_beta2=0.99,

@@ -344,14 +344,16 @@ def _show(sample: dict, folder: Path, *, playing: bool = False) -> str:
         shown = f"<p class=no>{html.escape(path.name)}: {len(data) / 1e6:.1f} MB, too large to embed</p>"
     else:
         source = f"data:{kind};base64,{base64.b64encode(data).decode()}"
-        moves = "autoplay muted" if playing else "preload=none"
-        sound = (
-            f"<button type=button class=sound aria-pressed=false>sound<span class=hidden> of {named}</span></button>"
-        )
+        name = f"<span class=hidden> {named}</span>"
+        buttons = f"<button type=button class=pause aria-pressed=false>pause{name}</button>"
+        if any(mark in data for mark in SOUND_MARKS):
+            buttons += f"<button type=button class=sound aria-pressed=false>sound{name}</button>"
+        video = f"<video loop playsinline aria-label='{named}' src='{source}'"
         shown = {
             "image": f"<img alt='{named}' src='{source}'>",
-            "video": f"<video controls loop playsinline {moves} aria-label='{named}' src='{source}'></video>"
-            + (sound if playing and any(mark in data for mark in SOUND_MARKS) else ""),
+            "video": f"{video} autoplay muted></video><div class=play>{buttons}</div>"
+            if playing
+            else f"{video} controls preload=none></video>",
             "audio": f"<audio controls aria-label='{named}' src='{source}'></audio>",
         }.get(kind.split("/")[0], html.escape(path.name))
     return f"<figure>{shown}<figcaption>{caption}</figcaption></figure>"
@@ -429,8 +431,9 @@ border:1px solid var(--line);border-radius:.8rem;padding:1.2rem}
 .made img,.made video{max-height:26rem;object-fit:contain;object-position:left;background:none}
 figure{margin:0}audio{width:100%}img,video{width:100%;display:block;border-radius:.5rem}
 figcaption{font-size:.88rem;color:var(--quiet);overflow-wrap:anywhere;margin-top:.3rem}
-.sound{position:absolute;top:.5rem;right:.5rem;font:inherit;font-size:.85rem;padding:.25rem .7rem;border-radius:2rem;
-border:0;background:#000a;color:#fff;cursor:pointer}.sound[aria-pressed=true]{background:#197a3d}
+.play{display:flex;gap:.4rem;margin-top:.4rem}.play button{font:inherit;font-size:.85rem;padding:.15rem .8rem;
+border-radius:2rem;border:1px solid var(--line);background:none;color:inherit;cursor:pointer}
+.play [aria-pressed=true]{background:#197a3d;color:#fff}
 .hidden{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 pre{background:#8881;padding:.6rem .8rem;border-radius:.4rem;font-size:.82rem;max-height:30rem;overflow:auto;
 white-space:pre-wrap;overflow-wrap:anywhere}
@@ -451,14 +454,18 @@ td,th{padding:.25rem .3rem;font-size:.8rem}dl{grid-template-columns:1fr}dd{margi
 # Videos play only while they are seen, and not at all where the reader asked for less motion. Sound is one click away.
 _SCRIPT = """
 const still=matchMedia('(prefers-reduced-motion: reduce)').matches;
+const each=(what,run)=>document.querySelectorAll(what).forEach(run);
+const of=button=>button.closest('figure').querySelector('video');
+const halt=(button,on)=>{button.setAttribute('aria-pressed',on);of(button).dataset.halted=on?'yes':'';
+if(on)of(button).pause();else of(button).play().catch(()=>{});};
 const seen=new IntersectionObserver(list=>list.forEach(({target,isIntersecting})=>{
-if(isIntersecting&&!still)target.play().catch(()=>{});else target.pause();}));
-document.querySelectorAll('video[autoplay]').forEach(video=>{if(still)video.removeAttribute('autoplay');seen.observe(video);});
-document.querySelectorAll('.sound').forEach(button=>button.onclick=()=>{
-const video=button.parentNode.querySelector('video'),on=video.muted;
-document.querySelectorAll('video').forEach(other=>{other.muted=true;});
-document.querySelectorAll('.sound').forEach(other=>other.setAttribute('aria-pressed',false));
-video.muted=!on;button.setAttribute('aria-pressed',on);if(on){video.currentTime=0;video.play();}});
+if(isIntersecting&&!target.dataset.halted)target.play().catch(()=>{});else target.pause();}));
+each('.pause',button=>{if(still)halt(button,true);button.onclick=()=>halt(button,button.getAttribute('aria-pressed')!='true');});
+each('video[autoplay]',video=>{if(still)video.removeAttribute('autoplay');seen.observe(video);});
+each('.sound',button=>button.onclick=()=>{const video=of(button),on=video.muted;
+each('video',other=>{other.muted=true;});each('.sound',other=>other.setAttribute('aria-pressed',false));
+video.muted=!on;button.setAttribute('aria-pressed',on);
+if(on){video.currentTime=0;halt(button.closest('figure').querySelector('.pause'),false);}});
 """
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bagel.config import DataConfig
-from bagel.data.format import FORMATS, as_json
+from bagel.data.format import FORMATS
 from bagel.data.sources import load_image
 from bagel.data.sources import open_records as open_files
 from bagel.dataset import DataFormatError
@@ -41,13 +41,6 @@ def test_every_documented_example_loads(name, open_records):
     samples = [dataset.sample(index, 0) for index in range(len(dataset))]
     pack = make_collate(LAYOUT, Dropout(), 0)(samples)
     assert pack["sequence_length"] == sum(dataset.length(index, 0) for index in range(len(dataset)))
-
-
-def test_the_format_file_is_the_generated_one():
-    from pathlib import Path
-
-    path = Path(__file__).resolve().parents[2] / "bagel" / "data" / "format.json"
-    assert path.read_text(encoding="utf-8") == as_json()
 
 
 @pytest.mark.parametrize(

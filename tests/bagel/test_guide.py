@@ -131,6 +131,16 @@ def test_a_project_switches_weights_and_biases_on():
     assert not read().run.wandb and not read("--wandb_project", "p", "--no-wandb").run.wandb
 
 
+def test_a_project_without_the_package_is_said_and_does_not_stop(folder, records, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("bagel.train.find_spec", lambda name: None)
+    flags = ["--model_path", str(folder), "--train_data_path", str(records), "--wandb_project", "p", "--max-steps", "1"]
+    main([*flags, "--output_dir", str(tmp_path / "a"), *SMALL, "--no-export"])
+    assert "wandb-project p: the package wandb is missing" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        main([*flags, "--output_dir", str(tmp_path / "b"), "--wandb", *SMALL])
+    assert stopped.value.code == 2 and not (tmp_path / "b").exists()
+
+
 def test_the_inferencer_is_imported_from_its_folder():
     code = "from inferencer import InterleaveInferencer; print(InterleaveInferencer.__name__)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "bagel", capture_output=True, text=True)

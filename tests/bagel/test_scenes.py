@@ -18,8 +18,8 @@ from shared.config import load_config
 from shared.errors import UserError
 
 SIZES = """language.hidden_size=32 language.intermediate_size=48 language.num_hidden_layers=1
-language.num_attention_heads=2 language.num_key_value_heads=2 vision.hidden_size=32 vision.intermediate_size=32 vision.num_hidden_layers=1
-autoencoder.steps=4"""
+language.num_attention_heads=2 language.num_key_value_heads=2 vision.hidden_size=32 vision.intermediate_size=32
+vision.num_hidden_layers=1 autoencoder.steps=4"""
 SMALL = ["--config", "small", "--device", "cpu", "--sample-records", "0", "--set", "training.validation_records=4"]
 SMALL += [word for size in SIZES.split() for word in ("--set", f"model.{size}")]
 

@@ -332,6 +332,19 @@ def test_sound_next_to_the_video_is_found_whatever_its_letters_and_kind(tmp_path
     assert [clip.audio.suffix for clip in found] == [".WAV", ".Wav", ".ogg", ".opus", ".aac", ".mp3", ".FLAC"]
 
 
+def test_a_long_clip_is_encoded_as_it_is_read(tmp_path, encoder, monkeypatch):
+    """No more than a batch of its frames is in memory at once."""
+    write_clip(tmp_path / "train" / "a", "one", frames=100)
+    reading, encoding, plain = [], [], ClipEncoder.motion
+    frames = ClipReader.frames
+    monkeypatch.setattr(ClipReader, "frames", lambda *given: (reading.append(0) or frame for frame in frames(*given)))
+    monkeypatch.setattr(
+        ClipEncoder, "motion", lambda self, x: encoding.append((len(reading), len(x))) or plain(self, x)
+    )
+    assert encode_clips(encoder, find_clips(tmp_path, "train"), {}, tmp_path / "cache").encoded == ["a__one"]
+    assert encoding == [(32, 32), (64, 32), (96, 32), (100, 4)]
+
+
 def test_rules_for_odd_clips(tmp_path, encoder):
     folder = tmp_path / "train" / "a"
     write_clip(folder, "long_sound", frames=20, seconds=2.0)

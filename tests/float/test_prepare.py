@@ -197,6 +197,7 @@ def test_any_photo_is_framed_alike(tmp_path):
     tall.save(tmp_path / "tall.webp")
     portrait.convert("L").save(tmp_path / "grey.png")
     portrait.rotate(90, expand=True).save(tmp_path / "turned.jpg", exif=note)
+    portrait.rotate(90, expand=True).save(tmp_path / "lies_on_its_side.png")  # without a note
     detector, found = YuNet(), []
     for path in sorted(tmp_path.iterdir()):
         cropped, _ = prepare_portrait(read_image(path), 160, name=str(path))

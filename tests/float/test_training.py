@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from float.config import AUTOENCODER_PRESETS, PRESETS, AutoencoderConfig, Config, settle
+from float.data.clips import Clip
 from float.data.media import iterate_frames, read_audio
 from float.data.synthetic import write_synthetic_features
 from float.dataset import FLOATDataset, collate_windows
@@ -245,6 +246,30 @@ def test_a_longer_run_keeps_the_auto_encoder_that_phase_two_was_trained_on(tmp_p
     assert max(losses(output)) == 5
 
 
+def test_previews_show_the_emotion_that_training_sees(tmp_path, clips, monkeypatch):
+    """The cached one, which the recogniser heard where the clip has no label."""
+    from safetensors.torch import load_file
+
+    from float.data.features import write_features
+    from float.evaluation.preview import make_sampler
+    from float.sampling.animate import Animator
+    from float.weights.open import load_autoencoder, make_generator
+
+    flags = [*TINY, *TINY_PICTURES, "--data-root", str(clips), "--batch-size", "2", "--max-steps", "1"]
+    train([*flags, "--output-dir", str(tmp_path / "run")])
+    config = load_saved(Config, tmp_path / "run" / "config.yaml")
+    heard, seen = torch.tensor([0.1, 0.2, 0.3, 0.1, 0.1, 0.1, 0.1]), []
+    for path in (tmp_path / "run" / "features" / "val").glob("*.safetensors"):
+        clip = Clip(path.stem, Path(), Path(), "nobody")
+        write_features(path, {**load_file(path), "emotion": heard}, clip, "test")
+    generator = make_generator(config.model, config.data)
+    autoencoder = load_autoencoder(config.model, str(tmp_path / "run" / "autoencoder"))
+    shown = Animator.motion_windows
+    monkeypatch.setattr(Animator, "motion_windows", lambda *given: seen.append(given[3]) or shown(*given))
+    make_sampler(config, generator, autoencoder, DistInfo())(generator, 1, tmp_path / "samples")
+    assert len(seen) == 2 and all(torch.equal(emotion, heard) for emotion in seen)
+
+
 def test_epochs_and_batch_of_the_guide_count_in_both_phases(tmp_path, clips, capsys):
     flags = ["--config", "small", "--dim-h", "32", "--fmt-depth", "1", "--num-heads", "2", *TINY_PICTURES]
     flags += [
@@ -282,6 +307,21 @@ def test_two_ranks_train_as_one(tmp_path, strategy):
     flags = [*TINY, "--synthetic", "--max-steps", "4", "--global-batch-size", "4", "--batch-size"]
     run(1, "float/train.py", *flags, "4", "--output-dir", tmp_path / "one")
     run(2, "float/train.py", *flags, "2", "--output-dir", tmp_path / "two", "--strategy", strategy)
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert one.keys() == two.keys() and max(abs(one[step] - two[step]) for step in one) < 1e-5
+    # the ranks share the held-out windows out
+    rows = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
+    one, two = ([row["val/loss"] for row in map(json.loads, lines) if "val/loss" in row] for lines in rows)
+    assert len(one) == len(two) == 2 and max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-5
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_ranks_count_the_previous_frames_of_both(tmp_path):
+    """loss_prev is a mean over the rows that count, wherever they lie: a rank with fewer does not weigh them more."""
+    flags = [*TINY, "--synthetic", "--prev-loss-weight", "2", "--max-steps", "4", "--global-batch-size", "4"]
+    run(1, "float/train.py", *flags, "--batch-size", "1", "--output-dir", tmp_path / "one")
+    run(2, "float/train.py", *flags, "--batch-size", "2", "--output-dir", tmp_path / "two", "--strategy", "ddp")
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert one.keys() == two.keys() and max(abs(one[step] - two[step]) for step in one) < 1e-5
 
@@ -571,7 +611,7 @@ def test_what_would_stop_phase_two_is_said_before_phase_one(tmp_path, clips, cap
     for flags, words in [
         (["--audio-features", "wav2vec2", "--wav2vec-model-path", nowhere], "nowhere: no wav2vec2 model here"),
         (["--emotion-source", "ser", "--audio2emotion-path", nowhere], "nowhere: no wav2vec2 model here"),
-        (["--resume", nowhere], "--resume"),
+        (["--resume", nowhere], "nowhere: no such checkpoint"),
         (["--batch-size", "16"], "3 windows of 16 frames, one optimizer step takes 16; use --batch-size 3"),
         (["--fmt-path", nowhere], "--fmt-path"),
         (["--ode-method", "eular"], "'eular'"),

@@ -152,6 +152,11 @@ def test_a_checkpoint_that_is_not_there_is_named_with_those_that_are(slow_disk, 
     assert "checkpoint_epoch_50.pt: no such file" in error and "checkpoint_epoch_6.pt" in error
     error = refused(tmp_path / "out", capsys, *LONG, "--resume", str(slow_disk / "checkpoints" / "best_model.pt"))
     assert "no optimizer state" in error
+    carried = str(slow_disk / "checkpoints" / "checkpoint_epoch_3.pt")
+    error = refused(tmp_path / "out", capsys, *LONG, "--embed-dim", "64", "--resume", carried)
+    assert "model.embed_dim was 32, is 64" in error
+    assert "8 pairs a step" in refused(tmp_path / "out", capsys, *LONG, "--batch-size", "4", "--resume", carried)
+    assert "of stage 2" in refused(tmp_path / "out", capsys, "--stages", "3", "--resume", carried)
     assert not (tmp_path / "out").exists()
 
 

@@ -4,11 +4,12 @@ import argparse
 import json
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 
-from tests.launching import ENVIRONMENT, ROOT, losses, newest
+from tests.launching import ENVIRONMENT, ROOT, losses, newest, run
 from tests.survival import breakages, kills, memory, precompute, strategies
 from tests.survival.systems import SYSTEMS, chosen
 
@@ -75,6 +76,33 @@ def test_a_save_that_takes_longer_than_thirty_seconds_survives_the_schedulers_si
     process.wait(timeout=200)
     assert time.monotonic() - began > 30, "the save was not slow enough to show anything"
     assert json.loads((newest(out) / "manifest.json").read_text())["step"] >= step
+
+
+@pytest.mark.slow
+def test_a_signal_in_the_last_save_of_a_phase_starts_no_other(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "sitecustomize.py").write_text(SLOW_DISK)
+    out, system = tmp_path / "out", BY_NAME["whole float"]
+    line = system.arguments(tmp_path, out, 1, 8, 100)
+    process = subprocess.Popen(
+        [sys.executable, *line],
+        cwd=ROOT,
+        env={**ENVIRONMENT, "PYTHONPATH": str(tmp_path / "disk"), "SLOW_FSYNC": "0.7"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    for text in process.stdout:
+        if text.startswith("Step 8, Loss"):
+            time.sleep(0.3)
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    process.wait(timeout=120)
+    assert "phase 2" not in rest and not (out / "features").exists(), rest
+    assert json.loads((newest(out / "autoencoder") / "manifest.json").read_text())["step"] == 8
+    run(1, *line, timeout=280)
+    assert (out / "DONE").exists() and (out / "autoencoder" / "DONE").exists()
 
 
 def test_an_unknown_system_is_refused():
