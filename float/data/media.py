@@ -347,7 +347,7 @@ def read_audio(path: Path | str) -> np.ndarray:
 
 def is_silent(wave: np.ndarray) -> bool:
     """Whether nothing can be heard."""
-    return float(np.abs(wave).max(initial=0.0)) < SILENCE
+    return max(float(wave.max(initial=0.0)), -float(wave.min(initial=0.0))) < SILENCE
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -241,8 +241,14 @@ class LogMelEncoder(nn.Module):
         width = int(WINDOW_SECONDS * SAMPLE_RATE)
         centre = (torch.arange(frames * SUB_FRAMES, dtype=torch.float64) + 0.5) / SUB_FRAMES / fps * SAMPLE_RATE
         first = centre.round().long() + FFT_SIZE - width // 2
-        padded = F.pad(wave_n.float(), (FFT_SIZE, 2 * FFT_SIZE + int(SAMPLE_RATE / fps)))
-        parts = [self._log_energies(padded, block, width) for block in first.split(SLICES_AT_ONCE)]
+        parts = []
+        for block in first.split(SLICES_AT_ONCE):
+            # the block's own sound, with silence where it reaches over an end: no padded copy of the whole
+            begin, end = int(block[0]) - FFT_SIZE, int(block[-1]) + width - FFT_SIZE
+            piece = wave_n[max(0, begin) : max(0, end)].float()
+            before = max(0, -begin)
+            padded = F.pad(piece, (before, end - begin - before - len(piece)))
+            parts.append(self._log_energies(padded, block - block[0], width))
         level = torch.cat(parts)
         level = level - level.mean(0)
         level = level / level.std().clamp(min=0.1)
