@@ -22,6 +22,10 @@ class Tracer:
     """Notes the files of functions that are called: of the main thread in step 2, of the reading thread throughout."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin again, with the loop's own file."""
         self.files: set[str] = {loop.__file__}
         self.functions: set[tuple[str, str]] = set()
 
@@ -45,6 +49,8 @@ def main(system: str, *arguments: str) -> None:
     def begin_step(*keys: int) -> None:
         seed_everything(*keys)
         step = keys[-1] if len(keys) == 4 else -1  # fit's own call: seed, stream, rank, step
+        if step == 0:  # a new run begins: what a part that is trained first has entered does not count
+            tracer.forget()
         sys.settrace(tracer.note if step == 1 else None)
 
     loop.seed_everything = begin_step
