@@ -139,6 +139,7 @@ def fit(
     export: Callable | None = None,
     checkpoint_name: str = "step_{step:08d}",
     epoch_checkpoint_name: str | None = None,
+    keep_epochs: bool = True,
     output_dir: Path | str | None = None,
     title: str = "",
 ) -> FitResult:
@@ -147,7 +148,8 @@ def fit(
     losses(model, batches, step) yields one (loss, metrics) per micro-batch, pre-weighted: their sum over micro-batches,
     averaged over ranks, is the loss. validate(model, step) -> dict of floats; sample(model, step, folder);
     after_step(module, step); export(folder, weights, ema) adds files to a checkpoint. All ranks call all hooks in the
-    same order. Raises UserError for unreadable data, settings that do not fit the checkpoint, and lasting overflow.
+    same order. keep_epochs: checkpoints of save_every_n_epochs are never deleted. Raises UserError for unreadable data,
+    settings that do not fit the checkpoint, and lasting overflow.
     """
     run, training = config.run, config.training
     output_dir = Path(output_dir or run.output_dir)
@@ -207,7 +209,7 @@ def fit(
         if info.is_main and not (output_dir / "config.yaml").exists():  # the folder was removed under the run
             save_config(config, output_dir / "config.yaml")
             log.reopen()
-        keep = _epoch_due(state, stream, training.save_every_n_epochs)
+        keep = keep_epochs and _epoch_due(state, stream, training.save_every_n_epochs)
         return save_run(name_now(), config, state, strategy, ema, store, frozen, export, keep=keep)
 
     def validated(hook: Callable) -> bool:
