@@ -216,7 +216,6 @@ class VaeConfig(Section):
         None, "sd: in place of the VAE's own; needed for a single file, which has none", fixed=True, gt=0
     )
     vae_precision: Literal["auto", "fp32", "bf16"] = setting("auto", "sd: auto is bf16 on a GPU and fp32 on a CPU")
-    vae_chunk: int = setting(8, "sd: pictures of 256 pixels that pass the VAE at a time; fewer when larger", ge=1)
     use_slicing: bool = setting(False, "encode and decode one picture at a time to save memory")
     use_tiling: bool = setting(False, "encode and decode in tiles to save memory")
     posterior: Literal["sample", "mode"] = setting(
@@ -232,6 +231,12 @@ class VaeConfig(Section):
         300, "patches: training steps of the decoder; 0: the linear decoder alone", fixed=True, ge=0
     )
     content: str | None = setting(None, "what the VAE holds, noted by training", hidden=True, fixed=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_retired(cls, tree: Any) -> Any:
+        """Files of earlier runs name vae_chunk, which changed no number."""
+        return {name: value for name, value in tree.items() if name != "vae_chunk"} if isinstance(tree, dict) else tree
 
     @model_validator(mode="after")
     def _factor_of_its_own(self) -> "VaeConfig":

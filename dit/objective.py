@@ -478,6 +478,7 @@ class Trainer:
             title="DiT",
             checkpoint_name="checkpoint-step-{step}",
             epoch_checkpoint_name="checkpoint-epoch-{epoch}",
+            keep_epochs=self.config.training.keep_epochs,
         )
 
     def training_step(self, batch: dict) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dit.config import Config, vae_config
 from dit.model import DiTBlock
+from dit.modules.vae import AT_A_TIME
 from dit.weights.open import build_model
 from shared.plan.measure import FrozenPart, measure_frozen
 from shared.plan.table import Workload
@@ -59,7 +60,7 @@ def vae_part(config: Config) -> FrozenPart:
     side, vae = config.data.image_size, config.vae
     settings = vae_config(vae.pretrained_model_name) or SD_VAE
     half = torch.float32 if vae.vae_precision == "fp32" else torch.bfloat16
-    count = min(config.training.batch_size, max(1, vae.vae_chunk * 256 * 256 // side**2))
+    count = min(config.training.batch_size, max(1, AT_A_TIME * 256 * 256 // side**2))
 
     def build() -> nn.Module:
         before = torch.get_default_dtype()

@@ -67,8 +67,6 @@ def _steps_from_epochs(config: Config, steps_per_epoch: int) -> None:
         training.eval_steps = training.eval_every_n_epochs * steps_per_epoch
     if training.sample_every_n_epochs:
         training.sample_steps = training.sample_every_n_epochs * steps_per_epoch
-    if training.save_every_n_epochs and training.keep_epochs and training.keep_every is None:
-        training.keep_every = training.save_every_n_epochs * steps_per_epoch
 
 
 def _train(trainer: Trainer) -> None:

@@ -21,6 +21,7 @@ SD_ALIASES = (
     "or a local folder"
 )
 NO_VARIANCE = -30.0  # log variance of a codec that is not random
+AT_A_TIME = 8  # pictures of 256 pixels that pass the VAE at a time; fewer of larger ones
 CODEC_FILE = "autoencoder.safetensors"  # a fitted codec, beside the checkpoints and in each of them
 
 
@@ -73,7 +74,6 @@ class VAEEncoder(Codec):
         latent_stats: str | None = None,
         scaling_factor: float | None = None,
         precision: str = "auto",
-        chunk: int = 8,
         local_files_only: bool = False,
     ) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class VAEEncoder(Codec):
         if use_tiling:
             self.vae.enable_tiling()
         config = self.vae.config
-        self.posterior, self.channels, self.precision, self.chunk = posterior, config.latent_channels, precision, chunk
+        self.posterior, self.channels, self.precision = posterior, config.latent_channels, precision
         if config.get("encoder_block_out_channels"):  # AutoencoderDC, which has no distribution
             self.posterior = "mode"
         widths = config.get("encoder_block_out_channels") or config.block_out_channels
@@ -137,7 +137,7 @@ class VAEEncoder(Codec):
         return torch.cat([latent, torch.full_like(latent, NO_VARIANCE)], dim=1)
 
     def _parts(self, batch: Tensor, pixels: int) -> list[Tensor]:
-        """The batch cut so that a part has about the pixels of `chunk` pictures of 256 pixels, in the VAE's format."""
+        """The batch in parts of about the pixels of AT_A_TIME pictures of 256 pixels, in the VAE's format."""
         device = self.vae.device
         wanted = (
             torch.bfloat16 if self.precision == "bf16" or (self.precision == "auto" and device.type == "cuda") else None
@@ -146,7 +146,7 @@ class VAEEncoder(Codec):
             self.vae.to(wanted)
         if device.type == "cuda":  # convolutions run faster on channels-last there
             self.vae.to(memory_format=torch.channels_last)
-        size = max(1, self.chunk * 256 * 256 // max(pixels, 1))
+        size = max(1, AT_A_TIME * 256 * 256 // max(pixels, 1))
         form = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         return [part.to(device, self.vae.dtype, memory_format=form) for part in batch.split(size)]
 

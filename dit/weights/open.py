@@ -50,7 +50,6 @@ def make_vae(config: Config) -> Codec:
             latent_stats=vae.latent_stats,
             scaling_factor=vae.scaling_factor,
             precision=vae.vae_precision,
-            chunk=vae.vae_chunk,
             local_files_only=config.text.local_files_only,
         )
     elif vae.type == "patches":
