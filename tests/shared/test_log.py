@@ -1,6 +1,8 @@
 """What a run writes down, and what of it a resumed run keeps."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,3 +110,19 @@ def test_a_line_goes_to_the_console_and_to_the_file(tmp_path, capsys):
     log.close()
     assert capsys.readouterr().out == "Step 1, Loss: 0.5\n"
     assert (tmp_path / "train.log").read_text().endswith(" Step 1, Loss: 0.5\n")
+
+
+def test_wandb_project_and_run_name_are_handed_on_and_a_resumed_run_keeps_its_id(tmp_path, monkeypatch):
+    """With a stand-in for the package: nothing is sent anywhere."""
+    begun = []
+
+    def init(**settings):
+        begun.append(settings)
+        return SimpleNamespace(log=lambda row, step=None: None, finish=lambda: None)
+
+    stand_in = SimpleNamespace(init=init, util=SimpleNamespace(generate_id=lambda: f"id{len(begun)}"))
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    for _ in range(2):
+        run = RunSection(output_dir=str(tmp_path), wandb=True, wandb_project="birds", run_name="third try")
+        RunLog(tmp_path, run, DistInfo(rank=0)).close()
+    assert [(one["project"], one["name"], one["id"]) for one in begun] == [("birds", "third try", "id0")] * 2
