@@ -193,8 +193,10 @@ def _wandb(output_dir: Path, run: RunSection, settings: dict):
     mark = output_dir / "wandb_run_id"
     run_id = mark.read_text().strip() if mark.exists() else wandb.util.generate_id()
     mark.write_text(run_id)
+    folder = Path(os.environ.get("WANDB_DIR") or output_dir)  # wandb lets what it is told here win over its variable
+    folder.mkdir(parents=True, exist_ok=True)  # one that is not there it takes for one that cannot be written to
     return wandb.init(
-        project=run.wandb_project, name=run.run_name, id=run_id, resume="allow", dir=str(output_dir), config=settings
+        project=run.wandb_project, name=run.run_name, id=run_id, resume="allow", dir=str(folder), config=settings
     )
 
 

@@ -122,7 +122,12 @@ def test_wandb_project_and_run_name_are_handed_on_and_a_resumed_run_keeps_its_id
 
     stand_in = SimpleNamespace(init=init, util=SimpleNamespace(generate_id=lambda: f"id{len(begun)}"))
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    monkeypatch.delenv("WANDB_DIR", raising=False)
     for _ in range(2):
         run = RunSection(output_dir=str(tmp_path), wandb=True, wandb_project="birds", run_name="third try")
         RunLog(tmp_path, run, DistInfo(rank=0)).close()
     assert [(one["project"], one["name"], one["id"]) for one in begun] == [("birds", "third try", "id0")] * 2
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
+    RunLog(tmp_path, run, DistInfo(rank=0)).close()
+    assert [one["dir"] for one in begun] == [str(tmp_path)] * 2 + [str(tmp_path / "elsewhere")]
+    assert (tmp_path / "elsewhere").is_dir()
