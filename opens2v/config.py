@@ -27,7 +27,7 @@ class OpenS2VRunSection(RunSection):
         True, "go on from the newest checkpoint of the output folder; --no-auto-resume: start anew"
     )
     visualize: bool = setting(True, "write sample videos; --no-visualize: none")
-    wandb_save_dir: str | None = setting(None, "folder of Weights & Biases' own files; null: its default")
+    wandb_save_dir: str | None = setting(None, "folder of Weights & Biases' own files; null: output_dir")
     disable_wandb: bool = setting(False, "do not log to Weights & Biases, whatever the file says")
     seed: int = setting(
         42,
@@ -55,7 +55,6 @@ class DataConfig(Section):
         [], "annotation files of the validation clips, one per part; empty: see train_share"
     )
     val_video_base_paths: list[str] = setting([], "video folders of the validation clips")
-    val_background_base_paths: list[str] = setting([], "background folders of the validation clips")
     index_dir: str | None = setting(
         None, "folder of the indexes of large annotation files; null: beside them, or where that is read-only in "
         "the user's cache folder"
@@ -254,7 +253,6 @@ class TrainingConfig(TrainingSection):
     codec_steps: int | None = setting(
         None, "steps of the convolutional auto-encoder that is trained first; null: base_steps", ge=1
     )
-    codec_learning_rate: float = setting(3e-3, "peak learning rate of the auto-encoder", gt=0)
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainingConfig":
@@ -276,6 +274,9 @@ REFUSED = {
     "wandb_entity": "set the environment variable WANDB_ENTITY",
     "ema_start_step": "the average warms up by itself (ema_warmup); leave the key out",
 }
+
+# Settings that files of earlier runs name: the first was never read, the second is a constant.
+FORMER = (("data", "val_background_base_paths"), ("training", "codec_learning_rate"))
 
 
 class Config(Section):
@@ -316,6 +317,10 @@ def from_guide(values: dict[str, Any], fields: tuple[str, ...]) -> dict[str, Any
     given = tree.setdefault("data", {})
     if isinstance(flat.get("opens2v"), dict) and isinstance(given, dict):
         tree["data"] = {**flat.pop("opens2v"), **given}
+    for section, name in FORMER:
+        flat.pop(name, None)
+        if isinstance(tree.get(section), dict):
+            tree[section] = {key: value for key, value in tree[section].items() if key != name}
     homes = _homes(sections)
     for name, value in flat.items():
         if name in REFUSED and value is not None:
@@ -440,9 +445,8 @@ def check_sizes(config: Config) -> None:
         raise ValueError(f"{', '.join(wanted)} needs cache_dir; run opens2v/precompute.py and give its folder")
     if wanted and data.scenes is not None and not data.json_paths:
         raise ValueError(f"{', '.join(wanted)}: composed scenes never repeat and are not cached; give json_paths")
-    val_lengths = [len(data.val_json_paths), len(data.val_video_base_paths), len(data.val_background_base_paths)]
-    if any(val_lengths) and (val_lengths[1] != val_lengths[0] or val_lengths[2] not in (0, val_lengths[0])):
+    if len(data.val_json_paths) != len(data.val_video_base_paths):
         raise ValueError(
-            "val_json_paths, val_video_base_paths and val_background_base_paths must be equally long, they have "
-            f"{val_lengths[0]}, {val_lengths[1]} and {val_lengths[2]} entries; give one of each per part"
+            f"val_json_paths and val_video_base_paths must be equally long, they have {len(data.val_json_paths)} and "
+            f"{len(data.val_video_base_paths)} entries; give one of each per part"
         )

@@ -420,8 +420,8 @@ def validation_set(config: Config, **changes: Any) -> Samples:
     time_range = (data.train_share, 1.0) if data.train_share < 1 else (0.0, 1.0)
     if data.val_json_paths:
         time_range = (0.0, 1.0)
-        names = ("json_paths", "video_base_paths", "background_base_paths")
-        data = data.model_copy(update={name: getattr(data, f"val_{name}") for name in names})
+        own = {"json_paths": data.val_json_paths, "video_base_paths": data.val_video_base_paths}
+        data = data.model_copy(update={**own, "background_base_paths": []})
     options = {"seed": VALIDATION_SEED, "time_range": time_range, "load_background": False, **NO_CHANGES}
     return create_dataset(data, **{**options, "uint8_frames": True, **changes})
 

@@ -15,7 +15,7 @@ from opens2v.config import Config, ModelConfig
 from opens2v.data.video import normalise
 from opens2v.modules.causal import causal_frame_mask, frame_blocks
 from opens2v.modules.conditions import Conditions, Encoders
-from opens2v.sampling.scheduler import FlowMatchScheduler, velocity_of
+from opens2v.sampling.scheduler import TIMESTEP_OF_NOISE, FlowMatchScheduler, velocity_of
 from shared.flow import sample_times
 from shared.rng import keyed_rand, keyed_randn
 
@@ -57,7 +57,7 @@ class RefImageFlowMatching:
             extra: dict[str, Any] = {
                 "velocity_error": error_BF.mean(),
                 "loss_by_t": (
-                    timestep.reshape(len(clean), -1).mean(1) / self.scheduler.num_train_timesteps,
+                    timestep.reshape(len(clean), -1).mean(1) / TIMESTEP_OF_NOISE,
                     error_BF.mean(1),
                 ),
             }

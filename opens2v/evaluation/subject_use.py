@@ -15,7 +15,7 @@ from opens2v.config import ModelConfig
 from opens2v.data.augment import FOREGROUND_LEVELS
 from opens2v.modules.conditions import Conditions
 from opens2v.objective import causal_arguments
-from opens2v.sampling.scheduler import FlowMatchScheduler, velocity_of
+from opens2v.sampling.scheduler import TIMESTEP_OF_NOISE, FlowMatchScheduler, velocity_of
 from shared.rng import keyed_generator
 
 SIGMAS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
@@ -111,7 +111,7 @@ def paired_errors(
             (other < 0).to(clean.device)
         )
         output = model(
-            noisy, sigma * scheduler.num_train_timesteps, conditions.text_BRD[clip], return_dict=False,
+            noisy, sigma * TIMESTEP_OF_NOISE, conditions.text_BRD[clip], return_dict=False,
             **given.reference(), **causal_arguments(settings, own),
         )[0]  # fmt: skip
         velocity = velocity_of(output.float(), noisy, sigma, settings.prediction, variance_2C)

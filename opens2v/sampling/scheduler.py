@@ -1,4 +1,4 @@
-"""Flow matching on Wan's shifted table of 1000 noise levels. sigma = 1 is noise; the velocity points from data to
+"""Flow matching on Wan's shifted table of noise levels. sigma = 1 is noise; the velocity points from data to
 noise.
 """
 
@@ -7,11 +7,15 @@ from torch import Tensor
 
 from shared.flow import expand_like, linear_path, shift_noise_level
 
+TIMESTEP_OF_NOISE = 1000.0  # Wan's networks are given 1000 sigma, however many entries the table has
+
 
 class FlowMatchScheduler:
     """sigmas, timesteps (1000 sigma) and loss weights of training, and the grid of sampling.
 
-    sigma = s u / (1 + (s - 1) u) with u = 1, 0.999, ..., 0.001.
+    num_train_timesteps: entries of the table that training draws from.
+
+    sigma = s u / (1 + (s - 1) u) with u = 1, 0.999, ..., 0.001 for 1000 entries.
     weight = exp(-2 ((t - 500) / 1000)^2), less its minimum, scaled to mean 1.
     A timestep that is not in the table takes the values of its nearest neighbour.
     """
@@ -22,8 +26,8 @@ class FlowMatchScheduler:
         self.shift, self.sigma_min, self.extra_one_step = shift, sigma_min, extra_one_step
         self.num_train_timesteps = num_train_timesteps
         self.sigmas = self.inference_sigmas(num_train_timesteps)
-        self.timesteps = self.sigmas * num_train_timesteps
-        bell = torch.exp(-2 * ((self.timesteps - num_train_timesteps / 2) / num_train_timesteps) ** 2)
+        self.timesteps = self.sigmas * TIMESTEP_OF_NOISE
+        bell = torch.exp(-2 * ((self.timesteps - TIMESTEP_OF_NOISE / 2) / TIMESTEP_OF_NOISE) ** 2)
         bell = bell - bell.min()
         self.weights = bell * (num_train_timesteps / bell.sum())
 
@@ -39,7 +43,7 @@ class FlowMatchScheduler:
 
     def inference_timesteps(self, steps: int) -> Tensor:
         """1000 times inference_sigmas."""
-        return self.inference_sigmas(steps) * self.num_train_timesteps
+        return self.inference_sigmas(steps) * TIMESTEP_OF_NOISE
 
     def index_of(self, timestep: Tensor) -> Tensor:
         """The table position nearest to each timestep."""

@@ -14,7 +14,7 @@ from opens2v.data.annotations import Annotations
 from opens2v.data.scenes import SCENE_RATE
 from opens2v.modules.causal import KeyValueCache, frame_blocks
 from opens2v.modules.conditions import Conditions
-from opens2v.sampling.scheduler import FlowMatchScheduler, velocity_of
+from opens2v.sampling.scheduler import TIMESTEP_OF_NOISE, FlowMatchScheduler, velocity_of
 from shared.errors import UserError
 from shared.rng import keyed_generator
 
@@ -160,7 +160,7 @@ class VideoSampler:
 
     def _guided(self, passes: list[_Pass], x: Tensor, sigma: float, cache_name: str | None) -> Tensor:
         sigma_B = torch.full((len(x),), sigma, device=x.device)
-        timestep = sigma_B * self.scheduler.num_train_timesteps
+        timestep = sigma_B * TIMESTEP_OF_NOISE
         velocities = []
         for one in passes:
             cache = None if cache_name is None else one.caches[cache_name]

@@ -30,6 +30,7 @@ from shared.rng import keyed_generator, keyed_rand, keyed_randn, seed_everything
 
 _WEIGHTS, _CODEC_FRAMES, _CODEC_NOISE = 521, 522, 523  # random streams
 _CODEC_CLIPS = 24  # clips that the codec is fitted to
+CODEC_LEARNING_RATE = 3e-3  # peak, of the convolutional auto-encoder
 
 
 def transformer_settings(config: Config) -> dict[str, Any]:
@@ -183,7 +184,7 @@ def train_codec(config: Config, info: DistInfo, path: Path) -> None:
         return
     steps = config.training.codec_steps or config.training.base_steps
     config = base_config(
-        config, info.world, total_steps=steps, learning_rate=config.training.codec_learning_rate, ema_decay=0.0,
+        config, info.world, total_steps=steps, learning_rate=CODEC_LEARNING_RATE, ema_decay=0.0,
         weight_decay=0.0, adam_beta2=0.99,
     )  # fmt: skip
     if config.training.max_steps is not None:
