@@ -301,7 +301,18 @@ def multimodal(preset: str) -> Road:
 ROADS = [
     *(
         dit(preset)
-        for preset in ("small", "small_cub", "showcase", "default", "large", "flow_256", "train_config", "xl")
+        for preset in (
+            "small",
+            "small_cub",
+            "showcase",
+            "default",
+            "large",
+            "flow_256",
+            "train_config",
+            "xl",
+            "recipe_256",
+            "recipe_512",
+        )
     ),
     *(float_autoencoder(preset) for preset in ("small", "default", "official")),
     *(float_motion(preset) for preset in ("small", "default", "large", "official")),
