@@ -116,9 +116,10 @@ def train_phase_one(config: Config, info: "DistInfo", *, batch_given: bool) -> "
 
 
 def _steps_done(folder: Path) -> int | None:
-    """The last step of a finished phase 1."""
-    done = folder / "DONE"
-    return int(done.read_text()) if done.exists() else None
+    """The last step of a finished phase 1 whose checkpoint is whole; else None, and it goes on from what is whole."""
+    from shared.loop import finished_checkpoint, steps_done
+
+    return steps_done(folder) if finished_checkpoint(folder) is not None else None
 
 
 # --- between the phases -----------------------------------------------------------------------------------------------
