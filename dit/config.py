@@ -225,7 +225,7 @@ class VaeConfig(Section):
         None, "safetensors with mean and std per channel in place of the single factor", fixed=True
     )
     patch: int = setting(8, "patches, conv: pixels per latent cell side", fixed=True, ge=1)
-    steps: int = setting(2000, "conv: optimizer steps of its own training", fixed=True, ge=1)
+    codec_steps: int = setting(2000, "conv: optimizer steps of its own training", fixed=True, ge=1)
     width: int = setting(32, "conv: channels at half the picture's size; doubled with every halving", fixed=True, ge=4)
     decoder_steps: int = setting(
         300, "patches: training steps of the decoder; 0: the linear decoder alone", fixed=True, ge=0
@@ -538,7 +538,7 @@ def refuse_unused(config: Config) -> None:
         (config.vae.type == "sd", f"vae.type is {config.vae.type}", tuple(f"vae.{name}" for name in _OF_SD)),
         (config.vae.type in ("patches", "conv"), f"vae.type is {config.vae.type}", ("vae.patch",)),
         (config.vae.type == "patches", f"vae.type is {config.vae.type}", ("vae.decoder_steps",)),
-        (config.vae.type == "conv", f"vae.type is {config.vae.type}", ("vae.steps", "vae.width")),
+        (config.vae.type == "conv", f"vae.type is {config.vae.type}", ("vae.codec_steps", "vae.width")),
         (config.text.type == "hash", f"text.type is {config.text.type}", ("text.context",)),
     ]
     faults = []

@@ -54,6 +54,7 @@ from shared.errors import write_text, written_aside
 from shared.plan.table import plan_run
 from shared.rng import seed_everything
 
+VALIDATED = {f"val/{name}" for name in ("loss", "constant_loss", "ratio", "shuffled_cost_percent", "shuffled_p")}
 OUT_OF_MEMORY = (
     "lower --batch-size and raise --gradient-accumulation-steps, or use --gradient-checkpointing, --use-slicing, or a "
     "cache of latents (dit/precompute.py, --cache-dir)"
@@ -209,7 +210,8 @@ def main(argv: list[str] | None = None) -> None:
     info = init_distributed(config.run.device, 60 * config.run.timeout_minutes)
     # a folder in the guide's form becomes a checkpoint of ours later, and is looked at then
     of_guide = config.run.model_copy(update={"resume": "auto"})
-    preflight(config.model_copy(update={"run": of_guide}) if is_guide_folder(Path(config.run.resume)) else config, info)
+    checked = config.model_copy(update={"run": of_guide}) if is_guide_folder(Path(config.run.resume)) else config
+    preflight(checked, info, metrics=VALIDATED)
     output_dir = Path(config.run.output_dir)
     going_on = from_main(_checkpoint_to_resume(config) if info.is_main else None)
     if going_on is not None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from shared.loop import FitResult
 
 PHASE_ONE = "autoencoder"  # folder of phase 1 within the run's output
+VALIDATED = {f"val/{name}" for name in ("loss", "loss_flow", "loss_vel", "loss_prev")}
 PREPARED = "clips"  # folder of the clips made of raw videos
 TRAINED_ON = "trained_on.json"  # which auto-encoder phase 2 of a run learns the motion of
 
@@ -116,9 +117,10 @@ def train_phase_one(config: Config, info: "DistInfo", *, batch_given: bool) -> "
 
 
 def _steps_done(folder: Path) -> int | None:
-    """The last step of a finished phase 1."""
-    done = folder / "DONE"
-    return int(done.read_text()) if done.exists() else None
+    """The last step of a finished phase 1 whose checkpoint is whole; else None, and it goes on from what is whole."""
+    from shared.loop import finished_checkpoint, steps_done
+
+    return steps_done(folder) if finished_checkpoint(folder) is not None else None
 
 
 # --- between the phases -----------------------------------------------------------------------------------------------
@@ -265,7 +267,7 @@ def main(argv: list[str] | None = None) -> "FitResult | None":
         batch_given = "training.batch_size" in given
         has_phase_one = not config.synthetic and config.model.autoencoder_path is None
         phases = [autoencoder_config(config, batch_given=batch_given)] if has_phase_one else []
-        preflight(config, info, phases=phases)
+        preflight(config, info, phases=phases, metrics=VALIDATED)
         take_raw_videos(config, info)
         check(config, info.world)
         return run(config, info, batch_given=batch_given)

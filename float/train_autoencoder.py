@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from shared.engine.dist import DistInfo
     from shared.loop import FitResult
 
+VALIDATED = {f"val/{name}" for name in ("loss", "psnr", "psnr_copy", "psnr_mouth", "psnr_mouth_copy")}
 VALIDATION_FRAMES = 48  # of each held-out clip, evenly spaced
 
 
@@ -219,7 +220,7 @@ def main(argv: list[str] | None = None) -> "FitResult | None":
         return None
     info = init_distributed(config.run.device, config.run.timeout_minutes * 60)
     try:
-        preflight(config, info)
+        preflight(config, info, metrics=VALIDATED)
         seed_everything(config.run.seed, 1)
         return AutoencoderTrainer(config, info).train()
     finally:

@@ -12,6 +12,7 @@ bash scripts/setup_environment.sh
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
+.venv/bin/mypy
 if [[ -x .venv/bin/shellcheck ]]; then
     .venv/bin/shellcheck run_all.sh .ci/run scripts/*.sh
 elif command -v shellcheck >/dev/null 2>&1; then

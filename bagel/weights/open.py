@@ -16,7 +16,7 @@ from bagel.modules.lora import adapters, merge_adapters
 from bagel.modules.vision import Autoencoder
 from bagel.weights.pretrained import AUTOENCODER, build_model, export_folder, load_autoencoder, read_config
 from shared.config import load_saved
-from shared.engine.checkpoint import find_checkpoint, load_weights
+from shared.engine.checkpoint import load_weights, open_run
 from shared.errors import UserError
 
 TOKENIZER_FILES = (
@@ -86,7 +86,7 @@ def open_model(
         tokenizer = load_tokenizer(model_config)
         model, config, data = build_model(model_config, rows=tokenizer.vocab_size), None, _data_of(model_config)
     else:
-        checkpoint = source if source.is_file() else find_checkpoint(source)
+        checkpoint = source if source.is_file() else open_run(source)
         config = _config_of(checkpoint)
         if model_path:
             config.model.model_path = model_path

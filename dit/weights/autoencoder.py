@@ -148,7 +148,7 @@ def phase_config(config: Config, world: int) -> Config:
     batch_size = max(1, BATCH // world)
     training = config.training.model_copy(
         update=dict(
-            total_steps=config.vae.steps, max_steps=config.training.max_steps, batch_size=batch_size,
+            total_steps=config.vae.codec_steps, max_steps=config.training.max_steps, batch_size=batch_size,
             global_batch_size=None, gradient_accumulation_steps=1, learning_rate=LEARNING_RATE,
             lr_scheduler_type="cosine", warmup_steps=50, min_lr_ratio=0.02, weight_decay=0.0, adam_beta2=0.99,
             max_grad_norm=1.0, ema_decay=0.99, ema_warmup=True, eval_steps=None, sample_steps=None, save_steps=500,

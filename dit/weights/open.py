@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from dit.modules.text import CaptionEncoder, make_text_encoder
 from dit.modules.vae import CODEC_FILE, Codec, PixelCodec, PoolCodec, VAEEncoder, scaled_latents
 from dit.objective import Objective, make_objective
 from shared.config import load_saved
-from shared.engine.checkpoint import find_checkpoint, load_strict, load_weights
+from shared.engine.checkpoint import find_checkpoint, load_strict, load_weights, open_run
 from shared.engine.dist import DistInfo, barrier
 from shared.errors import UserError, written_aside
 
@@ -143,9 +144,12 @@ def load_codec(codec: Codec, path: Path) -> None:
     load_strict(codec, load_file(path), what=str(path))
 
 
-def saved_settings(path: Path) -> tuple[Config, Path]:
-    """The settings of a run folder, one of its checkpoints or a weights file, and the folder of the weights."""
-    folder = find_checkpoint(path) if path.is_dir() else path.parent
+def saved_settings(path: Path, find: Callable[[Path], Path] = find_checkpoint) -> tuple[Config, Path]:
+    """The settings of a run folder, one of its checkpoints or a weights file, and the folder of the weights.
+
+    find: find_checkpoint, or open_run, which says which checkpoint is taken.
+    """
+    folder = find(path) if path.is_dir() else path.parent
     places = [place / "config.yaml" for place in (folder, folder.parent, folder.parent.parent)]
     settings = next((place for place in places if place.is_file()), None)
     if settings is None:
@@ -182,7 +186,7 @@ def load_trained(
 ) -> Trained:
     """Model, codec and text encoder of a run or one of its checkpoints; vae, text_encoder: in place of saved names."""
     path = Path(path)
-    config, folder = saved_settings(path)
+    config, folder = saved_settings(path, open_run)
     for flag, name, section, kind in (
         ("vae", vae, config.vae, "sd"),
         ("text-encoder", text_encoder, config.text, "clip"),

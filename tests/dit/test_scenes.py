@@ -26,7 +26,7 @@ from tests.dit.small import picture, tiny
 SCENES = {"dataset_name": "scenes", "dataset_path": "sample", "drawings": 8, "image_size": 16}
 PARTS = {
     "data": SCENES,
-    "vae": {"type": "conv", "patch": 4, "steps": 4, "width": 8},
+    "vae": {"type": "conv", "patch": 4, "codec_steps": 4, "width": 8},
     "model": {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "patch_size": 1, "in_channels": 4, "text_dim": 16},
 }
 

@@ -714,3 +714,12 @@ def test_a_finished_run_keeps_its_settings(tmp_path):
     train([*TINY, "--synthetic", "--output-dir", str(tmp_path), "--max-steps", "1"])
     saved = load_saved(Config, tmp_path / "config.yaml")
     assert saved.model.dim_h == 32 and saved.training.batch_size == 4
+
+
+def test_an_unreadable_mark_of_phase_one_is_no_end(tmp_path):
+    """An empty DONE, as a full disk leaves it, was a traceback on every start."""
+    from float.train import _steps_done
+
+    for text in ("", "4", "not a number"):
+        (tmp_path / "DONE").write_text(text)
+        assert _steps_done(tmp_path) is None  # and no checkpoint is there that reached step 4

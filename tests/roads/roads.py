@@ -59,7 +59,7 @@ def dit(preset: str) -> Road:
         ]
         small += ["--eval-steps", "2", "--sample-steps", "4", "--sample.steps", "2", "--eval-samples", "4"]
         if preset in ("small", "showcase"):
-            return [*small, "--vae.steps", "4", "--data.image-size", "32", *FEW]
+            return [*small, "--vae.codec-steps", "4", "--data.image-size", "32", *FEW]
         if preset == "small_cub":
             return [*small, "--data.image-size", "32", *FEW]
         small += ["--data.image-size", "64", "--vae.pretrained-model-name", str(encoders.picture_vae(files / "sd"))]
@@ -301,7 +301,18 @@ def multimodal(preset: str) -> Road:
 ROADS = [
     *(
         dit(preset)
-        for preset in ("small", "small_cub", "showcase", "default", "large", "flow_256", "train_config", "xl")
+        for preset in (
+            "small",
+            "small_cub",
+            "showcase",
+            "default",
+            "large",
+            "flow_256",
+            "train_config",
+            "xl",
+            "recipe_256",
+            "recipe_512",
+        )
     ),
     *(float_autoencoder(preset) for preset in ("small", "default", "official")),
     *(float_motion(preset) for preset in ("small", "default", "large", "official")),

@@ -1,5 +1,6 @@
 """Settings of the loop that no preset changes: what is best, when it is better enough, how often ranks are compared."""
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,13 @@ def test_the_planner_counts_the_gpus_of_a_node():
         config = load_config(Config, presets=PRESETS, argv=words)
         texts.append(table.plan_run(workload(config), config))
     assert "within a node" in texts[0] and "between nodes" in texts[1]
+
+
+@pytest.mark.parametrize("script", ["dit.train", "float.train", "float.train_autoencoder"])
+def test_a_best_metric_that_no_validation_gives_is_refused_before_anything_is_trained(script, tmp_path, capsys):
+    train = importlib.import_module(script)
+    with pytest.raises(SystemExit) as left:
+        train.main(["--config", "small", "--best-metric", "val/nothing", "--output-dir", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and "val/nothing" in said and "val/loss" in said
+    assert not (tmp_path / "out").exists()
