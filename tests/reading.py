@@ -74,7 +74,11 @@ def first_step(*, model: nn.Module, stream: Any, losses: Any, **_: Any) -> None:
     """In place of fit(): one step on the meta device."""
     stream.start(0, None)
     batches = [to_device(batch, META) for batch in stream.next_step()]
-    move(losses.__self__, set())
+    seen: set[int] = set()
+    if hasattr(losses, "__self__"):
+        move(losses.__self__, seen)
+    for cell in getattr(losses, "__closure__", None) or ():  # a training whose objective is a function
+        move(cell.cell_contents, seen)
     model.to(META).train()
     unwrapped = SimpleNamespace(module=model, model=model, autocast=contextlib.nullcontext)
     with Copies() as copies:

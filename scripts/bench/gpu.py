@@ -13,6 +13,7 @@ from torch import nn
 
 from scripts.bench.bench import Bench, Row, alternate
 from scripts.bench.kernels import breakdown, clock_of
+from shared.config import TrainingSection
 from shared.engine.dist import DistInfo
 from shared.engine.parallel import make_strategy
 from shared.optim import decay_groups
@@ -31,7 +32,9 @@ def matrix_peak(device: torch.device, side: int = 8192, rounds: int = 10) -> flo
 
 def make_step(workload: Workload, config: Any, device: torch.device, compiled: bool) -> Callable[[], None]:
     """One optimizer step of the workload on the device, as the training loop runs it, on made-up inputs."""
-    training = config.training.model_copy(update={"compile": compiled})
+    names = ("adam_beta1", "adam_beta2", "adam_epsilon")  # null in multimodal, whose stages each have their own
+    usual = {name: getattr(TrainingSection(), name) for name in names if getattr(config.training, name) is None}
+    training = config.training.model_copy(update={"compile": compiled, **usual})
     info = DistInfo(device=device)
     with torch.device(device):
         model = workload.build(config)

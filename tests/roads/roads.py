@@ -64,7 +64,8 @@ def dit(preset: str) -> Road:
             return [*small, "--data.image-size", "32", *FEW]
         small += ["--data.image-size", "64", "--vae.pretrained-model-name", str(encoders.picture_vae(files / "sd"))]
         if preset == "xl":
-            return [*small, "--dataset-path", str(encoders.class_folders(files / "classes")), *FEW]
+            classes = str(encoders.class_folders(files / "classes"))
+            return [*small, "--dataset-path", classes, "--val-fraction", "0.25", *FEW]
         text = ["--text.pretrained-model-name", str(encoders.clip_text(files / "clip")), "--model.text-dim", "16"]
         return [*small, *text, "--dataset-path", "sample", "--save-every-n-epochs", "1", *FEW]
 

@@ -306,7 +306,10 @@ def test_another_frozen_base_or_other_first_weights_on_one_rank_are_refused(tmp_
 
 @pytest.fixture
 def no_signal_left():
+    """Signals stop a run, also where the tests were started by nohup, and none is left for the next test."""
+    former = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
+    signal.signal(signal.SIGHUP, former)
     StopFlag.pending = None
 
 
