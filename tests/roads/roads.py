@@ -49,7 +49,7 @@ def dit(preset: str) -> Road:
             "--hidden-size",
             "32",
             "--num-layers",
-            "6" if preset == "recipe_512" else "2",  # whose tokens pass by the blocks in the middle
+            "7" if preset == "recipe_512" else "2",  # whose tokens pass by the blocks in the middle
             "--num-heads",
             "2",
             "--batch-size",
