@@ -287,7 +287,7 @@ def test_settings_that_differ_on_one_rank_are_refused_by_name(tmp_path):
     for part, settings in OTHERS.items():
         for name in settings:
             for rank in (0, 1):
-                found = (tmp_path / name / f"error_{rank}.txt").read_text()
+                found = toy.error_file(tmp_path / name, rank).read_text()
                 assert "rank 1 has other settings than rank 0" in found and f"{part}.{name} is" in found
 
 
@@ -297,8 +297,8 @@ def test_another_frozen_base_or_other_first_weights_on_one_rank_are_refused(tmp_
     path = tmp_path / "cases.json"
     path.write_text(json.dumps(cases))
     run(2, Path(toy.__file__), path)
-    assert "other frozen base weights" in (tmp_path / "frozen" / "error_0.txt").read_text()
-    assert "other first weights" in (tmp_path / "head" / "error_1.txt").read_text()
+    assert "other frozen base weights" in toy.error_file(tmp_path / "frozen", 0).read_text()
+    assert "other first weights" in toy.error_file(tmp_path / "head", 1).read_text()
 
 
 # --- stopping ---------------------------------------------------------------------------------------------------------

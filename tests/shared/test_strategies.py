@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.launching import final_tensors, losses, run
+from tests.shared.toy import error_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 TOY = Path(__file__).parent / "toy.py"
@@ -123,7 +124,7 @@ def test_ranks_that_run_other_modules_are_caught(tmp_path, branches):
     if branches == "divergent":
         for case in cases:
             for rank in (0, 1):
-                text = (Path(case["output_dir"]) / f"error_{rank}.txt").read_text()
+                text = error_file(case["output_dir"], rank).read_text()
                 assert "branch_" in text and "has a gradient on rank" in text and "placeholder" in text
         return
     toy(
@@ -142,7 +143,7 @@ def test_ranks_with_other_settings_or_data_are_refused(tmp_path):
     toy(tmp_path, 2, [{"output_dir": str(tmp_path / kind), kind: True, "expect": True} for kind in kinds])
     for kind, word in kinds.items():
         for rank in (0, 1):
-            text = (tmp_path / kind / f"error_{rank}.txt").read_text()
+            text = error_file(tmp_path / kind, rank).read_text()
             assert f"rank 1 has other {word} than rank 0" in text and "same command" in text
 
 

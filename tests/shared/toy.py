@@ -171,6 +171,11 @@ def run_case(case, info):
     )
 
 
+def error_file(output_dir, rank):
+    """Next to the run's folder, not in it: a refused run's first rank removes a folder that is still empty."""
+    return Path(f"{output_dir}.error_{rank}.txt")
+
+
 @command
 def main(argv=None):
     cases = json.loads(Path((argv or sys.argv[1:])[0]).read_text())
@@ -182,8 +187,7 @@ def main(argv=None):
         except (RuntimeError, UserError) as error:
             if not case.get("expect"):
                 raise
-            Path(case["output_dir"]).mkdir(parents=True, exist_ok=True)
-            (Path(case["output_dir"]) / f"error_{info.rank}.txt").write_text(str(error))
+            error_file(case["output_dir"], info.rank).write_text(str(error))
 
 
 if __name__ == "__main__":
