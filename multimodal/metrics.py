@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from multimodal.config import Config, DatasetName  # noqa: E402
+from multimodal.config import ITEMS, Config, DatasetName  # noqa: E402
 from shared.config import Section, load_config, setting  # noqa: E402
 from shared.errors import UserError, command, write_text  # noqa: E402
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 # What the small preset is meant to reach on the sample data, text to item (40 pictures, 16 sounds held out).
 SAMPLE_TARGETS = {("coco", "R@10"): 0.45, ("clotho", "R@5"): 0.50}
 FOLDS, FOLD = 5, 1000
-ITEMS = {"image": "picture", "audio": "sound", "voice": "voice"}
 
 
 class DataOptions(Section):
