@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from shared.engine.dist import DistInfo
     from shared.loop import FitResult
 
+VALIDATED = {f"val/{name}" for name in ("loss", "loss_none", "loss_other", "gap")}
+
 
 def parse(argv: list[str] | None) -> Config:
     """The configuration of a command line in this project's form or the guide's."""
@@ -159,7 +161,7 @@ class OpenS2VTrainer:
         if config.run.wandb_save_dir is not None:
             os.environ["WANDB_DIR"] = config.run.wandb_save_dir
         self.info = info or init_distributed(config.run.device, config.run.timeout_minutes * 60)
-        preflight(config, self.info)
+        preflight(config, self.info, metrics=VALIDATED)
         self.config = config = with_drawn_seed(config, self.info)
         dataset = training_set(config, **cached_changes(config))
         self.dataset = with_cached_features(dataset, config)
