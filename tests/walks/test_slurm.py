@@ -1,4 +1,4 @@
-"""A run brought onto Slurm: scripts/slurm.sh on two nodes, stopped when its time is over, put back into the queue, resumed.
+"""A run brought onto Slurm: scripts/slurm.sh on two nodes, stopped when its time is over, queued again, resumed.
 
 Slurm itself is played by four small scripts: srun starts a process for each node on this machine.
 """
