@@ -14,8 +14,11 @@ from bagel.dataset import open_dataset
 from bagel.evaluation.scenes import CHANGES, scene_bars
 from bagel.modules.vision import ConvAutoencoder
 from bagel.train import main
+from bagel.weights import autoencoder as phase_one
 from shared.config import load_config
+from shared.engine.dist import DistInfo
 from shared.errors import UserError
+from shared.loop import FitResult
 
 SIZES = """language.hidden_size=32 language.intermediate_size=48 language.num_hidden_layers=1
 language.num_attention_heads=2 language.num_key_value_heads=2 vision.hidden_size=32 vision.intermediate_size=32
@@ -104,6 +107,38 @@ def test_the_autoencoder_settles_to_unit_variance(downsample):
     assert autoencoder.decode(latents).shape == images.shape
     with pytest.raises(ValueError, match="must be 2, 4, 8"):
         AutoencoderConfig(kind="conv", downsample=3)
+
+
+def given_to_the_autoencoder(monkeypatch, tmp_path, dataset, rank: int, world: int) -> list[torch.Tensor]:
+    """Pictures, noise and its spread, as a rank's first step feeds them."""
+    given = []
+
+    def one_step(*, stream, losses, config, **others):
+        stream.start(0, None)
+        list(losses(lambda *inputs: (given.extend(inputs), (inputs[0], inputs[1]))[1], stream.next_step(), 0))
+        return FitResult(0, False, "a test", {}, None, None)
+
+    monkeypatch.setattr(phase_one, "fit", one_step)
+    config = load_config(Config, presets=PRESETS, argv=["--config", "small", "--output-dir", str(tmp_path)])
+    with pytest.raises(UserError, match="stopped at step 0 of"):
+        phase_one.train_autoencoder(config, config.model, dataset, DistInfo(rank=rank, world=world))
+    return given
+
+
+def test_two_ranks_train_the_autoencoder_on_what_one_rank_does(monkeypatch, tmp_path):
+    """Pictures, noise and spread belong to a sample's place in the step, whoever computes it."""
+    dataset = sets()[0]
+    whole = given_to_the_autoencoder(monkeypatch, tmp_path, dataset, 0, 1)
+    halves = [given_to_the_autoencoder(monkeypatch, tmp_path, dataset, rank, 2) for rank in (0, 1)]
+    assert len(whole) == 3 and len(whole[0].unique(dim=0)) == 16
+    for value, parts in zip(whole, zip(*halves, strict=True), strict=True):
+        assert torch.equal(value, torch.cat(parts))
+
+
+def test_the_autoencoder_needs_pictures_that_are_drawn():
+    asked = sets(draw=0.0, ask=1.0, edit=0.0, talk=0.0)[0]
+    with pytest.raises(UserError, match="no record draws a picture"):
+        phase_one.DrawnPictures(asked)
 
 
 @pytest.mark.slow
