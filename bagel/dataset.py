@@ -58,6 +58,7 @@ from shared.rng import keyed_generator
 
 _CHOICE, _FLIP, _PACK, _WEIGHT = 301, 302, 303, 304  # random streams
 SHOWN_ERRORS = 20
+MOST_MADE = 1024  # samples that wait to be asked for
 BLOCK = 4096  # records that are checked together at the start
 
 
@@ -97,6 +98,7 @@ class UnifiedGenerationDataset:
         self.max_length, self.truncate, self.escape = max_sequence_length, truncate_text, escape_special_tokens
         self.strict, self.question_weight, self.flip_probability = strict, question_weight, flip_probability
         self.errors: list[DataError] = []
+        self._made: dict[tuple[int, int], tuple[Record, list[PlanItem]]] = {}  # by (index, epoch)
         is_composed = data_path.startswith(SCENES_PATH) and not Path(data_path).exists()
         sources: list[RecordFile] = (
             [SceneFile(data_path, scenes or SceneConfig(), seed)]
@@ -241,9 +243,14 @@ class UnifiedGenerationDataset:
         start, so that filling packs reads no record.
         """
         row = self.records.rows[index % len(self)]
-        if self.records.sources[row["source"]].changes:
-            return self.length(index, epoch)
-        return int(row["length"])
+        if not self.records.sources[row["source"]].changes:
+            return int(row["length"])
+        # The record is made anew in every epoch; what told its length is kept until the sample is asked for.
+        if len(self._made) >= MOST_MADE:
+            self._made.clear()
+        record = self.records.at(index % len(self), epoch)
+        self._made[index, epoch] = record, self._plan_of_epoch(record, index, epoch)
+        return self.layout.length(self._made[index, epoch][1])
 
     def length(self, index: int, epoch: int) -> int:
         """Tokens of a sample when nothing is left out."""
@@ -251,11 +258,15 @@ class UnifiedGenerationDataset:
 
     def sample(self, index: int, epoch: int) -> dict[str, Any]:
         """The items with pixels; raises a BadSample when a picture turns out to be damaged."""
-        record = self.records.at(index % len(self), epoch)
-        flip = torch.rand((), generator=keyed_generator(self.seed, _FLIP, epoch, index)).item() < self.flip_probability
+        flip = False
+        if self.flip_probability:
+            draw = torch.rand((), generator=keyed_generator(self.seed, _FLIP, epoch, index))
+            flip = draw.item() < self.flip_probability
         loaded: dict[str, Any] = {}
+        record, items = self._made.pop((index, epoch), (None, []))
+        record = record or self.records.at(index % len(self), epoch)
         try:
-            items = self._plan_of_epoch(record, index, epoch)
+            items = items or self._plan_of_epoch(record, index, epoch)
             for item in items:
                 if item.source and item.source not in loaded:
                     image = record.source.load(item.source)

@@ -55,6 +55,11 @@ def test_every_task_comes_as_often_as_asked_and_changes_with_the_epoch():
     assert [item.ids for item in first["items"]] == [item.ids for item in again["items"]]
     assert [item.ids for item in first["items"]] != [item.ids for item in later["items"]]
     assert dataset.room(3, 1) == dataset.length(3, 1) and not dataset.errors
+    known = dataset.sample(3, 1)  # what told its length is not made again
+    assert all(
+        one.ids == other.ids and (one.image is None or torch.equal(one.image, other.image))
+        for one, other in zip(known["items"], later["items"], strict=True)
+    )
 
 
 @pytest.mark.parametrize(
