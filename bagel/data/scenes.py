@@ -116,11 +116,18 @@ class SceneFile(RecordFile):
         return {"text_prompt": self.world.scenes.sentence(scene, number), "image_path": f"{number}:scene"}
 
     def _ask(self, number: int) -> dict:
-        """All questions in an order of their own, and a description."""
+        """Questions in an order of their own, or a description, in words that are always the same.
+
+        An answer that stands in an earlier turn, or in its question, is copied, not seen: so nothing is said twice, and
+        what the object is, which the other questions tell, is asked first or not at all.
+        """
         scene = self.scene(number)
         kinds = _generator(self.seed, _ASK, number).permutation(QUESTIONS).tolist()
-        turns = [self.world.question(scene, kind) for kind in kinds]
-        turns.insert(number % (len(turns) + 1), (DESCRIBE, self.world.scenes.sentence(scene, number)))
+        if kinds[0] == "colour":
+            turns = [(DESCRIBE, self.world.scenes.sentence(scene, 0))]
+        else:
+            kinds = ["what"] * (kinds[0] != "size") + [kind for kind in kinds if kind != "what"]
+            turns = [self.world.question(scene, kind) for kind in kinds]
         return {
             "conversations": [_picture("user", f"{number}:scene"), *(part for turn in turns for part in _turn(turn))]
         }
