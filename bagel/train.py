@@ -242,7 +242,12 @@ def main(argv: list[str] | None = None) -> None:
     model_config = read_config(config.model)
     tokenizer = load_tokenizer(model_config)
     paths = {"train": config.data.train_data_path, "val": config.data.val_data_path}
-    sets = {name: open_dataset(config, model_config, tokenizer, path) for name, path in paths.items() if path}
+    copies = {"train": config.data.drawn_copies, "val": 1}
+    sets = {
+        name: open_dataset(config, model_config, tokenizer, path, copies=copies[name])
+        for name, path in paths.items()
+        if path
+    }
     for dataset in sets.values():
         refuse_malformed(dataset, config.data.max_malformed_share)
     output_dir.mkdir(parents=True, exist_ok=True)
