@@ -324,12 +324,10 @@ def _skip(window: _Window, place: int, wanted: str, first: bool = False) -> int:
             raise UserError(
                 f"{window.path}, byte {window.start + place}: expected {' or '.join(wanted)}, found "
                 f"{window.text[place]!r}; "
-                "an annotation file is one JSON object {key: entry}, or a list of entries with a \"key\""
+                'an annotation file is one JSON object {key: entry}, or a list of entries with a "key"'
             )
         if window.at_end:
-            raise UserError(
-                f"{window.path}: ends at byte {window.start + place} before its end; copy it again"
-            )
+            raise UserError(f"{window.path}: ends at byte {window.start + place} before its end; copy it again")
         place -= window.grow(place)
 
 

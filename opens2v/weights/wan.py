@@ -232,11 +232,7 @@ def holds_fused_path(state: Mapping[str, Tensor]) -> bool:
 
 
 def load_generator_checkpoint(
-    model: RefWanTransformer3DModel,
-    path: str | Path,
-    *,
-    use_ema: bool = False,
-    state: dict[str, Tensor] | None = None,
+    model: RefWanTransformer3DModel, path: str | Path, *, use_ema: bool = False, state: dict[str, Tensor] | None = None
 ) -> dict[str, list[str]]:
     """Load base weights (and reference weights where the file has them) into the model, strictly.
 
