@@ -135,7 +135,9 @@ class ModelConfig(Section):
     codec: Literal["wan", "patch", "conv"] = setting(
         "wan", "video to latents: Wan's VAE, components of 4 x 4 patches, or a small convolutional auto-encoder"
     )
-    text_encoder: Literal["umt5", "hash"] = setting("umt5", "text to rows: UMT5-XXL, or hashed words")
+    text_encoder: Literal["umt5", "hash", "hash_ordered"] = setting(
+        "umt5", "text to rows: UMT5-XXL, or hashed words, ordered: each with a trace of the word before"
+    )
     image_encoder: Literal["clip", "pixels"] = setting(
         "clip", "subject picture to tokens: CLIP ViT-H/14, or mean colours of cells"
     )

@@ -138,20 +138,11 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
         ref_in_self_attention: bool = False,
     ) -> None:
         super().__init__(
-            patch_size=patch_size,
-            num_attention_heads=num_attention_heads,
-            attention_head_dim=attention_head_dim,
-            in_channels=in_channels,
-            out_channels=out_channels,
-            text_dim=text_dim,
-            freq_dim=freq_dim,
-            ffn_dim=ffn_dim,
-            num_layers=0,
-            cross_attn_norm=cross_attn_norm,
-            qk_norm=qk_norm,
-            eps=eps,
+            patch_size=patch_size, num_attention_heads=num_attention_heads, attention_head_dim=attention_head_dim,
+            in_channels=in_channels, out_channels=out_channels, text_dim=text_dim, freq_dim=freq_dim, ffn_dim=ffn_dim,
+            num_layers=0, cross_attn_norm=cross_attn_norm, qk_norm=qk_norm, eps=eps,
             rope_max_seq_len=rope_max_seq_len,
-        )
+        )  # fmt: skip
         self.register_to_config(num_layers=num_layers)  # the base was built without blocks: ours follow
         self.patch_size, self.vae_pos_embed, self.absolute_positions = patch_size, vae_pos_embed, absolute_positions
         if vae_pos_embed not in ("sincos2d", "none"):
@@ -168,7 +159,7 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
                 clip_path=clip_path,
                 fused_path=fused_path,
                 ref_in_self_attention=ref_in_self_attention,
-            )
+            )  # fmt: skip
             for layer in range(num_layers)
         )
         self.clip_proj = (

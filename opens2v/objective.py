@@ -56,10 +56,7 @@ class RefImageFlowMatching:
             weighted = error_BF * weight
             extra: dict[str, Any] = {
                 "velocity_error": error_BF.mean(),
-                "loss_by_t": (
-                    timestep.reshape(len(clean), -1).mean(1) / TIMESTEP_OF_NOISE,
-                    error_BF.mean(1),
-                ),
+                "loss_by_t": (timestep.reshape(len(clean), -1).mean(1) / TIMESTEP_OF_NOISE, error_BF.mean(1)),
             }
             # model.module is the bare transformer; reading its gates costs a device synchronisation, so only where the
             # log line is due.

@@ -130,7 +130,7 @@ def check_inputs(config: Config) -> None:
             "small "
             "base first (--config small)"
         )
-    if model.generator_ckpt is None and (model.codec == "wan" or model.text_encoder != "hash"):
+    if model.generator_ckpt is None and (model.codec == "wan" or model.text_encoder == "umt5"):
         raise UserError(
             "base_steps trains a small base on codec conv or patch and text_encoder hash; for Wan's VAE give "
             "--generator-ckpt"

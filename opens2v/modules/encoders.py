@@ -119,8 +119,8 @@ class PatchCodec(nn.Module):
         """
         first, changes = self._patches(clips.float())
         self.mean.copy_(first.mean((0, 1, 2, 3)))
-        self.basis.copy_(_principal_components(first - self.mean, self.channels))
-        self.change_basis.copy_(_principal_components(changes, self.channels))
+        self.basis.copy_(principal_components(first - self.mean, self.channels))
+        self.change_basis.copy_(principal_components(changes, self.channels))
         squares = [(x @ basis).square().mean((0, 1, 2, 3)) for x, basis in self._parts(first, changes)]
         self.scale.copy_(squares[0].mean().sqrt())
         self.variance.copy_((torch.stack(squares) / squares[0].mean()).clamp(min=1e-4))
@@ -157,7 +157,7 @@ class PatchCodec(nn.Module):
         return pictures.transpose(1, 2).clamp(-1, 1)
 
 
-def _principal_components(x: Tensor, count: int) -> Tensor:
+def principal_components(x: Tensor, count: int) -> Tensor:
     """The `count` directions (D, count) of largest mean square of vectors (..., D); signs do not depend on the
     solver.
     """
@@ -209,11 +209,12 @@ class UMT5Text:
 
 class HashText:
     """A text encoder without weights: one fixed random row per word, by the word's hash; the rest of the rows is
-    zero.
+    zero. ordered: a row also holds the word before, turned round and at half its strength; without it "from left to
+    right" and "from right to left" are the same set of rows.
     """
 
-    def __init__(self, dim: int, rows: int):
-        self.dim, self.rows = dim, rows
+    def __init__(self, dim: int, rows: int, *, ordered: bool = False):
+        self.dim, self.rows, self.ordered = dim, rows, ordered
         self.words: dict[str, Tensor] = {}
 
     def to(self, device: torch.device | str) -> "HashText":
@@ -224,8 +225,11 @@ class HashText:
         """float32 (B, rows, dim)."""
         out = torch.zeros(len(texts), self.rows, self.dim)
         for row, text in enumerate(texts):
-            for place, word in enumerate(re.findall(r"\w+", text.lower())[: self.rows]):
+            words = re.findall(r"\w+", text.lower())[: self.rows]
+            for place, word in enumerate(words):
                 out[row, place] = self._word(word)
+                if self.ordered and place:
+                    out[row, place] += 0.5 * self._word(words[place - 1]).flip(0)
         return out
 
     def _word(self, word: str) -> Tensor:
