@@ -70,21 +70,17 @@ def guided_velocity(
 ) -> Tensor:
     """Velocity of the window (or of the model's shape) under incremental guidance.
 
-    v = v_u + a (v_a - v_u) + e (v_all - v_a), where v_u sees neither sound nor emotion, v_a the sound, v_all both; null
-    is zero. With reference_guidance v_u is replaced by v_0 + r (v_u - v_0), v_0 without the reference too.
+    v = v_0 + r (v_u - v_0) + a (v_a - v_u) + e (v_all - v_a), where v_u sees neither sound nor emotion, v_a the sound,
+    v_all both, v_0 not even the reference; null is zero. Without reference_guidance r is 1, so that v_0 does not count.
     has_emotion: False where the emotion is zero, so that v_all is v_a.
     """
     a, r, e = options.a_cfg_scale, options.r_cfg_scale, options.e_cfg_scale
-    if a == r == e == 1:
-        return _passes(model, [(True, True, True)], t_B, x, wa, wr, we, prev_x, prev_wa)[0]
-    passes: list[Pass] = [(False, True, False), (True, True, False)]
-    passes += [(True, True, True)] if has_emotion else []
-    passes += [(False, False, False)] if options.reference_guidance else []
-    v_u, v_a, *others = _passes(model, passes, t_B, x, wa, wr, we, prev_x, prev_wa).unbind(0)
-    guided = a * (v_a - v_u)
-    if has_emotion:
-        guided = guided + e * (others[0] - v_a)
-    return v_u + guided if not options.reference_guidance else others[-1] + r * (v_u - others[-1]) + guided
+    r = r if options.reference_guidance else 1.0
+    weights: dict[Pass, float] = {(False, False, False): 1 - r, (False, True, False): r - a}
+    weights |= {(True, True, False): a - e, (True, True, True): e} if has_emotion else {(True, True, False): a}
+    wanted = [(one, weight) for one, weight in weights.items() if weight]  # what would count nothing is not computed
+    made = _passes(model, [one for one, _ in wanted], t_B, x, wa, wr, we, prev_x, prev_wa)
+    return (made * made.new_tensor([weight for _, weight in wanted]).view(-1, 1, 1, 1)).sum(0)
 
 
 def _passes(
