@@ -31,7 +31,7 @@ MEMORY_LIMIT = 2 << 30  # bytes of decoded frames
 LOOKS = 9  # frames of a clip in which the face is looked for
 SQUARE = 0.02  # sides that differ by a smaller share count as equal
 _PAIRS = 301  # random stream
-JITTER = 0.2  # largest change of contrast, and of brightness on the scale [-1, 1]
+JITTER = 0.3  # largest change of contrast, and of brightness on the scale [-1, 1]
 
 
 class ClipReader:

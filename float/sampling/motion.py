@@ -6,7 +6,6 @@ emotions.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -84,22 +83,17 @@ def guided_velocity(
 
 
 def _passes(
-    model: VelocityModel | ModelOfPasses,
-    passes: list[Pass],
-    t_B: Tensor,
-    x: Tensor,
-    wa: Tensor,
-    wr: Tensor,
-    we: Tensor,
-    prev_x: Tensor,
-    prev_wa: Tensor,
+    model: VelocityModel | ModelOfPasses, passes: list[Pass], t_B: Tensor, x: Tensor, *conditions: Tensor
 ) -> Tensor:
-    """(passes, B, ., d): in one call of a model that shares what passes have in common, else as one larger batch."""
+    """(passes, B, ., d): in one call of a model that shares what passes have in common, else as one larger batch.
+
+    conditions: wa, wr, we, prev_x, prev_wa.
+    """
     if isinstance(model, ModelOfPasses):
-        return model.velocities(t_B, x, wa, wr, we, prev_x, prev_wa, passes=passes)
-    chosen = [[condition * given for condition, given in zip((wa, wr, we), one, strict=True)] for one in passes]
+        return model.velocities(t_B, x, *conditions, passes=passes)
+    chosen = [[condition * given for condition, given in zip(conditions[:3], one, strict=True)] for one in passes]
     was, wrs, wes = (torch.cat(parts) for parts in zip(*chosen, strict=True))
-    ts, xs, prev_xs, prev_was = (torch.cat([value] * len(passes)) for value in (t_B, x, prev_x, prev_wa))
+    ts, xs, prev_xs, prev_was = (torch.cat([value] * len(passes)) for value in (t_B, x, *conditions[3:]))
     return model(ts, xs, was, wrs, wes, prev_xs, prev_was).unflatten(0, (len(passes), len(x)))
 
 
@@ -136,20 +130,10 @@ def sample_windows(
             previous = no_motion, wa.new_zeros(len(wa), num_prev_frames, wa.shape[-1])
         prev_x, prev_wa = previous
         we = we_B1E if isinstance(we_B1E, Tensor) else next(we_B1E)
-        ask = partial(
-            guided_velocity,
-            model,
-            wa=wa,
-            wr=wr_Bd,
-            we=we,
-            prev_x=prev_x,
-            prev_wa=prev_wa,
-            options=options,
-            has_emotion=bool(we.any()),
-        )
+        given = wa, wr_Bd, we, prev_x, prev_wa
 
-        def velocity(x: Tensor, t_B: Tensor, ask: Callable[..., Tensor] = ask) -> Tensor:
-            return ask(t_B, x)[:, -num_frames:]
+        def velocity(x: Tensor, t_B: Tensor, given: Sequence[Tensor] = given, emotion: bool = bool(we.any())) -> Tensor:
+            return guided_velocity(model, t_B, x, *given, options, emotion)[:, -num_frames:]
 
         start = options.noise_scale * next(noise).to(wa.device)
         times = solver_times(options.nfe, options.steps)
@@ -187,15 +171,7 @@ def sample_motion(
     frames = wa_BTa.shape[1]
     if frames < 1:
         raise ValueError("no audio frames")
+    sizes = {"num_frames": num_frames, "num_prev_frames": num_prev_frames}
     windows = iter(wa_BTa.split(num_frames, 1))
-    samples = sample_windows(
-        model,
-        windows,
-        wr_Bd,
-        we_B1E,
-        num_frames=num_frames,
-        num_prev_frames=num_prev_frames,
-        options=options,
-        noise=noise,
-    )
+    samples = sample_windows(model, windows, wr_Bd, we_B1E, options=options, noise=noise, **sizes)
     return torch.cat(list(samples), 1)[:, :frames]
