@@ -43,6 +43,7 @@ from multimodal.trainer import (
     choose_trainable,
     make_network,
     make_stage_module,
+    metrics_of,
     parameter_groups,
 )
 from multimodal.weights.files import NAMES, load_start, put, read_payload, unpack_training
@@ -73,10 +74,10 @@ class Run:
         self.start: dict[str, Any] | None = None  # of a checkpoint that --resume names
         self.resume = self._resume_points()
         self.info = init_distributed(config.run.device, 60 * config.run.timeout_minutes)
-        preflight(config, self.info)
+        self.classify = self.data.labelled(config.training.label_set)
+        preflight(config, self.info, metrics=metrics_of(config, self.data.val, classify=self.classify))
         self._check_batch()
         self._check_settings()
-        self.classify = self.data.labelled(config.training.label_set)
         if not self.classify and config.training.label_set != "none":
             self.data.notes.append(
                 f"label_set {config.training.label_set}: the data have no such labels, so stage 3 trains without "
@@ -172,7 +173,6 @@ class Run:
             classify=classify,
             tokenizer_sha256=self.tokenizer.sha256,
         )
-        self._check_metric(trainer)
         board = Board(
             self.output_dir / "logs" / "tensorboard" / STAGE_NAMES[stage],
             folder / "metrics.jsonl",
@@ -350,12 +350,6 @@ class Run:
                     f"could not be counted; use --global-batch-size {was}, or start another --output-dir with "
                     f"--init-from {what}"
                 )
-
-    def _check_metric(self, trainer: Trainer) -> None:
-        """Refuse a --best-metric that validation will not measure, before the first step."""
-        names, chosen = trainer.metric_names(), trainer.config.training.best_metric
-        if chosen not in names and trainer.val:
-            raise UserError(f"--best-metric {chosen}: stage {trainer.stage} measures {', '.join(sorted(names))}")
 
     def _grows(self, stage: int, epochs: int, done: Path) -> bool:
         """Whether a finished stage is now planned longer than it ran, and no later one has begun from it."""

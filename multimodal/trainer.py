@@ -1,7 +1,7 @@
 """The trainer of one stage: what a step's loss is, how it is validated, and which files a checkpoint gets."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from multimodal.config import Config
+from multimodal.config import Config, stage_epochs
 from multimodal.data.records import Kind
 from multimodal.data.sources import model_inputs
 from multimodal.dataset import CaptionedDataset
@@ -151,6 +151,27 @@ def best_metric_of(config: Config, stage: int) -> tuple[str, str]:
     return name, mode
 
 
+def metrics_of(config: Config, kinds: Iterable[Kind], *, classify: bool) -> set[str]:
+    """The names, as they stand in the log, of what the validation of every stage gives that can choose by them: of
+    stages 2 and 3, or of stage 1 where it runs alone; and auto.
+
+    kinds: of the validation data. classify: they have class labels, which stage 3 learns.
+    """
+    stages = set(stage_epochs(config.training))
+    if stages == {1}:
+        parts = [*(kind for kind in kinds if kind != "voice"), *["text"] * (config.training.text_pretraining == "mlm")]
+        return {"auto", "val/loss", *(f"val/masked_{part}_loss" for part in parts)}
+    found = {"loss", "retrieval"}
+    for kind in kinds:
+        ways = [f"{kind}_{way}" for way in ("item_to_text", "text_to_item")]
+        found |= {f"{kind}_loss", *(f"{way}_{name}" for way in ways for name in ("R@1", "R@10", "MRR"))}
+        found |= {f"{kind}_match_loss"} if 2 not in stages and kind != "voice" else set()
+    if classify and 2 not in stages:
+        voice = config.training.label_set == "voxceleb1"
+        found |= {"class_loss", *(("speaker_accuracy",) if voice else ("mAP", "micro_F1"))}
+    return {"auto", *(f"val/{name}" for name in found)}
+
+
 class Trainer:
     """Stage 1, 2 or 3 over one module; hands its functions to shared/loop.py."""
 
@@ -190,6 +211,13 @@ class Trainer:
             found.append(Pairing("audio_embeds", "audiotext_embeds", *sound, "audio", 1.0))
         if "voice" in datasets and datasets["voice"].records[0].video is not None:
             found.append(Pairing("voice_embeds", "frame_embeds", *sound, "voice", 0.5))
+        if self.config.model.linear_path:
+            # The towers soon know a small set by heart, and then the common loss teaches the path nothing: it has its
+            # own as well.
+            found += [
+                pair._replace(first=pair.first.replace("embeds", "path"), second=pair.second.replace("embeds", "path"))
+                for pair in found
+            ]
         return found
 
     # --- a step -------------------------------------------------------------------------------------------------------
@@ -329,24 +357,6 @@ class Trainer:
         ranks = [value for name, value in found.items() if name.endswith("_MRR")]
         self.val_losses[step] = loss
         return {"loss": loss, **({"retrieval": sum(ranks) / len(ranks)} if ranks else {}), **found, **bad}
-
-    def metric_names(self) -> set[str]:
-        """The names that validate returns in this stage, as they stand in the log."""
-        found = {"loss"}
-        if self.stage == 1:
-            return {"val/loss", *(f"val/masked_{kind}_loss" for kind in self.val)}
-        for kind in self.val:
-            ways = [f"{kind}_{way}" for way in ("item_to_text", "text_to_item")]
-            found |= {
-                "retrieval",
-                f"{kind}_loss",
-                *(f"{way}_{name}" for way in ways for name in ("R@1", "R@10", "MRR")),
-            }
-            found |= {f"{kind}_match_loss"} if self.stage == 3 and kind != "voice" else set()
-        if self.classify:
-            voice = self.config.training.label_set == "voxceleb1"
-            found |= {"class_loss", *(("speaker_accuracy",) if voice else ("mAP", "micro_F1"))}
-        return {f"val/{name}" for name in found}
 
     def _validation_terms(self, model: Any) -> dict[str, float]:
         """The masked or matching losses on the first validation batches, with fixed masks and draws."""
