@@ -32,13 +32,12 @@ from multimodal.modules.blocks import Block
 from multimodal.objective import StageModule
 from multimodal.plan import print_plan
 from multimodal.trainer import (
-    BETAS,
     EPOCH_NAME,
     STAGE_NAMES,
     STEP_NAME,
-    WEIGHT_DECAY,
     Place,
     Trainer,
+    adamw_of,
     best_metric_of,
     choose_trainable,
     make_network,
@@ -214,8 +213,6 @@ class Run:
     def _stage_config(self, stage: int, epochs: int, stream: PairedStream, resume: str) -> Config:
         training: TrainingConfig = self.config.training
         steps = training.total_steps or epochs * stream.epoch_steps
-        names = ("adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
-        own = dict(zip(names, (*BETAS[stage], WEIGHT_DECAY[stage]), strict=True))
         metric, mode = best_metric_of(self.config, stage)
         before = self._resumed_from(stage, resume)
         if before is not None:
@@ -229,10 +226,7 @@ class Run:
             metric, mode = was.best_metric, was.best_mode
         changes = {
             "num_epochs": epochs,
-            **{
-                name: value if getattr(training, name) is None else getattr(training, name)
-                for name, value in own.items()
-            },
+            **adamw_of(training, stage),
             "warmup_steps": training.warmup_steps or min(MAX_WARMUP, round(training.warmup_ratio * steps)),
             "eval_steps": training.eval_steps or training.eval_every_n_epochs * stream.epoch_steps,
             "best_metric": metric,

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from multimodal.config import Config, stage_epochs
+from multimodal.config import Config, TrainingConfig, stage_epochs
 from multimodal.data.records import Kind
 from multimodal.data.sources import model_inputs
 from multimodal.dataset import CaptionedDataset
@@ -26,8 +26,8 @@ from shared.log import read_metrics
 from shared.rng import keyed_rand
 
 STAGE_NAMES = {1: "stage1_single", 2: "stage2_align", 3: "stage3_finetune"}
-WEIGHT_DECAY = {1: 0.05, 2: 0.1, 3: 0.05}
-BETAS = {1: (0.9, 0.95, 1e-8), 2: (0.9, 0.98, 1e-6), 3: (0.9, 0.98, 1e-6)}  # beta 1, beta 2, epsilon
+# AdamW's beta 1, beta 2, epsilon and weight decay of each stage, where the settings name none
+ADAMW = {1: (0.9, 0.95, 1e-8, 0.05), 2: (0.9, 0.98, 1e-6, 0.1), 3: (0.9, 0.98, 1e-6, 0.05)}
 STEP_NAME, EPOCH_NAME = "step_{step:08d}", "epoch_{epoch:04d}"  # folders of a stage's checkpoints
 PREFIX = "network."
 _DRAWS, _VALIDATION_STEP = 612, 0  # random stream; validation masks and negatives are those of one fixed step
@@ -133,6 +133,13 @@ def parameter_groups(
             scale *= word_scale if name == PREFIX + "words.weight" else 1.0
             groups.setdefault((decay, scale), []).append(name)
     return [{"names": names, "weight_decay": decay, "lr_scale": scale} for (decay, scale), names in groups.items()]
+
+
+def adamw_of(training: TrainingConfig, stage: int) -> dict[str, float]:
+    """AdamW's settings in a stage, by name: those that are given, else the stage's own."""
+    names = ("adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
+    given = {name: getattr(training, name) for name in names}
+    return {name: own if given[name] is None else given[name] for name, own in zip(names, ADAMW[stage], strict=True)}
 
 
 def best_metric_of(config: Config, stage: int) -> tuple[str, str]:
