@@ -186,7 +186,7 @@ def test_torchrun_gets_the_time_that_a_save_needs(tmp_path):
     assert 30 < given < int(pod[1]) <= int(job[1])
 
 
-@pytest.mark.parametrize("system", ["float", "opens2v", "bagel", "dit"])
+@pytest.mark.parametrize("system", ["float", "opens2v", "bagel", "dit", "multimodal"])
 def test_a_metric_that_no_validation_gives_is_refused_at_once(system, tmp_path, capsys):
     main = importlib.import_module(f"{system}.train").main
     with pytest.raises(SystemExit) as ended:
