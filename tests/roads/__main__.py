@@ -1,4 +1,4 @@
-"""Every shipped preset walked from end to end, small: plan, train, kill, resume, validate, sample, generate, export.
+"""Every shipped preset walked from end to end, small: plan, train, kill, resume, sample, generate, export, open.
 
   python -m tests.roads [--only dit "float small"] [--output DIR]
 The plan is that of the preset as it is shipped; the rest runs with small widths, depths, pictures and steps and tiny
@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from tests.launching import final_tensors, run, run_and_kill, same_bits
+from tests.roads import opening
 from tests.roads.roads import ROADS, Road
 
 
@@ -24,23 +25,28 @@ def walk(road: Road, files: Path, output: Path) -> list[tuple[str, str]]:
             fault = action() or ""
         except (AssertionError, Exception) as error:  # noqa: B014  (one line for whatever fails)
             fault = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-        found.append((name, fault))
-        return not fault
+        found.append((name, fault if isinstance(fault, str) else ""))
+        return not found[-1][1]
+
+    def train(folder: Path) -> str:
+        return done(run(road.ranks, *road.train(files, folder), check=False, timeout=600))
 
     straight, killed = output / "straight", output / "killed"
     part("plan", lambda: done(run(1, *road.plan(), check=False)))
-    if not part("train", lambda: done(run(road.ranks, *road.train(files, straight), check=False, timeout=600))):
+    if not part("train", lambda: train(straight)):
         return found
+    part("validate", lambda: opening.validated(straight / road.place))
+    for pattern in road.made:
+        part("sample", lambda pattern=pattern: "" if list(straight.glob(pattern)) else f"no {pattern}")
     latest = killed / road.place / "checkpoints" / "latest"
-    part(
-        "kill",
-        lambda: None if run_and_kill(road.ranks, *road.train(files, killed), after=0.0, watch=latest) else "ended",
-    )
-    if part("resume", lambda: done(run(road.ranks, *road.train(files, killed), check=False, timeout=600))):
+    kill = [road.ranks, *road.train(files, killed)]
+    part("kill", lambda: "" if run_and_kill(*kill, after=0.0, watch=latest) else "it had ended before the kill")
+    if part("resume", lambda: train(killed)):
         part("equal", lambda: equal(straight / road.place, killed / road.place))
-    for name, commands in road.after.items():
-        for line in commands(files, straight):
-            part(name, lambda line=line: done(run(1, *line, check=False, timeout=600)))
+    commands = [(name, line) for name, lines in road.after.items() for line in lines(files, straight)]
+    went = [part(name, lambda line=line: done(run(1, *line, check=False, timeout=600))) for name, line in commands]
+    if road.opened is not None and all(went):
+        part("open", lambda: road.opened(straight))
     return found
 
 
