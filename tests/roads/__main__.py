@@ -6,6 +6,7 @@ encoders of the right class, every other switch as it is. A killed run must end 
 """
 
 import argparse
+import shutil
 import sys
 import tempfile
 import time
@@ -31,22 +32,24 @@ def walk(road: Road, files: Path, output: Path) -> list[tuple[str, str]]:
     def train(folder: Path) -> str:
         return done(run(road.ranks, *road.train(files, folder), check=False, timeout=600))
 
+    shutil.rmtree(output, ignore_errors=True)
     straight, killed = output / "straight", output / "killed"
     part("plan", lambda: done(run(1, *road.plan(), check=False)))
     if not part("train", lambda: train(straight)):
         return found
     part("validate", lambda: opening.validated(straight / road.place))
     for pattern in road.made:
-        part("sample", lambda pattern=pattern: "" if list(straight.glob(pattern)) else f"no {pattern}")
+        part(pattern.split("/")[0], lambda pattern=pattern: "" if list(straight.glob(pattern)) else f"no {pattern}")
     latest = killed / road.place / "checkpoints" / "latest"
     kill = [road.ranks, *road.train(files, killed)]
     part("kill", lambda: "" if run_and_kill(*kill, after=0.0, watch=latest) else "it had ended before the kill")
     if part("resume", lambda: train(killed)):
         part("equal", lambda: equal(straight / road.place, killed / road.place))
-    commands = [(name, line) for name, lines in road.after.items() for line in lines(files, straight)]
-    went = [part(name, lambda line=line: done(run(1, *line, check=False, timeout=600))) for name, line in commands]
-    if road.opened is not None and all(went):
-        part("open", lambda: road.opened(straight))
+    for name, command in road.after.items():
+        ranks, line = command(straight)
+        part(name, lambda ranks=ranks, line=line: done(run(ranks, *line, check=False, timeout=600)))
+    for opener in road.opened:
+        part("open", lambda opener=opener: opener(straight))
     return found
 
 
@@ -66,11 +69,15 @@ def equal(straight: Path, killed: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", nargs="+", default=[], help="words that the names begin with, such as dit or 'dit xl'"
+        "--only", nargs="+", default=[], help="whole words that the names begin with, as dit or 'dit xl'"
     )
     parser.add_argument("--output", type=Path, help="keep the runs here")
     options = parser.parse_args()
-    roads = [road for road in ROADS if not options.only or any(road.name.startswith(word) for word in options.only)]
+    roads = [
+        road
+        for road in ROADS
+        if not options.only or any(f"{road.name} ".startswith(f"{word} ") for word in options.only)
+    ]
     failed, began = 0, time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         place = options.output or Path(folder)

@@ -21,6 +21,14 @@ def safetensors(name: str) -> Opener:
     return lambda run: [_finite(load_file(path)) for path in _some(run / name, "*.safetensors")]
 
 
+def guide_file_of_bagel(run: Path) -> None:
+    """trained_model.pt in the model, strictly, as the guide opens it."""
+    from bagel.weights.open import open_model
+
+    for path in _some(run / "checkpoints", "*/trained_model.pt"):
+        open_model(str(run), device="cpu").model.load_state_dict(torch.load(path, weights_only=True))
+
+
 def peft_adapter(name: str) -> Opener:
     """An adapter's folder: its settings and its weights."""
 

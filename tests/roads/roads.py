@@ -10,7 +10,7 @@ from tests.roads import encoders, opening
 
 STEPS = 4
 FEW = f"--total-steps {STEPS} --save-steps 1 --logging-steps 1 --eval-steps 2 --device cpu --keep-last 2".split()
-Commands = Callable[[Path, Path], list[list[str]]]  # (folder of small files, the run's folder) -> command lines
+Command = Callable[[Path], tuple[int, list[str]]]  # the run's folder -> ranks, command line
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Road:
     flags: Callable[[Path], list[str]]
     script: str = "train.py"
     place: str = "."  # where below the output folder the last checkpoints lie
-    after: dict[str, Commands] = field(default_factory=dict)  # name -> commands on the finished run
-    opened: Callable[[Path], object] | None = None  # opens what the commands wrote in the library it is for
+    after: dict[str, Command] = field(default_factory=dict)  # name -> a command on the finished run
+    opened: tuple[opening.Opener, ...] = ()  # open what the run and the commands wrote in the library it is for
     made: tuple[str, ...] = ()  # files that training leaves, as patterns below the run's folder
     ranks: int = 1
 
@@ -43,9 +43,9 @@ class Road:
         return [f"{self.system}/{self.script}", "--config", self.preset, "--dry-run"]
 
 
-def on_run(line: str) -> Commands:
-    """One command; RUN stands for the run's folder."""
-    return lambda files, run: [[word.replace("RUN", str(run)) for word in shlex.split(line)]]
+def on_run(line: str, ranks: int = 1) -> Command:
+    """A command in which RUN stands for the run's folder."""
+    return lambda folder: (ranks, [word.replace("RUN", str(folder)) for word in shlex.split(line)])
 
 
 # --- dit --------------------------------------------------------------------------------------------------------------
@@ -68,15 +68,21 @@ def dit(preset: str) -> Road:
         words += ["--text.pretrained-model-name", str(encoders.clip_text(files / "clip")), "--model.text-dim", "16"]
         if preset.startswith("recipe"):
             return [*words, "--dataset-path", str(encoders.captioned(files / "captioned")), "--val-fraction", "0.25"]
-        data = encoders.downloaded(files / "downloaded") / "coco" if preset == "large" else "sample"
-        return [*words, "--dataset-path", str(data)]
+        if preset == "large":
+            return [*words, "--dataset-path", str(encoders.downloaded(files / "downloaded") / "coco")]
+        epochs = [] if preset == "flow_256" else "--num-samples 8 --save-every-n-epochs 1".split()
+        return [*words, "--dataset-path", "sample", *epochs]
 
     asked = "--labels 0 2" if preset == "xl" else "--prompt 'a red heart' 'a blue car'"
     after = {
         "generate": on_run(f"dit/generate.py --checkpoint RUN {asked} --steps 2 --output RUN/grid.png"),
         "metrics": on_run("dit/metrics.py --checkpoint RUN --metrics loss --output RUN/metrics.json"),
     }
-    return Road("dit", preset, flags, after=after, made=("samples/step_*.png",))
+    if preset == "xl":
+        many = "dit/generate.py --checkpoint RUN --labels 0 2 --count 4 --steps 2 --output RUN/many"
+        after["generate on 2 ranks"] = on_run(many, ranks=2)
+    epochs = ("checkpoints/checkpoint-epoch-1",) if preset in ("default", "train_config") else ()
+    return Road("dit", preset, flags, after=after, made=("samples/step_*.png", *epochs))
 
 
 # --- float ------------------------------------------------------------------------------------------------------------
@@ -107,7 +113,7 @@ def float_motion(preset: str) -> Road:
         "metrics": on_run("float/metrics.py --checkpoint RUN --seeds 15 --max-sounds 1 --output RUN/metrics.json"),
         "export": on_run("float/weights/released.py --checkpoint RUN --output RUN/float.pth"),
     }
-    return Road("float", preset, flags, after=after, opened=opening.plain_torch("float.pth"))
+    return Road("float", preset, flags, after=after, opened=(opening.plain_torch("float.pth"),))
 
 
 # --- bagel ------------------------------------------------------------------------------------------------------------
@@ -144,7 +150,9 @@ def bagel(preset: str, ranks: int = 1) -> Road:
         "metrics": on_run("bagel/metrics.py --checkpoint RUN --output RUN/metrics.json"),
         "export": on_run(f"bagel/weights/export.py --checkpoint RUN --form {form} --output RUN/exported"),
     }
-    opened = opening.peft_adapter("exported") if form == "peft" else opening.safetensors("exported")
+    opened = (opening.peft_adapter("exported") if form == "peft" else opening.safetensors("exported"),)
+    if preset.startswith("small"):
+        opened += (opening.guide_file_of_bagel,)
     return Road("bagel", preset, flags, after=after, opened=opened, ranks=ranks)
 
 
@@ -192,7 +200,7 @@ def opens2v(preset: str) -> Road:
         "metrics": on_run(f"{measure} --output RUN/metrics.json"),
         **{f"export {what}": on_run(export.format(what)) for what in ("references", "merged", "lora")[: 2 + has_lora]},
     }
-    return Road("opens2v", preset, flags, after=after, opened=opening.wan(has_lora), made=("samples/*",))
+    return Road("opens2v", preset, flags, after=after, opened=(opening.wan(has_lora),), made=("samples/*",))
 
 
 # --- multimodal -------------------------------------------------------------------------------------------------------
@@ -214,7 +222,7 @@ def multimodal(preset: str) -> Road:
         "metrics": on_run("multimodal/metrics.py --checkpoint RUN --output RUN/metrics.json"),
         "export": on_run("multimodal/weights/export.py --checkpoint RUN --form transformers --output RUN/exported"),
     }
-    opened = opening.transformers("exported")
+    opened = (opening.transformers("exported"),)
     return Road("multimodal", preset, flags, place="stage3_finetune", after=after, opened=opened)
 
 
