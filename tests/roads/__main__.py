@@ -6,12 +6,14 @@ encoders of the right class, every other switch as it is. A killed run must end 
 """
 
 import argparse
+import functools
 import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from tests import forking
 from tests.launching import final_tensors, run, run_and_kill, same_bits
 from tests.roads import opening
 from tests.roads.roads import ROADS, Road
@@ -29,25 +31,32 @@ def walk(road: Road, files: Path, output: Path) -> list[tuple[str, str]]:
         found.append((name, fault if isinstance(fault, str) else ""))
         return not found[-1][1]
 
+    def command(ranks: int, line: list[str]) -> str:
+        if ranks == 1:
+            return done(forking.run(*line, timeout=600))
+        return done(run(ranks, *line, check=False, timeout=600))
+
+    def kill() -> str:
+        line, latest = road.train(files, killed), killed / road.place / "checkpoints" / "latest"
+        start = forking.run_and_kill if road.ranks == 1 else functools.partial(run_and_kill, road.ranks)
+        return "" if start(*line, after=0.0, watch=latest) else "it had ended before the kill"
+
     def train(folder: Path) -> str:
-        return done(run(road.ranks, *road.train(files, folder), check=False, timeout=600))
+        return command(road.ranks, road.train(files, folder))
 
     shutil.rmtree(output, ignore_errors=True)
     straight, killed = output / "straight", output / "killed"
-    part("plan", lambda: done(run(1, *road.plan(), check=False)))
+    part("plan", lambda: command(1, road.plan()))
     if not part("train", lambda: train(straight)):
         return found
     part("validate", lambda: opening.validated(straight / road.place))
     for pattern in road.made:
         part(pattern.split("/")[0], lambda pattern=pattern: "" if list(straight.glob(pattern)) else f"no {pattern}")
-    latest = killed / road.place / "checkpoints" / "latest"
-    kill = [road.ranks, *road.train(files, killed)]
-    part("kill", lambda: "" if run_and_kill(*kill, after=0.0, watch=latest) else "it had ended before the kill")
+    part("kill", kill)
     if part("resume", lambda: train(killed)):
         part("equal", lambda: equal(straight / road.place, killed / road.place))
-    for name, command in road.after.items():
-        ranks, line = command(straight)
-        part(name, lambda ranks=ranks, line=line: done(run(ranks, *line, check=False, timeout=600)))
+    for name, words in road.after.items():
+        part(name, lambda words=words: command(*words(straight)))
     for opener in road.opened:
         part("open", lambda opener=opener: opener(straight))
     return found
@@ -78,6 +87,7 @@ def main() -> None:
         for road in ROADS
         if not options.only or any(f"{road.name} ".startswith(f"{word} ") for word in options.only)
     ]
+    forking.preload()
     failed, began = 0, time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         place = options.output or Path(folder)

@@ -64,14 +64,18 @@ def wav2vec(folder: Path, width: int = 16) -> Path:
 
 
 def emotion(folder: Path, width: int = 16) -> Path:
-    """A Wav2Vec2ForSequenceClassification with seven classes."""
-    from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForSequenceClassification
+    """The speech emotion recogniser with its seven classes, whose head has other names than transformers' class."""
+    from safetensors.torch import save_file
+    from transformers import Wav2Vec2Config
+
+    from float.modules.emotion import Audio2Emotion
 
     if not folder.exists():
         torch.manual_seed(0)
-        config = _sound_config(Wav2Vec2Config, width, num_labels=7, finetuning_task="wav2vec2_clf")
-        Wav2Vec2ForSequenceClassification(config).save_pretrained(folder)
-        Wav2Vec2FeatureExtractor().save_pretrained(folder)
+        config = _sound_config(Wav2Vec2Config, width)
+        config.save_pretrained(folder)
+        model = Audio2Emotion.from_config(config).wav2vec2_for_emotion
+        save_file(model.state_dict(), folder / "model.safetensors")
     return folder
 
 
