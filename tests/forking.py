@@ -1,7 +1,7 @@
-"""Commands of one process run in forks of this one, in which the large libraries are imported already.
+"""Commands of one process run in forks of this one, in which the large libraries are imported.
 
-An import of torch, transformers and diffusers takes longer than most commands of the tests; the product's own modules are
-imported anew in every fork.
+An import of torch, transformers and diffusers takes longer than most commands of the tests. The product's own modules
+are imported anew in every fork.
 """
 
 import atexit

@@ -169,9 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], help="what the groups begin with, such as dit or launch")
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
-    parser.add_argument(
-        "--processes", action="store_true", help="start an interpreter for each, not a fork of this one"
-    )
+    parser.add_argument("--processes", action="store_true", help="an interpreter for each, not a fork of this one")
     options = parser.parse_args()
     chosen = [wrong for wrong in commands() if not options.only or wrong.group.startswith(tuple(options.only))]
     if options.list:
