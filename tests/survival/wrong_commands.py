@@ -1,6 +1,6 @@
 """Three hundred wrong commands: each must end with exit code 2 and one sentence, within seconds, and leave no file.
 
-  python -m tests.survival.wrong_commands [--only dit launch] [--shown 20]
+  python -m tests.survival.wrong_commands [--only dit launch] [--processes]
 Seconds are the processor's, so that a busy machine changes nothing. --list prints the commands.
 """
 
@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from tests import forking
 from tests.launching import ENVIRONMENT, ROOT
 
 SECONDS = 10.0
@@ -42,7 +43,7 @@ LAUNCHING = """
 --nodes 2 dit | --nodes 2 --master a:1 dit | --nodes 2 --node-rank 2 --master a:1 dit | --entry nothing.py dit
 --nodes 2 --node-rank 0 --master host:abc dit | --nodes 2 --node-rank 0 --master :29500 dit | --max-restarts x dit
 --nodes 2 --node-rank 0 --master host:99999 dit | --entry ../run_all.sh dit | --gpus 2 dit --learning-rat 1
---gpus 2 dit --config smal
+--gpus 2 dit --config smal | --gpus 2 dit --config small --global-batch-size 7 --output-dir OUT
 """
 OTHERS = [
     "-m shared.report.page /nowhere/report.json --output OUT/index.html",
@@ -80,8 +81,7 @@ def commands() -> list[Wrong]:
     for script in TRAINING:
         for line in _lines(SETTINGS):
             words = shlex.split(line)
-            preset = [] if "--config" in words or script.startswith("float") else ["--config", "small"]
-            preset = ["--config", "small"] if script.startswith("float") and "--config" not in words else preset
+            preset = [] if "--config" in words else ["--config", "small"]
             output = [] if any(word.startswith("--output-dir") for word in words) else ["--output-dir", "OUT"]
             found.append(Wrong(script.split("/")[0], [sys.executable, script, *preset, *words, *output]))
     for system in SYSTEMS:
@@ -119,13 +119,16 @@ def broken_files(folder: Path) -> dict[str, str]:
     return {**names, "FILE": str(folder / "file"), "EMPTY": str(folder / "empty")}
 
 
-def fault_of(wrong: Wrong, folder: Path, names: dict[str, str]) -> str:
+def fault_of(wrong: Wrong, folder: Path, names: dict[str, str], *, forked: bool) -> str:
     """What is wrong with how a wrong command ends; empty when it ends as it should."""
     out = folder / "out"
     words = [_replaced(word, {**names, "OUT": str(out)}) for word in wrong.words]
     before, cpu, began = _files(folder), _children(), time.monotonic()
     try:
-        done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+        if forked and words[0] == sys.executable:
+            done = forking.run(*words[1:], timeout=120)
+        else:
+            done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     except subprocess.TimeoutExpired:
         return "ran on for two minutes"
     seconds = min(_children() - cpu, time.monotonic() - began)
@@ -166,17 +169,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], help="what the groups begin with, such as dit or launch")
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
+    parser.add_argument("--processes", action="store_true", help="an interpreter for each, not a fork of this one")
     options = parser.parse_args()
     chosen = [wrong for wrong in commands() if not options.only or wrong.group.startswith(tuple(options.only))]
     if options.list:
         print("\n".join(shlex.join(wrong.words) for wrong in chosen))
         return
+    if not options.processes:
+        forking.preload()
     missed, began = 0, time.monotonic()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(os.path.realpath(place))
         names = broken_files(folder)
         for wrong in chosen:
-            if fault := fault_of(wrong, folder, names):
+            if fault := fault_of(wrong, folder, names, forked=not options.processes):
                 missed += 1
                 print(f"MISSED | {shlex.join(wrong.words[1:])} | {fault}", flush=True)
     print(f"{len(chosen)} wrong commands, {missed} missed, {time.monotonic() - began:.0f} s")
