@@ -32,21 +32,19 @@ class ReferenceTokens:
     features: list[Tensor] | None = None  # by block, (B, S, D): what the base makes of the pictures
 
 
-def sincos_1d(count: int, dim: int, first: int = 0) -> Tensor:
-    """Fixed positions (count, D), float64: [sin, cos] of first, first + 1, ..., frequencies 10000^(-i / (D / 2))."""
-    omega = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
+def sincos_1d(count: int, dim: int, first: int = 0, base: float = 10000.0) -> Tensor:
+    """Fixed positions (count, D), float64: [sin, cos] of first, first + 1, ..., frequencies base^(-i / (D / 2))."""
+    omega = base ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
     angle = torch.arange(first, first + count, dtype=torch.float64)[:, None] * omega
     return torch.cat([angle.sin(), angle.cos()], 1)
 
 
-def sincos_2d(height: int, width: int, dim: int) -> Tensor:
-    """Fixed positions (h w, D), float32: [sin, cos] of the row, then of the column, frequencies 10000^(-i / (D /
-    4)).
-    """
+def sincos_2d(height: int, width: int, dim: int, base: float = 10000.0) -> Tensor:
+    """Fixed positions (h w, D), float32: [sin, cos] of the row, then of the column, frequencies base^(-i / (D / 4))."""
     if dim % 4:
         raise ValueError(f"2-D sine positions need a width divisible by 4, got {dim}")
-    row = sincos_1d(height, dim // 2)[:, None].expand(-1, width, -1)
-    column = sincos_1d(width, dim // 2)[None].expand(height, -1, -1)
+    row = sincos_1d(height, dim // 2, base=base)[:, None].expand(-1, width, -1)
+    column = sincos_1d(width, dim // 2, base=base)[None].expand(height, -1, -1)
     return torch.cat([row, column], -1).flatten(0, 1).float()
 
 
@@ -66,9 +64,7 @@ def clip_projection(kind: str, clip_dim: int, dim: int) -> nn.Module:
 
 
 def subject_mask(ref_mask_BN: Tensor, tokens_per_subject: int) -> Tensor:
-    """bool (B, N) -> (B, N tokens); rows without any subject become all True, since a softmax over no keys is not a
-    number.
-    """
+    """bool (B, N) -> (B, N tokens); rows without any subject become all True: a softmax needs a key."""
     usable_BN = ref_mask_BN | ~ref_mask_BN.any(1, keepdim=True)
     return usable_BN.repeat_interleave(tokens_per_subject, 1)
 
