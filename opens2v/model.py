@@ -296,7 +296,7 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
         runs = None if frame_mask is None else attention_runs(frame_mask, tokens_per_frame)
 
         if references is not None and references.latents_BNChw is not None and references.features is None:
-            references.features = self._reference_features(references.latents_BNChw, text_BSD)
+            references.features, references.rotary = self._reference_features(references.latents_BNChw, text_BSD)
 
         # Everything that a block depends on is an argument, so that recomputing it in the backward pass sees the same:
         # state kept on a module would have moved on by then, and the gradient would be wrong without an error.
@@ -312,10 +312,12 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     @torch.no_grad()
-    def _reference_features(self, latents_BNChw: Tensor, text_BSD: Tensor) -> list[Tensor]:
+    def _reference_features(
+        self, latents_BNChw: Tensor, text_BSD: Tensor
+    ) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
         """What enters every block's self-attention when the base sees the pictures as clean one-frame videos, with
-        fixed positions added: (B, S, D) by block. Every call of the model makes them, so that sharded weights are
-        gathered by all ranks at the same places.
+        fixed positions added: (B, S, D) by block; and the rotary table of the tokens. Every call of the model makes
+        them, so that sharded weights are gathered by all ranks at the same places.
         """
         batch, subjects, _, height, width = latents_BNChw.shape
         _, patch_h, patch_w = self.patch_size
@@ -330,7 +332,9 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
         for block in self.blocks:
             x_BLD = block(x_BLD, text_BSD, modulation, rotary, features=features)
         where = sincos_2d(*grid, x_BLD.shape[-1], self.position_base)
-        return [(one + where.to(one)).unflatten(0, (batch, subjects)).flatten(1, 2) for one in features]
+        found = [(one + where.to(one)).unflatten(0, (batch, subjects)).flatten(1, 2) for one in features]
+        cos, sin = rotary
+        return found, (cos.repeat(1, subjects, 1, 1), sin.repeat(1, subjects, 1, 1))
 
     def _rotary(
         self, hidden_states: Tensor, frames: int, grid: tuple[int, int], cache: KeyValueCache | None, twice: bool

@@ -30,6 +30,7 @@ class ReferenceTokens:
     latents_BNChw: Tensor | None = None  # of the pictures, where they also enter self-attention
     mask_self_BS: Tensor | None = None
     features: list[Tensor] | None = None  # by block, (B, S, D): what the base makes of the pictures
+    rotary: tuple[Tensor, Tensor] | None = None  # of their tokens
 
 
 def sincos_1d(count: int, dim: int, first: int = 0, base: float = 10000.0) -> Tensor:
@@ -186,7 +187,8 @@ class RefSelfAttention(WanAttention):
 
     The pictures run through the base as videos of one clean frame (timestep 0, no gradient). Of the features u that
     enter this block's self-attention there, with fixed positions:
-        out = Wo(A(q, k, v) + A(q', RMS(k_ref u; norm_k_ref), v_ref u)),    q' = q before the rotary embedding
+        out = Wo(A(q, k, v) + A(q, R(RMS(k_ref u; norm_k_ref)), v_ref u)),    R the rotary embedding of the picture
+    Rotary positions of picture and frame make "one cell further right" one turn for all places.
     k_ref starts as the base's own key layer, v_ref at zero: the output is the base's at step 0. Features of the base
     carry detail that two projections of a VAE latent cannot (Stand-In, AnimateAnyone's reference network).
     """
@@ -202,17 +204,3 @@ class RefSelfAttention(WanAttention):
         self.norm_k_ref.weight.copy_(self.norm_k.weight)
         nn.init.zeros_(self.v_ref.weight)
         nn.init.zeros_(self.v_ref.bias)
-
-    def reference_path(self, query_BLD: Tensor, references: ReferenceTokens, layer: int) -> Tensor:
-        """(B, L, D) to add to the attention over the video's own tokens."""
-        place = -1 - layer  # the cross-attention of this block remembers under `layer`
-        if references.memory is not None and place in references.memory:
-            key, value = references.memory[place]
-        else:
-            assert references.features is not None
-            features = references.features[layer].to(self.k_ref.weight.dtype)
-            key, value = rms_norm(self.norm_k_ref, self.k_ref(features)), self.v_ref(features)
-            if references.memory is not None:
-                references.memory[place] = [key, value]
-        path = attend(query_BLD, key, value, self.heads, references.mask_self_BS)
-        return path * references.weight_B11.to(query_BLD.dtype)
