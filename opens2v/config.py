@@ -157,6 +157,11 @@ class ModelConfig(Section):
     absolute_positions: bool = setting(
         False, "add fixed positions in frame, row and column to the video tokens (small base: learns a scene sooner)"
     )
+    position_base: float = setting(
+        10000.0,
+        "slowest wavelength of fixed positions, in positions over 2 pi; small grids want about their side",
+        gt=1,
+    )
     clip_path: Literal["shared", "separate", "off"] = setting(
         "shared", "keys and values of the CLIP path: the text's, own ones, or no path"
     )

@@ -68,9 +68,7 @@ def clips_for(config: Any, options: MetricsOptions) -> tuple[Any, list[list[dict
 
 
 def loss_figures(generator: Any, samples: list[list[dict]], unseen: list[int], chunk: int) -> dict[str, float]:
-    """Losses with the own, another's and no subject picture, for seen and unseen subjects, and the x0 error by noise
-    level.
-    """
+    """Losses with the own, another's and no subject picture, seen and unseen subjects, and x0 error by noise level."""
     import torch
 
     from opens2v.data.video import normalise

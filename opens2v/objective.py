@@ -33,9 +33,7 @@ class RefImageFlowMatching:
         )
 
     def losses(self, model: Any, batches: list[dict], step: int) -> Iterator[tuple[Tensor, dict]]:
-        """One pre-weighted loss per micro-batch: mean over samples and frames of weight(t) * mean square of v -
-        target.
-        """
+        """One pre-weighted loss per micro-batch: mean over samples and frames of weight(t) * square of v - target."""
         training = self.config.training
         # Collected at the same step on all ranks: one that pauses alone makes the others wait for it.
         if training.gc_interval and step % training.gc_interval == 0:

@@ -95,16 +95,15 @@ class SceneDataset:
         return f"scenes_{self.which}", f"{index:06d}"
 
     def scene(self, index: int, epoch: int = 0) -> Scene:
-        """The ground truth of a sample: a large subject that starts on a cell of the codec and crosses the picture."""
+        """The ground truth of a sample: a large subject that starts on cells of the codec and leaves the middle."""
         scene = self.scenes.scene(epoch * LENGTH + index, unseen=self.which == "combinations")
         x, y = (self._off_middle(part) for part in scene.shifts[0])
         across = (x, 0.0) if scene.motion in ("up", "down") else (0.0, y)
         return scene._replace(size="large", shifts=(across, (0.0, 0.0)))
 
     def _off_middle(self, part: float) -> float:
-        """A number from -1 to 1 as no or one cell to either side, in the unit of Scene.shifts."""
-        cells = round(1.5 * part)
-        return cells * CELL / (SHIFT * min(self.scenes.height, self.scenes.width))
+        """A number from -1 to 1 as one cell to a side, or, for half of them, none; in the unit of Scene.shifts."""
+        return round(part) * CELL / (SHIFT * min(self.scenes.height, self.scenes.width))
 
     def place(self, scene: Scene) -> str:
         """Words for where the subject goes along; none for the middle."""
@@ -120,8 +119,8 @@ class SceneDataset:
         return self.shown(self.scene(index, epoch), epoch * LENGTH + index)
 
     def at(self, frame: int) -> float:
-        """Which part of its way the subject has gone in a frame."""
-        return frame / max(1, self.num_frames - 1)
+        """Which part of the way across the picture lies behind the subject in a frame: it starts in the middle."""
+        return 0.5 + 0.5 * frame / max(1, self.num_frames - 1)
 
     def clip(self, scene: Scene) -> np.ndarray:
         """uint8 (F, H, W, 3)."""

@@ -127,9 +127,7 @@ class PatchCodec(nn.Module):
         return self
 
     def _patches(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, 4k + 1, H, W) -> patches (B, 1, h, w, 48) of the first frame, changes (B, k, h, w, 192) of the
-        others.
-        """
+        """(B, 3, 4k + 1, H, W) -> patches (B, 1, h, w, 48) of the first frame, changes (B, k, h, w, 192) of others."""
         batch, _, count, _, _ = frames.shape
         check_frames(count, "the video")
         flat = functional.pixel_unshuffle(frames.transpose(1, 2).flatten(0, 1), self.spatial)
@@ -158,9 +156,7 @@ class PatchCodec(nn.Module):
 
 
 def principal_components(x: Tensor, count: int) -> Tensor:
-    """The `count` directions (D, count) of largest mean square of vectors (..., D); signs do not depend on the
-    solver.
-    """
+    """The `count` directions (D, count) of largest mean square of vectors (..., D); signs are fixed."""
     rows = x.flatten(0, -2).double()
     values, vectors = torch.linalg.eigh(rows.T @ rows / max(1, len(rows)))
     vectors = vectors[:, values.argsort(descending=True)[:count]]

@@ -45,6 +45,7 @@ def transformer_settings(config: Config) -> dict[str, Any]:
         ref_clip_dim=clip_token_width(config), clip_path=model.clip_path, clip_proj_type=model.clip_proj_type,
         vae_pos_embed=model.vae_pos_embed, fused_path=model.train_fused_path,
         absolute_positions=model.absolute_positions, ref_in_self_attention=model.ref_in_self_attention,
+        position_base=model.position_base,
     )  # fmt: skip
 
 
@@ -163,6 +164,8 @@ def train_base(config: Config, info: DistInfo, path: Path, steps: int) -> None:
     config = base_config(config, info.world, **drops)
     dataset = training_set(config, load_subjects=together)
     model = new_transformer(config)
+    if together:
+        model.open_reference_paths()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(together or not is_reference_name(name))
     image = PixelImages() if together and config.model.clip_path != "off" else None

@@ -1,6 +1,4 @@
-"""Base weights of Wan2.1 in every public form: original and diffusers names, wrapped, prefixed, sharded or in a
-folder.
-"""
+"""Base weights of Wan2.1 in every public form: original and diffusers names, wrapped, prefixed, sharded."""
 
 import json
 import re
@@ -234,9 +232,7 @@ def load_generator_checkpoint(
 
 
 def cast_base(model: nn.Module, dtype: torch.dtype) -> None:
-    """Put the frozen base into `dtype`; time embedder, modulation tables and block norms stay float32, as in the
-    library.
-    """
+    """Put the frozen base into `dtype`; time embedder, modulation tables and block norms stay float32."""
     for name, parameter in model.named_parameters():
         if (
             not is_reference_name(name)
