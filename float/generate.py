@@ -158,7 +158,7 @@ def emotion_of(
     """
     import torch
 
-    from float.modules.audio import SAMPLE_RATE, normalise_waveform
+    from float.modules.audio import SAMPLE_RATE, moments
     from float.modules.emotion import FROM_SPEECH, Audio2Emotion, emotion_index, one_hot
 
     model, data = animator.config.model, animator.config.data
@@ -178,15 +178,15 @@ def emotion_of(
     recogniser = Audio2Emotion.from_pretrained(model.audio2emotion_path).to(animator.device)
     if live is not None:
         heard = (live.heard.to(animator.device) for _ in iter(int, 1))  # of what came in up to the window
-        return (recogniser(normalise_waveform(wave)[None])[0] for wave in heard)
+        return (recogniser.hear(wave) for wave in heard)
     assert sound is not None, "sound that is not live is there"
-    wave = normalise_waveform(sound)
     if not options.dynamic_emotion:
-        return recogniser(wave[None])[0]
+        return recogniser.hear(sound)
     # a window at the clip's end hears as much sound as the others, for a few samples have no emotion
     length = int(data.sequence_length * SAMPLE_RATE / data.video_fps)
-    ends = range(length, len(wave) + length, length)
-    return (recogniser(wave[None, max(0, min(end, len(wave)) - length) : end])[0] for end in ends)
+    ends, (mean, deviation) = range(length, len(sound) + length, length), moments(sound)
+    windows = (sound[max(0, min(end, len(sound)) - length) : end] for end in ends)
+    return (recogniser((window[None] - mean) / deviation)[0] for window in windows)
 
 
 def _box(values: list[float] | None) -> tuple[float, float, float, float] | None:
