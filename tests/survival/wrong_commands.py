@@ -31,7 +31,8 @@ SETTINGS = """
 --num-workers -1 | --num-workers 100000 | --seed -1 | --seed 99999999999999999999 | --keep-last 1 | --save-steps 0
 --resume /nowhere/checkpoint | --resume EMPTY | --output-dir FILE | --output-dir FILE/below | --output-dir=
 --set training.learning_rate | --set training.nothing=1 | --set =1 | --wandb | --time-limit-minutes 0 | --ema-decay 1.5
---lr-scheduler-type cosin | --global-batch-size 7 | --max-grad-norm -1 | --adam-beta1 1 | --logging-steps 0
+--lr-scheduler-type cosin | --batch-size 4 --global-batch-size 7 | --max-grad-norm -1 | --adam-beta1 1
+--logging-steps 0
 """
 GENERATING = """
 --checkpoint /nowhere | --checkpoint EMPTY | --checkpoint FILE | --checkpoint broken.pt | --chekpoint EMPTY
@@ -65,7 +66,33 @@ OTHERS = [
     "bagel/weights/export.py --checkpoint EMPTY --output OUT",
     "float/weights/released.py --checkpoint EMPTY --output OUT/float.pth",
     "dit/precompute.py --config small --shard-size 0 --out OUT",
+    "multimodal/download_datasets.py --datasets nothing --data-root OUT",
+    "multimodal/download_datasets.py --datasets coco --max-retries -1 --data-root OUT",
+    "multimodal/weights/export.py --checkpoint EMPTY --output OUT",
+    "multimodal/weights/export.py --checkpoint FILE --form onnx --output OUT",
+    "opens2v/export.py --checkpoint EMPTY --output OUT",
+    "opens2v/export.py --checkpoint FILE --output OUT",
+    "opens2v/prepare.py --nothing 1",
+    "float/prepare.py --data-root /nowhere --output-dir OUT",
+    "float/prepare.py --data-root EMPTY --output-dir OUT",
+    "bagel/check_data.py --data-path FILE",
+    "bagel/check_data.py --data-path EMPTY",
+    "multimodal/embed.py",
+    "multimodal/embed.py nothing",
+    "multimodal/embed.py page --index /nowhere --output OUT/a.html",
 ]
+SCRIPTS = """
+run_all.sh --only nothing | run_all.sh --jobs 0 | run_all.sh --preset smal | run_all.sh --nothing | run_all.sh --gpus
+run_all.sh --offline --output-dir OUT --max-steps x | run_all.sh --offline --output-dir OUT --gpus x
+run_all.sh --offline --output-dir OUT --only dit --strategy ddpp | run_all.sh --offline --output-dir OUT --batch-size x
+run_all.sh --offline --output-dir OUT --model-size huge | run_all.sh --offline --output-dir OUT --datasets nothing
+scripts/bench.sh --nothing | scripts/bench.sh --system nothing | scripts/gpu_check.sh --nothing
+scripts/demo.sh --nothing | scripts/setup_environment.sh --nothing
+scripts/setup_environment.sh --python | scripts/setup_environment.sh --python FILE
+scripts/train_dit.sh --gpus 2 --learning-rat 1 | scripts/train_opens2v.sh --gpus x
+scripts/train_bagel.sh --gpus 2 --config smal | scripts/train_rectified_flow.sh --config smal
+scripts/train_multimodal.sh --model-size huge
+"""
 
 
 class Wrong(NamedTuple):
@@ -91,6 +118,7 @@ def commands() -> list[Wrong]:
                 found.append(Wrong(f"{system} {script}", words))
     launcher = str(ROOT / "scripts" / "launch.sh")
     found += [Wrong("launch", ["bash", launcher, *shlex.split(line)]) for line in _lines(LAUNCHING)]
+    found += [Wrong("script", ["bash", *shlex.split(line)]) for line in _lines(SCRIPTS)]
     found += [Wrong(f"other {line.split()[0]}", [sys.executable, *shlex.split(line)]) for line in OTHERS]
     return found
 
