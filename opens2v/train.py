@@ -127,8 +127,7 @@ def check_inputs(config: Config) -> None:
     if model.generator_ckpt is None and config.training.base_steps == 0:
         raise UserError(
             "generator_ckpt is not set; give the folder or file of Wan2.1-T2V-1.3B (--generator-ckpt), or train a "
-            "small "
-            "base first (--config small)"
+            "small base first (--config small)"
         )
     if model.generator_ckpt is None and (model.codec == "wan" or model.text_encoder == "umt5"):
         raise UserError(

@@ -21,6 +21,7 @@ from shared.rng import keyed_seed
 
 SCENE_RATE = 8.0  # frames per second
 UNSEEN = 16  # drawings at the end of the list
+ASIDE = 0.25  # share of the scenes whose subject starts beside the middle
 CELL = 4  # pixels of the codec's cells: subjects start on them
 ACROSS = {True: ("on the left", "", "on the right"), False: ("at the top", "", "at the bottom")}  # of up and down; else
 LENGTH = 4096  # scenes of an epoch
@@ -102,8 +103,8 @@ class SceneDataset:
         return scene._replace(size="large", shifts=(across, (0.0, 0.0)))
 
     def _off_middle(self, part: float) -> float:
-        """A number from -1 to 1 as one cell to a side, or, for half of them, none; in the unit of Scene.shifts."""
-        return round(part) * CELL / (SHIFT * min(self.scenes.height, self.scenes.width))
+        """A number from -1 to 1 as one cell to a side, or, for most of them, none; in the unit of Scene.shifts."""
+        return int(part / (1 - ASIDE)) * CELL / (SHIFT * min(self.scenes.height, self.scenes.width))
 
     def place(self, scene: Scene) -> str:
         """Words for where the subject goes along; none for the middle."""

@@ -316,8 +316,7 @@ def load_clip(image_encoder_path: str | None, dtype: torch.dtype = torch.bfloat1
     if image_encoder_path is None or not Path(image_encoder_path).is_dir():
         raise UserError(
             f"image_encoder_path {image_encoder_path}: not a folder; give image_encoder of "
-            "Wan2.1-I2V-14B-480P-Diffusers "
-            "(the text-to-video folder holds none), or --clip-path off"
+            "Wan2.1-I2V-14B-480P-Diffusers (the text-to-video folder holds none), or --clip-path off"
         )
     from transformers import CLIPVisionModel
 

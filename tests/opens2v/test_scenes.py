@@ -50,7 +50,7 @@ def test_a_sample_is_a_function_of_seed_and_number(config):
 
 def test_subjects_start_on_a_cell_of_the_codec_and_captions_say_where(config):
     dataset, places = scene_set(config, "train"), set()
-    for number in range(99):
+    for number in range(200):
         scene = dataset.scene(number)
         (_, top, left), (_, *end) = (dataset.scenes._placed(scene, dataset.at(frame))[0] for frame in (0, 4))
         assert top % 4 == left % 4 == 0 and abs(end[0] - top) + abs(end[1] - left) == 4
