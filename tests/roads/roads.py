@@ -140,7 +140,9 @@ def bagel(preset: str, ranks: int = 1) -> Road:
         sample = ROOT / "bagel" / "sample_data"
         data = ["--train-data-path", str(sample / "train.jsonl"), "--val-data-path", str(sample / "val.jsonl")]
         sizes = "--tokens-per-batch 600 --max-sequence-length 400 --validation-records 8 --num-workers 1"
-        sides = [word for kind in KINDS for word in ("--set", f"data.{kind}={{max_size: 32, min_size: 16}}")]
+        kinds = ("vae_image", "vit_image", *(("edit_vit_image",) if preset != "7b_nf4" else ()))
+        sides = [f"data.{kind}.{name}" for kind in kinds for name in ("max_size=32", "min_size=16")]
+        sides = [word for setting in sides for word in ("--set", setting)]
         return ["--model-path", str(released_bagel(files)), *data, *sizes.split(), *sides, *FEW]
 
     draw = (
@@ -156,9 +158,6 @@ def bagel(preset: str, ranks: int = 1) -> Road:
     if preset.startswith("small"):
         opened += (opening.guide_file_of_bagel,)
     return Road("bagel", preset, flags, after=after, opened=opened, ranks=ranks)
-
-
-KINDS = ("vae_image", "vit_image", "edit_vit_image")
 
 
 def released_bagel(files: Path) -> Path:

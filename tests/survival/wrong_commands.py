@@ -28,7 +28,7 @@ SETTINGS = """
 --learning-rate abc | --learning-rate -1 | --learning-rate nan | --learning-rate | --learning-rat 1 | hello
 --batch-size 0 | --batch-size 1.5 | --batch-size 99999999999999999999 | --total-steps 0 | --total-steps 1e3
 --strategy ddpp | --strategy none --cpu-offload | --precision fp8 | --precision fp16 | --device tpu | --device cuda:7
---num-workers -1 | --num-workers 100000 | --seed -1 | --seed 99999999999999999999 | --keep-last 1 | --save-steps 0
+--num-workers -1 | --num-workers 100000 | --seed -1 | --seed 99999999999999999999 | --keep-last -1 | --save-steps 0
 --resume /nowhere/checkpoint | --resume EMPTY | --output-dir FILE | --output-dir FILE/below | --output-dir=
 --set training.learning_rate | --set training.nothing=1 | --set =1 | --wandb | --time-limit-minutes 0 | --ema-decay 1.5
 --lr-scheduler-type cosin | --batch-size 4 --global-batch-size 7 | --max-grad-norm -1 | --adam-beta1 1
