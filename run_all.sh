@@ -116,9 +116,13 @@ if [[ "$offline" == true ]]; then
     export HF_HUB_OFFLINE=1 WANDB_MODE=offline
 fi
 
+# What is wrong in the values is said before anything is fetched, made or trained.
+if ((${#launch[@]})); then bash scripts/launch.sh "${launch[@]}" --print-command multimodal >/dev/null; fi
 if [[ "$pipeline" == true ]]; then
     data_root="${data_root:-data}"
     out="$output/multimodal"
+    if ((${#datasets[@]})); then multimodal+=(--datasets "${datasets[@]}"); fi
+    CHECK_ARGUMENTS=1 "$python" multimodal/train.py --config default --data-root "$data_root" "${multimodal[@]}" "${train[@]}"
     if [[ "$skip_download" == false && "$offline" == false ]]; then
         if ((${#datasets[@]} == 0)); then datasets=(coco clotho audiocaps); fi
         code=0
@@ -129,12 +133,15 @@ if [[ "$pipeline" == true ]]; then
             exit 2
         fi
     fi
-    if ((${#datasets[@]})); then multimodal+=(--datasets "${datasets[@]}"); fi
     bash scripts/launch.sh "${launch[@]}" multimodal --config default --data-root "$data_root" --output-dir "$out" "${multimodal[@]}" "${train[@]}"
     "$python" multimodal/metrics.py --checkpoint "$out" --output "$out/metrics.json"
     echo "report: $out/report.html"
     exit 0
 fi
+
+for system in "${only[@]}"; do
+    CHECK_ARGUMENTS=1 "$python" "$system/train.py" --config "$(preset_of "$system")" "${train[@]}"
+done
 
 mkdir -p "$output/logs"
 cores="$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)"

@@ -34,7 +34,7 @@ from dit.data.scenes import SceneDataset
 from dit.dataset import TextImageDataset, spread, unit
 from dit.evaluation.figures import Extractor, Pictures, figures, psnr, reference_of, ssim
 from dit.evaluation.held_out import errors, held_out_noise, prepare
-from dit.evaluation.scenes import scene_bars, scene_figures, scene_grid
+from dit.evaluation.scenes import scene_bars, scene_figures, scene_grid, scene_headline
 from dit.generate import Drawer, Request, batches_of, draw_folder, guidance
 from dit.sampling.drawing import grid, to_uint8
 from dit.weights.open import Trained, load_trained
@@ -241,6 +241,7 @@ def report(measurement: Measurement, found: dict, options: MetricsOptions, run_f
         bars=bars,
         samples=samples,
         curves=["train/loss", "val/loss", "val/constant_loss"],
+        headline=scene_headline(found["scenes"]) if "scenes" in found and not measurement.measured.is_train else "",
     )
 
 

@@ -128,7 +128,7 @@ fi
 if [[ "$plan" == true ]] || ((nodes == 1 && gpus == 1 && restarts == 0)); then
     line=("$python" "$root/$system/$entry")
 else
-    line=("$python" -m torch.distributed.run "--nproc_per_node=$gpus" "--max-restarts=$restarts")
+    line=("$python" "$root/scripts/ranks.py" "--nproc_per_node=$gpus" "--max-restarts=$restarts")
     if ((nodes == 1)); then
         line+=(--standalone)
     else
@@ -147,7 +147,7 @@ else
     line+=("$root/$system/$entry")
 fi
 line+=("${forwarded[@]}")
-if [[ "${line[1]}" == -m && "$entry" == train.py && "$print_only" == false ]]; then
+if [[ "${line[1]}" == */ranks.py && "$print_only" == false ]]; then
     CHECK_ARGUMENTS=1 "$python" "$root/$system/$entry" "${forwarded[@]}" # a wrong flag is one sentence, not one a process
 fi
 printf '%q ' "${line[@]}"

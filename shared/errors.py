@@ -3,10 +3,12 @@
 import errno
 import fcntl
 import functools
+import json
 import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -63,6 +65,9 @@ def command(main: Callable) -> Callable:
 _AT_END: list[list[Callable[[], object]]] = []  # of every command that runs, the inner one last
 
 
+WAIT_TO_SAY = 3.0  # seconds that all ranks of a node but its first wait before they say what is wrong
+
+
 def in_command() -> bool:
     """Whether a command() runs; not where a notebook or a test calls its parts."""
     return bool(_AT_END)
@@ -86,6 +91,12 @@ def _console_fails() -> bool:
 
 def _leave(message: str) -> None:
     rank = os.environ.get("RANK")
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun shows it in its summary, below its own traceback
+        with suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            said = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
+            json.dump({"message": said}, file)
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(WAIT_TO_SAY)  # mostly rank 0 says the same, and torchrun ends this process meanwhile
     with suppress(OSError):
         print(message if rank is None else f"[rank {rank}] {message}", file=sys.stderr, flush=True)
     try:

@@ -1,5 +1,6 @@
 """The launchers: the commands they print, the mistakes they refuse, and shellcheck."""
 
+import importlib
 import os
 import re
 import shutil
@@ -52,7 +53,7 @@ def test_several_processes_on_one_node():
         "--dry-run", "--gpus", "2", "--max-restarts", "3", "dit", "--config", "xl", "--strategy", "fsdp"
     ).stdout
     for part in (
-        "torch.distributed.run",
+        "scripts/ranks.py",
         "--nproc_per_node=2",
         "--max-restarts=3",
         "--standalone",
@@ -73,7 +74,16 @@ def test_two_nodes():
 
 def test_a_plan_is_made_by_one_process():
     line = launch("--print-command", "--gpus", "2", "dit", "--config", "xl", "--dry-run", "--world-size", "64").stdout
-    assert "torch.distributed.run" not in line and line.rstrip().endswith("--config xl --dry-run --world-size 64")
+    assert "scripts/ranks.py" not in line and line.rstrip().endswith("--config xl --dry-run --world-size 64")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("batch, said", [("--global-batch-size 7", 1), ("--batch-size many", 1)])
+def test_what_every_rank_finds_wrong_is_said_once(tmp_path, batch, said):
+    out = ["--output-dir", str(tmp_path / "out"), "--device", "cpu"]
+    done = launch("--gpus", "2", "dit", "--config", "small", *batch.split(), *out)
+    assert done.returncode == 2 and done.stderr.count("error: ") == said, done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
 
 
 def test_no_gpu_is_said_aloud():
@@ -183,3 +193,12 @@ def test_torchrun_gets_the_time_that_a_save_needs(tmp_path):
     pod = re.search(r"terminationGracePeriodSeconds: (\d+)", (ROOT / "scripts" / "kubernetes.yaml").read_text())
     job = re.search(r"--signal=B:USR1@(\d+)", (ROOT / "scripts" / "slurm.sh").read_text())
     assert 30 < given < int(pod[1]) <= int(job[1])
+
+
+@pytest.mark.parametrize("system", ["float", "opens2v", "bagel", "dit", "multimodal"])
+def test_a_metric_that_no_validation_gives_is_refused_at_once(system, tmp_path, capsys):
+    main = importlib.import_module(f"{system}.train").main
+    with pytest.raises(SystemExit) as ended:
+        main(["--config", "small", "--best-metric", "val/los", "--output-dir", str(tmp_path / "run")])
+    assert ended.value.code == 2 and not (tmp_path / "run").exists()
+    assert "no validation gives it; did you mean val/loss?" in capsys.readouterr().err

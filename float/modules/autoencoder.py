@@ -136,9 +136,12 @@ class SynthesisDecoder(nn.Module):
         self.direction = Direction(dim_w, dim_m)
         self.input = ConstantInput(channels[4])
         self.conv1 = StyledConv(channels[4], channels[4], dim_w)
-        self.to_rgb1 = ToRGB(channels[4])  # part of the released file, never used
+        self.to_rgb1 = ToRGB(
+            channels[4]
+        )  # part of the released file, never used, not saved: so the same in every process
         del self.to_rgb1.upsample
-        self.to_rgb1.requires_grad_(False)
+        for parameter in self.to_rgb1.parameters():
+            nn.init.zeros_(parameter).requires_grad_(False)
         self.convs, self.to_rgbs, self.to_flows = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for exponent in range(3, levels(size) + 1):
             below, here = channels[2 ** (exponent - 1)], channels[2**exponent]

@@ -22,7 +22,7 @@ from float.modules.discriminators import AutoencoderWithJudges
 from float.modules.emotion import Audio2Emotion
 from float.sampling.animate import Animator, audio_windows
 from float.sampling.motion import SamplingOptions, sample_motion
-from float.weights.open import load_autoencoder, load_generator, make_autoencoder, make_generator
+from float.weights.open import load_autoencoder, load_generator, make_autoencoder, make_generator, unsaved_names
 from float.weights.released import export_released_layout, load_released_checkpoint, released_state
 from shared.config import load_saved
 from shared.errors import UserError
@@ -200,6 +200,21 @@ def test_directions_are_orthonormal_and_edits_touch_one(kind):
     assert torch.allclose(after[:, 2], torch.tensor(1.5), atol=1e-5)
     assert torch.allclose(after[:, 0], before[:, 0] + 0.25, atol=1e-5)
     assert torch.allclose(after[:, [1, 3]], before[:, [1, 3]], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["lia", "compact"])
+def test_what_a_run_does_not_save_of_the_autoencoder_is_the_same_in_every_process(kind):
+    """Or phase 2 could not resume: it asks whether the auto-encoder is the one whose motion it has learned."""
+    model = ModelConfig(
+        autoencoder=kind, input_size=32, channels={side: 8 for side in (4, 8, 16, 32)}, dim_w=16, dim_m=4
+    )
+    ends = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        autoencoder = make_autoencoder(model)
+        unsaved = unsaved_names(autoencoder)
+        ends.append({name: value for name, value in autoencoder.state_dict().items() if name in unsaved})
+    assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
 def test_the_compact_autoencoder_starts_as_a_copy_of_the_source():

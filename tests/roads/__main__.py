@@ -1,4 +1,4 @@
-"""Every shipped preset walked from end to end, small: plan, train, kill, resume, validate, sample, generate, export.
+"""Every shipped preset walked from end to end, small: plan, train, kill, resume, sample, generate, export, open.
 
   python -m tests.roads [--only dit "float small"] [--output DIR]
 The plan is that of the preset as it is shipped; the rest runs with small widths, depths, pictures and steps and tiny
@@ -6,12 +6,16 @@ encoders of the right class, every other switch as it is. A killed run must end 
 """
 
 import argparse
+import functools
+import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from tests import forking
 from tests.launching import final_tensors, run, run_and_kill, same_bits
+from tests.roads import opening
 from tests.roads.roads import ROADS, Road
 
 
@@ -24,23 +28,37 @@ def walk(road: Road, files: Path, output: Path) -> list[tuple[str, str]]:
             fault = action() or ""
         except (AssertionError, Exception) as error:  # noqa: B014  (one line for whatever fails)
             fault = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-        found.append((name, fault))
-        return not fault
+        found.append((name, fault if isinstance(fault, str) else ""))
+        return not found[-1][1]
 
+    def command(ranks: int, line: list[str]) -> str:
+        if ranks == 1:
+            return done(forking.run(*line, timeout=600))
+        return done(run(ranks, *line, check=False, timeout=600))
+
+    def kill() -> str:
+        line, latest = road.train(files, killed), killed / road.place / "checkpoints" / "latest"
+        start = forking.run_and_kill if road.ranks == 1 else functools.partial(run_and_kill, road.ranks)
+        return "" if start(*line, after=0.0, watch=latest) else "it had ended before the kill"
+
+    def train(folder: Path) -> str:
+        return command(road.ranks, road.train(files, folder))
+
+    shutil.rmtree(output, ignore_errors=True)
     straight, killed = output / "straight", output / "killed"
-    part("plan", lambda: done(run(1, *road.plan(), check=False)))
-    if not part("train", lambda: done(run(road.ranks, *road.train(files, straight), check=False, timeout=600))):
+    part("plan", lambda: command(1, road.plan()))
+    if not part("train", lambda: train(straight)):
         return found
-    latest = killed / road.place / "checkpoints" / "latest"
-    part(
-        "kill",
-        lambda: None if run_and_kill(road.ranks, *road.train(files, killed), after=0.0, watch=latest) else "ended",
-    )
-    if part("resume", lambda: done(run(road.ranks, *road.train(files, killed), check=False, timeout=600))):
+    part("validate", lambda: opening.validated(straight / road.place))
+    for pattern in road.made:
+        part(pattern.split("/")[0], lambda pattern=pattern: "" if list(straight.glob(pattern)) else f"no {pattern}")
+    part("kill", kill)
+    if part("resume", lambda: train(killed)):
         part("equal", lambda: equal(straight / road.place, killed / road.place))
-    for name, commands in road.after.items():
-        for line in commands(files, straight):
-            part(name, lambda line=line: done(run(1, *line, check=False, timeout=600)))
+    for name, words in road.after.items():
+        part(name, lambda words=words: command(*words(straight)))
+    for opener in road.opened:
+        part("open", lambda opener=opener: opener(straight))
     return found
 
 
@@ -60,11 +78,16 @@ def equal(straight: Path, killed: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", nargs="+", default=[], help="words that the names begin with, such as dit or 'dit xl'"
+        "--only", nargs="+", default=[], help="whole words that the names begin with, as dit or 'dit xl'"
     )
     parser.add_argument("--output", type=Path, help="keep the runs here")
     options = parser.parse_args()
-    roads = [road for road in ROADS if not options.only or any(road.name.startswith(word) for word in options.only)]
+    roads = [
+        road
+        for road in ROADS
+        if not options.only or any(f"{road.name} ".startswith(f"{word} ") for word in options.only)
+    ]
+    forking.preload()
     failed, began = 0, time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         place = options.output or Path(folder)

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import numpy as np
+import soundfile
 import torch
 from PIL import Image
 
@@ -62,14 +64,18 @@ def wav2vec(folder: Path, width: int = 16) -> Path:
 
 
 def emotion(folder: Path, width: int = 16) -> Path:
-    """A Wav2Vec2ForSequenceClassification with seven classes."""
-    from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForSequenceClassification
+    """The speech emotion recogniser with its seven classes, whose head has other names than transformers' class."""
+    from safetensors.torch import save_file
+    from transformers import Wav2Vec2Config
+
+    from float.modules.emotion import Audio2Emotion
 
     if not folder.exists():
         torch.manual_seed(0)
-        config = _sound_config(Wav2Vec2Config, width, num_labels=7, finetuning_task="wav2vec2_clf")
-        Wav2Vec2ForSequenceClassification(config).save_pretrained(folder)
-        Wav2Vec2FeatureExtractor().save_pretrained(folder)
+        config = _sound_config(Wav2Vec2Config, width)
+        config.save_pretrained(folder)
+        model = Audio2Emotion.from_config(config).wav2vec2_for_emotion
+        save_file(model.state_dict(), folder / "model.safetensors")
     return folder
 
 
@@ -133,3 +139,59 @@ def class_folders(folder: Path, classes: int = 3, each: int = 6) -> Path:
             colour = tuple(30 + (70 * number + 9 * index + 60 * part) % 220 for part in range(3))
             Image.new("RGB", (72, 64), colour).save(place / f"{index}.png")
     return folder
+
+
+def captioned(folder: Path, count: int = 24) -> Path:
+    """Pictures of two shapes, each with its caption in a text file beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        size = ((72, 64), (64, 96))[number % 2]
+        Image.new("RGB", size, (10 * number % 256, 90, 200)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"a wall, number {number}\n")
+    return folder
+
+
+def downloaded(folder: Path) -> Path:
+    """COCO with instances, Clotho and AudioCaps as their owners lay them out."""
+    for split, numbers in (("train", range(32)), ("val", range(32, 40))):
+        _coco_split(folder / "coco", split, numbers)
+        _audiocaps_split(folder / "audiocaps", split, numbers)
+    for split, numbers in (("development", range(32)), ("validation", range(32, 40))):
+        rows = ["file_name,caption_1,caption_2", *(f"{n}.wav,a tone number {n},a sound" for n in numbers)]
+        for number in numbers:
+            tone(folder / "clotho" / split / f"{number}.wav", number)
+        (folder / "clotho" / f"clotho_captions_{split}.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def _coco_split(folder: Path, split: str, numbers: range) -> None:
+    (folder / f"{split}2017").mkdir(parents=True, exist_ok=True)
+    (folder / "annotations").mkdir(exist_ok=True)
+    listed = [{"id": n, "file_name": f"{n:012d}.jpg"} for n in numbers]
+    for entry in listed:
+        colour = tuple((37 * entry["id"] + 80 * part) % 256 for part in range(3))
+        Image.new("RGB", (48, 40), colour).save(folder / f"{split}2017" / entry["file_name"])
+    texts = [{"id": n, "image_id": n, "caption": f"a wall, number {n}"} for n in numbers]
+    boxes = [{"image_id": n, "category_id": 1 + n % 3} for n in numbers]
+    names = [{"id": n + 1, "name": f"class {n}"} for n in range(80)]
+    trees = {
+        "captions": {"images": listed, "annotations": texts},
+        "instances": {"images": listed, "annotations": boxes, "categories": names},
+    }
+    for kind, tree in trees.items():
+        (folder / "annotations" / f"{kind}_{split}2017.json").write_text(json.dumps(tree))
+
+
+def _audiocaps_split(folder: Path, split: str, numbers: range) -> None:
+    rows = [f"{n},clip{n},{n},a bell number {n}" for n in numbers]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{split}.csv").write_text("\n".join(["audiocap_id,youtube_id,start_time,caption", *rows]) + "\n")
+    for number in numbers:
+        tone(folder / "audio" / split / f"clip{number}_{number}.wav", number)
+
+
+def tone(path: Path, number: int) -> None:
+    """Half a second of one pitch, 16 kHz."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    time = np.arange(8000) / 16000
+    soundfile.write(path, 0.3 * np.sin(2 * np.pi * (200 + 50 * number) * time), 16000)

@@ -2,51 +2,74 @@
 
   python -m tests.survival.kills [--systems dit bagel] [--kills 10] [--ranks 1 2] [--steps 60] [--seed 0] [--anywhere]
 SIGKILL reaches the launcher and all workers, at a moment drawn between a checkpoint and the next ones; with --anywhere
-at one drawn over the whole life of the run: imports, codecs and caches, every phase and what lies between them.
+at one drawn over the whole life of the run: codecs and caches, every phase and what lies between them. Runs of one rank
+are forks of this process, which has imported torch.
 """
 
 import argparse
+import functools
 import json
 import random
+import shutil
 import tempfile
 import time
 from pathlib import Path
 
+from tests import forking
 from tests.launching import final_tensors, losses, run, run_and_kill, same_bits
 from tests.survival.systems import System, chosen
 
 
 def survive(system: System, folder: Path, world: int, options: argparse.Namespace) -> dict:
-    """Kill and resume one system's run; says how many kills hit it and whether the end is the same."""
+    """Kill and resume one system's run until so many kills have hit it, in a new folder whenever it has come to its
+    end; says whether every end is that of the undisturbed run.
+    """
     draw = random.Random(f"{options.seed} {system.name} {world}")
-    outputs = [folder / system.name / f"{name}_{world}" for name in ("straight", "killed")]
-    commands = [system.arguments(folder, output, world, options.steps, options.save) for output in outputs]
-    commands = [[*command, *(["--strategy", "ddp"] if world > 1 else [])] for command in commands]
-    began = time.monotonic()
-    run(world, *commands[0], timeout=900)
-    life, killed = time.monotonic() - began, 0
-    latest = outputs[1] / system.place / "checkpoints" / "latest"
-    for _ in range(20 * options.kills):
-        if killed == options.kills:
-            break
-        if options.anywhere:
-            killed += run_and_kill(world, *commands[1], after=draw.uniform(0, life)) != 0
+    straight, killed = (folder / system.name / f"{name}_{world}" for name in ("straight", "killed"))
+    parallel = ["--strategy", "ddp"] if world > 1 else []
+    undisturbed, command = (
+        [*system.arguments(folder, output, world, options.steps, options.save), *parallel]
+        for output in (straight, killed)
+    )
+
+    def whole(line: list[str]) -> None:
+        if world > 1:
+            run(world, *line, timeout=900)
         else:
-            killed += run_and_kill(world, *commands[1], after=draw.uniform(0, options.window), watch=latest) != 0
-        if (outputs[1] / system.place / "DONE").exists():
-            break
-    run(world, *commands[1], timeout=900)
-    phases = [sorted(path.parent for path in output.rglob("checkpoints") if path.is_dir()) for output in outputs]
-    places = [[path.relative_to(output) for path in found] for output, found in zip(outputs, phases, strict=True)]
-    pairs = list(zip(*phases, strict=False)) if places[0] == places[1] else []
-    return {
-        "system": system.name,
-        "ranks": world,
-        "kills": killed,
-        "phases": len(pairs),
-        "equal": bool(pairs) and all(same_bits(final_tensors(one), final_tensors(other)) for one, other in pairs),
-        "losses_equal": bool(pairs) and all(losses(one) == losses(other) for one, other in pairs),
-    }
+            done = forking.run(*line, timeout=900)
+            assert done.returncode == 0, f"exit code {done.returncode}\n{done.stderr[-6000:]}"
+
+    hit_by = forking.run_and_kill if world == 1 else functools.partial(run_and_kill, world)
+    began = time.monotonic()
+    whole(undisturbed)
+    life = time.monotonic() - began
+    found = {"system": system.name, "ranks": world, "kills": 0, "phases": 0, "equal": True, "losses_equal": True}
+    while found["kills"] < options.kills:
+        if options.anywhere:
+            hit = hit_by(*command, after=draw.uniform(0, life))
+        else:
+            latest = killed / system.place / "checkpoints" / "latest"
+            hit = hit_by(*command, after=draw.uniform(0, options.window), watch=latest)
+        assert hit <= 0, f"the run ended by itself with {hit}"
+        found["kills"] += hit < 0
+        if found["kills"] == options.kills:
+            whole(command)
+        if (killed / system.place / "DONE").exists():
+            compare(straight, killed, found)
+            shutil.rmtree(killed)
+    return found
+
+
+def compare(straight: Path, killed: Path, found: dict) -> None:
+    """Hold every phase of two runs together; `found` tells what differs."""
+    places, others = (
+        sorted(path.parent.relative_to(output) for path in output.rglob("checkpoints") if path.is_dir())
+        for output in (straight, killed)
+    )
+    found["phases"] = len(places)
+    pairs = [(straight / place, killed / place) for place in places]
+    found["equal"] &= places == others and all(same_bits(final_tensors(a), final_tensors(b)) for a, b in pairs)
+    found["losses_equal"] &= places == others and all(losses(a) == losses(b) for a, b in pairs)
 
 
 def main() -> None:
@@ -61,6 +84,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
     options = parser.parse_args()
+    forking.preload()
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for system in chosen(options.systems):

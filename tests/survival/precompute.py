@@ -1,13 +1,18 @@
 """Caches whose writing is killed at random moments and gone on with by the same command, against undisturbed ones.
 
-  python -m tests.survival.precompute [--systems dit float opens2v] [--kills 5] [--ranks 1 2] [--seed 0]
+  python -m tests.survival.precompute [--systems dit float opens2v] [--kills 5] [--ranks 1 2] [--times 1] [--seed 0]
 SIGKILL reaches all workers at a moment drawn after the first change in the cache's folder. Every tensor and every other
-file must be the same bit for bit.
+file must be the same bit for bit. --times: so many caches, each by processes that are forked with all imported.
 """
 
 import argparse
+import importlib
+import os
 import random
+import shutil
+import signal
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,19 +83,58 @@ def survive(name: str, files: Path, world: int, options: argparse.Namespace) -> 
     return hits, contents(straight) == contents(killed)
 
 
+def survive_often(name: str, files: Path, options: argparse.Namespace) -> tuple[int, bool]:
+    """The same for `times` caches on one rank, one kill each."""
+    draw = random.Random(f"{options.seed} {name} often")
+    straight, killed = files / f"{name}_straight", files / f"{name}_killed"
+    script, *words = CACHES[name](files, killed)
+    main = importlib.import_module(script.removesuffix(".py").replace("/", ".")).main
+    run(1, *CACHES[name](files, straight))
+    wanted, hits, same = contents(straight), 0, 0
+    for _ in range(options.times):
+        hits += not forked(main, words, killed, draw.uniform(0, options.window))
+        same += forked(main, words) and contents(killed) == wanted
+        shutil.rmtree(killed)
+    return hits, same == options.times
+
+
+def forked(main: Callable, words: list[str], watch: Path | None = None, after: float = 0.0) -> bool:
+    """Run a command in a fork; whether it came to its end. watch: SIGKILL it so long after this folder is there."""
+    child = os.fork()
+    if child == 0:
+        silence = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silence, 1)
+        os.dup2(silence, 2)
+        try:
+            main(words)
+        except BaseException:  # noqa: BLE001  (the code below says it)
+            os._exit(1)
+        os._exit(0)
+    if watch is not None:
+        while not watch.exists() and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            time.sleep(0.002)
+        time.sleep(after)
+        os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1] == 0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--systems", nargs="+", choices=list(CACHES), default=list(CACHES))
     parser.add_argument("--kills", type=int, default=5, help="for each system and number of ranks")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--times", type=int, default=1, help="caches, each killed once, on one rank")
     parser.add_argument("--window", type=float, default=0.3, help="a kill falls so many seconds after a change")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     ends = []
     with tempfile.TemporaryDirectory() as folder:
         for name in options.systems:
-            for world in options.ranks:
-                hits, same = survive(name, Path(folder), world, options)
+            for world in options.ranks if options.times == 1 else [1]:
+                if options.times > 1:
+                    hits, same = survive_often(name, Path(folder), options)
+                else:
+                    hits, same = survive(name, Path(folder), world, options)
                 ends.append(same)
                 print(
                     f"{name}, {world} rank(s): {hits} kills, the cache is {'the same' if same else 'another'}",

@@ -1,6 +1,7 @@
 """A short form of the survival tools: one kill of a system, one strategy, one plan; the tools run the whole tables."""
 
 import argparse
+import importlib
 import json
 import signal
 import subprocess
@@ -9,7 +10,9 @@ import time
 
 import pytest
 
-from tests.launching import ENVIRONMENT, ROOT, losses, newest, run
+from shared.engine.checkpoint import read_manifest
+from tests.launching import ENVIRONMENT, ROOT, final_tensors, losses, newest, run, same_bits
+from tests.multimodal import small
 from tests.survival import breakages, kills, memory, precompute, strategies
 from tests.survival.systems import SYSTEMS, chosen
 
@@ -21,6 +24,31 @@ def test_a_killed_run_ends_with_the_weights_of_the_undisturbed_one(tmp_path):
     options = argparse.Namespace(steps=16, save=2, kills=2, window=0.3, seed=0, anywhere=False)
     found = kills.survive(BY_NAME["opens2v"], tmp_path, 1, options)
     assert found["kills"] == 2 and found["equal"] and found["losses_equal"]
+
+
+ONE_PAIR = {"bagel": ["--gradient-accumulation-steps", "1"], "multimodal": ["--grad-accum", "1"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dit", "float phase 1", "float phase 2", "bagel", "opens2v", "multimodal"])
+def test_going_back_trains_what_an_undisturbed_run_of_that_branch_trains(name, tmp_path, monkeypatch):
+    system = BY_NAME[name]
+    monkeypatch.setitem(small.model.SIZES, "mini", small.WIDTHS)
+    monkeypatch.setitem(small.objectives.DECODERS, "mini", (64, 1))
+    script = "multimodal/train.py" if name == "multimodal" else system.script
+    main = importlib.import_module(script.removesuffix(".py").replace("/", ".")).main
+
+    def train(folder, *more):
+        line = system.arguments(tmp_path, tmp_path / folder, 1, 20, 4)[1:]
+        main([*line, *ONE_PAIR.get(name, ["--global-batch-size", "2"]), *more])
+        return tmp_path / folder / system.place
+
+    branch = ["--learning-rate", "1e-5"]
+    old = final_tensors(train("back"))
+    (step_12,) = (path.parent for path in tmp_path.rglob("manifest.json") if read_manifest(path.parent)["step"] == 12)
+    new = final_tensors(train("back", "--resume", str(step_12), *branch))
+    train("undisturbed", "--max-steps", "12")
+    assert same_bits(new, final_tensors(train("undisturbed", *branch))) and not same_bits(new, old)
 
 
 @pytest.mark.slow
