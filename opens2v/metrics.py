@@ -217,8 +217,11 @@ def bars_of(figures: dict[str, float], has_unseen: bool) -> list:
         ("unseen_subject_win_percent", "unseen subjects: pairs won, %", 70, "at least", 50),
         ("unseen_own_subject_wins_percent", "unseen subjects: nearer to its own subject, %", None, "at least", 50),
     ]
-    rows = [row for row in rows if has_unseen or row[0].startswith("seen")]
-    return [Bar(text, figures.get(name), *rest) for name, text, *rest in rows]
+    return [
+        Bar(text, figures.get(name), target, direction, chance)
+        for name, text, target, direction, chance in rows
+        if has_unseen or name.startswith("seen")
+    ]
 
 
 def write_samples(drawn: Drawn, folder: Path, unseen: list[int], fps: float) -> list:

@@ -173,13 +173,14 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
                 if isinstance(attention, DualPathCrossAttention | RefSelfAttention):
                     attention.reset_reference_parameters()
 
-    @torch.no_grad()
     def open_reference_paths(self) -> None:
         """Let the pictures in from the first step: for a base that is trained together with the reference modules."""
         for block in self.blocks:
-            block.attn2.v_vae.load_state_dict(block.attn2.to_v.state_dict())
-            if isinstance(block.attn1, RefSelfAttention):
-                block.attn1.v_ref.load_state_dict(block.attn1.to_v.state_dict())
+            for attention in (block.attn1, block.attn2):
+                if isinstance(attention, DualPathCrossAttention):
+                    attention.v_vae.load_state_dict(attention.to_v.state_dict())
+                elif isinstance(attention, RefSelfAttention):
+                    attention.v_ref.load_state_dict(attention.to_v.state_dict())
 
     @classmethod
     def from_base(
