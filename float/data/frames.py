@@ -189,7 +189,8 @@ def finished(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
     source, driving = (scaled(batch[name]).contiguous() for name in ("source", "driving"))
     own, others = batch["colour"].unbind(1)
-    return tuple(_coloured(*one) for one in ((source, own), (driving, others), (driving, own), (source, others)))
+    changed = _coloured(source, own), _coloured(driving, others)
+    return *changed, _coloured(driving, own), _coloured(source, others)
 
 
 def _coloured(picture: Tensor, colour_B23: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from shared.rng import keyed_generator
 HEIGHT, WIDTH = 22, 28  # of the mouth as the meter sees it
 STEPS, BATCH, LEARNING_RATE = 500, 48, 2e-3
 SHIFT = 0.04  # largest random displacement of the box, share of the picture's side
-LOG_GAMMA = 0.7  # largest change of a picture's gamma
+LOG_GAMMA, GAIN = 0.3, 0.3  # largest changes of a picture's gamma, and of a colour's gain
 LEAST_SPREAD = 0.05  # added to the deviation of a crop's pixels
 _METER = 341  # random stream
 
@@ -118,7 +118,7 @@ def _augmented(meter: MouthMeter, image: Tensor, generator: torch.Generator) -> 
 
     crop = meter.crop(image, (draws(2) * 2 - 1) * SHIFT)
     gamma = torch.exp((draws(1, 1, 1) * 2 - 1) * LOG_GAMMA)
-    crop = (crop / 2 + 0.5).clamp(1e-3, 1) ** gamma * (0.5 + draws(3, 1, 1)) * 2 - 1
+    crop = (crop / 2 + 0.5).clamp(1e-3, 1) ** gamma * (1 + GAIN * (draws(3, 1, 1) * 2 - 1)) * 2 - 1
     crop = crop + 0.2 * (draws(1, 1, 1) - 0.5)
     blurred = F.avg_pool2d(F.pad(crop, (1, 1, 1, 1), mode="replicate"), 3, 1)
     return torch.where(draws(1, 1, 1) < 0.5, blurred, crop)

@@ -6,6 +6,7 @@ emotions.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -130,10 +131,11 @@ def sample_windows(
             previous = no_motion, wa.new_zeros(len(wa), num_prev_frames, wa.shape[-1])
         prev_x, prev_wa = previous
         we = we_B1E if isinstance(we_B1E, Tensor) else next(we_B1E)
-        given = wa, wr_Bd, we, prev_x, prev_wa
+        ask = partial(guided_velocity, model, wa=wa, wr=wr_Bd, we=we, prev_x=prev_x, prev_wa=prev_wa, options=options)
+        ask = partial(ask, has_emotion=bool(we.any()))
 
-        def velocity(x: Tensor, t_B: Tensor, given: Sequence[Tensor] = given, emotion: bool = bool(we.any())) -> Tensor:
-            return guided_velocity(model, t_B, x, *given, options, emotion)[:, -num_frames:]
+        def velocity(x: Tensor, t_B: Tensor, ask: Callable[..., Tensor] = ask) -> Tensor:
+            return ask(t_B, x)[:, -num_frames:]
 
         start = options.noise_scale * next(noise).to(wa.device)
         times = solver_times(options.nfe, options.steps)

@@ -396,6 +396,8 @@ def test_the_recogniser_hears_long_sound_in_pieces_and_the_shortest_at_all(monke
         assert found.shape == (1, 7) and torch.isfinite(found).all() and abs(found.sum() - 1) < 1e-5
     wave = torch.randn(1, 48000)
     whole = recogniser(wave)
+    loud = 3 * wave[0] + 1  # is normalised while it is heard, without a copy of the whole
+    assert torch.allclose(recogniser.hear(loud), recogniser(normalise_waveform(loud)[None])[0], atol=1e-6)
     monkeypatch.setattr("float.modules.emotion.HEARD_SECONDS", 1)
     assert 0 < (recogniser(wave) - whole).abs().max() < 0.05
 
