@@ -279,8 +279,8 @@ def markdown(report: dict[str, Any]) -> str:
     lines += ["## Retrieval", "", *table([{"pair": name, **values} for name, values in report["retrieval"].items()])]
     lines += ["## Classification", "", *table([report["classification"]] if report["classification"] else [])]
     lines += ["## Best", "", *table([{"stage": name, **values} for name, values in report["best"].items()])]
-    columns = ("stage", "epoch_of_stage", "train/loss", "val/loss", "train/lr", "train/grad_norm")
-    columns += ("perf/samples_per_second", "perf/memory_gb")
+    columns = ["stage", "epoch_of_stage", "train/loss", "val/loss", "train/lr", "train/grad_norm"]
+    columns += ["perf/samples_per_second", "perf/memory_gb"]
     lines += ["## Epochs", "", *table([{name: row.get(name) for name in columns} for row in report["epochs"]])]
     lines += ["## Files", "", *table(report["files"])]
     lines += [f"![{name}]({name})" for name in report["plots"]]
