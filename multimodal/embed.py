@@ -24,7 +24,6 @@ from shared.config import Section, load_config, setting  # noqa: E402
 from shared.errors import UserError, command, write_text, written_aside  # noqa: E402
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
     from multimodal.weights.open import Embedder
@@ -312,15 +311,11 @@ def page(options: PageOptions) -> Path:
         "<button id=all>all</button></p>"
         "<h2 id=title></h2><div id=found></div>"
         f"<script>const items={data};const width={whole.shape[1]};"
-        f"const packed='{base64.b64encode(_bytes(scaled.numpy())).decode()}';{_SCRIPT}</script>"
+        f"const packed='{base64.b64encode(scaled.numpy().tobytes()).decode()}';{_SCRIPT}</script>"
     )
     write_text(Path(options.output), html_page("Pictures, texts and sounds that find each other", body))
     print(options.output)
     return Path(options.output)
-
-
-def _bytes(rows: "np.ndarray") -> bytes:
-    return rows.tobytes()
 
 
 def _shown(index: Index, place: int) -> str:

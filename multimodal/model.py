@@ -319,11 +319,8 @@ class MultimodalModel(nn.Module):
             if name in tokens:
                 parts.append(self.to_fusion[name](tokens[name]) + self.modality_vectors[name])
                 mask = masks.get(name)
-                mask = (
-                    torch.ones(tokens[name].shape[:2], dtype=torch.bool, device=tokens[name].device)
-                    if mask is None
-                    else mask
-                )
+                if mask is None:
+                    mask = torch.ones(tokens[name].shape[:2], dtype=torch.bool, device=tokens[name].device)
                 if modality_mask and name in modality_mask:
                     mask = mask & modality_mask[name].unsqueeze(1)
                 seen.append(mask)
@@ -366,20 +363,19 @@ class MultimodalModel(nn.Module):
         fused_features (B, E), logits (B, classes), match_logits (B,); with return_tokens also `tokens`.
         Raises ValueError naming the argument that does not fit.
         """
-        check_batch(images=images, input_ids=input_ids, audio=audio)
-        check_mask("attention_mask", attention_mask, "input_ids", input_ids)
-        check_mask("audio_mask", audio_mask, "audio", audio)
-        check_modality_mask(modality_mask, {"image": images, "text": input_ids, "audio": audio})
+        check_inputs(
+            {"images": images, "input_ids": input_ids, "audio": audio},
+            {"attention_mask": (attention_mask, "input_ids"), "audio_mask": (audio_mask, "audio")},
+            modality_mask,
+        )
         tokens: dict[str, Tensor] = {}
         masks: dict[str, Tensor | None] = {}
         features: dict[str, Tensor | None] = {}
         # Each tower by itself. An embedding reads the first token alone; only fusion needs the others.
         first_only = not (fuse or return_tokens)
         if images is not None:
-            tokens["image"], features["image"] = (
-                self.image_tokens(images, first_only=first_only),
-                self.image_features(images),
-            )
+            tokens["image"] = self.image_tokens(images, first_only=first_only)
+            features["image"] = self.image_features(images)
         if input_ids is not None:
             masks["text"] = mask = _text_mask(input_ids, attention_mask)
             tokens["text"] = self.text_tokens(input_ids, mask, first_only=first_only)
@@ -511,36 +507,29 @@ def check_image(images: Tensor, patch: int) -> None:
         )
 
 
-def check_batch(**inputs: Tensor | None) -> None:
-    """At least one input, all of one batch size."""
-    given = {name: len(value) for name, value in inputs.items() if value is not None}
+def check_inputs(
+    inputs: dict[str, Tensor | None], masks: dict[str, tuple[Tensor | None, str]], hidden: dict[str, Tensor] | None
+) -> None:
+    """At least one input, all of one batch size; masks (mask, the input it is of) have its first two sizes; hidden: one
+    bool a sample for modalities that are given.
+    """
+    given = {name: value for name, value in inputs.items() if value is not None}
     if not given:
         raise ValueError(f"at least one of {', '.join(inputs)} is needed")
     first = next(iter(given))
-    for name, size in given.items():
-        if size != given[first]:
-            raise ValueError(f"{name} has batch size {size}, {first} has {given[first]}; they must be equal")
-
-
-def check_mask(name: str, mask: Tensor | None, of: str, value: Tensor | None) -> None:
-    """A mask belongs to an input and has its first two sizes."""
-    if mask is None:
-        return
-    if value is None:
-        raise ValueError(f"{name} is given without {of}")
-    if mask.shape != value.shape[:2]:
-        raise ValueError(f"{name} has shape {tuple(mask.shape)}, {of} wants {tuple(value.shape[:2])}")
-
-
-def check_modality_mask(masks: dict[str, Tensor] | None, given: dict[str, Tensor | None]) -> None:
-    """One bool a sample for inputs that are given."""
-    for name, mask in (masks or {}).items():
-        if name not in given:
-            raise ValueError(f"modality_mask names {name!r}; known are {', '.join(given)}")
-        value = given[name]
-        if value is None:
+    for name, value in given.items():
+        if len(value) != len(given[first]):
+            raise ValueError(f"{name} has batch size {len(value)}, {first} has {len(given[first])}; they must be equal")
+    for name, (mask, of) in masks.items():
+        if mask is not None and of not in given:
+            raise ValueError(f"{name} is given without {of}")
+        if mask is not None and mask.shape != given[of].shape[:2]:
+            raise ValueError(f"{name} has shape {tuple(mask.shape)}, {of} wants {tuple(given[of].shape[:2])}")
+    names = dict(zip(MODALITIES, ("images", "input_ids", "audio"), strict=True))
+    for name, seen in (hidden or {}).items():
+        if name not in names:
+            raise ValueError(f"modality_mask names {name!r}; known are {', '.join(names)}")
+        if names[name] not in given:
             raise ValueError(f"modality_mask names {name!r}, which is not given")
-        if mask.shape != value.shape[:1]:
-            raise ValueError(
-                f"modality_mask[{name!r}] has shape {tuple(mask.shape)}, expected {tuple(value.shape[:1])}"
-            )
+        if seen.shape != (size := given[first].shape[:1]):
+            raise ValueError(f"modality_mask[{name!r}] has shape {tuple(seen.shape)}, expected {tuple(size)}")

@@ -149,13 +149,8 @@ class Packer:
     """Collects rows for PackedRecords."""
 
     def __init__(self, dataset: str):
-        self.dataset, self.text, self.ends, self.kinds, self.labelled = (
-            dataset,
-            bytearray(),
-            array("q"),
-            array("b"),
-            True,
-        )
+        self.dataset, self.text, self.ends, self.kinds = dataset, bytearray(), array("q"), array("b")
+        self.labelled = True
 
     def add(
         self,
@@ -167,13 +162,8 @@ class Packer:
         video: Path | None = None,
     ) -> None:
         """One record."""
-        row = [
-            name,
-            str(source),
-            list(captions),
-            None if labels is None else list(labels),
-            str(video) if video else None,
-        ]
+        own = None if labels is None else list(labels)
+        row = [name, str(source), list(captions), own, str(video) if video else None]
         self.text += json.dumps(row, ensure_ascii=False).encode()
         self.ends.append(len(self.text))
         self.kinds.append(KINDS.index(kind))

@@ -75,9 +75,12 @@ def read_batches(
     dataset: CaptionedDataset, batches: list[list[int]], workers: int = 0, position: float = 0.0
 ) -> Iterator[tuple[dict[str, Any] | None, list[int], list[str]]]:
     """The batches in their order, read ahead by loader processes while the model computes."""
+    return _read_ahead(_Batches(dataset, batches, position), workers)
+
+
+def _read_ahead(items: Dataset, workers: int) -> Iterator[Any]:
     options: dict[str, Any] = {"worker_init_fn": start_process, "prefetch_factor": 2} if workers else {}
-    loader = DataLoader(_Batches(dataset, batches, position), None, num_workers=workers, **options)
-    return iter(loader)
+    return iter(DataLoader(items, None, num_workers=workers, **options))
 
 
 def embed_split(
@@ -300,8 +303,7 @@ class ValidationBatches(Dataset):
 
     def read(self, workers: int) -> Iterator[dict[Kind, dict[str, Any]]]:
         """All of them, by loader processes."""
-        options: dict[str, Any] = {"worker_init_fn": start_process, "prefetch_factor": 2} if workers else {}
-        for batch in DataLoader(self, None, num_workers=workers, **options):
+        for batch in _read_ahead(self, workers):
             if isinstance(batch, UserError):
                 raise batch
             yield batch

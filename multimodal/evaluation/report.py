@@ -15,12 +15,12 @@ from multimodal.config import ITEMS, Config
 from multimodal.data.records import KINDS
 from multimodal.data.sources import Data
 from multimodal.model import MultimodalModel
+from multimodal.trainer import STAGE_NAMES
 from shared.engine.dist import DistInfo
 from shared.errors import write_text
 from shared.log import read_metrics
 from shared.report.page import Bar, write_report
 
-STAGES = {1: "stage1_single", 2: "stage2_align", 3: "stage3_finetune"}
 PARTS = ("image", "text", "audio", "fusion")
 
 
@@ -41,7 +41,7 @@ def write_reports(
     folder = output_dir / "reports"
     folder.mkdir(parents=True, exist_ok=True)
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
-    rows = {stage: read_metrics(output_dir / STAGES[stage] / "metrics.jsonl") for stage in epochs}
+    rows = {stage: read_metrics(output_dir / STAGE_NAMES[stage] / "metrics.jsonl") for stage in epochs}
     report = {
         "run": {
             "command": command_line(),
@@ -279,16 +279,8 @@ def markdown(report: dict[str, Any]) -> str:
     lines += ["## Retrieval", "", *table([{"pair": name, **values} for name, values in report["retrieval"].items()])]
     lines += ["## Classification", "", *table([report["classification"]] if report["classification"] else [])]
     lines += ["## Best", "", *table([{"stage": name, **values} for name, values in report["best"].items()])]
-    columns = (
-        "stage",
-        "epoch_of_stage",
-        "train/loss",
-        "val/loss",
-        "train/lr",
-        "train/grad_norm",
-        "perf/samples_per_second",
-        "perf/memory_gb",
-    )
+    columns = ["stage", "epoch_of_stage", "train/loss", "val/loss", "train/lr", "train/grad_norm"]
+    columns += ["perf/samples_per_second", "perf/memory_gb"]
     lines += ["## Epochs", "", *table([{name: row.get(name) for name in columns} for row in report["epochs"]])]
     lines += ["## Files", "", *table(report["files"])]
     lines += [f"![{name}]({name})" for name in report["plots"]]

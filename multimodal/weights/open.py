@@ -59,11 +59,6 @@ class Embedder:
         best = f", best {name} so far {score:.4f}" if score is not None else ""
         return f"stage {self.payload['stage']}, epoch {self.payload['epoch']}{best}"
 
-    @property
-    def loss_kind(self) -> str:
-        """The contrastive loss that it was trained with."""
-        return self.config.training.contrastive_loss
-
     @torch.inference_mode()
     def encode(self, batch: dict) -> dict[str, Tensor]:
         """The stage module's outputs."""

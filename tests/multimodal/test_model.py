@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from multimodal.config import Config
-from multimodal.model import SIZES, create_model
-from multimodal.modules.blocks import Attention, Block
+from multimodal.model import IMAGE_FEATURES, SIZES, create_model, picture_statistics
+from multimodal.modules.blocks import Attention, Block, Tower
+from multimodal.objective import AlignModel
 from multimodal.trainer import choose_trainable, make_stage_module, parameter_groups
 from scripts.bench import multimodal as benchmark
 
@@ -284,3 +285,45 @@ def test_temperatures_stay_in_range():
         "image_tower.norm.weight",
     } <= network.no_weight_decay()
     assert "image_tower.blocks.0.expand.weight" not in network.no_weight_decay()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_first_token_alone_is_the_whole_towers_first(masked):
+    torch.manual_seed(0)
+    tower = Tower(128, 2)
+    tower.initialise(0.1)
+    for parameter in tower.parameters():
+        torch.nn.init.normal_(parameter, std=0.2) if parameter.ndim == 1 else None
+    mask_BN = torch.rand(3, 9) > 0.4 if masked else None
+    if mask_BN is not None:
+        mask_BN[:, 0] = True
+    results = []
+    for first_only in (False, True):
+        x_BND = torch.randn(3, 9, 128, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        tower.zero_grad()
+        found = tower(x_BND, mask_BN, first_only)[:, :1]
+        (found * torch.arange(128)).sum().backward()
+        results.append([found.detach(), x_BND.grad, *(parameter.grad for parameter in tower.parameters())])
+    for whole, first in zip(*results, strict=True):
+        assert (whole - first).abs().max() <= 2e-5 * whole.abs().max().clamp_min(1)
+
+
+def test_the_linear_path_sees_the_same_at_any_size():
+    small = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    large = small.repeat_interleave(4, 2).repeat_interleave(4, 3)  # the same picture, 256 pixels a side
+    features = picture_statistics(small)
+    assert features.shape == (2, IMAGE_FEATURES) and features.isfinite().all()
+    assert torch.allclose(picture_statistics(large), features, atol=1e-4)
+    assert not torch.allclose(picture_statistics(small.flip(3)), features, atol=0.1)  # places count
+
+
+def test_the_linear_path_is_shown_alone_while_training():
+    network = create_model("mini", 7, embed_dim=64, image_size=32, image_patch=8, linear_path=True)
+    batch = {"image": {"images": torch.randn(2, 3, 32, 32), "input_ids": torch.tensor([[1, 9, 2, 0], [1, 8, 7, 2]])}}
+    batch["image"]["attention_mask"] = batch["image"]["input_ids"] > 0
+    module = AlignModel(network)
+    found = module(batch, {"image": {}})
+    assert {"image_path", "imagetext_path"} <= found.keys() and "image_path" not in module(batch)
+    (found["image_path"] @ found["imagetext_path"].T).sum().backward()
+    assert network.linear["image"].project.weight.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in network.image_tower.parameters())
