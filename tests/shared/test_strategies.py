@@ -81,7 +81,7 @@ def test_averaged_weights_equal_those_of_one_rank(runs, strategy):
 
 
 def test_replicas_and_units_of_their_own_give_the_losses_of_one(tmp_path):
-    settings = batches("", 16, 4, 1e-8)
+    settings = batches("", 16, 4, 1e-8) | {"total_steps": 8, "eval_steps": 4}
     toy(tmp_path, 1, [{"output_dir": str(tmp_path / "one"), "training": settings}])
     cases = {
         "hybrid": {"run": {"fsdp_replicas": 2}},
@@ -89,7 +89,7 @@ def test_replicas_and_units_of_their_own_give_the_losses_of_one(tmp_path):
         "replicas": {"run": {"fsdp_replicas": 4}, "meta": True},
         "units": {"units": ["table", "head"]},
     }
-    shards = {"shard_checkpoints_above_gb": 0, "batch_size": 1, "max_steps": 15}
+    shards = {"shard_checkpoints_above_gb": 0, "batch_size": 1, "max_steps": 6}
     for half in (shards, shards | {"max_steps": None}):
         toy(
             tmp_path,
@@ -110,7 +110,7 @@ def test_replicas_and_units_of_their_own_give_the_losses_of_one(tmp_path):
         assert max(abs(found[step] - expected[step]) / expected[step] for step in expected) < 1e-6, name
         expected_tensors = load_weights(tmp_path / "one")
         assert all(
-            (value - expected_tensors[key]).abs().max() < 1e-3 for key, value in load_weights(tmp_path / name).items()
+            (value - expected_tensors[key]).abs().max() < 1e-4 for key, value in load_weights(tmp_path / name).items()
         )
 
 
