@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
@@ -21,6 +20,7 @@ from multimodal.modules.contrastive import CachedStep, Pairing, total_loss
 from multimodal.objective import AlignModel, FinetuneModel, PretrainModel, StageModule
 from multimodal.weights.files import FORMAT_VERSION, NAMES, put, save_aside
 from shared.data import to_device
+from shared.engine.checkpoint import load_tensors
 from shared.engine.dist import DistInfo, mean_over_ranks
 from shared.log import read_metrics
 from shared.rng import keyed_rand
@@ -427,7 +427,7 @@ class Trainer:
             # All that training needs to go on from here, on another machine too: see files.unpack_training.
             whole = {
                 **payload,
-                "optimizer_state_dict": load_file(folder / "optimizer.safetensors"),
+                "optimizer_state_dict": load_tensors(folder, "optimizer"),
                 "trainer_state": trainer,
                 "trained_state_dict": {key: value.cpu().contiguous() for key, value in weights.items()}
                 if ema

@@ -145,6 +145,11 @@ class RunSection(Section):
     cpu_offload: bool = setting(
         False, "fsdp and zero: keep weights and optimizer state in host memory", "fsdp_cpu_offload"
     )
+    fsdp_replicas: int = setting(
+        1,
+        "fsdp: copies of the model, such as one a node; a copy's ranks shard it, gradients are averaged over copies",
+        ge=1,
+    )
     check_gradients_every: int = setting(
         1000,
         "compare over ranks which parameters have gradients: at the first step and every so many steps; 0: never",

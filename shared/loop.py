@@ -135,7 +135,8 @@ def fit(
     sample: Callable | None = None,
     after_step: Callable | None = None,
     groups: list[dict] | None = None,
-    wrap_classes: tuple[type, ...] = (),
+    wrap_classes: tuple[type | str, ...] = (),
+    first_values: Callable[[str], Any] | None = None,
     export: Callable | None = None,
     checkpoint_name: str = "step_{step:08d}",
     epoch_checkpoint_name: str | None = None,
@@ -148,8 +149,11 @@ def fit(
     losses(model, batches, step) yields one (loss, metrics) per micro-batch, pre-weighted: their sum over micro-batches,
     averaged over ranks, is the loss. validate(model, step) -> dict of floats; sample(model, step, folder);
     after_step(module, step); export(folder, weights, ema) adds files to a checkpoint. All ranks call all hooks in the
-    same order. keep_epochs: checkpoints of save_every_n_epochs are never deleted. Raises UserError for unreadable data,
-    settings that do not fit the checkpoint, and lasting overflow.
+    same order. wrap_classes: blocks that fsdp shards and compile compiles one by one, and names of further modules to
+    shard apart. first_values(name): of a model on the meta device the first value of each parameter and buffer, as a
+    tensor or a file's (StoredTensors); fsdp reads only the rows that a rank keeps. keep_epochs: checkpoints of
+    save_every_n_epochs are never deleted. Raises UserError for unreadable data, settings that do not fit the
+    checkpoint, and lasting overflow.
     """
     run, training = config.run, config.training
     output_dir = Path(output_dir or run.output_dir)
@@ -160,8 +164,9 @@ def fit(
     same_on_all_ranks(frozen, "frozen base weights")
     same_on_all_ranks(sampled_digest(model), "first weights")
     precision = choose_precision(run.precision, info.device)
-    strategy = make_strategy(run.strategy, info, precision, training, run.cpu_offload)
-    strategy.prepare(model, groups or decay_groups(model, training.weight_decay), wrap_classes)
+    strategy = make_strategy(run, info, precision, training)
+    strategy.prepare(model, groups or decay_groups(model, training.weight_decay), wrap_classes, first_values)
+    frozen = strategy.frozen_sha256 or frozen
     ema = EMA(strategy, training.ema_decay, training.ema_warmup) if training.ema_decay > 0 else None
     trained = TrainedModel(strategy)
     store = CheckpointStore(

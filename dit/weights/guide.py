@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dit.config import Config
 from shared.config import fixed_settings
 from shared.data import MapStream
-from shared.engine.checkpoint import CheckpointStore, frozen_digest, load_strict, persistent_buffers
+from shared.engine.checkpoint import CheckpointStore, frozen_digest, load_strict, load_tensors, persistent_buffers
 from shared.engine.dist import DistInfo
 from shared.engine.state import RunState, versions
 from shared.errors import UserError, write_text, written_aside
@@ -38,7 +37,7 @@ def trained_names(model: nn.Module) -> list[str]:
 
 def write_guide_files(folder: Path, model: nn.Module, config: Config, steps_per_epoch: int) -> None:
     """Add the four files to a checkpoint of ours that is being written."""
-    weights, moments = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
+    weights, moments = load_tensors(folder, "model"), load_tensors(folder, "optimizer")
     trainer = json.loads((folder / "trainer.json").read_text())
     state = trainer["run_state"]
     names, taken = trained_names(model), trainer["optimizer_steps"]

@@ -13,6 +13,7 @@ from torch import nn
 
 from scripts.bench.bench import Bench, Row, alternate
 from scripts.bench.kernels import breakdown, clock_of
+from shared.config import RunSection
 from shared.engine.dist import DistInfo
 from shared.engine.parallel import make_strategy
 from shared.optim import decay_groups
@@ -38,7 +39,7 @@ def make_step(workload: Workload, config: Any, device: torch.device, compiled: b
     for value in (*model.parameters(), *model.buffers()):
         if value.is_floating_point():  # zero weights would make a step of zeros
             torch.nn.init.trunc_normal_(value.data, std=0.02) if value.ndim > 1 else None
-    strategy = make_strategy("none", info, "bf16" if device.type == "cuda" else "fp32", training)
+    strategy = make_strategy(RunSection(), info, "bf16" if device.type == "cuda" else "fp32", training)
     strategy.prepare(model.train(), decay_groups(model, training.weight_decay), workload.blocks)
     loss_of = workload.step(config)
 

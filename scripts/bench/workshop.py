@@ -57,7 +57,7 @@ def stack(width: int, depth: int) -> nn.Sequential:
 
 def trained(model: nn.Module, config: Config, info: DistInfo, name: str | None = None) -> tuple[Strategy, Tensor]:
     """A strategy around the model, with moments from one step, and an input."""
-    strategy = make_strategy(name, info, "fp32", config.training)
+    strategy = make_strategy(RunSection(strategy=name), info, "fp32", config.training)
     strategy.prepare(model, decay_groups(model, 0.0))
     x = torch.randn(16, model[0].in_features)
     one_step(strategy, x)

@@ -31,6 +31,7 @@ import safetensors
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from shared.config import read_yaml
 from shared.engine.dist import DistInfo, from_main, gather_objects, new_gloo_group, raise_together
@@ -602,13 +603,17 @@ def sampled_digest(model: nn.Module) -> str:
 
 
 def frozen_digest(model: nn.Module) -> str | None:
-    """SHA-256 over names, dtypes and bytes of the frozen parameters; None where there are none."""
+    """SHA-256 over names, dtypes and bytes of the frozen parameters; None where there are none. Of a sharded model a
+    collective.
+    """
     digest, any_frozen = hashlib.sha256(), False
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad and parameter.device.type != "meta":
             any_frozen = True
-            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-            digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            value = parameter.detach()
+            value = value.full_tensor() if isinstance(value, DTensor) else value
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest() if any_frozen else None
 
 

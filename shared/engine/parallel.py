@@ -18,9 +18,9 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from shared.config import TrainingSection
+from shared.config import RunSection, TrainingSection
 from shared.engine.dist import DistInfo
-from shared.engine.strategy import Strategy, blocks_of, ensure_group
+from shared.engine.strategy import Strategy, ensure_group, give_memory, rows_of, units_of
 from shared.errors import UserError
 from shared.optim import adamw
 
@@ -42,30 +42,48 @@ class DDP(Strategy):
 class FSDP(Strategy):
     """FSDP2: parameters, gradients and moments are sharded; blocks are gathered when they run."""
 
-    def _place(self, wrap_classes: tuple[type, ...]) -> None:
-        mesh = init_device_mesh(self.info.device.type, (self.info.world,))
+    def __init__(self, *arguments: Any, replicas: int = 1):
+        super().__init__(*arguments)
+        self.replicas, self.shards = replicas, self.info.world // replicas
+        sizes, names = (replicas, self.shards), ("replicas", "shards")  # neighbouring ranks share a copy
+        drop = int(replicas == 1)
+        self.mesh = init_device_mesh(self.info.device.type, sizes[drop:], mesh_dim_names=names[drop:])
+
+    def _place(self, wrap_classes: tuple[type | str, ...]) -> None:
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         # Inputs keep their dtype (times and positions must stay fp32); autocast does the casting inside.
         policy = MixedPrecisionPolicy(
             param_dtype=half, reduce_dtype=torch.float32 if half else None, cast_forward_inputs=False
         )
+        # fully_shard moves the weights of its unit to the device and keeps this rank's part, one unit after another:
+        # the device never holds the whole model. One on meta gets the memory of its parts alone, filled in prepare().
+        on_gpu = self.info.device.type == "cuda"
+        offload = CPUOffloadPolicy(pin_memory=on_gpu) if self.cpu_offload else OffloadPolicy()
+        # What lies in no unit stays gathered from the forward to the backward, where it is needed first and last.
+        for unit in units_of(self.module, wrap_classes):
+            fully_shard(unit, mesh=self.mesh, mp_policy=policy, reshard_after_forward=True, offload_policy=offload)
+        fully_shard(self.module, mesh=self.mesh, mp_policy=policy, reshard_after_forward=False, offload_policy=offload)
+        give_memory(self.module, torch.device("cpu") if self.cpu_offload else self.info.device)
         if self.cpu_offload:  # parameters stay in host memory, buffers are read on the device
             for module in self.module.modules():
                 for name, buffer in list(module.named_buffers(recurse=False)):
                     module._buffers[name] = buffer.to(self.info.device)
-        # fully_shard moves the weights of its unit to the device and keeps this rank's part, one unit after another:
-        # the device never holds the whole model.
-        # Reshard after every forward, the root's too: swapped weights must not be seen in a stale gathered copy.
-        on_gpu = self.info.device.type == "cuda"
-        offload = CPUOffloadPolicy(pin_memory=on_gpu) if self.cpu_offload else OffloadPolicy()
-        for module in [*blocks_of(self.module, wrap_classes), self.module]:
-            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True, offload_policy=offload)
+
+    @contextlib.contextmanager
+    def swapped(self, values: dict[str, Tensor]) -> Iterator[None]:
+        """As in the base; first drops what is still gathered from a forward, which would be stale."""
+        assert isinstance(self.module, FSDPModule)
+        self.module.reshard()
+        with super().swapped(values):
+            yield
+            self.module.reshard()
 
     @contextlib.contextmanager
     def micro_step(self, is_last: bool) -> Iterator[None]:
         assert isinstance(self.module, FSDPModule)
         # Without the sync a rank keeps whole fp32 gradients until the last micro-step: fewer bytes sent, more held.
         self.module.set_requires_gradient_sync(is_last or self.training.reduce_each_micro_step)
+        self.module.set_requires_all_reduce(is_last)  # over the replicas, where there are some
         self.module.set_is_last_backward(is_last)
         yield
 
@@ -95,41 +113,57 @@ class FSDP(Strategy):
     def _gather(self, value: Tensor) -> Tensor:
         return value.full_tensor() if isinstance(value, DTensor) else value
 
+    def _shard(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """The rows that this rank holds."""
+        return rows_of(shape, self.info.rank % self.shards, self.shards)
+
+    def rows(self, name: str) -> tuple[int, int]:
+        first, last = self._shard(self.shape(name))
+        start, stop = rows_of((last - first,), self.info.rank // self.shards, self.replicas)
+        return first + start, first + stop
+
     def local_rows(self, name: str, local: Tensor) -> Tensor:
-        return local
+        (first, _), (start, stop) = self._shard(self.shape(name)), self.rows(name)
+        return local[start - first : stop - first]
 
     def _local(self, value: Tensor) -> Tensor:
         return value.to_local() if isinstance(value, DTensor) else value
 
-    def _held(self, name: str, value: Any) -> Tensor:
-        start, stop = self.rows(name)
+    def _held(self, value: Any) -> Tensor:
+        start, stop = self._shard(tuple(value.shape))
         return value[start:stop]
 
 
-def check_strategy(name: str | None, world: int, cpu_offload: bool) -> str:
+def check_strategy(run: RunSection, world: int) -> str:
     """The strategy that is meant. UserError for what cannot work."""
-    name = name or ("ddp" if world > 1 else "none")
+    name = run.strategy or ("ddp" if world > 1 else "none")
     if name == "none" and world > 1:
         raise UserError(f"--strategy none runs on one rank, {world} were started; use ddp, fsdp, zero1, zero2 or zero3")
-    if cpu_offload and name in ("none", "ddp"):
+    if run.cpu_offload and name in ("none", "ddp"):
         raise UserError(f"--cpu-offload works with the strategies fsdp, zero1, zero2 and zero3, not with {name}")
+    if run.fsdp_replicas > 1 and name != "fsdp":
+        raise UserError(f"--fsdp-replicas {run.fsdp_replicas} works with the strategy fsdp, not with {name}")
+    if world % run.fsdp_replicas:
+        fits = [count for count in range(1, world + 1) if world % count == 0]
+        raise UserError(
+            f"--fsdp-replicas {run.fsdp_replicas}: {world} ranks cannot be dealt to so many copies of the model; use "
+            f"{', '.join(map(str, fits))}"
+        )
     if name.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         raise UserError(f"--strategy {name} needs DeepSpeed: pip install 'deepspeed>=0.19,<0.20'")
     return name
 
 
-def make_strategy(
-    name: str | None, info: DistInfo, precision: str, training: TrainingSection, cpu_offload: bool = False
-) -> Strategy:
-    """The strategy of that name; null means ddp on several ranks and none on one. UserError for what cannot work."""
-    name = check_strategy(name, info.world, cpu_offload)
+def make_strategy(run: RunSection, info: DistInfo, precision: str, training: TrainingSection) -> Strategy:
+    """The strategy that is set; null means ddp on several ranks and none on one. UserError for what cannot work."""
+    name = check_strategy(run, info.world)
     if name == "none":
         return Strategy(name, info, precision, training)
     ensure_group()
     if name == "ddp":
         return DDP(name, info, precision, training)
     if name == "fsdp":
-        return FSDP(name, info, precision, training, cpu_offload)
+        return FSDP(name, info, precision, training, run.cpu_offload, replicas=run.fsdp_replicas)
     from shared.engine.zero import Zero  # DeepSpeed takes a second to import: only where it is used
 
-    return Zero(name, info, precision, training, cpu_offload)
+    return Zero(name, info, precision, training, run.cpu_offload)

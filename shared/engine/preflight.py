@@ -64,7 +64,7 @@ def _check(
 ) -> None:
     run, training = config.run, config.training
     choose_precision(run.precision, info.device)
-    check_strategy(run.strategy, info.world, run.cpu_offload)
+    check_strategy(run, info.world)
     for phase in phases:
         _check_batch(phase.training, info.world)
         _check_workers(phase.training.num_workers)

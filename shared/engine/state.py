@@ -209,7 +209,8 @@ def resume(
 
     UserError for a checkpoint that does not fit, and where there are checkpoints of which none can be read.
     """
-    store.hash_together()
+    if config.run.resume == "auto":
+        store.hash_together()
     chosen = from_main(_attempt_choice(config, store) if store.info.is_main else None)
     if isinstance(chosen, Exception):
         raise chosen

@@ -8,7 +8,7 @@ in fp32). Every method that gathers is a collective: all ranks call it, in the s
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from shared.config import TrainingSection
+from shared.engine.checkpoint import frozen_digest
 from shared.engine.dist import DistInfo, gather_objects, use_tf32
 from shared.errors import UserError
 from shared.optim import FusedOptimizer, adamw
@@ -73,6 +74,7 @@ class Strategy:
         self.name, self.info, self.precision, self.training = name, info, precision, training
         self.cpu_offload = cpu_offload
         self.scale = LossScale(precision == "fp16")
+        self.frozen_sha256: str | None = None  # of a model that came on the meta device
         self.module: nn.Module
         self.model: nn.Module  # what the objective calls
         self.parameters: dict[str, nn.Parameter]
@@ -80,18 +82,37 @@ class Strategy:
 
     # --- set-up -------------------------------------------------------------------------------------------------------
 
-    def prepare(self, model: nn.Module, groups: list[dict], wrap_classes: tuple[type, ...] = ()) -> None:
-        """Place, compile and wrap the model; make the optimizer over its trainable parameters, grouped by name."""
+    def prepare(
+        self,
+        model: nn.Module,
+        groups: list[dict],
+        wrap_classes: tuple[type | str, ...] = (),
+        first_values: Callable[[str], Any] | None = None,
+    ) -> None:
+        """Place, compile and wrap the model; make the optimizer over its trainable parameters, grouped by name.
+
+        first_values(name): for a model on the meta device, each parameter and buffer, as a tensor or a file's (Stored),
+        of which fsdp reads the rows that a rank holds. Buffers that are not on meta stay.
+        """
         self.module = model
         use_tf32(self.training.allow_tf32)
+        buffers = [name for name, buffer in model.named_buffers() if buffer.is_meta]
         self._place(wrap_classes)
+        if first_values is not None:
+            with torch.no_grad():
+                for name, parameter in self.module.named_parameters():
+                    self._local(parameter.detach()).copy_(self._held(first_values(name)))
+                for name in buffers:
+                    self.module.get_buffer(name).copy_(first_values(name)[...])
+            self.frozen_sha256 = frozen_digest(self.module)  # before ZeRO takes the weights apart
         if self.training.compile:
             for block in blocks_of(model, wrap_classes):
                 block.compile()
         self.parameters = trainable_parameters(self.module)
         self._wrap(groups)
 
-    def _place(self, wrap_classes: tuple[type, ...]) -> None:
+    def _place(self, wrap_classes: tuple[type | str, ...]) -> None:
+        give_memory(self.module, self.info.device)
         self.module.to(self.info.device)
 
     def _wrap(self, groups: list[dict]) -> None:
@@ -169,7 +190,7 @@ class Strategy:
             place = parameter.detach()
         else:  # laid out in memory as the parameter is: the fused optimizer walks both side by side
             place = self.optimizer.state[parameter][kind] = torch.empty_like(parameter).detach()
-        self._local(place).copy_(self._held(name, value))
+        self._local(place).copy_(self._held(value))
 
     def steps_taken(self) -> dict[str, int]:
         """The optimizer's own step count of each parameter."""
@@ -193,7 +214,7 @@ class Strategy:
 
     def split_full(self, name: str, full: Any) -> Tensor:
         """This rank's part, laid out as local_value, of a whole tensor (or a file's)."""
-        return self._held(name, full).to(self.info.device, torch.float32)
+        return self._held(full).to(self.info.device, torch.float32)
 
     def rows(self, name: str) -> tuple[int, int]:
         """The rows of a parameter, from and up to, that this rank writes into a checkpoint in shards. (A scalar has
@@ -235,7 +256,7 @@ class Strategy:
     def _local(self, value: Tensor) -> Tensor:
         return value
 
-    def _held(self, name: str, value: Any) -> Tensor:
+    def _held(self, value: Any) -> Tensor:
         return value[...]
 
 
@@ -274,9 +295,36 @@ def ensure_group() -> None:
         torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1)
 
 
-def blocks_of(model: nn.Module, wrap_classes: tuple[type, ...]) -> list[nn.Module]:
-    """The modules to shard or compile one by one, in order."""
-    return [module for module in model.modules() if wrap_classes and isinstance(module, tuple(wrap_classes))]
+def blocks_of(model: nn.Module, wrap_classes: tuple[type | str, ...]) -> list[nn.Module]:
+    """The modules to compile one by one, in order."""
+    classes = tuple(kind for kind in wrap_classes if isinstance(kind, type))
+    return [module for module in model.modules() if isinstance(module, classes)]
+
+
+def units_of(model: nn.Module, wrap_classes: tuple[type | str, ...]) -> list[nn.Module]:
+    """The modules to shard one by one: the blocks, and those that wrap_classes names, such as an embedding or a head
+    that is called as a module and shares no parameter with others.
+    """
+    blocks = {id(block) for block in blocks_of(model, wrap_classes)}
+    return [module for name, module in model.named_modules() if id(module) in blocks or name in wrap_classes]
+
+
+def give_memory(module: nn.Module, device: torch.device) -> None:
+    """Memory without values for what a module has on the meta device; tied parameters stay tied."""
+    if not any(parameter.is_meta for parameter in module.parameters()):
+        return
+    first: dict[int, tuple[nn.Module, str]] = {}
+    ties, real = [], []
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None and first.setdefault(id(parameter), (owner, name)) != (owner, name):
+                ties.append((owner, name, *first[id(parameter)]))
+        real += [(owner, name, b.to(device)) for name, b in owner._buffers.items() if b is not None and not b.is_meta]
+    module.to_empty(device=device)
+    for owner, name, other, its in ties:
+        owner._parameters[name] = other._parameters[its]
+    for owner, name, buffer in real:
+        owner._buffers[name] = buffer
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -96,7 +96,7 @@ class Zero(Strategy):
         if applied and not self._linked:
             self._link_moments()
         self._seen.clear()
-        return StepInfo(float(norm) if applied else float("nan"))
+        return StepInfo(norm if applied else float("nan"))
 
     def with_gradient(self) -> dict[str, bool]:
         return {name: name in self._seen for name in self.parameters}

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from shared.config import RunSection, TrainingSection, accumulation_steps, checkpoint_bytes, writes_shards
+from shared.engine.strategy import units_of
 from shared.errors import UserError
 
 ASSUMED_UTILISATION = 0.40  # share of the matrix peak that a well-fed transformer step reaches; printed with the time
@@ -112,6 +113,7 @@ class Measured:
     activation_bytes: int  # the same without the gradients of parameters
     block_bytes: int  # the largest unit that fsdp and zero3 gather
     recomputed_flops: float = 0.0  # of step_flops
+    root: int = 0  # parameters that are in no unit
 
 
 @dataclass
@@ -129,6 +131,7 @@ class Plan:
     frozen_parts: list[FrozenPart]
     cpu_offload: bool = False
     reduce_each_micro_step: bool = False
+    replicas: int = 1  # fsdp: copies of the sharded model
     tf32: bool = True
     gpus_per_node: int = 8
     memory: dict[str, int] = field(default_factory=dict)
@@ -139,6 +142,11 @@ class Plan:
     compute_seconds: float = 0.0
     optimizer_seconds: float = 0.0
     traffic_seconds: float = 0.0
+
+    @property
+    def shards(self) -> int:
+        """Ranks over which one copy of the model is cut, under a strategy that cuts it."""
+        return self.world // self.replicas
 
     @property
     def peak_memory(self) -> int:
@@ -241,7 +249,10 @@ _ATTENTION_FLOPS = {
 
 
 def measure(
-    build: Callable[[], nn.Module], step: Callable[[nn.Module], Tensor], precision: str, blocks: tuple[type, ...] = ()
+    build: Callable[[], nn.Module],
+    step: Callable[[nn.Module], Tensor],
+    precision: str,
+    blocks: tuple[type | str, ...] = (),
 ) -> Measured:
     """Build the model and run `step(model) -> loss` for one micro-batch, forward and backward, on fake tensors.
 
@@ -269,7 +280,7 @@ def measure(
             forward = counter.get_total_flops()
             counter.in_backward = True
             loss.backward()
-        units = [module for module in model.modules() if blocks and isinstance(module, blocks)]
+        units = units_of(model, blocks)
         trainable = [p for p in parameters if p.requires_grad]
         frozen = [p for p in parameters if not p.requires_grad]
         inside = {id(p) for unit in units for p in unit.parameters()}
@@ -285,6 +296,7 @@ def measure(
             activation_bytes=memory.activation_peak,
             block_bytes=root + max((sum(_bytes(p) for p in unit.parameters()) for unit in units), default=0),
             recomputed_flops=float(counter.recomputed),
+            root=sum(p.numel() for p in parameters if id(p) not in inside),
         )
 
 
@@ -306,6 +318,8 @@ def make_plan(
         raise UserError(
             f"--strategy none plans for one rank, --world-size is {world}; use ddp, fsdp, zero1, zero2 or zero3"
         )
+    if world % run.fsdp_replicas and not run.plan_table:
+        raise UserError(f"--fsdp-replicas {run.fsdp_replicas} do not divide the {world} ranks of --world-size")
     gpu_name = (gpu or run.gpu or "a100").lower()
     if gpu_name not in GPUS:
         raise UserError(f"--gpu {gpu_name}: not in the table; use one of {', '.join(GPUS)}")
@@ -321,6 +335,7 @@ def make_plan(
         frozen_parts or [],
         run.cpu_offload,
         training.reduce_each_micro_step,
+        math.gcd(run.fsdp_replicas, world) if strategy == "fsdp" else 1,
         training.allow_tf32,
         run.gpus_per_node,
     )
@@ -329,8 +344,9 @@ def make_plan(
     plan.checkpoint_bytes = checkpoint_bytes(training, measured.trainable)
     writers = world if writes_shards(training, measured.trainable, world) else 1
     plan.startup_bytes, plan.host_bytes = _startup(plan, training.save_in_background, writers)
-    plan.traffic_bytes = _traffic(plan)
-    card, share = GPUS[gpu_name], world if strategy in ("fsdp", "zero3") else 1
+    shared, over_copies = _traffic(plan)
+    plan.traffic_bytes = math.ceil(shared + over_copies)
+    card, share = GPUS[gpu_name], plan.shards if strategy in ("fsdp", "zero3") else 1
     peak = 1e12 * ASSUMED_UTILISATION
     plan.compute_seconds = plan.accumulation * (
         measured.step_flops / (peak * _matrix_peak(plan, plan.precision))
@@ -338,7 +354,7 @@ def make_plan(
     )
     touched = ADAMW_BYTES / (world if strategy.startswith("zero") else share) + EMA_BYTES * has_ema / share
     plan.optimizer_seconds = measured.trainable * touched / (card.memory_gb_per_second * 1e9)
-    plan.traffic_seconds = plan.traffic_bytes / (_link(plan) * 1e9)
+    plan.traffic_seconds = (shared / _link(plan, plan.shards) + over_copies / _link(plan, world)) / 1e9
     return plan
 
 
@@ -350,15 +366,15 @@ def _matrix_peak(plan: Plan, precision: str) -> float:
     return card.tf32_tflops if plan.tf32 else card.fp32_tflops
 
 
-def _link(plan: Plan) -> float:
-    """GB/s that a rank sends: a ring over several nodes is as fast as the network between them."""
+def _link(plan: Plan, ranks: int) -> float:
+    """GB/s that one of so many ranks sends: a ring over several nodes is as fast as the network between them."""
     card = GPUS[plan.gpu_name]
-    return card.link_gb_per_second if plan.world <= plan.gpus_per_node else card.network_gb_per_second
+    return card.link_gb_per_second if ranks <= plan.gpus_per_node else card.network_gb_per_second
 
 
 def _memory(plan: Plan, has_ema: bool) -> dict[str, int]:
     """Bytes per rank by part. Sharded parts are divided by the ranks; a unit and its successor are gathered."""
-    found, world, half = plan.measured, plan.world, plan.precision != "fp32"
+    found, world, half = plan.measured, plan.shards, plan.precision != "fp32"
     shard = {"none": 1, "ddp": 1}.get(plan.strategy, world)
     weights_sharded = plan.strategy in ("fsdp", "zero3")
     weights = found.trainable_bytes / (world if weights_sharded else 1)
@@ -399,27 +415,31 @@ def _startup(plan: Plan, save_in_background: bool, writers: int) -> tuple[int, i
     """
     found, local = plan.measured, min(plan.world, plan.gpus_per_node)
     whole = found.trainable_bytes + found.frozen_bytes
-    placed = math.ceil(whole / plan.world) + found.block_bytes if plan.strategy == "fsdp" else whole
+    placed = math.ceil(whole / plan.shards) + found.block_bytes if plan.strategy == "fsdp" else whole
     staging = plan.checkpoint_bytes // writers * min(writers, local) if save_in_background else 0
-    offloaded = (whole + 12 * found.trainable) // plan.world * local if plan.cpu_offload else 0
+    offloaded = (whole + 12 * found.trainable) // plan.shards * local if plan.cpu_offload else 0
     return 0 if plan.cpu_offload else placed, max(whole * local, staging + offloaded)
 
 
-def _traffic(plan: Plan) -> int:
-    """Bytes that one rank sends in one optimizer step; a ring's all-gather or reduce-scatter moves (W-1)/W."""
-    found, share = plan.measured, (plan.world - 1) / plan.world
+def _traffic(plan: Plan) -> tuple[float, float]:
+    """Bytes that one rank sends in one optimizer step, to those with whom it shares a copy of the model, and to the
+    other copies; a ring's all-gather or reduce-scatter moves (W-1)/W.
+    """
+    found, share = plan.measured, (plan.shards - 1) / plan.shards
     weight = 2 if plan.precision != "fp32" else 4
     gathers = weight * (found.trainable + found.frozen) * 2 * plan.accumulation  # in every forward and backward
+    kept = weight * found.root * plan.accumulation  # fsdp keeps what is in no unit from the forward to the backward
+    over_copies = 2 * 4 * found.trainable / plan.shards * (plan.replicas - 1) / plan.replicas
     scatters = plan.accumulation if plan.reduce_each_micro_step else 1
     moved = {
         "none": 0,
         "ddp": 2 * 4 * found.trainable,
         "zero1": (weight + weight) * found.trainable,
         "zero2": (weight * plan.accumulation + weight) * found.trainable,
-        "fsdp": 4 * found.trainable * scatters + gathers,
+        "fsdp": 4 * found.trainable * scatters + gathers - kept,
         "zero3": weight * found.trainable * plan.accumulation + gathers,
     }
-    return math.ceil(share * moved[plan.strategy])
+    return share * moved[plan.strategy], over_copies
 
 
 def describe(plan: Plan) -> str:
@@ -446,8 +466,8 @@ def describe(plan: Plan) -> str:
         *(f"  {name:<18}{size / 1e9:.3f} GB" for name, size in plan.memory.items()),
         f"start-up            {plan.startup_bytes / 1e9:.2f} GB of a card; host memory of a node "
         f"{plan.host_bytes / 1e9:.2f} GB",
-        f"traffic a rank      {plan.traffic_bytes / 1e9:.3f} GB a step at {_link(plan):g} GB/s "
-        f"({'within a node' if plan.world <= plan.gpus_per_node else 'between nodes'})",
+        f"traffic a rank      {plan.traffic_bytes / 1e9:.3f} GB a step at {_link(plan, plan.shards):g} GB/s "
+        f"({'within a node' if plan.shards <= plan.gpus_per_node else 'between nodes'})",
         f"checkpoint          {plan.checkpoint_bytes / 1e9:.3f} GB",
         f"expected step       {plan.seconds_per_step:.4g} s on {plan.gpu_name} ({rate:.1f} samples/s): compute "
         f"{plan.compute_seconds:.4g} s at {ASSUMED_UTILISATION:.0%} of the {_peak_name(plan)} matrix peak (assumed; "

@@ -18,13 +18,13 @@ class Workload:
     """One micro-step as the planner runs it on fake tensors.
 
     build(config) -> model; step(config) -> (model -> loss of one micro-batch); frozen_parts(config) of one micro-batch.
-    blocks: the classes that fsdp and zero3 gather one at a time.
+    blocks: the classes, and names of further modules, that fsdp and zero3 gather one at a time.
     """
 
     title: str
     build: Callable[[Any], nn.Module]
     step: Callable[[Any], Callable[[nn.Module], Tensor]]
-    blocks: tuple[type, ...] = ()
+    blocks: tuple[type | str, ...] = ()
     frozen_parts: Callable[[Any], list[FrozenPart]] = lambda config: []
 
     def measure(self, config: Any) -> Measured:

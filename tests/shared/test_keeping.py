@@ -412,6 +412,8 @@ def settings(tmp_path: Path, **changes) -> toy.Config:
 FAULTS = [
     ({"run": {"precision": "fp16"}}, "--precision fp16 needs CUDA"),
     ({"run": {"cpu_offload": True}}, "--cpu-offload works with the strategies"),
+    ({"run": {"fsdp_replicas": 2}}, "--fsdp-replicas 2 works with the strategy fsdp, not with none"),
+    ({"run": {"fsdp_replicas": 2, "strategy": "fsdp"}}, "--fsdp-replicas 2: 1 ranks cannot be dealt"),
     ({"run": {"resume": "/nowhere/checkpoint"}}, "/nowhere/checkpoint: no such checkpoint"),
     ({"run": {"output_dir": "  "}}, "--output-dir is empty"),
     ({"run": {"output_dir": "/proc/self/status/x"}}, "is not a folder"),

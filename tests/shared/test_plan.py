@@ -63,9 +63,9 @@ def measured():
     return measure(Net, step, "fp32", (Block,))
 
 
-def plan_of(measured, strategy="none", world=1, gpu=None, precision="fp32", frozen_parts=None, **training):
+def plan_of(measured, strategy="none", world=1, gpu=None, precision="fp32", frozen_parts=None, replicas=1, **training):
     settings = TrainingSection(**{"batch_size": B, **training})
-    run = RunSection(precision=precision)
+    run = RunSection(precision=precision, fsdp_replicas=replicas)
     return make_plan(
         "toy", measured, run=run, training=settings, strategy=strategy, world=world, gpu=gpu, frozen_parts=frozen_parts
     )
@@ -171,8 +171,21 @@ def test_traffic_of_a_ring(measured):
     assert plan_of(measured).traffic_bytes == 0
     assert plan_of(measured, "ddp", 2).traffic_bytes == 4 * PARAMETERS  # half of it, scattered and gathered
     gathers = 2 * 3 * 4 * PARAMETERS  # forward and backward of three micro-steps
-    assert plan_of(measured, "fsdp", 2, gradient_accumulation_steps=3).traffic_bytes == (4 * PARAMETERS + gathers) / 2
+    kept = 3 * 4 * measured.root  # what is in no unit is gathered once for both
+    sharded = plan_of(measured, "fsdp", 2, gradient_accumulation_steps=3)
+    assert 0 < measured.root < PARAMETERS and sharded.traffic_bytes == (4 * PARAMETERS + gathers - kept) / 2
     assert plan_of(measured, "ddp", 8).traffic_bytes > plan_of(measured, "ddp", 2).traffic_bytes
+
+
+def test_copies_of_a_sharded_model_gather_among_fewer_ranks(measured):
+    """Two nodes, a copy on each: only gradients, of a shard each, go over the network."""
+    flat, copies = plan_of(measured, "fsdp", 16), plan_of(measured, "fsdp", 16, replicas=2)
+    assert copies.memory["weights"] == -(-4 * PARAMETERS // 8)
+    gathered = 7 / 8 * (4 * PARAMETERS + 2 * 4 * PARAMETERS - 4 * measured.root)
+    assert copies.traffic_bytes == pytest.approx(gathered + 4 * PARAMETERS / 8, abs=1)
+    assert "within a node" in describe(copies) and "between nodes" in describe(flat)
+    with pytest.raises(UserError, match="do not divide"):
+        plan_of(measured, "fsdp", 16, replicas=3)
 
 
 def test_checkpoints_hold_weights_moments_and_average(measured):

@@ -14,6 +14,7 @@ from shared.engine.checkpoint import StoredTensors, load_tensors, load_weights, 
 from shared.engine.strategy import rows_of
 from shared.errors import CheckpointError
 from tests.launching import losses, newest, run, same_bits
+from tests.shared.toy import error_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 TOY = Path(__file__).parent / "toy.py"
@@ -117,13 +118,13 @@ def test_a_damaged_or_missing_shard_is_passed_over_and_named(halves, tmp_path):
 
 
 def test_a_rank_that_cannot_write_stops_all_and_nothing_half_written_stays(tmp_path):
-    case = {**described(tmp_path / "run", "fsdp", max_steps=2), "expect": True, "full_disk_of_rank": 1}
-    for background in (False, True):
-        case["training"] = {**case["training"], "save_in_background": background}
-        toy(tmp_path, 2, [case])
+    runs = {"front": {"save_in_background": False}, "behind": {}}
+    case = {"expect": True, "full_disk_of_rank": 1}
+    toy(tmp_path, 2, [case | described(tmp_path / name, "fsdp", max_steps=2, **how) for name, how in runs.items()])
+    for name in runs:
         for rank, sentence in enumerate(("another rank failed: rank 1: OSError", "No space left")):
-            assert sentence in (tmp_path / f"run.error_{rank}.txt").read_text()
-        assert not [path for path in (tmp_path / "run" / "checkpoints").glob("*") if path.is_dir()]
+            assert sentence in error_file(tmp_path / name, rank).read_text()
+        assert not [path for path in (tmp_path / name / "checkpoints").glob("*") if path.is_dir()]
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (5, 3), (7,)])

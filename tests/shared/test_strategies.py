@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from shared.engine.checkpoint import load_weights
 from tests.launching import final_tensors, losses, run
 from tests.shared.toy import error_file
 
@@ -20,6 +21,7 @@ VARIANTS = {
     "scattered": ({}, 4, 1e-8),  # accumulated, and fsdp scatters its gradients in every micro-step
     "tied": ({"tied": True}, 4, 1e-8),
     "smooth": ({}, 1, 1e-3),
+    "meta": ({"meta": True, "tied": True}, 1, 1e-8),  # the model comes without memory and is filled part by part
 }
 
 
@@ -76,6 +78,40 @@ def test_averaged_weights_equal_those_of_one_rank(runs, strategy):
     expected, found = final_tensors(runs / "one_smooth"), final_tensors(runs / f"{strategy}_smooth")
     names = [name for name in expected if name.startswith("ema.safetensors")]
     assert names and all((found[name] - expected[name]).abs().max() < 5e-7 for name in names)
+
+
+def test_replicas_and_units_of_their_own_give_the_losses_of_one(tmp_path):
+    settings = batches("", 16, 4, 1e-8) | {"total_steps": 8, "eval_steps": 4}
+    toy(tmp_path, 1, [{"output_dir": str(tmp_path / "one"), "training": settings}])
+    cases = {
+        "hybrid": {"run": {"fsdp_replicas": 2}},
+        "scattered": {"run": {"fsdp_replicas": 2}, "training": {"reduce_each_micro_step": True}},
+        "replicas": {"run": {"fsdp_replicas": 4}, "meta": True},
+        "units": {"units": ["table", "head"]},
+    }
+    shards = {"shard_checkpoints_above_gb": 0, "batch_size": 1, "max_steps": 6}
+    for half in (shards, shards | {"max_steps": None}):
+        toy(
+            tmp_path,
+            4,
+            [
+                {
+                    "output_dir": str(tmp_path / name),
+                    "strategy": "fsdp",
+                    **case,
+                    "training": {**settings, **case.get("training", {}), **half},
+                }
+                for name, case in cases.items()
+            ],
+        )
+    expected = losses(tmp_path / "one")
+    for name in cases:
+        found = losses(tmp_path / name)
+        assert max(abs(found[step] - expected[step]) / expected[step] for step in expected) < 1e-6, name
+        expected_tensors = load_weights(tmp_path / "one")
+        assert all(
+            (value - expected_tensors[key]).abs().max() < 1e-4 for key, value in load_weights(tmp_path / name).items()
+        )
 
 
 def test_a_run_moves_between_strategies_and_numbers_of_ranks(tmp_path):

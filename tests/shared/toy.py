@@ -125,7 +125,12 @@ def validate(model, step):
 
 def run_case(case, info):
     torch.manual_seed(3)
-    model = Toy(case.get("dropout", 0.0), case.get("tied", False), case.get("branches"))
+    kind = (case.get("dropout", 0.0), case.get("tied", False), case.get("branches"))
+    model, values = Toy(*kind), None
+    if case.get("meta"):
+        values = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}.__getitem__
+        with torch.device("meta"):
+            model = Toy(*kind)
     own = case.get(f"rank_{info.rank}", {})  # what is other on this rank
     if "shift" in own:
         next(model.get_submodule(own["shift"]).parameters()).data.add_(1)
@@ -169,7 +174,8 @@ def run_case(case, info):
         stream=stream,
         losses=losses(case),
         validate=validate,
-        wrap_classes=(Block,),
+        wrap_classes=(Block, *case.get("units", ())),
+        first_values=values,
     )
 
 

@@ -1,19 +1,33 @@
-"""The plan's memory against that of real steps: python -m tests.survival.memory [--systems dit bagel]
+"""The plan's memory and traffic against those of real steps, on one rank or several:
 
-Every system's `small` preset on one CPU rank in fp32: two optimizer steps under the profiler, which adds up what
-torch's allocator gives and takes. Weights and the moving average are there before and are counted by their sizes.
+  python -m tests.survival.memory [--systems dit bagel]
+  torchrun --standalone --nproc_per_node=4 tests/survival/memory.py --strategies ddp fsdp
+Every system's `small` preset on CPU ranks in fp32: two optimizer steps under the profiler, which adds up what torch's
+allocator gives and takes. Weights, the moving average and DDP's buckets are there before and are counted by their
+sizes. Traffic is what the collectives of the second step carry, as a ring sends it.
 """
 
 import argparse
 import gc
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from shared.config import load_config
-from shared.engine.dist import DistInfo
-from shared.engine.strategy import EMA, Strategy
+from shared.engine.dist import DistInfo, init_distributed, max_over_ranks, shutdown
+from shared.engine.parallel import make_strategy
+from shared.engine.strategy import EMA
 from shared.optim import decay_groups
 from shared.plan.table import Workload
 
@@ -61,40 +75,83 @@ def allocated(work: Callable[[], None]) -> int:
     return peak
 
 
-def compare(make: Callable[[], Any], workload: Callable[[Any], Workload]) -> tuple[int, int]:
-    """Planned and measured bytes."""
+class Traffic(TorchDispatchMode):
+    """Adds up what a rank sends in a ring's collectives, but for single numbers."""
+
+    def __init__(self, world: int):
+        super().__init__()
+        self.share, self.sent = (world - 1) / world, 0.0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        if function.namespace == "c10d":
+            kind = function.overloadpacket.__name__
+            size = max([t.nbytes for t in tree_leaves(arguments) if isinstance(t, Tensor)], default=0)
+            if size > 1000:
+                self.sent += self.share * size * (2 if kind.startswith("allreduce") else 1)
+        return function(*arguments, **(named or {}))
+
+
+def local_bytes(value: Tensor) -> int:
+    return value.to_local().nbytes if isinstance(value, DTensor) else value.nbytes
+
+
+def compare(
+    make: Callable[[], Any], workload: Callable[[Any], Workload], name: str, info: DistInfo
+) -> tuple[float, float, float, float]:
+    """Planned and measured bytes: the largest rank's memory, and traffic of a step."""
     config = make()
-    config.run.precision, config.run.strategy = "fp32", "none"
+    config.run.precision, config.run.strategy, config.run.world_size = "fp32", name, info.world
+    config.training.global_batch_size = None
     work = workload(config)
-    planned = work.plan(config).peak_memory
+    plan = work.plan(config)
     model = work.build(config).train()
-    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    strategy = Strategy("none", DistInfo(), "fp32", config.training)
-    strategy.prepare(model, decay_groups(model, 0.0))
+    strategy = make_strategy(config.run, info, "fp32", config.training)
+    strategy.prepare(model, decay_groups(model, 0.0), work.blocks)
     ema = EMA(strategy, 0.99) if config.training.ema_decay > 0 else None
-    sizes = {name: value.nbytes for name, value in [*model.named_parameters(), *model.named_buffers()]}
-    before = sum(sizes.values()) + (sum(sizes[name] for name in trainable) if ema else 0)
+    trainable = sum(local_bytes(value) for value in strategy.parameters.values())
+    before = sum(map(local_bytes, [*model.parameters(), *model.buffers()]))
+    before += trainable * ((ema is not None) + (name == "ddp"))
+    traffic = Traffic(info.world)
 
     def two_steps() -> None:
-        for _ in range(2):
-            for _ in range(config.training.gradient_accumulation_steps):
+        accumulation = config.training.gradient_accumulation_steps
+        for micro in range(2 * accumulation):
+            if micro == accumulation:
+                traffic.__enter__()
+            is_last = micro % accumulation == accumulation - 1
+            with strategy.micro_step(is_last):
                 strategy.backward(work.step(config)(strategy.model))
-            strategy.optimizer_step()
-            if ema:
-                ema.update()
+            if is_last:
+                strategy.optimizer_step()
+                if ema:
+                    ema.update()
+        traffic.__exit__(None, None, None)
 
-    return planned, before + allocated(two_steps)
+    measured = max_over_ranks(float(before + allocated(two_steps)))
+    return plan.peak_memory, measured, plan.traffic_bytes, traffic.sent
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--systems", nargs="+", help="names, default: all")
+    parser.add_argument("--strategies", nargs="+", default=["none"], help="none, ddp, fsdp")
     options = parser.parse_args()
-    print("| system | planned, MB | measured, MB | planned / measured |\n|---|---|---|---|")
+    info = init_distributed("cpu")
+    torch.set_num_threads(1)
+    if info.is_main:
+        print(
+            "| system | strategy | memory: planned, MB | measured | ratio | traffic: planned, MB | measured | ratio |"
+        )
+        print("|---|---|---|---|---|---|---|---|", flush=True)
     for name, (make, workload) in cases().items():
-        if not options.systems or name in options.systems:
-            planned, measured = compare(make, workload)
-            print(f"| {name} | {planned / 1e6:.1f} | {measured / 1e6:.1f} | {planned / measured:.3f} |", flush=True)
+        for strategy in options.strategies if not options.systems or name in options.systems else ():
+            torch.manual_seed(0)
+            planned, measured, carried, sent = compare(make, workload, strategy, info)
+            cells = [f"{planned / 1e6:.1f}", f"{measured / 1e6:.1f}", f"{planned / measured:.3f}"]
+            cells += [f"{carried / 1e6:.1f}", f"{sent / 1e6:.1f}", f"{carried / sent:.3f}" if sent else "-"]
+            if info.is_main:
+                print(f"| {name} | {strategy}@{info.world} | {' | '.join(cells)} |", flush=True)
+    shutdown()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ built on meta and filled from a file; --whole builds it on every rank, and rank 
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import shutil
@@ -49,6 +51,8 @@ class Peak:
     """While in the context: seconds, and the most memory above that at its beginning."""
 
     def __enter__(self) -> "Peak":
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed before and is kept must not hide what is taken now
         self.before, self.peak, self.ended = held(), 0, False
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
