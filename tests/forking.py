@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 import traceback
+import weakref
 from pathlib import Path
 from typing import IO
 
@@ -87,6 +88,7 @@ def _fork(script: list[str], out: IO, err: IO, environment: dict[str, str]) -> i
         return child
     code = 1
     try:
+        weakref.finalize._registry.clear()  # type: ignore[attr-defined]  (temporary folders of the parent stay)
         os.setsid()
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
