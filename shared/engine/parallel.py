@@ -13,6 +13,7 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
+    register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -59,6 +60,8 @@ class FSDP(Strategy):
         offload = CPUOffloadPolicy(pin_memory=on_gpu) if self.cpu_offload else OffloadPolicy()
         for module in [*blocks_of(self.module, wrap_classes), self.module]:
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True, offload_policy=offload)
+            for name in getattr(module, "forward_methods", ()):  # called from outside in place of forward
+                register_fsdp_forward_method(module, name)
 
     @contextlib.contextmanager
     def micro_step(self, is_last: bool) -> Iterator[None]:
