@@ -128,8 +128,10 @@ class ModelConfig(Section):
         "bytes, sample (bytes and words of the scenes), or a folder with a tokenizer; null: model_path's",
         fixed=True,
     )
-    initializer_range: float = setting(0.02, "standard deviation of matrices that start from random", gt=0)
-    vision_initializer_range: float = setting(
+    initializer_range: float | None = setting(
+        0.02, "standard deviation of matrices that start from random; null: by the width, 1/sqrt(inputs)", gt=0
+    )
+    vision_initializer_range: float | None = setting(
         0.02,
         "the same for the vision tower and the connector; narrow ones want more, or their "
         "features drown in the fixed position codes, whose values reach 1",
@@ -262,6 +264,13 @@ class DataConfig(Section):
     )
     vit_cond_dropout_prob: float = setting(
         0.3, "chance that the ViT tokens of a condition picture are left out", ge=0, le=1
+    )
+    drawn_copies: int = setting(
+        1,
+        "times that a picture to draw stands in a training sample, each with its own noise and time: what is given "
+        "before it is read once for all of them",
+        fixed=True,
+        ge=1,
     )
     question_weight: float = setting(
         1.0, "times a record that answers about a given picture comes an epoch, beside its own weight", gt=0

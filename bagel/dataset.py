@@ -58,6 +58,7 @@ from shared.rng import keyed_generator
 
 _CHOICE, _FLIP, _PACK, _WEIGHT = 301, 302, 303, 304  # random streams
 SHOWN_ERRORS = 20
+MOST_MADE = 1024  # samples that wait to be asked for
 BLOCK = 4096  # records that are checked together at the start
 
 
@@ -90,13 +91,16 @@ class UnifiedGenerationDataset:
         flip_probability: float = 0.0,
         seed: int = 0,
         scenes: SceneConfig | None = None,
+        copies: int = 1,
     ):
         self.data_path, self.tokenizer, self.layout, self.seed = data_path, tokenizer, layout, seed
         self.vae_transform, self.vit_transform = vae_transform, vit_transform
         self.edit_vit_transform = edit_vit_transform or vit_transform
         self.max_length, self.truncate, self.escape = max_sequence_length, truncate_text, escape_special_tokens
         self.strict, self.question_weight, self.flip_probability = strict, question_weight, flip_probability
+        self.copies = copies
         self.errors: list[DataError] = []
+        self._made: dict[tuple[int, int], tuple[Record, list[PlanItem]]] = {}  # by (index, epoch)
         is_composed = data_path.startswith(SCENES_PATH) and not Path(data_path).exists()
         sources: list[RecordFile] = (
             [SceneFile(data_path, scenes or SceneConfig(), seed)]
@@ -115,7 +119,7 @@ class UnifiedGenerationDataset:
         """What was stored about the files, or what reading all of them tells."""
         identity = self.tokenizer.identity
         transforms = [vars(each) for each in (self.vae_transform, self.vit_transform, self.edit_vit_transform)]
-        limits = [self.max_length, self.truncate, self.escape, self.seed]
+        limits = [self.max_length, self.truncate, self.escape, self.seed, self.copies]
         path = index_path(sources, [identity, str(self.layout), transforms, limits])
         index = Index.load(path)
         if index is None:
@@ -187,7 +191,7 @@ class UnifiedGenerationDataset:
             return
         builder.add(number, place, record, length)
         for item in items:
-            if item.loss:
+            if item.loss and not item.repeats:
                 kind = "text" if item.type == "text" else "image"
                 builder.targets[f"{kind} tokens"] += item.tokens(self.layout.latent_stride, self.layout.vit_patch)
                 builder.targets[f"{kind}s"] += 1
@@ -241,9 +245,14 @@ class UnifiedGenerationDataset:
         start, so that filling packs reads no record.
         """
         row = self.records.rows[index % len(self)]
-        if self.records.sources[row["source"]].changes:
-            return self.length(index, epoch)
-        return int(row["length"])
+        if not self.records.sources[row["source"]].changes:
+            return int(row["length"])
+        # The record is made anew in every epoch; what told its length is kept until the sample is asked for.
+        if len(self._made) >= MOST_MADE:
+            self._made.clear()
+        record = self.records.at(index % len(self), epoch)
+        self._made[index, epoch] = record, self._plan_of_epoch(record, index, epoch)
+        return self.layout.length(self._made[index, epoch][1])
 
     def length(self, index: int, epoch: int) -> int:
         """Tokens of a sample when nothing is left out."""
@@ -251,12 +260,18 @@ class UnifiedGenerationDataset:
 
     def sample(self, index: int, epoch: int) -> dict[str, Any]:
         """The items with pixels; raises a BadSample when a picture turns out to be damaged."""
-        record = self.records.at(index % len(self), epoch)
-        flip = torch.rand((), generator=keyed_generator(self.seed, _FLIP, epoch, index)).item() < self.flip_probability
+        flip = False
+        if self.flip_probability:
+            draw = torch.rand((), generator=keyed_generator(self.seed, _FLIP, epoch, index))
+            flip = draw.item() < self.flip_probability
         loaded: dict[str, Any] = {}
+        record, items = self._made.pop((index, epoch), (None, []))
+        record = record or self.records.at(index % len(self), epoch)
         try:
-            items = self._plan_of_epoch(record, index, epoch)
+            items = items or self._plan_of_epoch(record, index, epoch)
             for item in items:
+                if item.repeats:
+                    continue  # the latents of the picture before it serve again
                 if item.source and item.source not in loaded:
                     image = record.source.load(item.source)
                     loaded[item.source] = ImageOps.mirror(image) if flip else image
@@ -310,7 +325,7 @@ class UnifiedGenerationDataset:
             name,
             vae[::-1],
             vit[::-1],
-            target=step.target,
+            target=self.copies * step.target,
             latents=step.latents,
             vision=step.vision,
             enable_cfg=step.enable_cfg,
@@ -404,9 +419,9 @@ def transforms_of(data: DataConfig, config: ModelConfig) -> tuple[ImageTransform
 
 
 def open_dataset(
-    config: Config, model_config: ModelConfig, tokenizer: Tokenizer, path: str
+    config: Config, model_config: ModelConfig, tokenizer: Tokenizer, path: str, *, copies: int = 1
 ) -> UnifiedGenerationDataset:
-    """The records of `path` under the settings of the run."""
+    """The records of `path` under the settings of the run; a picture to draw stands in a sample `copies` times."""
     data = config.data
     vae_transform, vit_transform, edit_vit_transform = transforms_of(data, model_config)
     return UnifiedGenerationDataset(
@@ -425,4 +440,5 @@ def open_dataset(
         flip_probability=data.flip_probability,
         seed=config.run.seed,
         scenes=data.scenes,
+        copies=copies,
     )

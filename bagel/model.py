@@ -7,6 +7,7 @@ Letters of shapes: L tokens of a pack, D width, N latent tokens, C numbers of a 
 """
 
 import math
+import re
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from shared.errors import UserError
 from shared.flow import linear_path
 
 SEEING = ("vit_model.", "connector.")  # names of the vision tower's and the connector's weights
+LEADS_BACK = re.compile(
+    r"(o_proj|o_proj_moe_gen|out_proj|down_proj|layers\.\d+\.mlp\.fc2)$"
+)  # into the sum of branches
 
 
 def shift_times(t: Tensor, shift: float) -> Tensor:
@@ -124,10 +128,7 @@ class Bagel(nn.Module):
             if not f"{name}.".startswith(only):
                 continue
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                seeing = name.startswith(SEEING)
-                nn.init.normal_(
-                    module.weight, std=self.config.vision_initializer_range if seeing else self.config.initializer_range
-                )
+                nn.init.normal_(module.weight, std=self._spread(name, module))
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
             if isinstance(module, nn.LayerNorm):
@@ -135,6 +136,18 @@ class Bagel(nn.Module):
         if "llm2vae.".startswith(only):
             nn.init.zeros_(self.llm2vae.weight)
         return self
+
+    def _spread(self, name: str, module: nn.Linear | nn.Embedding) -> float:
+        """Standard deviation of a matrix that starts from random."""
+        config, seeing = self.config, name.startswith(SEEING)
+        given = config.vision_initializer_range if seeing else config.initializer_range
+        if given is not None:
+            return given
+        if isinstance(module, nn.Embedding):
+            return 0.5
+        layers = config.vision.num_hidden_layers if seeing else config.language.num_hidden_layers
+        # 2 L branches of variance 1 / (2 L) add up to what they are added to
+        return (module.in_features * (2 * layers if LEADS_BACK.search(name) else 1)) ** -0.5
 
     def freeze(self) -> "Bagel":
         """Take what the settings freeze out of training."""
@@ -176,11 +189,16 @@ class Bagel(nn.Module):
         without images, or without text to predict, runs the same modules on nothing and gives empty losses that still
         have gradients.
         """
+        # Clean pictures have time 0 and pass through the same path unchanged, so that all latents are one tensor.
         t = training_times(pack["packed_timesteps"], self.config.timestep_shift)
         noisy, velocity = linear_path(pack["packed_latents"], pack["packed_noise"], t)
+
+        # Each expert multiplies its own tokens alone; they meet in the attention, which wants the order of the pack.
         und, gen, rows = self.embed(pack, noisy, t)
         attention = PackedAttention(self._layout(pack), rows, self.backend(und.device))
         und, gen = self.language_model.model(und, gen, _positions(pack, rows), attention, self.config.freeze_und)
+
+        # The head is as wide as the vocabulary: it sees the tokens that predict one, and no other.
         logits = self.language_model.lm_head(
             und[_rows_of(pack["packed_text_indexes"], pack["ce_loss_indexes"])]
         ).float()

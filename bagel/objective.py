@@ -211,9 +211,13 @@ def joint_losses(
     """
     whole = count_targets(packs, training.ce_loss_reweighting) if training.loss_normalization == "window" else None
     for pack in packs:
+        # Packs hold unlike numbers of targets. A mean of their means would weigh a token by how few others share its
+        # pack, and several ranks would train another model than one; so sums are divided by the whole step's count.
         counts = count_targets([pack], training.ce_loss_reweighting) * len(packs) if whole is None else whole
         text_tokens, image_tokens = counts.clamp(min=1e-12).tolist()
         losses = model(pack)
+        # Ranks are averaged when their gradients meet, hence the factor world. A pack without a token of one kind still
+        # gives a zero with a graph: every rank must run backward through the same modules.
         text = (losses["ce"] * token_weights(pack, training.ce_loss_reweighting)).sum() * (world / text_tokens)
         image = losses["mse"].mean(dim=-1).sum() * (world / image_tokens)
         # The loop averages metrics over micro-batches, so each carries its share times their number.

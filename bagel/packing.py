@@ -104,7 +104,7 @@ class PlanItem:
     split_start: bool = True  # first frame of its block
     split_end: bool = True  # last frame of its block
     frame_delta: int | None = None  # positions from this frame to the next
-    repeats: bool = False  # the picture before it once more, with the same noise at another time (validation)
+    repeats: bool = False  # the picture before it once more, with other noise at another time
 
     def tokens(self, latent_stride: int, vit_patch: int) -> int:
         """Tokens without the two marks."""
@@ -204,6 +204,8 @@ class PackBuilder:
         """Append one sample."""
         first, rope, open_split, raw = self.length, 0, 0, CLEAN
         for item, uniform in zip(items, draws.uniforms, strict=True):
+            # Guidance subtracts what the model says without a condition, so it must have seen samples without it. A
+            # picture that is left out keeps its rotary position: what follows stands where it would stand with it.
             if dropout.drops(item, uniform):
                 rope += item.type != "text"
                 continue
@@ -216,6 +218,7 @@ class PackBuilder:
                 if item.loss and item.split_start:
                     raw = next(draws.raw_times)
                 self._vae(item, rope, raw if item.loss else CLEAN, draws.generator)
+            # A split is what attends as one: a text, a picture, or all frames of a clip, which share their noise level.
             rope += self._advance(item)
             written = self.length - begin
             if item.split_start:
@@ -248,6 +251,8 @@ class PackBuilder:
         self.lists["ce_loss_weights"].append(weight)
 
     def _text(self, item: PlanItem, rope: int) -> None:
+        # The opening mark predicts the first token, the last one the closing mark: so a text learns where it ends. Of a
+        # text that was cut the end is not known, and is not learned.
         marks = self.layout.tokens
         labels = [*item.ids, marks.eos]
         for offset, token in enumerate([marks.bos, *item.ids]):
@@ -282,6 +287,7 @@ class PackBuilder:
 
     def _vae(self, item: PlanItem, rope: int, raw: float, generator: torch.Generator | None) -> None:
         layout = self.layout
+        # All tokens of a picture share one rotary position; where in the picture they are, the table's cells tell.
         rows, columns = (side // layout.latent_stride for side in item.size)
         self._mark(layout.tokens.start_of_image, rope)
         if item.loss:
@@ -292,13 +298,13 @@ class PackBuilder:
         )
         self.lists["patchified_vae_latent_shapes"].append([rows, columns])
         self.lists["packed_timesteps"].extend([raw] * (rows * columns))
+        # A picture that repeats is encoded once. Its noise is its own: a copy with the same noise would teach less.
         self.images.append(None if item.repeats else item.image)
-        if item.repeats:
-            self.posterior_noise.append(self.posterior_noise[-1])
-            self.noise.append(self.noise[-1])
-        elif generator is not None:
+        if generator is not None:
             cells = (layout.latent_channels, rows * layout.latent_patch, columns * layout.latent_patch)
-            self.posterior_noise.append(torch.randn(cells, generator=generator))
+            self.posterior_noise.append(
+                self.posterior_noise[-1] if item.repeats else torch.randn(cells, generator=generator)
+            )
             shape = (rows * columns, layout.latent_width)
             self.noise.append(torch.randn(shape, generator=generator) if item.loss else torch.zeros(shape))
         self._mark(layout.tokens.end_of_image, rope)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from bagel.dataset import UnifiedGenerationDataset
     from bagel.model import Bagel
 
+VALIDATED = {f"val/{name}" for name in ("loss", "text_loss", "image_loss")}
+
 
 def __getattr__(name: str) -> Any:
     """`from bagel.train import UnifiedTrainer`: the class of the guide, without torch behind --help."""
@@ -234,13 +236,18 @@ def main(argv: list[str] | None = None) -> None:
 
     # Everything that a user may have to mend is looked at before anything is written or built.
     info = init_distributed(config.run.device, config.run.timeout_minutes * 60)
-    preflight(config, info)
+    preflight(config, info, metrics=VALIDATED)
     began, output_dir = time.perf_counter(), Path(config.run.output_dir)
     precision = choose_precision(config.run.precision, info.device)
     model_config = read_config(config.model)
     tokenizer = load_tokenizer(model_config)
     paths = {"train": config.data.train_data_path, "val": config.data.val_data_path}
-    sets = {name: open_dataset(config, model_config, tokenizer, path) for name, path in paths.items() if path}
+    copies = {"train": config.data.drawn_copies, "val": 1}
+    sets = {
+        name: open_dataset(config, model_config, tokenizer, path, copies=copies[name])
+        for name, path in paths.items()
+        if path
+    }
     for dataset in sets.values():
         refuse_malformed(dataset, config.data.max_malformed_share)
     output_dir.mkdir(parents=True, exist_ok=True)

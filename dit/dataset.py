@@ -8,8 +8,9 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -241,17 +242,7 @@ def names_sides(captions: Sequence[str]) -> bool:
     return any(word in _SIDES for caption in captions for word in _WORDS.findall(caption.lower()))
 
 
-class Named(Protocol):
-    """A data set whose samples have names."""
-
-    def __len__(self) -> int: ...
-
-    def names(self) -> Iterator[str]:
-        """The samples' names, in order."""
-        ...
-
-
-def spread(dataset: Named, count: int) -> list[int]:
+def spread(dataset: Any, count: int) -> list[int]:
     """Indices in the order in which an evaluation takes them: at most `count` are wanted, in the order of the hash of
     their names, so that no class and no folder comes first; those behind them stand in for broken ones.
     """
@@ -261,44 +252,37 @@ def spread(dataset: Named, count: int) -> list[int]:
     return sorted(range(len(dataset)), key=digests.__getitem__)
 
 
+@dataclass(frozen=True, eq=False)
 class BucketPlan(BatchPlan):
     """A plan whose steps hold pictures of one shape. Each epoch shuffles every bucket, cuts it into steps, leaves out
     what fills none, and shuffles the steps: a function of (seed, epoch), so that resuming and ranks change nothing.
+
+    bucket_N: the number of every picture's shape.
     """
 
-    def with_buckets(self, bucket_N: np.ndarray) -> "BucketPlan":
-        """The plan for pictures whose shapes have these numbers."""
-        object.__setattr__(self, "bucket_N", torch.from_numpy(bucket_N))
+    bucket_N: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.steps_per_epoch == 0:
             raise UserError(
                 f"data.buckets: no shape has the {self.global_batch} pictures of one optimizer step; use a smaller "
                 "--batch-size, or leave buckets out"
             )
-        return self
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps that the buckets fill."""
-        counts = torch.bincount(self.__dict__["bucket_N"]) if "bucket_N" in self.__dict__ else torch.tensor([1])
-        return int((counts // self.global_batch).sum())
+        return int((np.bincount(self.bucket_N) // self.global_batch).sum())
 
-    def _order(self, epoch: int) -> Tensor:
-        cache = self.__dict__.setdefault("_orders", {})
-        if epoch not in cache:
-            while len(cache) > 1:
-                cache.pop(min(cache))
-            generator, steps = keyed_generator(self.seed, _BUCKETS, epoch), []
-            for number in self.bucket_N.unique().tolist():
-                members = (self.bucket_N == number).nonzero().flatten()
-                members = members[torch.randperm(len(members), generator=generator)]
-                whole = len(members) // self.global_batch * self.global_batch
-                steps += members[:whole].split(self.global_batch)
-            cache[epoch] = torch.cat(
-                [steps[place] for place in torch.randperm(len(steps), generator=generator).tolist()]
-            )
-        return cache[epoch]
-
-    bucket_N: Tensor
+    def _shuffled(self, epoch: int) -> Tensor:
+        generator, steps = keyed_generator(self.seed, _BUCKETS, epoch), []
+        for number in np.unique(self.bucket_N):
+            members = torch.from_numpy(np.flatnonzero(self.bucket_N == number))
+            members = members[torch.randperm(len(members), generator=generator)]
+            whole = len(members) // self.global_batch * self.global_batch
+            steps += members[:whole].split(self.global_batch)
+        return torch.cat([steps[place] for place in torch.randperm(len(steps), generator=generator).tolist()])
 
 
 def bucket_shapes(size: int, step: int) -> list[tuple[int, int]]:

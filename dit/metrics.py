@@ -18,7 +18,7 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from dit.config import METRICS, GenerateOptions, MetricsOptions
+from dit.config import METRICS, DrawOptions, GenerateOptions, MetricsOptions
 from shared.config import load_config
 from shared.errors import UserError, command
 
@@ -34,9 +34,8 @@ from dit.data.scenes import SceneDataset
 from dit.dataset import TextImageDataset, spread, unit
 from dit.evaluation.figures import Extractor, Pictures, figures, psnr, reference_of, ssim
 from dit.evaluation.held_out import errors, held_out_noise, prepare
-from dit.evaluation.scenes import scene_bars, scene_figures, scene_grid
+from dit.evaluation.scenes import scene_bars, scene_figures, scene_grid, scene_headline
 from dit.generate import Drawer, Request, batches_of, draw_folder, guidance
-from dit.modules.text import condition_of
 from dit.sampling.drawing import grid, to_uint8
 from dit.weights.open import Trained, load_trained
 from shared.engine.dist import DistInfo, gather_objects, init_distributed, shutdown
@@ -92,12 +91,12 @@ class Measurement:
             found["null_cost_percent"] = 100 * (null.mean() / right.mean() - 1).item()
             found["null_p"] = paired_p((null - right).mean(0))
         if self.trained.text_encoder is not None:
-            condition = condition_of(self.held.prompts, None, self.trained.text_encoder, self.info.device)
-            described = self.held._replace(condition=condition)
-            right, shuffled = (
-                errors(self.trained.model, self.trained.objective, described, self.info, kind=kind)
-                for kind in ("right", "shuffled")
-            )
+            if self.held.prompts != self.held.captions:
+                described = self.held._replace(condition=self.held.prompt_condition)
+                right, shuffled = (
+                    errors(self.trained.model, self.trained.objective, described, self.info, kind=kind)
+                    for kind in ("right", "shuffled")
+                )
             found["described_cost_percent"] = 100 * (shuffled.mean() / right.mean() - 1).item()
             found["described_p"] = paired_p((shuffled - right).mean(0))
         return found
@@ -110,18 +109,11 @@ class Measurement:
             t_B = torch.full((len(held.latents),), level, device=held.latents.device)
             noise = held_out_noise(held.latents, row, torch.arange(len(held.latents)))
             noisy = objective.noisy(held.latents, noise, t_B)
-            clean = torch.cat(
-                [
-                    objective.clean(
-                        self.trained.model(
-                            x, objective.model_time(t), **{k: v[part] for k, v in held.condition.items()}
-                        ),
-                        x,
-                        t,
-                    )
-                    for part, x, t in self._parts(noisy, t_B)
-                ]
-            )
+            parts = []
+            for part in torch.arange(len(noisy)).split(32):
+                x, t, rows = noisy[part], t_B[part], {name: value[part] for name, value in held.condition.items()}
+                parts.append(objective.clean(self.trained.model(x, objective.model_time(t), **rows), x, t))
+            clean = torch.cat(parts)
             found[str(round(level, 4))] = {
                 "latent_mse": (clean - held.latents).square().mean().item(),
                 "psnr": psnr(self._decode(clean), held.images),
@@ -193,11 +185,6 @@ class Measurement:
         with torch.no_grad():
             return torch.cat([self.trained.codec.decode(part).cpu().float() for part in latents.split(16)])
 
-    @staticmethod
-    def _parts(noisy: Tensor, t_B: Tensor) -> list[tuple[slice, Tensor, Tensor]]:
-        slices = [slice(first, first + 32) for first in range(0, len(noisy), 32)]
-        return [(part, noisy[part], t_B[part]) for part in slices]
-
 
 def report(measurement: Measurement, found: dict, options: MetricsOptions, run_folder: Path) -> None:
     """The run's report with its bars, a grid of drawn pictures and the true ones beside it."""
@@ -254,6 +241,7 @@ def report(measurement: Measurement, found: dict, options: MetricsOptions, run_f
         bars=bars,
         samples=samples,
         curves=["train/loss", "val/loss", "val/constant_loss"],
+        headline=scene_headline(found["scenes"]) if "scenes" in found and not measurement.measured.is_train else "",
     )
 
 
@@ -336,11 +324,8 @@ def _measured(options: MetricsOptions, trained: Trained) -> TextImageDataset:
 
 def drawer_of(trained: Trained, options: MetricsOptions, info: DistInfo) -> Drawer:
     """generate.py's drawer with the settings of a measurement."""
-    drawn = GenerateOptions(
-        checkpoint=options.checkpoint, cfg_scale=options.cfg_scale, steps=options.steps, ema=options.ema,
-        vae=options.vae, text_encoder=options.text_encoder, batch_size=options.batch_size,
-    )  # fmt: skip
-    return Drawer(trained, drawn, info.device)
+    shared = options.model_dump(include=set(DrawOptions.model_fields))
+    return Drawer(trained, GenerateOptions(**shared, batch_size=options.batch_size), info.device)
 
 
 def run_folder_of(trained: Trained) -> Path:
@@ -351,7 +336,7 @@ def run_folder_of(trained: Trained) -> Path:
 def _wanted(options: MetricsOptions, trained: Trained | None) -> list[str]:
     """The names of the metrics: those asked for, or all that apply."""
     if options.metrics != "auto":
-        return [name.strip() for name in options.metrics.split(",") if name.strip()]
+        return _asked_for(options)
     if trained is None:
         return ["fid"]
     config = trained.config
@@ -360,10 +345,13 @@ def _wanted(options: MetricsOptions, trained: Trained | None) -> list[str]:
     return [name for name in wanted if has_condition or name not in ("caption", "colour")]
 
 
+def _asked_for(options: MetricsOptions) -> list[str]:
+    return [] if options.metrics == "auto" else [name for name in map(str.strip, options.metrics.split(",")) if name]
+
+
 def _check(options: MetricsOptions) -> None:
     """Refuse what cannot be measured, before anything is computed."""
-    auto = options.metrics == "auto"
-    wanted = [] if auto else [name.strip() for name in options.metrics.split(",") if name.strip()]
+    wanted = _asked_for(options)
     if unknown := [name for name in wanted if name not in METRICS]:
         raise UserError(f"--metrics {unknown[0]}: use some of {', '.join(METRICS)}")
     if not options.checkpoint and options.pictures is None:

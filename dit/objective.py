@@ -42,59 +42,11 @@ TIMES, NOISE, DROPS, POSTERIOR, PATHS, ROUTES = 1, 2, 3, 4, 5, 6  # random strea
 LEAST_GAP = 0.05  # smallest 1 - t that a clean prediction is divided by in training; sampling goes closer to the data
 
 
-class Objective:
-    """What training, evaluation and sampling ask of an objective. t counts in its own unit, from 0 to `span`."""
+class NoiseObjective:
+    """Predict the noise, the velocity (Salimans and Ho 2022) or the data at integer times 0 .. 999 (999 is noise).
 
-    samplers: tuple[str, ...]
-    default_sampler: str
-    span: float
-    levels: list[float]  # where the held-out loss is taken
-    noise_scheduler: Any = None
-
-    def times(self, uniform_B: Tensor) -> Tensor:
-        """Training times (B,) from uniform draws in [0, 1)."""
-        raise NotImplementedError
-
-    def model_time(self, t_B: Tensor) -> Tensor:
-        """What the model is given for t."""
-        raise NotImplementedError
-
-    def noisy(self, clean: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
-        """What the model sees: clean latent and noise, mixed as t says."""
-        raise NotImplementedError
-
-    def error(self, output: Tensor, noisy: Tensor, clean: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
-        """Per-sample loss (B,), float32, mean over C H W."""
-        raise NotImplementedError
-
-    def clean(self, output: Tensor, noisy: Tensor, t_B: Tensor) -> Tensor:
-        """The clean latent that the output stands for."""
-        raise NotImplementedError
-
-    def constant_prediction(self, mean: Tensor, t_B: Tensor) -> Tensor:
-        """The best output that ignores its input, for data of this mean: the baseline of the held-out loss."""
-        raise NotImplementedError
-
-    def noise_level(self, t_B: Tensor) -> Tensor:
-        """0 is data, 1 is noise."""
-        raise NotImplementedError
-
-    def sample(
-        self,
-        predict: Model,
-        noise: Tensor,
-        *,
-        method: str = "auto",
-        steps: int = 50,
-        shift: float | None = None,
-        draw: Draw | None = None,
-    ) -> Tensor:
-        """Latents from noise. predict(x, t_B) is the guided model at this objective's times."""
-        raise NotImplementedError
-
-
-class NoiseObjective(Objective):
-    """Predict the noise, the velocity (Salimans and Ho 2022) or the data at integer times 0 .. 999 (999 is noise)."""
+    span: times count from 0 to it. levels: the times at which the held-out loss is taken.
+    """
 
     samplers = NOISE_SAMPLERS
     default_sampler = "dpmpp_2m"
@@ -215,7 +167,7 @@ class NoiseObjective(Objective):
         return a.sqrt(), (1 - a).sqrt()
 
 
-class FlowObjective(Objective):
+class FlowObjective:
     """Rectified flow (Liu et al. 2022): t = 0 is noise, t = 1 is data, x_t = (1 - t) noise + t data, v = data - noise.
 
     REPA, SD3, Flux and diffusers run the other way: their sigma is 1 - t here, their velocity the negative.
@@ -223,6 +175,7 @@ class FlowObjective(Objective):
 
     samplers = FLOW_SAMPLERS
     default_sampler = "heun"
+    noise_scheduler = None
 
     def __init__(self, flow: FlowConfig, *, latent_size: int) -> None:
         """latent_size: C * H * W, for `shift: auto`."""
@@ -250,14 +203,19 @@ class FlowObjective(Objective):
 
     def error(self, output: Tensor, noisy: Tensor, clean: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
         """Per-sample loss (B,), float32, mean over C H W: the squared error of the velocity, whatever is predicted."""
-        velocity = clean - noise
         predicted = self._velocity(output.float(), noisy, t_B, least=LEAST_GAP)
-        error_B = (predicted - velocity).square().flatten(1).mean(1)
-        if self.settings.contrastive:  # Stoica et al. 2025: away from the velocity of another sample
-            # Neighbours in the global batch are each other's other, so that no cut into even parts parts a pair.
-            other = velocity.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-            error_B = error_B - self.settings.contrastive * (predicted - other).square().flatten(1).mean(1)
-        return error_B
+        return (predicted - (clean - noise)).square().flatten(1).mean(1)
+
+    def contrast(self, output: Tensor, noisy: Tensor, clean: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
+        """The same error against another sample's velocity, which training leads away from (Stoica et al. 2025).
+
+        Neighbours in the global batch are each other's other, so that no cut into even parts parts a pair.
+        """
+        if len(clean) % 2:
+            raise UserError(f"flow.contrastive compares samples in pairs, this batch has {len(clean)}; use an even one")
+        predicted = self._velocity(output.float(), noisy, t_B, least=LEAST_GAP)
+        other = (clean - noise).unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+        return (predicted - other).square().flatten(1).mean(1)
 
     def clean(self, output: Tensor, noisy: Tensor, t_B: Tensor) -> Tensor:
         """The clean latent that the output stands for: x_t + (1 - t) v."""
@@ -306,6 +264,9 @@ class FlowObjective(Objective):
     @staticmethod
     def _without_sigma(output: Tensor, like: Tensor) -> Tensor:
         return output[:, : like.shape[1]]  # public SiT weights carry unused channels behind the velocity
+
+
+Objective = NoiseObjective | FlowObjective
 
 
 def make_objective(diffusion: DiffusionConfig, flow: FlowConfig, *, learn_sigma: bool, latent_size: int) -> Objective:
@@ -402,6 +363,9 @@ class Trainer:
             # The loop adds the micro-batches' losses up: each is divided here by their number. The error is fp32.
             error_B = self.criterion(predicted, noisy_BCHW, latents_BCHW, noise_BCHW, t_B)
             report: dict[str, Any] = {"loss_by_t": (t_B / self.objective.span, error_B)}
+            if self.config.flow.contrastive and isinstance(self.objective, FlowObjective):
+                contrast_B = self.objective.contrast(predicted, noisy_BCHW, latents_BCHW, noise_BCHW, t_B)
+                error_B = error_B - self.config.flow.contrastive * contrast_B
             loss = error_B.mean()
             if projected is not None:
                 term = self.alignment(projected, kept, batch, latents_BCHW)

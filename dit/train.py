@@ -23,12 +23,12 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
     load_config(Config, presets=PRESETS, default="small", description=__doc__)  # answers before torch is imported
 
 import torch
+from torch import Tensor
 
 from dit.config import refuse_unused
 from dit.data.cache import (
     SPLITS,
     CachedDataset,
-    NullText,
     contents,
     null_text,
     read_manifest,
@@ -68,14 +68,6 @@ def _steps_from_epochs(config: Config, steps_per_epoch: int) -> None:
         training.eval_steps = training.eval_every_n_epochs * steps_per_epoch
     if training.sample_every_n_epochs:
         training.sample_steps = training.sample_every_n_epochs * steps_per_epoch
-
-
-def _train(trainer: Trainer) -> None:
-    """Train; a full GPU ends with what to change."""
-    try:
-        trainer.train()
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"the GPU's memory is full ({str(error).splitlines()[0]}); {OUT_OF_MEMORY}") from None
 
 
 def _save_inputs(dataset: TextImageDataset | CachedDataset, folder: Path) -> None:
@@ -138,7 +130,7 @@ class Parts(NamedTuple):
     codec: Codec
     encoder: CaptionEncoder | None
     held_out: HeldOut | None
-    null: NullText | None = None
+    null: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 def _from_pictures(config: Config, sets: dict[str, TextImageDataset], info: DistInfo) -> Parts:
@@ -229,17 +221,12 @@ def main(argv: list[str] | None = None) -> None:
         print("no held-out pictures: no evaluation (set --val-fraction, or give the data a split)", file=sys.stderr)
 
     training = config.training
-    plan = BucketPlan if config.data.buckets else BatchPlan
-    order = plan(
-        len(parts.training_set),
-        training.batch_size,
-        info.world,
-        accumulation_steps(training, info.world),
-        config.run.seed,
-        drop_last=training.drop_last or config.data.buckets,
-    )
-    if isinstance(order, BucketPlan) and isinstance(parts.training_set, TextImageDataset):
-        order.with_buckets(parts.training_set.bucket_N)
+    accumulation = accumulation_steps(training, info.world)
+    sizes = (len(parts.training_set), training.batch_size, info.world, accumulation, config.run.seed)
+    if config.data.buckets and isinstance(parts.training_set, TextImageDataset):
+        order: BatchPlan = BucketPlan(*sizes, bucket_N=parts.training_set.bucket_N)
+    else:
+        order = BatchPlan(*sizes, drop_last=training.drop_last)
     stream = MapStream(
         parts.training_set,
         order,
@@ -267,7 +254,10 @@ def main(argv: list[str] | None = None) -> None:
         held_out=parts.held_out,
         null_condition=parts.null,
     )
-    _train(trainer)
+    try:
+        trainer.train()
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"the GPU's memory is full ({str(error).splitlines()[0]}); {OUT_OF_MEMORY}") from None
     shutdown()
 
 

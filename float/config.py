@@ -113,7 +113,7 @@ class DataConfig(Section):
     )
     horizontal_flip_prob: float = setting(0.5, "share of mirrored clips or frames", ge=0, le=1)
     color_jitter_prob: float = setting(
-        0.3, "phase 1: share of frame pairs with other brightness and contrast", ge=0, le=1
+        0.3, "phase 1: share of frame pairs whose two pictures get other colours, each its own", ge=0, le=1
     )
     gaussian_noise_prob: float = setting(
         0.2, "phase 2: share of windows whose previous motion is made noisy", ge=0, le=1

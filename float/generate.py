@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from float.data.clips import Clip
     from float.sampling.animate import Animator
+    from float.sampling.live import LiveSound
     from float.sampling.motion import SamplingOptions
 
 
@@ -69,93 +70,53 @@ class GenerateOptions(Section):
 
 
 def generate(options: GenerateOptions, animator: "Animator", portrait_path: str, sound_path: str) -> tuple[Path, int]:
-    """Write the video; returns its path and its number of frames."""
-    import torch
-
-    from float.data.media import VideoWriter, is_silent, read_audio, sound_of_file
-    from float.modules.audio import frames_of, make_audio_encoder
+    """Write the video; returns its path and its number of frames. Of sound that is still coming in, frames are written
+    as they are ready, and the delay is printed.
+    """
+    from float.data.media import VideoWriter, sound_of_file
     from float.sampling.animate import audio_windows, sampling_options
-    from float.sampling.live import STDIN, is_live
+    from float.sampling.live import STDIN, LiveSound, is_live
 
-    config, data, device = animator.config, animator.config.data, animator.device
-    picture = _picture(options, animator, portrait_path)
+    config, data = animator.config, animator.config.data
+    fps, length = data.video_fps, data.sequence_length
+    live, total = None, None
+    portrait = animator.portrait(_picture(options, animator, portrait_path))
     if options.stream and is_live(sound_path):
-        return generate_live(options, animator, picture, sound_path)
-    if sound_path == STDIN:
+        live = LiveSound(sound_path, animator.encoder, fps=fps, length=length)
+        windows, sound = live.windows(), live.sound
+        emotion = emotion_of(options, animator, None, live)
+    elif sound_path == STDIN:
         raise UserError("--aud-path -: standard input is read with --stream")
-    wave = read_audio(sound_path)
-    if is_silent(wave):
-        print(f"note: {sound_path} is silent; the mouth follows no speech", file=sys.stderr)
-    sound, portrait = torch.from_numpy(wave).to(device), animator.portrait(picture)
-    emotion = emotion_of(options, animator, sound)
+    else:
+        wave, total = _sound(animator, sound_path)
+        windows = audio_windows(animator.encoder, wave, fps=fps, length=length, stream=options.stream)
+        emotion, sound = emotion_of(options, animator, wave), sound_of_file(sound_path)
     edit = animator.editor(_directions(options.set_direction), _directions(options.shift_direction))
     chosen = {name: options[name] for name in SAMPLING}
     sampling = sampling_options(config, method=options.torchdiffeq_ode_method, **chosen)
-    encoder = make_audio_encoder(
-        config.model.audio_features,
-        config.model.wav2vec_model_path,
-        only_last_features=config.model.only_last_features,
-    )
-    windows = audio_windows(
-        encoder.to(device), sound, fps=data.video_fps, length=data.sequence_length, stream=options.stream
-    )
-    motions = animator.motion_windows(windows, portrait.motion, emotion, sampling)
-    total = frames_of(len(wave), data.video_fps)
-    name = options.output or Path(options.res_dir) / _name(options, sampling, portrait_path, sound_path)
-    with VideoWriter(name, fps=data.video_fps, sound=sound_of_file(sound_path)) as video:
-        for frame in animator.frames(portrait, motions, total=total, edit=edit):
-            video.add(frame)
-    return Path(name), video.frames
+    path = Path(options.output or Path(options.res_dir) / _name(options, sampling, portrait_path, sound_path))
+    with VideoWriter(path, fps=fps, sound=sound, live=live is not None) as video:
+        for window in animator.motion_windows(windows, portrait.motion, emotion, sampling):
+            # the last window of a live sound is known when it comes
+            until = total or (live and live.total) or video.frames + length
+            for frame in animator.frames(portrait, iter([window]), total=until - video.frames, edit=edit):
+                video.add(frame)
+    if live is not None:
+        print(live.delay())
+    return path, video.frames
 
 
-def generate_live(
-    options: GenerateOptions, animator: "Animator", picture: "np.ndarray", sound_path: str
-) -> tuple[Path, int]:
-    """The same while the sound comes in: frames are written as they are ready, and the delay is printed."""
+def _sound(animator: "Animator", path: str) -> "tuple[torch.Tensor, int]":
+    """A file's sound (n,), and how many frames it has."""
     import torch
 
-    from float.data.media import VideoWriter
-    from float.modules.audio import make_audio_encoder, normalise_waveform
-    from float.modules.emotion import FROM_SPEECH, Audio2Emotion, emotion_index, one_hot
-    from float.sampling.animate import sampling_options
-    from float.sampling.live import LOOK_AHEAD, LiveSound
+    from float.data.media import is_silent, read_audio
+    from float.modules.audio import frames_of
 
-    config, data, model = animator.config, animator.config.data, animator.config.model
-    encoder = make_audio_encoder(
-        model.audio_features, model.wav2vec_model_path, only_last_features=model.only_last_features
-    ).to(animator.device)
-    live = LiveSound(sound_path, encoder, fps=data.video_fps, length=data.sequence_length)
-
-    def heard_emotions(recogniser: Audio2Emotion) -> "Iterator[torch.Tensor]":
-        while True:  # of what was heard up to the window
-            yield recogniser(normalise_waveform(live.heard.to(animator.device))[None])[0]
-
-    emotion: torch.Tensor | Iterator[torch.Tensor] = torch.zeros(model.dim_e)
-    if options.emo != FROM_SPEECH:
-        emotion = one_hot(emotion_index(options.emo))
-    elif Path(model.audio2emotion_path).is_dir():
-        emotion = heard_emotions(Audio2Emotion.from_pretrained(model.audio2emotion_path).to(animator.device))
-    portrait = animator.portrait(picture)
-    edit = animator.editor(_directions(options.set_direction), _directions(options.shift_direction))
-    chosen = {name: options[name] for name in SAMPLING}
-    sampling = sampling_options(config, method=options.torchdiffeq_ode_method, **chosen)
-    path = Path(options.output or Path(options.res_dir) / _name(options, sampling, options.ref_path or "clip", "live"))
-    motions = animator.motion_windows(live.windows(), portrait.motion, emotion, sampling)
-    with VideoWriter(path, fps=data.video_fps, sound=live.sound, live=True) as video:
-        for window in motions:
-            # the last window is as long as the sound
-            total = live.total if live.total is not None else video.frames + window.shape[1]
-            for frame in animator.frames(portrait, iter([window]), total=total - video.frames, edit=edit):
-                video.add(frame)
-    length = data.sequence_length / data.video_fps
-    if live.delays:
-        print(
-            f"delay: a frame comes at most {length + LOOK_AHEAD + max(live.delays):.2f} s after its sound: window "
-            f"{length:.2f} s, look-ahead {LOOK_AHEAD:.2f} s, computing {max(live.delays):.2f} s at most and "
-            f"{sum(live.delays) / len(live.delays):.2f} s on average; "
-            + ("it keeps up" if sum(live.delays) / len(live.delays) <= length else "it falls behind: use fewer --steps")
-        )
-    return path, video.frames
+    wave = read_audio(path)
+    if is_silent(wave):
+        print(f"note: {path} is silent; the mouth follows no speech", file=sys.stderr)
+    return torch.from_numpy(wave).to(animator.device), frames_of(len(wave), animator.config.data.video_fps)
 
 
 def _picture(options: GenerateOptions, animator: "Animator", path: str) -> "np.ndarray":
@@ -187,14 +148,17 @@ def _picture(options: GenerateOptions, animator: "Animator", path: str) -> "np.n
 
 
 def emotion_of(
-    options: GenerateOptions, animator: "Animator", sound: "torch.Tensor"
+    options: GenerateOptions,
+    animator: "Animator",
+    sound: "torch.Tensor | None",
+    live: "LiveSound | None" = None,
 ) -> "torch.Tensor | Iterator[torch.Tensor]":
-    """(7,) for the whole clip, or an iterator of one (7,) per window. Without a recogniser S2E means no emotion, and
-    says so.
+    """(7,) for the whole clip, or an iterator of one (7,) per window, as of live sound, whose past alone is known.
+    Without a recogniser S2E means no emotion, and says so.
     """
     import torch
 
-    from float.modules.audio import SAMPLE_RATE, normalise_waveform
+    from float.modules.audio import SAMPLE_RATE, moments
     from float.modules.emotion import FROM_SPEECH, Audio2Emotion, emotion_index, one_hot
 
     model, data = animator.config.model, animator.config.data
@@ -212,13 +176,17 @@ def emotion_of(
         )
         return torch.zeros(model.dim_e)
     recogniser = Audio2Emotion.from_pretrained(model.audio2emotion_path).to(animator.device)
-    wave = normalise_waveform(sound)
+    if live is not None:
+        heard = (live.heard.to(animator.device) for _ in iter(int, 1))  # of what came in up to the window
+        return (recogniser.hear(wave) for wave in heard)
+    assert sound is not None, "sound that is not live is there"
     if not options.dynamic_emotion:
-        return recogniser(wave[None])[0]
+        return recogniser.hear(sound)
     # a window at the clip's end hears as much sound as the others, for a few samples have no emotion
     length = int(data.sequence_length * SAMPLE_RATE / data.video_fps)
-    ends = range(length, len(wave) + length, length)
-    return (recogniser(wave[None, max(0, min(end, len(wave)) - length) : end])[0] for end in ends)
+    ends, (mean, deviation) = range(length, len(sound) + length, length), moments(sound)
+    windows = (sound[max(0, min(end, len(sound)) - length) : end] for end in ends)
+    return (recogniser((window[None] - mean) / deviation)[0] for window in windows)
 
 
 def _box(values: list[float] | None) -> tuple[float, float, float, float] | None:

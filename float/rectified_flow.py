@@ -395,6 +395,21 @@ class FlowMatchingTrainer:
         return {f"val_{name}": float(value) for name, value in terms.items()}
 
 
+class EarlyStopping:
+    """For a loop of one's own around train_step: whether `patience` validations in a row were no better than the best
+    one by more than min_delta. FlowMatchingTrainer.train obeys early_stopping_patience by itself.
+    """
+
+    def __init__(self, patience: int = 10, min_delta: float = 1e-4):
+        self.patience, self.min_delta, self.best, self.counter = patience, min_delta, float("inf"), 0
+
+    def __call__(self, val_loss: float) -> bool:
+        """Take in a validation loss; True when it is time to stop."""
+        better = self.best - val_loss > self.min_delta
+        self.best, self.counter = (val_loss, 0) if better else (self.best, self.counter + 1)
+        return self.counter >= self.patience
+
+
 def _has_previous(batch: dict, drop_B5: Tensor | None) -> Tensor:
     """(B,) bool: whose previous motion the model is shown."""
     return batch["has_previous"] if drop_B5 is None else batch["has_previous"] & ~drop_B5[:, 3]

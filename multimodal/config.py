@@ -22,6 +22,7 @@ DatasetName = Literal[
     "shards",
     "synthetic",
 ]
+ITEMS = {"image": "picture", "audio": "sound", "voice": "voice"}  # a kind of item, in words
 DATASETS: tuple[str, ...] = get_args(DatasetName)
 ALL = ("coco", "clotho", "audiocaps", "voxceleb")  # what `all` of the downloader stands for
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from multimodal.config import Config, DatasetName  # noqa: E402
+from multimodal.config import ITEMS, Config, DatasetName  # noqa: E402
 from shared.config import Section, load_config, setting  # noqa: E402
 from shared.errors import UserError, command, write_text  # noqa: E402
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 # What the small preset is meant to reach on the sample data, text to item (40 pictures, 16 sounds held out).
 SAMPLE_TARGETS = {("coco", "R@10"): 0.45, ("clotho", "R@5"): 0.50}
 FOLDS, FOLD = 5, 1000
-ITEMS = {"image": "picture", "audio": "sound", "voice": "voice"}
 
 
 class DataOptions(Section):
@@ -167,17 +166,12 @@ def records_of(embedder: "Embedder", options: Options) -> dict[str, "Records"]:
     """Records by data set."""
     from multimodal.data.records import Records
     from multimodal.data.sharded import readable
-    from multimodal.data.sources import data_folder, read_records
-    from multimodal.data.synthetic import synthetic_records
+    from multimodal.data.sources import data_folder, split_of
 
     config = options.data.over(embedder.config)
     found: dict[str, Records] = {}
     for name in options.datasets or config.data.datasets:
-        if name == "synthetic":
-            found[name] = synthetic_records(options.split, config.data.synthetic_items, config.run.seed).records
-            continue
-        folder = data_folder(config, name)
-        if options.datasets is None and not folder.is_dir():
+        if options.datasets is None and name != "synthetic" and not data_folder(config, name).is_dir():
             continue
         split, karpathy = ("test", True) if options.protocol == "karpathy" else (options.split, config.data.karpathy)
         if name == "coco" and split == "test" and not karpathy:
@@ -185,7 +179,7 @@ def records_of(embedder: "Embedder", options: Options) -> dict[str, "Records"]:
                 "coco: its test pictures have no captions; measure --split val (val2017), or Karpathy's test split "
                 "with --protocol karpathy"
             )
-        read = read_records(name, folder, split, karpathy=karpathy and name == "coco")
+        read = split_of(config, name, split, karpathy=karpathy)
         present = readable(read.records)
         whose = " (Karpathy)" if karpathy and name == "coco" else ""
         print(f"{name} {split}{whose}: {len(present)} of {len(read.records) + read.missing} present")
@@ -199,17 +193,13 @@ def seen_in_training(embedder: "Embedder", name: str, records: "Records") -> int
 
     Most of Karpathy's test pictures, for one, lie in train2017, on which a run by the usual split is trained.
     """
-    from multimodal.data.sources import data_folder, overlap, read_records
-    from multimodal.data.synthetic import synthetic_records
+    from multimodal.data.sources import overlap, split_of
 
     config = embedder.config
     if name not in config.data.datasets:
         return 0
     try:
-        if name == "synthetic":
-            trained = synthetic_records("train", config.data.synthetic_items, config.run.seed).records
-        else:
-            trained = read_records(name, data_folder(config, name), "train", karpathy=config.data.karpathy).records
+        trained = split_of(config, name, "train").records
     except UserError:
         print(f"{name}: the training data are not here, so whether these were among them was not checked")
         return None

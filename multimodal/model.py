@@ -268,6 +268,10 @@ class MultimodalModel(nn.Module):
             projected = projected + self.linear[name](features_BF).float()
         return functional.normalize(projected, dim=-1) if normalize else projected
 
+    def path_embedding(self, name: str, features_BF: Tensor) -> Tensor:
+        """(B, E) of the linear path alone, of unit length."""
+        return functional.normalize(self.linear[name](features_BF).float(), dim=-1)
+
     def image_features(self, images_BCHW: Tensor) -> Tensor | None:
         """What the linear path sees of pictures, None without one."""
         return picture_statistics(images_BCHW) if self.config["linear_path"] else None
@@ -399,9 +403,10 @@ class MultimodalModel(nn.Module):
 
 # --- the linear path --------------------------------------------------------------------------------------------------
 
-GRID, COLOURS, COLOUR_ZONES = 8, 3, 3  # pixels a side; levels of a channel; zones a side of the colours
-BINS, EDGE_ZONES = 8, 6  # directions of an edge; zones a side of the edges
-IMAGE_FEATURES = 3 * GRID**2 + COLOURS**3 * COLOUR_ZONES**2 + BINS * EDGE_ZONES**2
+SIDE = 64  # pixels: what these features see of a larger picture
+GRID, COLOURS, COLOUR_ZONES = 8, 4, (1, 2, 3)  # pixels a side; levels of a channel; zones a side of the colours
+BINS, EDGE_ZONES = 8, (2, 4, 8)  # directions of an edge; zones a side of the edges
+IMAGE_FEATURES = 3 * GRID**2 + COLOURS**3 * sum(n**2 for n in COLOUR_ZONES) + BINS * sum(n**2 for n in EDGE_ZONES)
 SPANS, GROUPS = 8, 16  # stretches of a clip, groups of bands
 AUDIO_FEATURES = 4 * MEL_BANDS + SPANS * GROUPS
 
@@ -422,22 +427,28 @@ class LinearPath(nn.Module):
 
 @torch.no_grad()
 def picture_statistics(images_BCHW: Tensor) -> Tensor:
-    """(B, IMAGE_FEATURES) of normalised pictures: 8 x 8 pixels, a histogram of 27 colours in each ninth of the picture,
-    and the strength of edges in 8 directions in each 36th of it; each part about of unit size.
+    """(B, IMAGE_FEATURES) of normalised pictures: 8 x 8 pixels, histograms of 64 colours and of the edges in 8
+    directions, of the whole and of parts (a pyramid, Lazebnik et al. 2006); each part about of unit size.
     """
     images = images_BCHW.float()
+    if max(images.shape[2:]) > SIDE:
+        images = functional.adaptive_avg_pool2d(images, SIDE)
     small = functional.adaptive_avg_pool2d(images, GRID)
     levels = torch.linspace(-1.5, 1.8, COLOURS, device=images.device)
-    near = (-4 * (images.unsqueeze(2) - levels[:, None, None]).square()).softmax(2)  # B C levels H W
+    near = (-7 * (images.unsqueeze(2) - levels[:, None, None]).square()).softmax(2)  # B C levels H W
     each = torch.einsum("bihw,bjhw,bkhw->bijkhw", near[:, 0], near[:, 1], near[:, 2]).flatten(1, 3)
-    colours = functional.adaptive_avg_pool2d(each, COLOUR_ZONES).flatten(1).sqrt()
     grey = functional.pad(images.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
     across, down = grey[..., 1:-1, 2:] - grey[..., 1:-1, :-2], grey[..., 2:, 1:-1] - grey[..., :-2, 1:-1]
     strength = (across.square() + down.square() + 1e-8).sqrt()
     directions = torch.arange(BINS, device=images.device) * (math.pi / BINS)
     cosine = (across * directions.cos()[:, None, None] + down * directions.sin()[:, None, None]) / strength
-    edges = functional.adaptive_avg_pool2d(strength * cosine.square().square(), EDGE_ZONES).flatten(1)
-    return torch.cat([small.flatten(1), 5 * colours, 3 * edges.sqrt()], 1)
+    edges = strength * cosine.square().square()
+
+    def zones(values: Tensor, sides: tuple[int, ...]) -> Tensor:
+        fine = functional.adaptive_avg_pool2d(values, math.lcm(*sides))  # of which the zones are whole squares
+        return torch.cat([functional.adaptive_avg_pool2d(fine, side).flatten(1).sqrt() for side in sides], 1)
+
+    return torch.cat([small.flatten(1), 5 * zones(each, COLOUR_ZONES), 3 * zones(edges, EDGE_ZONES)], 1)
 
 
 @torch.no_grad()

@@ -191,7 +191,8 @@ class AlignModel(StageModule):
         """batch: image {images, input_ids, attention_mask}, audio {audio, audio_mask, input_ids, ...}, voice {images,
         audio}; every field may be absent. draws: uniform numbers for training, None for evaluation.
 
-        Returns image_embeds, imagetext_embeds, audio_embeds, audiotext_embeds, voice_embeds, frame_embeds (B, E).
+        Returns image_embeds, imagetext_embeds, audio_embeds, audiotext_embeds, voice_embeds, frame_embeds (B, E); in
+        training, where there is a linear path, also image_path and so on, what it gives alone.
         """
         found, _ = self._encode(batch, draws)
         return found
@@ -221,18 +222,20 @@ class AlignModel(StageModule):
                 )
         self._encode_texts(batch, tokens, masks, features)
         names = {
-            ("image", "image"): "image_embeds",
-            ("image", "text"): "imagetext_embeds",
-            ("audio", "audio"): "audio_embeds",
-            ("audio", "text"): "audiotext_embeds",
-            ("voice", "audio"): "voice_embeds",
-            ("voice", "image"): "frame_embeds",
+            ("image", "image"): "image",
+            ("image", "text"): "imagetext",
+            ("audio", "audio"): "audio",
+            ("audio", "text"): "audiotext",
+            ("voice", "audio"): "voice",
+            ("voice", "image"): "frame",
         }
-        found = {
-            names[part, name]: network.embedding(name, value, features[part][name])
-            for part in batch
-            for name, value in tokens[part].items()
-        }
+        found: Part = {}
+        for part, own in tokens.items():
+            for name, value in own.items():
+                seen = features[part][name]
+                found[f"{names[part, name]}_embeds"] = network.embedding(name, value, seen)
+                if draws is not None and seen is not None:
+                    found[f"{names[part, name]}_path"] = network.path_embedding(name, seen)
         found |= network.scales()
         return found, {part: Encoded(tokens[part], masks[part]) for part in batch}
 

@@ -32,17 +32,17 @@ from multimodal.modules.blocks import Block
 from multimodal.objective import StageModule
 from multimodal.plan import print_plan
 from multimodal.trainer import (
-    BETAS,
     EPOCH_NAME,
     STAGE_NAMES,
     STEP_NAME,
-    WEIGHT_DECAY,
     Place,
     Trainer,
+    adamw_of,
     best_metric_of,
     choose_trainable,
     make_network,
     make_stage_module,
+    metrics_of,
     parameter_groups,
 )
 from multimodal.weights.files import NAMES, load_start, put, read_payload, unpack_training
@@ -73,10 +73,10 @@ class Run:
         self.start: dict[str, Any] | None = None  # of a checkpoint that --resume names
         self.resume = self._resume_points()
         self.info = init_distributed(config.run.device, 60 * config.run.timeout_minutes)
-        preflight(config, self.info)
+        self.classify = self.data.labelled(config.training.label_set)
+        preflight(config, self.info, metrics=metrics_of(config, self.data.val, classify=self.classify))
         self._check_batch()
         self._check_settings()
-        self.classify = self.data.labelled(config.training.label_set)
         if not self.classify and config.training.label_set != "none":
             self.data.notes.append(
                 f"label_set {config.training.label_set}: the data have no such labels, so stage 3 trains without "
@@ -172,7 +172,6 @@ class Run:
             classify=classify,
             tokenizer_sha256=self.tokenizer.sha256,
         )
-        self._check_metric(trainer)
         board = Board(
             self.output_dir / "logs" / "tensorboard" / STAGE_NAMES[stage],
             folder / "metrics.jsonl",
@@ -214,8 +213,6 @@ class Run:
     def _stage_config(self, stage: int, epochs: int, stream: PairedStream, resume: str) -> Config:
         training: TrainingConfig = self.config.training
         steps = training.total_steps or epochs * stream.epoch_steps
-        names = ("adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
-        own = dict(zip(names, (*BETAS[stage], WEIGHT_DECAY[stage]), strict=True))
         metric, mode = best_metric_of(self.config, stage)
         before = self._resumed_from(stage, resume)
         if before is not None:
@@ -229,10 +226,7 @@ class Run:
             metric, mode = was.best_metric, was.best_mode
         changes = {
             "num_epochs": epochs,
-            **{
-                name: value if getattr(training, name) is None else getattr(training, name)
-                for name, value in own.items()
-            },
+            **adamw_of(training, stage),
             "warmup_steps": training.warmup_steps or min(MAX_WARMUP, round(training.warmup_ratio * steps)),
             "eval_steps": training.eval_steps or training.eval_every_n_epochs * stream.epoch_steps,
             "best_metric": metric,
@@ -350,12 +344,6 @@ class Run:
                     f"could not be counted; use --global-batch-size {was}, or start another --output-dir with "
                     f"--init-from {what}"
                 )
-
-    def _check_metric(self, trainer: Trainer) -> None:
-        """Refuse a --best-metric that validation will not measure, before the first step."""
-        names, chosen = trainer.metric_names(), trainer.config.training.best_metric
-        if chosen not in names and trainer.val:
-            raise UserError(f"--best-metric {chosen}: stage {trainer.stage} measures {', '.join(sorted(names))}")
 
     def _grows(self, stage: int, epochs: int, done: Path) -> bool:
         """Whether a finished stage is now planned longer than it ran, and no later one has begun from it."""

@@ -1,7 +1,7 @@
 """The trainer of one stage: what a step's loss is, how it is validated, and which files a checkpoint gets."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from multimodal.config import Config
+from multimodal.config import Config, TrainingConfig, stage_epochs
 from multimodal.data.records import Kind
 from multimodal.data.sources import model_inputs
 from multimodal.dataset import CaptionedDataset
@@ -26,8 +26,8 @@ from shared.log import read_metrics
 from shared.rng import keyed_rand
 
 STAGE_NAMES = {1: "stage1_single", 2: "stage2_align", 3: "stage3_finetune"}
-WEIGHT_DECAY = {1: 0.05, 2: 0.1, 3: 0.05}
-BETAS = {1: (0.9, 0.95, 1e-8), 2: (0.9, 0.98, 1e-6), 3: (0.9, 0.98, 1e-6)}  # beta 1, beta 2, epsilon
+# AdamW's beta 1, beta 2, epsilon and weight decay of each stage, where the settings name none
+ADAMW = {1: (0.9, 0.95, 1e-8, 0.05), 2: (0.9, 0.98, 1e-6, 0.1), 3: (0.9, 0.98, 1e-6, 0.05)}
 STEP_NAME, EPOCH_NAME = "step_{step:08d}", "epoch_{epoch:04d}"  # folders of a stage's checkpoints
 PREFIX = "network."
 _DRAWS, _VALIDATION_STEP = 612, 0  # random stream; validation masks and negatives are those of one fixed step
@@ -135,6 +135,13 @@ def parameter_groups(
     return [{"names": names, "weight_decay": decay, "lr_scale": scale} for (decay, scale), names in groups.items()]
 
 
+def adamw_of(training: TrainingConfig, stage: int) -> dict[str, float]:
+    """AdamW's settings in a stage, by name: those that are given, else the stage's own."""
+    names = ("adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
+    given = {name: getattr(training, name) for name in names}
+    return {name: own if given[name] is None else given[name] for name, own in zip(names, ADAMW[stage], strict=True)}
+
+
 def best_metric_of(config: Config, stage: int) -> tuple[str, str]:
     """The metric that decides which checkpoint of a stage is best, and whether it should be small or large.
 
@@ -149,6 +156,27 @@ def best_metric_of(config: Config, stage: int) -> tuple[str, str]:
     if mode == "auto" or (stage == 1 and config.training.best_metric != name):
         mode = "min" if name.endswith("loss") else "max"
     return name, mode
+
+
+def metrics_of(config: Config, kinds: Iterable[Kind], *, classify: bool) -> set[str]:
+    """The names, as they stand in the log, of what the validation of every stage gives that can choose by them: of
+    stages 2 and 3, or of stage 1 where it runs alone; and auto.
+
+    kinds: of the validation data. classify: they have class labels, which stage 3 learns.
+    """
+    stages = set(stage_epochs(config.training))
+    if stages == {1}:
+        parts = [*(kind for kind in kinds if kind != "voice"), *["text"] * (config.training.text_pretraining == "mlm")]
+        return {"auto", "val/loss", *(f"val/masked_{part}_loss" for part in parts)}
+    found = {"loss", "retrieval"}
+    for kind in kinds:
+        ways = [f"{kind}_{way}" for way in ("item_to_text", "text_to_item")]
+        found |= {f"{kind}_loss", *(f"{way}_{name}" for way in ways for name in ("R@1", "R@10", "MRR"))}
+        found |= {f"{kind}_match_loss"} if 2 not in stages and kind != "voice" else set()
+    if classify and 2 not in stages:
+        voice = config.training.label_set == "voxceleb1"
+        found |= {"class_loss", *(("speaker_accuracy",) if voice else ("mAP", "micro_F1"))}
+    return {"auto", *(f"val/{name}" for name in found)}
 
 
 class Trainer:
@@ -190,6 +218,13 @@ class Trainer:
             found.append(Pairing("audio_embeds", "audiotext_embeds", *sound, "audio", 1.0))
         if "voice" in datasets and datasets["voice"].records[0].video is not None:
             found.append(Pairing("voice_embeds", "frame_embeds", *sound, "voice", 0.5))
+        if self.config.model.linear_path:
+            # The towers soon know a small set by heart, and then the common loss teaches the path nothing: it has its
+            # own as well.
+            found += [
+                pair._replace(first=pair.first.replace("embeds", "path"), second=pair.second.replace("embeds", "path"))
+                for pair in found
+            ]
         return found
 
     # --- a step -------------------------------------------------------------------------------------------------------
@@ -329,24 +364,6 @@ class Trainer:
         ranks = [value for name, value in found.items() if name.endswith("_MRR")]
         self.val_losses[step] = loss
         return {"loss": loss, **({"retrieval": sum(ranks) / len(ranks)} if ranks else {}), **found, **bad}
-
-    def metric_names(self) -> set[str]:
-        """The names that validate returns in this stage, as they stand in the log."""
-        found = {"loss"}
-        if self.stage == 1:
-            return {"val/loss", *(f"val/masked_{kind}_loss" for kind in self.val)}
-        for kind in self.val:
-            ways = [f"{kind}_{way}" for way in ("item_to_text", "text_to_item")]
-            found |= {
-                "retrieval",
-                f"{kind}_loss",
-                *(f"{way}_{name}" for way in ways for name in ("R@1", "R@10", "MRR")),
-            }
-            found |= {f"{kind}_match_loss"} if self.stage == 3 and kind != "voice" else set()
-        if self.classify:
-            voice = self.config.training.label_set == "voxceleb1"
-            found |= {"class_loss", *(("speaker_accuracy",) if voice else ("mAP", "micro_F1"))}
-        return {f"val/{name}" for name in found}
 
     def _validation_terms(self, model: Any) -> dict[str, float]:
         """The masked or matching losses on the first validation batches, with fixed masks and draws."""

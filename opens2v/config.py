@@ -12,9 +12,7 @@ PRESETS = Path(__file__).parent / "configs"
 SAMPLE_DATA = Path(__file__).parent / "sample_data"
 
 NEGATIVE_PROMPT = (  # the standard one of Wan2.1
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，"
-    "低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，"
-    "形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
 ATTENTION = ["to_q", "to_k", "to_v", "to_out"]
 
@@ -135,7 +133,9 @@ class ModelConfig(Section):
     codec: Literal["wan", "patch", "conv"] = setting(
         "wan", "video to latents: Wan's VAE, components of 4 x 4 patches, or a small convolutional auto-encoder"
     )
-    text_encoder: Literal["umt5", "hash"] = setting("umt5", "text to rows: UMT5-XXL, or hashed words")
+    text_encoder: Literal["umt5", "hash", "hash_ordered"] = setting(
+        "umt5", "text to rows: UMT5-XXL, or hashed words, ordered: each with a trace of the word before"
+    )
     image_encoder: Literal["clip", "pixels"] = setting(
         "clip", "subject picture to tokens: CLIP ViT-H/14, or mean colours of cells"
     )
@@ -154,6 +154,11 @@ class ModelConfig(Section):
     )
     absolute_positions: bool = setting(
         False, "add fixed positions in frame, row and column to the video tokens (small base: learns a scene sooner)"
+    )
+    position_base: float = setting(
+        10000.0,
+        "slowest wavelength of fixed positions, in positions over 2 pi; small grids want about their side",
+        gt=1,
     )
     clip_path: Literal["shared", "separate", "off"] = setting(
         "shared", "keys and values of the CLIP path: the text's, own ones, or no path"
@@ -421,19 +426,17 @@ def check_sizes(config: Config) -> None:
     if model.causal and (latent_frames(config) - first) % model.num_frame_per_block:
         count, block = latent_frames(config), model.num_frame_per_block
         raise ValueError(
-            f"num_training_frames {frames} gives {count} latent frames, which causal blocks of {block} do not fill"
-            f"{' after one independent frame' if first else ''}; use another number of frames (21 gives 6), "
+            f"num_training_frames {frames} gives {count} latent frames, which causal blocks of {block} do not "
+            f"fill{' after one independent frame' if first else ''}; use another number of frames (21 gives 6), "
             "num_frame_per_block "
             f"{', '.join(str(d) for d in range(1, count - first + 1) if (count - first) % d == 0)}, "
-            "independent_first_frame "
-            f"{'false' if first else 'true'}, or causal: false"
+            f"independent_first_frame {'false' if first else 'true'}, or causal: false"
         )
     lengths = [len(data.json_paths), len(data.video_base_paths), len(data.background_base_paths)]
     if data.json_paths and (lengths[1] != lengths[0] or lengths[2] not in (0, lengths[0])):
         raise ValueError(
-            f"opens2v.json_paths, video_base_paths and background_base_paths must be equally long, they have "
-            f"{lengths[0]}, "
-            f"{lengths[1]} and {lengths[2]} entries; give one of each per part"
+            "opens2v.json_paths, video_base_paths and background_base_paths must be equally long, they have "
+            f"{lengths[0]}, {lengths[1]} and {lengths[2]} entries; give one of each per part"
         )
     cached = {
         "use_cached_text": data.use_cached_text,

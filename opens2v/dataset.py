@@ -506,9 +506,7 @@ def create_opens2v_dataloader(
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """Everything about a sample beyond paths and sizes; the names are those of the `data` section of the
-    configuration.
-    """
+    """Everything about a sample beyond paths and sizes, named as in the `data` section of the configuration."""
 
     target_fps: float | None = None
     min_gme_score: float | None = None

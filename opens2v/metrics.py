@@ -68,9 +68,7 @@ def clips_for(config: Any, options: MetricsOptions) -> tuple[Any, list[list[dict
 
 
 def loss_figures(generator: Any, samples: list[list[dict]], unseen: list[int], chunk: int) -> dict[str, float]:
-    """Losses with the own, another's and no subject picture, for seen and unseen subjects, and the x0 error by noise
-    level.
-    """
+    """Losses with the own, another's and no subject picture, seen and unseen subjects, and x0 error by noise level."""
     import torch
 
     from opens2v.data.video import normalise
@@ -148,14 +146,7 @@ def video_figures(drawn: Drawn, options: MetricsOptions, unseen: list[int]) -> d
     """Noise detector, foreground area, motion, and whether a video looks more like its own subject than another's."""
     import numpy as np
 
-    from opens2v.evaluation.subject_use import (
-        colour_likeness,
-        foreground_area,
-        high_frequency_ratio,
-        motion,
-        spatial_autocorrelation,
-        subject_pixels,
-    )
+    from opens2v.evaluation import subject_use as use
 
     count = len(drawn.items)
     pairs = [(i, (i + 1 + k) % count) for i in range(count) for k in range(min(options.others, count - 1))]
@@ -166,20 +157,24 @@ def video_figures(drawn: Drawn, options: MetricsOptions, unseen: list[int]) -> d
         if not members:
             continue
         rows = [(i, drawn.videos[i, i, seed]) for i in members for seed in range(options.seeds)]
-        figures[f"{group}_autocorrelation"] = float(np.mean([spatial_autocorrelation(video) for _, video in rows]))
+        figures[f"{group}_autocorrelation"] = float(np.mean([use.spatial_autocorrelation(video) for _, video in rows]))
         figures[f"{group}_autocorrelation_of_real_clips"] = float(
-            np.mean([spatial_autocorrelation(drawn.truth[i]) for i in members])
+            np.mean([use.spatial_autocorrelation(drawn.truth[i]) for i in members])
         )
-        figures[f"{group}_high_frequency_ratio"] = float(np.mean([high_frequency_ratio(video) for _, video in rows]))
+        figures[f"{group}_high_frequency_ratio"] = float(
+            np.mean([use.high_frequency_ratio(video) for _, video in rows])
+        )
         for name in ("motion", "motion_variance"):
-            figures[f"{group}_{name}"] = float(np.mean([motion(video)[name] for _, video in rows]))
-            figures[f"{group}_{name}_of_real_clips"] = float(np.mean([motion(drawn.truth[i])[name] for i in members]))
+            figures[f"{group}_{name}"] = float(np.mean([use.motion(video)[name] for _, video in rows]))
+            figures[f"{group}_{name}_of_real_clips"] = float(
+                np.mean([use.motion(drawn.truth[i])[name] for i in members])
+            )
         usable = {i: ground for i in members if (ground := drawn.backgrounds[i]) is not None}
         if not usable:
             continue
         areas = [
-            np.mean([foreground_area(drawn.videos[i, i, seed], ground) for seed in range(options.seeds)])
-            / max(1e-6, foreground_area(drawn.truth[i], ground))
+            np.mean([use.foreground_area(drawn.videos[i, i, seed], ground) for seed in range(options.seeds)])
+            / max(1e-6, use.foreground_area(drawn.truth[i], ground))
             for i, ground in usable.items()
         ]
         figures[f"{group}_foreground_area_over_truth"] = float(np.median(areas))
@@ -190,59 +185,40 @@ def video_figures(drawn: Drawn, options: MetricsOptions, unseen: list[int]) -> d
         for i, j in pairs:
             if i not in usable:
                 continue
-            subject = subject_pixels(drawn.references[i])
+            subject = use.subject_pixels(drawn.references[i])
             for seed in range(options.seeds):
-                own, other = (colour_likeness(drawn.videos[i, k, seed], usable[i], subject) for k in (i, j))
+                own, other = (use.colour_likeness(drawn.videos[i, k, seed], usable[i], subject) for k in (i, j))
                 wins.append(1.0 if own > other else 0.5 if own == other else 0.0)
         figures[f"{group}_own_subject_wins_percent"] = 100 * float(np.mean(wins))
     return figures
 
 
 def bars_of(figures: dict[str, float], has_unseen: bool) -> list:
-    """The figures that say whether the preset learned, with the targets of the small preset."""
+    """The figures that say whether the preset learned, with the targets of the small preset and what chance gives."""
     from shared.report.page import Bar
 
-    def bar(
-        name: str,
-        text: str,
-        target: float | None,
-        direction: Literal["at least", "at most"] = "at least",
-        baseline: float | None = None,
-    ) -> Bar:
-        return Bar(text, figures.get(name), target, direction, baseline)
-
-    bars = [
-        bar("seen_subject_below_none_percent", "subject region, loss below no reference, %", 5, baseline=0),
-        bar("seen_subject_below_other_percent", "subject region, loss below another's reference, %", 6, baseline=0),
-        bar("seen_subject_win_percent", "pairs in which the own reference has the lower loss, %", 85, baseline=50),
-        bar("seen_whole_below_other_percent", "whole frame, loss below another's reference, %", 3, baseline=0),
-        bar("seen_autocorrelation", "spatial autocorrelation of generated frames (noise 0)", 0.85, baseline=0),
-        bar("seen_foreground_area_over_truth", "foreground area over the truth, median, lower bound", 0.5),
-        bar("seen_foreground_area_over_truth", "foreground area over the truth, median, upper bound", 2.0, "at most"),
-        bar(
+    area = "foreground area over the truth, median"
+    rows: list[tuple[str, str, float | None, Literal["at least", "at most"], float | None]] = [
+        ("seen_subject_below_none_percent", "subject region, loss below no reference, %", 5, "at least", 0),
+        ("seen_subject_below_other_percent", "subject region, loss below another's reference, %", 6, "at least", 0),
+        ("seen_subject_win_percent", "pairs in which the own reference has the lower loss, %", 85, "at least", 50),
+        ("seen_whole_below_other_percent", "whole frame, loss below another's reference, %", 3, "at least", 0),
+        ("seen_autocorrelation", "spatial autocorrelation of generated frames (noise 0)", 0.85, "at least", 0),
+        ("seen_foreground_area_over_truth", f"{area}, lower bound", 0.5, "at least", None),
+        ("seen_foreground_area_over_truth", f"{area}, upper bound", 2.0, "at most", None),
+        (
             "seen_own_subject_wins_percent",
-            "generated video is nearer to its own subject than to another's, %",
+            "video is nearer to its own subject than to another's, %",
             75,
-            baseline=50,
+            "at least",
+            50,
         ),
+        ("unseen_subject_below_other_percent", "unseen subjects: loss below another's, %", 3, "at least", 0),
+        ("unseen_subject_win_percent", "unseen subjects: pairs won, %", 70, "at least", 50),
+        ("unseen_own_subject_wins_percent", "unseen subjects: nearer to its own subject, %", None, "at least", 50),
     ]
-    if has_unseen:
-        bars += [
-            bar(
-                "unseen_subject_below_other_percent",
-                "unseen subjects: loss below another's reference, %",
-                3,
-                baseline=0,
-            ),
-            bar("unseen_subject_win_percent", "unseen subjects: pairs won, %", 70, baseline=50),
-            bar(
-                "unseen_own_subject_wins_percent",
-                "unseen subjects: video is nearer to its own subject, %",
-                None,
-                baseline=50,
-            ),
-        ]
-    return bars
+    rows = [row for row in rows if has_unseen or row[0].startswith("seen")]
+    return [Bar(text, figures.get(name), *rest) for name, text, *rest in rows]
 
 
 def write_samples(drawn: Drawn, folder: Path, unseen: list[int], fps: float) -> list:
@@ -257,25 +233,13 @@ def write_samples(drawn: Drawn, folder: Path, unseen: list[int], fps: float) -> 
     samples, rows = [], []
     zoom = max(1, 192 // drawn.truth[0].shape[1])
     for i, item in enumerate(drawn.items):
-        joined = side_by_side(drawn.references[i], drawn.videos[i, i, 0])
-        rows.append(
-            np.concatenate(
-                [
-                    np.concatenate(list(drawn.truth[i][[0, -1]]), 1),
-                    side_by_side(drawn.references[i], drawn.videos[i, i, 0][:1])[0],
-                    *drawn.videos[i, i, 0][1:],
-                ],
-                1,
-            )
-        )
+        video = drawn.videos[i, i, 0]
+        joined = side_by_side(drawn.references[i], video)
+        rows.append(np.concatenate([*drawn.truth[i][[0, -1]], joined[0], *video[1:]], 1))
         name = item["key"].split("_step")[0]
         path = write_video(folder / f"{name}.mp4", joined.repeat(zoom, 1).repeat(zoom, 2), fps)
-        group = (
-            "unseen subjects: reference | video"
-            if i in unseen
-            else "seen subjects, later part of the clip: reference | video"
-        )
-        samples.append(Sample(path, f"{name}: {item['prompts'][:90]}", group))
+        what = "unseen subjects" if i in unseen else "seen subjects, later part of the clip"
+        samples.append(Sample(path, f"{name}: {item['prompts'][:90]}", f"{what}: reference | video"))
     sheet = np.concatenate(rows).repeat(zoom // 2 or 1, 0).repeat(zoom // 2 or 1, 1)
     with written_aside(folder / "sheet.png") as temporary:
         Image.fromarray(sheet).save(temporary, format="PNG")

@@ -41,9 +41,7 @@ WAN_1_3B = dict(
 
 
 class RefWanBlock(WanTransformerBlock):
-    """One transformer block whose frames, references and cache are explicit arguments, so that recomputation sees the
-    same.
-    """
+    """One transformer block; frames, references and cache are arguments, so that recomputation sees the same."""
 
     def __init__(
         self,
@@ -78,9 +76,7 @@ class RefWanBlock(WanTransformerBlock):
         tokens_per_frame: int = 1,
         features: list[Tensor] | None = None,
     ) -> Tensor:
-        """temb: (B, 6, D), or (B, T, 6, D) with one entry per frame or per token. features: takes in what enters the
-        self-attention.
-        """
+        """temb: (B, 6, D), or (B, T, 6, D) by frame or token. features: takes in what enters the self-attention."""
         parts = (self.scale_shift_table.float() + temb.float()).unbind(-2)
         shift1, scale1, gate1, shift2, scale2, gate2 = (per_token(part, hidden_states.shape[1]) for part in parts)
 
@@ -136,22 +132,14 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
         fused_path: bool = False,
         absolute_positions: bool = False,
         ref_in_self_attention: bool = False,
+        position_base: float = 10000.0,
     ) -> None:
         super().__init__(
-            patch_size=patch_size,
-            num_attention_heads=num_attention_heads,
-            attention_head_dim=attention_head_dim,
-            in_channels=in_channels,
-            out_channels=out_channels,
-            text_dim=text_dim,
-            freq_dim=freq_dim,
-            ffn_dim=ffn_dim,
-            num_layers=0,
-            cross_attn_norm=cross_attn_norm,
-            qk_norm=qk_norm,
-            eps=eps,
+            patch_size=patch_size, num_attention_heads=num_attention_heads, attention_head_dim=attention_head_dim,
+            in_channels=in_channels, out_channels=out_channels, text_dim=text_dim, freq_dim=freq_dim, ffn_dim=ffn_dim,
+            num_layers=0, cross_attn_norm=cross_attn_norm, qk_norm=qk_norm, eps=eps,
             rope_max_seq_len=rope_max_seq_len,
-        )
+        )  # fmt: skip
         self.register_to_config(num_layers=num_layers)  # the base was built without blocks: ours follow
         self.patch_size, self.vae_pos_embed, self.absolute_positions = patch_size, vae_pos_embed, absolute_positions
         if vae_pos_embed not in ("sincos2d", "none"):
@@ -168,14 +156,14 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
                 clip_path=clip_path,
                 fused_path=fused_path,
                 ref_in_self_attention=ref_in_self_attention,
-            )
+            )  # fmt: skip
             for layer in range(num_layers)
         )
         self.clip_proj = (
             None if clip_path == "off" and not fused_path else clip_projection(clip_proj_type, ref_clip_dim, dim)
         )
         self.vae_proj = nn.Linear(in_channels, dim)
-        self.ref_in_self_attention = ref_in_self_attention
+        self.ref_in_self_attention, self.position_base = ref_in_self_attention, position_base
         self.reset_reference_parameters()
 
     def reset_reference_parameters(self) -> None:
@@ -184,6 +172,14 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
             for attention in (block.attn1, block.attn2):
                 if isinstance(attention, DualPathCrossAttention | RefSelfAttention):
                     attention.reset_reference_parameters()
+
+    @torch.no_grad()
+    def open_reference_paths(self) -> None:
+        """Let the pictures in from the first step: for a base that is trained together with the reference modules."""
+        for block in self.blocks:
+            block.attn2.v_vae.load_state_dict(block.attn2.to_v.state_dict())
+            if isinstance(block.attn1, RefSelfAttention):
+                block.attn1.v_ref.load_state_dict(block.attn1.to_v.state_dict())
 
     @classmethod
     def from_base(
@@ -238,7 +234,7 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
             height, width = ref_latents.shape[-2:]
             vae = self.vae_proj(ref_latents.flatten(3).transpose(2, 3))
             if self.vae_pos_embed == "sincos2d":
-                vae = vae + sincos_2d(height, width, vae.shape[-1]).to(vae)
+                vae = vae + sincos_2d(height, width, vae.shape[-1], self.position_base).to(vae)
             vae, mask_vae = vae.flatten(1, 2), subject_mask(present_BN, height * width)
         weight = present_BN.any(1)[:, None, None].float() * scale
         tokens = ReferenceTokens(clip, vae, mask_clip, mask_vae, weight, {} if remember else None)
@@ -288,7 +284,8 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
         # contiguous(): the transposed view would make every product of the blocks copy it once more.
         x_BLD = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
         if self.absolute_positions:
-            positions = absolute_positions(frames, grid, x_BLD.shape[-1], 0 if cache is None else cache.frames)
+            first = 0 if cache is None else cache.frames
+            positions = absolute_positions(frames, grid, x_BLD.shape[-1], first, self.position_base)
             x_BLD = x_BLD + positions.to(x_BLD).repeat(x_BLD.shape[1] // len(positions), 1)
         temb, modulation, text_BSD = self._conditions(timestep, encoder_hidden_states)
 
@@ -299,7 +296,7 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
         runs = None if frame_mask is None else attention_runs(frame_mask, tokens_per_frame)
 
         if references is not None and references.latents_BNChw is not None and references.features is None:
-            references.features = self._reference_features(references.latents_BNChw, text_BSD)
+            references.features, references.rotary = self._reference_features(references.latents_BNChw, text_BSD)
 
         # Everything that a block depends on is an argument, so that recomputing it in the backward pass sees the same:
         # state kept on a module would have moved on by then, and the gradient would be wrong without an error.
@@ -315,10 +312,12 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     @torch.no_grad()
-    def _reference_features(self, latents_BNChw: Tensor, text_BSD: Tensor) -> list[Tensor]:
+    def _reference_features(
+        self, latents_BNChw: Tensor, text_BSD: Tensor
+    ) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
         """What enters every block's self-attention when the base sees the pictures as clean one-frame videos, with
-        fixed positions added: (B, S, D) by block. Every call of the model makes them, so that sharded weights are
-        gathered by all ranks at the same places.
+        fixed positions added: (B, S, D) by block; and the rotary table of the tokens. Every call of the model makes
+        them, so that sharded weights are gathered by all ranks at the same places.
         """
         batch, subjects, _, height, width = latents_BNChw.shape
         _, patch_h, patch_w = self.patch_size
@@ -326,21 +325,21 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
         pictures = latents_BNChw.flatten(0, 1).unsqueeze(2)
         x_BLD = self.patch_embedding(pictures.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
         if self.absolute_positions:
-            x_BLD = x_BLD + absolute_positions(1, grid, x_BLD.shape[-1]).to(x_BLD)
+            x_BLD = x_BLD + absolute_positions(1, grid, x_BLD.shape[-1], base=self.position_base).to(x_BLD)
         modulation = self._modulation(torch.zeros(len(x_BLD), device=x_BLD.device))[1]
         rotary, text_BSD = self.rope(pictures), text_BSD.repeat_interleave(subjects, 0)
         features: list[Tensor] = []
         for block in self.blocks:
             x_BLD = block(x_BLD, text_BSD, modulation, rotary, features=features)
-        where = sincos_2d(*grid, x_BLD.shape[-1])
-        return [(one + where.to(one)).unflatten(0, (batch, subjects)).flatten(1, 2) for one in features]
+        where = sincos_2d(*grid, x_BLD.shape[-1], self.position_base)
+        found = [(one + where.to(one)).unflatten(0, (batch, subjects)).flatten(1, 2) for one in features]
+        cos, sin = rotary
+        return found, (cos.repeat(1, subjects, 1, 1), sin.repeat(1, subjects, 1, 1))
 
     def _rotary(
         self, hidden_states: Tensor, frames: int, grid: tuple[int, int], cache: KeyValueCache | None, twice: bool
     ) -> tuple[Tensor, Tensor]:
-        """Rotary table of the frames; the clean and the noisy half have the same positions, cached blocks go on
-        counting.
-        """
+        """Rotary table of the frames; clean and noisy half have the same positions, cached blocks go on counting."""
         if not twice and cache is None:
             return self.rope(hidden_states)
         cos, sin = rotary_table(self.rope, frames, *grid, first_frame=0 if cache is None else cache.frames)
@@ -376,9 +375,11 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
         return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
-def absolute_positions(frames: int, grid: tuple[int, int], dim: int, first_frame: int = 0) -> Tensor:
+def absolute_positions(
+    frames: int, grid: tuple[int, int], dim: int, first_frame: int = 0, base: float = 10000.0
+) -> Tensor:
     """Fixed positions (L, D) of the tokens: the sum of those of frame and place."""
-    return (sincos_1d(frames, dim, first_frame).float()[:, None] + sincos_2d(*grid, dim)).flatten(0, 1)
+    return (sincos_1d(frames, dim, first_frame, base).float()[:, None] + sincos_2d(*grid, dim, base)).flatten(0, 1)
 
 
 def _by_frame(timestep: Tensor, frames: int) -> Tensor:

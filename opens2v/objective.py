@@ -33,9 +33,7 @@ class RefImageFlowMatching:
         )
 
     def losses(self, model: Any, batches: list[dict], step: int) -> Iterator[tuple[Tensor, dict]]:
-        """One pre-weighted loss per micro-batch: mean over samples and frames of weight(t) * mean square of v -
-        target.
-        """
+        """One pre-weighted loss per micro-batch: mean over samples and frames of weight(t) * square of v - target."""
         training = self.config.training
         # Collected at the same step on all ranks: one that pauses alone makes the others wait for it.
         if training.gc_interval and step % training.gc_interval == 0:
@@ -56,10 +54,7 @@ class RefImageFlowMatching:
             weighted = error_BF * weight
             extra: dict[str, Any] = {
                 "velocity_error": error_BF.mean(),
-                "loss_by_t": (
-                    timestep.reshape(len(clean), -1).mean(1) / TIMESTEP_OF_NOISE,
-                    error_BF.mean(1),
-                ),
+                "loss_by_t": (timestep.reshape(len(clean), -1).mean(1) / TIMESTEP_OF_NOISE, error_BF.mean(1)),
             }
             # model.module is the bare transformer; reading its gates costs a device synchronisation, so only where the
             # log line is due.

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from shared.engine.dist import DistInfo
     from shared.loop import FitResult
 
+VALIDATED = {f"val/{name}" for name in ("loss", "loss_none", "loss_other", "gap")}
+
 
 def parse(argv: list[str] | None) -> Config:
     """The configuration of a command line in this project's form or the guide's."""
@@ -125,10 +127,9 @@ def check_inputs(config: Config) -> None:
     if model.generator_ckpt is None and config.training.base_steps == 0:
         raise UserError(
             "generator_ckpt is not set; give the folder or file of Wan2.1-T2V-1.3B (--generator-ckpt), or train a "
-            "small "
-            "base first (--config small)"
+            "small base first (--config small)"
         )
-    if model.generator_ckpt is None and (model.codec == "wan" or model.text_encoder != "hash"):
+    if model.generator_ckpt is None and (model.codec == "wan" or model.text_encoder == "umt5"):
         raise UserError(
             "base_steps trains a small base on codec conv or patch and text_encoder hash; for Wan's VAE give "
             "--generator-ckpt"
@@ -159,7 +160,7 @@ class OpenS2VTrainer:
         if config.run.wandb_save_dir is not None:
             os.environ["WANDB_DIR"] = config.run.wandb_save_dir
         self.info = info or init_distributed(config.run.device, config.run.timeout_minutes * 60)
-        preflight(config, self.info)
+        preflight(config, self.info, metrics=VALIDATED)
         self.config = config = with_drawn_seed(config, self.info)
         dataset = training_set(config, **cached_changes(config))
         self.dataset = with_cached_features(dataset, config)

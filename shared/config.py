@@ -212,6 +212,12 @@ class TrainingSection(Section):
     save_in_background: bool = setting(
         True, "copy the state to host memory (16 bytes a trainable parameter) and write while training goes on"
     )
+    shard_checkpoints_above_gb: float | None = setting(
+        20.0,
+        "larger checkpoints are written by every rank its own rows, into files of its own, if there are several ranks; "
+        "null: always rank 0 alone, into one file",
+        ge=0,
+    )
     keep_last: int | None = setting(
         2, "newest whole checkpoints kept, besides the best one; null: all", "save_total_limit", ge=2
     )
@@ -246,6 +252,17 @@ def accumulation_steps(training: TrainingSection, world: int) -> int:
             f"{micro * max(1, round(training.global_batch_size / micro))}"
         )
     return training.global_batch_size // micro
+
+
+def writes_shards(training: TrainingSection, trainable: int, world: int) -> bool:
+    """Whether a checkpoint of so many trainable numbers is written by every rank its own rows."""
+    limit = training.shard_checkpoints_above_gb
+    return limit is not None and world > 1 and checkpoint_bytes(training, trainable) > 1e9 * limit
+
+
+def checkpoint_bytes(training: TrainingSection, trainable: int) -> int:
+    """Weights, two moments and the average where there is one, in fp32."""
+    return 4 * trainable * (3 + (training.ema_decay > 0))
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

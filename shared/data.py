@@ -107,8 +107,12 @@ class BatchPlan:
         if epoch not in cache:
             while len(cache) > 1:  # a batch touches at most a few epochs; the newest two are enough
                 cache.pop(min(cache))
-            cache[epoch] = torch.randperm(self.num_samples, generator=keyed_generator(self.seed, _ORDER, epoch))
+            cache[epoch] = self._shuffled(epoch)
         return cache[epoch]
+
+    def _shuffled(self, epoch: int) -> Tensor:
+        """The order of an epoch; a system with an order of its own gives it here."""
+        return torch.randperm(self.num_samples, generator=keyed_generator(self.seed, _ORDER, epoch))
 
 
 class Stream(Protocol):

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shared.config import save_config
+from shared.config import checkpoint_bytes, save_config
 from shared.data import ReadAhead, Stream
 from shared.engine.checkpoint import CheckpointStore, attempt, frozen_digest, read_manifest, sampled_digest
 from shared.engine.dist import (
@@ -180,8 +180,8 @@ def fit(
         if not was_done:
             (output_dir / "DONE").unlink(missing_ok=True)
     trainable = sum(math.prod(strategy.shape(name)) for name in strategy.parameters)
-    if training.save and state.step < stop_at:  # weights, two moments and the average, in fp32
-        raise_together(_disk_error(output_dir, 4 * trainable * (3 if ema is None else 4)) if info.is_main else None)
+    if training.save and state.step < stop_at:
+        raise_together(_disk_error(output_dir, checkpoint_bytes(training, trainable)) if info.is_main else None)
     log.say(
         f"{title or output_dir}: {trainable:,} trainable and {strategy.frozen_count():,} frozen parameters; "
         f"{strategy.name} on {info.world} rank(s), {info.device}, {strategy.precision}; {stream.samples_per_step} "

@@ -1,5 +1,6 @@
 """The launchers: the commands they print, the mistakes they refuse, and shellcheck."""
 
+import importlib
 import os
 import re
 import shutil
@@ -192,3 +193,12 @@ def test_torchrun_gets_the_time_that_a_save_needs(tmp_path):
     pod = re.search(r"terminationGracePeriodSeconds: (\d+)", (ROOT / "scripts" / "kubernetes.yaml").read_text())
     job = re.search(r"--signal=B:USR1@(\d+)", (ROOT / "scripts" / "slurm.sh").read_text())
     assert 30 < given < int(pod[1]) <= int(job[1])
+
+
+@pytest.mark.parametrize("system", ["float", "opens2v", "bagel", "dit", "multimodal"])
+def test_a_metric_that_no_validation_gives_is_refused_at_once(system, tmp_path, capsys):
+    main = importlib.import_module(f"{system}.train").main
+    with pytest.raises(SystemExit) as ended:
+        main(["--config", "small", "--best-metric", "val/los", "--output-dir", str(tmp_path / "run")])
+    assert ended.value.code == 2 and not (tmp_path / "run").exists()
+    assert "no validation gives it; did you mean val/loss?" in capsys.readouterr().err

@@ -59,15 +59,15 @@ def image_items(
     vae_size: tuple[int, int],
     vit_size: tuple[int, int],
     *,
-    target: bool,
+    target: int,
     latents: bool,
     vision: bool,
     enable_cfg: bool,
 ) -> list[PlanItem]:
-    """A picture's copies in their order: to be generated, clean latents, ViT tokens. Sizes: (height, width), pixels."""
-    items = []
-    if target:
-        items.append(PlanItem("vae_image", size=vae_size, source=source, loss=1))
+    """A picture's copies in their order: `target` times to be generated, clean latents, ViT tokens. Sizes: (height,
+    width), pixels.
+    """
+    items = [PlanItem("vae_image", size=vae_size, source=source, loss=1, repeats=k > 0) for k in range(target)]
     if latents:
         items.append(PlanItem("vae_image", size=vae_size, source=source, enable_cfg=int(enable_cfg)))
     if vision:

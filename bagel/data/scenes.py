@@ -7,6 +7,7 @@ combinations that are trained, `scenes:unseen` for those that never are (shared/
 import io
 import json
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ class World:
         drawings = [Drawing(name, cut_out(load_image(path.parent / file))) for file, name in chosen]
         self.scenes = Scenes(drawings, height=settings.side, unseen_share=settings.unseen_share, seed=seed)
         self.seed = seed
+        # A record names its scene or edit, and its pictures ask for it again.
+        self.scene, self.edit = lru_cache(512)(self.scenes.scene), lru_cache(512)(self._edit)
 
     def question(self, scene: Scene, kind: str) -> tuple[str, str]:
         """A question of a kind and its answer."""
@@ -61,7 +64,7 @@ class World:
         """Whether a text is one of the sentences that tell this scene and no other."""
         return any(self.scenes.sentence(scene, number) == text for number in range(WORDINGS))
 
-    def edit(self, number: int, *, unseen: bool) -> tuple[Scene, str, str, Scene]:
+    def _edit(self, number: int, *, unseen: bool) -> tuple[Scene, str, str, Scene]:
         """(before, what changes, the instruction, after) of a scene; what comes out is of a trained combination, or of
         one that is never trained, and so is what was there before.
         """
@@ -113,11 +116,18 @@ class SceneFile(RecordFile):
         return {"text_prompt": self.world.scenes.sentence(scene, number), "image_path": f"{number}:scene"}
 
     def _ask(self, number: int) -> dict:
-        """All questions in an order of their own, and a description."""
+        """Questions in an order of their own, or a description, in words that are always the same.
+
+        An answer that stands in an earlier turn, or in its question, is copied, not seen: so nothing is said twice, and
+        what the object is, which the other questions tell, is asked first or not at all.
+        """
         scene = self.scene(number)
         kinds = _generator(self.seed, _ASK, number).permutation(QUESTIONS).tolist()
-        turns = [self.world.question(scene, kind) for kind in kinds]
-        turns.insert(number % (len(turns) + 1), (DESCRIBE, self.world.scenes.sentence(scene, number)))
+        if kinds[0] == "colour":
+            turns = [(DESCRIBE, self.world.scenes.sentence(scene, 0))]
+        else:
+            kinds = ["what"] * (kinds[0] != "size") + [kind for kind in kinds if kind != "what"]
+            turns = [self.world.question(scene, kind) for kind in kinds]
         return {
             "conversations": [_picture("user", f"{number}:scene"), *(part for turn in turns for part in _turn(turn))]
         }
@@ -142,7 +152,7 @@ class SceneFile(RecordFile):
 
     def scene(self, number: int) -> Scene:
         """The ground truth of scene `number`."""
-        return self.world.scenes.scene(number, unseen=self.unseen)
+        return self.world.scene(number, unseen=self.unseen)
 
     def holds(self, name: str) -> bool:
         number, _, which = name.partition(":")

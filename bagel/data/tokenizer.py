@@ -2,12 +2,14 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
 from bagel.config import SAMPLE_DATA, ModelConfig
 from shared.errors import UserError
 
+SHORT = 200  # characters of a text whose tokens are remembered
 SPECIAL_STRINGS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json")
 
@@ -73,8 +75,12 @@ class FolderTokenizer:
         self.vocab_size = len(self.inner)
         files = [path for path in (folder / name for name in TOKENIZER_FILES) if path.is_file()]
         self.identity = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+        self._short = lru_cache(4096)(self._encoded)  # questions and answers come again and again
 
     def encode(self, text: str) -> list[int]:
+        return list(self._short(text)) if len(text) <= SHORT else self._encoded(text)
+
+    def _encoded(self, text: str) -> list[int]:
         return self.inner.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def decode(self, ids: list[int]) -> str:

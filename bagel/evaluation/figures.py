@@ -23,7 +23,7 @@ from bagel.evaluation.pictures import (
     fid,
     named_colour_agreement,
 )
-from bagel.evaluation.scenes import scene_bars, scene_figures
+from bagel.evaluation.scenes import scene_bars, scene_figures, scene_headline
 from bagel.evaluation.text import Unavailable, bert_score, bleu, guarded, meteor, ngram_baselines, rouge
 from bagel.evaluation.validation import Conversation, conversations, fixed_pack, grid, held_out_packs
 from bagel.objective import with_latents
@@ -397,4 +397,5 @@ def write_bagel_report(folder: Path, figures: Figures, samples: SampleFiles, com
         samples=[Sample(path.relative_to(folder), caption, group) for path, caption, group in samples],
         curves=["train/text_loss", "train/image_loss", "val/text_loss", "val/image_loss"],
         text=REMARK,
+        headline=scene_headline(figures) if "scenes" in figures else "",
     )

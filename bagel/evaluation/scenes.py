@@ -148,6 +148,15 @@ def _talk(
         samples.append((path, " | ".join(said), "conversations about scenes never trained"))
 
 
+def scene_headline(figures: dict[str, Any]) -> str:
+    """The one figure that matters of drawing and of reading, in words."""
+    drawn, named = (100 * figures[name] for name in ("drawn_object_right", "answer_what"))
+    return (
+        f"draws the right object in {drawn:.0f} and names it in {named:.0f} of 100 scenes that it never trained on, "
+        "guessing 6"
+    )
+
+
 def scene_bars(figures: dict[str, Any]) -> list[Bar]:
     """What the small preset is meant to reach on combinations that it was never trained on."""
     get = figures.get

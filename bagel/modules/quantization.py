@@ -166,27 +166,3 @@ def stored_layers(model: nn.Module) -> list[dict[str, Any]]:
         for name, module in model.named_modules()
         if isinstance(module, QuantizedLinear)
     ]
-
-
-def error_table(model: nn.Module, kind: str) -> list[dict[str, float | str]]:
-    """Per projection: largest and mean absolute error of the stored weight, relative error, and bytes before (bf16) and
-    after.
-    """
-    rows = []
-    for name, module in model.named_modules():
-        if not (is_projection(name) and isinstance(module, nn.Linear)):
-            continue
-        stored = QuantizedLinear.of(module, kind)
-        weight = module.weight.detach().float()
-        error = (stored.weight_as(torch.float32) - weight).abs()
-        rows.append(
-            {
-                "layer": name,
-                "max_error": error.max().item(),
-                "mean_error": error.mean().item(),
-                "relative_error": (error.norm() / weight.norm()).item(),
-                "bytes_bf16": 2 * weight.numel(),
-                "bytes_stored": stored.bytes_stored,
-            }
-        )
-    return rows

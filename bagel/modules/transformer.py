@@ -26,6 +26,7 @@ Pair = tuple[Tensor, Tensor]  # tokens of the understanding expert (text, then V
 Attend = Callable[[int, Pair, Pair, Pair], Pair]
 AttendOne = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # the same for the understanding expert alone
 CAUSAL, FULL, NOISE = "causal", "full", "noise"
+STEP = 32  # samples are padded to a multiple of this
 BLOCK = 128  # side of flex attention's blocks, tokens
 ROWS_AT_ONCE = 8 * BLOCK
 
@@ -169,10 +170,38 @@ class PackLayout:
             found.append((self.split_lens[first:split], self.attn_modes[first:split]))
         return found
 
+    def _order(self) -> list[tuple[int, list[int]]]:
+        """(padded length, samples of that length), so that all of them are one call."""
+        found: dict[int, list[int]] = {}
+        for number, length in enumerate(self.sample_lens):
+            found.setdefault(-(-length // STEP) * STEP, []).append(number)
+        return sorted(found.items())
+
+    @property
+    def padded_rows(self) -> int:
+        return sum(length * len(samples) for length, samples in self._order())
+
+    def padded_places(self, device: torch.device) -> Tensor:
+        """Where each token of the pack stands when samples of about one length are put side by side."""
+        starts, row = [0] * len(self.sample_lens), 0
+        for length, samples in self._order():
+            for number in samples:
+                starts[number], row = row, row + length
+        lens, first = torch.tensor(self.sample_lens), torch.tensor(self.sample_lens).cumsum(0)
+        moved = torch.tensor(starts) - (first - lens)
+        return (torch.arange(self.length) + moved.repeat_interleave(lens)).to(device)
+
     def masks(self, device: torch.device) -> list[Tensor]:
-        """One boolean (L, L) a sample."""
+        """One boolean (samples, 1, L, L) a padded length; padding sees everything and is seen by nothing."""
         if self._masks is None:
-            self._masks = [sample_mask(lens, modes).to(device) for lens, modes in self.samples()]
+            self._masks, splits = [], self.samples()
+            for length, samples in self._order():
+                mask = torch.zeros(len(samples), 1, length, length, dtype=torch.bool)
+                for row, number in enumerate(samples):
+                    own = self.sample_lens[number]
+                    mask[row, 0, :own, :own] = sample_mask(*splits[number])
+                    mask[row, 0, own:] = True
+                self._masks.append(mask.to(device))
         return self._masks
 
     def segments(self) -> list[list[Segment]]:
@@ -233,23 +262,33 @@ def attend(query_LHK: Tensor, key_LHK: Tensor, value_LHK: Tensor, layout: PackLa
         return sliced_attention(query_LHK, key_LHK, value_LHK, segments)
     if backend != "dense":
         raise ValueError(f"attention backend {backend!r}: expected dense, sliced or flex")
-    parts = zip(
-        layout.masks(query_LHK.device),
-        *(x.split(layout.sample_lens) for x in (query_LHK, key_LHK, value_LHK)),
-        strict=True,
+    place = layout.padded_places(query_LHK.device)
+    padded = (
+        x.new_zeros(layout.padded_rows, *x.shape[1:]).index_copy(0, place, x) for x in (query_LHK, key_LHK, value_LHK)
     )
-    outputs = [scaled_dot_product(query, key, value, mask=mask) for mask, query, key, value in parts]
-    return torch.cat(outputs) if outputs else torch.zeros_like(query_LHK)
+    return padded_attention(*padded, layout)[place]
 
 
-def scaled_dot_product(
-    query_QHK: Tensor, key_SHK: Tensor, value_SHK: Tensor, *, mask: Tensor | None = None, causal: bool = False
-) -> Tensor:
+def padded_attention(query_RHK: Tensor, key_RHK: Tensor, value_RHK: Tensor, layout: PackLayout) -> Tensor:
+    """Dense: samples of about one length as one call of the kernel with their masks. R rows, as layout.padded_places
+    puts the tokens.
+    """
+    outputs, masks = [], layout.masks(query_RHK.device)
+    rows = [len(mask) * mask.shape[-1] for mask in masks]
+    for mask, *parts in zip(masks, *(x.split(rows) for x in (query_RHK, key_RHK, value_RHK)), strict=True):
+        query, key, value = (x.unflatten(0, (len(mask), -1)).transpose(1, 2) for x in parts)
+        grouped = query.shape[1] != key.shape[1]
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs) if outputs else torch.zeros_like(query_RHK)
+
+
+def scaled_dot_product(query_QHK: Tensor, key_SHK: Tensor, value_SHK: Tensor, *, causal: bool = False) -> Tensor:
     """One unbatched call of the fused kernel; every group of query heads shares a head of keys and values.
 
     causal: the last query sees every key, the one before it all but the last, and so on.
     """
-    older = len(key_SHK) - len(query_QHK)
+    older, mask = len(key_SHK) - len(query_QHK), None
     if causal and older:  # torch aligns is_causal to the upper left
         mask = torch.ones(len(query_QHK), len(key_SHK), dtype=torch.bool, device=query_QHK.device).tril(older)
     out = F.scaled_dot_product_attention(
@@ -403,18 +442,23 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout) -> Tens
 
 
 class _Join(torch.autograd.Function):
-    """The two experts' tokens in one tensor, each at its row. The rows cover it, so the gradient is a gather."""
+    """The two experts' tokens in one tensor of `length` rows, each at its own; the gradient is a gather."""
 
     @staticmethod
-    def forward(context, und: Tensor, gen: Tensor, und_rows: Tensor, gen_rows: Tensor) -> Tensor:
+    def forward(context, und: Tensor, gen: Tensor, und_rows: Tensor, gen_rows: Tensor, length: int) -> Tensor:
         context.save_for_backward(und_rows, gen_rows)
-        joined = gen.new_empty(len(und) + len(gen), *gen.shape[1:])
-        return joined.index_copy_(0, und_rows, und.to(gen.dtype)).index_copy_(0, gen_rows, gen)
+        return _joined_rows(und.to(gen.dtype), gen, und_rows, gen_rows, length)
 
     @staticmethod
     def backward(context, grad: Tensor):
         und_rows, gen_rows = context.saved_tensors
-        return grad.index_select(0, und_rows), grad.index_select(0, gen_rows), None, None
+        return grad.index_select(0, und_rows), grad.index_select(0, gen_rows), None, None, None
+
+
+def _joined_rows(und: Tensor, gen: Tensor, und_rows: Tensor, gen_rows: Tensor, length: int) -> Tensor:
+    is_full = length == len(und) + len(gen)
+    joined = (gen.new_empty if is_full else gen.new_zeros)(length, *gen.shape[1:])
+    return joined.index_copy_(0, und_rows, und).index_copy_(0, gen_rows, gen)
 
 
 class _Part(torch.autograd.Function):
@@ -423,24 +467,26 @@ class _Part(torch.autograd.Function):
     @staticmethod
     def forward(context, joined: Tensor, und_rows: Tensor, gen_rows: Tensor) -> Pair:
         context.save_for_backward(und_rows, gen_rows)
+        context.length = len(joined)
         return joined.index_select(0, und_rows), joined.index_select(0, gen_rows)
 
     @staticmethod
     def backward(context, und: Tensor, gen: Tensor):
-        und_rows, gen_rows = context.saved_tensors
-        joined = gen.new_empty(len(und) + len(gen), *gen.shape[1:])
-        return joined.index_copy_(0, und_rows, und).index_copy_(0, gen_rows, gen), None, None
+        return _joined_rows(und, gen, *context.saved_tensors, context.length), None, None
 
 
 class Rows:
-    """Where the tokens of each expert stand in a pack (or in the new tokens of several contexts)."""
+    """Where the tokens of each expert stand in a pack (or in the new tokens of several contexts), which has `length`
+    rows; null: as many as there are tokens.
+    """
 
-    def __init__(self, und: Tensor, gen: Tensor):
+    def __init__(self, und: Tensor, gen: Tensor, length: int | None = None):
         self.und, self.gen = und, gen
+        self.length = len(und) + len(gen) if length is None else length
 
     def join(self, pair: Pair) -> Tensor:
         """(und, gen) -> one tensor in the order of the pack, of the generation expert's type."""
-        return _Join.apply(*pair, self.und, self.gen)
+        return _Join.apply(*pair, self.und, self.gen, self.length)
 
     def part(self, joined: Tensor) -> Pair:
         """The inverse of join."""
@@ -452,10 +498,15 @@ class PackedAttention:
 
     def __init__(self, layout: PackLayout, rows: Rows, backend: str):
         self.layout, self.rows, self.backend = layout, rows, backend
+        if backend == "dense":  # the experts' tokens are put where the padded samples want them at once
+            place = layout.padded_places(rows.und.device)
+            self.rows = Rows(place[rows.und], place[rows.gen], layout.padded_rows)
 
     @torch.compiler.disable  # lengths of samples change with every pack: compiled layers call this as it is
     def __call__(self, layer: int, query: Pair, key: Pair, value: Pair) -> Pair:
         query_LHK, key_LHK, value_LHK = (self.rows.join(pair) for pair in (query, key, value))
+        if self.backend == "dense":
+            return self.rows.part(padded_attention(query_LHK, key_LHK, value_LHK, self.layout))
         return self.rows.part(attend(query_LHK, key_LHK, value_LHK, self.layout, self.backend))
 
 

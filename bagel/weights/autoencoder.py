@@ -1,11 +1,11 @@
 """The first phase of a run whose autoencoder is convolutional: trained into OUT/autoencoder, then frozen.
 
 The same loop as the transformer's, so it logs, resumes and runs on several ranks in the same way.
+Shapes: B batch, C channels, H W of a picture, h w of a latent.
 """
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,14 +15,15 @@ from bagel.config import Config, ModelConfig
 from bagel.dataset import UnifiedGenerationDataset
 from bagel.modules.vision import Autoencoder, ConvAutoencoder, build_autoencoder
 from bagel.weights.pretrained import AUTOENCODER, load_autoencoder
+from shared.data import BatchPlan, MapStream
 from shared.engine.checkpoint import load_weights
 from shared.engine.dist import DistInfo, barrier
-from shared.errors import UserError, written_aside
+from shared.errors import BadSample, UserError, written_aside
 from shared.loop import fit
-from shared.rng import keyed_generator, seed_everything
+from shared.rng import keyed_rand, keyed_randn, seed_everything
 
-_PICK, _NOISE, _WEIGHTS, _SETTLE = 341, 342, 343, 344  # random streams
-BATCH, SETTLED_ON = 16, 256  # pictures
+_NOISE, _WEIGHTS, _SPREAD = 342, 343, 345  # random streams
+BATCH, SETTLED_ON, SEARCHED = 16, 256, 20_000  # pictures, pictures, records
 LARGEST_NOISE = 0.3  # of the latents' own spread
 EDGES, SIZE = 0.2, 1e-4  # weights of the edges' absolute error and of the latents' squared size
 
@@ -45,30 +46,37 @@ def prepare_autoencoder(
 def train_autoencoder(
     config: Config, model: ModelConfig, dataset: UnifiedGenerationDataset, info: DistInfo
 ) -> ConvAutoencoder:
-    """Squared error, and a little of the absolute error of differences between neighbours, which keeps edges."""
-    phase, folder = _phase(config, info.world), Path(config.run.output_dir) / "autoencoder"
-    phase.training.total_steps = model.autoencoder.steps
+    """Squared error, and a little of the absolute error of differences between neighbours, which keeps edges.
+
+    Resumes what is in OUT/autoencoder, and ends at model.autoencoder.steps or earlier at training.max_steps. Raises a
+    UserError when a signal or the time limit stopped it; the same command goes on from there.
+    """
+    phase, folder = _phase(config, model, info.world), Path(config.run.output_dir) / "autoencoder"
     if info.is_main:
         print(f"the autoencoder of the pictures is trained first, into {folder}", flush=True)
     seed_everything(config.run.seed, _WEIGHTS)
     network = build_autoencoder(model.autoencoder)
     assert isinstance(network, ConvAutoencoder)
     network.requires_grad_(True)
-    stream = PictureStream(dataset, info, phase.training.batch_size, config.run.seed)
+    pictures = DrawnPictures(dataset)
+    # without drop_last a batch runs on into the next epoch, so that fewer pictures than a batch will do
+    plan = BatchPlan(len(pictures), phase.training.batch_size, info.world, 1, config.run.seed, drop_last=False)
+    stream = MapStream(pictures, plan, info, collate=_collate, bad_samples=folder / "bad_samples.jsonl")
 
-    def losses(call: Callable, batches: list[Tensor], step: int) -> Iterator[tuple[Tensor, dict]]:
-        for images in batches:
-            generator = keyed_generator(config.run.seed, _NOISE, step, info.rank)
-            cells = [side // model.autoencoder.downsample for side in images.shape[2:]]
-            noise = torch.randn(len(images), model.autoencoder.z_channels, *cells, generator=generator)
-            spread_B = LARGEST_NOISE * torch.rand(len(images), generator=generator)
-            decoded, latents = call(images, noise.to(images.device), spread_B.to(images.device))
-            error = (decoded.float() - images).square().mean()
-            edges = sum((decoded.diff(dim=axis) - images.diff(dim=axis)).abs().mean() for axis in (2, 3))
-            yield (
-                (error + EDGES * edges + SIZE * latents.float().square().mean()) / len(batches),
-                {"error": error.detach()},
-            )
+    def losses(call: Callable, batches: list[dict], step: int) -> Iterator[tuple[Tensor, dict]]:
+        # What is drawn for a picture is keyed by its slot in the step, so that it is the same on any number of ranks.
+        for batch in batches:
+            images_BCHW, draws = batch["image"], {"slots": batch["slot"].cpu(), "device": batch["image"].device}
+            cells = [side // model.autoencoder.downsample for side in images_BCHW.shape[2:]]
+            shape = (model.autoencoder.z_channels, *cells)
+            noise_BChw = keyed_randn(shape, key=(config.run.seed, _NOISE, step), **draws)
+            spread_B = LARGEST_NOISE * keyed_rand((), key=(config.run.seed, _SPREAD, step), **draws)
+            decoded, latents = call(images_BCHW, noise_BChw, spread_B)
+            error = (decoded.float() - images_BCHW).square().mean()
+            edges = sum((decoded.diff(dim=axis) - images_BCHW.diff(dim=axis)).abs().mean() for axis in (2, 3))
+            # a little weight on the latents' size, or they grow without end: the noise grows with them
+            loss = error + EDGES * edges + SIZE * latents.float().square().mean()
+            yield loss / len(batches), {"error": error.detach()}
 
     result = fit(
         config=phase, info=info, model=network, stream=stream, losses=losses, output_dir=folder,
@@ -81,69 +89,63 @@ def train_autoencoder(
         )
     found = ConvAutoencoder(model.autoencoder).requires_grad_(False)
     found.load_state_dict(load_weights(result.checkpoint or folder))
-    found.settle(stream.pictures(keyed_generator(config.run.seed, _SETTLE), SETTLED_ON).cpu())
+    found.settle(pictures.first(SETTLED_ON))
     return found
 
 
-def _phase(config: Config, world: int) -> Config:
-    """The run's settings with the loop of this phase."""
+def _phase(config: Config, model: ModelConfig, world: int) -> Config:
+    """The run's settings with the loop of this phase; max_steps bounds it too."""
     training = config.training.model_copy(
         update=dict(
-            max_steps=None, batch_size=max(1, BATCH // world), global_batch_size=None, gradient_accumulation_steps=1,
-            learning_rate=3e-3, lr_scheduler_type="cosine", warmup_steps=50, warmup_ratio=0.0, min_lr_ratio=0.02,
-            weight_decay=0.0, adam_beta2=0.99, adam_epsilon=1e-8, max_grad_norm=1.0, ema_decay=0.99, ema_warmup=True,
-            logging_steps=100, eval_steps=None, sample_steps=None, save_steps=700, early_stopping_patience=None,
-            compile=False, save=True, save_every_n_epochs=None,
+            total_steps=model.autoencoder.steps, batch_size=max(1, BATCH // world), global_batch_size=None,
+            gradient_accumulation_steps=1, learning_rate=3e-3, lr_scheduler_type="cosine", warmup_steps=50,
+            warmup_ratio=0.0, min_lr_ratio=0.02, weight_decay=0.0, adam_beta2=0.99, adam_epsilon=1e-8,
+            max_grad_norm=1.0, ema_decay=0.99, ema_warmup=True, logging_steps=100, eval_steps=None, sample_steps=None,
+            save_steps=700, early_stopping_patience=None, compile=False, save=True, save_every_n_epochs=None,
         )
     )  # fmt: skip
     resume = "none" if config.run.resume == "none" else "auto"  # a path means a checkpoint of the transformer
     return config.model_copy(update={"training": training, "run": config.run.model_copy(update={"resume": resume})})
 
 
-class PictureStream:
-    """Batches of pictures of one size, drawn by (seed, step, rank) from the records that draw one."""
+def _collate(samples: list[dict]) -> dict:
+    return {"image": torch.stack([sample["image"] for sample in samples])}
 
-    steps_per_epoch: int | None = None
 
-    def __init__(self, dataset: UnifiedGenerationDataset, info: DistInfo, batch_size: int, seed: int):
-        self.dataset, self.info, self.batch_size, self.seed = dataset, info, batch_size, seed
-        self.samples_per_step = batch_size * info.world
-        self.fingerprint: str | None = dataset.fingerprint()
-        self.step = 0
+class DrawnPictures:
+    """{"image": (3, H, W) in [-1, 1]} of every record that draws a picture of the most frequent size, its first one."""
 
-    def start(self, step: int, state: dict | None) -> None:
-        """Go to a step."""
-        self.step = step
+    def __init__(self, dataset: UnifiedGenerationDataset):
+        self.dataset, self.fingerprint = dataset, dataset.fingerprint()
+        sizes: dict[tuple[int, int], list[int]] = {}
+        for index in range(min(len(dataset), SEARCHED)):
+            if (item := next((item for item in dataset.plan(index, 0) if item.type == "vae_image"), None)) is not None:
+                sizes.setdefault(item.size, []).append(index)
+        if not sizes:
+            raise UserError(
+                f"{dataset.data_path}: no record draws a picture to learn an autoencoder from; use "
+                "--set model.autoencoder.kind=pixel"
+            )
+        self.size, self.indices = max(sizes.items(), key=lambda entry: len(entry[1]))
 
-    def next_step(self) -> list[Tensor]:
-        """One batch (B, 3, H, W) in [-1, 1]."""
-        self.step += 1
-        return [self.pictures(keyed_generator(self.seed, _PICK, self.step - 1, self.info.rank), self.batch_size)]
+    def __len__(self) -> int:
+        return len(self.indices)
 
-    def state(self) -> dict[str, Any]:
-        """Nothing: the step tells the position."""
-        return {}
+    def sample(self, index: int, epoch: int) -> dict[str, Tensor]:
+        """The picture as this epoch has it; raises a BadSample where it is damaged or now of another size."""
+        for item in self.dataset.sample(self.indices[index], epoch)["items"]:
+            if item.type == "vae_image" and item.image is not None and item.size == self.size:
+                return {"image": item.image}
+        raise BadSample(f"record {self.indices[index]}: no picture of {self.size} in epoch {epoch}")
 
-    def agree(self) -> None:
-        """Nothing to agree on."""
-
-    def close(self) -> None:
-        """No process to end."""
-
-    def pictures(self, generator: torch.Generator, count: int) -> Tensor:
-        """The first picture's size decides; records without a picture of that size are passed over."""
+    def first(self, most: int) -> Tensor:
+        """(at most `most`, 3, H, W): the first ones that can be read."""
         found: list[Tensor] = []
-        for _ in range(100 * count):
-            index, epoch = torch.randint(2**31, (2,), generator=generator).tolist()
-            items = self.dataset.sample(index % len(self.dataset), epoch % 1000)["items"]
-            for item in items:
-                fits = item.image is not None and item.type == "vae_image"
-                if fits and (not found or item.image.shape == found[0].shape):
-                    found.append(item.image)
-                    break
-            if len(found) == count:
-                return torch.stack(found)
-        raise UserError(
-            f"{self.dataset.data_path}: fewer than {count} pictures of one size to learn an autoencoder from; use "
-            "--set model.autoencoder.kind=pixel"
-        )
+        for index in range(len(self)):
+            try:
+                found.append(self.sample(index, 0)["image"])
+            except BadSample:
+                continue
+            if len(found) == most:
+                break
+        return torch.stack(found)

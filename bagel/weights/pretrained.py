@@ -203,7 +203,8 @@ def _random(model: Bagel) -> None:
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
         elif isinstance(module, QuantizedLinear):
-            module.store(torch.randn(module.out_features, module.in_features) * model.config.initializer_range)
+            spread = model.config.initializer_range or 0.02
+            module.store(torch.randn(module.out_features, module.in_features) * spread)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     model.initialize()

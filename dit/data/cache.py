@@ -20,7 +20,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -205,8 +205,9 @@ def refuse_changed_pictures(folder: Path, manifest: dict[str, Any], datasets: di
     no picture is opened.
     """
     for split, dataset in datasets.items():
-        held = {line["id"]: line for shard in shards_of(manifest, split) for line in lines_of(folder, shard)}
-        bad = {name for shard in shards_of(manifest, split) for name, _ in shard["bad"]}
+        shards = shards_of(folder, manifest, split)
+        held = {line["id"]: line for shard in shards for line in shard.lines()}
+        bad = {name for shard in shards for name, _ in shard.note["bad"]}
         changed = []
         for item in readable_items(dataset.items):
             line = held.pop(item.id, None)
@@ -226,53 +227,73 @@ def refuse_changed_pictures(folder: Path, manifest: dict[str, Any], datasets: di
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def shards_of(manifest: dict[str, Any], split: str) -> list[dict[str, Any]]:
+def shards_of(folder: Path, manifest: dict[str, Any], split: str) -> list["Shard"]:
     """The shards of a split, in order."""
-    return [shard for shard in manifest["shards"] if shard["split"] == split]
+    return [Shard(folder, note) for note in manifest["shards"] if note["split"] == split]
 
 
-def lines_of(folder: Path, shard: dict[str, Any]) -> list[dict[str, Any]]:
-    """The lines of a shard's list of items."""
-    path = folder / shard["files"]["items"]["name"]
-    try:
-        text = path.read_text(encoding="utf-8", errors="surrogateescape")
-        items = [json.loads(line) for line in text.split("\n") if line]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); {MEND}") from None
-    if len(items) != shard["count"]:
-        raise UserError(f"{path}: holds {len(items)} items, {shard['count']} expected; {MEND}")
-    return items
+class Shard:
+    """One shard of a cache: its note in the manifest, its lines, and its tensors, whose files each process opens."""
+
+    def __init__(self, folder: Path, note: dict[str, Any]) -> None:
+        self.folder, self.note = folder, note
+        self._open: dict[tuple[int, str], Any] = {}
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_open": {}}
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The lines of its list of items."""
+        path = self.folder / self.note["files"]["items"]["name"]
+        try:
+            text = path.read_text(encoding="utf-8", errors="surrogateescape")
+            items = [json.loads(line) for line in text.split("\n") if line]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); {MEND}") from None
+        if len(items) != self.note["count"]:
+            raise UserError(f"{path}: holds {len(items)} items, {self.note['count']} expected; {MEND}")
+        return items
+
+    def moments(self, row: int, variants: slice = slice(None)) -> Tensor:
+        """(V, 2C, h, w) of an item, as stored."""
+        return self.file("latents").get_slice("moments")[row : row + 1, variants][0]
+
+    def text(self, which: int) -> tuple[Tensor, Tensor]:
+        """Real states (t, E) and pooled vector (E,) of a caption, as stored."""
+        file = self.file("text")
+        first, last = file.get_slice("offsets")[which : which + 2].tolist()
+        return file.get_slice("states")[first:last], file.get_slice("pooled")[which : which + 1][0]
+
+    def caption_rows(self) -> list[np.ndarray]:
+        """The numbers of every item's captions."""
+        owners = self.file("text").get_tensor("item_index").numpy()
+        self._open.clear()  # all shards are looked through at once, and a large set has thousands
+        starts = np.searchsorted(owners, np.arange(self.note["count"] + 1))  # owners ascend
+        return [np.arange(first, last) for first, last in zip(starts[:-1], starts[1:], strict=True)]
+
+    def file(self, kind: str) -> Any:
+        """An open safetensors file: latents or text."""
+        key = (os.getpid(), kind)
+        if key not in self._open:
+            path = self.folder / self.note["files"][kind]["name"]
+            try:
+                self._open[key] = file = safe_open(str(path), "pt")
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{path}: cannot be read ({error}); {MEND}") from None
+            missing = set(TENSORS[kind]) - set(file.keys())
+            if missing:
+                raise UserError(f"{path}: lacks {', '.join(sorted(missing))}; {MEND}")
+        return self._open[key]
 
 
-def opened(folder: Path, shard: dict[str, Any], kind: str) -> Any:
-    """An open safetensors file of a shard."""
-    path = folder / shard["files"][kind]["name"]
-    try:
-        file = safe_open(str(path), "pt")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); {MEND}") from None
-    missing = set(TENSORS[kind]) - set(file.keys())
-    if missing:
-        raise UserError(f"{path}: lacks {', '.join(sorted(missing))}; {MEND}")
-    return file
-
-
-class NullText(NamedTuple):
-    """The encoded empty caption: states (T, E), mask (T,), pooled (E,)."""
-
-    states: Tensor
-    mask: Tensor
-    pooled: Tensor
-
-
-def null_text(folder: Path) -> NullText | None:
-    """What stands for "no caption" in a cache; None in one without captions."""
+def null_text(folder: Path) -> tuple[Tensor, Tensor, Tensor] | None:
+    """States (T, E), mask (T,) and pooled vector (E,) of the empty caption; None in a cache without captions."""
     path = folder / "null.safetensors"
     if not path.is_file():
         return None
     try:
         held = load_file(path)
-        return NullText(held["states"], held["mask"].bool(), held["pooled"])
+        return held["states"], held["mask"].bool(), held["pooled"]
     except (OSError, SafetensorError, KeyError) as error:
         raise UserError(f"{path}: cannot be read ({error}); {MEND}") from None
 
@@ -288,12 +309,12 @@ class CachedDataset(Dataset):
         self.is_train, self.num_classes = is_train, config.model.num_classes
         self.reads_text = config.model.text_conditioning != "none"
         manifest = read_manifest(self.folder)
-        self.shards = shards_of(manifest, SPLITS[0 if is_train else 1])
-        self.skipped = [tuple(pair) for shard in self.shards for pair in shard["bad"]]
+        self.shards = shards_of(self.folder, manifest, SPLITS[0 if is_train else 1])
+        self.skipped = [tuple(pair) for shard in self.shards for pair in shard.note["bad"]]
         if is_train and not self.shards:
             raise UserError(f"data.cache_dir {self.folder}: holds no training pictures; {MEND}")
-        self.ends = np.cumsum([0, *(shard["count"] for shard in self.shards)])
-        lines = [line for shard in self.shards for line in lines_of(self.folder, shard)]
+        self.ends = np.cumsum([0, *(shard.note["count"] for shard in self.shards)])
+        lines = [line for shard in self.shards for line in shard.lines()]
         self.ids = Strings([line["id"] for line in lines])
         self.captions = Strings(["\n".join(line["captions"]) for line in lines])
         self.labels = np.array([-1 if line["label"] is None else line["label"] for line in lines], dtype=np.int64)
@@ -303,17 +324,13 @@ class CachedDataset(Dataset):
         guarded = config.data.flip_guard is True and bool(self.is_spared.any())
         self.flip = config.data.flip if has_mirrored and not guarded else 0.0
         self.variants = manifest["variants"] if isinstance(manifest["variants"], int) and is_train else 1
-        self._rows = [self._caption_rows(shard) for shard in self.shards] if self.reads_text else []
-        self._open: dict[tuple[int, int, str], Any] = {}
+        self._rows = [shard.caption_rows() for shard in self.shards] if self.reads_text else []
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.sample(index, 0)
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": {}}  # each process opens its own files
 
     @property
     def fingerprint(self) -> str:
@@ -332,9 +349,10 @@ class CachedDataset(Dataset):
         """Item `index` as seen in `epoch`. Evaluation: not mirrored, the first caption, or the one of a number."""
         caption_draw, flip_draw, draw = draws_of_visit(self.seed, epoch, index)
         mirrored = flip_draw < self.flip and not self.is_spared[index] if flip is None else flip
-        shard, row = self._place(index)
+        shard = int(np.searchsorted(self.ends, index, side="right")) - 1
+        row = index - int(self.ends[shard])
         variant = int(mirrored) if self.flip else int(draw() * self.variants) if self.variants > 1 else 0
-        moments = self._file(shard, "latents").get_slice("moments")[row : row + 1, variant : variant + 1][0, 0].float()
+        moments = self.shards[shard].moments(row, slice(variant, variant + 1))[0].float()
         sample = {"moments": moments, "image_id": self.ids[index], "index": index, "flip": mirrored}
         if self.reads_text:
             rows = self._rows[shard][row]
@@ -344,31 +362,11 @@ class CachedDataset(Dataset):
             sample["label"] = int(self.labels[index])
         return sample
 
-    def _place(self, index: int) -> tuple[int, int]:
-        shard = int(np.searchsorted(self.ends, index, side="right")) - 1
-        return shard, index - int(self.ends[shard])
-
     def _text(self, shard: int, which: int) -> dict[str, Tensor]:
-        file = self._file(shard, "text")
-        first, last = file.get_slice("offsets")[which : which + 2].tolist()
-        real = file.get_slice("states")[first:last].float()
+        real, pooled = (part.float() for part in self.shards[shard].text(which))
         states = torch.zeros(self.length, real.shape[1])
         states[: len(real)] = real
-        pooled = file.get_slice("pooled")[which : which + 1][0].float()
         return {"text_embeddings": states, "text_mask": torch.arange(self.length) < len(real), "text_pooled": pooled}
-
-    def _caption_rows(self, shard: dict[str, Any]) -> list[np.ndarray]:
-        """The rows of every item's captions in a shard's file of texts."""
-        with opened(self.folder, shard, "text") as file:
-            owners = file.get_tensor("item_index").numpy()
-        starts = np.searchsorted(owners, np.arange(shard["count"] + 1))  # owners ascend
-        return [np.arange(first, last) for first, last in zip(starts[:-1], starts[1:], strict=True)]
-
-    def _file(self, shard: int, kind: str) -> Any:
-        key = (os.getpid(), shard, kind)
-        if key not in self._open:
-            self._open[key] = opened(self.folder, self.shards[shard], kind)
-        return self._open[key]
 
 
 # --- what a cache already holds ---------------------------------------------------------------------------------------
@@ -380,55 +378,27 @@ class Former:
     """
 
     def __init__(self, folder: Path, picture_key: str, text_key: str) -> None:
-        self.folder = folder
-        self.shards: list[dict[str, Any]] = []
-        self.pictures: dict[tuple[str, str, str], tuple[int, int]] = {}
-        self.captions: dict[str, tuple[int, int]] = {}
-        self.bad: dict[tuple[str, str], str] = {}
-        for shard in finished_shards(folder):
-            number = len(self.shards)
-            self.shards.append(shard)
-            lines = lines_of(folder, shard)
-            if shard["picture_key"] == picture_key:
+        self.pictures: dict[tuple[str, str, str], tuple[Shard, int, Any]] = {}
+        self.captions: dict[str, tuple[Shard, int]] = {}
+        for note in filter(None, map(finished, sorted(folder.glob("shard_*.json")))):
+            shard = Shard(folder, note)
+            lines = shard.lines()
+            if note["picture_key"] == picture_key:
                 for row, line in enumerate(lines):
-                    self.pictures[line["id"], line["stamp"], shard["split"]] = number, row
-            if shard["text_key"] == text_key and "text" in shard["files"]:
+                    self.pictures[line["id"], line["stamp"], note["split"]] = shard, row, line["crop"]
+            if note["text_key"] == text_key and "text" in note["files"]:
                 texts = [text for line in lines for text in line["captions"] or ()]
-                for row, text in enumerate(texts):
-                    self.captions[text] = number, row
-        self._files: dict[tuple[int, str], Any] = {}
+                self.captions |= {text: (shard, row) for row, text in enumerate(texts)}
 
     def moments(self, item: Item, stamp: str, split: str) -> tuple[Tensor, Any] | None:
         """(V, 2C, h, w) and the crop of a picture that is there."""
-        place = self.pictures.get((item.id, stamp, split))
-        if place is None:
-            return None
-        number, row = place
-        lines = self._files.setdefault((number, "lines"), None) or lines_of(self.folder, self.shards[number])
-        self._files[number, "lines"] = lines
-        return self._file(number, "latents").get_slice("moments")[row : row + 1][0], lines[row]["crop"]
+        shard, row, crop = self.pictures.get((item.id, stamp, split), (None, 0, None))
+        return None if shard is None else (shard.moments(row), crop)
 
     def text(self, caption: str) -> tuple[Tensor, Tensor] | None:
         """Real states (t, E) and pooled vector (E,) of a caption that is there."""
-        place = self.captions.get(caption)
-        if place is None:
-            return None
-        file = self._file(place[0], "text")
-        first, last = file.get_slice("offsets")[place[1] : place[1] + 2].tolist()
-        return file.get_slice("states")[first:last], file.get_slice("pooled")[place[1] : place[1] + 1][0]
-
-    def _file(self, number: int, kind: str) -> Any:
-        if (number, kind) not in self._files:
-            self._files[number, kind] = opened(self.folder, self.shards[number], kind)
-        return self._files[number, kind]
-
-
-def finished_shards(folder: Path) -> Iterator[dict[str, Any]]:
-    """Every shard in a folder whose files are all there and undamaged."""
-    for path in sorted(folder.glob("shard_*.json")):
-        shard = finished(path)
-        if shard is not None:
-            yield shard
+        shard, row = self.captions.get(caption, (None, 0))
+        return None if shard is None else shard.text(row)
 
 
 def finished(path: Path) -> dict[str, Any] | None:

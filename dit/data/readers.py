@@ -45,37 +45,6 @@ class Item(NamedTuple):
     label: int | None = None
 
 
-class Items:
-    """The pictures of a data set: an Item by its number, and its encoded picture."""
-
-    captions_at_hand = True  # all captions can be looked through without reading pictures
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def __getitem__(self, index: int) -> Item:
-        raise NotImplementedError
-
-    def __iter__(self) -> Iterator[Item]:
-        return (self[index] for index in range(len(self)))
-
-    def ids(self) -> Iterator[str]:
-        """The items' names."""
-        return (self[index].id for index in range(len(self)))
-
-    def take(self, indices: list[int]) -> "Items":
-        """Only these items, in this order."""
-        raise NotImplementedError
-
-    def picture(self, item: Item) -> tuple[bytes, str]:
-        """The encoded picture of an item, and its place. BadSample where it cannot be read."""
-        raise NotImplementedError
-
-    def stamp(self, item: Item) -> str:
-        """What changes when the picture's bytes change: size and time of its file."""
-        raise NotImplementedError
-
-
 class Strings:
     """Many strings in one piece of memory: a list of objects would be copied into every loader process, page by page,
     as each look at one counts it.
@@ -90,8 +59,12 @@ class Strings:
         return self.bytes[self.ends[index] : self.ends[index + 1]].decode("utf-8", "surrogateescape")
 
 
-class FileItems(Items):
-    """Items whose pictures are files, packed: about the bytes of their names and captions."""
+class FileItems:
+    """The pictures of a data set: an Item by its number, and its encoded picture. Here they are files, and the list is
+    packed: about the bytes of their names and captions.
+    """
+
+    captions_at_hand = True  # all captions can be looked through without reading pictures
 
     def __init__(self, items: list[Item]) -> None:
         self.count = len(items)
@@ -125,6 +98,9 @@ class FileItems(Items):
             None if label < 0 else label,
         )
 
+    def __iter__(self) -> Iterator[Item]:
+        return (self[index] for index in range(len(self)))
+
     @staticmethod
     def _place(text: str) -> Path | int:
         return Path(text)
@@ -138,7 +114,7 @@ class FileItems(Items):
         return type(self)([self[index] for index in indices])
 
     def picture(self, item: Item) -> tuple[bytes, str]:
-        """The encoded picture of an item, and where it lies."""
+        """The encoded picture of an item, and where it lies. BadSample where it cannot be read."""
         assert isinstance(item.image, Path)
         try:
             return item.image.read_bytes(), str(item.image)
@@ -146,7 +122,7 @@ class FileItems(Items):
             raise BadSample(f"{item.image}: cannot be read ({error.strerror})") from None
 
     def stamp(self, item: Item) -> str:
-        """Size and time of the file."""
+        """What changes when the picture's bytes change: size and time of its file."""
         assert isinstance(item.image, Path)
         return _stamp(item.image)
 
@@ -184,7 +160,7 @@ class Listed(NamedTuple):
 class Found(NamedTuple):
     """Items in the order of their ids (shards: of the files), and (name, reason) of what was left out."""
 
-    items: Items
+    items: "Items"
     skipped: list[tuple[str, str]]
 
 
@@ -560,8 +536,8 @@ PICTURES = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
 SIDES = ("txt", "caption", "json", "cls")  # members beside the picture
 
 
-class ShardItems(Items):
-    """items[i] -> Item whose picture is the sample's number. BadSample: no caption, or a json that cannot be read."""
+class ShardItems:
+    """The same for shards: an Item's picture is its sample's number. BadSample: no caption, or an unreadable json."""
 
     captions_at_hand = False
 
@@ -602,6 +578,9 @@ class ShardItems(Items):
         if not self.num_classes and not captions:
             raise BadSample(f"{name}: no caption; a .txt, or a .json with one of {', '.join(CAPTION_KEYS)}, is wanted")
         return Item(name, number, captions, label=label)
+
+    def __iter__(self) -> Iterator[Item]:
+        return (self[index] for index in range(len(self)))
 
     def ids(self) -> Iterator[str]:
         """The samples' names, without reading them."""
@@ -702,6 +681,9 @@ class ParquetItems(FileItems):
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if not name.startswith("_open_")}
+
+
+Items = FileItems | ShardItems
 
 
 def parquet_files(root: Path) -> list[Path]:

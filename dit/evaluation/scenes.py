@@ -43,6 +43,13 @@ def scene_bars(dataset: SceneDataset, scenes: dict[str, Any], caption: dict[str,
     return bars
 
 
+def scene_headline(scenes: dict[str, Any]) -> str:
+    """The one figure that matters, in words."""
+    count = scenes["pictures"]
+    right = round(scenes["object_right"] * count)
+    return f"draws the right object in {right} of {count} scenes that it never trained on, guessing {count / 16:.0f}"
+
+
 def scene_grid(dataset: SceneDataset, drawn: np.ndarray, path: Path) -> Sample:
     """Write rows of true scenes, each with the row of what was drawn for its sentences below it."""
     columns = min(COLUMNS, len(drawn))

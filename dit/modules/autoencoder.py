@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from dit.modules.vae import NO_VARIANCE, Codec
+from dit.modules.vae import Codec
 from shared.errors import UserError
 from shared.rng import keyed_generator
 
@@ -69,15 +69,6 @@ class ConvAutoencoder(Codec):
         self.std.copy_(latents.std((0, 2, 3), keepdim=True).clamp_min(1e-6))
         error = torch.stack([(self.decode(self.encode(part)) - part).square().mean() for part in images.split(64)])
         return {"psnr": (10 * torch.log10(4 / error.mean())).item()}
-
-    def moments(self, images: Tensor) -> Tensor:
-        """Latents with no variance, in the form that a cache stores."""
-        latents = self.encode(images)
-        return torch.cat([latents, torch.full_like(latents, -30.0)], dim=1)
-
-    def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        """The latents of a cache's moments."""
-        return moments[:, : self.channels]
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents (B, C, h, w)."""
@@ -144,15 +135,6 @@ class PatchAutoencoder(Codec):
         before = self._psnr(images)
         self._train_decoder(images, seed)
         return {"variance_kept": (kept / variances.sum()).item(), "psnr_linear": before, "psnr": self._psnr(images)}
-
-    def moments(self, images: Tensor) -> Tensor:
-        """Latents with no variance, in the form that a cache stores."""
-        latents = self.encode(images)
-        return torch.cat([latents, torch.full_like(latents, NO_VARIANCE)], dim=1)
-
-    def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        """The latents of a cache's moments."""
-        return moments[:, : self.channels]
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents (B, C, h, w)."""

@@ -180,8 +180,9 @@ def _loading(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
         raise UserError(
-            f"text.pretrained_model_name {name}: cannot be loaded ({_first_line(error)}); give a local folder with "
+            f"text.pretrained_model_name {name}: cannot be loaded ({reason}); give a local folder with "
             "--text-encoder-path, or use --set text.type=hash, which needs no weights"
         ) from None
 
@@ -279,7 +280,3 @@ def condition_of(
     # encoders answer with inference tensors, which autograd refuses to save: the copies are ordinary ones
     states, mask, pooled = (part.to(device) for part in encoder.encode(texts))
     return {"text_embeddings": states.clone(), "text_mask": mask.clone(), "text_pooled": pooled.clone()}
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200]

@@ -38,16 +38,17 @@ class Codec(nn.Module):
         raise NotImplementedError
 
     def moments(self, images: Tensor) -> Tensor:
-        """Unscaled mean and log variance (B, 2C, h, w): what a cache stores."""
-        raise NotImplementedError
+        """Unscaled mean and log variance (B, 2C, h, w): what a cache stores. Without scaling: latents, no variance."""
+        latents = self.encode(images)
+        return torch.cat([latents, torch.full_like(latents, NO_VARIANCE)], dim=1)
 
     def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         """What the model is trained on, from moments; `noise` (B, C, h, w) draws from the posterior."""
-        raise NotImplementedError
+        return moments[:, : self.channels]
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents of images."""
-        return self.latents(self.moments(images), noise)
+        raise NotImplementedError
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images in [-1, 1]."""
@@ -186,6 +187,10 @@ class PixelCodec(Codec):
         pixels = moments[:, :3]
         return (pixels - self.mean.to(pixels.device)) / self.std.to(pixels.device)
 
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Normalised pixels."""
+        return self.latents(images)
+
     def decode(self, latents: Tensor) -> Tensor:
         """Images in [-1, 1]."""
         return (latents * self.std.to(latents.device) + self.mean.to(latents.device)).clamp(-1, 1)
@@ -196,15 +201,10 @@ class PoolCodec(Codec):
 
     factor, channels = 8, 4
 
-    def moments(self, images: Tensor) -> Tensor:
-        """Averages with no variance."""
-        colours = nn.functional.avg_pool2d(images, 8)
-        means = torch.cat([colours, colours.mean(1, keepdim=True)], dim=1)
-        return torch.cat([means, torch.full_like(means, NO_VARIANCE)], dim=1)
-
-    def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """The averages."""
-        return moments[:, :4]
+        colours = nn.functional.avg_pool2d(images, 8)
+        return torch.cat([colours, colours.mean(1, keepdim=True)], dim=1)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images in [-1, 1]."""

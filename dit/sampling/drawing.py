@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dit.modules.vae import Codec
 from dit.sampling.samplers import guide
 
 
@@ -76,24 +75,6 @@ def draw_latents(
     return objective.sample(
         predict, noise(), method=drawing.sampler, steps=drawing.steps, shift=drawing.shift, draw=noise
     )
-
-
-def draw_pictures(
-    model: Callable,
-    objective: Any,
-    codec: Codec,
-    condition: dict[str, Tensor],
-    seeds: list[int],
-    shape: tuple[int, ...],
-    *,
-    drawing: Drawing,
-    device: torch.device,
-    null: dict[str, Tensor] | None = None,
-) -> Tensor:
-    """Images (B, 3, S, S) in [-1, 1]."""
-    latents = draw_latents(model, objective, condition, seeds, shape, drawing=drawing, device=device, null=null)
-    with torch.no_grad():
-        return codec.decode(latents).float()
 
 
 def to_uint8(images: Tensor, *, rule: str = "round") -> np.ndarray:

@@ -23,7 +23,7 @@ from float.data.clips import Clip
 from float.data.face import FaceBox
 from float.data.frames import ClipReader
 from float.data.media import is_silent, to_tensor
-from float.modules.audio import SAMPLE_RATE, AudioEncoder, LogMelEncoder, make_audio_encoder, normalise_waveform
+from float.modules.audio import SAMPLE_RATE, AudioEncoder, LogMelEncoder, make_audio_encoder
 from float.modules.emotion import EMOTIONS, Audio2Emotion, one_hot
 from float.weights.open import Autoencoder, weights_hash
 from shared.errors import BadSample, UserError, written_aside
@@ -135,8 +135,7 @@ class ClipEncoder:
         """Probabilities (7,) that the recogniser hears; UserError when the settings load none."""
         if self.recogniser is None:
             raise UserError("the emotion is to come from the voice, but no recogniser is loaded; name one with --emo")
-        normalised = normalise_waveform(torch.from_numpy(np.ascontiguousarray(wave)).to(self.device))
-        return self.recogniser(normalised[None])[0].float().cpu()
+        return self.recogniser.hear(torch.from_numpy(np.ascontiguousarray(wave)).to(self.device)).float().cpu()
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------

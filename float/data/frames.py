@@ -31,7 +31,7 @@ MEMORY_LIMIT = 2 << 30  # bytes of decoded frames
 LOOKS = 9  # frames of a clip in which the face is looked for
 SQUARE = 0.02  # sides that differ by a smaller share count as equal
 _PAIRS = 301  # random stream
-JITTER = 0.2  # largest change of contrast, and of brightness on the scale [-1, 1]
+JITTER = 0.3  # largest change of contrast, and of brightness on the scale [-1, 1]
 
 
 class ClipReader:
@@ -155,11 +155,11 @@ class FramePairs:
         return self.length
 
     def sample(self, index: int, epoch: int) -> dict[str, Tensor]:
-        """The pair of one index in one epoch: source and driving uint8 (S, S, 3), and colour (2, 3), the changes of
-        contrast and brightness by channel.
+        """The pair of one index in one epoch: source and driving uint8 (S, S, 3), and colour (2, 2, 3), of each the
+        changes of contrast and brightness by channel.
         """
         generator = keyed_generator(self.seed, _PAIRS, epoch, index)
-        draws = torch.rand(11, generator=generator, dtype=torch.float64).tolist()
+        draws = torch.rand(17, generator=generator, dtype=torch.float64).tolist()
         # stratified over the whole material, so that an epoch touches all of it
         position = (index + draws[0]) / self.length * int(self.ends[-1])
         clip = min(int(torch.searchsorted(self.ends, position, right=True)), len(self.ends) - 1)
@@ -167,12 +167,12 @@ class FramePairs:
         first, second = (int(draw * count) for draw in draws[1:3])
         frames = (np.require(self.store.frame(clip, index), requirements="W") for index in (first, second))
         pair = [torch.from_numpy(frame) for frame in frames]  # of the store's memory, where the frames lie there
-        colour, data = torch.zeros(2, 3), self.store.data
-        if self.augment:  # the same for both pictures
+        colour, data = torch.zeros(2, 2, 3), self.store.data
+        if self.augment:
             flip, change, *shares = draws[3:]
             pair = [frame.flip(1) for frame in pair] if flip < data.horizontal_flip_prob else pair
             if change < data.color_jitter_prob:
-                colour = JITTER * (2 * torch.tensor(shares).view(2, 3) - 1)
+                colour = JITTER * (2 * torch.tensor(shares).view(2, 2, 3) - 1)
         return {"source": pair[0], "driving": pair[1], "colour": colour}
 
 
@@ -181,9 +181,17 @@ def collate_pairs(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([item[name] for item in items]) for name in ("source", "driving", "colour")}
 
 
-def finished(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Source and driving pictures, float32 (B, 3, S, S) in [-1, 1], of collated pairs, with their change of colour."""
-    contrast, brightness = batch["colour"][..., None, None].unbind(1)
-    pictures = (scaled(batch[name]).contiguous() for name in ("source", "driving"))
-    source, driving = ((picture * (1 + contrast) + brightness).clamp(-1, 1) for picture in pictures)
-    return source, driving
+def finished(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pictures of collated pairs, float32 (B, 3, S, S) in [-1, 1]: source and driving, each in colours of its own, then
+    driving in the source's colours and source in the driving one's, which are to be made of them.
+
+    What a mouth does must be read off any skin, and put on any other: so a pair becomes that of two people.
+    """
+    source, driving = (scaled(batch[name]).contiguous() for name in ("source", "driving"))
+    own, others = batch["colour"].unbind(1)
+    return tuple(_coloured(*one) for one in ((source, own), (driving, others), (driving, own), (source, others)))
+
+
+def _coloured(picture: Tensor, colour_B23: Tensor) -> Tensor:
+    contrast, brightness = colour_B23[..., None, None].unbind(1)
+    return (picture * (1 + contrast) + brightness).clamp(-1, 1)

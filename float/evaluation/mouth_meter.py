@@ -22,6 +22,8 @@ from shared.rng import keyed_generator
 HEIGHT, WIDTH = 22, 28  # of the mouth as the meter sees it
 STEPS, BATCH, LEARNING_RATE = 500, 48, 2e-3
 SHIFT = 0.04  # largest random displacement of the box, share of the picture's side
+LOG_GAMMA = 0.7  # largest change of a picture's gamma
+LEAST_SPREAD = 0.05  # added to the deviation of a crop's pixels
 _METER = 341  # random stream
 
 
@@ -62,7 +64,9 @@ class MouthMeter(nn.Module):
         return F.grid_sample(image, grid, align_corners=False, padding_mode="border")
 
     def forward(self, crop: Tensor) -> Tensor:
-        return self.layers(crop)[:, 0]
+        # a mouth is read by its shape: skin, beard and light of people that no clip shows differ in level and contrast
+        level, spread = crop.mean((2, 3), keepdim=True), crop.std((2, 3), keepdim=True)
+        return self.layers((crop - level) / (spread + LEAST_SPREAD))[:, 0]
 
     @torch.no_grad()
     def measure(self, frames: np.ndarray) -> np.ndarray:
@@ -107,14 +111,17 @@ def train_meter(frames: list[np.ndarray], truths: list[np.ndarray], box: list[fl
 
 
 def _augmented(meter: MouthMeter, image: Tensor, generator: torch.Generator) -> Tensor:
-    """Crops moved, made brighter or darker, and half of them blurred as generated frames are."""
-    count = len(image)
-    shift = (torch.rand(count, 2, generator=generator) * 2 - 1) * SHIFT
-    crop = meter.crop(image, shift)
-    crop = crop * (0.8 + 0.4 * torch.rand(count, 1, 1, 1, generator=generator))
-    crop = crop + 0.2 * (torch.rand(count, 1, 1, 1, generator=generator) - 0.5)
+    """Crops moved, of another gamma, each colour of another gain, and half of them blurred as generated frames are."""
+
+    def draws(*shape: int) -> Tensor:
+        return torch.rand(len(image), *shape, generator=generator)
+
+    crop = meter.crop(image, (draws(2) * 2 - 1) * SHIFT)
+    gamma = torch.exp((draws(1, 1, 1) * 2 - 1) * LOG_GAMMA)
+    crop = (crop / 2 + 0.5).clamp(1e-3, 1) ** gamma * (0.5 + draws(3, 1, 1)) * 2 - 1
+    crop = crop + 0.2 * (draws(1, 1, 1) - 0.5)
     blurred = F.avg_pool2d(F.pad(crop, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    return torch.where(torch.rand(count, 1, 1, 1, generator=generator) < 0.5, blurred, crop)
+    return torch.where(draws(1, 1, 1) < 0.5, blurred, crop)
 
 
 def meter_for(

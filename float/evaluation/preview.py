@@ -4,8 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from float.config import Config, data_root, features_dir
 from float.data.clips import find_clips
 from float.data.face import read_boxes
@@ -14,8 +12,7 @@ from float.data.frames import ClipReader
 from float.data.media import VideoWriter, sound_of_wave
 from float.dataset import FeatureFile
 from float.model import MotionGenerator
-from float.modules.audio import make_audio_encoder
-from float.sampling.animate import Animator, audio_windows, sampling_options
+from float.sampling.animate import Animator, sampling_options
 from float.weights.open import Autoencoder
 from shared.engine.dist import DistInfo
 
@@ -30,16 +27,13 @@ def make_sampler(
     compute, rank 0 writes. The emotion is the one that training sees: the cached one.
     """
     model, data = config.model, config.data
-    encoder = make_audio_encoder(
-        model.audio_features, model.wav2vec_model_path, only_last_features=model.only_last_features
-    )
-    encoder.to(info.device)
     root, cache = data_root(data), features_dir(config) / "val"
     encoded = [clip for clip in find_clips(root, data.val_split) if feature_path(cache, clip.clip_id).is_file()]
     clips = encoded[:CLIPS]
+    animator = Animator(generator, autoencoder, config, info.device)
 
     def sample(trained: Callable, step: int, folder: Path) -> None:
-        animator = Animator(generator, autoencoder, config, info.device, call=trained)
+        animator.call = trained
         for clip in clips:
             reader = ClipReader(model.input_size, data, read_boxes(root))
             first = reader.first(clip)
@@ -47,11 +41,7 @@ def make_sampler(
             portrait = animator.portrait(next(reader.frames(clip, first)))
             with FeatureFile(feature_path(cache, clip.clip_id)) as file:
                 emotion = file.rows("emotion").float()
-            sound = torch.from_numpy(wave).to(info.device)
-            windows = audio_windows(encoder, sound, fps=data.video_fps, length=data.sequence_length, stream=False)
-            motions = animator.motion_windows(windows, portrait.motion, emotion, sampling_options(config))
-            total = int(len(wave) / data.audio_sample_rate * data.video_fps)
-            pictures = animator.frames(portrait, motions, total=total)
+            pictures = animator.speak(portrait, wave, emotion, sampling_options(config))
             if info.is_main:
                 path = folder / f"step_{step:08d}_{clip.clip_id}.mp4"
                 with VideoWriter(path, fps=data.video_fps, sound=sound_of_wave(wave)) as video:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from float.data.clips import Clip
 from float.data.face import read_boxes
@@ -15,10 +14,10 @@ from float.data.frames import ClipReader
 from float.data.media import to_tensor
 from float.evaluation.formulas import best_lag, correlation, log_energy, mouth_activity
 from float.evaluation.mouth_meter import MouthMeter, read_truth
-from float.modules.audio import frames_of, make_audio_encoder
+from float.modules.audio import frames_of
 from float.modules.emotion import one_hot
 from float.modules.losses import psnr
-from float.sampling.animate import Animator, audio_windows, sampling_options
+from float.sampling.animate import Animator, sampling_options
 from float.sampling.motion import SamplingOptions
 
 ENCODE_BATCH = 32
@@ -63,10 +62,6 @@ class Scorer:
 
     def __init__(self, animator: Animator, meter: MouthMeter | None):
         self.animator, self.meter, self.config = animator, meter, animator.config
-        model = animator.config.model
-        self.encoder = make_audio_encoder(
-            model.audio_features, model.wav2vec_model_path, only_last_features=model.only_last_features
-        ).to(animator.device)
 
     @torch.no_grad()
     def reconstruct(self, item: Material) -> np.ndarray:
@@ -78,15 +73,8 @@ class Scorer:
 
     def generate(self, item: Material, wave: np.ndarray, options: SamplingOptions) -> np.ndarray:
         """The clip's first frame speaking a sound."""
-        data, device = self.animator.config.data, self.animator.device
-        portrait = self.animator.portrait(item.frames[0])
-        sound = torch.from_numpy(np.ascontiguousarray(wave)).to(device)
-        windows = audio_windows(self.encoder, sound, fps=data.video_fps, length=data.sequence_length, stream=False)
-        motions = self.animator.motion_windows(windows, portrait.motion, self._emotion(item.clip), options)
-        return np.stack(list(self.animator.frames(portrait, motions, total=frames_of(len(wave), data.video_fps))))
-
-    def _emotion(self, clip: Clip) -> Tensor:
-        return torch.zeros(7) if clip.emotion is None else one_hot(clip.emotion)
+        emotion = torch.zeros(7) if item.clip.emotion is None else one_hot(item.clip.emotion)
+        return np.stack(list(self.animator.speak(self.animator.portrait(item.frames[0]), wave, emotion, options)))
 
     def opening(self, frames: np.ndarray) -> np.ndarray:
         """Mouth opening (T,) by the meter, or by activity where there is none."""

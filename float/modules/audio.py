@@ -241,17 +241,16 @@ class LogMelEncoder(nn.Module):
         width = int(WINDOW_SECONDS * SAMPLE_RATE)
         centre = (torch.arange(frames * SUB_FRAMES, dtype=torch.float64) + 0.5) / SUB_FRAMES / fps * SAMPLE_RATE
         first = centre.round().long() + FFT_SIZE - width // 2
-        parts = []
-        for block in first.split(SLICES_AT_ONCE):
+        level = torch.empty(len(first), MEL_BANDS, device=wave_n.device)
+        for block, place in zip(first.split(SLICES_AT_ONCE), level.split(SLICES_AT_ONCE), strict=True):
             # the block's own sound, with silence where it reaches over an end: no padded copy of the whole
             begin, end = int(block[0]) - FFT_SIZE, int(block[-1]) + width - FFT_SIZE
             piece = wave_n[max(0, begin) : max(0, end)].float()
             before = max(0, -begin)
             padded = F.pad(piece, (before, end - begin - before - len(piece)))
-            parts.append(self._log_energies(padded, block - block[0], width))
-        level = torch.cat(parts)
-        level = level - level.mean(0)
-        level = level / level.std().clamp(min=0.1)
+            place.copy_(self._log_energies(padded, block - block[0], width))
+        level -= level.mean(0)
+        level /= level.std().clamp(min=0.1)
         return level.reshape(frames, self.feature_width)
 
     def pieces(self, wave_n: Tensor, fps: float) -> Iterator[Tensor]:

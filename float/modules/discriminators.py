@@ -126,16 +126,27 @@ class AutoencoderWithJudges(nn.Module):
             )
 
     def forward(
-        self, source: Tensor, driving: Tensor, *, judge: bool, penalise: bool, both_ways: bool = False
+        self,
+        source: Tensor,
+        driving: Tensor,
+        wanted: Tensor | None = None,
+        wanted_back: Tensor | None = None,
+        *,
+        judge: bool,
+        penalise: bool,
+        both_ways: bool = False,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """-> (source picture with the motion of the driving one (B, 3, S, S), the picture that it should be, terms of
-        the discriminators; empty without them). both_ways: 2 B pictures, the second half with the roles exchanged.
+        the discriminators; empty without them). wanted: that picture, None: the driving one; wanted_back: the same
+        with the roles exchanged. both_ways: 2 B pictures, the second half with the roles exchanged.
         """
+        wanted = driving if wanted is None else wanted
+        wanted_back = source if wanted_back is None else wanted_back
         if both_ways:
-            frames, target = torch.cat([source, driving]), torch.cat([driving, source])
-            identity, motion, features = self.motion_autoencoder.encode_source(frames)
+            target = torch.cat([wanted, wanted_back])
+            identity, motion, features = self.motion_autoencoder.encode_source(torch.cat([source, driving]))
             output = self.motion_autoencoder.decode(identity, motion.roll(len(source), 0), features)
         else:
-            output, target = self.motion_autoencoder(source, driving), driving
+            output, target = self.motion_autoencoder(source, driving), wanted
         terms = self.discriminators(output, target, penalise=penalise) if judge else {}
         return output, target, terms

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from float.modules.audio import SAMPLE_RATE, config_of, convolved, rename_weight_norm
+from float.modules.audio import SAMPLE_RATE, config_of, convolved, moments, rename_weight_norm
 from shared.errors import UserError
 
 if TYPE_CHECKING:
@@ -71,19 +71,17 @@ class SpeechClassifier(nn.Module):
         self.wav2vec2 = wav2vec2
         self.classifier = ClassificationHead(wav2vec2.config.hidden_size)
 
-    def forward(self, wave_Bn: Tensor) -> Tensor:
-        return self.classifier(self.pooled(wave_Bn))
-
-    def pooled(self, wave_Bn: Tensor) -> Tensor:
-        """The mean hidden state (B, h). Sound of more than HEARD_SECONDS is heard in pieces of equal length, so that
-        memory does not grow with it.
+    def forward(self, wave_Bn: Tensor, mean: Tensor | float = 0.0, deviation: Tensor | float = 1.0) -> Tensor:
+        """mean, deviation: what normalises the sound. Sound of more than HEARD_SECONDS is heard in pieces of equal
+        length, so that memory does not grow with it.
         """
         count = max(1, math.ceil(wave_Bn.shape[-1] / (HEARD_SECONDS * SAMPLE_RATE)))
         total = torch.zeros((), device=wave_Bn.device)
         for piece in wave_Bn.tensor_split(count, -1):
+            piece = (piece - mean) / deviation
             hidden, _ = self.wav2vec2.feature_projection(convolved(self.wav2vec2, piece))
             total = total + self.wav2vec2.encoder(hidden)[0].mean(1) / count
-        return total
+        return self.classifier(total)
 
 
 class Audio2Emotion(nn.Module):
@@ -124,3 +122,8 @@ class Audio2Emotion(nn.Module):
     def forward(self, wave_Bn: Tensor) -> Tensor:
         """Normalised sound (B, n) -> probabilities (B, 7)."""
         return self.wav2vec2_for_emotion(wave_Bn).softmax(-1)
+
+    @torch.no_grad()
+    def hear(self, wave_n: Tensor) -> Tensor:
+        """Sound (n,) as it is read -> probabilities (7,)."""
+        return self.wav2vec2_for_emotion(wave_n[None], *moments(wave_n))[0].softmax(-1)

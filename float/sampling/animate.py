@@ -3,6 +3,7 @@
 Shapes: T frames of the clip, L frames of a window, F raw audio width, d motion width, S picture side.
 """
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from float.data.face import RELEASED, Framing, default_detector, read_boxes
 from float.data.frames import ClipReader
 from float.data.media import to_tensor, to_uint8
 from float.model import MotionGenerator, Pass
-from float.modules.audio import AudioEncoder, LogMelEncoder
+from float.modules.audio import AudioEncoder, LogMelEncoder, frames_of, make_audio_encoder
 from float.modules.autoencoder import edit_motion
 from float.sampling.motion import SamplingOptions, sample_windows
 from float.weights.open import Autoencoder, load_autoencoder, load_generator, make_generator
@@ -68,6 +69,15 @@ class Animator:
     ):
         self.generator, self.autoencoder = generator, autoencoder.to(device).eval()
         self.config, self.device, self.call, self.framing = config, device, call or generator, framing
+
+    @functools.cached_property
+    def encoder(self) -> AudioEncoder | LogMelEncoder:
+        """The encoder of the sound that the run was trained with."""
+        model = self.config.model
+        encoder = make_audio_encoder(
+            model.audio_features, model.wav2vec_model_path, only_last_features=model.only_last_features
+        )
+        return encoder.to(self.device)
 
     @torch.no_grad()
     def portrait(self, picture: np.ndarray) -> Portrait:
@@ -136,6 +146,15 @@ class Animator:
                 images = self.autoencoder.decode(portrait.identity.expand(count, -1), part, features)
                 yield from to_uint8(images)
                 made += count
+
+    def speak(
+        self, portrait: Portrait, wave: np.ndarray, emotion: Tensor, options: SamplingOptions
+    ) -> Iterator[np.ndarray]:
+        """Frames uint8 (S, S, 3) of a portrait that speaks a sound (n,) under one emotion (7,)."""
+        data, sound = self.config.data, torch.from_numpy(np.ascontiguousarray(wave)).to(self.device)
+        windows = audio_windows(self.encoder, sound, fps=data.video_fps, length=data.sequence_length, stream=False)
+        motions = self.motion_windows(windows, portrait.motion, emotion, options)
+        return self.frames(portrait, motions, total=frames_of(len(wave), data.video_fps))
 
     def editor(self, targets: dict[int, float], deltas: dict[int, float]) -> Callable[[Tensor], Tensor] | None:
         """A function that edits motion latents along single directions; None when there is nothing to edit."""

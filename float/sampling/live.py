@@ -109,3 +109,13 @@ class LiveSound:
             yield self.encoder.encode_clip(self.heard, self.fps)[None, start - first : stop - first]
             self.delays.append(time.monotonic() - arrived)
             start += self.length
+
+    def delay(self) -> str:
+        """How long after its sound a frame comes, in words."""
+        length, delays = self.length / self.fps, self.delays or [0.0]
+        mean = sum(delays) / len(delays)
+        return (
+            f"delay: a frame comes at most {length + LOOK_AHEAD + max(delays):.2f} s after its sound: window "
+            f"{length:.2f} s, look-ahead {LOOK_AHEAD:.2f} s, computing {max(delays):.2f} s at most and {mean:.2f} s on "
+            "average; " + ("it keeps up" if mean <= length else "it falls behind: use fewer --steps")
+        )

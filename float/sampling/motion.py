@@ -6,7 +6,6 @@ emotions.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -70,40 +69,31 @@ def guided_velocity(
 ) -> Tensor:
     """Velocity of the window (or of the model's shape) under incremental guidance.
 
-    v = v_u + a (v_a - v_u) + e (v_all - v_a), where v_u sees neither sound nor emotion, v_a the sound, v_all both; null
-    is zero. With reference_guidance v_u is replaced by v_0 + r (v_u - v_0), v_0 without the reference too.
+    v = v_0 + r (v_u - v_0) + a (v_a - v_u) + e (v_all - v_a), where v_u sees neither sound nor emotion, v_a the sound,
+    v_all both, v_0 not even the reference; null is zero. Without reference_guidance r is 1, so that v_0 does not count.
     has_emotion: False where the emotion is zero, so that v_all is v_a.
     """
     a, r, e = options.a_cfg_scale, options.r_cfg_scale, options.e_cfg_scale
-    if a == r == e == 1:
-        return _passes(model, [(True, True, True)], t_B, x, wa, wr, we, prev_x, prev_wa)[0]
-    passes: list[Pass] = [(False, True, False), (True, True, False)]
-    passes += [(True, True, True)] if has_emotion else []
-    passes += [(False, False, False)] if options.reference_guidance else []
-    v_u, v_a, *others = _passes(model, passes, t_B, x, wa, wr, we, prev_x, prev_wa).unbind(0)
-    guided = a * (v_a - v_u)
-    if has_emotion:
-        guided = guided + e * (others[0] - v_a)
-    return v_u + guided if not options.reference_guidance else others[-1] + r * (v_u - others[-1]) + guided
+    r = r if options.reference_guidance else 1.0
+    weights: dict[Pass, float] = {(False, False, False): 1 - r, (False, True, False): r - a}
+    weights |= {(True, True, False): a - e, (True, True, True): e} if has_emotion else {(True, True, False): a}
+    wanted = [(one, weight) for one, weight in weights.items() if weight]  # what would count nothing is not computed
+    made = _passes(model, [one for one, _ in wanted], t_B, x, wa, wr, we, prev_x, prev_wa)
+    return (made * made.new_tensor([weight for _, weight in wanted]).view(-1, 1, 1, 1)).sum(0)
 
 
 def _passes(
-    model: VelocityModel | ModelOfPasses,
-    passes: list[Pass],
-    t_B: Tensor,
-    x: Tensor,
-    wa: Tensor,
-    wr: Tensor,
-    we: Tensor,
-    prev_x: Tensor,
-    prev_wa: Tensor,
+    model: VelocityModel | ModelOfPasses, passes: list[Pass], t_B: Tensor, x: Tensor, *conditions: Tensor
 ) -> Tensor:
-    """(passes, B, ., d): in one call of a model that shares what passes have in common, else as one larger batch."""
+    """(passes, B, ., d): in one call of a model that shares what passes have in common, else as one larger batch.
+
+    conditions: wa, wr, we, prev_x, prev_wa.
+    """
     if isinstance(model, ModelOfPasses):
-        return model.velocities(t_B, x, wa, wr, we, prev_x, prev_wa, passes=passes)
-    chosen = [[condition * given for condition, given in zip((wa, wr, we), one, strict=True)] for one in passes]
+        return model.velocities(t_B, x, *conditions, passes=passes)
+    chosen = [[condition * given for condition, given in zip(conditions[:3], one, strict=True)] for one in passes]
     was, wrs, wes = (torch.cat(parts) for parts in zip(*chosen, strict=True))
-    ts, xs, prev_xs, prev_was = (torch.cat([value] * len(passes)) for value in (t_B, x, prev_x, prev_wa))
+    ts, xs, prev_xs, prev_was = (torch.cat([value] * len(passes)) for value in (t_B, x, *conditions[3:]))
     return model(ts, xs, was, wrs, wes, prev_xs, prev_was).unflatten(0, (len(passes), len(x)))
 
 
@@ -140,20 +130,10 @@ def sample_windows(
             previous = no_motion, wa.new_zeros(len(wa), num_prev_frames, wa.shape[-1])
         prev_x, prev_wa = previous
         we = we_B1E if isinstance(we_B1E, Tensor) else next(we_B1E)
-        ask = partial(
-            guided_velocity,
-            model,
-            wa=wa,
-            wr=wr_Bd,
-            we=we,
-            prev_x=prev_x,
-            prev_wa=prev_wa,
-            options=options,
-            has_emotion=bool(we.any()),
-        )
+        given = wa, wr_Bd, we, prev_x, prev_wa
 
-        def velocity(x: Tensor, t_B: Tensor, ask: Callable[..., Tensor] = ask) -> Tensor:
-            return ask(t_B, x)[:, -num_frames:]
+        def velocity(x: Tensor, t_B: Tensor, given: Sequence[Tensor] = given, emotion: bool = bool(we.any())) -> Tensor:
+            return guided_velocity(model, t_B, x, *given, options, emotion)[:, -num_frames:]
 
         start = options.noise_scale * next(noise).to(wa.device)
         times = solver_times(options.nfe, options.steps)
@@ -191,15 +171,7 @@ def sample_motion(
     frames = wa_BTa.shape[1]
     if frames < 1:
         raise ValueError("no audio frames")
+    sizes = {"num_frames": num_frames, "num_prev_frames": num_prev_frames}
     windows = iter(wa_BTa.split(num_frames, 1))
-    samples = sample_windows(
-        model,
-        windows,
-        wr_Bd,
-        we_B1E,
-        num_frames=num_frames,
-        num_prev_frames=num_prev_frames,
-        options=options,
-        noise=noise,
-    )
+    samples = sample_windows(model, windows, wr_Bd, we_B1E, options=options, noise=noise, **sizes)
     return torch.cat(list(samples), 1)[:, :frames]

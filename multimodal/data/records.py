@@ -467,20 +467,10 @@ class _Text:
             count *= 2
 
 
-def read_json(path: Path, keys: Iterable[str]) -> dict[str, list]:
-    """The lists under these keys."""
-    found: dict[str, list] = {key: [] for key in keys}
-    for key, item in json_items(path, found):
-        found[key].append(item)
-    return found
-
-
-def read_csv(
-    path: Path, columns: tuple[str, ...], encoding: str | None = None
-) -> tuple[list[dict[str, str]], list[str]]:
+def read_csv(path: Path, columns: tuple[str, ...]) -> tuple[list[dict[str, str]], list[str]]:
     """The rows of a table that have these columns, and what is wrong with the others. Commas or semicolons."""
     try:
-        with open(path, encoding=encoding or encoding_of(path), newline="") as file:
+        with open(path, encoding=encoding_of(path), newline="") as file:
             first = file.readline()
             file.seek(0)
             reader = csv.DictReader(file, delimiter=";" if first.count(";") > first.count(",") else ",")

@@ -29,7 +29,6 @@ from multimodal.data.records import (
     labels_of,
     not_text,
     read_csv,
-    read_json,
 )
 from shared.errors import UserError
 
@@ -131,8 +130,8 @@ def read_coco_labels(path: Path, bad: list[str]) -> dict[int | str, tuple[int, .
 
 def coco_class_names(folder: Path) -> list[str]:
     """The 80 names in the order of the class indices."""
-    tree = read_json(folder / "annotations" / "instances_val2017.json", ("categories",))
-    return [category["name"] for category in sorted(tree["categories"], key=lambda category: category["id"])]
+    found = [entry for _, entry in json_items(folder / "annotations" / "instances_val2017.json", ("categories",))]
+    return [category["name"] for category in sorted(found, key=lambda category: category["id"])]
 
 
 def read_karpathy(folder: Path, split: str, name: str = "coco") -> Found:
@@ -218,13 +217,6 @@ def read_clotho(folder: Path, split: str) -> Found:
         else:
             missing += 1
     return Found(packer.records(), missing, bad).checked(path)
-
-
-def read_clotho_keywords(folder: Path, split: str) -> dict[str, list[str]]:
-    """File name -> keywords, from the metadata table, which is ISO-8859-1."""
-    path = folder / f"clotho_metadata_{CLOTHO_SPLITS[split]}.csv"
-    rows, _ = read_csv(path, ("file_name", "keywords"), encoding="iso-8859-1")
-    return {row["file_name"]: [word.strip() for word in row["keywords"].split(";") if word.strip()] for row in rows}
 
 
 def read_audiocaps(folder: Path, split: str) -> Found:

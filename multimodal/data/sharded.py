@@ -26,17 +26,14 @@ from multimodal.data.records import (
     Records,
     captions_of,
     clean,
+    kind_of,
     labels_of,
 )
 from multimodal.data.sets import no_file
 from shared.errors import BadSample, UserError
 from shared.media.shards import Shards
 
-MEDIA: dict[str, Kind] = {}
-for _suffix in IMAGE_SUFFIXES:
-    MEDIA[_suffix[1:]] = "image"
-for _suffix in AUDIO_SUFFIXES:
-    MEDIA[_suffix[1:]] = "audio"
+MEDIA: dict[str, Kind] = {suffix[1:]: kind_of(suffix) for suffix in IMAGE_SUFFIXES + AUDIO_SUFFIXES}
 TEXTS = ("txt", "text", "caption", "json")  # members that may hold the captions
 TRIED = 100  # samples at the start, one of which must have a caption
 _OTHER_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "eval")}

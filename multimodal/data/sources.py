@@ -1,6 +1,5 @@
 """From the settings to data sets and batch streams: which pictures, sounds and voices a run trains on."""
 
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,6 +98,14 @@ def read_records(name: str, folder: Path, split: str, *, karpathy: bool = False)
     return found
 
 
+def split_of(config: Config, name: str, split: str, *, karpathy: bool | None = None) -> Found:
+    """The records of a data set and split where the settings say that it lies. karpathy: None as the settings say."""
+    if name == "synthetic":
+        return synthetic_records(split, config.data.synthetic_items, config.run.seed)
+    wanted = config.data.karpathy if karpathy is None else karpathy
+    return read_records(name, data_folder(config, name), split, karpathy=wanted)
+
+
 def open_data(config: Config) -> Data:
     """Read the lists of all data sets. One that is not there, or has no files, is noted; UserError when none is left.
 
@@ -133,10 +140,7 @@ def open_data(config: Config) -> Data:
 def _add(config: Config, data: Data, name: str) -> None:
     parts = {}
     for split in ("train", "val"):
-        if name == "synthetic":
-            found = synthetic_records(split, config.data.synthetic_items, config.run.seed)
-        else:
-            found = read_records(name, data_folder(config, name), split, karpathy=config.data.karpathy)
+        found = split_of(config, name, split)
         parts[split] = found.records
         data.bad += [{"dataset": name, "split": split, "reason": reason} for reason in found.bad]
         if found.records:
@@ -295,12 +299,6 @@ class PairedStream:
         """Count the broken samples of all ranks together, each kind of its own set; a collective."""
         for stream in self.streams.values():
             stream.agree()
-
-    def bad_counts(self) -> Counter[str]:
-        """How many samples of each data set could not be read so far."""
-        return Counter(
-            str(reason).partition(":")[0] for stream in self.streams.values() for reason in stream.bad.reasons.values()
-        )
 
     def close(self) -> None:
         """End the loaders' processes."""

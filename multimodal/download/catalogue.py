@@ -47,50 +47,47 @@ class RemoteSet:
     layout: tuple[str, ...] = ()  # patterns below its folder, any of which shows that the manual part is there
 
 
-def _sha(value: str) -> tuple[str, str]:
-    return ("sha256", value)
-
-
-def _md5(value: str) -> tuple[str, str]:
-    return ("md5", value)
-
-
 COCO = RemoteSet(
     "coco",
     "http://images.cocodataset.org/",
-    (
-        RemoteFile(
-            "annotations/annotations_trainval2017.zip",
-            "always",
-            _sha("113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268"),
-            252_907_541,
-            820_000_000,
-        ),
-        RemoteFile(
-            "zips/val2017.zip",
-            "val",
-            _sha("4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05"),
-            815_585_330,
-            820_000_000,
-        ),
-        RemoteFile(
-            "zips/train2017.zip",
-            "train",
-            _sha("69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929"),
-            19_336_861_798,
-            19_400_000_000,
-        ),
-        RemoteFile(
-            "zips/test2017.zip",
-            "test2017",
-            _sha("c7908c3c9f94ba2f3340ebbeec58c25db6be8774f18d68c2f15d0e369d95baba"),
-            6_646_970_404,
-            6_700_000_000,
-        ),
+    tuple(
+        RemoteFile(path, split, ("sha256", digest), size, unpacked)
+        for path, split, size, unpacked, digest in (
+            (
+                "annotations/annotations_trainval2017.zip",
+                "always",
+                252_907_541,
+                820_000_000,
+                "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268",
+            ),
+            (
+                "zips/val2017.zip",
+                "val",
+                815_585_330,
+                820_000_000,
+                "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05",
+            ),
+            (
+                "zips/train2017.zip",
+                "train",
+                19_336_861_798,
+                19_400_000_000,
+                "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929",
+            ),
+            (
+                "zips/test2017.zip",
+                "test2017",
+                6_646_970_404,
+                6_700_000_000,
+                "c7908c3c9f94ba2f3340ebbeec58c25db6be8774f18d68c2f15d0e369d95baba",
+            ),
+        )  # fmt: skip
+    )
+    + (
         RemoteFile(
             "caption_datasets.zip",
             "karpathy",
-            _sha("4cfd70132527b80933105e5829dc9034eaab9573482e2e680abbab6130244817"),
+            ("sha256", "4cfd70132527b80933105e5829dc9034eaab9573482e2e680abbab6130244817"),
             36_745_453,
             260_000_000,
             base="https://cs.stanford.edu/people/karpathy/deepimagesent/",
@@ -102,7 +99,7 @@ CLOTHO = RemoteSet(
     "clotho",
     "https://zenodo.org/record/4783391/files/",
     tuple(
-        RemoteFile(f"clotho_{table}_{name}.csv", split, _md5(md5), query="?download=1", estimate=2_000_000)
+        RemoteFile(f"clotho_{table}_{name}.csv", split, ("md5", md5), query="?download=1", estimate=2_000_000)
         for table, name, split, md5 in (
             ("captions", "development", "train", "d4090b39ce9f2491908eebf4d5b09bae"),
             ("captions", "validation", "val", "5879e023032b22a2c930aaa0528bead4"),
@@ -114,7 +111,7 @@ CLOTHO = RemoteSet(
     )
     + tuple(
         RemoteFile(
-            f"clotho_audio_{name}.7z", split, _md5(md5), unpacked=unpacked, query="?download=1", estimate=estimate
+            f"clotho_audio_{name}.7z", split, ("md5", md5), unpacked=unpacked, query="?download=1", estimate=estimate
         )
         for name, split, md5, unpacked, estimate in (
             ("development", "train", "c8b05bc7acdb13895bb3c6a29608667e", int(7.1 * GB), int(4.2 * GB)),
@@ -139,14 +136,13 @@ AUDIOCAPS_LAYOUT = tuple(
 AUDIOCAPS = RemoteSet(
     "audiocaps",
     "https://raw.githubusercontent.com/cdjkim/audiocaps/master/dataset/",
-    (
-        RemoteFile(
-            "train.csv", "train", _sha("c0c5223db682b3bf724ce7e7ce58d5b36929f74572e8526a7211f92d2eef7c8e"), 3_576_723
-        ),
-        RemoteFile("val.csv", "val", _sha("dab1c96641d5f3053ddb99dca3949450da9a75737bda53e11cc0aa8b102be0c3"), 171_918),
-        RemoteFile(
-            "test.csv", "test", _sha("b91c4b7ded2f4f6e7db5b9c4983dc1e1dca3d556f505b61e3fd65cac7e1c638a"), 402_246
-        ),
+    tuple(
+        RemoteFile(f"{split}.csv", split, ("sha256", digest), size)
+        for split, size, digest in (
+            ("train", 3_576_723, "c0c5223db682b3bf724ce7e7ce58d5b36929f74572e8526a7211f92d2eef7c8e"),
+            ("val", 171_918, "dab1c96641d5f3053ddb99dca3949450da9a75737bda53e11cc0aa8b102be0c3"),
+            ("test", 402_246, "b91c4b7ded2f4f6e7db5b9c4983dc1e1dca3d556f505b61e3fd65cac7e1c638a"),
+        )
     ),
     steps=AUDIOCAPS_STEPS,
     layout=AUDIOCAPS_LAYOUT,
@@ -182,7 +178,7 @@ VOXCELEB = RemoteSet(
         RemoteFile(
             "iden_split.txt",
             "always",
-            _sha("3c1d792d4058861cd476a27cc942c824f7e9df812864115a7c2b12df97edfbbf"),
+            ("sha256", "3c1d792d4058861cd476a27cc942c824f7e9df812864115a7c2b12df97edfbbf"),
             4_912_512,
         ),
     ),

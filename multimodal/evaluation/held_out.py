@@ -72,7 +72,7 @@ class _Batches(Dataset):
 
 
 def read_batches(
-    dataset: CaptionedDataset, batches: list[list[int]], *, workers: int = 0, position: float = 0.0
+    dataset: CaptionedDataset, batches: list[list[int]], workers: int = 0, position: float = 0.0
 ) -> Iterator[tuple[dict[str, Any] | None, list[int], list[str]]]:
     """The batches in their order, read ahead by loader processes while the model computes."""
     options: dict[str, Any] = {"worker_init_fn": start_process, "prefetch_factor": 2} if workers else {}
@@ -155,7 +155,7 @@ def _embed_items(
     batches, own = _own_batches(len(dataset), batch_size, info)
     rows: dict[int, dict[str, Tensor]] = {}
     bad: list[str] = []
-    readers = [read_batches(dataset, batches, workers=workers, position=position) for position in positions]
+    readers = [read_batches(dataset, batches, workers, position) for position in positions]
     for number, views in enumerate(zip(*readers, strict=True)):
         total, good, outputs, inputs = None, views[0][1], {}, {}
         for batch, _, _ in views:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from multimodal.config import Config
+from multimodal.config import ITEMS, Config
 from multimodal.data.records import KINDS
 from multimodal.data.sources import Data
 from multimodal.model import MultimodalModel
@@ -20,7 +20,6 @@ from shared.errors import write_text
 from shared.log import read_metrics
 from shared.report.page import Bar, write_report
 
-ITEMS = {"image": "picture", "audio": "sound", "voice": "voice"}
 STAGES = {1: "stage1_single", 2: "stage2_align", 3: "stage3_finetune"}
 PARTS = ("image", "text", "audio", "fusion")
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from multimodal.config import ITEMS
 from multimodal.data.image import center_crop, read_image
 from multimodal.data.records import Record
 from multimodal.evaluation.held_out import Split
@@ -129,7 +130,19 @@ def write_run_report(
         bars=bars,
         samples=samples,
         text="Held-out data; the rows are evenly spaced through the split, not chosen.",
+        headline=headline(found["retrieval"]),
     )
+
+
+def headline(retrieval: dict[str, Any]) -> str:
+    """The one figure that matters, in words: of the first data set, how often a text finds what it describes."""
+    for values in retrieval.values():
+        own, item = values["text_to_item"], ITEMS[values["kind"]]
+        return (
+            f"{100 * own['R@10']:.0f} of 100 sentences that it never saw find their {item} among the first ten of "
+            f"{values['items']}, guessing {100 * own['chance_R@10']:.0f}"
+        )
+    return ""
 
 
 def _items_with_captions(run: Path, name: str, split: Split, sources: dict[str, Record]) -> list[Sample]:

@@ -48,18 +48,30 @@ def has_fused_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
 
 
 class QueryKeyValue(nn.Linear):
-    """One linear for queries, keys and values; queries of the first token alone on request."""
+    """One linear for queries, keys and values; on request the whole attention of the first token alone."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, heads: int):
         super().__init__(width, 3 * width)
+        self.heads = heads
 
-    def forward(self, x_BND: Tensor, first_only: bool = False) -> Tensor | tuple[Tensor, ...]:  # type: ignore[override]
-        """Queries (B, N or 1, D), keys and values (B, N, D)."""
+    def forward(  # type: ignore[override]
+        self, x_BND: Tensor, mask_BN: Tensor | None = None, first_only: bool = False
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Queries, keys and values, each (B, N, D); with first_only what the first token gathers, (B, 1, D)."""
         if not first_only:
             return functional.linear(x_BND, self.weight, self.bias).chunk(3, -1)
-        width = self.in_features
-        query = functional.linear(x_BND[:, :1], self.weight[:width], self.bias[:width])
-        return query, *functional.linear(x_BND, self.weight[width:], self.bias[width:]).chunk(2, -1)
+        # One query a head: q (W_k x) = (q W_k) x, and the sum of p (W_v x) is W_v (the sum of p x). So neither keys nor
+        # values of the other tokens are made. The keys' bias adds the same to all scores. fp32, as fused kernels sum.
+        with torch.autocast(x_BND.device.type, enabled=False):
+            x, heads = x_BND.float(), self.heads
+            query, key, value = rearrange(self.weight.float(), "(s H K) D -> s H K D", s=3, H=heads)
+            bias_q, _, bias_v = rearrange(self.bias.float(), "(s H K) -> s H K", s=3, H=heads)
+            query_BHK = torch.einsum("BD,HKD->BHK", x[:, 0], query) + bias_q
+            scores_BHN = torch.einsum("BHK,HKD->BHD", query_BHK * query.shape[1] ** -0.5, key) @ x.transpose(1, 2)
+            if mask_BN is not None:
+                scores_BHN = scores_BHN.masked_fill(~mask_BN.unsqueeze(1), float("-inf"))
+            mixed_BHK = torch.einsum("BHD,HKD->BHK", scores_BHN.softmax(-1) @ x, value) + bias_v
+        return rearrange(mixed_BHK, "B H K -> B 1 (H K)").to(x_BND.dtype)
 
 
 class Attention(nn.Module):
@@ -71,15 +83,15 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, *, kind: str = "auto", chunk: int = 128):
         super().__init__()
         self.heads, self.kind, self.chunk = heads, kind, chunk
-        self.qkv = QueryKeyValue(width)
+        self.qkv = QueryKeyValue(width, heads)
         self.output = nn.Linear(width, width)
 
     def forward(self, x_BND: Tensor, mask_BN: Tensor | None = None, first_only: bool = False) -> Tensor:
         """mask_BN: bool, True where a token may be attended to; every row has at least one. first_only: (B, 1, D)."""
+        if first_only:
+            return self.output(self.qkv(x_BND, mask_BN, first_only=True))
         tokens = x_BND.shape[1]
-        query, key, value = (
-            rearrange(part, "B N (H K) -> B H N K", H=self.heads) for part in self.qkv(x_BND, first_only)
-        )
+        query, key, value = (rearrange(part, "B N (H K) -> B H N K", H=self.heads) for part in self.qkv(x_BND))
         mask = None if mask_BN is None else rearrange(mask_BN, "B N -> B 1 1 N")
         chunked = self.kind == "chunked" or (
             self.kind == "auto" and tokens > CHUNKED_FROM and not has_fused_kernel(query, key, value, mask)

@@ -113,7 +113,7 @@ def total_loss(
         own = None if keys is None else keys[p.keys]
         loss = contrastive_loss(kind, outputs[p.first], outputs[p.second], outputs[p.scale], outputs[p.bias], own)
         total = total + p.weight * loss
-        terms[f"{p.first.split('_')[0]}_{p.second.split('_')[0]}"] = loss.detach()
+        terms[f"{p.first}_{p.second}".replace("_embeds", "")] = loss.detach()
     return total, terms
 
 

@@ -8,22 +8,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from multimodal.config import Config
-from multimodal.data.audio import AUDIO_SUFFIXES, compress, fit_frames, log_power, read_audio
-from multimodal.data.image import IMAGE_SUFFIXES, center_crop, normalise, read_image
-from multimodal.data.records import Kind, Records
+from multimodal.data.audio import AUDIO_SUFFIXES
+from multimodal.data.image import IMAGE_SUFFIXES
+from multimodal.data.records import Kind, ListRecords, Record, Records
+from multimodal.data.sources import model_inputs
 from multimodal.data.text import TextTokenizer
 from multimodal.dataset import CaptionedDataset
-from multimodal.evaluation.held_out import Split, embed_split
+from multimodal.evaluation.held_out import Split, embed_split, read_batches
 from multimodal.objective import AlignModel, FinetuneModel
 from multimodal.weights.files import checkpoint_file, load_model
 from shared.config import validate
-from shared.data import start_process, to_device
+from shared.data import to_device
 from shared.engine.dist import DistInfo, init_distributed
-from shared.errors import BadSample, UserError
-from shared.media.pictures import to_pixels
+from shared.errors import UserError
+
+_FILES = "files"  # the data set that single files are read as
 
 
 @dataclass
@@ -124,52 +125,16 @@ class Embedder:
 
     def files(self, paths: list[Path], kind: Kind, workers: int = 0) -> tuple[Tensor, list[Path], list[str]]:
         """(n, E) unit vectors of the files that can be read, their paths, and sentences on the others."""
+        dataset = self.dataset(ListRecords(Record(str(path), path, (), _FILES, kind) for path in paths))
         vectors, good, bad = [], [], []
-        views = _Files(paths, kind, self.config, self.batch_size)
-        options: dict[str, Any] = {"worker_init_fn": start_process, "prefetch_factor": 2} if workers else {}
-        for part, own, faults in DataLoader(views, None, num_workers=workers, **options):
-            bad += faults
-            good += own
-            if own:
-                vectors.append(finite(self.encode({kind: to_device(part, self.info.device)})[f"{kind}_embeds"].cpu()))
+        for batch, own, faults in read_batches(dataset, list(batches(range(len(paths)), self.batch_size)), workers):
+            bad += [fault.removeprefix(f"{_FILES}: ") for fault in faults]
+            good += [paths[number] for number in own]
+            if batch is not None:
+                inputs = to_device(model_inputs({kind: batch}), self.info.device)
+                vectors.append(finite(self.encode(inputs)[f"{kind}_embeds"].cpu()))
         width = self.config.model.embed_dim
         return torch.cat(vectors) if vectors else torch.zeros(0, width), good, bad
-
-
-class _Files(Dataset):
-    """Batches of files as evaluation sees them: (tensors, the paths that can be read, sentences on the others)."""
-
-    def __init__(self, paths: list[Path], kind: Kind, config: Config, batch_size: int):
-        self.batches, self.kind, self.config = list(batches(paths, batch_size)), kind, config
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, number: int) -> tuple[dict[str, Tensor], list[Path], list[str]]:
-        values, masks, good, bad = [], [], [], []
-        for path in self.batches[number]:
-            try:
-                value, mask = self._load(path)
-                values.append(value)
-                masks.append(mask)
-                good.append(path)
-            except BadSample as error:
-                bad.append(str(error))
-        part: dict[str, Tensor] = {}
-        if values:
-            part["images" if self.kind == "image" else "audio"] = torch.stack(values)
-        if any(mask is not None for mask in masks):
-            whole = torch.ones(self.config.data.audio_frames, dtype=torch.bool)
-            part["audio_mask"] = torch.stack([whole if mask is None else mask for mask in masks])
-        return part, good, bad
-
-    def _load(self, path: Path) -> tuple[Tensor, Tensor | None]:
-        if self.kind == "image":
-            return normalise(to_pixels(center_crop(read_image(path), self.config.model.image_size))), None
-        frames = self.config.data.audio_frames
-        power = log_power(torch.from_numpy(read_audio(path, seconds=frames / 100)))
-        clip, mask = fit_frames(power, frames, fill=self.config.data.audio_fill)
-        return compress(clip), mask
 
 
 def finite(vectors: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
     python opens2v/data/annotations.py --json PART.json [--out PART.json.idx]        index a large file once (streams)
 
-Accepted: PART.json ({key: entry}), PART.jsonl (one {"key": ..., ...} a line), or a folder of single-entry files.
+Accepted: PART.json ({key: entry}, or a list of {"key": ..., ...}), PART.jsonl (one {"key": ..., ...} a line), or a
+folder of single-entry files.
 """
 
 import sys
@@ -225,14 +226,21 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, ...]]:
             skipped = len(_BOM) if number == 1 and line.startswith(_BOM) else 0
             text, start = line[skipped:], offset + skipped
             if text.strip():
-                try:
-                    wanted = json.loads(text)["key"]
-                    places = [found.span(1) for found in _KEY.finditer(text) if json.loads(found[1]) == wanted]
-                    first, last = places[0]
-                except (ValueError, KeyError, TypeError, IndexError):
-                    raise UserError(f'{path}, line {number}: not a JSON object with a "key" that is text') from None
-                yield (start + first, last - first, start, len(text), _hash(wanted.encode()))
+                row = _keyed_row(text, start)
+                if row is None:
+                    raise UserError(f'{path}, line {number}: not a JSON object with a "key" that is text')
+                yield row
             offset += len(line)
+
+
+def _keyed_row(text: bytes, start: int) -> tuple[int, ...] | None:
+    """The row of an entry {"key": ..., ...} that begins at byte `start`; None for anything else."""
+    try:
+        wanted = json.loads(text)["key"]
+        first, last = next(found.span(1) for found in _KEY.finditer(text) if json.loads(found[1]) == wanted)
+        return start + first, last - first, start, len(text), _hash(wanted.encode())
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
+        return None
 
 
 class _Window:
@@ -259,23 +267,25 @@ class _Window:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, ...]]:
-    """Rows of {key: entry, ...}: the C scanner of the json module runs over one entry after another in a moving
-    window.
+    """Rows of {key: entry, ...} or [{"key": ..., ...}, ...]: the C scanner of the json module runs over one entry after
+    another in a moving window.
     """
     scan, window = json.JSONDecoder(strict=False).raw_decode, _Window(path)
     with window.file:
         window.grow(0)
         if window.text.startswith(_BOM.decode("latin-1")):  # Windows' editors put it before UTF-8
             window.text, window.start = window.text[len(_BOM) :], len(_BOM)
-        place = _skip(window, 0, "{", first=True)
+        place = _skip(window, 0, "{[", first=True)
+        is_list, count = window.text[place - 1] == "[", 0
         while True:
-            place = _skip(window, place, '"}')
-            if window.text[place] == "}":
+            place = _skip(window, place, "{]" if is_list else '"}')
+            if window.text[place] in "]}":
                 return
+            count += 1
             while True:
                 try:
-                    key, key_end = scan(window.text, place)
-                    value_at = _skip_in(window.text, key_end, ":")
+                    key, key_end = (None, place) if is_list else scan(window.text, place)
+                    value_at = place if is_list else _skip_in(window.text, key_end, ":")
                     value, end = scan(window.text, value_at)
                     if end >= len(window.text) and not window.at_end:
                         raise ValueError("cut at the end of the window")
@@ -287,6 +297,13 @@ def _json_rows(path: Path) -> Iterator[tuple[int, ...]]:
                             "cut or damaged there"
                         ) from None
                     place -= window.grow(place)
+            if is_list:
+                row = _keyed_row(window.text[place:end].encode("latin-1"), window.start + place)
+                if row is None:
+                    raise UserError(f'{path}: entry {count} of the list has no "key" that is text')
+                yield row
+                place = end
+                continue
             if not isinstance(value, dict):
                 raise UserError(
                     f"{path}: the entry {key[:80]!r} is no object; expected {{key: {{metadata, annotation}}}}"
@@ -307,12 +324,10 @@ def _skip(window: _Window, place: int, wanted: str, first: bool = False) -> int:
             raise UserError(
                 f"{window.path}, byte {window.start + place}: expected {' or '.join(wanted)}, found "
                 f"{window.text[place]!r}; "
-                "an annotation file is one JSON object {key: entry}"
+                'an annotation file is one JSON object {key: entry}, or a list of entries with a "key"'
             )
         if window.at_end:
-            raise UserError(
-                f"{window.path}: ends at byte {window.start + place} in the middle of the JSON object; copy it again"
-            )
+            raise UserError(f"{window.path}: ends at byte {window.start + place} before its end; copy it again")
         place -= window.grow(place)
 
 

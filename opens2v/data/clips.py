@@ -209,9 +209,7 @@ class Part:
         return found
 
     def background_path(self, key: str) -> Path | None:
-        """The picture of the scene without subjects. Its folder is called `foreground`; its last step may count one
-        further.
-        """
+        """The scene without subjects, from the folder called `foreground`; its last step may count one further."""
         if self.backgrounds is None:
             return None
         further = re.sub(r"_step(\d+)$", lambda found: f"_step{int(found[1]) + 1}", key)

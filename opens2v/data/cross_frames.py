@@ -1,6 +1,4 @@
-"""Matched subjects of clips that come from one long video: the picture of a subject from another clip than the
-target.
-"""
+"""Matched subjects of clips of one long video: a subject's picture from another clip than the target."""
 
 import json
 import random

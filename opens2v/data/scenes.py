@@ -16,12 +16,14 @@ from PIL import Image
 from opens2v.config import Config, pixel_count
 from opens2v.data.subjects import clip_pixels, reference_pixels
 from shared.errors import UserError
-from shared.media.scenes import Drawing, Scene, Scenes, cut_out
+from shared.media.scenes import SHIFT, Drawing, Scene, Scenes, cut_out
 from shared.rng import keyed_seed
 
 SCENE_RATE = 8.0  # frames per second
 UNSEEN = 16  # drawings at the end of the list
-SPAN = 0.5  # of the way across the picture that a clip shows
+ASIDE = 0.25  # share of the scenes whose subject starts beside the middle
+CELL = 4  # pixels of the codec's cells: subjects start on them
+ACROSS = {True: ("on the left", "", "on the right"), False: ("at the top", "", "at the bottom")}  # of up and down; else
 LENGTH = 4096  # scenes of an epoch
 RECOLOURED = 0.6  # share of the trained scenes whose drawing and picture have their colour channels in another order
 GENERIC = 0.5  # share of the trained captions that call the drawing "subject"
@@ -94,8 +96,21 @@ class SceneDataset:
         return f"scenes_{self.which}", f"{index:06d}"
 
     def scene(self, index: int, epoch: int = 0) -> Scene:
-        """The ground truth of a sample."""
-        return self.scenes.scene(epoch * LENGTH + index, unseen=self.which == "combinations")
+        """The ground truth of a sample: a large subject that starts on cells of the codec and leaves the middle."""
+        scene = self.scenes.scene(epoch * LENGTH + index, unseen=self.which == "combinations")
+        x, y = (self._off_middle(part) for part in scene.shifts[0])
+        across = (x, 0.0) if scene.motion in ("up", "down") else (0.0, y)
+        return scene._replace(size="large", shifts=(across, (0.0, 0.0)))
+
+    def _off_middle(self, part: float) -> float:
+        """A number from -1 to 1 as one cell to a side, or, for most of them, none; in the unit of Scene.shifts."""
+        return int(part / (1 - ASIDE)) * CELL / (SHIFT * min(self.scenes.height, self.scenes.width))
+
+    def place(self, scene: Scene) -> str:
+        """Words for where the subject goes along; none for the middle."""
+        x, y = scene.shifts[0]
+        off = x if scene.motion in ("up", "down") else y
+        return ACROSS[scene.motion in ("up", "down")][int(np.sign(off)) + 1]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.sample(index, 0)
@@ -105,8 +120,8 @@ class SceneDataset:
         return self.shown(self.scene(index, epoch), epoch * LENGTH + index)
 
     def at(self, frame: int) -> float:
-        """Which part of its way the subject has gone in a frame: the middle of it, so that it stays in the picture."""
-        return 0.5 + SPAN * (frame / max(1, self.num_frames - 1) - 0.5)
+        """Which part of the way across the picture lies behind the subject in a frame: it starts in the middle."""
+        return 0.5 + 0.5 * frame / max(1, self.num_frames - 1)
 
     def clip(self, scene: Scene) -> np.ndarray:
         """uint8 (F, H, W, 3)."""
@@ -117,7 +132,7 @@ class SceneDataset:
         draw = np.random.Generator(np.random.PCG64(keyed_seed(self.seed, _CHOICES, number)))
         if nouns is None and draw.random() < self.generic:
             nouns = ["subject"]
-        scale = draw.uniform(0.85, 1.0) if self.which == "train" else 1.0
+        scale = 1.0
         picture = Image.fromarray(self.scenes.reference(scene, max(self.reference_size)))
         frames = torch.from_numpy(self.clip(scene)).permute(3, 0, 1, 2)
         slots, blank = self.max_subjects, Image.new("RGB", (8, 8), (255, 255, 255))
@@ -125,7 +140,7 @@ class SceneDataset:
         part, key = self.identity(number)
         return {
             "key": key,
-            "prompts": self.scenes.sentence(scene, number, nouns=nouns),
+            "prompts": f"{self.scenes.sentence(scene, number, nouns=nouns)} {self.place(scene)}".strip(),
             "frame_indices": torch.arange(self.num_frames),
             "frames": frames.contiguous(),
             "ref_pixels": torch.stack([reference_pixels(one, *self.reference_size, scale=scale) for one in pictures]),

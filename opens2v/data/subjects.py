@@ -1,6 +1,4 @@
-"""Subject pictures: cut out of the annotated frame by their masks, filtered, chosen, and brought to the two input
-forms.
-"""
+"""Subject pictures: cut out of the annotated frame by masks, filtered, chosen, brought to the two input forms."""
 
 import random
 from dataclasses import dataclass
@@ -137,9 +135,7 @@ def _tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def select_subjects(subjects: list[Subject], strategy: str, count: int, rng: random.Random) -> list[Subject]:
-    """Up to `count` subjects: first (file order), random (without replacement) or best_score (aes_score, missing
-    last).
-    """
+    """Up to `count` subjects: first (file order), random (no replacement) or best_score (aes_score, missing last)."""
     if strategy == "first":
         return subjects[:count]
     if strategy == "random":
@@ -164,9 +160,7 @@ def reference_pixels(image: Image.Image, height: int, width: int, scale: float =
 
 
 def clip_pixels(image: Image.Image, size: int = CLIP_SIZE) -> Tensor:
-    """float32 (3, size, size), CLIP-normalised: padded to a white square first, so that slim subjects keep their
-    shape.
-    """
+    """float32 (3, size, size), CLIP-normalised: padded to a white square first, so slim subjects keep their shape."""
     side = max(image.size)
     square = Image.new("RGB", (side, side), WHITE)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
@@ -220,9 +214,7 @@ def reference_tensors(
 
 
 def decode_rle(counts: str | bytes, size: tuple[int, int] | list[int], where: str = "mask") -> np.ndarray:
-    """uint8 mask (height, width) of 0 and 1. `where` names the mask in the ValueError on text that does not fit
-    `size`.
-    """
+    """uint8 mask (height, width) of 0 and 1. `where` names the mask in the ValueError on text that does not fit."""
     height, width = size
     runs = _numbers(counts, where)
     if any(run < 0 for run in runs) or sum(runs) != height * width:
@@ -235,9 +227,7 @@ def decode_rle(counts: str | bytes, size: tuple[int, int] | list[int], where: st
 
 
 def _numbers(counts: str | bytes, where: str) -> list[int]:
-    """The run lengths: 5 bits a character, lowest first; from the fourth on each is a difference to two places
-    before.
-    """
+    """The run lengths: 5 bits a character, lowest first; from the fourth on each is a difference to two before."""
     text = counts.encode("ascii", "replace") if isinstance(counts, str) else counts
     runs: list[int] = []
     value = shift = 0

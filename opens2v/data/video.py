@@ -165,9 +165,7 @@ def _upright(frame: av.VideoFrame) -> np.ndarray:
 
 
 def crop_window(frames: np.ndarray, crop: Sequence[int] | None) -> np.ndarray:
-    """frames[..., s_y:e_y, s_x:e_x, :] of crop = [s_x, e_x, s_y, e_y] (x first), clamped; an empty window means no
-    crop.
-    """
+    """frames[..., s_y:e_y, s_x:e_x, :] of crop = [s_x, e_x, s_y, e_y] (x first), clamped; empty means no crop."""
     height, width = frames.shape[-3:-1]
     if crop is None or len(crop) != 4:
         return frames
@@ -186,9 +184,7 @@ def _covering(own_height: int, own_width: int, height: int, width: int) -> tuple
 
 
 def cover_resize(frames: np.ndarray, height: int, width: int) -> Tensor:
-    """uint8 (F, H, W, 3) -> float32 (3, F, height, width) in [-1, 1]: scaled until the target is covered, cut at the
-    centre.
-    """
+    """uint8 (F, H, W, 3) -> float32 (3, F, height, width) in [-1, 1]: scaled to cover the target, cut at the centre."""
     own_height, own_width = frames.shape[1:3]
     images = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()
     size = _covering(own_height, own_width, height, width)

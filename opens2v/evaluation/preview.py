@@ -1,6 +1,4 @@
-"""What a run shows of itself while it trains: losses with the right, a wrong and no subject picture, and sample
-videos.
-"""
+"""What a run shows of itself while it trains: losses with the right, a wrong and no subject picture, and videos."""
 
 import json
 from collections.abc import Iterator

@@ -42,6 +42,7 @@ def measure_scenes(generator: Any, options: Any, batch: int) -> dict[str, float]
         figures |= {f"{group}_{name}": value for name, value in scene_figures(dataset, scenes, drawn).items()}
         samples += _write(generator, items, drawn[0], output.parent / "samples" / "metrics", group)
     write_text(output, json.dumps({"checkpoint": str(generator.weights), **figures}, indent=1))
+    own = figures["combinations_own_of_eight_percent"]
     write_report(
         output.parent,
         title="OpenS2V: a subject picture becomes a video",
@@ -49,6 +50,8 @@ def measure_scenes(generator: Any, options: Any, batch: int) -> dict[str, float]
         summary=dict(figures),
         bars=scene_bars(figures),
         samples=samples,
+        headline=f"shows the subject of its picture and no other of eight in {own:.0f} of 100 scenes that it never "
+        "trained on, guessing 13",
     )
     for name, value in figures.items():
         print(f"{name}: {value:.4g}")

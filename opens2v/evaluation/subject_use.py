@@ -134,9 +134,7 @@ def paired_errors(
 
 
 def spatial_autocorrelation(frames: np.ndarray) -> float:
-    """Correlation of neighbouring pixels, mean over rows and columns; natural video above 0.8, noise about 0. uint8 (F,
-    H, W, 3).
-    """
+    """Correlation of neighbouring pixels of uint8 (F, H, W, 3); natural video above 0.8, noise about 0."""
     x = frames.astype(np.float64)
     x = x - x.mean((1, 2), keepdims=True)
     power = (x * x).mean() + 1e-9
@@ -168,9 +166,7 @@ def foreground_area(frames: np.ndarray, background: np.ndarray) -> float:
 
 
 def colour_histogram(pixels: np.ndarray) -> np.ndarray:
-    """Share of pixels (M, 3) uint8 in each of 6 x 6 x 6 colour cells; each pixel is spread over its neighbouring
-    cells.
-    """
+    """Share of pixels (M, 3) uint8 in each of 6 x 6 x 6 colour cells; each is spread over its neighbouring cells."""
     place = pixels.astype(np.float64) / 255 * (_COLOUR_BINS - 1)
     low = np.clip(np.floor(place).astype(int), 0, _COLOUR_BINS - 2)
     part = place - low

@@ -30,23 +30,22 @@ class ReferenceTokens:
     latents_BNChw: Tensor | None = None  # of the pictures, where they also enter self-attention
     mask_self_BS: Tensor | None = None
     features: list[Tensor] | None = None  # by block, (B, S, D): what the base makes of the pictures
+    rotary: tuple[Tensor, Tensor] | None = None  # of their tokens
 
 
-def sincos_1d(count: int, dim: int, first: int = 0) -> Tensor:
-    """Fixed positions (count, D), float64: [sin, cos] of first, first + 1, ..., frequencies 10000^(-i / (D / 2))."""
-    omega = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
+def sincos_1d(count: int, dim: int, first: int = 0, base: float = 10000.0) -> Tensor:
+    """Fixed positions (count, D), float64: [sin, cos] of first, first + 1, ..., frequencies base^(-i / (D / 2))."""
+    omega = base ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
     angle = torch.arange(first, first + count, dtype=torch.float64)[:, None] * omega
     return torch.cat([angle.sin(), angle.cos()], 1)
 
 
-def sincos_2d(height: int, width: int, dim: int) -> Tensor:
-    """Fixed positions (h w, D), float32: [sin, cos] of the row, then of the column, frequencies 10000^(-i / (D /
-    4)).
-    """
+def sincos_2d(height: int, width: int, dim: int, base: float = 10000.0) -> Tensor:
+    """Fixed positions (h w, D), float32: [sin, cos] of the row, then of the column, frequencies base^(-i / (D / 4))."""
     if dim % 4:
         raise ValueError(f"2-D sine positions need a width divisible by 4, got {dim}")
-    row = sincos_1d(height, dim // 2)[:, None].expand(-1, width, -1)
-    column = sincos_1d(width, dim // 2)[None].expand(height, -1, -1)
+    row = sincos_1d(height, dim // 2, base=base)[:, None].expand(-1, width, -1)
+    column = sincos_1d(width, dim // 2, base=base)[None].expand(height, -1, -1)
     return torch.cat([row, column], -1).flatten(0, 1).float()
 
 
@@ -66,9 +65,7 @@ def clip_projection(kind: str, clip_dim: int, dim: int) -> nn.Module:
 
 
 def subject_mask(ref_mask_BN: Tensor, tokens_per_subject: int) -> Tensor:
-    """bool (B, N) -> (B, N tokens); rows without any subject become all True, since a softmax over no keys is not a
-    number.
-    """
+    """bool (B, N) -> (B, N tokens); rows without any subject become all True: a softmax needs a key."""
     usable_BN = ref_mask_BN | ~ref_mask_BN.any(1, keepdim=True)
     return usable_BN.repeat_interleave(tokens_per_subject, 1)
 
@@ -190,7 +187,8 @@ class RefSelfAttention(WanAttention):
 
     The pictures run through the base as videos of one clean frame (timestep 0, no gradient). Of the features u that
     enter this block's self-attention there, with fixed positions:
-        out = Wo(A(q, k, v) + A(q', RMS(k_ref u; norm_k_ref), v_ref u)),    q' = q before the rotary embedding
+        out = Wo(A(q, k, v) + A(q, R(RMS(k_ref u; norm_k_ref)), v_ref u)),    R the rotary embedding of the picture
+    Rotary positions of picture and frame make "one cell further right" one turn for all places.
     k_ref starts as the base's own key layer, v_ref at zero: the output is the base's at step 0. Features of the base
     carry detail that two projections of a VAE latent cannot (Stand-In, AnimateAnyone's reference network).
     """
@@ -206,17 +204,3 @@ class RefSelfAttention(WanAttention):
         self.norm_k_ref.weight.copy_(self.norm_k.weight)
         nn.init.zeros_(self.v_ref.weight)
         nn.init.zeros_(self.v_ref.bias)
-
-    def reference_path(self, query_BLD: Tensor, references: ReferenceTokens, layer: int) -> Tensor:
-        """(B, L, D) to add to the attention over the video's own tokens."""
-        place = -1 - layer  # the cross-attention of this block remembers under `layer`
-        if references.memory is not None and place in references.memory:
-            key, value = references.memory[place]
-        else:
-            assert references.features is not None
-            features = references.features[layer].to(self.k_ref.weight.dtype)
-            key, value = rms_norm(self.norm_k_ref, self.k_ref(features)), self.v_ref(features)
-            if references.memory is not None:
-                references.memory[place] = [key, value]
-        path = attend(query_BLD, key, value, self.heads, references.mask_self_BS)
-        return path * references.weight_B11.to(query_BLD.dtype)

@@ -10,7 +10,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention, WanRotar
 from torch import Tensor
 from torch.nn import functional
 
-from opens2v.modules.adapter import ReferenceTokens, RefSelfAttention
+from opens2v.modules.adapter import ReferenceTokens, RefSelfAttention, rms_norm
 
 
 def frame_blocks(frames: int, frames_per_block: int, independent_first_frame: bool = False) -> list[int]:
@@ -173,8 +173,7 @@ def self_attention(
     where the attention has layers for them (RefSelfAttention).
     """
     heads = attention.heads
-    query_BLD = attention.norm_q(attention.to_q(x_BLD))
-    q = rotate(query_BLD.unflatten(-1, (heads, -1)), rotary).transpose(1, 2)
+    q = rotate(attention.norm_q(attention.to_q(x_BLD)).unflatten(-1, (heads, -1)), rotary).transpose(1, 2)
     k = rotate(attention.norm_k(attention.to_k(x_BLD)).unflatten(-1, (heads, -1)), rotary).transpose(1, 2)
     v = attention.to_v(x_BLD).unflatten(-1, (heads, -1)).transpose(1, 2)
     if cache is not None:
@@ -185,6 +184,23 @@ def self_attention(
         out = functional.scaled_dot_product_attention(q, k, v)
     out_BLD = out.transpose(1, 2).flatten(2).type_as(q)
     if references is not None and references.features is not None and isinstance(attention, RefSelfAttention):
-        # Unrotated: where a part of the subject lies in its picture says nothing about where it goes in the frame.
-        out_BLD = out_BLD + attention.reference_path(query_BLD, references, layer)
+        out_BLD = out_BLD + _over_references(attention, q, references, layer)
     return attention.to_out[0](out_BLD)
+
+
+def _over_references(attention: RefSelfAttention, q_BHLK: Tensor, references: ReferenceTokens, layer: int) -> Tensor:
+    """(B, L, D) to add to the attention over the video's own tokens; keys and values are remembered where asked."""
+    place = -1 - layer  # the cross-attention of this block remembers under `layer`
+    if references.memory is not None and place in references.memory:
+        k_BHSK, v_BHSK = references.memory[place]
+    else:
+        assert references.features is not None and references.rotary is not None
+        features = references.features[layer].to(attention.k_ref.weight.dtype)
+        key = rms_norm(attention.norm_k_ref, attention.k_ref(features)).unflatten(-1, (attention.heads, -1))
+        k_BHSK = rotate(key, references.rotary).transpose(1, 2)
+        v_BHSK = attention.v_ref(features).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+        if references.memory is not None:
+            references.memory[place] = [k_BHSK, v_BHSK]
+    mask = None if references.mask_self_BS is None else references.mask_self_BS[:, None, None, :]
+    path = functional.scaled_dot_product_attention(q_BHLK, k_BHSK.type_as(q_BHLK), v_BHSK.type_as(q_BHLK), mask)
+    return path.transpose(1, 2).flatten(2) * references.weight_B11.to(q_BHLK.dtype)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opens2v.config import Config
+from opens2v.config import Config, ModelConfig
 from opens2v.data.cache import StoredFeatures
 from opens2v.data.video import normalise
 from opens2v.modules.codec import ConvCodec
@@ -152,16 +152,19 @@ def load_encoders(config: Config, base_folder: Path | None = None, *, kinds: Seq
     wants_image = model.clip_path != "off" and (not data.use_cached_clip if kinds is None else "clip" in kinds)
     text = image = None
     if wants_text:
-        is_hash = model.text_encoder == "hash"
-        text = (
-            HashText(model.text_dim, model.text_rows) if is_hash else load_umt5(model.base_model_path, model.text_rows)
-        )
+        is_umt5 = model.text_encoder == "umt5"
+        text = load_umt5(model.base_model_path, model.text_rows) if is_umt5 else hash_text(model)
     if wants_image:
         image = PixelImages() if model.image_encoder == "pixels" else load_clip(model.image_encoder_path)
     encoders = Encoders(codec, text, image, text_device="cpu" if model.text_encoder_cpu_offload else None)
     if data.use_cached_text or data.use_cached_clip:
         encoders.stored = StoredFeatures(config)
     return encoders
+
+
+def hash_text(model: ModelConfig) -> HashText:
+    """The text encoder without weights."""
+    return HashText(model.text_dim, model.text_rows, ordered=model.text_encoder == "hash_ordered")
 
 
 def load_codec(kind: str, folder: Path | None) -> PatchCodec | ConvCodec:

@@ -119,17 +119,15 @@ class PatchCodec(nn.Module):
         """
         first, changes = self._patches(clips.float())
         self.mean.copy_(first.mean((0, 1, 2, 3)))
-        self.basis.copy_(_principal_components(first - self.mean, self.channels))
-        self.change_basis.copy_(_principal_components(changes, self.channels))
+        self.basis.copy_(principal_components(first - self.mean, self.channels))
+        self.change_basis.copy_(principal_components(changes, self.channels))
         squares = [(x @ basis).square().mean((0, 1, 2, 3)) for x, basis in self._parts(first, changes)]
         self.scale.copy_(squares[0].mean().sqrt())
         self.variance.copy_((torch.stack(squares) / squares[0].mean()).clamp(min=1e-4))
         return self
 
     def _patches(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, 4k + 1, H, W) -> patches (B, 1, h, w, 48) of the first frame, changes (B, k, h, w, 192) of the
-        others.
-        """
+        """(B, 3, 4k + 1, H, W) -> patches (B, 1, h, w, 48) of the first frame, changes (B, k, h, w, 192) of others."""
         batch, _, count, _, _ = frames.shape
         check_frames(count, "the video")
         flat = functional.pixel_unshuffle(frames.transpose(1, 2).flatten(0, 1), self.spatial)
@@ -157,10 +155,8 @@ class PatchCodec(nn.Module):
         return pictures.transpose(1, 2).clamp(-1, 1)
 
 
-def _principal_components(x: Tensor, count: int) -> Tensor:
-    """The `count` directions (D, count) of largest mean square of vectors (..., D); signs do not depend on the
-    solver.
-    """
+def principal_components(x: Tensor, count: int) -> Tensor:
+    """The `count` directions (D, count) of largest mean square of vectors (..., D); signs are fixed."""
     rows = x.flatten(0, -2).double()
     values, vectors = torch.linalg.eigh(rows.T @ rows / max(1, len(rows)))
     vectors = vectors[:, values.argsort(descending=True)[:count]]
@@ -209,11 +205,12 @@ class UMT5Text:
 
 class HashText:
     """A text encoder without weights: one fixed random row per word, by the word's hash; the rest of the rows is
-    zero.
+    zero. ordered: a row also holds the word before, turned round and at half its strength; without it "from left to
+    right" and "from right to left" are the same set of rows.
     """
 
-    def __init__(self, dim: int, rows: int):
-        self.dim, self.rows = dim, rows
+    def __init__(self, dim: int, rows: int, *, ordered: bool = False):
+        self.dim, self.rows, self.ordered = dim, rows, ordered
         self.words: dict[str, Tensor] = {}
 
     def to(self, device: torch.device | str) -> "HashText":
@@ -224,8 +221,11 @@ class HashText:
         """float32 (B, rows, dim)."""
         out = torch.zeros(len(texts), self.rows, self.dim)
         for row, text in enumerate(texts):
-            for place, word in enumerate(re.findall(r"\w+", text.lower())[: self.rows]):
+            words = re.findall(r"\w+", text.lower())[: self.rows]
+            for place, word in enumerate(words):
                 out[row, place] = self._word(word)
+                if self.ordered and place:
+                    out[row, place] += 0.5 * self._word(words[place - 1]).flip(0)
         return out
 
     def _word(self, word: str) -> Tensor:
@@ -316,8 +316,7 @@ def load_clip(image_encoder_path: str | None, dtype: torch.dtype = torch.bfloat1
     if image_encoder_path is None or not Path(image_encoder_path).is_dir():
         raise UserError(
             f"image_encoder_path {image_encoder_path}: not a folder; give image_encoder of "
-            "Wan2.1-I2V-14B-480P-Diffusers "
-            "(the text-to-video folder holds none), or --clip-path off"
+            "Wan2.1-I2V-14B-480P-Diffusers (the text-to-video folder holds none), or --clip-path off"
         )
     from transformers import CLIPVisionModel
 

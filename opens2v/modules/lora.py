@@ -13,9 +13,7 @@ ATTENTION_LAYERS = ("to_q", "to_k", "to_v", "to_out")
 
 
 def lora_pattern(target_modules: Sequence[str], scope: Sequence[str]) -> str:
-    """The regular expression of the adapted layers. diffusers' to_out is a list of (linear, dropout): its linear is
-    to_out.0.
-    """
+    """The regular expression of the adapted layers. diffusers' to_out is (linear, dropout): its linear is to_out.0."""
     unknown = [name for name in target_modules if name.removesuffix(".0") not in ATTENTION_LAYERS]
     if unknown:
         raise UserError(
@@ -35,9 +33,7 @@ def add_lora(
     target_modules: Sequence[str],
     scope: Sequence[str],
 ) -> int:
-    """Put LoRA layers into the model and return their parameter count. peft freezes all else: enable_trainable comes
-    after.
-    """
+    """Put LoRA layers in and return their parameter count. peft freezes all else: enable_trainable comes after."""
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(
@@ -88,9 +84,7 @@ class TrainableSet:
 
 
 def enable_trainable(model: nn.Module, *, train_fused_path: bool = False) -> TrainableSet:
-    """Freeze everything, then enable the reference modules and LoRA by name, and check that no base tensor is among
-    them.
-    """
+    """Freeze everything, enable the reference modules and LoRA by name; no base tensor may be among them."""
     model.requires_grad_(False)
     groups: dict[str, int] = {}
     for name, parameter in model.named_parameters():

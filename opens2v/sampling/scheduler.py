@@ -1,6 +1,4 @@
-"""Flow matching on Wan's shifted table of noise levels. sigma = 1 is noise; the velocity points from data to
-noise.
-"""
+"""Flow matching on Wan's shifted table of noise levels. sigma = 1 is noise; the velocity points to noise."""
 
 import torch
 from torch import Tensor

@@ -1,6 +1,4 @@
-"""From noise to latents: Euler or UniPC, three forms of guidance, whole clips or block by block with a key-value
-cache.
-"""
+"""From noise to latents: Euler or UniPC, three forms of guidance, whole clips or block by block with a cache."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -128,9 +126,7 @@ class VideoSampler:
         return self._denoise(noise, lambda x, sigma: self._guided(passes, x, sigma, None))
 
     def _passes(self, conditions: Conditions, negative_RD: Tensor) -> list[_Pass]:
-        """The passes of a step in the order that _combined expects. Keys and values of references are worked out
-        once.
-        """
+        """The passes of a step in _combined's order. Keys and values of references are worked out once."""
         text, mode = conditions.text_BRD, self.sampler.guidance
         negative = negative_RD[None].expand_as(text)
         if self.module is None:

@@ -16,8 +16,8 @@ from opens2v.data.video import normalise
 from opens2v.dataset import Samples, collate_opens2v_batch, readable_samples, training_set
 from opens2v.model import RefWanBlock, RefWanTransformer3DModel, is_reference_name
 from opens2v.modules.codec import ConvCodec, codec_loss
-from opens2v.modules.conditions import Encoders, clip_token_width, load_codec
-from opens2v.modules.encoders import HashText, PatchCodec, PixelImages
+from opens2v.modules.conditions import Encoders, clip_token_width, hash_text, load_codec
+from opens2v.modules.encoders import PatchCodec, PixelImages
 from opens2v.modules.lora import TrainableSet, add_lora, enable_trainable
 from opens2v.objective import RefImageFlowMatching
 from opens2v.weights.wan import cast_base, holds_fused_path, load_generator_checkpoint, read_generator_state
@@ -30,7 +30,8 @@ from shared.rng import keyed_generator, keyed_rand, keyed_randn, seed_everything
 
 _WEIGHTS, _CODEC_FRAMES, _CODEC_NOISE = 521, 522, 523  # random streams
 _CODEC_CLIPS = 24  # clips that the codec is fitted to
-CODEC_LEARNING_RATE = 3e-3  # peak, of the convolutional auto-encoder
+CODEC_LEARNING_RATE = 2e-3  # peak, of the convolutional auto-encoder
+_CODEC_NOISE_LEVEL = 0.15  # largest noise on the way to its decoder, in units of the latents' scale
 
 
 def transformer_settings(config: Config) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def transformer_settings(config: Config) -> dict[str, Any]:
         ref_clip_dim=clip_token_width(config), clip_path=model.clip_path, clip_proj_type=model.clip_proj_type,
         vae_pos_embed=model.vae_pos_embed, fused_path=model.train_fused_path,
         absolute_positions=model.absolute_positions, ref_in_self_attention=model.ref_in_self_attention,
+        position_base=model.position_base,
     )  # fmt: skip
 
 
@@ -162,10 +164,12 @@ def train_base(config: Config, info: DistInfo, path: Path, steps: int) -> None:
     config = base_config(config, info.world, **drops)
     dataset = training_set(config, load_subjects=together)
     model = new_transformer(config)
+    if together:
+        model.open_reference_paths()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(together or not is_reference_name(name))
     image = PixelImages() if together and config.model.clip_path != "off" else None
-    encoders = Encoders(codec, HashText(config.model.text_dim, config.model.text_rows), image).to(info.device)
+    encoders = Encoders(codec, hash_text(config.model), image).to(info.device)
     objective = RefImageFlowMatching(config, encoders, with_references=together)
 
     def export(folder: Path, weights: dict[str, Tensor], ema: dict[str, Tensor] | None) -> None:
@@ -192,6 +196,7 @@ def train_codec(config: Config, info: DistInfo, path: Path) -> None:
     dataset, folder = training_set(config), path.parent / "codec"
     seed_everything(config.run.seed, _WEIGHTS, 2)
     model = ConvCodec()
+    model.first.start_from(normalise(torch.stack(_some_clips(dataset, config.run.seed, 128)))[:, :, 0])
 
     def losses(model: Any, batches: list[dict], step: int) -> Iterator[tuple[Tensor, dict]]:
         for batch in batches:
@@ -199,12 +204,23 @@ def train_codec(config: Config, info: DistInfo, path: Path) -> None:
             clips = normalise(batch["frames"].to(info.device))
             pictures = batch["ref_pixels"].to(info.device)[:, 0].unsqueeze(2)
             loss = torch.zeros((), device=info.device)
-            for frames, share in ((clips, 1.0), (pictures, 0.5)):
+            # Half of the samples show their motion, half one frame, some the subject's picture: a step costs half as
+            # much as with all of all. Chosen by slot, so that any number of ranks trains the same.
+            for part, (frames, share, chosen) in enumerate(
+                (
+                    (clips, 1 / 2, slots % 2 == step % 2),
+                    (clips[:, :, [step % clips.shape[2]]], 1 / 2, slots % 2 != step % 2),
+                    (pictures, 3 / 8, slots % 8 < 3),
+                )
+            ):
+                weight = chosen.float().mean() / share * (0.25 if part == 2 else 1.0)
+                chosen = chosen if chosen.any() else torch.ones_like(chosen)  # weight 0: all ranks run the same
+                frames, places = frames[chosen.to(frames.device)], slots[chosen]
                 latent = (ConvCodec.channels, (frames.shape[2] - 1) // 4 + 1, *(n // 4 for n in frames.shape[-2:]))
-                level = keyed_rand((1,), key=(*key, 0), slots=slots, device=info.device)[:, :, None, None, None]
-                noise = keyed_randn(latent, key=(*key, frames.shape[2]), slots=slots, device=info.device)
-                rebuilt, size = model(frames, 0.3 * level * noise)
-                loss = loss + share * codec_loss(rebuilt.float(), frames, size.float())
+                level = keyed_rand((1,), key=(*key, 0), slots=places, device=info.device)[:, :, None, None, None]
+                noise = keyed_randn(latent, key=(*key, 1 + part), slots=places, device=info.device)
+                rebuilt, size = model(frames, _CODEC_NOISE_LEVEL * level * noise)
+                loss = loss + weight.to(info.device) * codec_loss(rebuilt.float(), frames, size.float())
             yield loss / len(batches), {}
 
     def export(folder: Path, weights: dict[str, Tensor], ema: dict[str, Tensor] | None) -> None:

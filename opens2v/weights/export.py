@@ -43,9 +43,7 @@ def legacy_checkpoint(
 
 
 def read_trained(path: Path, *, use_ema: bool = True) -> dict[str, Tensor]:
-    """Trained tensors, LoRA included, from a run, a checkpoint folder or a model.pt; averaged ones where there are
-    some.
-    """
+    """Trained tensors, LoRA included, from a run, a checkpoint folder or a model.pt; averaged ones if there are."""
     if path.is_dir() or path.suffix == ".safetensors":
         return load_weights(path, prefer_ema=use_ema)
     try:

@@ -17,9 +17,7 @@ from shared.errors import UserError
 
 
 def settings_of(checkpoint: Path, config_path: str | None = None) -> tuple[Config, Path]:
-    """(settings of the run, weights to load). The settings lie in the checkpoint, beside model.pt, or in the run
-    folder.
-    """
+    """(settings, weights to load). The settings lie in the checkpoint, beside model.pt, or in the run folder."""
     if not checkpoint.exists():
         raise UserError(
             f"--checkpoint {checkpoint}: not found; give a run folder, one of its checkpoints, or a model.pt"

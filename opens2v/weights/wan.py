@@ -1,6 +1,4 @@
-"""Base weights of Wan2.1 in every public form: original and diffusers names, wrapped, prefixed, sharded or in a
-folder.
-"""
+"""Base weights of Wan2.1 in every public form: original and diffusers names, wrapped, prefixed, sharded."""
 
 import json
 import re
@@ -17,53 +15,32 @@ from shared.engine.checkpoint import load_strict
 from shared.errors import UserError
 
 # Original (Wan, Self-Forcing, LongLive) -> diffusers. norm3 of the original is norm2 of diffusers: the numbers swap.
-_ORIGINAL_TO_DIFFUSERS = (
-    (r"text_embedding\.0\.", "condition_embedder.text_embedder.linear_1."),
-    (r"text_embedding\.2\.", "condition_embedder.text_embedder.linear_2."),
-    (r"time_embedding\.0\.", "condition_embedder.time_embedder.linear_1."),
-    (r"time_embedding\.2\.", "condition_embedder.time_embedder.linear_2."),
-    (r"time_projection\.1\.", "condition_embedder.time_proj."),
-    (r"img_emb\.proj\.0\.", "condition_embedder.image_embedder.norm1."),
-    (r"img_emb\.proj\.1\.", "condition_embedder.image_embedder.ff.net.0.proj."),
-    (r"img_emb\.proj\.3\.", "condition_embedder.image_embedder.ff.net.2."),
-    (r"img_emb\.proj\.4\.", "condition_embedder.image_embedder.norm2."),
-    (r"head\.head\.", "proj_out."),
-    (r"head\.modulation$", "scale_shift_table"),
-    (r"(blocks\.\d+)\.modulation$", r"\1.scale_shift_table"),
-    (r"(blocks\.\d+)\.norm3\.", r"\1.norm2."),
-    (r"(blocks\.\d+)\.ffn\.0\.", r"\1.ffn.net.0.proj."),
-    (r"(blocks\.\d+)\.ffn\.2\.", r"\1.ffn.net.2."),
-    (r"(blocks\.\d+)\.(self|cross)_attn\.([qkv])\.", r"\1.\2_attn.to_\3."),
-    (r"(blocks\.\d+)\.(self|cross)_attn\.o\.", r"\1.\2_attn.to_out.0."),
-    (r"(blocks\.\d+)\.cross_attn\.k_img\.", r"\1.cross_attn.add_k_proj."),
-    (r"(blocks\.\d+)\.cross_attn\.v_img\.", r"\1.cross_attn.add_v_proj."),
-    (r"(blocks\.\d+)\.cross_attn\.norm_k_img\.", r"\1.cross_attn.norm_added_k."),
-    (r"(blocks\.\d+)\.self_attn\.", r"\1.attn1."),
-    (r"(blocks\.\d+)\.cross_attn\.", r"\1.attn2."),
+_NAMES = (  # beginnings of names: original, diffusers
+    ("text_embedding.0.", "condition_embedder.text_embedder.linear_1."),
+    ("text_embedding.2.", "condition_embedder.text_embedder.linear_2."),
+    ("time_embedding.0.", "condition_embedder.time_embedder.linear_1."),
+    ("time_embedding.2.", "condition_embedder.time_embedder.linear_2."),
+    ("time_projection.1.", "condition_embedder.time_proj."),
+    ("img_emb.proj.0.", "condition_embedder.image_embedder.norm1."),
+    ("img_emb.proj.1.", "condition_embedder.image_embedder.ff.net.0.proj."),
+    ("img_emb.proj.3.", "condition_embedder.image_embedder.ff.net.2."),
+    ("img_emb.proj.4.", "condition_embedder.image_embedder.norm2."),
+    ("head.head.", "proj_out."),
+    ("head.modulation", "scale_shift_table"),
 )
-_DIFFUSERS_TO_ORIGINAL = (
-    (r"condition_embedder\.text_embedder\.linear_1\.", "text_embedding.0."),
-    (r"condition_embedder\.text_embedder\.linear_2\.", "text_embedding.2."),
-    (r"condition_embedder\.time_embedder\.linear_1\.", "time_embedding.0."),
-    (r"condition_embedder\.time_embedder\.linear_2\.", "time_embedding.2."),
-    (r"condition_embedder\.time_proj\.", "time_projection.1."),
-    (r"condition_embedder\.image_embedder\.norm1\.", "img_emb.proj.0."),
-    (r"condition_embedder\.image_embedder\.ff\.net\.0\.proj\.", "img_emb.proj.1."),
-    (r"condition_embedder\.image_embedder\.ff\.net\.2\.", "img_emb.proj.3."),
-    (r"condition_embedder\.image_embedder\.norm2\.", "img_emb.proj.4."),
-    (r"proj_out\.", "head.head."),
-    (r"scale_shift_table$", "head.modulation"),
-    (r"(blocks\.\d+)\.scale_shift_table$", r"\1.modulation"),
-    (r"(blocks\.\d+)\.norm2\.", r"\1.norm3."),
-    (r"(blocks\.\d+)\.ffn\.net\.0\.proj\.", r"\1.ffn.0."),
-    (r"(blocks\.\d+)\.ffn\.net\.2\.", r"\1.ffn.2."),
-    (r"(blocks\.\d+)\.(attn[12])\.to_out\.0\.", r"\1.\2.o."),
-    (r"(blocks\.\d+)\.(attn[12])\.to_([qkv])\.", r"\1.\2.\3."),
-    (r"(blocks\.\d+)\.attn2\.add_k_proj\.", r"\1.attn2.k_img."),
-    (r"(blocks\.\d+)\.attn2\.add_v_proj\.", r"\1.attn2.v_img."),
-    (r"(blocks\.\d+)\.attn2\.norm_added_k\.", r"\1.attn2.norm_k_img."),
-    (r"(blocks\.\d+)\.attn1\.", r"\1.self_attn."),
-    (r"(blocks\.\d+)\.attn2\.", r"\1.cross_attn."),
+_BLOCK_NAMES = (  # behind blocks.N.
+    ("modulation", "scale_shift_table"),
+    ("norm3.", "norm2."),
+    ("ffn.0.", "ffn.net.0.proj."),
+    ("ffn.2.", "ffn.net.2."),
+    *((f"{old}_attn.{x}.", f"{new}.to_{x}.") for old, new in (("self", "attn1"), ("cross", "attn2")) for x in "qkv"),
+    ("self_attn.o.", "attn1.to_out.0."),
+    ("cross_attn.o.", "attn2.to_out.0."),
+    ("cross_attn.k_img.", "attn2.add_k_proj."),
+    ("cross_attn.v_img.", "attn2.add_v_proj."),
+    ("cross_attn.norm_k_img.", "attn2.norm_added_k."),
+    ("self_attn.", "attn1."),
+    ("cross_attn.", "attn2."),
 )
 _WRAPPERS = (
     "model.diffusion_model.",  # ComfyUI's checkpoints
@@ -79,20 +56,24 @@ _NO_GENERATORS = ("Wan2.1_VAE.pth",)  # beside the generator in the original fol
 _KEEP_FLOAT32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
 
 
-def _renamed(name: str, table: tuple[tuple[str, str], ...]) -> str:
-    for pattern, replacement in table:
-        name = re.sub(f"^{pattern}", replacement, name)
+def _renamed(name: str, wanted: int) -> str:
+    """The name with its beginning taken from column `wanted` of the tables."""
+    block = re.match(r"blocks\.\d+\.", name)
+    head = block[0] if block else ""
+    for row in _BLOCK_NAMES if block else _NAMES:
+        if name.startswith(row[1 - wanted], len(head)):
+            return head + row[wanted] + name[len(head) + len(row[1 - wanted]) :]
     return name
 
 
 def to_diffusers_name(name: str) -> str:
     """The diffusers name of an original Wan name; a name of another kind is returned as it is."""
-    return _renamed(name, _ORIGINAL_TO_DIFFUSERS)
+    return _renamed(name, 1)
 
 
 def to_original_name(name: str) -> str:
     """The original Wan name of a diffusers name."""
-    return _renamed(name, _DIFFUSERS_TO_ORIGINAL)
+    return _renamed(name, 0)
 
 
 def strip_wrappers(name: str) -> str:
@@ -232,11 +213,7 @@ def holds_fused_path(state: Mapping[str, Tensor]) -> bool:
 
 
 def load_generator_checkpoint(
-    model: RefWanTransformer3DModel,
-    path: str | Path,
-    *,
-    use_ema: bool = False,
-    state: dict[str, Tensor] | None = None,
+    model: RefWanTransformer3DModel, path: str | Path, *, use_ema: bool = False, state: dict[str, Tensor] | None = None
 ) -> dict[str, list[str]]:
     """Load base weights (and reference weights where the file has them) into the model, strictly.
 
@@ -255,9 +232,7 @@ def load_generator_checkpoint(
 
 
 def cast_base(model: nn.Module, dtype: torch.dtype) -> None:
-    """Put the frozen base into `dtype`; time embedder, modulation tables and block norms stay float32, as in the
-    library.
-    """
+    """Put the frozen base into `dtype`; time embedder, modulation tables and block norms stay float32."""
     for name, parameter in model.named_parameters():
         if (
             not is_reference_name(name)

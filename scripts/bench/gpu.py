@@ -13,7 +13,6 @@ from torch import nn
 
 from scripts.bench.bench import Bench, Row, alternate
 from scripts.bench.kernels import breakdown, clock_of
-from shared.config import TrainingSection
 from shared.engine.dist import DistInfo
 from shared.engine.parallel import make_strategy
 from shared.optim import decay_groups
@@ -32,9 +31,7 @@ def matrix_peak(device: torch.device, side: int = 8192, rounds: int = 10) -> flo
 
 def make_step(workload: Workload, config: Any, device: torch.device, compiled: bool) -> Callable[[], None]:
     """One optimizer step of the workload on the device, as the training loop runs it, on made-up inputs."""
-    names = ("adam_beta1", "adam_beta2", "adam_epsilon")  # null in multimodal, whose stages each have their own
-    usual = {name: getattr(TrainingSection(), name) for name in names if getattr(config.training, name) is None}
-    training = config.training.model_copy(update={"compile": compiled, **usual})
+    training = config.training.model_copy(update={"compile": compiled})
     info = DistInfo(device=device)
     with torch.device(device):
         model = workload.build(config)
@@ -42,7 +39,7 @@ def make_step(workload: Workload, config: Any, device: torch.device, compiled: b
         if value.is_floating_point():  # zero weights would make a step of zeros
             torch.nn.init.trunc_normal_(value.data, std=0.02) if value.ndim > 1 else None
     strategy = make_strategy("none", info, "bf16" if device.type == "cuda" else "fp32", training)
-    strategy.prepare(model.train(), decay_groups(model, training.weight_decay or 0.0), workload.blocks)
+    strategy.prepare(model.train(), decay_groups(model, training.weight_decay), workload.blocks)
     loss_of = workload.step(config)
 
     def step() -> None:

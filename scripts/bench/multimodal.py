@@ -34,7 +34,7 @@ from multimodal.model import MultimodalModel, Widths
 from multimodal.modules.contrastive import contrastive_loss
 from multimodal.objective import AlignModel
 from multimodal.plan import workload
-from multimodal.trainer import make_network
+from multimodal.trainer import adamw_of, make_network
 from shared.engine.dist import DistInfo
 
 WIDTH, IMAGE_DEPTH, TEXT_DEPTH, TOKENS, EMBED = 192, 12, 4, 64, 512
@@ -42,8 +42,10 @@ SHORT = 16  # tokens of a usual batch of captions after padding
 
 
 def settings(*words: str) -> Config:
-    """A preset with changes."""
-    return load_config(Config, presets=PRESETS, argv=["--config", *words])
+    """A preset with changes, and with AdamW's settings of its last stage, which the presets leave to each stage."""
+    config = load_config(Config, presets=PRESETS, argv=["--config", *words])
+    last = max(stage_epochs(config.training))
+    return config.model_copy(update={"training": config.training.model_copy(update=adamw_of(config.training, last))})
 
 
 def our_model(width: int = WIDTH, depth: int = IMAGE_DEPTH) -> AlignModel:

@@ -4,6 +4,11 @@ A checkpoint is a folder: model.safetensors (trainable weights and buffers), ema
 trainer.json, config.yaml, and manifest.json (sizes and SHA-256 of all files), written last. Saving is atomic: a
 temporary folder next to its place is renamed into it, so what is visible is complete; what was damaged later is
 detected by its hashes.
+
+Large ones hold shards/00001-of-00004.safetensors and so on in place of the three: each rank's rows of all tensors,
+named model.NAME, ema.NAME, optimizer.NAME.exp_avg. That is the sharded layout of torch.distributed.checkpoint, whose
+HuggingFaceStorageReader loads it. Its writer is not used: it holds each file a second time in memory and hashes
+nothing, and its other format needs pickle.
 """
 
 import contextlib
@@ -28,11 +33,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from shared.config import read_yaml
-from shared.engine.dist import DistInfo, from_main, raise_together
+from shared.engine.dist import DistInfo, from_main, gather_objects, new_gloo_group, raise_together
 from shared.errors import CheckpointError, UserError, remove_parts, sync_file, write_text
 
 FORMAT = 1
 TENSOR_FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
+SHARDS = "shards"  # the folder of the ranks' own files
+Spec = tuple[str, tuple, torch.dtype] | tuple[str, tuple, torch.dtype, int]  # name, shape, dtype, in a shard: first row
 OLD = ".tmp-old-"  # a checkpoint that is being replaced: its name and the process follow
 
 
@@ -47,6 +54,7 @@ class CheckpointStore:
         self.identity = new_identity()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
+        self._group: Any = None  # on which the writing threads of all ranks agree
         self._copied: dict[str, list[Tensor]] = {}  # kept from save to save: fresh memory costs more than the copying
         self._verified: dict[Path, tuple] = {}  # checkpoints written or hashed by this process, as they were then
 
@@ -61,24 +69,30 @@ class CheckpointStore:
         extra: Callable[[Path], None] | None = None,
         best: str | None = None,
         background: bool = False,
+        sharded: bool = False,
     ) -> Path:
         """Write one checkpoint; all ranks call it. Any rank's error is raised on all, and nothing half-written stays.
 
         tensors: file name -> (specs [(name, shape, dtype)], values in that order); drawing a value may be a collective.
-        extra(folder): rank 0 writes further files. best: the best checkpoint so far, which is kept.
-        background: copy the values now (into memory that rank 0 keeps for all of them) and write in a thread; an error
-        comes up in the next save() or wait(). A checkpoint of that name and step that this trajectory wrote stays.
+        sharded: every rank writes its own `tensors`; else rank 0 alone. extra(folder): rank 0 writes further files.
+        best: the best checkpoint so far, which is kept. background: copy the values now (into memory that a writing
+        rank keeps for all of them) and write in a thread; an error comes up in the next save() or wait(). A checkpoint
+        of that name and step that this trajectory wrote stays.
         """
         self.wait()
         final = self.root / name
         if from_main(self.info.is_main and self._is_own(final, step)):
             return final
         drawn = {file: (specs, iter(values)) for file, (specs, values) in tensors.items()}
-        error: Exception | None = None
+        writes, error = sharded or self.info.is_main, None
         if background:
-            drawn = {file: (specs, iter(self._copies(file, values))) for file, (specs, values) in drawn.items()}
-        if self.info.is_main:
-            job = functools.partial(self._write, final, step, trainer, drawn, meta, extra, best)
+            drawn = {file: (specs, iter(self._copies(file, values, writes))) for file, (specs, values) in drawn.items()}
+        elif sharded:  # all collectives before the first write: a rank whose disk is full leaves none waiting
+            drawn = {file: (specs, iter(list(values))) for file, (specs, values) in drawn.items()}
+        if sharded and self._group is None:
+            self._group = new_gloo_group()
+        if writes:
+            job = functools.partial(self._write, final, step, trainer, drawn, meta, extra, best, sharded)
             if background:
                 self._pending = self._writer.submit(attempt, job)
                 return final
@@ -109,9 +123,11 @@ class CheckpointStore:
         self._pending = None
         raise_together(error)
 
-    def _copies(self, file: str, values: Iterator[Tensor]) -> list[Tensor]:
-        """Rank 0's own copies of the values, safe from the next optimizer step."""
-        if not self.info.is_main:
+    def _copies(self, file: str, values: Iterator[Tensor], keep: bool) -> list[Tensor]:
+        """This rank's own copies of the values, safe from the next optimizer step; pinned, so that a GPU copies into
+        them at its own pace.
+        """
+        if not keep:
             for _ in values:
                 pass
             return []
@@ -119,12 +135,14 @@ class CheckpointStore:
         for value in values:
             place = next(before, None)
             if place is None or (place.shape, place.dtype) != (value.shape, value.dtype):
-                place = torch.empty_like(value, device="cpu")
-            copies.append(place.copy_(value.detach()))
+                place = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            copies.append(place.copy_(value.detach(), non_blocking=True))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self._copied[file] = copies
         return copies
 
-    # --- writing, on rank 0 -------------------------------------------------------------------------------------------
+    # --- writing ------------------------------------------------------------------------------------------------------
 
     def _is_own(self, final: Path, step: int) -> bool:
         try:
@@ -134,11 +152,32 @@ class CheckpointStore:
         return manifest["step"] == step and manifest.get("run") == self.identity and self.is_whole(final)
 
     def _write(
-        self, final: Path, step: int, trainer: dict, drawn: dict, meta: dict, extra: Callable | None, best: str | None
+        self,
+        final: Path,
+        step: int,
+        trainer: dict,
+        drawn: dict,
+        meta: dict,
+        extra: Callable | None,
+        best: str | None,
+        sharded: bool,
     ) -> None:
-        """Everything from the temporary folder to the removal of older checkpoints."""
-        with self._temporary(final) as temporary:
-            files = {file: write_safetensors(temporary / file, *parts) for file, parts in drawn.items()}
+        """Everything from the temporary folder to the removal of older checkpoints; of a sharded one, on every rank."""
+        with self._shared_temporary(final) if sharded else self._temporary(final) as temporary:
+            files: dict[str, dict] = {}
+
+            def write() -> None:
+                for file, parts in drawn.items():
+                    files[file] = write_safetensors(temporary / file, *parts)
+
+            if sharded:
+                raise_together(attempt(write), self._group)
+                for others in gather_objects(files, self._group):
+                    files |= others
+                if not self.info.is_main:
+                    return
+            else:
+                write()
             self._write_rest(temporary, trainer, meta, step, extra, files)
             self._commit(temporary, final)
         self.point(final.name, best)
@@ -148,7 +187,7 @@ class CheckpointStore:
         manifest = read_manifest(final)
         files = {name: entry for name, entry in manifest["files"].items() if name != "trainer.json"}
         if extra is not None:
-            files = {name: entry for name, entry in files.items() if name in TENSOR_FILES}
+            files = {name: entry for name, entry in files.items() if name in TENSOR_FILES or _is_shard(name)}
         meta = {name: value for name, value in manifest.items() if name not in ("format", "step", "files", "sha256")}
         with self._temporary(final) as temporary:
             for name in files:
@@ -169,6 +208,24 @@ class CheckpointStore:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
+    @contextlib.contextmanager
+    def _shared_temporary(self, final: Path) -> Iterator[Path]:
+        """The same folder on all ranks, made and removed by rank 0."""
+        with contextlib.ExitStack() as stack:
+            made: list[Path] = []
+            error = (
+                attempt(lambda: made.append(stack.enter_context(self._temporary(final)))) if self.info.is_main else None
+            )
+            raise_together(error, self._group)
+            temporary = next(path for path in gather_objects(made, self._group) if path)[0]
+            if not temporary.is_dir():
+                error = CheckpointError(
+                    f"{self.root} is another folder on rank {self.info.rank} than on rank 0; a checkpoint in shards "
+                    "needs an --output-dir that all nodes share"
+                )
+            raise_together(error, self._group)
+            yield temporary
+
     def recover(self) -> None:
         """Finish or undo what a killed run of this folder was doing: called when no other writes in it."""
         for left in sorted(self.root.glob(".tmp-*")):
@@ -185,12 +242,7 @@ class CheckpointStore:
         write_text(folder / "trainer.json", json.dumps(trainer, indent=1), sync=True)
         if extra is not None:
             extra(folder)
-        for path in sorted(folder.rglob("*")):
-            if path.is_file() and str(path.relative_to(folder)) not in files:
-                files[str(path.relative_to(folder))] = _describe(path)
-        manifest = {"format": FORMAT, "step": step, **meta, "run": self.identity, "files": files}
-        manifest["sha256"] = _digest(manifest)
-        write_text(folder / "manifest.json", json.dumps(manifest, indent=1), sync=True)
+        write_manifest(folder, {"format": FORMAT, "step": step, **meta, "run": self.identity}, files)
 
     def _commit(self, temporary: Path, final: Path) -> None:
         old = self.root / f"{OLD}{final.name}-{os.getpid()}"
@@ -275,6 +327,25 @@ class CheckpointStore:
             return True
         return False
 
+    def hash_together(self) -> None:
+        """Hash the newest checkpoint, every rank a part of its files, so that rank 0 need not do it alone while the
+        others wait. What differs, or lies where not all ranks see it, is left to look().
+        """
+        listed = self.listed() if self.info.is_main else []
+        newest = from_main(listed[0][1] if listed and self.info.world > 1 else None)
+        if newest is None:
+            return
+        found: dict[str, dict] = {}
+        with contextlib.suppress(OSError, CheckpointError):
+            files = sorted(read_manifest(newest)["files"].items(), key=lambda item: -item[1]["bytes"])
+            for name, _ in files[self.info.rank :: self.info.world]:
+                found[name] = _describe(newest / name)
+        every = {name: entry for part in gather_objects(found) for name, entry in part.items()}
+        if self.info.is_main:
+            with contextlib.suppress(OSError, CheckpointError):
+                verify(newest, every)
+                self._verified[newest] = _signature(newest)
+
     def newest_valid(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint whose files all have the right hash, and sentences on the others; rank 0 decides."""
         return from_main(self.look() if self.info.is_main else None)
@@ -294,6 +365,10 @@ class CheckpointStore:
             except CheckpointError as error:
                 passed_over.append(str(error))
         return None, passed_over
+
+
+def _is_shard(name: str) -> bool:
+    return name.startswith(f"{SHARDS}/")
 
 
 def new_identity(parent: str | None = None, settings: str | None = None) -> dict[str, str | None]:
@@ -320,8 +395,21 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
-def verify(path: Path) -> dict:
-    """The manifest of a checkpoint whose files agree with it in size and hash; CheckpointError names what differs."""
+def write_manifest(folder: Path, manifest: dict, files: dict[str, dict]) -> None:
+    """Complete a folder's checkpoint. files: those already described; what else lies there is hashed now."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and str(path.relative_to(folder)) not in files:
+            files[str(path.relative_to(folder))] = _describe(path)
+    manifest = {**manifest, "files": files}
+    manifest["sha256"] = _digest(manifest)
+    write_text(folder / "manifest.json", json.dumps(manifest, indent=1), sync=True)
+
+
+def verify(path: Path, described: dict[str, dict] | None = None) -> dict:
+    """The manifest of a checkpoint whose files agree with it in size and hash; CheckpointError names what differs.
+
+    described: what was found of files that need not be read again.
+    """
     manifest = read_manifest(path)
     claimed = manifest.pop("sha256")
     if _digest(manifest) != claimed:
@@ -336,7 +424,7 @@ def verify(path: Path) -> dict:
             raise CheckpointError(
                 f"{path}: {name} has {found} bytes, {expected['bytes']} were written; use another checkpoint"
             )
-        if _describe(path / name)["sha256"] != expected["sha256"]:
+        if ((described or {}).get(name) or _describe(path / name))["sha256"] != expected["sha256"]:
             raise CheckpointError(f"{path}: {name} is damaged (its SHA-256 differs); use another checkpoint")
     return manifest
 
@@ -431,10 +519,14 @@ def load_weights(path: Path | str, *, prefer_ema: bool = True) -> dict[str, Tens
     if path.is_file():
         return _load_file(path)
     folder = find_checkpoint(path)
-    weights = load_file(folder / "model.safetensors")
-    if prefer_ema and (folder / "ema.safetensors").exists():
-        weights.update(load_file(folder / "ema.safetensors"))
-    return weights
+    weights = load_tensors(folder, "model")
+    return weights | load_tensors(folder, "ema") if prefer_ema else weights
+
+
+def load_tensors(folder: Path, kind: str) -> dict[str, Tensor]:
+    """All of a checkpoint's tensors of one kind, model, ema or optimizer, by name; empty where it has none."""
+    stored = StoredTensors(folder, kind)
+    return {name: stored[name][...] for name in stored.names}
 
 
 def _load_file(path: Path) -> dict[str, Tensor]:
@@ -563,16 +655,21 @@ _NAMES = {
 }
 
 
-def write_safetensors(path: Path, specs: list[tuple[str, tuple, torch.dtype]], values: Iterator[Tensor]) -> dict:
+def write_safetensors(path: Path, specs: list[Spec], values: Iterator[Tensor]) -> dict:
     """Write tensors one at a time (only one in memory), hashing on the way. Returns {"bytes", "sha256"}."""
     header, offset = {}, 0
-    for name, shape, dtype in specs:
+    first_rows: dict[str, dict] = {}
+    for name, shape, dtype, *first in specs:
         size = torch.Size(shape).numel() * dtype.itemsize
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
-    text = json.dumps({**header, "__metadata__": {"format": "pt"}}).encode()
+        if first:  # as torch.distributed.checkpoint notes where in the whole tensor a shard lies
+            first_rows[name] = {"saved_offsets": [first[0], *[0] * (len(shape) - 1)] if shape else []}
+    notes = {"DCP_SHARDING_INFO": json.dumps(first_rows), "DCP_VERSION": "1.0"} if first_rows else {}
+    text = json.dumps({**header, "__metadata__": {"format": "pt", **notes}}).encode()
     text += b" " * (-len(text) % 8)
     digest, written = hashlib.sha256(), 0
+    path.parent.mkdir(exist_ok=True)
     with open(path, "wb") as file:
         for block in _blocks(struct.pack("<Q", len(text)) + text, specs, values):
             file.write(block)
@@ -582,23 +679,66 @@ def write_safetensors(path: Path, specs: list[tuple[str, tuple, torch.dtype]], v
     return {"bytes": written, "sha256": digest.hexdigest()}
 
 
-def _blocks(start: bytes, specs: list, values: Iterator[Tensor]) -> Iterator[Any]:
+def _blocks(start: bytes, specs: list[Spec], values: Iterator[Tensor]) -> Iterator[Any]:
     yield start
-    for (name, shape, dtype), value in zip(specs, values, strict=True):
+    for (name, shape, dtype, *_), value in zip(specs, values, strict=True):
         assert tuple(value.shape) == tuple(shape), f"{name}: {tuple(value.shape)} is not {tuple(shape)}"
         flat = value.detach().to("cpu", dtype).contiguous().flatten()
         yield flat.view(torch.uint8).numpy().data if flat.numel() else b""
 
 
-class TensorFile:
-    """Tensors of a safetensors file by name, read when asked for."""
+class Stored:
+    """A tensor in files, read when it is sliced: [...] is all of it, [a:b] these rows alone."""
 
-    def __init__(self, path: Path):
-        try:
-            self.file = safetensors.safe_open(str(path), "pt")
-        except (OSError, safetensors.SafetensorError) as error:
-            raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
-        self.names = set(self.file.keys())
+    def __init__(self, parts: list[tuple[int, Any]]):
+        self.parts = sorted(parts, key=lambda part: part[0])  # (first row, slice of an open file)
+        shape = self.parts[0][1].get_shape()
+        self.ends = [first + (part.get_shape() or [1])[0] for first, part in self.parts]
+        self.shape = torch.Size([self.ends[-1], *shape[1:]] if shape else [])
+        self.dtype = next(dtype for dtype, name in _NAMES.items() if name == self.parts[0][1].get_dtype())
+        self.whole = [first for first, _ in self.parts] == [0, *self.ends[:-1]]  # no row is missing or doubled
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self.file.get_tensor(name)
+    def __getitem__(self, rows: Any) -> Tensor:
+        if len(self.parts) == 1 and self.parts[0][0] == 0:
+            return self.parts[0][1][rows]
+        start, stop, _ = slice(None).indices(self.ends[-1]) if rows is ... else rows.indices(self.ends[-1])
+        found = [
+            part[max(start, first) - first : min(stop, end) - first]
+            for (first, part), end in zip(self.parts, self.ends, strict=True)
+            if first < stop and end > start
+        ]
+        return torch.cat(found) if found else self.parts[0][1][0:0]
+
+
+class StoredTensors:
+    """The tensors of safetensors files by name. Of a checkpoint's folder those of one kind (model, ema, optimizer), in
+    one file or in shards; none where it has no such file.
+    """
+
+    def __init__(self, *paths: Path | str):
+        place, kind = Path(paths[0]), ""
+        files = [Path(path) for path in paths]
+        if place.is_dir():
+            kind = f"{paths[1]}."
+            files = sorted((place / SHARDS).glob("*.safetensors"))
+            if not files:
+                files, kind = [path for path in [place / f"{paths[1]}.safetensors"] if path.is_file()], ""
+        parts: dict[str, list] = {}
+        for path in files:
+            try:
+                file = safetensors.safe_open(str(path), "pt")
+                notes = json.loads((file.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
+                for name in file.keys():
+                    if name.startswith(kind):
+                        first = (notes.get(name, {}).get("saved_offsets") or [0])[0]
+                        parts.setdefault(name.removeprefix(kind), []).append((first, file.get_slice(name)))
+            except (OSError, ValueError, safetensors.SafetensorError) as error:
+                raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
+        self.tensors = {name: Stored(found) for name, found in parts.items()}
+        self.names = set(self.tensors)
+        for name, tensor in self.tensors.items():
+            if not tensor.whole:
+                raise CheckpointError(f"{place}: rows of {name} are missing or doubled in its shards; copy them again")
+
+    def __getitem__(self, name: str) -> Stored:
+        return self.tensors[name]

@@ -111,12 +111,17 @@ def barrier() -> None:
         gather_objects(None)  # objects travel over gloo on any device
 
 
-def gather_objects(value: Any) -> list[Any]:
+def new_gloo_group() -> Any:
+    """A group of all ranks for another thread than the main one; None where there are no others."""
+    return torch_dist.new_group(backend="gloo") if is_distributed() else None
+
+
+def gather_objects(value: Any, group: Any = None) -> list[Any]:
     """The value of every rank, in rank order, on every rank. Small picklable things only."""
     if not is_distributed():
         return [value]
     values: list[Any] = [None] * torch_dist.get_world_size()
-    torch_dist.all_gather_object(values, value)
+    torch_dist.all_gather_object(values, value, group)
     return values
 
 
@@ -179,9 +184,9 @@ def same_settings_on_all_ranks(facts: dict[str, Any]) -> None:
             )
 
 
-def raise_together(error: Exception | None) -> None:
+def raise_together(error: Exception | None, group: Any = None) -> None:
     """Raise on every rank when any rank met an error, so that none waits for the others."""
-    texts = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+    texts = gather_objects(None if error is None else f"{type(error).__name__}: {error}", group)
     failed = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None]
     if not failed:
         return

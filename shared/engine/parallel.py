@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from shared.config import TrainingSection
@@ -94,18 +95,18 @@ class FSDP(Strategy):
         )
         return whole.full_tensor().float().cpu()
 
-    def split_full(self, name: str, full: Tensor) -> Tensor:
-        part = self._own_part(self._sharded(name), full)
-        assert isinstance(part, DTensor)
-        return part.to_local()
-
     def _gather(self, value: Tensor) -> Tensor:
         return value.full_tensor() if isinstance(value, DTensor) else value
 
-    def _own_part(self, parameter: Tensor, value: Tensor) -> Tensor:
-        assert isinstance(parameter, DTensor)
-        value = value.to(parameter.device, torch.float32)
-        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    def local_rows(self, name: str, local: Tensor) -> Tensor:
+        return local
+
+    def _local(self, value: Tensor) -> Tensor:
+        return value.to_local() if isinstance(value, DTensor) else value
+
+    def _held(self, name: str, value: Any) -> Tensor:
+        start, stop = self.rows(name)
+        return value[start:stop]
 
 
 def check_strategy(name: str | None, world: int, cpu_offload: bool) -> str:

@@ -3,7 +3,9 @@
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +22,14 @@ from shared.config import (
     is_place,
     read_yaml,
     save_config,
+    writes_shards,
 )
 from shared.data import Stream
 from shared.engine.checkpoint import (
+    SHARDS,
     CheckpointStore,
-    TensorFile,
+    Spec,
+    StoredTensors,
     attempt,
     find_checkpoint,
     load_weights,
@@ -37,27 +42,46 @@ from shared.engine.strategy import EMA, MOMENTS, Strategy
 from shared.errors import CheckpointError, UserError
 
 
-def tensors_to_save(strategy: Strategy, ema: EMA | None) -> dict[str, tuple[list, Iterable[Tensor]]]:
-    """File name -> (specs, values) for CheckpointStore.save; the values are gathered one by one when drawn."""
-    names = list(strategy.parameters)
+def tensors_to_save(
+    strategy: Strategy, ema: EMA | None, sharded: bool = False
+) -> dict[str, tuple[list[Spec], Iterable[Tensor]]]:
+    """File name -> (specs, values) for CheckpointStore.save: whole tensors, gathered one by one when drawn; or this
+    rank's rows of all of them, in its own file. Buffers are rank 0's.
+    """
+    names, steps, info = list(strategy.parameters), strategy.steps_taken(), strategy.info
     buffers = persistent_buffers(strategy.module)
-    weight_specs = [(name, strategy.shape(name), torch.float32) for name in names]
-    model_specs = weight_specs + [(name, tuple(value.shape), value.dtype) for name, value in buffers.items()]
-    steps = strategy.steps_taken()
-    moments = [(name, kind) for name in names if name in steps for kind in MOMENTS]
-
-    def model_values():
-        yield from (strategy.full("weight", name) for name in names)
-        yield from (value.detach().cpu() for value in buffers.values())
-
-    files: dict = {"model.safetensors": (model_specs, model_values())}
+    kept = {"model": [(name, "weight", name) for name in names]}  # file -> name in it, kind, parameter
     if ema is not None:
-        files["ema.safetensors"] = (weight_specs, (ema.full(name) for name in names))
-    files["optimizer.safetensors"] = (
-        [(f"{name}.{kind}", strategy.shape(name), torch.float32) for name, kind in moments],
-        (strategy.full(kind, name) for name, kind in moments),
-    )
-    return files
+        kept["ema"] = [(name, "average", name) for name in names]
+    kept["optimizer"] = [(f"{name}.{kind}", kind, name) for name in names if name in steps for kind in MOMENTS]
+
+    def whole(kind: str, name: str) -> Tensor:
+        return ema.full(name) if ema is not None and kind == "average" else strategy.full(kind, name)
+
+    def rows(kind: str, name: str) -> Tensor:
+        return ema.part(name) if ema is not None and kind == "average" else strategy.part(kind, name)
+
+    if not sharded:
+        files: dict = {}
+        for file, entries in kept.items():
+            specs = [(key, strategy.shape(name), torch.float32) for key, _, name in entries]
+            files[f"{file}.safetensors"] = (specs, (whole(kind, name) for _, kind, name in entries))
+        specs, values = files["model.safetensors"]
+        specs += [(name, tuple(value.shape), value.dtype) for name, value in buffers.items()]
+        files["model.safetensors"] = (specs, itertools.chain(values, (buffer.detach() for buffer in buffers.values())))
+        return files
+    own: list[Spec] = []
+    for file, entries in kept.items():
+        for key, _, name in entries:
+            shape, (start, stop) = strategy.shape(name), strategy.rows(name)
+            if start < stop:
+                own.append((f"{file}.{key}", (stop - start, *shape[1:]) if shape else shape, torch.float32, start))
+    drawn = (rows(kind, name) for _, kind, name in itertools.chain(*kept.values()))  # ZeRO: on all ranks, empty or not
+    values = (value for value in drawn if value.numel())
+    if info.is_main:
+        own += [(f"model.{name}", tuple(value.shape), value.dtype, 0) for name, value in buffers.items()]
+        values = itertools.chain(values, (buffer.detach() for buffer in buffers.values()))
+    return {f"{SHARDS}/{info.rank + 1:05d}-of-{info.world:05d}.safetensors": (own, values)}
 
 
 def trainer_state(strategy: Strategy, ema: EMA | None) -> dict:
@@ -76,7 +100,7 @@ def trainer_state(strategy: Strategy, ema: EMA | None) -> dict:
 
 def restore(folder: Path, trainer: dict, strategy: Strategy, ema: EMA | None, say: Callable[[str], None]) -> None:
     """Put a checkpoint's tensors into the strategy and the EMA; CheckpointError when the names or shapes do not fit."""
-    model, names = TensorFile(folder / "model.safetensors"), list(strategy.parameters)
+    model, names = StoredTensors(folder, "model"), list(strategy.parameters)
     buffers = persistent_buffers(strategy.module)
     _check_names(folder, model.names, {*names, *buffers})
     for name in names:
@@ -89,9 +113,9 @@ def restore(folder: Path, trainer: dict, strategy: Strategy, ema: EMA | None, sa
         )
     with torch.no_grad():
         for name, buffer in buffers.items():
-            buffer.copy_(model[name])
+            buffer.copy_(model[name][...])
     strategy.load_steps_taken(trainer["optimizer_steps"])
-    optimizer = TensorFile(folder / "optimizer.safetensors")
+    optimizer = StoredTensors(folder, "optimizer")
     for name in names:
         for kind in MOMENTS:
             if f"{name}.{kind}" in optimizer.names:
@@ -100,8 +124,8 @@ def restore(folder: Path, trainer: dict, strategy: Strategy, ema: EMA | None, sa
     strategy.scale.good_steps = trainer["loss_scale"]["good_steps"]
     if ema is None:
         return
-    if (folder / "ema.safetensors").exists():
-        averaged = TensorFile(folder / "ema.safetensors")
+    averaged = StoredTensors(folder, "ema")
+    if averaged.names:
         for name in names:
             ema.load_full(name, averaged[name])
         ema.updates = trainer["ema_updates"]
@@ -134,7 +158,7 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("torch", "safetensors", "numpy")}
 
 
-def _load(shape: tuple, value: Tensor, name: str, folder: Path, put: Callable[[Tensor], None]) -> None:
+def _load(shape: tuple, value: Any, name: str, folder: Path, put: Callable[[Any], None]) -> None:
     if tuple(value.shape) != shape:
         raise CheckpointError(
             f"{folder}: {name} is {tuple(value.shape)}, this model has {shape}; "
@@ -185,6 +209,7 @@ def resume(
 
     UserError for a checkpoint that does not fit, and where there are checkpoints of which none can be read.
     """
+    store.hash_together()
     chosen = from_main(_attempt_choice(config, store) if store.info.is_main else None)
     if isinstance(chosen, Exception):
         raise chosen
@@ -378,15 +403,18 @@ def save_run(
         "code_sha256": code_digest(config),
         **({"keep": True} if keep else {}),
     }
+    trainable = sum(math.prod(strategy.shape(name)) for name in strategy.parameters)
+    sharded = writes_shards(config.training, trainable, strategy.info.world)
     return store.save(
         name,
         step=state.step,
         trainer=_trainer(config, state, strategy, ema),
-        tensors=tensors_to_save(strategy, ema),
+        tensors=tensors_to_save(strategy, ema, sharded),
         meta=meta,
         extra=_exporter(config, strategy, ema, export),
         best=state.best_name,
         background=config.training.save_in_background,
+        sharded=sharded,
     )
 
 
@@ -414,8 +442,8 @@ def _exporter(config: Any, strategy: Strategy, ema: EMA | None, export: Callable
     """What rank 0 writes besides the tensors. A guide's own files want all weights at once: all ranks gather them."""
     weights = averaged = None
     if export is not None:
-        weights = {key: strategy.full("weight", key).clone() for key in strategy.parameters}
-        averaged = None if ema is None else {key: ema.full(key).clone() for key in strategy.parameters}
+        weights = _gathered(strategy, functools.partial(strategy.full, "weight"))
+        averaged = None if ema is None else _gathered(strategy, ema.full)
 
     def extra(folder: Path) -> None:
         save_config(config, folder / "config.yaml")
@@ -423,3 +451,13 @@ def _exporter(config: Any, strategy: Strategy, ema: EMA | None, export: Callable
             export(folder, weights, averaged)
 
     return extra
+
+
+def _gathered(strategy: Strategy, full: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """Every whole tensor, kept by rank 0 alone."""
+    found = {}
+    for name in strategy.parameters:
+        value = full(name)
+        if strategy.info.is_main:
+            found[name] = value.clone()
+    return found

@@ -9,6 +9,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as torch_dist
@@ -159,16 +160,16 @@ class Strategy:
         value = self.parameters[name] if kind == "weight" else self.optimizer.state[self.parameters[name]][kind]
         return self._gather(value.detach()).float().cpu()
 
-    def load_full(self, kind: str, name: str, value: Tensor) -> None:
-        """Put a whole tensor into place; every rank passes the same one."""
+    def load_full(self, kind: str, name: str, value: Any) -> None:
+        """Put a whole tensor into place; every rank passes the same one, as a tensor or as a file's (Stored), of which
+        only the rows are read that this rank holds.
+        """
         parameter = self.parameters[name]
-        part = self._own_part(parameter, value)
         if kind == "weight":
-            with torch.no_grad():
-                parameter.copy_(part)
-        else:
-            # laid out in memory as the parameter is: the fused optimizer walks both side by side
-            self.optimizer.state[parameter][kind] = torch.empty_like(parameter).detach().copy_(part)
+            place = parameter.detach()
+        else:  # laid out in memory as the parameter is: the fused optimizer walks both side by side
+            place = self.optimizer.state[parameter][kind] = torch.empty_like(parameter).detach()
+        self._local(place).copy_(self._held(name, value))
 
     def steps_taken(self) -> dict[str, int]:
         """The optimizer's own step count of each parameter."""
@@ -190,9 +191,27 @@ class Strategy:
         """The whole CPU tensor of a value laid out as local_value (an EMA)."""
         return local.float().cpu()
 
-    def split_full(self, name: str, full: Tensor) -> Tensor:
-        """This rank's part, laid out as local_value, of a whole tensor."""
-        return full.to(self.info.device)
+    def split_full(self, name: str, full: Any) -> Tensor:
+        """This rank's part, laid out as local_value, of a whole tensor (or a file's)."""
+        return self._held(name, full).to(self.info.device, torch.float32)
+
+    def rows(self, name: str) -> tuple[int, int]:
+        """The rows of a parameter, from and up to, that this rank writes into a checkpoint in shards. (A scalar has
+        one.)
+        """
+        return rows_of(self.shape(name), self.info.rank, self.info.world)
+
+    def part(self, kind: str, name: str) -> Tensor:
+        """These rows of a weight or a moment; a collective under ZeRO, which does not hold rows."""
+        value = self.parameters[name] if kind == "weight" else self.optimizer.state[self.parameters[name]][kind]
+        return self.local_rows(name, self._local(value.detach()))
+
+    def local_rows(self, name: str, local: Tensor) -> Tensor:
+        """These rows of a value laid out as local_value."""
+        start, stop = self.rows(name)
+        if local.ndim:
+            return local[start:stop]
+        return local if start < stop else local.new_empty(0)
 
     @contextlib.contextmanager
     def swapped(self, values: dict[str, Tensor]) -> Iterator[None]:
@@ -213,8 +232,18 @@ class Strategy:
     def _gather(self, value: Tensor) -> Tensor:
         return value
 
-    def _own_part(self, parameter: Tensor, value: Tensor) -> Tensor:
-        return value.to(parameter.device, torch.float32)
+    def _local(self, value: Tensor) -> Tensor:
+        return value
+
+    def _held(self, name: str, value: Any) -> Tensor:
+        return value[...]
+
+
+def rows_of(shape: tuple[int, ...], place: int, places: int) -> tuple[int, int]:
+    """The rows, from and up to, of the place-th of so many parts, as torch.chunk cuts them; a scalar is one row."""
+    height = shape[0] if shape else 1
+    size = -(-height // places)
+    return min(place * size, height), min((place + 1) * size, height)
 
 
 def choose_precision(precision: str | None, device: torch.device) -> str:
@@ -305,6 +334,10 @@ class EMA:
         """The whole averaged tensor on the CPU; a collective."""
         return self.strategy.gather_local(name, self.values[name])
 
-    def load_full(self, name: str, value: Tensor) -> None:
-        """Put a whole tensor into place; every rank passes the same one."""
+    def part(self, name: str) -> Tensor:
+        """The averaged rows that this rank writes into a checkpoint in shards."""
+        return self.strategy.local_rows(name, self.values[name])
+
+    def load_full(self, name: str, value: Any) -> None:
+        """Put a whole tensor, or a file's, into place; every rank passes the same one."""
         self.values[name].copy_(self.strategy.split_full(name, value))

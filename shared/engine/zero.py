@@ -4,6 +4,7 @@ The private names used here (the flat fp32 partitions and the lazy initialisatio
 """
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -123,13 +124,18 @@ class Zero(Strategy):
             value = safe_get_full_optimizer_state(parameter, kind)
         return value.float().cpu().reshape(self.shape(name))
 
-    def load_full(self, kind: str, name: str, value: Tensor) -> None:
-        import deepspeed
+    def part(self, kind: str, name: str) -> Tensor:
+        return Strategy.local_rows(self, name, self.full(kind, name)).clone()
+
+    def local_rows(self, name: str, local: Tensor) -> Tensor:
+        return super().local_rows(name, self.gather_local(name, local) if self.stage == 3 else local).clone()
+
+    def load_full(self, kind: str, name: str, value: Any) -> None:
         from deepspeed import utils
 
         parameter = self.parameters[name]
-        value = value.to(self.info.device, torch.float32)
         if self.stage < 3:
+            value = value[...].to(self.info.device, torch.float32)
             if kind == "weight":
                 utils.safe_set_full_fp32_param(parameter, value)
                 parameter.data.copy_(value)
@@ -139,9 +145,7 @@ class Zero(Strategy):
         part = self.split_full(name, value)
         if kind == "weight":
             utils.safe_set_local_fp32_param(parameter, part)
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                if self.info.is_main:
-                    parameter.data.copy_(value)
+            self.compute_part(name).view(-1).copy_(part)
         else:
             utils.safe_set_local_optimizer_state(parameter, part, kind)
 
@@ -187,14 +191,18 @@ class Zero(Strategy):
         torch_dist.all_gather(parts, local.contiguous())
         return torch.cat(parts)[: parameter.ds_numel].reshape(self.shape(name)).float().cpu()
 
-    def split_full(self, name: str, full: Tensor) -> Tensor:
-        full = full.to(self.info.device, torch.float32)
+    def split_full(self, name: str, full: Any) -> Tensor:
         if self.stage < 3:
-            return full
+            return super().split_full(name, full)
         parameter: Any = self.parameters[name]
-        length = parameter.ds_tensor.numel()
-        padded = functional.pad(full.flatten(), (0, length * self.info.world - full.numel()))
-        return padded[self.info.rank * length : (self.info.rank + 1) * length].clone()
+        shape, length = self.shape(name), parameter.ds_tensor.numel()
+        width = math.prod(shape[1:])  # stage 3 cuts the flattened tensor, within rows: those that the cut goes through
+        first, last = (min(place * length, math.prod(shape)) for place in (self.info.rank, self.info.rank + 1))
+        above = first // width
+        value = (full[above : -(-last // width)] if shape else full[...]).flatten()[first - above * width :][
+            : last - first
+        ]
+        return functional.pad(value.to(self.info.device, torch.float32), (0, length - len(value)))
 
     def compute_part(self, name: str) -> Tensor:
         parameter: Any = self.parameters[name]

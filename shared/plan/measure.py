@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from shared.config import RunSection, TrainingSection, accumulation_steps
+from shared.config import RunSection, TrainingSection, accumulation_steps, checkpoint_bytes, writes_shards
 from shared.errors import UserError
 
 ASSUMED_UTILISATION = 0.40  # share of the matrix peak that a well-fed transformer step reaches; printed with the time
@@ -326,8 +326,9 @@ def make_plan(
     )
     has_ema = training.ema_decay > 0
     plan.memory = _memory(plan, has_ema)
-    plan.checkpoint_bytes = 4 * measured.trainable * (3 + has_ema)
-    plan.startup_bytes, plan.host_bytes = _startup(plan, training.save_in_background)
+    plan.checkpoint_bytes = checkpoint_bytes(training, measured.trainable)
+    writers = world if writes_shards(training, measured.trainable, world) else 1
+    plan.startup_bytes, plan.host_bytes = _startup(plan, training.save_in_background, writers)
     plan.traffic_bytes = _traffic(plan)
     card, share = GPUS[gpu_name], world if strategy in ("fsdp", "zero3") else 1
     peak = 1e12 * ASSUMED_UTILISATION
@@ -389,17 +390,17 @@ def _memory(plan: Plan, has_ema: bool) -> dict[str, int]:
     return {name: math.ceil(value) for name, value in parts.items() if value}
 
 
-def _startup(plan: Plan, save_in_background: bool) -> tuple[int, int]:
+def _startup(plan: Plan, save_in_background: bool, writers: int) -> tuple[int, int]:
     """Bytes of a card while the weights are placed, and of a node's host memory while it starts or saves.
 
     fsdp moves and shards one unit after another, so that a card holds its shards and one whole unit; the other
     strategies move the whole model. Every rank of a node builds the model in host memory first. A background save keeps
-    one copy of the checkpoint on the node of rank 0 until it is on the disk.
+    what it writes in host memory until it is on the disk: all of it on the node of rank 0, or every rank its shards.
     """
     found, local = plan.measured, min(plan.world, plan.gpus_per_node)
     whole = found.trainable_bytes + found.frozen_bytes
     placed = math.ceil(whole / plan.world) + found.block_bytes if plan.strategy == "fsdp" else whole
-    staging = plan.checkpoint_bytes if save_in_background else 0
+    staging = plan.checkpoint_bytes // writers * min(writers, local) if save_in_background else 0
     offloaded = (whole + 12 * found.trainable) // plan.world * local if plan.cpu_offload else 0
     return 0 if plan.cpu_offload else placed, max(whole * local, staging + offloaded)
 

@@ -13,7 +13,7 @@ from bagel.config import PRESETS, Config
 from bagel.data.tokenizer import ByteTokenizer
 from bagel.dataset import layout_of, transforms_of
 from bagel.modules.lora import LoRALinear, adapters, add_adapters, merge_adapters
-from bagel.modules.quantization import QuantizedLinear, error_table, quantize_projections
+from bagel.modules.quantization import QuantizedLinear, quantize_projections, stored_layers
 from bagel.modules.vision import FluxAutoencoder
 from bagel.train import main
 from bagel.weights.pretrained import build_model, export_folder, load_autoencoder, read_config
@@ -64,8 +64,15 @@ def test_one_expert_can_be_adapted_alone(tiny):
 @pytest.mark.parametrize("kind, bound, share", [("nf4", 0.11, 0.5625), ("int8", 0.01, 1.1)])
 def test_quantized_projections(tiny, kind, bound, share):
     model = copy.deepcopy(tiny[1])
-    table = error_table(model, kind)
-    assert len(table) == 2 * 2 * 7 and all(row["relative_error"] < bound for row in table)
+    before = copy.deepcopy(model)
+    quantize_projections(model, kind)
+    table = stored_layers(model)
+    assert len(table) == 2 * 2 * 7
+    for row in table:
+        weight, stored = before.get_submodule(row["layer"]).weight, model.get_submodule(row["layer"])
+        error = stored.weight_as(torch.float32) - weight
+        assert error.norm() < bound * weight.norm()
+        assert row["max_error"] == pytest.approx(error.abs().max().item())
     assert all(row["bytes_stored"] <= row["bytes_bf16"] / 2 * share + 256 for row in table)
     torch.manual_seed(1)
     linear = torch.nn.Linear(100, 30)
@@ -74,7 +81,6 @@ def test_quantized_projections(tiny, kind, bound, share):
     stored(x).sum().backward()
     assert_close(x.grad, stored.weight_as(torch.float32).sum(0).expand(5, 100))
     assert (stored(x) - linear(x)).abs().max() < 0.2
-    quantize_projections(model, kind)
     assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == 28
     assert isinstance(model.language_model.lm_head, torch.nn.Linear)
 

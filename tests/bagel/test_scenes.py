@@ -1,6 +1,7 @@
 """Scenes: what is trained and what never is, a record for each task, the autoencoder's phase, the counted figures."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,10 +13,15 @@ from bagel.data.scenes import SCENES, UNSEEN, SceneFile, World
 from bagel.data.tokenizer import load_tokenizer
 from bagel.dataset import open_dataset
 from bagel.evaluation.scenes import CHANGES, scene_bars
-from bagel.modules.vision import ConvAutoencoder
+from bagel.modules.vision import ConvAutoencoder, build_autoencoder
+from bagel.objective import with_latents
+from bagel.packing import Dropout, make_collate
 from bagel.train import main
+from bagel.weights import autoencoder as phase_one
 from shared.config import load_config
+from shared.engine.dist import DistInfo
 from shared.errors import UserError
+from shared.loop import FitResult
 
 SIZES = """language.hidden_size=32 language.intermediate_size=48 language.num_hidden_layers=1
 language.num_attention_heads=2 language.num_key_value_heads=2 vision.hidden_size=32 vision.intermediate_size=32
@@ -52,17 +58,47 @@ def test_every_task_comes_as_often_as_asked_and_changes_with_the_epoch():
     assert [item.ids for item in first["items"]] == [item.ids for item in again["items"]]
     assert [item.ids for item in first["items"]] != [item.ids for item in later["items"]]
     assert dataset.room(3, 1) == dataset.length(3, 1) and not dataset.errors
+    known = dataset.sample(3, 1)  # what told its length is not made again
+    assert all(
+        one.ids == other.ids and (one.image is None or torch.equal(one.image, other.image))
+        for one, other in zip(known["items"], later["items"], strict=True)
+    )
 
 
-@pytest.mark.parametrize(
-    "task, items", [("draw", "tn"), ("ask", "v" + "tt" * 5), ("edit", "cvtn"), ("talk", "tncvtttn")]
-)
+@pytest.mark.parametrize("task, items", [("draw", "tn"), ("ask", "v(tt){1,4}"), ("edit", "cvtn"), ("talk", "tncvtttn")])
 def test_what_a_task_gives_and_learns(task, items):
     dataset = sets(**{name: float(name == task) for name in ("draw", "ask", "edit", "talk")})[0]
     letters = {"text": "t", "vit_image": "v"}
     for index in range(4):
         plan = dataset.plan(index, 0)
-        assert "".join(letters.get(item.type) or ("n" if item.loss else "c") for item in plan) == items
+        found = "".join(letters.get(item.type) or ("n" if item.loss else "c") for item in plan)
+        assert re.fullmatch(items, found), found
+
+
+def test_no_answer_can_be_copied_from_what_was_said_before():
+    """Else an answer is learned without a look at the picture."""
+    source = sets(draw=0.0, ask=1.0, edit=0.0, talk=0.0)[0].records.sources[0]
+    for place in range(64):
+        said = ""
+        for turn in source.read(place)["conversations"][1:]:
+            if turn["role"] == "assistant":
+                is_choice = turn["content"] in ("small", "large")  # the question names both
+                assert is_choice or turn["content"] not in said, (turn, said)
+            said += f" {turn['content']}"
+
+
+def test_copies_of_a_picture_have_noise_and_time_of_their_own_and_are_encoded_once():
+    config = load_config(Config, presets=PRESETS, argv=["--config", "small"])
+    config.data.scenes = config.data.scenes.model_copy(update={"draw": 1.0, "ask": 0.0, "edit": 0.0, "talk": 0.0})
+    one, three = (open_dataset(config, config.model, load_tokenizer(config.model), "scenes", copies=n) for n in (1, 3))
+    assert three.describe()["targets"]["images"] == one.describe()["targets"]["images"]
+    pack = make_collate(three.layout, Dropout(), 1)([three.sample(0, 0)])
+    assert pack["sample_lens"] == [three.room(0, 0)] and pack["attn_modes"] == ["causal", "noise", "noise", "noise"]
+    assert [image is None for image in pack["vae_images"]] == [False, True, True]
+    times, noise = (pack[name].unflatten(0, (3, -1)) for name in ("packed_timesteps", "packed_noise"))
+    assert len(times[:, 0].unique()) == 3 and (noise[0] - noise[1]).abs().min() > 0
+    latents = with_latents(pack, build_autoencoder(config.model.autoencoder), config.model)["packed_latents"]
+    assert torch.equal(*latents.unflatten(0, (3, -1))[:2])
 
 
 def test_answers_follow_from_the_scene():
@@ -104,6 +140,38 @@ def test_the_autoencoder_settles_to_unit_variance(downsample):
     assert autoencoder.decode(latents).shape == images.shape
     with pytest.raises(ValueError, match="must be 2, 4, 8"):
         AutoencoderConfig(kind="conv", downsample=3)
+
+
+def given_to_the_autoencoder(monkeypatch, tmp_path, dataset, rank: int, world: int) -> list[torch.Tensor]:
+    """Pictures, noise and its spread, as a rank's first step feeds them."""
+    given = []
+
+    def one_step(*, stream, losses, config, **others):
+        stream.start(0, None)
+        list(losses(lambda *inputs: (given.extend(inputs), (inputs[0], inputs[1]))[1], stream.next_step(), 0))
+        return FitResult(0, False, "a test", {}, None, None)
+
+    monkeypatch.setattr(phase_one, "fit", one_step)
+    config = load_config(Config, presets=PRESETS, argv=["--config", "small", "--output-dir", str(tmp_path)])
+    with pytest.raises(UserError, match="stopped at step 0 of"):
+        phase_one.train_autoencoder(config, config.model, dataset, DistInfo(rank=rank, world=world))
+    return given
+
+
+def test_two_ranks_train_the_autoencoder_on_what_one_rank_does(monkeypatch, tmp_path):
+    """Pictures, noise and spread belong to a sample's place in the step, whoever computes it."""
+    dataset = sets()[0]
+    whole = given_to_the_autoencoder(monkeypatch, tmp_path, dataset, 0, 1)
+    halves = [given_to_the_autoencoder(monkeypatch, tmp_path, dataset, rank, 2) for rank in (0, 1)]
+    assert len(whole) == 3 and len(whole[0].unique(dim=0)) == 16
+    for value, parts in zip(whole, zip(*halves, strict=True), strict=True):
+        assert torch.equal(value, torch.cat(parts))
+
+
+def test_the_autoencoder_needs_pictures_that_are_drawn():
+    asked = sets(draw=0.0, ask=1.0, edit=0.0, talk=0.0)[0]
+    with pytest.raises(UserError, match="no record draws a picture"):
+        phase_one.DrawnPictures(asked)
 
 
 @pytest.mark.slow

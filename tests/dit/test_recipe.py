@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
-from dit import metrics, train
+from dit import generate, metrics, train
 from dit.config import PRESETS, Config, refuse_unused
 from dit.dataset import BucketPlan, TextImageDataset, bucket_shapes
 from dit.model import DiTModel
@@ -187,6 +188,16 @@ def test_all_parts_together_resume_to_the_bit(tmp_path):
     assert all(-1 <= row["train/alignment"] <= 1 for row in rows if "train/loss" in row)
 
 
+def test_a_held_out_loss_is_the_plain_one_for_any_number_of_pictures(tmp_path):
+    """The contrastive term is training's alone: runs with it and without compare, and 7 pictures make no pairs."""
+    plain, contrastive = (
+        run(tmp_path, name, tiny(flow={"contrastive": share}, training={"total_steps": 1, "eval_samples": 7}))
+        and [row for row in read_metrics(tmp_path / name / "metrics.jsonl") if "val/loss" in row]
+        for name, share in (("plain", 0.0), ("contrastive", 0.05))
+    )
+    assert plain[0]["val/constant_loss"] == contrastive[0]["val/constant_loss"]
+
+
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_two_ranks_train_all_parts_as_one(tmp_path):
@@ -215,18 +226,18 @@ def test_bucket_shapes_hold_no_more_pixels_than_the_square():
 
 def test_steps_of_buckets_hold_one_shape_and_every_epoch_differs():
     bucket_N = np.array([0] * 10 + [1] * 7 + [2] * 3)
-    plan = BucketPlan(20, 2, 1, 2, 5).with_buckets(bucket_N)
+    plan = BucketPlan(20, 2, 1, 2, 5, bucket_N=bucket_N)
     assert plan.steps_per_epoch == 2 + 1
     for epoch in range(3):
         order = plan._order(epoch)
         assert len(order.unique()) == len(order) == 12
         assert all(len(set(bucket_N[order[step : step + 4]])) == 1 for step in range(0, 12, 4))
     assert not torch.equal(plan._order(0), plan._order(1))
-    again = BucketPlan(20, 1, 2, 2, 5).with_buckets(bucket_N)  # as many samples a step over two ranks
+    again = BucketPlan(20, 1, 2, 2, 5, bucket_N=bucket_N)  # as many samples a step over two ranks
     keys = [key for micro in range(2) for rank in range(2) for key in again.keys(4, micro, rank)]
     assert keys == [key for micro in range(2) for key in plan.keys(4, micro, 0)]
     with pytest.raises(UserError, match="no shape has"):
-        BucketPlan(20, 12, 1, 1, 5).with_buckets(bucket_N)
+        BucketPlan(20, 12, 1, 1, 5, bucket_N=bucket_N)
 
 
 def test_buckets_train_on_pictures_of_their_own_shape_and_resume(tmp_path):
@@ -263,3 +274,19 @@ def test_recipes_are_whole(preset):
     with torch.device("meta"):
         model = build_model(config)
     assert sum(p.numel() for p in model.parameters()) > 150e6
+
+
+def test_clean_pixels_without_a_vae_train_resume_and_draw(tmp_path):
+    """The JiT form (Li and He 2025): patches of pixels, the clean picture predicted, the velocity's error."""
+    config = tiny(
+        run={"device": "cpu", "precision": "fp32"},
+        vae={"type": "pixels"},
+        model={"in_channels": 3, "patch_size": 8},
+        flow={"prediction": "clean", "timestep_sampling": "logit_normal", "logit_mean": -0.8, "logit_std": 0.8},
+    )
+    straight = run(tmp_path, "straight", config)
+    run(tmp_path, "broken", config, "--max-steps", "2")
+    assert run(tmp_path, "broken", config) == straight and np.isfinite(straight).all()
+    out = tmp_path / "grid.png"
+    generate.main(["--checkpoint", str(tmp_path / "straight"), "--prompt", "a red key", "--output", str(out)])
+    assert Image.open(out).size == (32, 32)

@@ -485,7 +485,8 @@ def test_frame_pairs_come_from_one_clip_and_by_key(tmp_path):
     assert len(pairs) == 16 and store.in_memory
 
     def pair_of(index: int, epoch: int) -> dict[str, torch.Tensor]:
-        source, driving = finished(collate_pairs([pairs.sample(index, epoch)]))
+        source, driving, wanted, back = finished(collate_pairs([pairs.sample(index, epoch)]))
+        assert torch.equal(wanted, driving) and torch.equal(back, source)  # no colours are changed here
         return {"source": source[0], "driving": driving[0]}
 
     first, again = pair_of(3, 2), pair_of(3, 2)
@@ -498,6 +499,22 @@ def test_frame_pairs_come_from_one_clip_and_by_key(tmp_path):
     store.in_memory, kept = False, store.frame(1, 7)
     store._frames.clear()
     assert np.abs(store.frame(1, 7).astype(int) - kept).mean() < 2
+
+
+def test_a_pair_has_two_colours_and_is_wanted_in_both(tmp_path):
+    write_clip(tmp_path / "train" / "a", "c0", frames=20)
+    _, data = settings()
+    data.color_jitter_prob, data.horizontal_flip_prob = 1.0, 0.0
+    pairs = FramePairs(
+        FrameStore(find_clips(tmp_path, "train"), SIDE, data, {}), pairs_per_second=10, seed=1, augment=True
+    )
+    batch = collate_pairs([pairs.sample(index, 0) for index in range(4)])
+    source, driving, wanted, back = finished(batch)
+    plain = finished({**batch, "colour": torch.zeros(4, 2, 2, 3)})
+    for made, frame, colour in ((source, 0, 0), (driving, 1, 1), (wanted, 1, 0), (back, 0, 1)):
+        contrast, brightness = batch["colour"][:, colour, :, :, None, None].unbind(1)
+        assert torch.equal(made, (plain[frame] * (1 + contrast) + brightness).clamp(-1, 1))
+    assert not torch.allclose(wanted, driving, atol=0.05)
 
 
 def test_frames_are_counted_upwards():

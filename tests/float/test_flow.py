@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from float.rectified_flow import RectifiedFlow, RectifiedFlowLoss
+from float.rectified_flow import EarlyStopping, RectifiedFlow, RectifiedFlowLoss
 from float.sampling.motion import SamplingOptions, guided_velocity, sample_motion, sample_windows
 from shared.errors import UserError
 from tests.float.golden import small_transformer
@@ -121,6 +121,35 @@ def test_guidance_is_the_stated_combination():
         model, *arguments, SamplingOptions(a_cfg_scale=2, r_cfg_scale=4, e_cfg_scale=3, reference_guidance=True)
     )
     assert torch.allclose(both, plain - v_u + v_0 + 4 * (v_u - v_0))
+
+
+@pytest.mark.parametrize(
+    "scales,counted",
+    [
+        ({}, 3),  # the released ones: a 2, e 1
+        ({"a_cfg_scale": 1}, 1),
+        ({"a_cfg_scale": 2, "e_cfg_scale": 2}, 2),
+        ({"a_cfg_scale": 1, "e_cfg_scale": 0}, 1),
+        ({"r_cfg_scale": 3, "reference_guidance": True}, 4),
+        ({"r_cfg_scale": 1, "reference_guidance": True}, 3),
+    ],
+)
+def test_a_pass_that_counts_nothing_is_not_computed(scales, counted):
+    asked = []
+
+    class Model:
+        def velocities(self, t_B, *inputs, passes):
+            asked.extend(passes)
+            return torch.ones(len(passes), 1, 6, 3)
+
+    found = guided_velocity(Model(), *[torch.ones(1, 1, 3)] * 7, SamplingOptions(**scales))
+    assert len(asked) == len(set(asked)) == counted
+    assert torch.allclose(found, torch.ones(1, 6, 3))  # the weights of all passes add up to one
+
+
+def test_early_stopping_waits_for_a_gain_of_min_delta():
+    stop = EarlyStopping(patience=2, min_delta=0.1)
+    assert [stop(loss) for loss in (1.0, 0.95, 0.8, 0.75, 0.72, 0.5)] == [False, False, False, False, True, False]
 
 
 def _sample(model, frames, **changes):

@@ -1,5 +1,6 @@
 """One clock for picture and sound: any frame rate, late tracks, gaps, rotation, damage; and what is written."""
 
+import tracemalloc
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from float.data.media import (
     sound_of_file,
     sound_start,
 )
+from float.modules.audio import SAMPLE_RATE
 from shared.errors import BadSample
 
 TICKS = 90000
@@ -210,3 +212,13 @@ def test_the_sound_of_a_written_video_is_as_it_came_in(tmp_path, rate, channels)
         assert stream.rate == (rate if rate <= 96000 else 48000) and stream.channels == min(channels, 2)
         assert abs(float(stream.duration * stream.time_base) - 1.4) < 0.1
     assert abs(np.abs(read_audio(tmp_path / "a.mp4")).argmax() / 16000 - 0.52) < 0.03
+
+
+def test_a_long_sound_is_read_in_the_memory_that_it_fills(tmp_path):
+    soundfile.write(tmp_path / "long.wav", np.zeros(120 * SAMPLE_RATE, np.float32) + 0.1, SAMPLE_RATE)
+    read_audio(tmp_path / "long.wav")
+    tracemalloc.start()
+    wave = read_audio(tmp_path / "long.wav")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(wave) == 120 * SAMPLE_RATE and peak < 1.4 * wave.nbytes

@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from multimodal import metrics, train
+from multimodal.config import PRESETS, Config
 from multimodal.evaluation import retrieval
 from multimodal.objective import take_rows
+from multimodal.trainer import metrics_of
 from multimodal.weights import files
 from multimodal.weights.open import Embedder
+from shared.config import load_config
 from shared.engine.checkpoint import verify
 from tests.launching import final_tensors, losses, same_bits
 from tests.multimodal import small
@@ -89,10 +92,34 @@ def test_the_metric_can_be_chosen(tmp_path, metric, mode):
     assert (best["best_metric"], best["best_mode"]) == (metric, mode)
 
 
+@pytest.mark.parametrize(
+    "stages,metric,known",
+    [
+        (("2",), "val/x", "val/retrieval"),
+        (("1", "2", "3"), "val/nothing", "val/retrieval"),  # stage 1 would train to its end before
+        (("1",), "val/retrieval", "val/masked_audio_loss"),  # stage 1 alone measures no retrieval
+        (("2", "3"), "val/image_match_loss", "val/image_loss"),  # stage 3 gives it, stage 2 does not
+        (("2", "3"), "val/mAP", "val/image_loss"),
+        (("3",), "val/voice_match_loss", "val/audio_match_loss"),
+    ],
+)
+def test_a_best_metric_that_a_stage_does_not_measure_is_refused_at_once(tmp_path, capsys, stages, metric, known):
+    said = refused(tmp_path / "out", capsys, "--stages", *stages, "--best-metric", metric)
+    assert f"--best-metric {metric}: no validation gives it" in said and known in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stages", [("1",), ("1", "2"), ("3",)])
+def test_what_the_validation_gives_is_what_is_named(tmp_path, stages):
+    config = load_config(Config, presets=PRESETS, argv=[*small.QUICK, "--stages", *stages])
+    folder = run(tmp_path / "out", "--stages", *stages, "--max-steps", "1", "--eval-steps", "1")
+    text = (folder / (ONE, TWO, THREE)[int(stages[-1]) - 1] / "metrics.jsonl").read_text()
+    given = {name for line in text.splitlines() for name in json.loads(line) if name.startswith("val/")}
+    named = metrics_of(config, ["image", "audio"], classify=True) - {"auto"}
+    assert named <= given and ("val/retrieval" in named) == (stages != ("1",))
+
+
 def test_settings_that_cannot_be_met_are_refused(tmp_path, capsys):
-    assert "stage 2 measures val/audio_item_to_text_MRR" in refused(
-        tmp_path, capsys, "--stages", "2", "--best-metric", "val/x"
-    )
     assert "one pair alone" in refused(tmp_path, capsys, "--batch-size", "1", "--grad-accum", "1")
     assert "draws no samples" in refused(tmp_path, capsys, "--set", "training.sample_steps=5")
     assert "no such flag" in refused(tmp_path, capsys, "--sample-steps", "5")

@@ -14,7 +14,6 @@ from PIL import Image
 from multimodal.config import Config
 from multimodal.data.audio import compress, fit_frames, log_mel, read_audio, spec_augment
 from multimodal.data.image import read_image
-from multimodal.data.sets import read_clotho_keywords
 from multimodal.data.sources import open_data, read_records
 from multimodal.data.text import TextTokenizer
 from shared.errors import BadSample, UserError
@@ -86,13 +85,6 @@ def test_karpathys_splits(tmp_path):
     (tmp_path / "coco" / "dataset_coco.json").write_text(json.dumps({"images": rows}))
     train, test = (read_records("coco", tmp_path / "coco", split, karpathy=True) for split in ("train", "test"))
     assert [r.id for r in train.records] == ["coco/000000000005"] and train.missing == 1 and len(test.records) == 1
-
-
-def test_clotho_metadata_is_not_utf8(tmp_path):
-    (tmp_path / "clotho_metadata_development.csv").write_bytes(
-        "file_name,keywords\na.wav,caf\xe9; rain\n".encode("iso-8859-1")
-    )
-    assert read_clotho_keywords(tmp_path, "train") == {"a.wav": ["caf\xe9", "rain"]}
 
 
 def test_audiocaps_accepts_all_names_and_counts_what_is_gone(tmp_path):

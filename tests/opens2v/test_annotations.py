@@ -94,10 +94,27 @@ def test_windows_files_are_read_and_escaped_keys_found(tmp_path):
     (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(entries).encode().replace(b", ", b",\r\n"))
     lines = [json.dumps({"n": entry["n"], "key": key}) for key, entry in entries.items()]
     (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
-    for name in ("a.json", "b.jsonl"):
+    (tmp_path / "c.json").write_bytes(b"\xef\xbb\xbf [" + b",\r\n".join(line.encode() for line in lines) + b"]\r\n")
+    for name in ("a.json", "b.jsonl", "c.json"):
         found = Annotations(tmp_path / name)
         assert [found.item(place)[0] for place in range(2)] == list(entries)
         assert [found.item(place)[1]["n"] for place in range(2)] == [1, 2] and found.find('quoted "b"') == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"key": "a"}, {"n": 1}]', "entry 2 of the list has no"),
+        ('[{"key": 3}]', "entry 1 of the list"),
+        ('[{"key": "a"}, 5]', "expected"),
+        ('[{"key": "a"}, {"key": "b"', "cut or damaged"),
+        ('[{"key": "a"}', "ends at byte"),
+    ],
+)
+def test_a_list_that_is_no_list_of_entries_says_where(tmp_path, text, message):
+    (tmp_path / "part.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        Annotations(tmp_path / "part.json")
 
 
 def test_an_index_is_kept_when_its_file_was_touched_and_made_again_when_it_changed(tmp_path, monkeypatch):

@@ -48,6 +48,21 @@ def test_a_sample_is_a_function_of_seed_and_number(config):
     assert item["subject_names"][0] in item["prompts"], "held-out captions keep the noun"
 
 
+def test_subjects_start_on_a_cell_of_the_codec_and_captions_say_where(config):
+    dataset, places = scene_set(config, "train"), set()
+    for number in range(200):
+        scene = dataset.scene(number)
+        (_, top, left), (_, *end) = (dataset.scenes._placed(scene, dataset.at(frame))[0] for frame in (0, 4))
+        assert top % 4 == left % 4 == 0 and abs(end[0] - top) + abs(end[1] - left) == 4
+        places.add((scene.motion, top, left))
+        words = dataset.sample(number, 0)["prompts"]
+        if scene.motion in ("up", "down"):
+            assert (left == 0) == words.endswith("on the left") and (left == 8) == words.endswith("on the right")
+        else:
+            assert (top == 0) == words.endswith("at the top") and (top == 8) == words.endswith("at the bottom")
+    assert len(places) == 12
+
+
 def test_true_clips_are_all_right_and_others_are_not(config):
     dataset = scene_set(config, "combinations")
     scenes = [dataset.scene(place) for place in range(8)]

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 from transformers import UMT5Config, UMT5EncoderModel
 
-from opens2v.modules.encoders import UMT5Text
+from opens2v.modules.encoders import HashText, UMT5Text
 
 
 def by_words(texts, *, padding, max_length, **_):
@@ -29,3 +29,12 @@ def test_rows_equal_those_of_a_full_length_and_are_zero_behind_the_text():
     torch.testing.assert_close(rows, expected * full.attention_mask[..., None], atol=1e-6, rtol=1e-5)
     assert [int(row.abs().sum(-1).count_nonzero()) for row in rows] == [7, 3, 1]
     assert UMT5Text(encoder, by_words, rows=4)(texts).shape == (3, 4, 16)
+
+
+def test_hashed_words_tell_which_came_before_when_ordered():
+    left, right = "it moves from left to right", "it moves from right to left"
+    plain, ordered = (HashText(16, 8, ordered=order)([left, right]) for order in (False, True))
+    assert torch.equal(plain[0].sort(0).values, plain[1].sort(0).values), "the same set of rows"
+    assert (ordered[0].sort(0).values - ordered[1].sort(0).values).abs().max() > 0.1
+    assert torch.equal(ordered[0, :4], ordered[1, :4].where(torch.arange(4)[:, None] < 3, ordered[0, :4]))
+    assert ordered[:, 6:].abs().max() == 0

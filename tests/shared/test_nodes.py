@@ -133,7 +133,7 @@ def test_two_namespaces_survive_a_cut_cable(tmp_path, two_hosts):
     assert same_bits(final_tensors(tmp_path / "one_node"), final_tensors(tmp_path / "two_hosts"))
 
 
-@pytest.mark.parametrize("trial", range(5))
+@pytest.mark.parametrize("trial", range(2))  # five of five were seen; each waits out 30 seconds
 def test_both_ends_of_a_cut_cable_end_within_the_timeout(tmp_path, two_hosts, trial):
     """The node without the store as well: what words its error asks the store, and must not wait for it."""
     names, ends = two_hosts

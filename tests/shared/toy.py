@@ -3,6 +3,7 @@
 As a script it runs a JSON list of cases one after another in one launch: python tests/shared/toy.py CASES.json
 """
 
+import errno
 import json
 import os
 import sys
@@ -18,6 +19,7 @@ from torch import nn
 
 from shared.config import RunSection, Section, TrainingSection, accumulation_steps
 from shared.data import BatchPlan, MapStream
+from shared.engine import checkpoint
 from shared.engine.dist import init_distributed
 from shared.engine.strategy import ensure_group
 from shared.errors import UserError, command
@@ -171,6 +173,10 @@ def run_case(case, info):
     )
 
 
+def full_disk(file):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
+
+
 def error_file(output_dir, rank):
     """Next to the run's folder, not in it: a refused run's first rank removes a folder that is still empty."""
     return Path(f"{output_dir}.error_{rank}.txt")
@@ -182,9 +188,11 @@ def main(argv=None):
     info = init_distributed("cpu", timeout_seconds=float(os.environ.get("TOY_TIMEOUT", 60)))
     ensure_group()
     for case in cases:
+        if case.get("full_disk_of_rank") == info.rank:
+            checkpoint.sync_file = full_disk
         try:
             run_case(case, info)
-        except (RuntimeError, UserError) as error:
+        except (RuntimeError, UserError, OSError) as error:
             if not case.get("expect"):
                 raise
             error_file(case["output_dir"], info.rank).write_text(str(error))
