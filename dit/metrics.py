@@ -311,9 +311,8 @@ def _requests(options: MetricsOptions, trained: Trained) -> list[Request]:
 def _measured(options: MetricsOptions, trained: Trained) -> TextImageDataset:
     """The pictures that a run is measured on."""
     config = trained.config
-    data = config.data.model_copy(
-        update={"dataset_path": options.data_root or config.data.dataset_path, "cache_dir": None}
-    )
+    place = options.data_root or config.data.dataset_path
+    data = config.data.model_copy(update={"dataset_path": place, "cache_dir": None, "buckets": False})  # all square
     dataset = TextImageDataset.from_config(config.model_copy(update={"data": data}), is_train=options.split == "train")
     if len(dataset) < 2:
         raise UserError(

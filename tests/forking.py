@@ -15,11 +15,13 @@ import tempfile
 import threading
 import time
 import traceback
+import weakref
 from pathlib import Path
 from typing import IO
 
 from tests.launching import ENVIRONMENT, ROOT
 
+PRODUCT = ("float", "opens2v", "bagel", "dit", "multimodal", "shared")
 LIBRARIES = """torch numpy safetensors.torch yaml pydantic PIL.Image av soundfile tqdm einops torch.distributed.fsdp
 torch.utils.data torch.utils.tensorboard torch.distributed.checkpoint torch._dynamo peft matplotlib.pyplot
 transformers.models.clip.modeling_clip transformers.models.wav2vec2.modeling_wav2vec2
@@ -87,6 +89,9 @@ def _fork(script: list[str], out: IO, err: IO, environment: dict[str, str]) -> i
         return child
     code = 1
     try:
+        for name in [name for name in sys.modules if name.split(".")[0] in PRODUCT]:
+            del sys.modules[name]
+        weakref.finalize._registry.clear()  # type: ignore[attr-defined]  (temporary folders of the parent stay)
         os.setsid()
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)

@@ -581,6 +581,8 @@ class MoTAttention(nn.Module):
 class MoTDecoderLayer(nn.Module):
     """Pre-norm attention and MLP, each with the weights of the token's own expert."""
 
+    forward_methods = ("understand",)  # FSDP gathers the weights for it as for forward
+
     def __init__(self, config: LanguageConfig):
         super().__init__()
         width, eps = config.hidden_size, config.rms_norm_eps

@@ -39,6 +39,8 @@ def prepare_codec(config: Config, codec: Codec, training_set: Any, validation_se
     output_dir = Path(config.run.output_dir)
     if not codec.learns:
         return
+    if config.data.buckets:
+        training_set = training_set.as_squares()
     if isinstance(codec, ConvAutoencoder) and not (output_dir / CODEC_FILE).exists():
         train_autoencoder(config, codec, training_set, validation_set, info)
     fit_codec(codec, training_set, output_dir, info, seed=config.run.seed)

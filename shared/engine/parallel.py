@@ -14,6 +14,7 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
+    register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -62,6 +63,8 @@ class FSDP(Strategy):
         # What lies in no unit stays gathered from the forward to the backward, where it is needed first and last.
         for unit in units_of(self.module, wrap_classes):
             fully_shard(unit, mesh=self.mesh, mp_policy=policy, reshard_after_forward=True, offload_policy=offload)
+            for name in getattr(unit, "forward_methods", ()):  # called from outside in place of forward
+                register_fsdp_forward_method(unit, name)
         fully_shard(self.module, mesh=self.mesh, mp_policy=policy, reshard_after_forward=False, offload_policy=offload)
         give_memory(self.module, torch.device("cpu") if self.cpu_offload else self.info.device)
         if self.cpu_offload:  # parameters stay in host memory, buffers are read on the device

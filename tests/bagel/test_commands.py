@@ -11,6 +11,7 @@ from bagel.train import main as train
 from bagel.weights.open import open_model
 from shared.errors import UserError
 from tests.bagel.conftest import SAMPLE, TINY
+from tests.launching import run
 
 
 @pytest.fixture(scope="module")
@@ -208,3 +209,12 @@ def test_check_data_names_lines(pictures, capsys):
     text = capsys.readouterr().out
     assert "data.jsonl:2: E_FIELD" in text and "data.jsonl:3: E_IMAGE_DECODE" in text and "2 faults" in text
     assert len((pictures / "faults.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_sharded_model_writes_and_draws_while_it_trains(tmp_path):
+    """The text's fast path calls the layers past forward, where FSDP has their weights gathered too."""
+    words = [*TINY, "--max-steps", "1", "--sample-records", "2", "--device", "cpu", "--output-dir", str(tmp_path)]
+    run(1, "bagel/train.py", *words, "--strategy", "fsdp")
+    assert json.loads((tmp_path / "samples" / "step_1.json").read_text())["answers"]

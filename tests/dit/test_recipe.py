@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dit import generate, train
+from dit import generate, metrics, train
 from dit.config import PRESETS, Config, refuse_unused
 from dit.dataset import BucketPlan, TextImageDataset, bucket_shapes
 from dit.model import DiTModel
@@ -258,6 +258,11 @@ def test_buckets_train_on_pictures_of_their_own_shape_and_resume(tmp_path):
     straight = run(tmp_path, "straight", config)
     run(tmp_path, "broken", config, "--max-steps", "3")
     assert run(tmp_path, "broken", config) == straight and len(straight) == 6
+    for split in ("val", "train"):
+        found = tmp_path / f"{split}.json"
+        words = ["--checkpoint", str(tmp_path / "straight"), "--metrics", "loss", "--split", split]
+        metrics.main([*words, "--output", str(found), "--device", "cpu"])
+        assert json.loads(found.read_text())
     (data / "00.png").write_bytes((data / "00.png").read_bytes()[:60])  # its header is whole, its body is not
     assert len(run(tmp_path, "damaged", config)) == 6
 

@@ -67,6 +67,7 @@ def done(result) -> str:
     if result.returncode == 0:
         return ""
     lines = [line for line in result.stderr.splitlines() if line.strip()]
+    lines = [line for line in lines if "error: " in line] or lines
     return f"exit {result.returncode}: {lines[-1][:300] if lines else ''}"
 
 

@@ -15,10 +15,14 @@ def plain_torch(name: str) -> Opener:
 
 
 def safetensors(name: str) -> Opener:
-    """Every file of weights in a folder."""
+    """All weights in a folder; one of its files may be empty, as that of a codec without weights."""
     from safetensors.torch import load_file
 
-    return lambda run: [_finite(load_file(path)) for path in _some(run / name, "*.safetensors")]
+    def opened(run: Path) -> None:
+        files = [load_file(path) for path in _some(run / name, "*.safetensors")]
+        _finite({key: value for tensors in files for key, value in tensors.items()})
+
+    return opened
 
 
 def guide_file_of_bagel(run: Path) -> None:

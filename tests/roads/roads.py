@@ -79,7 +79,7 @@ def dit(preset: str) -> Road:
         "metrics": on_run("dit/metrics.py --checkpoint RUN --metrics loss --output RUN/metrics.json"),
     }
     if preset == "xl":
-        many = "dit/generate.py --checkpoint RUN --labels 0 2 --count 4 --steps 2 --output RUN/many"
+        many = "dit/generate.py --checkpoint RUN --labels 0 2 --images-per-prompt 2 --steps 2 --output RUN/many"
         after["generate on 2 ranks"] = on_run(many, ranks=2)
     epochs = ("checkpoints/checkpoint-epoch-1",) if preset in ("default", "train_config") else ()
     return Road("dit", preset, flags, after=after, made=("samples/step_*.png", *epochs))

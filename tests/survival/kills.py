@@ -63,7 +63,7 @@ def survive(system: System, folder: Path, world: int, options: argparse.Namespac
 def compare(straight: Path, killed: Path, found: dict) -> None:
     """Hold every phase of two runs together; `found` tells what differs."""
     places, others = (
-        sorted(path.parent.relative_to(output) for path in output.rglob("checkpoints") if path.is_dir())
+        sorted({path.parents[2].relative_to(output) for path in output.rglob("checkpoints/*/manifest.json")})
         for output in (straight, killed)
     )
     found["phases"] = len(places)
