@@ -263,10 +263,10 @@ def attend(query_LHK: Tensor, key_LHK: Tensor, value_LHK: Tensor, layout: PackLa
     if backend != "dense":
         raise ValueError(f"attention backend {backend!r}: expected dense, sliced or flex")
     place = layout.padded_places(query_LHK.device)
-    padded = (
+    query, key, value = (
         x.new_zeros(layout.padded_rows, *x.shape[1:]).index_copy(0, place, x) for x in (query_LHK, key_LHK, value_LHK)
     )
-    return padded_attention(*padded, layout)[place]
+    return padded_attention(query, key, value, layout)[place]
 
 
 def padded_attention(query_RHK: Tensor, key_RHK: Tensor, value_RHK: Tensor, layout: PackLayout) -> Tensor:
@@ -472,7 +472,8 @@ class _Part(torch.autograd.Function):
 
     @staticmethod
     def backward(context, und: Tensor, gen: Tensor):
-        return _joined_rows(und, gen, *context.saved_tensors, context.length), None, None
+        und_rows, gen_rows = context.saved_tensors
+        return _joined_rows(und, gen, und_rows, gen_rows, context.length), None, None
 
 
 class Rows:

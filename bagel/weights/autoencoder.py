@@ -19,9 +19,10 @@ from shared.data import BatchPlan, MapStream
 from shared.engine.checkpoint import load_weights
 from shared.engine.dist import DistInfo, barrier
 from shared.errors import BadSample, UserError, written_aside
-from shared.loop import fit
+from shared.loop import fit, steps_done
 from shared.rng import keyed_rand, keyed_randn, seed_everything
 
+PHASE = "autoencoder"  # folder within the run's output
 _NOISE, _WEIGHTS, _SPREAD = 342, 343, 345  # random streams
 BATCH, SETTLED_ON, SEARCHED = 16, 256, 20_000  # pictures, pictures, records
 LARGEST_NOISE = 0.3  # of the latents' own spread
@@ -34,7 +35,19 @@ def prepare_autoencoder(
     """The frozen autoencoder of a run; a convolutional one that is given nowhere is trained first."""
     run = Path(config.run.output_dir)
     is_own = model.autoencoder.kind == "conv" and model.model_path is None
-    if is_own and not (run / AUTOENCODER).is_file():
+    is_there = (run / AUTOENCODER).is_file()
+    done, planned = steps_done(run / PHASE), model.autoencoder.steps
+    wanted = min(planned, config.training.max_steps or planned)
+    if is_own and is_there and 0 <= done < wanted:  # an earlier command's --max-steps cut it short
+        is_there = (run / "checkpoints").is_dir()  # what was trained on its latents would not fit others
+        if is_there and info.is_main:
+            print(
+                f"warning: the autoencoder in {run} had {done} of {planned} steps, by an earlier --max-steps, and this "
+                "run's checkpoints belong to it; for a full one use another --output-dir",
+                flush=True,
+            )
+    barrier()  # all ranks have looked
+    if is_own and not is_there:
         trained = train_autoencoder(config, model, dataset, info)
         if info.is_main:
             with written_aside(run / AUTOENCODER) as temporary:
@@ -51,7 +64,7 @@ def train_autoencoder(
     Resumes what is in OUT/autoencoder, and ends at model.autoencoder.steps or earlier at training.max_steps. Raises a
     UserError when a signal or the time limit stopped it; the same command goes on from there.
     """
-    phase, folder = _phase(config, model, info.world), Path(config.run.output_dir) / "autoencoder"
+    phase, folder = _phase(config, model, info.world), Path(config.run.output_dir) / PHASE
     if info.is_main:
         print(f"the autoencoder of the pictures is trained first, into {folder}", flush=True)
     seed_everything(config.run.seed, _WEIGHTS)

@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from bagel import generate, metrics
 from bagel.config import PRESETS, AutoencoderConfig, Config, SceneConfig
@@ -175,12 +177,30 @@ def test_the_autoencoder_needs_pictures_that_are_drawn():
 
 
 @pytest.mark.slow
-def test_a_run_of_scenes_trains_resumes_exports_and_is_counted(tmp_path):
+def test_a_stop_in_the_autoencoders_phase_goes_on_to_the_same(tmp_path, capsys):
+    """Stopped by the time limit, or cut short by --max-steps before anything was trained on it."""
+    straight, broken = ([*SMALL, "--output-dir", str(tmp_path / name)] for name in ("straight", "broken"))
+    main([*straight, "--total-steps", "1"])
+    with pytest.raises(SystemExit) as stopped:
+        main([*broken, "--total-steps", "1", "--time-limit-minutes", "1e-9"])
+    assert stopped.value.code == 2 and "the same command goes on" in capsys.readouterr().err
+    assert not (tmp_path / "broken" / "autoencoder.safetensors").exists()
+    main([*broken, "--total-steps", "1", "--max-steps", "2"])
+    shutil.rmtree(tmp_path / "broken" / "checkpoints")
+    main([*broken, "--total-steps", "1"])
+    one, two = (load_file(tmp_path / name / "autoencoder.safetensors") for name in ("straight", "broken"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_a_run_of_scenes_trains_resumes_exports_and_is_counted(tmp_path, capsys):
     """The autoencoder comes first, once; the same command goes on; the exported folder draws what the run draws."""
     main([*SMALL, "--output-dir", str(tmp_path / "a"), "--max-steps", "3"])
     first = (tmp_path / "a" / "autoencoder.safetensors").read_bytes()
+    assert (tmp_path / "a" / "autoencoder" / "DONE").read_text() == "3\n"  # --max-steps bounds this phase too
     main([*SMALL, "--output-dir", str(tmp_path / "a"), "--max-steps", "5"])
     assert (tmp_path / "a" / "autoencoder.safetensors").read_bytes() == first
+    assert "had 3 of 4 steps" in capsys.readouterr().out
     drawn = []
     for name in ("a", "a/model"):
         flags = ["--checkpoint", str(tmp_path / name), "--prompt", "a small dog at the top left on a red ground"]
