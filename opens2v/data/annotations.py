@@ -284,7 +284,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, ...]]:
             count += 1
             while True:
                 try:
-                    key, key_end = (None, place) if is_list else scan(window.text, place)
+                    key, key_end = ("", place) if is_list else scan(window.text, place)
                     value_at = place if is_list else _skip_in(window.text, key_end, ":")
                     value, end = scan(window.text, value_at)
                     if end >= len(window.text) and not window.at_end:
