@@ -104,7 +104,8 @@ class PlanItem:
     split_start: bool = True  # first frame of its block
     split_end: bool = True  # last frame of its block
     frame_delta: int | None = None  # positions from this frame to the next
-    repeats: bool = False  # the picture before it once more, with other noise at another time
+    repeats: bool = False  # the picture before it once more, at another time
+    same_noise: bool = False  # ... and with the same noise (validation)
 
     def tokens(self, latent_stride: int, vit_patch: int) -> int:
         """Tokens without the two marks."""
@@ -298,7 +299,7 @@ class PackBuilder:
         )
         self.lists["patchified_vae_latent_shapes"].append([rows, columns])
         self.lists["packed_timesteps"].extend([raw] * (rows * columns))
-        # A picture that repeats is encoded once. Its noise is its own: a copy with the same noise would teach less.
+        # A picture that repeats is encoded once. In training its noise is its own: the same noise would teach less.
         self.images.append(None if item.repeats else item.image)
         if generator is not None:
             cells = (layout.latent_channels, rows * layout.latent_patch, columns * layout.latent_patch)
@@ -306,7 +307,10 @@ class PackBuilder:
                 self.posterior_noise[-1] if item.repeats else torch.randn(cells, generator=generator)
             )
             shape = (rows * columns, layout.latent_width)
-            self.noise.append(torch.randn(shape, generator=generator) if item.loss else torch.zeros(shape))
+            if item.same_noise:
+                self.noise.append(self.noise[-1])
+            else:
+                self.noise.append(torch.randn(shape, generator=generator) if item.loss else torch.zeros(shape))
         self._mark(layout.tokens.end_of_image, rope)
         self._closing(item)
 

@@ -21,9 +21,10 @@ from dit.config import FLOW_SAMPLERS, NOISE_SAMPLERS, Config, DiffusionConfig, F
 from dit.dataset import TextImageDataset, collate, unit
 from dit.evaluation.held_out import HeldOut, errors, summary
 from dit.model import DiTBlock, DiTModel
+from dit.modules.autoencoder import Codec
 from dit.modules.features import FeatureEncoder
 from dit.modules.text import CaptionEncoder, TextEncoder, condition_of
-from dit.modules.vae import CODEC_FILE, Codec
+from dit.modules.vae import CODEC_FILE
 from dit.sampling.drawing import Drawing, draw_latents, grid, to_uint8
 from dit.sampling.gaussian import GaussianDiffusion, Target
 from dit.sampling.samplers import Draw, Model, check_sampler, sample_flow, sample_noise, training_scheduler

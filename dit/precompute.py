@@ -31,8 +31,9 @@ from torch import Tensor
 from dit.data import cache as held
 from dit.data.readers import Item
 from dit.dataset import TextImageDataset, unit
+from dit.modules.autoencoder import Codec
 from dit.modules.text import CaptionEncoder, make_text_encoder, warn_of_cut
-from dit.modules.vae import CODEC_FILE, Codec
+from dit.modules.vae import CODEC_FILE
 from dit.weights.open import load_codec, make_vae
 from shared.engine.dist import DistInfo, barrier, init_distributed, shutdown
 from shared.errors import BadSample, remove_parts, write_text, written_aside

@@ -37,8 +37,9 @@ from dit.data.cache import (
 )
 from dit.dataset import BucketPlan, TextImageDataset, collate, spread, unit
 from dit.evaluation.held_out import HeldOut, prepare, prepare_cached, readable
+from dit.modules.autoencoder import Codec
 from dit.modules.text import CaptionEncoder, make_text_encoder, warn_of_cut
-from dit.modules.vae import CODEC_FILE, Codec
+from dit.modules.vae import CODEC_FILE
 from dit.objective import Trainer
 from dit.plan import workload
 from dit.sampling.drawing import grid, to_uint8

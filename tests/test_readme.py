@@ -125,7 +125,8 @@ def test_the_command_exists_and_knows_its_flags(guide, line):
     scripts = [word for word in words if word.endswith((".py", ".sh")) and not word.startswith("--")]
     module = words[words.index("-m") + 1] if "-m" in words else None
     if module and not scripts and module.split(".")[0] in (*SYSTEMS, "shared", "scripts", "tests"):
-        scripts = [module.replace(".", "/") + ".py"]
+        place = module.replace(".", "/")
+        scripts = [f"{place}/__main__.py" if (ROOT / place).is_dir() else f"{place}.py"]
     if not scripts:
         assert Path(words[0]).name in ("python", "torchrun", "deepspeed", "bash", "ruff", "pre-commit"), (
             f"{guide}: what is {words[0]}?"

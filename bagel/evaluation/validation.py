@@ -42,7 +42,7 @@ def fixed_pack(
         items: list[PlanItem] = []
         for item in dataset.sample(index, 0)["items"]:
             is_drawn = item.type == "vae_image" and item.loss
-            items += [item, *(replace(item, repeats=True) for _ in times[1:])] if is_drawn else [item]
+            items += [item, *(replace(item, repeats=True, same_noise=True) for _ in times[1:])] if is_drawn else [item]
         drawn = iter(raws * sum(item.type == "vae_image" and item.loss and not item.repeats for item in items))
         builder.add(items, Draws([1.0] * len(items), drawn, keyed_generator(VALIDATION_SEED, index)), Dropout())
     return builder.pack()

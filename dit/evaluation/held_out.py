@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dit.data.cache import CachedDataset
 from dit.dataset import spread, unit
+from dit.modules.autoencoder import Codec
 from dit.modules.text import CaptionEncoder, condition_of
-from dit.modules.vae import Codec
 from shared.engine.dist import DistInfo, sum_over_ranks
 from shared.errors import BadSample
 from shared.metrics import colour_caption, paired_p

@@ -1,4 +1,5 @@
-"""Two small autoencoders: a convolutional one, trained first in the same run, and principal components of patches.
+"""What every codec offers, and two small autoencoders: a convolutional one, trained first in the same run, and
+principal components of patches.
 
 ConvAutoencoder: fields that overlap, so that what it decodes has no seams. A transformer on pixels or on patches of
 its own guesses every patch by itself, and its pictures are mosaics; on these latents it draws whole objects.
@@ -14,13 +15,43 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from dit.modules.vae import Codec
 from shared.errors import UserError
 from shared.rng import keyed_generator
 
 _DECODER = 21  # random stream
 NOISE = 0.3  # largest standard deviation of the noise on the decoder's training latents, which have variance 1
 BATCH = 16
+NO_VARIANCE = -30.0  # log variance of a codec that is not random
+
+
+class Codec(nn.Module):
+    """What every codec offers. Images (B, 3, H, W) float32 in [-1, 1]; latents (B, C, h, w)."""
+
+    factor: int  # pixels per latent cell side
+    channels: int  # C
+    posterior: str = "mode"  # sample: latents are drawn around the mean
+    learns = False  # whether fit() must have been called, on training pictures
+
+    def fit(self, images: Tensor, *, seed: int) -> dict[str, float]:
+        """Learn from images (N, 3, H, W); returns figures to print."""
+        raise NotImplementedError
+
+    def moments(self, images: Tensor) -> Tensor:
+        """Unscaled mean and log variance (B, 2C, h, w): what a cache stores. Without scaling: latents, no variance."""
+        latents = self.encode(images)
+        return torch.cat([latents, torch.full_like(latents, NO_VARIANCE)], dim=1)
+
+    def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """What the model is trained on, from moments; `noise` (B, C, h, w) draws from the posterior."""
+        return moments[:, : self.channels]
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents of images."""
+        raise NotImplementedError
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images in [-1, 1]."""
+        raise NotImplementedError
 
 
 class ConvAutoencoder(Codec):

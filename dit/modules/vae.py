@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dit.config import vae_config
+from dit.modules.autoencoder import NO_VARIANCE, Codec
 from shared.engine.checkpoint import load_strict
 from shared.errors import UserError
 
@@ -20,39 +21,8 @@ SD_ALIASES = (
     "stable-diffusion-v1-5/stable-diffusion-v1-5, stabilityai/sd-vae-ft-ema, stabilityai/sd-vae-ft-mse, "
     "or a local folder"
 )
-NO_VARIANCE = -30.0  # log variance of a codec that is not random
 AT_A_TIME = 8  # pictures of 256 pixels that pass the VAE at a time; fewer of larger ones
 CODEC_FILE = "autoencoder.safetensors"  # a fitted codec, beside the checkpoints and in each of them
-
-
-class Codec(nn.Module):
-    """What every codec offers. Images (B, 3, H, W) float32 in [-1, 1]; latents (B, C, h, w)."""
-
-    factor: int  # pixels per latent cell side
-    channels: int  # C
-    posterior: str = "mode"  # sample: latents are drawn around the mean
-    learns = False  # whether fit() must have been called, on training pictures
-
-    def fit(self, images: Tensor, *, seed: int) -> dict[str, float]:
-        """Learn from images (N, 3, H, W); returns figures to print."""
-        raise NotImplementedError
-
-    def moments(self, images: Tensor) -> Tensor:
-        """Unscaled mean and log variance (B, 2C, h, w): what a cache stores. Without scaling: latents, no variance."""
-        latents = self.encode(images)
-        return torch.cat([latents, torch.full_like(latents, NO_VARIANCE)], dim=1)
-
-    def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        """What the model is trained on, from moments; `noise` (B, C, h, w) draws from the posterior."""
-        return moments[:, : self.channels]
-
-    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Latents of images."""
-        raise NotImplementedError
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images in [-1, 1]."""
-        raise NotImplementedError
 
 
 class VAEEncoder(Codec):

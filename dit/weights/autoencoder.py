@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from dit.config import Config
 from dit.dataset import collate, unit
 from dit.evaluation.held_out import readable
-from dit.modules.autoencoder import ConvAutoencoder
-from dit.modules.vae import CODEC_FILE, Codec
+from dit.modules.autoencoder import Codec, ConvAutoencoder
+from dit.modules.vae import CODEC_FILE
 from dit.sampling.drawing import grid, to_uint8
 from dit.weights.open import fit_codec
 from shared.data import BatchPlan, MapStream

@@ -15,9 +15,9 @@ from dit.config import Config
 from dit.data.cache import file_digest, read_manifest
 from dit.dataset import TextImageDataset, unit
 from dit.model import DiTModel
-from dit.modules.autoencoder import ConvAutoencoder, PatchAutoencoder
+from dit.modules.autoencoder import Codec, ConvAutoencoder, PatchAutoencoder
 from dit.modules.text import CaptionEncoder, make_text_encoder
-from dit.modules.vae import CODEC_FILE, Codec, PixelCodec, PoolCodec, VAEEncoder, scaled_latents
+from dit.modules.vae import CODEC_FILE, PixelCodec, PoolCodec, VAEEncoder, scaled_latents
 from dit.objective import Objective, make_objective
 from shared.config import load_saved
 from shared.engine.checkpoint import find_checkpoint, load_strict, load_weights, open_run

@@ -215,7 +215,8 @@ def train_codec(config: Config, info: DistInfo, path: Path) -> None:
             ):
                 weight = chosen.float().mean() / share * (0.25 if part == 2 else 1.0)
                 chosen = chosen if chosen.any() else torch.ones_like(chosen)  # weight 0: all ranks run the same
-                frames, places = frames[chosen.to(frames.device)], slots[chosen]
+                rows = chosen.nonzero().squeeze(1)  # counted on the host: a mask on a GPU would make it wait
+                frames, places = frames[rows.to(frames.device, non_blocking=True)], slots[rows]
                 latent = (ConvCodec.channels, (frames.shape[2] - 1) // 4 + 1, *(n // 4 for n in frames.shape[-2:]))
                 level = keyed_rand((1,), key=(*key, 0), slots=places, device=info.device)[:, :, None, None, None]
                 noise = keyed_randn(latent, key=(*key, 1 + part), slots=places, device=info.device)
