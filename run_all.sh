@@ -159,7 +159,7 @@ trap '[[ -z "$watcher" ]] || kill "$watcher" 2>/dev/null || true; rm -rf "$marks
 trap 'trap - INT TERM; kill 0' INT TERM
 
 # Processor minutes that `small` took, train to report, where the README's results were made; they only tell the time left.
-declare -A minutes=([float]=7 [opens2v]=9 [dit]=8 [bagel]=8 [multimodal]=4)
+declare -A minutes=([float]=3 [opens2v]=10 [dit]=7 [bagel]=8 [multimodal]=3)
 
 clock() { printf '%d:%02d' $((($1) / 60)) $((($1) % 60)); }
 
