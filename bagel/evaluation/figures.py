@@ -396,6 +396,6 @@ def write_bagel_report(folder: Path, figures: Figures, samples: SampleFiles, com
         bars=bars_of(figures),
         samples=[Sample(path.relative_to(folder), caption, group) for path, caption, group in samples],
         curves=["train/text_loss", "train/image_loss", "val/text_loss", "val/image_loss"],
-        text=REMARK,
+        text="" if "scenes" in figures else REMARK,  # scenes are composed anew: nothing is overfitted
         headline=scene_headline(figures) if "scenes" in figures else "",
     )
