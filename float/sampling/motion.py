@@ -80,7 +80,9 @@ def guided_velocity(
     weights |= {(True, True, False): a - e, (True, True, True): e} if has_emotion else {(True, True, False): a}
     wanted = [(one, weight) for one, weight in weights.items() if weight]  # what would count nothing is not computed
     made = _passes(model, [one for one, _ in wanted], t_B, x, wa, wr, we, prev_x, prev_wa)
-    return (made * made.new_tensor([weight for _, weight in wanted]).view(-1, 1, 1, 1)).sum(0)
+    # numbers, not a tensor of them: that would be copied to the device, with a wait, in every evaluation of the ODE
+    first, *others = (weight * velocity for velocity, (_, weight) in zip(made.unbind(0), wanted, strict=True))
+    return sum(others, first)
 
 
 def _passes(
@@ -131,8 +133,10 @@ def sample_windows(
             previous = no_motion, wa.new_zeros(len(wa), num_prev_frames, wa.shape[-1])
         prev_x, prev_wa = previous
         we = we_B1E if isinstance(we_B1E, Tensor) else next(we_B1E)
-        ask = partial(guided_velocity, model, wa=wa, wr=wr_Bd, we=we, prev_x=prev_x, prev_wa=prev_wa, options=options)
-        ask = partial(ask, has_emotion=bool(we.any()))
+        ask = partial(
+            guided_velocity, model, wa=wa, wr=wr_Bd, we=we, prev_x=prev_x, prev_wa=prev_wa, options=options,
+            has_emotion=bool(we.any()),
+        )  # fmt: skip
 
         def velocity(x: Tensor, t_B: Tensor, ask: Callable[..., Tensor] = ask) -> Tensor:
             return ask(t_B, x)[:, -num_frames:]
@@ -173,7 +177,8 @@ def sample_motion(
     frames = wa_BTa.shape[1]
     if frames < 1:
         raise ValueError("no audio frames")
-    sizes = {"num_frames": num_frames, "num_prev_frames": num_prev_frames}
-    windows = iter(wa_BTa.split(num_frames, 1))
-    samples = sample_windows(model, windows, wr_Bd, we_B1E, options=options, noise=noise, **sizes)
+    samples = sample_windows(
+        model, iter(wa_BTa.split(num_frames, 1)), wr_Bd, we_B1E, num_frames=num_frames,
+        num_prev_frames=num_prev_frames, options=options, noise=noise,
+    )  # fmt: skip
     return torch.cat(list(samples), 1)[:, :frames]
