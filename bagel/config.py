@@ -137,6 +137,12 @@ class ModelConfig(Section):
         "features drown in the fixed position codes, whose values reach 1",
         gt=0,
     )
+    vision_steps: int = setting(
+        0,
+        "training steps, of 16 pictures, in which a vision tower of random weights first learns what words are said "
+        "about a picture",
+        ge=0,
+    )
     copy_init_moe: bool = setting(
         True, "where the loaded weights hold no generation expert, copy the understanding expert"
     )
