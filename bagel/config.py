@@ -155,6 +155,9 @@ class ModelConfig(Section):
     attention: Literal["auto", "dense", "sliced", "flex"] = setting(
         "auto", "auto: flex on CUDA, sliced on a CPU, else dense; all agree"
     )
+    logits_chunk: int | None = setting(
+        None, "text tokens whose logits exist at once in training, the same losses in less memory; null: all", ge=1
+    )
     freeze_und: bool = setting(False, "train the generation side only: no gradient through text and ViT tokens")
     freeze_llm: bool = setting(False, "freeze the language model")
     freeze_vit: bool = setting(False, "freeze the vision tower")
