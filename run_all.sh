@@ -90,6 +90,10 @@ while (($#)); do
     esac
 done
 ((${#only[@]})) || only=("${all[@]}")
+[[ -n "$output" ]] || fail "--output-dir is empty; name a folder"
+place="$output"
+until [[ -e "$place" || -L "$place" || "$place" == "$(dirname "$place")" ]]; do place="$(dirname "$place")"; done
+[[ -d "$place" && -w "$place" ]] || fail "--output-dir $output: $place is not a folder that can be written to; give another path"
 
 gpu=false
 if nvidia-smi -L >/dev/null 2>&1; then gpu=true; fi

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.errors import UserError
+from shared.errors import UserError, opening
 
 if TYPE_CHECKING:
     from transformers import Wav2Vec2Config, Wav2Vec2Model
@@ -62,7 +62,8 @@ def config_of(path: str) -> "Wav2Vec2Config":
             f"{path}: no wav2vec2 model here (config.json is missing); download the model's folder, give its path, "
             "or use --audio-features logmel, which needs none"
         )
-    return Wav2Vec2Config.from_pretrained(path)
+    with opening(f"wav2vec2 in {path}", "copy its config.json again"):
+        return Wav2Vec2Config.from_pretrained(path)
 
 
 def resample_features(features_BTc: Tensor, frames: int) -> Tensor:
@@ -94,7 +95,8 @@ class AudioEncoder(nn.Module):
         from transformers import Wav2Vec2Model
 
         config_of(path)
-        model = Wav2Vec2Model.from_pretrained(path, local_files_only=True)
+        with opening(f"--wav2vec-model-path {path}", "copy its files again, or use --audio-features logmel"):
+            model = Wav2Vec2Model.from_pretrained(path, local_files_only=True)
         return cls(model, only_last_features=only_last_features)
 
     def train(self, mode: bool = True) -> "AudioEncoder":
