@@ -109,11 +109,16 @@ class Measured:
     frozen_bytes: int
     forward_flops: float
     step_flops: float  # forward and backward, with what checkpointing computes again
-    peak_bytes: int  # largest sum of live tensors besides the parameters, gradients included
-    activation_bytes: int  # the same without the gradients of parameters
-    block_bytes: int  # the largest unit that fsdp and zero3 gather
-    recomputed_flops: float = 0.0  # of step_flops
+    # (gradients of parameters so far, most bytes of other tensors): activations go as gradients come
+    live: tuple[tuple[int, int], ...] = ()
+    unit: tuple[int, int] = (0, 0)  # parameters of the largest unit that fsdp and zero3 gather; trainable ones
     root: int = 0  # parameters that are in no unit
+    block_bytes: int = 0  # of both
+    recomputed_flops: float = 0.0  # of step_flops
+
+    def live_bytes(self, share: float) -> int:
+        """Most bytes at one time where a rank keeps this share of every gradient that is complete."""
+        return max((math.ceil(activations + share * gradients) for gradients, activations in self.live), default=0)
 
 
 @dataclass
@@ -181,7 +186,8 @@ class _LiveMemory(TorchDispatchMode):
 
     def __init__(self, known: list[Tensor]):
         super().__init__()
-        self.live = self.peak = self.gradients = self.activation_peak = 0
+        self.live = self.peak = self.gradients = 0
+        self.points: dict[int, int] = {}  # gradients -> most of the other bytes
         self._seen: dict[int, weakref.ref] = {}
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
 
@@ -200,12 +206,16 @@ class _LiveMemory(TorchDispatchMode):
         self._seen[key] = weakref.ref(storage, lambda _: self._forget(key, size))
         self.live += size
         self.peak = max(self.peak, self.live)
-        self.activation_peak = max(self.activation_peak, self.live - self.gradients)
+        self._note_point()
+
+    def _note_point(self) -> None:
+        self.points[self.gradients] = max(self.points.get(self.gradients, 0), self.live - self.gradients)
 
     def note_gradient(self, parameter: nn.Parameter) -> None:
         """The gradient of a parameter is complete: from now on it counts as such."""
         assert parameter.grad is not None
         self.gradients += _bytes(parameter.grad)
+        self._note_point()
 
     def _forget(self, key: int, size: int) -> None:
         self._seen.pop(key, None)
@@ -274,6 +284,7 @@ def measure(
                 loss = step(model)
             loss.backward()
             del loss
+        live = tuple(memory.points.items())
         with counter:
             with autocast:
                 loss = step(model)
@@ -284,7 +295,7 @@ def measure(
         trainable = [p for p in parameters if p.requires_grad]
         frozen = [p for p in parameters if not p.requires_grad]
         inside = {id(p) for unit in units for p in unit.parameters()}
-        root = sum(_bytes(p) for p in parameters if id(p) not in inside)
+        root_bytes = sum(_bytes(p) for p in parameters if id(p) not in inside)
         return Measured(
             trainable=sum(p.numel() for p in trainable),
             frozen=sum(p.numel() for p in frozen),
@@ -292,11 +303,11 @@ def measure(
             frozen_bytes=sum(map(_bytes, frozen)),
             forward_flops=float(forward),
             step_flops=float(counter.get_total_flops()),
-            peak_bytes=memory.peak,
-            activation_bytes=memory.activation_peak,
-            block_bytes=root + max((sum(_bytes(p) for p in unit.parameters()) for unit in units), default=0),
-            recomputed_flops=float(counter.recomputed),
+            live=live,
+            unit=max((_numbers(unit) for unit in units), default=(0, 0)),
             root=sum(p.numel() for p in parameters if id(p) not in inside),
+            block_bytes=root_bytes + max((sum(map(_bytes, unit.parameters())) for unit in units), default=0),
+            recomputed_flops=float(counter.recomputed),
         )
 
 
@@ -373,30 +384,31 @@ def _link(plan: Plan, ranks: int) -> float:
 
 
 def _memory(plan: Plan, has_ema: bool) -> dict[str, int]:
-    """Bytes per rank by part. Sharded parts are divided by the ranks; a unit and its successor are gathered."""
-    found, world, half = plan.measured, plan.shards, plan.precision != "fp32"
-    shard = {"none": 1, "ddp": 1}.get(plan.strategy, world)
+    """Bytes per rank by part; sharded parts are divided by the ranks."""
+    found, world, width = plan.measured, plan.shards, 4 if plan.precision == "fp32" else 2
     weights_sharded = plan.strategy in ("fsdp", "zero3")
+    shard = 1 if plan.strategy in ("none", "ddp") else world
     weights = found.trainable_bytes / (world if weights_sharded else 1)
     if plan.strategy.startswith("zero"):  # fp32 masters in shards, and a copy to compute with
-        copy = found.trainable * (2 if half else 4)
-        weights = found.trainable_bytes / world + copy / (world if weights_sharded else 1)
-    gradients = 4 * found.trainable
-    kept_gradients = gradients / (world if plan.strategy in ("fsdp", "zero2", "zero3") else 1)
+        weights = found.trainable_bytes / world + width * found.trainable / (world if weights_sharded else 1)
+    gradient_share = 1 / world if plan.strategy in ("fsdp", "zero2", "zero3") else 1.0
     if plan.strategy == "fsdp" and plan.accumulation > 1 and not plan.reduce_each_micro_step:
-        kept_gradients = gradients  # FSDP2 keeps them whole, in fp32, until the last micro-step scatters their sum
-    ema_shard = world if weights_sharded else 1
-    activations = found.activation_bytes
-    if plan.strategy == "none" and plan.accumulation == 1:  # gradients come as activations go
-        activations = max(0, found.peak_bytes - gradients)
+        gradient_share = 1.0  # FSDP2 keeps them whole, in fp32, until the last micro-step scatters their sum
+    gradients = 4 * found.trainable * gradient_share
+    # DDP's buckets, and the sum of earlier micro-steps, are there from the beginning of a backward
+    whole = plan.strategy == "ddp" or plan.accumulation > 1
+    activations = found.live_bytes(0.0) if whole else max(0.0, found.live_bytes(gradient_share) - gradients)
     # the frozen encoders run before the model, and what they held is free again when it starts
     activations = max([activations, *(part.activations for part in plan.frozen_parts)])
+    # In FSDP2's backward: what lies in no unit, the weights of the next unit flat and cut apart, and a unit's gradients
+    # in fp32, as they come and flat (counted on CPU ranks: 16 bytes a number in fp32, 12 in bf16).
+    gathered = width * found.root + max(8 * found.root, 2 * width * found.unit[0] + 8 * found.unit[1])
     parts = {
         "weights": weights + found.frozen_bytes / (world if weights_sharded else 1),
-        "gathered units": 2 * found.block_bytes / (2 if half else 1) if weights_sharded else 0,
-        "gradients": kept_gradients,
+        "gathered units": gathered if weights_sharded else 0,
+        "gradients": gradients,
         "Adam moments": 8 * found.trainable / shard,
-        "moving average": 4 * found.trainable / ema_shard if has_ema else 0,
+        "moving average": 4 * found.trainable / (world if weights_sharded else 1) if has_ema else 0,
         "activations": activations,
         "frozen encoders": sum(part.bytes for part in plan.frozen_parts),
     }
@@ -481,6 +493,11 @@ def _peak_name(plan: Plan) -> str:
     if plan.precision != "fp32":
         return plan.precision
     return "TF32" if plan.tf32 else "fp32"
+
+
+def _numbers(module: nn.Module) -> tuple[int, int]:
+    """Parameters, and trainable ones."""
+    return sum(p.numel() for p in module.parameters()), sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def _bytes(tensor: Tensor | None) -> int:
