@@ -88,7 +88,8 @@ def rotate(x_LHK: Tensor, cos_LK: Tensor, sin_LK: Tensor) -> Tensor:
 
 def sample_mask(split_lens: Sequence[int], attn_modes: Sequence[str]) -> Tensor:
     """The rule for one sample as a boolean matrix (L, L), true where the row may see the column."""
-    split = torch.repeat_interleave(torch.arange(len(split_lens)), torch.tensor(list(split_lens)))
+    lens = torch.tensor(list(split_lens))
+    split = torch.repeat_interleave(torch.arange(len(split_lens)), lens, output_size=sum(split_lens))
     block = torch.tensor([mode != CAUSAL for mode in attn_modes], dtype=torch.bool)[split]
     noise = torch.tensor([mode == NOISE for mode in attn_modes], dtype=torch.bool)[split]
     position = torch.arange(len(split))
@@ -189,7 +190,7 @@ class PackLayout:
                 starts[number], row = row, row + length
         lens, first = torch.tensor(self.sample_lens), torch.tensor(self.sample_lens).cumsum(0)
         moved = torch.tensor(starts) - (first - lens)
-        return (torch.arange(self.length) + moved.repeat_interleave(lens)).to(device)
+        return (torch.arange(self.length) + moved.repeat_interleave(lens, output_size=self.length)).to(device)
 
     def masks(self, device: torch.device) -> list[Tensor]:
         """One boolean (samples, 1, L, L) a padded length; padding sees everything and is seen by nothing."""
