@@ -63,9 +63,19 @@ def measured():
     return measure(Net, step, "fp32", (Block,))
 
 
-def plan_of(measured, strategy="none", world=1, gpu=None, precision="fp32", frozen_parts=None, replicas=1, **training):
+def plan_of(
+    measured,
+    strategy="none",
+    world=1,
+    gpu=None,
+    precision="fp32",
+    frozen_parts=None,
+    replicas=1,
+    in_bf16=False,
+    **training,
+):
     settings = TrainingSection(**{"batch_size": B, **training})
-    run = RunSection(precision=precision, fsdp_replicas=replicas)
+    run = RunSection(precision=precision, fsdp_replicas=replicas, ddp_bf16=in_bf16)
     return make_plan(
         "toy", measured, run=run, training=settings, strategy=strategy, world=world, gpu=gpu, frozen_parts=frozen_parts
     )
@@ -170,6 +180,7 @@ def test_no_average_and_no_frozen_parts_take_no_memory(measured):
 def test_traffic_of_a_ring(measured):
     assert plan_of(measured).traffic_bytes == 0
     assert plan_of(measured, "ddp", 2).traffic_bytes == 4 * PARAMETERS  # half of it, scattered and gathered
+    assert plan_of(measured, "ddp", 2, in_bf16=True).traffic_bytes == 2 * PARAMETERS
     gathers = 2 * 3 * 4 * PARAMETERS  # forward and backward of three micro-steps
     kept = 3 * 4 * measured.root  # what is in no unit is gathered once for both
     sharded = plan_of(measured, "fsdp", 2, gradient_accumulation_steps=3)
