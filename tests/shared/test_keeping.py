@@ -415,6 +415,7 @@ FAULTS = [
     ({"run": {"precision": "fp16"}}, "--precision fp16 needs CUDA"),
     ({"run": {"cpu_offload": True}}, "--cpu-offload works with the strategies"),
     ({"run": {"fsdp_replicas": 2}}, "--fsdp-replicas 2 works with the strategy fsdp, not with none"),
+    ({"run": {"ddp_bf16": True, "strategy": "fsdp"}}, "--ddp-bf16 works with the strategy ddp, not with fsdp"),
     ({"run": {"fsdp_replicas": 2, "strategy": "fsdp"}}, "--fsdp-replicas 2: 1 ranks cannot be dealt"),
     ({"run": {"resume": "/nowhere/checkpoint"}}, "/nowhere/checkpoint: no such checkpoint"),
     ({"run": {"output_dir": "  "}}, "--output-dir is empty"),
