@@ -13,6 +13,7 @@ from shared.errors import UserError
 PRESETS = Path(__file__).parent / "configs"
 SAMPLE_DATA = Path(__file__).parent / "sample_data" / "CUB_200_2011"
 FLOW_SAMPLERS = ("euler", "heun", "midpoint", "rk4", "dopri5", "sde")
+POWER_LENGTHS = (0.05, 0.10)  # of the two averages that training.power_ema keeps, as in EDM2
 Layout = Literal["coco", "cub", "custom", "scenes"]
 NOISE_SAMPLERS = ("ddim", "dpmpp_2m", "dpmpp_2m_karras", "ddpm")
 
@@ -375,6 +376,9 @@ class TrainingConfig(TrainingSection):
     )
     max_grad_norm: float | None = setting(None, "clip the gradient norm to this; null: no clipping", "grad_clip", ge=0)
     ema_decay: float = setting(0.9999, "decay of the weights' moving average; 0: off", ge=0, lt=1)
+    power_ema: bool = setting(
+        False, "also keep two power-function averages (EDM2), so that --ema-length draws with one of any length"
+    )
     save_steps: int | None = setting(None, "optimizer steps between checkpoints; null: epochs only", "save_every", ge=1)
     save_every_n_epochs: int | None = setting(10, "epochs between checkpoints; 0 or null: off", ge=1)
     eval_steps: int | None = setting(None, "optimizer steps between evaluations; null: at the end", "eval_every", ge=1)
@@ -548,11 +552,12 @@ def refuse_unused(config: Config) -> None:
             value = config[section][key]
             if not is_used and value != default[section][key]:
                 faults.append(f"{name} {value} would change nothing: {reason}; leave it out")
-    if config.training.optimizer == "muon" and config.run.strategy not in (None, "none", "ddp"):
-        faults.append(
-            f"training.optimizer muon: it turns whole matrices, and under --strategy {config.run.strategy} each rank "
-            "holds a part of every matrix; use --strategy none or ddp, or --optimizer adamw"
-        )
+    if config.run.strategy not in (None, "none", "ddp"):
+        parted = f"under --strategy {config.run.strategy} each rank holds a part of every one; use none or ddp, or"
+        if config.training.optimizer == "muon":
+            faults.append(f"training.optimizer muon turns whole matrices: {parted} --optimizer adamw")
+        if config.training.power_ema:
+            faults.append(f"training.power_ema keeps averages of whole tensors: {parted} leave it out")
     if config.repa.features is not None and config.repa.encoder_path is None:
         faults.append("repa.features: the run was begun with an encoder to align with; give its folder: --encoder-path")
     if config.data.buckets and (config.data.cache_dir is not None or config.data.dataset_name == "scenes"):
@@ -636,6 +641,12 @@ class DrawOptions(Section):
     cfg_scale: float | None = setting(None, "guidance scale; null: as trained", "guidance_scale", ge=0)
     seed: int = setting(0, "seed of the first picture", ge=0, le=2**63 - 1)
     ema: bool = setting(True, "use the averaged weights")
+    ema_length: float | None = setting(
+        None,
+        "average over this share of the run (0.01 to 0.28), made after training from --power-ema's snapshots",
+        ge=0.01,
+        le=0.28,
+    )
     vae: str | None = setting(None, "VAE by path or hub id, instead of the trained-with one")
     text_encoder: str | None = setting(None, "text encoder by path or hub id, instead of the trained-with one")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")

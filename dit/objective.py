@@ -28,6 +28,7 @@ from dit.modules.vae import CODEC_FILE
 from dit.sampling.drawing import Drawing, draw_latents, grid, to_uint8
 from dit.sampling.gaussian import GaussianDiffusion, Target
 from dit.sampling.samplers import Draw, Model, check_sampler, sample_flow, sample_noise, training_scheduler
+from dit.weights.averages import RUNNING, PowerAverages
 from dit.weights.guide import adopt, is_guide_folder, read_guide_weights, write_guide_files, write_guide_folder
 from shared.config import accumulation_steps, save_config
 from shared.data import BatchPlan, MapStream
@@ -35,7 +36,7 @@ from shared.engine.checkpoint import load_strict, load_weights
 from shared.engine.dist import DistInfo
 from shared.errors import UserError, written_aside
 from shared.flow import expand_like, linear_path, sample_times, shift_noise_level
-from shared.loop import FitResult, fit
+from shared.loop import FitResult, fit, plan_steps
 from shared.optim import decay_groups
 from shared.rng import keyed_rand, keyed_randn
 
@@ -315,6 +316,7 @@ class Trainer:
         self.criterion = self.objective.error
         self.resume = config.run.resume
         self.global_step = 0
+        self.averages: PowerAverages | None = None
         self.feature_encoder: FeatureEncoder | None = None
         if config.repa.encoder_path is not None:
             self.feature_encoder = FeatureEncoder(config.repa.encoder_path).to(self.device).eval()
@@ -428,7 +430,12 @@ class Trainer:
         if is_guide_folder(Path(self.resume)):
             self.config.run.resume = str(adopt(Path(self.resume), self.config, self.model, self.stream, self.info))
         draws = self.held_out is not None or bool(self.config.training.sample_prompts)
-        exports = self.vae_encoder.learns or self.config.training.guide_files
+        if self.config.training.power_ema:
+            self.config.training.save_in_background = False  # the averages would move on while they are written
+            planned = plan_steps(self.config.training, self.stream)
+            output_dir, writes = Path(self.config.run.output_dir), self.info.is_main
+            self.averages = PowerAverages(self.model.to(self.device), output_dir, planned=planned, writes=writes)
+        exports = self.vae_encoder.learns or self.config.training.guide_files or self.averages is not None
         return fit(
             config=self.config,
             info=self.info,
@@ -437,6 +444,7 @@ class Trainer:
             losses=self.losses,
             validate=self.validate if self.held_out else None,
             sample=self.sample if draws else None,
+            after_step=None if self.averages is None else self.averages.update,
             groups=muon_groups(self.model, self.config) if self.config.training.optimizer == "muon" else None,
             wrap_classes=(DiTBlock,),
             export=self.export if exports else None,
@@ -485,6 +493,8 @@ class Trainer:
         if self.vae_encoder.learns:
             codec = {name: value.cpu().contiguous() for name, value in self.vae_encoder.state_dict().items()}
             save_file(codec, folder / CODEC_FILE)
+        if self.averages is not None:
+            self.averages.save(folder / RUNNING)
         if self.config.training.guide_files and self.stream is not None:
             write_guide_files(folder, self.model, self.config, self.stream.plan.steps_per_epoch)
 

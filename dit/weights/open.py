@@ -19,6 +19,7 @@ from dit.modules.autoencoder import Codec, ConvAutoencoder, PatchAutoencoder
 from dit.modules.text import CaptionEncoder, make_text_encoder
 from dit.modules.vae import CODEC_FILE, PixelCodec, PoolCodec, VAEEncoder, scaled_latents
 from dit.objective import Objective, make_objective
+from dit.weights.averages import averaged_to
 from shared.config import load_saved
 from shared.engine.checkpoint import find_checkpoint, load_strict, load_weights, open_run
 from shared.engine.dist import DistInfo, barrier
@@ -157,6 +158,11 @@ def saved_settings(path: Path, find: Callable[[Path], Path] = find_checkpoint) -
     return load_saved(Config, settings), folder
 
 
+def run_of(folder: Path) -> Path:
+    """The folder of the run that a checkpoint belongs to."""
+    return folder.parent.parent if folder.parent.name == "checkpoints" else folder
+
+
 class Trained(NamedTuple):
     """A trained model with all that drawing and measuring need."""
 
@@ -181,10 +187,13 @@ def load_trained(
     *,
     device: torch.device,
     use_ema: bool = True,
+    ema_length: float | None = None,
     vae: str | None = None,
     text_encoder: str | None = None,
 ) -> Trained:
-    """Model, codec and text encoder of a run or one of its checkpoints; vae, text_encoder: in place of saved names."""
+    """Model, codec and text encoder of a run or one of its checkpoints. ema_length: of the average of the weights, as
+    a share of the run; vae, text_encoder: in place of saved names.
+    """
     path = Path(path)
     config, folder = saved_settings(path, open_run)
     for flag, name, section, kind in (
@@ -195,7 +204,10 @@ def load_trained(
             raise UserError(f"--{flag} {name}: this run's is of type {section.type}, which has no weights to replace")
         section.pretrained_model_name = name or section.pretrained_model_name
     model = build_model(config)
-    load_strict(model, load_weights(path if path.is_file() else folder, prefer_ema=use_ema), what=str(path))
+    weights = load_weights(path if path.is_file() else folder, prefer_ema=use_ema)
+    if ema_length is not None:
+        weights |= averaged_to(ema_length, folder, run_of(folder))
+    load_strict(model, weights, what=str(path))
     codec = make_vae(config)
     if codec.learns:
         places = [folder / CODEC_FILE, folder.parent / CODEC_FILE, folder.parent.parent / CODEC_FILE]

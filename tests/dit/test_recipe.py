@@ -6,15 +6,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 from dit import generate, metrics, train
-from dit.config import PRESETS, Config, refuse_unused
+from dit.config import POWER_LENGTHS, PRESETS, Config, refuse_unused
 from dit.dataset import BucketPlan, TextImageDataset, bucket_shapes
 from dit.model import DiTModel
 from dit.objective import muon_groups
+from dit.weights.averages import averaged_to, combination, exponent, profile
 from dit.weights.open import build_model
 from shared.config import load_config, save_config
+from shared.engine.checkpoint import newest_checkpoint
 from shared.errors import UserError
 from shared.log import read_metrics
 from shared.optim import MuonWithAdamW, adamw, orthogonalised
@@ -290,3 +293,54 @@ def test_clean_pixels_without_a_vae_train_resume_and_draw(tmp_path):
     out = tmp_path / "grid.png"
     generate.main(["--checkpoint", str(tmp_path / "straight"), "--prompt", "a red key", "--output", str(out)])
     assert Image.open(out).size == (32, 32)
+
+
+@pytest.mark.parametrize("length", [0.05, 0.07, 0.12, 0.2])
+def test_an_average_of_any_length_after_training_is_the_one_computed_in_training(length):
+    last, generator = 640, np.random.default_rng(0)
+    weights = np.cumsum(generator.standard_normal(last)) + 30 * np.exp(-np.arange(last) / 80)  # a walk that settles
+
+    def average(updates: int, power: float) -> float:
+        found = 0.0
+        for step in range(updates):
+            found += (1 - (1 - 1 / (step + 1)) ** (power + 1)) * (weights[step] - found)
+        return found
+
+    stored = [(updates, exponent(kept)) for updates in range(40, last + 1, 40) for kept in POWER_LENGTHS]
+    found = combination(stored, length, last) @ [average(updates, power) for updates, power in stored]
+    wanted = average(last, exponent(length))
+    assert abs(found - wanted) < 0.01 * weights.std()
+    share = profile(last, exponent(length), last)
+    steps = (np.arange(last) + 0.5) / last
+    spread = (share * steps**2).sum() - (share * steps).sum() ** 2
+    assert abs(spread**0.5 - length) < 1e-3  # the length is the spread of the profile
+
+
+def test_power_averages_survive_a_stop_and_are_drawn_from_by_length(tmp_path):
+    def settings(name: str) -> list[str]:
+        config = tiny(run={"output_dir": str(tmp_path / name), "device": "cpu"}, training={"power_ema": True})
+        save_config(config, tmp_path / f"{name}.yaml")
+        return ["--config", str(tmp_path / f"{name}.yaml")]
+
+    train.main(settings("whole"))
+    train.main([*settings("parts"), "--max-steps", "2"])
+    train.main(settings("parts"))
+    whole, parts = (averaged_to(0.05, newest_checkpoint(tmp_path / n), tmp_path / n) for n in ("whole", "parts"))
+    running = load_file(newest_checkpoint(tmp_path / "whole") / "averages.safetensors")
+    for name, value in whole.items():
+        assert torch.equal(value, parts[name]) and torch.allclose(value, running[f"0.{name}"], atol=1e-6)
+    drawn = []
+    for words in (["--ema-length", "0.05"], ["--ema-length", "0.25"], []):
+        place = tmp_path / f"{len(drawn)}.png"
+        generate.main(
+            ["--checkpoint", str(tmp_path / "whole"), "--prompt", "a red box", "--output", str(place), *words]
+        )
+        drawn.append(place.read_bytes())
+    assert len(set(drawn)) == 3
+
+
+def test_power_averages_are_refused_where_there_are_none_or_no_rank_has_whole_tensors(tmp_path):
+    with pytest.raises(UserError, match="--strategy fsdp .*leave it out"):
+        refuse_unused(tiny(training={"power_ema": True}, run={"strategy": "fsdp"}))
+    with pytest.raises(UserError, match="train with --power-ema"):
+        averaged_to(0.1, tmp_path, tmp_path)
