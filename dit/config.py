@@ -89,11 +89,32 @@ class DataConfig(Section):
         return self
 
 
+_OF_PRX = {  # ours -> the name in a PRX folder's config.json
+    "hidden_size": "hidden_size", "num_layers": "depth", "num_heads": "num_heads", "patch_size": "patch_size",
+    "in_channels": "in_channels", "mlp_ratio": "mlp_ratio", "text_dim": "context_in_dim",
+    "bottleneck_size": "bottleneck_size", "resolution_embeds": "resolution_embeds",
+}  # fmt: skip
+
+
+def _prx_config(path: str) -> dict[str, Any] | None:
+    """The config.json of a PRX folder, its own or that of the folder transformer; None for everything else."""
+    for place in (Path(path) / "transformer", Path(path)):
+        try:
+            tree = json.loads((place / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return tree if isinstance(tree, dict) and tree.get("_class_name") == "PRXTransformer2DModel" else None
+    return None
+
+
 class ModelConfig(Section):
     """The network. Fixed on resume."""
 
     fixed_on_resume: ClassVar[bool] = True
 
+    type: Literal["dit", "prx"] = setting(
+        "dit", "dit: ours; prx: PRXTransformer2DModel of diffusers, whose folder --pretrained takes with its sizes"
+    )
     hidden_size: int = setting(768, "width", ge=4)
     num_layers: int = setting(16, "blocks", ge=1)
     num_heads: int = setting(12, "attention heads; divides hidden_size", ge=1)
@@ -139,9 +160,28 @@ class ModelConfig(Section):
     route_end: int | None = setting(
         None, "TREAD: number of the block where they join again; null: num_layers - 4", ge=1
     )
+    bottleneck_size: int | None = setting(None, "prx: width between the two layers that embed a patch", ge=1)
+    resolution_embeds: bool = setting(False, "prx: the latent's size is a part of the condition")
     pretrained_path: str | None = setting(
-        None, "start from these weights: ours, DiT, SiT, diffusers DiT or PixArt", "pretrained"
+        None, "start from these weights: ours, DiT, SiT, diffusers' DiT, PixArt or PRX", "pretrained"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sizes_of_prx(cls, tree: Any) -> Any:
+        """A PRX folder tells its own sizes."""
+        path = tree.get("pretrained_path", tree.get("pretrained")) if isinstance(tree, dict) else None
+        found = _prx_config(str(path)) if path is not None else None
+        if found is None:
+            return tree
+        if tree.get("type") != "prx":
+            raise ValueError(f"pretrained_path {path} is a PRX; use --config prx (model.type prx)")
+        half = found.get("hidden_size", 1792) // found.get("num_heads", 28) // 2
+        wanted = {"axes_dim": [half, half], "theta": 10000, "time_factor": 1000.0, "time_max_period": 10000}
+        for name, value in wanted.items():
+            if found.get(name) not in (None, value):
+                raise ValueError(f"pretrained_path {path}: {name} {found[name]} is not supported, {value} is")
+        return tree | {ours: found[theirs] for ours, theirs in _OF_PRX.items() if theirs in found}
 
     @model_validator(mode="after")
     def _fits(self) -> "ModelConfig":
@@ -469,6 +509,13 @@ class Config(Section):
             )
         if self.data.dataset_name == "scenes" and self.model.num_classes:
             raise ValueError("model.num_classes: scenes carry sentences, not classes; leave it out")
+        if self.model.type == "prx":
+            needs = (self.diffusion.objective, self.flow.prediction, self.model.text_conditioning)
+            if needs != ("flow", "velocity", "cross"):
+                raise ValueError(
+                    "model.type prx predicts a flow's velocity from text: set diffusion.objective flow, "
+                    "flow.prediction velocity and model.text_conditioning cross"
+                )
         samplers = {"ddpm": NOISE_SAMPLERS, "flow": FLOW_SAMPLERS}[self.diffusion.objective]
         if self.sample.sampler not in ("auto", *samplers):
             raise ValueError(
@@ -543,6 +590,8 @@ def refuse_unused(config: Config) -> None:
         (config.vae.type in ("patches", "conv"), f"vae.type is {config.vae.type}", ("vae.patch",)),
         (config.vae.type == "patches", f"vae.type is {config.vae.type}", ("vae.decoder_steps",)),
         (config.vae.type == "conv", f"vae.type is {config.vae.type}", ("vae.codec_steps", "vae.width")),
+        (config.model.type == "dit", "model.type is prx", _OF_DIT),
+        (config.model.type == "prx", "model.type is dit", ("model.bottleneck_size", "model.resolution_embeds")),
         (config.text.type == "hash", f"text.type is {config.text.type}", ("text.context",)),
     ]
     faults = []
@@ -558,6 +607,10 @@ def refuse_unused(config: Config) -> None:
             faults.append(f"training.optimizer muon turns whole matrices: {parted} --optimizer adamw")
         if config.training.power_ema:
             faults.append(f"training.power_ema keeps averages of whole tensors: {parted} leave it out")
+    if config.model.type == "prx" and config.training.optimizer == "muon":
+        faults.append("training.optimizer muon knows the matrices of model.type dit; use --optimizer adamw")
+    if config.model.type == "prx" and config.training.gradient_checkpointing not in (False, True):
+        faults.append("training.gradient_checkpointing of model.type prx is true or false; it has no every so-manieth")
     if config.repa.features is not None and config.repa.encoder_path is None:
         faults.append("repa.features: the run was begun with an encoder to align with; give its folder: --encoder-path")
     if config.data.buckets and (config.data.cache_dir is not None or config.data.dataset_name == "scenes"):
@@ -573,6 +626,11 @@ def refuse_unused(config: Config) -> None:
 
 _OF_NOISE = (
     "num_train_timesteps", "noise_scheduler", "prediction_type", "rescale_betas_zero_snr", "snr_gamma", "criterion",
+)  # fmt: skip
+_OF_DIT = (
+    "model.use_pooled_text", "model.learn_sigma", "model.conditioning", "model.norm", "model.cross_norm",
+    "model.qk_norm", "model.mlp", "model.pos", "model.drop_path", "model.pos_scale", "model.time_freq_shift",
+    "model.value_residual", "model.route_share", "repa.encoder_path",
 )  # fmt: skip
 _OF_SD = ("scaling_factor", "use_slicing", "use_tiling", "latent_stats")
 

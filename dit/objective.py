@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from dit.config import FLOW_SAMPLERS, NOISE_SAMPLERS, Config, DiffusionConfig, FlowConfig
 from dit.dataset import TextImageDataset, collate, unit
 from dit.evaluation.held_out import HeldOut, errors, summary
-from dit.model import DiTBlock, DiTModel
+from dit.model import DiTModel
 from dit.modules.autoencoder import Codec
 from dit.modules.features import FeatureEncoder
+from dit.modules.prx import PRXModel
 from dit.modules.text import CaptionEncoder, TextEncoder, condition_of
 from dit.modules.vae import CODEC_FILE
 from dit.sampling.drawing import Drawing, draw_latents, grid, to_uint8
@@ -291,7 +292,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: DiTModel,
+        model: DiTModel | PRXModel,
         vae_encoder: Codec,
         text_encoder: nn.Module | None,
         train_dataloader: MapStream | DataLoader | None,
@@ -446,7 +447,7 @@ class Trainer:
             sample=self.sample if draws else None,
             after_step=None if self.averages is None else self.averages.update,
             groups=muon_groups(self.model, self.config) if self.config.training.optimizer == "muon" else None,
-            wrap_classes=(DiTBlock,),
+            wrap_classes=(type(next(iter(self.model.blocks))),),
             export=self.export if exports else None,
             title="DiT",
             checkpoint_name="checkpoint-step-{step}",

@@ -47,9 +47,17 @@ def workload(config: Config) -> Workload:
             parts.append(vae_part(config))
         if config.data.cache_dir is None and model.text_conditioning != "none" and config.text.type == "clip":
             parts.append(FrozenPart("CLIP text tower", 63_165_952, 4 * 63_165_952, size * 6.0e9))
+        if config.training.power_ema:
+            with torch.device("meta"):
+                averaged = sum(weight.numel() for weight in build_model(config).parameters())
+            parts.append(FrozenPart("power averages", 0, 8 * averaged))
         return parts
 
     title = f"DiT {model.hidden_size}/{model.num_layers}/{model.num_heads}"
+    if model.type == "prx":
+        from diffusers.models.transformers.transformer_prx import PRXBlock
+
+        return Workload(title.replace("DiT", "PRX"), build_model, step, (PRXBlock,), frozen_parts)
     return Workload(title, build_model, step, (DiTBlock,), frozen_parts)
 
 

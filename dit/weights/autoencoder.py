@@ -85,9 +85,9 @@ def train_autoencoder(
             f"the autoencoder was stopped at step {result.step} of {phase.training.total_steps}; the same command "
             "goes on from there"
         )
-    if info.is_main and result.step < phase.training.total_steps:
+    if info.is_main and result.step < config.vae.codec_steps:
         print(
-            f"warning: --max-steps ends the autoencoder at step {result.step} of {phase.training.total_steps}: its "
+            f"warning: --max-steps ends the autoencoder at step {result.step} of {config.vae.codec_steps}: its "
             "pictures are blurred; a command without it trains it on, as long as there is no checkpoint of the run",
             file=sys.stderr,
         )

@@ -1,9 +1,9 @@
-"""Averages of the weights by power functions, whose length is chosen after training (Karras et al. 2024, arXiv 2312.02696).
+"""Averages of the weights by power functions, whose length is chosen after training (Karras et al. 2024, 2312.02696).
 
 An average of exponent g weighs the weights after update k of n by (k^(g+1) - (k-1)^(g+1)) / n^(g+1): it grows with the
-run, and its length, the spread of that profile over n, stays the same share of it. Training keeps two of them and writes
-both out every so often (OUT/averages). Any other length is then the sum of those snapshots whose profile is nearest to
-the wanted one, by least squares.
+run, and its length, the spread of that profile over n, stays the same share of it. Training keeps two of them and
+writes both out every so often (OUT/averages). Any other length is then the sum of those snapshots whose profile is
+nearest to the wanted one, by least squares.
 """
 
 import json

@@ -16,6 +16,7 @@ from dit.data.cache import file_digest, read_manifest
 from dit.dataset import TextImageDataset, unit
 from dit.model import DiTModel
 from dit.modules.autoencoder import Codec, ConvAutoencoder, PatchAutoencoder
+from dit.modules.prx import PRXModel
 from dit.modules.text import CaptionEncoder, make_text_encoder
 from dit.modules.vae import CODEC_FILE, PixelCodec, PoolCodec, VAEEncoder, scaled_latents
 from dit.objective import Objective, make_objective
@@ -28,9 +29,13 @@ from shared.errors import UserError, written_aside
 CODEC_PICTURES = 2048  # training pictures that a codec is fitted on
 
 
-def build_model(config: Config) -> DiTModel:
+def build_model(config: Config) -> DiTModel | PRXModel:
     """The network of the settings, with fresh weights."""
-    options = config.model.model_dump(exclude={"pretrained_path"})
+    if config.model.type == "prx":
+        prx = PRXModel(config.model, null_text=config.diffusion.null_text, time_scale=config.flow.time_scale)
+        prx.gradient_checkpointing = bool(config.training.gradient_checkpointing)
+        return prx
+    options = config.model.model_dump(exclude={"pretrained_path", "type", "bottleneck_size", "resolution_embeds"})
     options["class_dropout"] = 0.0 if config.model.class_dropout == 0 else 0.1  # for the model: is there a null row?
     if config.repa.features is not None:
         repa = config.repa
@@ -167,7 +172,7 @@ class Trained(NamedTuple):
     """A trained model with all that drawing and measuring need."""
 
     config: Config
-    model: DiTModel
+    model: DiTModel | PRXModel
     codec: Codec
     text_encoder: CaptionEncoder | None
     objective: Objective
