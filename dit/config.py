@@ -18,6 +18,20 @@ Layout = Literal["coco", "cub", "custom", "scenes"]
 NOISE_SAMPLERS = ("ddim", "dpmpp_2m", "dpmpp_2m_karras", "ddpm")
 
 
+@lru_cache(maxsize=64)
+def diffusers_config(path: str, part: str) -> dict[str, Any] | None:
+    """The config.json of a model of diffusers on this disk, its own or that of a pipeline's folder `part`; None for a
+    hub id, a single file, and what is no model of diffusers.
+    """
+    for place in (Path(path) / part, Path(path)):
+        try:
+            tree = json.loads((place / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return tree if isinstance(tree, dict) and "_class_name" in tree else None
+    return None
+
+
 _NOT_FOR_SCENES = {
     "num_samples": "the number of drawings is data.drawings",
     "crop": "scenes are composed at their size",
@@ -96,17 +110,6 @@ _OF_PRX = {  # ours -> the name in a PRX folder's config.json
 }  # fmt: skip
 
 
-def _prx_config(path: str) -> dict[str, Any] | None:
-    """The config.json of a PRX folder, its own or that of the folder transformer; None for everything else."""
-    for place in (Path(path) / "transformer", Path(path)):
-        try:
-            tree = json.loads((place / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return tree if isinstance(tree, dict) and tree.get("_class_name") == "PRXTransformer2DModel" else None
-    return None
-
-
 class ModelConfig(Section):
     """The network. Fixed on resume."""
 
@@ -171,8 +174,8 @@ class ModelConfig(Section):
     def _sizes_of_prx(cls, tree: Any) -> Any:
         """A PRX folder tells its own sizes."""
         path = tree.get("pretrained_path", tree.get("pretrained")) if isinstance(tree, dict) else None
-        found = _prx_config(str(path)) if path is not None else None
-        if found is None:
+        found = None if path is None else diffusers_config(str(path), "transformer")
+        if found is None or found["_class_name"] != "PRXTransformer2DModel":
             return tree
         if tree.get("type") != "prx":
             raise ValueError(f"pretrained_path {path} is a PRX; use --config prx (model.type prx)")
@@ -287,21 +290,9 @@ class VaeConfig(Section):
         return self
 
 
-@lru_cache(maxsize=64)
-def vae_config(name: str) -> dict[str, Any] | None:
-    """The config.json of a VAE on this disk, its own or that of the folder vae; None for a hub id and a single file."""
-    for place in (Path(name) / "vae", Path(name)):
-        try:
-            tree = json.loads((place / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return tree if isinstance(tree, dict) and "_class_name" in tree else None
-    return None
-
-
 def vae_factor(name: str) -> int | None:
     """Pixels per latent cell side of a VAE on this disk; None where its config cannot be seen."""
-    config = vae_config(name)
+    config = diffusers_config(name, "vae")
     if config is not None:
         widths = config.get("encoder_block_out_channels") or config.get("block_out_channels") or []
         return 2 ** (len(widths) - 1) if widths else None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit.config import Config, vae_config
+from dit.config import Config, diffusers_config
 from dit.model import DiTBlock
 from dit.modules.vae import AT_A_TIME
 from dit.weights.open import build_model
@@ -66,7 +66,7 @@ def vae_part(config: Config) -> FrozenPart:
     import diffusers
 
     side, vae = config.data.image_size, config.vae
-    settings = vae_config(vae.pretrained_model_name) or SD_VAE
+    settings = diffusers_config(vae.pretrained_model_name, "vae") or SD_VAE
     half = torch.float32 if vae.vae_precision == "fp32" else torch.bfloat16
     count = min(config.training.batch_size, max(1, AT_A_TIME * 256 * 256 // side**2))
 
