@@ -516,8 +516,6 @@ class Config(Section):
         self._one_dropout()
         if self.repa.encoder_path is not None and self.repa.layer > self.model.num_layers:
             raise ValueError(f"repa.layer {self.repa.layer}: the model has {self.model.num_layers} blocks")
-        if self.repa.encoder_path is not None and self.data.cache_dir is not None:
-            raise ValueError("repa.encoder_path needs pictures, and a cache holds none; leave data.cache_dir out")
         if self.training.sample_prompts and self.model.text_conditioning == "none":
             raise ValueError("training.sample_prompts need a model that reads text; leave them out")
         return self

@@ -319,7 +319,7 @@ class Trainer:
         self.global_step = 0
         self.averages: PowerAverages | None = None
         self.feature_encoder: FeatureEncoder | None = None
-        if config.repa.encoder_path is not None:
+        if config.repa.encoder_path is not None and config.data.cache_dir is None:
             self.feature_encoder = FeatureEncoder(config.repa.encoder_path).to(self.device).eval()
         if config.model.text_conditioning != "none" and config.diffusion.null_text == "empty":
             if null_condition is None and self.text_encoder is not None:
@@ -336,7 +336,7 @@ class Trainer:
     def losses(self, model: Callable, batches: list[dict], step: int) -> Iterator[tuple[Tensor, dict]]:
         """One (loss, metrics) a micro-batch. Draws are keyed by (seed, step, sample): ranks and resumes change none."""
         seed, self.global_step = self.config.run.seed, step
-        aligns = self.feature_encoder is not None
+        aligns = self.config.repa.encoder_path is not None
         for batch in batches:
             # Frozen encoders first: pictures to latents, captions to states (or both from the cache).
             latents_BCHW = self.latents(batch, step)
@@ -378,10 +378,12 @@ class Trainer:
 
     def alignment(self, projected: Tensor, kept: Tensor | None, batch: dict, latents: Tensor) -> Tensor:
         """Minus the mean cosine of the projected tokens (B, n, E) and the frozen encoder's features of their places."""
-        assert self.feature_encoder is not None
         patch = self.config.model.patch_size
         grid_size = (latents.shape[2] // patch, latents.shape[3] // patch)
-        wanted = self.feature_encoder(unit(batch["image"].to(self.device)), grid_size)
+        if self.feature_encoder is None:
+            wanted = batch["features"]  # from a cache
+        else:
+            wanted = self.feature_encoder(unit(batch["image"].to(self.device)), grid_size)
         if kept is not None:  # TREAD: the tokens that came so far
             wanted = wanted.gather(1, kept[..., None].expand(-1, -1, wanted.shape[2]))
         return -nn.functional.cosine_similarity(projected.float(), wanted, dim=-1).mean()

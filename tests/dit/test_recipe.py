@@ -22,7 +22,7 @@ from shared.errors import UserError
 from shared.log import read_metrics
 from shared.optim import MuonWithAdamW, adamw, orthogonalised
 from tests import launching
-from tests.dit.small import picture, tiny
+from tests.dit.small import encoder_folder, picture, tiny
 from tests.dit.test_train import same_weights
 
 
@@ -155,18 +155,6 @@ def run(tmp_path, name: str, config: Config, *arguments: str) -> list[float]:
     out = tmp_path / name
     train.main(["--config", str(tmp_path / f"{name}.yaml"), "--output-dir", str(out), *arguments])
     return [row["train/loss"] for row in read_metrics(out / "metrics.jsonl") if "train/loss" in row]
-
-
-def encoder_folder(path) -> str:
-    """A tiny DINOv2 with random weights."""
-    from transformers import Dinov2Config, Dinov2Model
-
-    torch.manual_seed(0)
-    config = Dinov2Config(
-        hidden_size=12, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14, mlp_ratio=2
-    )
-    Dinov2Model(config).save_pretrained(path)
-    return str(path)
 
 
 def everything(tmp_path, **training) -> Config:
