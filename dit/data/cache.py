@@ -359,7 +359,7 @@ class CachedDataset(Dataset):
         row = index - int(self.ends[shard])
         variant = int(mirrored) if self.flip else int(draw() * self.variants) if self.variants > 1 else 0
         encoded = self.shards[shard].encoded(row, slice(variant, variant + 1), self.names_read)
-        sample = {name: value[0].float() for name, value in encoded.items()}
+        sample: dict[str, Any] = {name: value[0].float() for name, value in encoded.items()}
         sample |= {"image_id": self.ids[index], "index": index, "flip": mirrored}
         if self.reads_text:
             rows = self._rows[shard][row]

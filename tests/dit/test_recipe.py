@@ -164,7 +164,7 @@ def everything(tmp_path, **training) -> Config:
                "norm": "rmsnorm", "mlp": "swiglu", "pos": "rope2d", "drop_path": 0.1},
         repa={"encoder_path": encoder_folder(tmp_path / "dino"), "layer": 1, "hidden": 8},
         flow={"timestep_sampling": "logit_normal", "shift": "auto", "contrastive": 0.05},
-        training={"optimizer": "muon", "total_steps": 4, **training},
+        training={"optimizer": "muon", "power_ema": True, "total_steps": 4, **training},
     )  # fmt: skip
 
 
@@ -198,6 +198,8 @@ def test_two_ranks_train_all_parts_as_one(tmp_path):
     launching.run(2, "dit/train.py", "--config", str(tmp_path / "two.yaml"), "--output-dir", str(tmp_path / "two"))
     two = [row["train/loss"] for row in read_metrics(tmp_path / "two" / "metrics.jsonl") if "train/loss" in row]
     assert np.allclose(one, two, rtol=1e-5)
+    averages = [averaged_to(0.1, newest_checkpoint(tmp_path / name), tmp_path / name) for name in ("one", "two")]
+    assert all(torch.allclose(value, averages[1][name], atol=1e-4) for name, value in averages[0].items())
 
 
 def test_alignment_needs_a_folder_and_a_layer(tmp_path):
