@@ -1,16 +1,22 @@
 """PRX: a folder of diffusers is loaded, gives the same numbers, is trained on and drawn with."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from diffusers import PRXTransformer2DModel
+import transformers
+from diffusers import AutoencoderKL, PRXTransformer2DModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
 from dit import generate, train
 from dit.config import PRESETS, Config, refuse_unused
+from dit.modules.text import condition_of, make_text_encoder
 from dit.plan import workload
 from dit.weights.convert import load_pretrained
-from dit.weights.open import build_model, load_trained
+from dit.weights.open import build_model, load_trained, make_vae
 from shared.config import load_config, save_config
 from shared.errors import UserError
 from shared.log import read_metrics
@@ -96,3 +102,23 @@ def test_the_preset_is_the_public_size():
     config = load_config(Config, presets=PRESETS, argv=["--config", "prx", "--strategy", "fsdp", "--world-size", "8"])
     refuse_unused(config)
     assert "PRX 1792/16/28" in plan_run(workload(config), config)
+
+
+def test_a_pipelines_folder_gives_transformer_vae_and_text_encoder(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "transformer")
+    AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4).save_pretrained(tmp_path / "vae")
+    words = {word: number for number, word in enumerate(["<pad>", "</s>", "<unk>", "a", "red", "bird"])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+    fast.save_pretrained(tmp_path / "tokenizer")
+    part = {"vocab_size": 8, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    part |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    both = transformers.T5GemmaConfig(encoder=part, decoder=part, is_encoder_decoder=False, vocab_size=8)
+    T5GemmaEncoder(both.encoder).save_pretrained(tmp_path / "text_encoder")
+    places = [word for flag in ("pretrained", "vae-path", "text-encoder-path") for word in (f"--{flag}", str(tmp_path))]
+    config = load_config(Config, presets=PRESETS, argv=["--config", "prx", "--image-size", "32", *places])
+    codec, encoder, model = make_vae(config), make_text_encoder(config), build_model(config)
+    load_pretrained(model, tmp_path)
+    latents = codec.encode(torch.rand(2, 3, 32, 32) * 2 - 1)
+    condition = condition_of(["a red bird", ""], None, encoder, torch.device("cpu"))
+    assert model(latents, torch.tensor([100.0, 900.0]), **condition).shape == latents.shape == (2, 4, 32, 32)
