@@ -181,7 +181,8 @@ def opens2v(preset: str) -> Road:
         few = [*"--num-workers 1 --warmup-steps 0".split(), *FEW]
         if preset == "small":
             sizes = "--num-layers 1 --num-attention-heads 2 --attention-head-dim 16 --ffn-dim 32 --pixel-height 16"
-            sizes += " --pixel-width 32 --ref-height 16 --ref-width 16 --text-dim 16 --text-rows 24 --base-steps 2"
+            sizes += " --pixel-width 32 --ref-height 16 --ref-width 16 --text-dim 16 --text-rows 24"
+            sizes += " --codec-steps 4 --base-steps 2"
             return [*sizes.split(), *"--base-batch-size 2 --batch-size 2".split(), *few]
         from opens2v.train import sample_paths
 
