@@ -6,7 +6,6 @@ UNSEEN drawings of the sheet are never trained at all: what is drawn of those wa
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 
 from opens2v.config import Config, pixel_count
-from opens2v.data.subjects import clip_pixels, reference_pixels
+from opens2v.data.subjects import picture_tensors
 from shared.errors import UserError
 from shared.media.scenes import MOTIONS, SHIFT, Drawing, Scene, Scenes, cut_out
 from shared.rng import keyed_seed
@@ -96,8 +95,8 @@ class SceneDataset:
         return f"scenes_{self.which}", f"{index:06d}"
 
     def scene(self, index: int, epoch: int = 0) -> Scene:
-        """The ground truth of a sample: a large subject that starts half a cell of the codec off the middle, against its
-        direction and to one side of it.
+        """The ground truth of a sample: a large subject that starts off the middle by half a cell of the codec, against
+        its direction and to one side of it.
         """
         scene = self.scenes.scene(epoch * LENGTH + index, unseen=self.which == "combinations")
         half = OFF_CELL / (SHIFT * min(self.scenes.height, self.scenes.width))  # in the unit of Scene.shifts
@@ -132,23 +131,18 @@ class SceneDataset:
         """uint8 (F, H, W, 3)."""
         return np.stack([self.scenes.frame(scene, self.at(frame)) for frame in range(self.num_frames)])
 
-    def shown(self, scene: Scene, number: int, nouns: Sequence[str] | None = None) -> dict[str, Any]:
+    def shown(self, scene: Scene, number: int) -> dict[str, Any]:
         """The sample of a scene, worded by `number`."""
         draw = np.random.Generator(np.random.PCG64(keyed_seed(self.seed, _CHOICES, number)))
-        if nouns is None and draw.random() < self.generic:
-            nouns = ["subject"]
+        nouns = ["subject"] if draw.random() < self.generic else None
         frames = torch.from_numpy(self.clip(scene)).permute(3, 0, 1, 2)
-        slots, blank = self.max_subjects, Image.new("RGB", (8, 8), (255, 255, 255))
-        pictures = [self.reference(scene), *[blank] * (slots - 1)]
-        part, key = self.identity(number)
+        slots, (part, key) = self.max_subjects, self.identity(number)
         return {
             "key": key,
             "prompts": f"{self.scenes.sentence(scene, number, nouns=nouns)} {self.place(scene)}",
             "frame_indices": torch.arange(self.num_frames),
             "frames": frames.contiguous(),
-            "ref_pixels": torch.stack([reference_pixels(one, *self.reference_size) for one in pictures]),
-            "ref_clip_pixels": torch.stack([clip_pixels(one, self.clip_size) for one in pictures]),
-            "ref_mask": torch.tensor([place == 0 for place in range(slots)]),
+            **picture_tensors([self.reference(scene)], slots, self.reference_size, self.clip_size),
             "subject_names": [self.scenes.name(scene), *[""] * (slots - 1)],
             "subject_scores": torch.full((slots, 2), torch.nan),
             "meta": {"part": part, "fps": SCENE_RATE, "content": f"{scene}", "annotation_idx": ["1"]},

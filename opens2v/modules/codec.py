@@ -15,8 +15,8 @@ from opens2v.modules.encoders import check_frames, principal_components
 class Pictures(nn.Module):
     """A picture of H x W <-> C channels of H/4 x W/4.
 
-    Patches of 4 x 4 pixels to their leading components, as in PatchCodec, plus convolutions for what these lose. Back by
-    repeating cells and convolutions over them (Odena et al. 2016): a decoder that writes the pixels of a cell from
+    Patches of 4 x 4 pixels to their leading components, as in PatchCodec, plus convolutions for what these lose. Back
+    by repeating cells and convolutions over them (Odena et al. 2016): a decoder that writes the pixels of a cell from
     channels of their own leaves seams between cells, the more the less a drawn latent fits its neighbours.
     """
 
