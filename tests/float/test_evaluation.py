@@ -8,6 +8,7 @@ from float.data.clips import find_clips
 from float.data.media import resize
 from float.evaluation.formulas import (
     best_lag,
+    best_lag_of_clips,
     correlation,
     cosine_similarity,
     frechet_distance,
@@ -49,6 +50,10 @@ def test_correlation_and_lag():
     wave = np.sin(np.arange(100) / 3)
     assert correlation(wave, 2 * wave + 1) == pytest.approx(1) and correlation(wave, np.ones(100)) == 0
     assert best_lag(wave[5:65], wave[7:67])[0] == 2 and best_lag(wave, wave)[0] == 0
+    # a clip in which nothing is said counts by as little as its mouth moves
+    moving, still = (wave[5:65], wave[7:67]), (RANDOM.standard_normal(60) / 100, RANDOM.standard_normal(60) / 100)
+    lag, r = best_lag_of_clips([moving, still])
+    assert lag == 2 and r > 0.99 and abs(correlation(*still)) < 0.5
     assert len(log_energy(np.ones(1000, np.float32), fps=25, frames=4)) == 4
 
 

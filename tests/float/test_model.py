@@ -9,6 +9,7 @@ from transformers import Wav2Vec2Model
 from float.config import PRESETS, Config, DataConfig, ModelConfig
 from float.model import FlowMatchingTransformer, MotionGenerator
 from float.modules.audio import (
+    SAMPLE_RATE,
     AudioEncoder,
     LogMelEncoder,
     convolved,
@@ -375,6 +376,13 @@ def test_convolutions_in_chunks_give_the_features_of_the_whole_sound(norm, monke
     whole = model.feature_extractor(wave).transpose(1, 2)
     monkeypatch.setattr("float.modules.audio.CHUNK_SAMPLES", 700)
     assert torch.allclose(convolved(model, wave), whole, atol=1e-5)
+    monkeypatch.undo()
+    taken: list[int] = []  # a second at a time, so that ten seconds take the memory of ten minutes
+    model.feature_extractor.conv_layers[0].conv.register_forward_hook(
+        lambda _, given, __: taken.append(given[0].numel())
+    )
+    convolved(model, torch.randn(1, 5 * SAMPLE_RATE))
+    assert max(taken) < 1.1 * SAMPLE_RATE
 
 
 @torch.no_grad()
@@ -415,6 +423,12 @@ def test_sound_features_line_up_with_the_frames():
     features = encoder.encode_clip(wave, 25.0).mean(1)
     assert len(features) == 50 and features.argmax().item() in (25, 26)
     assert torch.isfinite(encoder.encode_clip(torch.zeros(700), 25.0)).all()
+    # silence and noise are pauses and not speech: neither blown up to unit variance, nor of average level
+    noise, nothing = (encoder.encode_clip(wave, 25.0) for wave in (torch.randn(32000), torch.zeros(32000)))
+    assert noise.std() < 0.5 and noise.mean() < -0.5 and torch.allclose(nothing, torch.tensor(-1.0))
+    speech = torch.randn(32000) * torch.linspace(-9, 0, 20).exp().repeat_interleave(1600)
+    features = encoder.encode_clip(speech, 25.0)
+    assert abs(features.mean()) < 1e-5 and abs(features.std() - 1) < 1e-5
     normal = normalise_waveform(torch.randn(1000) * 3 + 1)
     assert abs(normal.mean()) < 1e-5 and abs(normal.std(unbiased=False) - 1) < 1e-4
     assert normalise_waveform(torch.zeros(10)).abs().max() == 0
