@@ -2,11 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import Wav2Vec2Model
 
 from float.config import PRESETS, Config, DataConfig, ModelConfig
+from float.data.media import to_uint8
 from float.model import FlowMatchingTransformer, MotionGenerator
 from float.modules.audio import (
     SAMPLE_RATE,
@@ -23,6 +26,7 @@ from float.modules.discriminators import AutoencoderWithJudges
 from float.modules.emotion import Audio2Emotion
 from float.sampling.animate import Animator, audio_windows
 from float.sampling.motion import SamplingOptions, sample_motion
+from float.sampling.still import StillHead, fading, warped
 from float.weights.open import load_autoencoder, load_generator, make_autoencoder, make_generator, unsaved_names
 from float.weights.released import export_released_layout, load_released_checkpoint, released_state
 from shared.config import load_saved
@@ -434,3 +438,26 @@ def test_sound_features_line_up_with_the_frames():
     assert normalise_waveform(torch.zeros(10)).abs().max() == 0
     assert pad_to_samples(torch.tensor([[1.0, 2.0]]), 4).tolist() == [[1, 2, 2, 2]]
     assert list(rename_weight_norm({"a.weight_g": torch.zeros(1)})) == ["a.parametrizations.weight.original0"]
+
+
+def test_only_the_lips_move_though_the_generated_head_turns_and_shifts():
+    """Outside the mouth the picture itself, to the bit; the mouth where the portrait has it; brightness may differ."""
+    random, data, side = np.random.default_rng(0), DataConfig(), 64
+    rough = torch.from_numpy(random.random((1, 3, 9, 9))).float()
+    rest = F.interpolate(rough, (side, side), mode="bicubic", align_corners=True).clamp(0, 1)
+    spoken = rest.clone()
+    spoken[..., 40:44, 28:36] = 0
+    turn = torch.eye(3, dtype=torch.float64)
+    turn[:2] = torch.tensor([[0.98, -0.06, 0.06], [0.06, 0.98, -0.05]])  # 2 pixels, 3.5 degrees, 2 % smaller
+    picture, opened = to_uint8(rest[0] * 2 - 1), to_uint8(spoken[0] * 2 - 1)
+    frame = to_uint8(warped(spoken * 2 - 1, turn)[0] * 0.9)
+    for moving, box in (("lips", data.mouth_box), ("face", [0.2, 0.3, 0.8, 0.82])):
+        still = StillHead(picture, picture, moving, data, has_face=False)
+        made = [still(frame) for _ in range(2)][1].astype(int)
+        outside = fading(box, side)[0, 0].numpy() == 0
+        assert outside.mean() > 0.5 and (made == picture)[outside].all()
+        mouth = np.s_[40:44, 28:36]
+        assert np.abs(made - opened)[mouth].mean() < 25 < 60 < np.abs(picture.astype(int) - opened)[mouth].mean()
+        assert np.abs(made - opened).mean() < 4 < np.abs(frame.astype(int) - opened).mean()
+    nothing_alike = still(np.zeros_like(picture))  # cannot be aligned: laid on as it is
+    assert torch.equal(still.turn, torch.eye(3, dtype=torch.float64)) and nothing_alike.shape == picture.shape
