@@ -150,6 +150,7 @@ class RunSection(Section):
         "fsdp: copies of the model, such as one a node; a copy's ranks shard it, gradients are averaged over copies",
         ge=1,
     )
+    ddp_bf16: bool = setting(False, "ddp: gradients are averaged in bf16: half the traffic, 8 bits of mantissa")
     check_gradients_every: int = setting(
         1000,
         "compare over ranks which parameters have gradients: at the first step and every so many steps; 0: never",

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -89,7 +88,8 @@ def rotate(x_LHK: Tensor, cos_LK: Tensor, sin_LK: Tensor) -> Tensor:
 
 def sample_mask(split_lens: Sequence[int], attn_modes: Sequence[str]) -> Tensor:
     """The rule for one sample as a boolean matrix (L, L), true where the row may see the column."""
-    split = torch.as_tensor(np.repeat(np.arange(len(split_lens)), split_lens))  # numpy: see padded_places
+    lens = torch.tensor(list(split_lens))
+    split = torch.repeat_interleave(torch.arange(len(split_lens)), lens, output_size=sum(split_lens))
     block = torch.tensor([mode != CAUSAL for mode in attn_modes], dtype=torch.bool)[split]
     noise = torch.tensor([mode == NOISE for mode in attn_modes], dtype=torch.bool)[split]
     position = torch.arange(len(split))
@@ -154,10 +154,9 @@ class PackLayout:
         for length, samples in self._order():
             for number in samples:
                 starts[number], row = row, row + length
-        first = np.cumsum([0, *self.sample_lens[:-1]])
-        # by numpy: a dry run's fake tensors cannot say how many rows repeat_interleave gives
-        moved = np.repeat(np.array(starts) - first, self.sample_lens)
-        return torch.as_tensor(np.arange(self.length) + moved, device=device)
+        lens, first = torch.tensor(self.sample_lens), torch.tensor(self.sample_lens).cumsum(0)
+        moved = torch.tensor(starts) - (first - lens)
+        return (torch.arange(self.length) + moved.repeat_interleave(lens, output_size=self.length)).to(device)
 
     def masks(self, device: torch.device) -> list[Tensor]:
         """One boolean (samples, 1, L, L) a padded length; padding sees everything and is seen by nothing."""

@@ -77,8 +77,12 @@ def _extended(one: Measured, two: Measured, size: int) -> Measured:
         first, second = getattr(one, name), getattr(two, name)
         return type(first)(first + (size - 1) * (second - first))
 
-    grown = ("forward_flops", "step_flops", "peak_bytes", "activation_bytes")
-    return replace(one, **{name: line(name) for name in grown})
+    live = tuple(
+        replace(a, then=a.then + (size - 1) * (b.then - a.then), others=a.others + (size - 1) * (b.others - a.others))
+        for a, b in zip(one.live, two.live, strict=True)
+    )
+    grown = ("forward_flops", "step_flops", "recomputed_flops")
+    return replace(one, live=live, **{name: line(name) for name in grown})
 
 
 def _plans(
