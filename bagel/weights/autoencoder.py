@@ -18,7 +18,7 @@ from bagel.weights.pretrained import AUTOENCODER, load_autoencoder
 from shared.data import BatchPlan, MapStream
 from shared.engine.checkpoint import load_weights
 from shared.engine.dist import DistInfo, barrier
-from shared.errors import BadSample, UserError, written_aside
+from shared.errors import BadSample, Stopped, UserError, written_aside
 from shared.loop import fit, steps_done
 from shared.rng import keyed_rand, keyed_randn, seed_everything
 
@@ -96,7 +96,7 @@ def train_autoencoder(
         wrap_classes=(torch.nn.Sequential,), checkpoint_name="step_{step}", title="autoencoder of the pictures",
     )  # fmt: skip
     if not result.finished:
-        raise UserError(
+        raise Stopped(
             f"the autoencoder was stopped at step {result.step} of {phase.training.total_steps}; the same command goes "
             "on from there"
         )

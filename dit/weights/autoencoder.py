@@ -22,7 +22,7 @@ from dit.weights.open import fit_codec
 from shared.data import BatchPlan, MapStream
 from shared.engine.checkpoint import load_strict, load_weights
 from shared.engine.dist import DistInfo
-from shared.errors import UserError
+from shared.errors import Stopped
 from shared.loop import FitResult, fit
 from shared.rng import keyed_rand, keyed_randn, seed_everything
 
@@ -51,7 +51,7 @@ def train_autoencoder(
 ) -> None:
     """Train `codec` to its planned step, resuming what is in OUT/autoencoder; its averaged weights are loaded into it.
 
-    Raises UserError when the run was stopped before; the same command goes on from there.
+    Raises Stopped when the run was stopped before; the same command goes on from there.
     """
     phase = phase_config(config, info.world)
     output_dir = Path(config.run.output_dir) / PHASE
@@ -59,7 +59,7 @@ def train_autoencoder(
         print(f"the autoencoder of the latents is trained first, into {output_dir}", flush=True)
     result = AutoencoderTrainer(phase, training_set, validation_set, info).train(output_dir)
     if not result.finished:
-        raise UserError(
+        raise Stopped(
             f"the autoencoder was stopped at step {result.step} of {phase.training.total_steps}; the same command "
             "goes on from there"
         )
