@@ -1,5 +1,5 @@
-"""The first step of every training reads no number from the device and copies nothing there in front, once the batch was
-moved, so on a GPU the host runs ahead of it.
+"""The first step of every training reads no number from the device and, once the batch was moved, copies nothing there
+that the host waits for: on a GPU it runs ahead.
 """
 
 from pathlib import Path
