@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from bagel.config import LanguageConfig
 from shared.data import sent
 from shared.engine.norm import ScaledNorm, is_plain_fp32
+from shared.engine.recompute import checkpoint
 
 Pair = tuple[Tensor, Tensor]  # tokens of the understanding expert (text, then ViT), tokens of the generation expert
 Attend = Callable[[int, Pair, Pair, Pair], Pair]
@@ -639,7 +639,7 @@ class MoTDecoder(nn.Module):
             und = und.detach()
         for number, layer in enumerate(self.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                und, gen = checkpoint(layer, und, gen, angles, attend, number, freeze_und, use_reentrant=False)
+                und, gen = checkpoint(layer, und, gen, angles, attend, number, freeze_und)
             else:
                 und, gen = layer(und, gen, angles, attend, number, freeze_und)
         und = self.norm(und)

@@ -169,6 +169,7 @@ class Plan:
     reduce_each_micro_step: bool = False
     replicas: int = 1  # fsdp: copies of the sharded model
     ddp_bf16: bool = False
+    starts_in_parts: bool = False
     tf32: bool = True
     gpus_per_node: int = 8
     memory: dict[str, int] = field(default_factory=dict)
@@ -365,6 +366,7 @@ def make_plan(
     world: int | None = None,
     gpu: str | None = None,
     frozen_parts: list[FrozenPart] | None = None,
+    starts_in_parts: bool = False,
 ) -> Plan:
     """Memory, traffic and time of one optimizer step from the measured micro-step."""
     world = world or run.world_size or 1
@@ -392,6 +394,7 @@ def make_plan(
         training.reduce_each_micro_step,
         math.gcd(run.fsdp_replicas, world) if strategy == "fsdp" else 1,
         run.ddp_bf16,
+        starts_in_parts and strategy == "fsdp",
         training.allow_tf32,
         run.gpus_per_node,
     )
@@ -474,15 +477,17 @@ def _startup(plan: Plan, save_in_background: bool, writers: int) -> tuple[int, i
     """Bytes of a card while the weights are placed, and of a node's host memory while it starts or saves.
 
     fsdp moves and shards one unit after another, so that a card holds its shards and one whole unit; the other
-    strategies move the whole model. Every rank of a node builds the model in host memory first. A background save keeps
-    what it writes in host memory until it is on the disk: all of it on the node of rank 0, or every rank its shards.
+    strategies move the whole model. Every rank of a node builds the model in host memory first, but where it reads
+    its parts alone. A background save keeps what it writes in host memory until it is on the disk: all of it on the
+    node of rank 0, or every rank its shards.
     """
     found, local = plan.measured, min(plan.world, plan.gpus_per_node)
     whole = found.trainable_bytes + found.frozen_bytes
     placed = math.ceil(whole / plan.shards) + found.block_bytes if plan.strategy == "fsdp" else whole
     staging = plan.checkpoint_bytes // writers * min(writers, local) if save_in_background else 0
     offloaded = (whole + 12 * found.trainable) // plan.shards * local if plan.cpu_offload else 0
-    return 0 if plan.cpu_offload else placed, max(whole * local, staging + offloaded)
+    built = 0 if plan.starts_in_parts else whole * local
+    return 0 if plan.cpu_offload else placed, max(built, staging + offloaded)
 
 
 def _traffic(plan: Plan) -> tuple[float, float]:
