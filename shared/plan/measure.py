@@ -128,6 +128,8 @@ class Measured:
     step_flops: float  # forward and backward, with what checkpointing computes again
     live: tuple["Moment", ...] = ()
     unit: int = 0  # parameters of the largest unit that fsdp and zero3 gather
+    in_units: int = 0  # parameters that are in units
+    gathered: int = 0  # the same, as often as a forward pass calls each unit
     root: int = 0  # parameters that are in no unit
     block_bytes: int = 0  # of both
     recomputed_flops: float = 0.0  # of step_flops
@@ -326,9 +328,13 @@ def measure(
                 parameter.register_post_accumulate_grad_hook(memory.note_gradient)
         counter = _Counter()
         autocast = torch.autocast("cpu", dtype=half or torch.bfloat16, enabled=half is not None)
+        gathered: list[int] = []
+        calls = [unit.register_forward_pre_hook(lambda own, _: gathered.append(_numbers(own))) for unit in units]
         with memory:  # apart from the counting, which keeps tensors alive
             with autocast:
                 loss = step(model)
+            for call in calls:
+                call.remove()
             loss.backward()
             del loss
         live = tuple(memory.moments)
@@ -349,7 +355,9 @@ def measure(
             forward_flops=float(forward),
             step_flops=float(counter.get_total_flops()),
             live=live,
-            unit=max((sum(p.numel() for p in unit.parameters()) for unit in units), default=0),
+            unit=max(map(_numbers, units), default=0),
+            in_units=sum(map(_numbers, units)),
+            gathered=sum(gathered),
             root=sum(p.numel() for p in root),
             block_bytes=sum(map(_bytes, root)) + max((sum(map(_bytes, u.parameters())) for u in units), default=0),
             recomputed_flops=float(counter.recomputed),
@@ -496,8 +504,9 @@ def _traffic(plan: Plan) -> tuple[float, float]:
     """
     found, share = plan.measured, (plan.shards - 1) / plan.shards
     weight = 2 if plan.precision != "fp32" else 4
-    gathers = weight * (found.trainable + found.frozen) * 2 * plan.accumulation  # in every forward and backward
-    kept = weight * found.root * plan.accumulation  # fsdp keeps what is in no unit from the forward to the backward
+    # A unit is gathered whenever a forward calls it, and in the backward; fsdp keeps what is in no unit for both.
+    gathers = weight * plan.accumulation * (found.gathered + found.in_units + 2 * found.root)
+    kept = weight * plan.accumulation * found.root
     over_copies = 2 * 4 * found.trainable / plan.shards * (plan.replicas - 1) / plan.replicas
     scatters = plan.accumulation if plan.reduce_each_micro_step else 1
     moved = {
@@ -551,6 +560,10 @@ def _peak_name(plan: Plan) -> str:
     if plan.precision != "fp32":
         return plan.precision
     return "TF32" if plan.tf32 else "fp32"
+
+
+def _numbers(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _bytes(tensor: Tensor | None) -> int:
