@@ -199,13 +199,11 @@ class Bagel(nn.Module):
         und, gen = self.language_model.model(und, gen, _positions(pack, rows), attention, self.config.freeze_und)
 
         # The head is as wide as the vocabulary: it sees the tokens that predict one, and no other.
-        logits = self.language_model.lm_head(
-            und[_rows_of(pack["packed_text_indexes"], pack["ce_loss_indexes"])]
-        ).float()
+        predicting = und[_rows_of(pack["packed_text_indexes"], pack["ce_loss_indexes"])]
         target = _rows_of(pack["packed_vae_token_indexes"], pack["mse_loss_indexes"])
         predicted = self.llm2vae(gen[target]).float()
         return {
-            "ce": F.cross_entropy(logits, pack["packed_label_ids"], reduction="none"),
+            "ce": self.language_model.lm_head(predicting, pack["packed_label_ids"], self.config.logits_chunk),
             "mse": (predicted - velocity[target]) ** 2,
             "t": t[target],
         }

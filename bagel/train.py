@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     from bagel.dataset import open_dataset
     from bagel.model import count_parameters
     from bagel.objective import UnifiedTrainer
-    from bagel.weights.autoencoder import prepare_autoencoder
+    from bagel.weights.phases import prepare_autoencoder, prepare_tower
     from bagel.weights.pretrained import build_model, open_released, read_config
     from shared.engine.dist import init_distributed, shutdown
     from shared.engine.preflight import preflight
@@ -256,6 +256,8 @@ def main(argv: list[str] | None = None) -> None:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     in_parts = open_released(model_config, rows=tokenizer.vocab_size) if config.run.strategy == "fsdp" else None
     model, first_values = in_parts or (build_model(model_config, rows=tokenizer.vocab_size, dtype=dtype), None)
+    if in_parts is None:
+        prepare_tower(config, model_config, model, sets["train"], info)
     if info.is_main:
         report_quantization(model, output_dir)
         for name, dataset in sets.items():

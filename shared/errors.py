@@ -62,6 +62,20 @@ def command(main: Callable) -> Callable:
     return run
 
 
+@contextmanager
+def opening(what: str, remedy: str) -> Iterator[None]:
+    """Around a library's reading of a model's folder: whatever it raises over a damaged or foreign one (tokenizers
+    raise a bare Exception) becomes a UserError. what: the setting and the folder.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(f"{what}: cannot be loaded ({reason}); {remedy}") from None
+
+
 _AT_END: list[list[Callable[[], object]]] = []  # of every command that runs, the inner one last
 
 

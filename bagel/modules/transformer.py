@@ -656,13 +656,33 @@ class MoTDecoder(nn.Module):
         return x_LD
 
 
+class Head(nn.Linear):
+    """Hidden states (N, D) -> logits (N, V); or, with labels (N,), -> their cross entropies (N,), fp32.
+
+    chunk: logits of so many rows exist at once, and are computed again in the backward pass: of 10,240 rows and 152,064
+    ids the logits, their fp32 copy and its gradient take 15 GB. One call, whatever the rows, so that every rank makes
+    as many.
+    """
+
+    def forward(self, x_ND: Tensor, labels_N: Tensor | None = None, chunk: int | None = None) -> Tensor:
+        if labels_N is None:
+            return F.linear(x_ND, self.weight)
+        if chunk is None or len(x_ND) <= chunk:
+            return self._losses(x_ND, labels_N)
+        parts = zip(x_ND.split(chunk), labels_N.split(chunk), strict=True)
+        return torch.cat([checkpoint(self._losses, x, labels, use_reentrant=False) for x, labels in parts])
+
+    def _losses(self, x_ND: Tensor, labels_N: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x_ND, self.weight).float(), labels_N, reduction="none")
+
+
 class LanguageModel(nn.Module):
     """The decoder and its untied head."""
 
     def __init__(self, config: LanguageConfig):
         super().__init__()
         self.model = MoTDecoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
 
     def copy_experts(self) -> None:
         """Start the generation expert as a copy of the understanding expert, as one does from a plain Qwen2."""
@@ -678,7 +698,7 @@ class LanguageModel(nn.Module):
         if size <= old:
             return
         width = self.model.embed_tokens.embedding_dim
-        embedding, head = nn.Embedding(size, width), nn.Linear(width, size, bias=False)
+        embedding, head = nn.Embedding(size, width), Head(width, size, bias=False)
         for new, former in ((embedding, self.model.embed_tokens), (head, self.lm_head)):
             nn.init.normal_(new.weight, std=0.02)
             new.to(former.weight.device, former.weight.dtype)

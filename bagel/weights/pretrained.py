@@ -300,7 +300,7 @@ def open_released(config: ModelConfig, *, rows: int = 0) -> tuple[Bagel, Callabl
     if not fits or rows > config.language.vocab_size:
         return None
     model.freeze()
-    tables = {name: model.get_submodule(name.removesuffix(".pos_embed")) for name in TABLES}
+    tables: dict[str, Any] = {name: model.get_submodule(name.removesuffix(".pos_embed")) for name in TABLES}
     made = {name: sincos_table(t.pos_embed.shape[1], t.side).float() for name, t in tables.items()}
     return model, {**found, **made}.__getitem__
 

@@ -69,7 +69,29 @@ def peers(bench: Bench) -> None:
     count = sum(parameter.numel() for parameter in theirs.parameters())
     note = f"{count:,} parameters in both, 480 tokens of 5 frames, {TEXT_ROWS} of text, no references"
     bench.training_pair("video step", video_step(ours), video_step(theirs), peer="diffusers Wan", note=note)
+    del ours, theirs
+    adapter_pair(bench)
     cached_pair(bench)
+
+
+def adapter_pair(bench: Bench) -> None:
+    """A step of the reference modules on one frozen block of the 1.3B base, with two subjects, beside diffusers' block
+    with its text attention alone trained. A clip of 21 frames of 240 x 416 with pictures of 128 pixels has as many
+    picture tokens for each of its own as one of 480 x 832 with pictures of 256.
+    """
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+
+    shape = (1, 16, 6, 30, 52)
+    theirs = WanTransformer3DModel(**{**WAN_1_3B, "num_layers": 1})
+    for name, parameter in theirs.named_parameters():
+        parameter.requires_grad_("attn2" in name)
+    ours = RefWanTransformer3DModel.from_base(theirs)
+    enable_trainable(ours)
+    note = "one block of Wan-1.3B, 2,340 tokens, 512 of text, 1,026 of two pictures, with AdamW; theirs: attn2 trained"
+    bench.pair(
+        "adapter step, two subjects", adapters_step(ours, shape, subjects=2, side=16), adapters_step(theirs, shape),
+        peer="diffusers Wan without pictures", bar=1.05, note=note,
+    )  # fmt: skip
 
 
 def cached_pair(bench: Bench, frames: int = 21, height: int = 64, width: int = 96) -> None:
@@ -116,19 +138,28 @@ def cached_pair(bench: Bench, frames: int = 21, height: int = 64, width: int = 9
         bench.add(Row("peers", name, ratio, bar, "at least", cached, theirs=theirs, peer=peer, note=note))
 
 
-def adapter_step(layers: int, shape: tuple[int, ...]) -> Job:
-    """A training step of the reference modules, with AdamW, on so many frozen blocks of the 1.3B base."""
-    model = RefWanTransformer3DModel(**{**WAN_1_3B, "num_layers": layers})
-    enable_trainable(model)
+def adapters_step(model: nn.Module, shape: tuple[int, ...], *, subjects: int = 0, side: int = 8) -> Job:
+    """A step of what is trained of a model, with AdamW, and with pictures of side x side latents."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     x, text = torch.randn(shape), torch.zeros(1, WAN_TEXT_ROWS, WAN_1_3B["text_dim"])
     text[:, :TEXT_ROWS] = torch.randn(1, TEXT_ROWS, WAN_1_3B["text_dim"])
-    reference = {"ref_clip": torch.randn(1, 1, 257, 1280), "ref_latents": torch.randn(1, 1, 16, 8, 8)}
+    pictures = {
+        "ref_clip": torch.randn(1, subjects, 257, 1280),
+        "ref_latents": torch.randn(1, subjects, 16, side, side),
+    }
 
     def loss() -> torch.Tensor:
-        return model(x, torch.tensor([500.0]), text, **reference, return_dict=False)[0].square().mean()
+        given = pictures if subjects else {}
+        return model(x, torch.tensor([500.0]), text, **given, return_dict=False)[0].square().mean()
 
     return training_step(model, loss, optimizer=torch.optim.AdamW(trained, lr=1e-4, fused=True))
+
+
+def adapter_step(layers: int, shape: tuple[int, ...]) -> Job:
+    """A step of the reference modules, with one subject, on so many frozen blocks of the 1.3B base."""
+    model = RefWanTransformer3DModel(**{**WAN_1_3B, "num_layers": layers})
+    enable_trainable(model)
+    return adapters_step(model, shape, subjects=1)
 
 
 def precision(bench: Bench) -> None:

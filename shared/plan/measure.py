@@ -273,7 +273,7 @@ class _Counter(FlopCounterMode):
     """Also counts, apart, what checkpointing computes again: within backward only that runs with gradients enabled."""
 
     def __init__(self):
-        super().__init__(display=False, custom_mapping=_ATTENTION_FLOPS)
+        super().__init__(display=False, custom_mapping=_FLOPS)
         self.in_backward, self.recomputed = False, 0
 
     def _count_flops(self, function, result, arguments, named):
@@ -298,8 +298,13 @@ def _attention_backward(grad, query, key, value, *_, out_val=None, **__) -> int:
     return 2 * _attention_flops(query, key, value)  # the model's work: recomputation inside the kernel is not counted
 
 
-# The CPU kernel of scaled_dot_product_attention has no formula in torch.
-_ATTENTION_FLOPS = {
+def _added_product(_, first: torch.Size, second: torch.Size, **__) -> int:
+    return 2 * first[0] * first[1] * second[1]
+
+
+# What torch's counter has no formula for: products summed in place, and the attention kernel of the CPU.
+_FLOPS = {
+    torch.ops.aten.addmm_: _added_product,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
@@ -580,7 +585,7 @@ def measure_frozen(build: Callable[[], nn.Module], run: Callable[[nn.Module], ob
         memory = _LiveMemory([*parameters, *module.buffers()])
         with memory:
             run(module)
-        with FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOPS) as counter:
+        with FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter:
             run(module)
         flops = float(counter.get_total_flops())
     return sum(p.numel() for p in parameters), sum(map(_bytes, parameters)), memory.peak, flops

@@ -96,6 +96,24 @@ def noisy(case: Case, pack: dict) -> tuple[torch.Tensor, torch.Tensor]:
     return (1 - t[:, None]) * pack["packed_latents"] + t[:, None] * pack["packed_noise"], t
 
 
+def test_logits_in_chunks_give_the_same_and_are_not_kept():
+    case = Case(names("bagel_loss_")[0])
+    results = []
+    for chunk in (None, 3):
+        model, pack = build(case), pack_of(case)
+        model.config.logits_chunk, kept = chunk, []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, kept=kept: (kept.append(tuple(x.shape)), x)[1], lambda x: x
+        ):
+            losses = model(pack)
+        whole = (len(losses["ce"]), model.config.language.vocab_size)
+        assert (whole in kept) == (chunk is None) and len(losses["ce"]) > 6
+        (losses["ce"] * torch.linspace(0.5, 1.0, len(losses["ce"]))).mean().backward()
+        results.append([losses["ce"].detach(), *[p.grad for p in model.parameters() if p.grad is not None]])
+    for plain, chunked in zip(*results, strict=True):
+        assert_close(chunked, plain, atol=1e-6, rtol=1e-5)
+
+
 def test_gradient_checkpointing_changes_nothing():
     case = Case(names("bagel_loss_")[0])
     results = []

@@ -294,11 +294,13 @@ def test_settings_that_differ_on_one_rank_are_refused_by_name(tmp_path):
 @pytest.mark.distributed
 def test_another_frozen_base_or_other_first_weights_on_one_rank_are_refused(tmp_path):
     cases = [{**case(tmp_path / name), "rank_1": {"shift": name}, "expect": True} for name in ("frozen", "head")]
+    cases.append({**case(tmp_path / "code"), "rank_1": {"code": "of another commit"}, "expect": True})
     path = tmp_path / "cases.json"
     path.write_text(json.dumps(cases))
     run(2, Path(toy.__file__), path)
     assert "other frozen base weights" in toy.error_file(tmp_path / "frozen", 0).read_text()
     assert "other first weights" in toy.error_file(tmp_path / "head", 1).read_text()
+    assert "code is 'of another commit' instead of" in toy.error_file(tmp_path / "code", 0).read_text()
 
 
 # --- stopping ---------------------------------------------------------------------------------------------------------

@@ -1,13 +1,12 @@
 """Runs killed at random moments, resumed by the same command, against the undisturbed run: bit for bit.
 
   python -m tests.survival.kills [--systems dit bagel] [--kills 10] [--ranks 1 2] [--steps 60] [--seed 0] [--anywhere]
-SIGKILL reaches the launcher and all workers, at a moment drawn between a checkpoint and the next ones; with --anywhere
-at one drawn over the whole life of the run: codecs and caches, every phase and what lies between them. Runs of one rank
-are forks of this process, which has imported torch.
+SIGKILL reaches all ranks, at a moment drawn between a checkpoint and the next ones; with --anywhere
+at one drawn over the whole life of the run: codecs and caches, every phase and what lies between them. Ranks are forks
+of this process, which has imported torch.
 """
 
 import argparse
-import functools
 import json
 import random
 import shutil
@@ -16,7 +15,7 @@ import time
 from pathlib import Path
 
 from tests import forking
-from tests.launching import final_tensors, losses, run, run_and_kill, same_bits
+from tests.launching import final_tensors, losses, same_bits
 from tests.survival.systems import System, chosen
 
 
@@ -33,23 +32,19 @@ def survive(system: System, folder: Path, world: int, options: argparse.Namespac
     )
 
     def whole(line: list[str]) -> None:
-        if world > 1:
-            run(world, *line, timeout=900)
-        else:
-            done = forking.run(*line, timeout=900)
-            assert done.returncode == 0, f"exit code {done.returncode}\n{done.stderr[-6000:]}"
+        done = forking.run(*line, world=world, timeout=900)
+        assert done.returncode == 0, f"exit code {done.returncode}\n{done.stderr[-6000:]}"
 
-    hit_by = forking.run_and_kill if world == 1 else functools.partial(run_and_kill, world)
     began = time.monotonic()
     whole(undisturbed)
     life = time.monotonic() - began
     found = {"system": system.name, "ranks": world, "kills": 0, "phases": 0, "equal": True, "losses_equal": True}
     while found["kills"] < options.kills:
         if options.anywhere:
-            hit = hit_by(*command, after=draw.uniform(0, life))
+            hit = forking.run_and_kill(world, *command, after=draw.uniform(0, life))
         else:
             latest = killed / system.place / "checkpoints" / "latest"
-            hit = hit_by(*command, after=draw.uniform(0, options.window), watch=latest)
+            hit = forking.run_and_kill(world, *command, after=draw.uniform(0, options.window), watch=latest)
         assert hit <= 0, f"the run ended by itself with {hit}"
         found["kills"] += hit < 0
         if found["kills"] == options.kills:
