@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from bagel.config import LanguageConfig
+from shared.data import sent
 from shared.engine.norm import ScaledNorm, is_plain_fp32
+from shared.engine.recompute import checkpoint
 
 Pair = tuple[Tensor, Tensor]  # tokens of the understanding expert (text, then ViT), tokens of the generation expert
 Attend = Callable[[int, Pair, Pair, Pair], Pair]
@@ -190,7 +191,7 @@ class PackLayout:
                 starts[number], row = row, row + length
         lens, first = torch.tensor(self.sample_lens), torch.tensor(self.sample_lens).cumsum(0)
         moved = torch.tensor(starts) - (first - lens)
-        return (torch.arange(self.length) + moved.repeat_interleave(lens, output_size=self.length)).to(device)
+        return sent(torch.arange(self.length) + moved.repeat_interleave(lens, output_size=self.length), device)
 
     def masks(self, device: torch.device) -> list[Tensor]:
         """One boolean (samples, 1, L, L) a padded length; padding sees everything and is seen by nothing."""
@@ -202,7 +203,7 @@ class PackLayout:
                     own = self.sample_lens[number]
                     mask[row, 0, :own, :own] = sample_mask(*splits[number])
                     mask[row, 0, own:] = True
-                self._masks.append(mask.to(device))
+                self._masks.append(sent(mask, device))
         return self._masks
 
     def segments(self) -> list[list[Segment]]:
@@ -379,7 +380,7 @@ def flex_ids(layout: PackLayout, padded: int, device: torch.device) -> tuple[Ten
         splits
     )
     noise = torch.tensor([mode == NOISE for mode in modes]).repeat_interleave(splits)
-    return sample.to(device), block.to(device), noise.to(device)
+    return sent(sample, device), sent(block, device), sent(noise, device)
 
 
 def flex_rule(sample: Tensor, block: Tensor, noise: Tensor):
@@ -638,7 +639,7 @@ class MoTDecoder(nn.Module):
             und = und.detach()
         for number, layer in enumerate(self.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                und, gen = checkpoint(layer, und, gen, angles, attend, number, freeze_und, use_reentrant=False)
+                und, gen = checkpoint(layer, und, gen, angles, attend, number, freeze_und)
             else:
                 und, gen = layer(und, gen, angles, attend, number, freeze_und)
         und = self.norm(und)
