@@ -237,6 +237,9 @@ class TrainingSection(Section):
     num_workers: int = setting(0, "loader processes per rank", "workers", ge=0)
     prefetch_factor: int = setting(2, "batches that each loader process reads ahead", ge=1)
     gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass to save memory")
+    keep_products: bool = setting(
+        False, "with gradient_checkpointing: keep what matrix products and attention gave; more memory, less time"
+    )
     compile: bool = setting(False, "torch.compile each block", "torch_compile")
 
 

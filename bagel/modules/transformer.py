@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from bagel.config import LanguageConfig
+from shared.data import sent
 from shared.engine.norm import ScaledNorm, is_plain_fp32
+from shared.engine.recompute import checkpoint
 
 Pair = tuple[Tensor, Tensor]  # tokens of the understanding expert (text, then ViT), tokens of the generation expert
 Attend = Callable[[int, Pair, Pair, Pair], Pair]
@@ -156,7 +157,7 @@ class PackLayout:
                 starts[number], row = row, row + length
         lens, first = torch.tensor(self.sample_lens), torch.tensor(self.sample_lens).cumsum(0)
         moved = torch.tensor(starts) - (first - lens)
-        return (torch.arange(self.length) + moved.repeat_interleave(lens, output_size=self.length)).to(device)
+        return sent(torch.arange(self.length) + moved.repeat_interleave(lens, output_size=self.length), device)
 
     def masks(self, device: torch.device) -> list[Tensor]:
         """One boolean (samples, 1, L, L) a padded length; padding sees everything and is seen by nothing."""
@@ -168,7 +169,7 @@ class PackLayout:
                     own = self.sample_lens[number]
                     mask[row, 0, :own, :own] = sample_mask(*splits[number])
                     mask[row, 0, own:] = True
-                self._masks.append(mask.to(device))
+                self._masks.append(sent(mask, device))
         return self._masks
 
     def attended_pairs(self) -> list[int]:
@@ -229,7 +230,7 @@ def flex_ids(layout: PackLayout, padded: int, device: torch.device) -> tuple[Ten
         splits
     )
     noise = torch.tensor([mode == NOISE for mode in modes]).repeat_interleave(splits)
-    return sample.to(device), block.to(device), noise.to(device)
+    return sent(sample, device), sent(block, device), sent(noise, device)
 
 
 def flex_rule(sample: Tensor, block: Tensor, noise: Tensor):
@@ -488,7 +489,7 @@ class MoTDecoder(nn.Module):
             und = und.detach()
         for number, layer in enumerate(self.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                und, gen = checkpoint(layer, und, gen, angles, attend, number, freeze_und, use_reentrant=False)
+                und, gen = checkpoint(layer, und, gen, angles, attend, number, freeze_und)
             else:
                 und, gen = layer(und, gen, angles, attend, number, freeze_und)
         und = self.norm(und)
@@ -519,7 +520,9 @@ class Head(nn.Linear):
         if chunk is None or len(x_ND) <= chunk:
             return self._losses(x_ND, labels_N)
         parts = zip(x_ND.split(chunk), labels_N.split(chunk), strict=True)
-        return torch.cat([checkpoint(self._losses, x, labels, use_reentrant=False) for x, labels in parts])
+        # torch's own call, not checkpoint() of shared/: that one may keep products, and the logits are one
+        again = torch.utils.checkpoint.checkpoint
+        return torch.cat([again(self._losses, x, labels, use_reentrant=False) for x, labels in parts])
 
     def _losses(self, x_ND: Tensor, labels_N: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(x_ND, self.weight).float(), labels_N, reduction="none")

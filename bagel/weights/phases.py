@@ -23,7 +23,7 @@ from bagel.weights.pretrained import AUTOENCODER, load_autoencoder
 from shared.data import BatchPlan, MapStream
 from shared.engine.checkpoint import CheckpointStore, load_weights
 from shared.engine.dist import DistInfo, barrier
-from shared.errors import BadSample, UserError, written_aside
+from shared.errors import BadSample, Stopped, UserError, written_aside
 from shared.loop import fit, steps_done
 from shared.rng import keyed_rand, keyed_randn, seed_everything
 
@@ -67,7 +67,7 @@ def train_autoencoder(
     """Squared error, and a little of the absolute error of differences between neighbours, which keeps edges.
 
     Resumes what is in OUT/autoencoder, and ends at model.autoencoder.steps or earlier at training.max_steps. Raises a
-    UserError when a signal or the time limit stopped it; the same command goes on from there.
+    Stopped when a signal or the time limit stopped it; the same command goes on from there.
     """
     seed_everything(config.run.seed, _WEIGHTS)
     network = build_autoencoder(model.autoencoder)
@@ -167,7 +167,7 @@ def _trained(
     title: str,
 ) -> dict[str, Tensor]:
     """The averaged weights of a network after its phase, which is resumed where it stopped, and ends at `steps` or
-    earlier at training.max_steps. Raises a UserError when a signal or the time limit stopped it.
+    earlier at training.max_steps. Raises Stopped when a signal or the time limit did.
     """
     phase, folder = _phase(config, steps, info.world), Path(config.run.output_dir) / name
     if info.is_main:
@@ -180,7 +180,7 @@ def _trained(
         checkpoint_name="step_{step}", title=title,
     )  # fmt: skip
     if not result.finished:
-        raise UserError(
+        raise Stopped(
             f"the {title} was stopped at step {result.step} of {steps}; the same command goes on from there"
         )
     return load_weights(result.checkpoint or folder)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dit.config import Config
+from shared.data import sent
 from shared.errors import UserError, opening
 
 
@@ -282,5 +283,5 @@ def condition_of(
     if encoder is None:
         return {} if labels is None else {"labels": labels.to(device)}
     # encoders answer with inference tensors, which autograd refuses to save: the copies are ordinary ones
-    states, mask, pooled = (part.to(device) for part in encoder.encode(texts))
+    states, mask, pooled = (sent(part, device) for part in encoder.encode(texts))
     return {"text_embeddings": states.clone(), "text_mask": mask.clone(), "text_pooled": pooled.clone()}

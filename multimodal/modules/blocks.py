@@ -9,7 +9,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
+
+from shared.engine.recompute import checkpoint
 
 HEAD_WIDTH = 64
 CHUNKED_FROM = 1024  # tokens from which `auto` avoids attention that would build the whole matrix
@@ -31,9 +32,7 @@ def chunked_attention(
             scores = scores.masked_fill(~mask, float("-inf"))
         return torch.matmul(scores.softmax(-1).to(value.dtype), value)
 
-    parts = [
-        checkpoint(attend, query, key_BHNK, value_BHNK, use_reentrant=False) for query in query_BHNK.split(chunk, 2)
-    ]
+    parts = [checkpoint(attend, query, key_BHNK, value_BHNK) for query in query_BHNK.split(chunk, 2)]
     return torch.cat(parts, 2)
 
 
@@ -160,7 +159,7 @@ class Tower(nn.Module):
         for number, block in enumerate(self.blocks, 1):
             first = first_only and number == self.depth
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                x_BND = checkpoint(block, x_BND, mask_BN, first, use_reentrant=False)
+                x_BND = checkpoint(block, x_BND, mask_BN, first)
             else:
                 x_BND = block(x_BND, mask_BN, first)
         return self.norm(x_BND)

@@ -128,6 +128,8 @@ class Measured:
     step_flops: float  # forward and backward, with what checkpointing computes again
     live: tuple["Moment", ...] = ()
     unit: int = 0  # parameters of the largest unit that fsdp and zero3 gather
+    in_units: int = 0  # parameters that are in units
+    gathered: int = 0  # the same, as often as a forward pass calls each unit
     root: int = 0  # parameters that are in no unit
     block_bytes: int = 0  # of both
     recomputed_flops: float = 0.0  # of step_flops
@@ -169,6 +171,7 @@ class Plan:
     reduce_each_micro_step: bool = False
     replicas: int = 1  # fsdp: copies of the sharded model
     ddp_bf16: bool = False
+    starts_in_parts: bool = False
     tf32: bool = True
     gpus_per_node: int = 8
     memory: dict[str, int] = field(default_factory=dict)
@@ -330,9 +333,13 @@ def measure(
                 parameter.register_post_accumulate_grad_hook(memory.note_gradient)
         counter = _Counter()
         autocast = torch.autocast("cpu", dtype=half or torch.bfloat16, enabled=half is not None)
+        gathered: list[int] = []
+        calls = [unit.register_forward_pre_hook(lambda own, _: gathered.append(_numbers(own))) for unit in units]
         with memory:  # apart from the counting, which keeps tensors alive
             with autocast:
                 loss = step(model)
+            for call in calls:
+                call.remove()
             loss.backward()
             del loss
         live = tuple(memory.moments)
@@ -353,7 +360,9 @@ def measure(
             forward_flops=float(forward),
             step_flops=float(counter.get_total_flops()),
             live=live,
-            unit=max((sum(p.numel() for p in unit.parameters()) for unit in units), default=0),
+            unit=max(map(_numbers, units), default=0),
+            in_units=sum(map(_numbers, units)),
+            gathered=sum(gathered),
             root=sum(p.numel() for p in root),
             block_bytes=sum(map(_bytes, root)) + max((sum(map(_bytes, u.parameters())) for u in units), default=0),
             recomputed_flops=float(counter.recomputed),
@@ -370,6 +379,7 @@ def make_plan(
     world: int | None = None,
     gpu: str | None = None,
     frozen_parts: list[FrozenPart] | None = None,
+    starts_in_parts: bool = False,
 ) -> Plan:
     """Memory, traffic and time of one optimizer step from the measured micro-step."""
     world = world or run.world_size or 1
@@ -397,6 +407,7 @@ def make_plan(
         training.reduce_each_micro_step,
         math.gcd(run.fsdp_replicas, world) if strategy == "fsdp" else 1,
         run.ddp_bf16,
+        starts_in_parts and strategy == "fsdp",
         training.allow_tf32,
         run.gpus_per_node,
     )
@@ -479,15 +490,17 @@ def _startup(plan: Plan, save_in_background: bool, writers: int) -> tuple[int, i
     """Bytes of a card while the weights are placed, and of a node's host memory while it starts or saves.
 
     fsdp moves and shards one unit after another, so that a card holds its shards and one whole unit; the other
-    strategies move the whole model. Every rank of a node builds the model in host memory first. A background save keeps
-    what it writes in host memory until it is on the disk: all of it on the node of rank 0, or every rank its shards.
+    strategies move the whole model. Every rank of a node builds the model in host memory first, but where it reads
+    its parts alone. A background save keeps what it writes in host memory until it is on the disk: all of it on the
+    node of rank 0, or every rank its shards.
     """
     found, local = plan.measured, min(plan.world, plan.gpus_per_node)
     whole = found.trainable_bytes + found.frozen_bytes
     placed = math.ceil(whole / plan.shards) + found.block_bytes if plan.strategy == "fsdp" else whole
     staging = plan.checkpoint_bytes // writers * min(writers, local) if save_in_background else 0
     offloaded = (whole + 12 * found.trainable) // plan.shards * local if plan.cpu_offload else 0
-    return 0 if plan.cpu_offload else placed, max(whole * local, staging + offloaded)
+    built = 0 if plan.starts_in_parts else whole * local
+    return 0 if plan.cpu_offload else placed, max(built, staging + offloaded)
 
 
 def _traffic(plan: Plan) -> tuple[float, float]:
@@ -496,8 +509,9 @@ def _traffic(plan: Plan) -> tuple[float, float]:
     """
     found, share = plan.measured, (plan.shards - 1) / plan.shards
     weight = 2 if plan.precision != "fp32" else 4
-    gathers = weight * (found.trainable + found.frozen) * 2 * plan.accumulation  # in every forward and backward
-    kept = weight * found.root * plan.accumulation  # fsdp keeps what is in no unit from the forward to the backward
+    # A unit is gathered whenever a forward calls it, and in the backward; fsdp keeps what is in no unit for both.
+    gathers = weight * plan.accumulation * (found.gathered + found.in_units + 2 * found.root)
+    kept = weight * plan.accumulation * found.root
     over_copies = 2 * 4 * found.trainable / plan.shards * (plan.replicas - 1) / plan.replicas
     scatters = plan.accumulation if plan.reduce_each_micro_step else 1
     moved = {
@@ -551,6 +565,10 @@ def _peak_name(plan: Plan) -> str:
     if plan.precision != "fp32":
         return plan.precision
     return "TF32" if plan.tf32 else "fp32"
+
+
+def _numbers(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _bytes(tensor: Tensor | None) -> int:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from shared.config import RunSection, TrainingSection
+from shared.engine.recompute import checkpoint, keep_products
 from shared.errors import UserError
 from shared.plan.measure import GPUS, FrozenPart, describe, gpu_named, make_plan, measure
 
@@ -31,7 +31,7 @@ class Block(nn.Module):
         return x_BLD + self.down(functional.gelu(self.up(self.norm_2(x_BLD))))
 
     def forward(self, x_BLD):
-        return checkpoint(self.run, x_BLD, use_reentrant=False) if self.recompute else self.run(x_BLD)
+        return checkpoint(self.run, x_BLD) if self.recompute else self.run(x_BLD)
 
 
 class Net(nn.Module):
@@ -120,6 +120,25 @@ def test_recomputing_blocks_lowers_the_activations_and_costs_a_forward(measured)
     last_products = LAYERS * 2 * B * L * 4 * D * D  # nothing in the block needs their results again
     assert saved.step_flops == measured.step_flops + blocks_forward - last_products
     assert measured.recomputed_flops == 0 and saved.recomputed_flops == blocks_forward - last_products
+
+
+def test_products_can_be_kept_from_being_computed_again(measured):
+    """The same gradients, every product once, and memory between that of all and that of nothing kept."""
+    saved = measure(lambda: Net(recompute=True), step, "fp32", (Block,))
+    losses, gradients = {}, {}
+    for kept in (False, True):
+        keep_products(kept)
+        torch.manual_seed(0)
+        model = Net(recompute=True)
+        torch.manual_seed(1)
+        losses[kept] = step(model)
+        losses[kept].backward()
+        gradients[kept] = [p.grad for p in model.parameters()]
+        found = measure(lambda: Net(recompute=True), step, "fp32", (Block,))
+    keep_products(False)
+    assert all(torch.equal(one, two) for one, two in zip(*gradients.values(), strict=True))
+    assert found.recomputed_flops == 0 and found.step_flops == measured.step_flops
+    assert saved.live_bytes(0) < found.live_bytes(0) < measured.live_bytes(0)
 
 
 def test_activations_hold_at_least_what_the_backward_needs(measured):
@@ -219,6 +238,10 @@ def test_a_start_holds_one_whole_unit_of_a_sharded_model_and_every_rank_s_model_
     plans = {name: plan_of(measured, name, 16, ema_decay=0.9) for name in ("ddp", "fsdp")}
     assert plans["ddp"].startup_bytes == whole
     assert plans["fsdp"].startup_bytes == -(-whole // 16) + measured.block_bytes
+    in_parts = make_plan(
+        "toy", measured, run=RunSection(), training=TrainingSection(), strategy="fsdp", world=16, starts_in_parts=True
+    )
+    assert plans["fsdp"].host_bytes == 8 * whole and in_parts.host_bytes == in_parts.checkpoint_bytes  # its staging
     assert plans["ddp"].host_bytes == max(8 * whole, 16 * PARAMETERS)  # eight ranks of a node; one checkpoint
 
 

@@ -9,6 +9,7 @@ buckets are there before and are counted by their sizes. Traffic is what its col
 
 import argparse
 import gc
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -119,8 +120,14 @@ def compare(
     for _ in range(2):  # the optimizer makes its moments, DDP its buckets
         step()
     trainable = sum(local_bytes(value) for value in strategy.parameters.values())
-    before = sum(map(local_bytes, [*model.parameters(), *model.buffers()]))
-    before += trainable * (2 + (ema is not None) + (name == "ddp"))
+    before = sum(map(local_bytes, [*model.parameters(), *model.buffers()])) + 2 * trainable  # with the moments
+    if name.startswith("zero"):  # fp32 shards of weights and moments, and the weights to compute with
+        numbers = sum(math.prod(strategy.shape(own)) for own in strategy.parameters)
+        before = sum(map(local_bytes, model.buffers())) + 4 * strategy.frozen_count() // (
+            info.world if "3" in name else 1
+        )
+        before += 12 * numbers // info.world + 4 * numbers // (info.world if "3" in name else 1)
+    before += trainable * (name == "ddp") + sum(v.nbytes for v in (ema.values.values() if ema else ()))
     with traffic:
         measured = max_over_ranks(float(before + allocated(step)))
     return plan.peak_memory, measured, plan.traffic_bytes, traffic.sent
