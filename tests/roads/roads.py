@@ -128,7 +128,7 @@ model.vision.intermediate_size=32 model.vision.num_hidden_layers=1""".split()
 
 
 def bagel_small(preset: str) -> list[str]:
-    steps = ["model.autoencoder.steps=4"] if preset == "small" else []
+    steps = ["model.autoencoder.steps=4", "model.vision_steps=4"] if preset == "small" else []
     sizes = [word for setting in (*SIZES, *steps) for word in ("--set", setting)]
     return [*sizes, *"--validation-records 8 --num-workers 1".split(), *FEW]
 
