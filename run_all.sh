@@ -39,7 +39,7 @@ launch=() train=() multimodal=() jobs=""
 while (($#)); do
     case "$1" in
     --only | --preset | --gpus | --strategy | --output-dir | --max-steps | --jobs | --model-size | --batch-size | --epochs | --lr | --data-root | --resume)
-        (($# >= 2)) || fail "$1 needs a value"
+        [[ -n "${2:-}" && "$2" != --* ]] || fail "$1 needs a value"
         case "$1" in
         --only)
             [[ " ${all[*]} " == *" $2 "* ]] || fail "--only $2: one of ${all[*]}"

@@ -43,7 +43,7 @@ forwarded=()
 while (($#)); do
     case "$1" in
     --gpus | --nodes | --node-rank | --master | --max-restarts | --entry)
-        (($# >= 2)) || fail "$1 needs a value"
+        [[ -n "${2:-}" && "$2" != --* ]] || fail "$1 needs a value"
         case "$1" in
         --gpus) gpus="$2" ;;
         --nodes) nodes="$2" ;;

@@ -53,12 +53,6 @@ def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.tensor(MEAN, device=device)[:, None, None], torch.tensor(STD, device=device)[:, None, None]
 
 
-def from_tensor(pixels_CHW: Tensor) -> Image.Image:
-    """The picture of a tensor that normalise made."""
-    values = pixels_CHW.permute(1, 2, 0).float().cpu() * torch.tensor(STD) + torch.tensor(MEAN)
-    return Image.fromarray((values.clamp(0, 1) * 255).round().to(torch.uint8).numpy())
-
-
 def center_crop(picture: Image.Image, size: int) -> Image.Image:
     """Shorter side to `size` (bicubic, antialiased; the longer is int(size * long / short)), then the middle square."""
     width, height = picture.size

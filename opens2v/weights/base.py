@@ -24,6 +24,7 @@ from opens2v.weights.wan import cast_base, holds_fused_path, load_generator_chec
 from shared.data import BatchPlan, MapStream
 from shared.engine.checkpoint import find_checkpoint
 from shared.engine.dist import DistInfo, barrier
+from shared.engine.recompute import checkpoint
 from shared.errors import Stopped, UserError, written_aside
 from shared.loop import FitResult, fit
 from shared.rng import keyed_generator, keyed_rand, keyed_randn, seed_everything
@@ -69,7 +70,7 @@ def prepare_generator(config: Config, model: RefWanTransformer3DModel, *, precis
             target_modules=adapter.target_modules, scope=adapter.scope,
         )  # fmt: skip
     if config.training.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+        model.enable_gradient_checkpointing(checkpoint)
     trainable = enable_trainable(model, train_fused_path=config.model.train_fused_path)
     cast_base(model, {"fp32": torch.float32, "bf16": torch.bfloat16}[config.model.base_dtype])
     if precision == "fp32":

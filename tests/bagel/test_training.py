@@ -175,6 +175,11 @@ def test_the_plan_of_the_small_presets(preset, parameters, capsys):
     assert f"{parameters} trainable" in text and "memory a rank" in text
 
 
+def test_dense_masks_are_planned_too(capsys):
+    main(["--config", "small", "--dry-run", "--set", "data.tokens_per_batch=512"])
+    assert "memory a rank" in capsys.readouterr().out
+
+
 def test_flops_equal_the_recorded_ones():
     for row in Case("mfu_1").info["rows"]:
         config = language_config(row["config"])

@@ -415,6 +415,12 @@ FAULTS = [
     ({"run": {"precision": "fp16"}}, "--precision fp16 needs CUDA"),
     ({"run": {"cpu_offload": True}}, "--cpu-offload works with the strategies"),
     ({"run": {"fsdp_replicas": 2}}, "--fsdp-replicas 2 works with the strategy fsdp, not with none"),
+    ({"run": {"ddp_bf16": True, "strategy": "fsdp"}}, "--ddp-bf16 works with the strategy ddp, not with fsdp"),
+    ({"training": {"keep_products": True}}, "--keep-products says what --gradient-checkpointing keeps"),
+    (
+        {"training": {"keep_products": True, "gradient_checkpointing": True, "compile": True}},
+        "--keep-products looks into the blocks that --compile closes",
+    ),
     ({"run": {"fsdp_replicas": 2, "strategy": "fsdp"}}, "--fsdp-replicas 2: 1 ranks cannot be dealt"),
     ({"run": {"resume": "/nowhere/checkpoint"}}, "/nowhere/checkpoint: no such checkpoint"),
     ({"run": {"output_dir": "  "}}, "--output-dir is empty"),
