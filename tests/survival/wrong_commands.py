@@ -83,7 +83,8 @@ OTHERS = [
     "multimodal/embed.py page --index /nowhere --output OUT/a.html",
 ]
 SCRIPTS = """
-run_all.sh --output-dir FILE | run_all.sh --output-dir FILE/below | run_all.sh --output-dir "" | scripts/test.sh --nothing
+run_all.sh --output-dir FILE | run_all.sh --output-dir FILE/below | run_all.sh --output-dir ""
+scripts/test.sh --nothing
 run_all.sh --only nothing | run_all.sh --jobs 0 | run_all.sh --preset smal | run_all.sh --nothing | run_all.sh --gpus
 run_all.sh --offline --output-dir OUT --max-steps x | run_all.sh --offline --output-dir OUT --gpus x
 run_all.sh --offline --output-dir OUT --only dit --strategy ddpp | run_all.sh --offline --output-dir OUT --batch-size x
