@@ -520,7 +520,9 @@ class Head(nn.Linear):
         if chunk is None or len(x_ND) <= chunk:
             return self._losses(x_ND, labels_N)
         parts = zip(x_ND.split(chunk), labels_N.split(chunk), strict=True)
-        return torch.cat([checkpoint(self._losses, x, labels, use_reentrant=False) for x, labels in parts])
+        # torch's own call, not checkpoint() of shared/: that one may keep products, and the logits are one
+        again = torch.utils.checkpoint.checkpoint
+        return torch.cat([again(self._losses, x, labels, use_reentrant=False) for x, labels in parts])
 
     def _losses(self, x_ND: Tensor, labels_N: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(x_ND, self.weight).float(), labels_N, reduction="none")
