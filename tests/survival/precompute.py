@@ -91,10 +91,12 @@ def survive_often(name: str, files: Path, options: argparse.Namespace) -> tuple[
     main = importlib.import_module(script.removesuffix(".py").replace("/", ".")).main
     run(1, *CACHES[name](files, straight))
     wanted, hits, same = contents(straight), 0, 0
-    for _ in range(options.times):
+    for done in range(1, options.times + 1):
         hits += not forked(main, words, killed, draw.uniform(0, options.window))
         same += forked(main, words) and contents(killed) == wanted
         shutil.rmtree(killed)
+        if done % 10 == 0:
+            print(f"{name}: {hits} kills, {same} of {done} caches the same", flush=True)
     return hits, same == options.times
 
 

@@ -43,6 +43,7 @@ LAUNCHING = """
 | dut | --gpus | --gpus x dit | --gpus 0 dit | --gpus -1 dit | --gpus 99999999999999999999 dit | --nodes 0 dit
 --nodes 2 dit | --nodes 2 --master a:1 dit | --nodes 2 --node-rank 2 --master a:1 dit | --entry nothing.py dit
 --nodes 2 --node-rank 0 --master host:abc dit | --nodes 2 --node-rank 0 --master :29500 dit | --max-restarts x dit
+--nodes 2 --node-rank 0 --gpus 1 --master no.such.host.invalid:29500 dit
 --nodes 2 --node-rank 0 --master host:99999 dit | --entry ../run_all.sh dit | --gpus 2 dit --learning-rat 1
 --gpus 2 dit --config smal | --gpus 2 dit --config small --global-batch-size 7 --output-dir OUT
 """
@@ -82,6 +83,8 @@ OTHERS = [
     "multimodal/embed.py page --index /nowhere --output OUT/a.html",
 ]
 SCRIPTS = """
+run_all.sh --output-dir FILE | run_all.sh --output-dir FILE/below | run_all.sh --output-dir ""
+scripts/test.sh --nothing
 run_all.sh --only nothing | run_all.sh --jobs 0 | run_all.sh --preset smal | run_all.sh --nothing | run_all.sh --gpus
 run_all.sh --offline --output-dir OUT --max-steps x | run_all.sh --offline --output-dir OUT --gpus x
 run_all.sh --offline --output-dir OUT --only dit --strategy ddpp | run_all.sh --offline --output-dir OUT --batch-size x
