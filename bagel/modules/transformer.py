@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -670,7 +671,8 @@ class Head(nn.Linear):
         if chunk is None or len(x_ND) <= chunk:
             return self._losses(x_ND, labels_N)
         parts = zip(x_ND.split(chunk), labels_N.split(chunk), strict=True)
-        return torch.cat([checkpoint(self._losses, x, labels, use_reentrant=False) for x, labels in parts])
+        whole = torch.utils.checkpoint.checkpoint  # not the blocks': logits are never kept
+        return torch.cat([whole(self._losses, x, labels, use_reentrant=False) for x, labels in parts])
 
     def _losses(self, x_ND: Tensor, labels_N: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(x_ND, self.weight).float(), labels_N, reduction="none")
