@@ -512,7 +512,8 @@ class PackedAttention:
 
     def __call__(self, layer: int, query: Pair, key: Pair, value: Pair) -> Pair:
         if self.backend == "flex":
-            return self.rows.part(_flex(*(self.rows.join(pair) for pair in (query, key, value)), self.layout))
+            joined = (self.rows.join(query), self.rows.join(key), self.rows.join(value))
+            return self.rows.part(_flex(*joined, self.layout))
         return self._by_samples(query, key, value)
 
     @torch.compiler.disable  # lengths of samples change with every pack: compiled layers call this as it is
