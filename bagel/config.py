@@ -153,7 +153,7 @@ class ModelConfig(Section):
     )
     timestep_shift: float = setting(1.0, "shift of the training times towards noise", gt=0)
     attention: Literal["auto", "dense", "sliced", "flex"] = setting(
-        "auto", "auto: flex on CUDA, sliced on a CPU, else dense; all agree"
+        "auto", "auto: flex on CUDA, else dense; sliced: a former name of dense"
     )
     logits_chunk: int | None = setting(
         None, "text tokens whose logits exist at once in training, the same losses in less memory; null: all", ge=1

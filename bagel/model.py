@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bagel.config import ModelConfig
-from bagel.modules.transformer import HAS_SLICED, LanguageModel, PackedAttention, PackLayout, Pair, Rows
+from bagel.modules.transformer import LanguageModel, PackedAttention, PackLayout, Pair, Rows
 from bagel.modules.vision import VisionModel
 from bagel.sampling.context import CachedAttention, TextCache
 from shared.errors import UserError
@@ -234,11 +234,10 @@ class Bagel(nn.Module):
 
     def backend(self, device: torch.device) -> str:
         """The attention of packs on this device."""
-        if self.config.attention == "auto":
-            return {"cuda": "flex", "cpu": "sliced" if HAS_SLICED else "dense"}.get(device.type, "dense")
-        if self.config.attention == "sliced" and device.type != "cpu":
-            raise UserError(f"model.attention sliced works on a CPU, not on {device.type}; use auto, flex or dense")
-        return self.config.attention
+        given = self.config.attention
+        if given == "auto":
+            return "flex" if device.type == "cuda" else "dense"
+        return "dense" if given == "sliced" else given
 
     # --- inference ---
 

@@ -23,7 +23,7 @@ from bagel.weights.pretrained import AUTOENCODER, load_autoencoder
 from shared.data import BatchPlan, MapStream
 from shared.engine.checkpoint import CheckpointStore, load_weights
 from shared.engine.dist import DistInfo, barrier
-from shared.errors import BadSample, UserError, written_aside
+from shared.errors import BadSample, Stopped, UserError, written_aside
 from shared.loop import fit, steps_done
 from shared.rng import keyed_rand, keyed_randn, seed_everything
 
@@ -31,10 +31,6 @@ PHASE, TOWER = "autoencoder", "tower"  # folders within the run's output
 _NOISE, _WEIGHTS, _HEAD, _SPREAD = 342, 343, 344, 345  # random streams
 BATCH, SETTLED_ON, SEARCHED = 16, 256, 20_000  # pictures, pictures, records
 LARGEST_NOISE = 0.3  # of the latents' own spread
-_WANTED = {
-    "vae_image": "draws a picture to learn an autoencoder from; use --set model.autoencoder.kind=pixel",
-    "vit_image": "says anything about a picture for the vision tower to learn; use --set model.vision_steps=0",
-}
 EDGES, SIZE = 0.2, 1e-4  # weights of the edges' absolute error and of the latents' squared size
 
 
@@ -71,13 +67,18 @@ def train_autoencoder(
     """Squared error, and a little of the absolute error of differences between neighbours, which keeps edges.
 
     Resumes what is in OUT/autoencoder, and ends at model.autoencoder.steps or earlier at training.max_steps. Raises a
-    UserError when a signal or the time limit stopped it; the same command goes on from there.
+    Stopped when a signal or the time limit stopped it; the same command goes on from there.
     """
     seed_everything(config.run.seed, _WEIGHTS)
     network = build_autoencoder(model.autoencoder)
     assert isinstance(network, ConvAutoencoder)
     network.requires_grad_(True)
     pictures = Pictures(dataset, "vae_image")
+    if not len(pictures):
+        raise UserError(
+            f"{dataset.data_path}: no record draws a picture to learn an autoencoder from; use "
+            "--set model.autoencoder.kind=pixel"
+        )
 
     def losses(call: Callable, batches: list[dict], step: int) -> Iterator[tuple[Tensor, dict]]:
         # What is drawn for a picture is keyed by its slot in the step, so that it is the same on any number of ranks.
@@ -133,6 +134,11 @@ def prepare_tower(
     barrier()  # all ranks have looked
     if not model.vision_steps or is_given or is_frozen or goes_on:
         return
+    pictures, steps = Pictures(dataset, "vit_image"), model.vision_steps
+    if not len(pictures):
+        if info.is_main:
+            print(f"{dataset.data_path}: nothing is said about a picture, so the vision tower is not trained first")
+        return
     seed_everything(config.run.seed, _HEAD)
     own = VisionModel(model.vision)  # no strategy may touch the model of the run
     own.load_state_dict(tower.state_dict())
@@ -143,7 +149,6 @@ def prepare_tower(
         for batch in batches:
             yield F.cross_entropy(call(batch["image"]).float(), batch["words"]) / len(batches), {}
 
-    pictures, steps = Pictures(dataset, "vit_image"), model.vision_steps
     weights = _trained(config, info, TOWER, reader, pictures, losses, (EncoderLayer,), steps, "vision tower")
     tower.load_state_dict(
         {name.removeprefix("tower."): value for name, value in weights.items() if name.startswith("tower.")}
@@ -162,7 +167,7 @@ def _trained(
     title: str,
 ) -> dict[str, Tensor]:
     """The averaged weights of a network after its phase, which is resumed where it stopped, and ends at `steps` or
-    earlier at training.max_steps. Raises a UserError when a signal or the time limit stopped it.
+    earlier at training.max_steps. Raises Stopped when a signal or the time limit did.
     """
     phase, folder = _phase(config, steps, info.world), Path(config.run.output_dir) / name
     if info.is_main:
@@ -175,7 +180,7 @@ def _trained(
         checkpoint_name="step_{step}", title=title,
     )  # fmt: skip
     if not result.finished:
-        raise UserError(
+        raise Stopped(
             f"the {title} was stopped at step {result.step} of {steps}; the same command goes on from there"
         )
     return load_weights(result.checkpoint or folder)
@@ -211,9 +216,7 @@ class Pictures:
         for index in range(min(len(dataset), SEARCHED)):
             if (item := self._first_of(dataset.plan(index, 0))) is not None:
                 sizes.setdefault(item.size, []).append(index)
-        if not sizes:
-            raise UserError(f"{dataset.data_path}: no record {_WANTED[kind]}")
-        self.size, self.indices = max(sizes.items(), key=lambda entry: len(entry[1]))
+        self.size, self.indices = max(sizes.items(), key=lambda entry: len(entry[1]), default=((0, 0), []))
 
     def _first_of(self, items: Sequence[PlanItem]) -> PlanItem | None:
         if self.kind == "vit_image" and not _said(items):

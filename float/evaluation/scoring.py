@@ -197,7 +197,7 @@ def talking_sheet(
 
     order = np.argsort(-opening[: len(frames)])
     shown = sorted(order[np.linspace(0, len(order) - 1, SHEET_FRAMES).astype(int)])
-    figure, (above, below) = pyplot.subplots(2, 1, figsize=(12, 5), height_ratios=(2, 1.2), layout="constrained")
+    figure, (above, below) = pyplot.subplots(2, 1, figsize=(12, 4), height_ratios=(1.8, 1.7), layout="constrained")
     above.imshow(np.concatenate(list(frames[shown]), 1), interpolation="nearest")
     above.axis("off")
     time = np.arange(len(opening)) / fps

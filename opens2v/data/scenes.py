@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from opens2v.config import Config, pixel_count
+from opens2v.data.augment import WHITE
 from opens2v.data.subjects import picture_tensors
 from shared.errors import UserError
 from shared.media.scenes import MOTIONS, SHIFT, Drawing, Scene, Scenes, cut_out
@@ -113,8 +114,8 @@ class SceneDataset:
 
     def reference(self, scene: Scene) -> Image.Image:
         """The subject alone on white, as far off the codec's cells as in the first frame."""
-        drawing = self.scenes.reference(scene, max(self.reference_size) - 2 * OFF_CELL)
-        return Image.fromarray(np.pad(drawing, [(OFF_CELL, OFF_CELL)] * 2 + [(0, 0)], constant_values=255))
+        side = max(self.reference_size)
+        return reference_canvas(Image.fromarray(self.scenes.reference(scene, side - 2 * OFF_CELL)), side)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.sample(index, 0)
@@ -147,6 +148,12 @@ class SceneDataset:
             "subject_scores": torch.full((slots, 2), torch.nan),
             "meta": {"part": part, "fps": SCENE_RATE, "content": f"{scene}", "annotation_idx": ["1"]},
         }
+
+
+def reference_canvas(picture: Image.Image, side: int) -> Image.Image:
+    """A picture on a white square of `side` pixels, its own margin left, as composed scenes show their subject."""
+    inner = (side - 2 * OFF_CELL,) * 2
+    return ImageOps.expand(ImageOps.pad(picture, inner, Image.Resampling.LANCZOS, color=WHITE), OFF_CELL, WHITE)
 
 
 def scene_set(config: Config, which: str) -> SceneDataset:

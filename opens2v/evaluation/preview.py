@@ -11,6 +11,7 @@ from PIL import Image
 
 from opens2v.config import Config, pixel_frames
 from opens2v.data.cache import cached_changes, with_cached_features
+from opens2v.data.scenes import reference_canvas
 from opens2v.data.subjects import clip_pixels, picture_tensors
 from opens2v.data.video import to_uint8, write_video
 from opens2v.dataset import VALIDATION_SEED, collate_opens2v_batch, readable_samples, validation_set
@@ -41,6 +42,9 @@ def conditions_for(
 ) -> Conditions:
     """The generator's inputs for prompts, each with its subject pictures."""
     data = config.data
+    if data.scenes is not None:  # pictures lie in the frame as those that it was trained with
+        side = max(data.ref_height, data.ref_width)
+        pictures = [[reference_canvas(picture, side) for picture in row] for row in pictures]
     slots = max(data.max_subjects_per_sample, max((len(row) for row in pictures), default=1), 1)
     size = (data.ref_height, data.ref_width)
     rows = [picture_tensors(row, slots, size, data.ref_clip_size) for row in pictures]

@@ -32,7 +32,7 @@ def _policy(_: Any, operation: Any, *arguments: Any, **named: Any) -> Checkpoint
 
 def checkpoint(block: Callable[..., Any], *arguments: Any) -> Any:
     """block(*arguments), of which the backward pass computes again what is not kept."""
-    kept: dict[str, Any] = (
-        {"context_fn": functools.partial(create_selective_checkpoint_contexts, _policy)} if _keeps_products else {}
-    )
+    kept: dict[str, Any] = {}
+    if _keeps_products:
+        kept["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
     return torch_checkpoint(block, *arguments, use_reentrant=False, **kept)

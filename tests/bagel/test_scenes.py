@@ -181,11 +181,20 @@ def test_two_ranks_give_a_phase_what_one_rank_does(monkeypatch, tmp_path, phase,
         assert torch.equal(value, torch.cat(parts))
 
 
-@pytest.mark.parametrize("task, kind, fault", [("ask", "vae", "draws a picture"), ("draw", "vit", "says anything")])
-def test_a_phase_needs_pictures_of_its_kind(task, kind, fault):
-    dataset = sets(**{name: float(name == task) for name in ("draw", "ask", "edit", "talk")})[0]
-    with pytest.raises(UserError, match=f"no record {fault}"):
-        phases.Pictures(dataset, f"{kind}_image")
+def test_phases_without_pictures_of_their_kind(monkeypatch, tmp_path, capsys):
+    """The autoencoder cannot do without them; the tower starts from random weights then."""
+    draw, ask = (
+        sets(**{name: float(name == task) for name in ("draw", "ask", "edit", "talk")})[0] for task in ("draw", "ask")
+    )
+    config, info = (
+        load_config(Config, presets=PRESETS, argv=["--config", "small", "--output-dir", str(tmp_path)]),
+        DistInfo(),
+    )
+    with pytest.raises(UserError, match="no record draws a picture"):
+        phases.train_autoencoder(config, config.model, ask, info)
+    monkeypatch.setattr(phases, "fit", None)
+    phases.prepare_tower(config, config.model, build_model(config.model), draw, info)
+    assert "nothing is said about a picture" in capsys.readouterr().out
 
 
 def test_the_tower_learns_what_is_said_about_a_picture_it_looks_at():
@@ -207,7 +216,7 @@ def test_a_stop_in_the_autoencoders_phase_goes_on_to_the_same(tmp_path, capsys):
     main([*straight, "--total-steps", "1"])
     with pytest.raises(SystemExit) as stopped:
         main([*broken, "--total-steps", "1", "--time-limit-minutes", "1e-9"])
-    assert stopped.value.code == 2 and "the same command goes on" in capsys.readouterr().err
+    assert stopped.value.code == 0 and "the same command goes on" in capsys.readouterr().out
     assert not (tmp_path / "broken" / "autoencoder.safetensors").exists()
     main([*broken, "--total-steps", "1", "--max-steps", "2"])
     shutil.rmtree(tmp_path / "broken" / "checkpoints")

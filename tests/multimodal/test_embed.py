@@ -16,14 +16,7 @@ from multimodal.weights.open import Embedder
 from tests.multimodal import small
 from tests.multimodal.files import wav
 
-
-@pytest.fixture(scope="module", autouse=True)
-def small_network():
-    patch = pytest.MonkeyPatch()
-    patch.setitem(small.model.SIZES, "mini", small.WIDTHS)
-    patch.setitem(small.objectives.DECODERS, "mini", (64, 1))
-    yield
-    patch.undo()
+pytestmark = pytest.mark.usefixtures("small_network")
 
 
 @pytest.fixture(scope="module")

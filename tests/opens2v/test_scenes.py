@@ -1,6 +1,7 @@
 """The small preset's composed scenes: what is held out stays held out, and the measures count what they say."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from opens2v import train
 from opens2v.config import SAMPLE_DATA
 from opens2v.data.scenes import UNSEEN, read_drawings, scene_set
 from opens2v.dataset import training_set, validation_set
+from opens2v.evaluation.preview import conditions_for
 from opens2v.evaluation.scene_use import scene_figures
 from shared.errors import UserError
+from shared.media.pictures import as_rgb
 from tests.opens2v.cases import SCENES
 
 SHEET = SAMPLE_DATA / "drawings.json"
@@ -63,6 +66,17 @@ def test_subjects_start_half_a_cell_off_and_captions_say_where(config):
         solid = dataset.scenes.mask(scene, dataset.at(0))[top : top + 24, left : left + 24] > 0.999
         assert np.abs(dataset.clip(scene)[0, top : top + 24, left : left + 24][solid] - drawing[solid]).max() <= 1
     assert len(places) == 8
+
+
+def test_a_picture_that_a_user_gives_lies_in_its_canvas_as_those_of_training(config):
+    dataset = scene_set(config, "subjects")
+    scene = dataset.scene(0)
+    given = Image.fromarray(dataset.scenes.drawings[scene.objects[0]].rgba)
+    encoders = SimpleNamespace(conditions=lambda batch: batch)
+    batch = conditions_for(config, encoders, ["a thing"], [[as_rgb(given)]])
+    item = dataset.shown(scene, 0)
+    assert (batch["ref_pixels"][0] - item["ref_pixels"]).abs().mean() < 0.02
+    assert (batch["ref_pixels"][0, 0, :, [0, 1, -2, -1]] == 1).all() and batch["ref_mask"].tolist() == [[True]]
 
 
 def test_true_clips_are_all_right_and_others_are_not(config):

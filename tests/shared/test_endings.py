@@ -13,7 +13,7 @@ import torch
 
 from shared.data import BadSamples, check_shared_memory
 from shared.engine.checkpoint import load_weights
-from shared.errors import CheckpointError, UserError, command, write_text
+from shared.errors import CheckpointError, Stopped, UserError, command, write_text
 from shared.report.page import write_report
 from tests.launching import ENVIRONMENT, ROOT, losses, newest
 from tests.shared.test_resume import TOY, case, write
@@ -221,3 +221,16 @@ def test_a_damaged_folder_of_a_public_model_is_a_sentence_in_every_system(tmp_pa
         with pytest.raises(UserError, match="cannot be loaded") as found:
             opened()
         assert folder in str(found.value) and "\n" not in str(found.value)
+
+
+def test_a_phase_that_was_stopped_ends_the_command_with_code_0(capsys, monkeypatch):
+    @command
+    def main(argv):
+        raise Stopped("the autoencoder was stopped at step 3 of 8; the same command goes on from there")
+
+    for rank, said in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as left:
+            main([])
+        found = capsys.readouterr()
+        assert left.value.code == 0 and found.out.count("stopped at step 3 of 8") == said and not found.err
