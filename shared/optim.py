@@ -158,5 +158,5 @@ def lr_at(step: int, training: TrainingSection, total_steps: int) -> float:
 
 
 def zero_bucket(trainable: int) -> int:
-    """Numbers that ZeRO reduces, or gathers, at a time."""
-    return min(trainable, 50_000_000)
+    """Numbers that ZeRO reduces, or gathers, at a time: even, as DeepSpeed wants them."""
+    return min(trainable + trainable % 2, 50_000_000)

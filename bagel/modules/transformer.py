@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -279,15 +280,17 @@ def flex_kernel(is_compiled: bool) -> Any:
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout) -> Tensor:
-    """Flex attention with a block mask of 128, compiled on CUDA; the pack is padded inside this call only."""
-    padded = layout.padded_length
+    """Flex attention with a block mask of 128, compiled on CUDA, with the layer where that is compiled; the pack is
+    padded inside this call only.
+    """
+    length = len(query)
     if layout.block_mask is None:
         layout.block_mask = flex_block_mask(layout, query.device)
-    grow = (0, 0, 0, 0, 0, padded - layout.length)
+    grow = (0, 0, 0, 0, 0, layout.padded_length - length)
     query, key, value = (F.pad(x, grow).transpose(0, 1)[None] for x in (query, key, value))
-    return flex_kernel(query.is_cuda)(query, key, value, block_mask=layout.block_mask, enable_gqa=True)[0].transpose(
-        0, 1
-    )[: layout.length]
+    within = torch.compiler.is_compiling()
+    kernel = torch.nn.attention.flex_attention.flex_attention if within else flex_kernel(query.is_cuda)
+    return kernel(query, key, value, block_mask=layout.block_mask, enable_gqa=True)[0].transpose(0, 1)[:length]
 
 
 # --- from experts to the pack and back --------------------------------------------------------------------------------
@@ -354,9 +357,17 @@ class PackedAttention:
         if backend == "dense":  # the experts' tokens are put where the padded samples want them at once
             place = layout.padded_places(rows.und.device)
             self.rows = Rows(place[rows.und], place[rows.gen], layout.padded_rows)
+        if backend == "flex" and layout.block_mask is None:  # before any layer, outside of their graphs
+            layout.block_mask = flex_block_mask(layout, rows.und.device)
+
+    def __call__(self, layer: int, query: Pair, key: Pair, value: Pair) -> Pair:
+        if self.backend == "flex":
+            joined = (self.rows.join(query), self.rows.join(key), self.rows.join(value))
+            return self.rows.part(_flex(*joined, self.layout))
+        return self._by_samples(query, key, value)
 
     @torch.compiler.disable  # lengths of samples change with every pack: compiled layers call this as it is
-    def __call__(self, layer: int, query: Pair, key: Pair, value: Pair) -> Pair:
+    def _by_samples(self, query: Pair, key: Pair, value: Pair) -> Pair:
         query_LHK, key_LHK, value_LHK = (self.rows.join(pair) for pair in (query, key, value))
         if self.backend == "dense":
             return self.rows.part(padded_attention(query_LHK, key_LHK, value_LHK, self.layout))

@@ -512,6 +512,7 @@ def _traffic(plan: Plan) -> tuple[float, float]:
     # A unit is gathered whenever a forward calls it, and in the backward; fsdp keeps what is in no unit for both.
     gathers = weight * plan.accumulation * (found.gathered + found.in_units + 2 * found.root)
     kept = weight * plan.accumulation * found.root
+    once = weight * plan.accumulation * (found.in_units + found.root)
     over_copies = 2 * 4 * found.trainable / plan.shards * (plan.replicas - 1) / plan.replicas
     scatters = plan.accumulation if plan.reduce_each_micro_step else 1
     moved = {
@@ -521,7 +522,7 @@ def _traffic(plan: Plan) -> tuple[float, float]:
         "zero1": 3 * weight * found.trainable,
         "zero2": (2 * weight * plan.accumulation + weight) * found.trainable,
         "fsdp": 4 * found.trainable * scatters + gathers - kept,
-        "zero3": weight * found.trainable * plan.accumulation + gathers / (2 if _stays_gathered(found) else 1),
+        "zero3": weight * found.trainable * plan.accumulation + (once if _stays_gathered(found) else gathers),
     }
     return share * moved[plan.strategy], over_copies
 

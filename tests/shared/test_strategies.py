@@ -59,6 +59,14 @@ def runs(tmp_path_factory):
             }
             for name in STRATEGIES
             for key, (extra, steps, epsilon) in VARIANTS.items()
+        ]
+        + [
+            {
+                "output_dir": str(folder / "ddp_in_bf16"),
+                "strategy": "ddp",
+                "run": {"ddp_bf16": True},
+                "training": batches("", 8, 1, 1e-8),
+            }
         ],
     )
     return folder
@@ -71,6 +79,12 @@ def test_two_ranks_give_the_losses_of_one(runs, strategy, variant):
     assert len(expected) == len(found) == 20
     # one unit in the last place of fp32 at loss 4 is 4.8e-7; the tolerance is relative to the loss
     assert max(abs(found[step] - expected[step]) / expected[step] for step in expected) < 1e-6
+
+
+def test_gradients_averaged_in_bf16_differ_by_their_rounding_alone(runs):
+    expected, found = losses(runs / "one_plain"), losses(runs / "ddp_in_bf16")
+    errors = [abs(found[step] - expected[step]) / expected[step] for step in expected]
+    assert len(found) == 20 and 1e-6 < max(errors) < 1e-2
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
