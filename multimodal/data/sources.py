@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from multimodal.config import SAMPLE_DATA, Config
+from multimodal.config import ALL, SAMPLE_DATA, Config
 from multimodal.data.image import normalise
 from multimodal.data.records import KINDS, Found, Joined, Kind, MissingData, Reader, Records
 from multimodal.data.sets import (
@@ -113,9 +113,10 @@ def open_data(config: Config) -> Data:
     """
     data, root, names = Data(), config.data.data_root, config.data.datasets
     if root is not None and not Path(root).is_dir() and {*names} - {"synthetic", *config.data.paths}:
+        fetched = " ".join(name for name in names if name in ALL)  # own data cannot be fetched
+        get = f"python multimodal/download_datasets.py --datasets {fetched} --data-root {root} fills it, "
         raise UserError(
-            f"--data-root {root}: no such folder; python multimodal/download_datasets.py --datasets "
-            f"{' '.join(names)} --data-root {root} fills it, --config small trains on the sample data"
+            f"--data-root {root}: no such folder; {get if fetched else ''}--config small trains on the sample data"
         )
     absent = []
     for name in names:

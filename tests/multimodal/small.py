@@ -6,11 +6,12 @@ from multimodal import model, train
 from multimodal import objective as objectives
 
 WIDTHS, DECODER = model.Widths((64, 2), (64, 1), (64, 2), (64, 1), 16), (64, 1)
-MODEL = "--image-size 32 --image-patch 8 --embed-dim 32 --model-size mini".split()
+MODEL = "--image-size 32 --image-patch 8 --embed-dim 32 --model-size mini --no-linear-path".split()
 DATA = "--datasets synthetic --synthetic-items 64 --audio-frames 64".split()
 TRAINING = (
     "--batch-size 8 --stage-epochs 1 1 1 --num-classes 12 --device cpu --label-set images --no-tensorboard "
-    "--keep-last 3 --logging-steps 1 --eval-every 4 --save-every 100"
+    "--keep-last 3 --logging-steps 1 --eval-every 4 --save-every 100 --lr 5e-4 --no-train-words --caption-drop 0 "
+    "--max-logit-scale 100"
 )
 QUICK = ["--config", "small", *MODEL, *DATA, *TRAINING.split()]
 

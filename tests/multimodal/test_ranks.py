@@ -15,8 +15,12 @@ MICRO_BATCH, STEPS = 4, 3
 
 def case(folder: Path, name: str, strategy: str, accumulation: int) -> dict:
     flags = f"--strategy {strategy} --stages 3 --batch-size {MICRO_BATCH} --grad-accum {accumulation}".split()
-    flags += [*f"--max-steps {STEPS} --precision fp32 --epochs 3 --output-dir".split(), str(folder / name)]
-    return {"what": "training", "flags": [*QUICK, *flags], "micro_batch": MICRO_BATCH}
+    flags += f"--max-steps {STEPS} --precision fp32 --epochs 3 --linear-path".split()
+    return {
+        "what": "training",
+        "flags": [*QUICK, *flags, "--output-dir", str(folder / name)],
+        "micro_batch": MICRO_BATCH,
+    }
 
 
 def start(folder: Path, world: int, cases: list[dict]) -> None:

@@ -253,7 +253,8 @@ def test_encode_and_search(whole, tmp_path, capsys):
     "flags,message",
     [
         (("--model-size", "huge"), "model.size"),
-        (("--data-root", "/nowhere", "--datasets", "coco"), "download_datasets.py"),
+        (("--data-root", "/nowhere", "--datasets", "coco", "jsonl"), "--datasets coco --data-root /nowhere fills it"),
+        (("--data-root", "/nowhere", "--datasets", "jsonl"), "no such folder; --config small"),
         (("--stages", "4"), "1, 2, 3"),
         (("--init-from", "nowhere.pt"), "no such file"),
         (("--word-embeddings", "gone.txt"), "no such file"),
