@@ -15,7 +15,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
-from torch.utils.checkpoint import checkpoint
+
+from shared.engine.recompute import checkpoint
 
 EPS = 1e-6
 Rotation = tuple[Tensor, Tensor] | None
@@ -559,7 +560,7 @@ class DiTModel(NullText):
             )
             every = int(self.gradient_checkpointing)
             if every and self.training and index % every == 0:
-                found = checkpoint(block, *arguments, use_reentrant=False)
+                found = checkpoint(block, *arguments)
             else:
                 found = block(*arguments)
             x_BLD, values = found if isinstance(found, tuple) else (found, None)

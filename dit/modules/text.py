@@ -7,18 +7,18 @@ import math
 import re
 import unicodedata
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dit.config import Config
-from shared.errors import UserError
+from shared.data import sent
+from shared.errors import UserError, opening
 
 
 class TextCondition(NamedTuple):
@@ -187,16 +187,9 @@ class LanguageEncoder(TextEncoder):
         return TextCondition(states, mask, (states * weight).sum(1) / weight.sum(1))
 
 
-@contextmanager
-def _loading(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise UserError(
-            f"text.pretrained_model_name {name}: cannot be loaded ({reason}); give a local folder with "
-            "--text-encoder-path, or use --set text.type=hash, which needs no weights"
-        ) from None
+def _loading(name: str) -> AbstractContextManager[None]:
+    remedy = "give a local folder with --text-encoder-path, or use --set text.type=hash, which needs no weights"
+    return opening(f"text.pretrained_model_name {name}", remedy)
 
 
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+|[#*+&%]")
@@ -290,5 +283,5 @@ def condition_of(
     if encoder is None:
         return {} if labels is None else {"labels": labels.to(device)}
     # encoders answer with inference tensors, which autograd refuses to save: the copies are ordinary ones
-    states, mask, pooled = (part.to(device) for part in encoder.encode(texts))
+    states, mask, pooled = (sent(part, device) for part in encoder.encode(texts))
     return {"text_embeddings": states.clone(), "text_mask": mask.clone(), "text_pooled": pooled.clone()}

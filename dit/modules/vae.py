@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dit.config import diffusers_config
 from dit.modules.autoencoder import NO_VARIANCE, Codec
 from shared.engine.checkpoint import load_strict
-from shared.errors import UserError
+from shared.errors import UserError, opening
 
 SD_ALIASES = (
     "stable-diffusion-v1-5/stable-diffusion-v1-5, stabilityai/sd-vae-ft-ema, stabilityai/sd-vae-ft-mse, "
@@ -196,17 +196,12 @@ def _load_vae(name: str, local_files_only: bool, scaling_factor: float | None) -
         raise UserError(f"vae.pretrained_model_name {name}: is {kind}; VAEs of {', '.join(VAE_CLASSES)} are read")
     loader = getattr(diffusers, kind)
     in_own_folder = (Path(name) / "config.json").is_file() and not (Path(name) / "vae" / "config.json").is_file()
-    try:
+    hint = "" if Path(name).exists() else "the hub's runwayml repository was withdrawn: "
+    remedy = f"{hint}give {SD_ALIASES} with --vae-path, or --set vae.type=patches, which needs no weights"
+    with opening(f"vae.pretrained_model_name {name}", remedy):
         if in_own_folder or (not Path(name).is_dir() and "vae" in name.split("/")[-1]):
             return loader.from_pretrained(name, local_files_only=local_files_only)
         return loader.from_pretrained(name, subfolder="vae", local_files_only=local_files_only)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0][:160]
-        hint = "" if Path(name).exists() else "the hub's runwayml repository was withdrawn: "
-        raise UserError(
-            f"vae.pretrained_model_name {name}: cannot be loaded ({reason}); {hint}give {SD_ALIASES} with --vae-path, "
-            "or --set vae.type=patches, which needs no weights"
-        ) from None
 
 
 def _from_file(path: Path, scaling_factor: float | None) -> Any:

@@ -23,7 +23,7 @@ from dit.weights.open import fit_codec
 from shared.data import BatchPlan, MapStream
 from shared.engine.checkpoint import load_strict, load_weights, newest_checkpoint
 from shared.engine.dist import DistInfo, barrier
-from shared.errors import UserError
+from shared.errors import Stopped
 from shared.loop import FitResult, fit, steps_done
 from shared.rng import keyed_rand, keyed_randn, seed_everything
 
@@ -73,7 +73,7 @@ def train_autoencoder(
 ) -> None:
     """Train `codec` to its planned step, resuming what is in OUT/autoencoder; its averaged weights are loaded into it.
 
-    Raises UserError when the run was stopped before; the same command goes on from there.
+    Raises Stopped when the run was stopped before; the same command goes on from there.
     """
     phase = phase_config(config, info.world)
     output_dir = Path(config.run.output_dir) / PHASE
@@ -81,7 +81,7 @@ def train_autoencoder(
         print(f"the autoencoder of the latents is trained first, into {output_dir}", flush=True)
     result = AutoencoderTrainer(phase, training_set, validation_set, info).train(output_dir)
     if not result.finished:
-        raise UserError(
+        raise Stopped(
             f"the autoencoder was stopped at step {result.step} of {phase.training.total_steps}; the same command "
             "goes on from there"
         )

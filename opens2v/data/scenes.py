@@ -5,25 +5,25 @@ UNSEEN drawings of the sheet are never trained at all: what is drawn of those wa
 """
 
 import json
-from collections.abc import Sequence
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from opens2v.config import Config, pixel_count
-from opens2v.data.subjects import clip_pixels, reference_pixels
+from opens2v.data.augment import WHITE
+from opens2v.data.subjects import picture_tensors
 from shared.errors import UserError
-from shared.media.scenes import SHIFT, Drawing, Scene, Scenes, cut_out
+from shared.media.scenes import MOTIONS, SHIFT, Drawing, Scene, Scenes, cut_out
 from shared.rng import keyed_seed
 
 SCENE_RATE = 8.0  # frames per second
 UNSEEN = 16  # drawings at the end of the list
-ASIDE = 0.25  # share of the scenes whose subject starts beside the middle
-CELL = 4  # pixels of the codec's cells: subjects start on them
-ACROSS = {True: ("on the left", "", "on the right"), False: ("at the top", "", "at the bottom")}  # of up and down; else
+OFF_CELL = 2  # pixels from the middle to where a subject starts: half a cell of the codec, so always the same way off
+ACROSS = {True: ("on the left", "on the right"), False: ("at the top", "at the bottom")}  # of up and down; else
 LENGTH = 4096  # scenes of an epoch
 RECOLOURED = 0.6  # share of the trained scenes whose drawing and picture have their colour channels in another order
 GENERIC = 0.5  # share of the trained captions that call the drawing "subject"
@@ -96,21 +96,26 @@ class SceneDataset:
         return f"scenes_{self.which}", f"{index:06d}"
 
     def scene(self, index: int, epoch: int = 0) -> Scene:
-        """The ground truth of a sample: a large subject that starts on cells of the codec and leaves the middle."""
+        """The ground truth of a sample: a large subject that starts off the middle by half a cell of the codec, against
+        its direction and to one side of it.
+        """
         scene = self.scenes.scene(epoch * LENGTH + index, unseen=self.which == "combinations")
-        x, y = (self._off_middle(part) for part in scene.shifts[0])
-        across = (x, 0.0) if scene.motion in ("up", "down") else (0.0, y)
-        return scene._replace(size="large", shifts=(across, (0.0, 0.0)))
-
-    def _off_middle(self, part: float) -> float:
-        """A number from -1 to 1 as one cell to a side, or, for most of them, none; in the unit of Scene.shifts."""
-        return int(part / (1 - ASIDE)) * CELL / (SHIFT * min(self.scenes.height, self.scenes.width))
+        half = OFF_CELL / (SHIFT * min(self.scenes.height, self.scenes.width))  # in the unit of Scene.shifts
+        right, down = MOTIONS[scene.motion]
+        aside_x, aside_y = (math.copysign(half, part) for part in scene.shifts[0])
+        start = (-half * right if right else aside_x, -half * down if down else aside_y)
+        return scene._replace(size="large", shifts=(start, (0.0, 0.0)))
 
     def place(self, scene: Scene) -> str:
-        """Words for where the subject goes along; none for the middle."""
+        """Words for the side on which the subject goes along."""
         x, y = scene.shifts[0]
-        off = x if scene.motion in ("up", "down") else y
-        return ACROSS[scene.motion in ("up", "down")][int(np.sign(off)) + 1]
+        is_upright = scene.motion in ("up", "down")
+        return ACROSS[is_upright][(x if is_upright else y) > 0]
+
+    def reference(self, scene: Scene) -> Image.Image:
+        """The subject alone on white, as far off the codec's cells as in the first frame."""
+        side = max(self.reference_size)
+        return reference_canvas(Image.fromarray(self.scenes.reference(scene, side - 2 * OFF_CELL)), side)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.sample(index, 0)
@@ -127,29 +132,28 @@ class SceneDataset:
         """uint8 (F, H, W, 3)."""
         return np.stack([self.scenes.frame(scene, self.at(frame)) for frame in range(self.num_frames)])
 
-    def shown(self, scene: Scene, number: int, nouns: Sequence[str] | None = None) -> dict[str, Any]:
+    def shown(self, scene: Scene, number: int) -> dict[str, Any]:
         """The sample of a scene, worded by `number`."""
         draw = np.random.Generator(np.random.PCG64(keyed_seed(self.seed, _CHOICES, number)))
-        if nouns is None and draw.random() < self.generic:
-            nouns = ["subject"]
-        scale = 1.0
-        picture = Image.fromarray(self.scenes.reference(scene, max(self.reference_size)))
+        nouns = ["subject"] if draw.random() < self.generic else None
         frames = torch.from_numpy(self.clip(scene)).permute(3, 0, 1, 2)
-        slots, blank = self.max_subjects, Image.new("RGB", (8, 8), (255, 255, 255))
-        pictures = [picture, *[blank] * (slots - 1)]
-        part, key = self.identity(number)
+        slots, (part, key) = self.max_subjects, self.identity(number)
         return {
             "key": key,
-            "prompts": f"{self.scenes.sentence(scene, number, nouns=nouns)} {self.place(scene)}".strip(),
+            "prompts": f"{self.scenes.sentence(scene, number, nouns=nouns)} {self.place(scene)}",
             "frame_indices": torch.arange(self.num_frames),
             "frames": frames.contiguous(),
-            "ref_pixels": torch.stack([reference_pixels(one, *self.reference_size, scale=scale) for one in pictures]),
-            "ref_clip_pixels": torch.stack([clip_pixels(one, self.clip_size) for one in pictures]),
-            "ref_mask": torch.tensor([place == 0 for place in range(slots)]),
+            **picture_tensors([self.reference(scene)], slots, self.reference_size, self.clip_size),
             "subject_names": [self.scenes.name(scene), *[""] * (slots - 1)],
             "subject_scores": torch.full((slots, 2), torch.nan),
             "meta": {"part": part, "fps": SCENE_RATE, "content": f"{scene}", "annotation_idx": ["1"]},
         }
+
+
+def reference_canvas(picture: Image.Image, side: int) -> Image.Image:
+    """A picture on a white square of `side` pixels, its own margin left, as composed scenes show their subject."""
+    inner = (side - 2 * OFF_CELL,) * 2
+    return ImageOps.expand(ImageOps.pad(picture, inner, Image.Resampling.LANCZOS, color=WHITE), OFF_CELL, WHITE)
 
 
 def scene_set(config: Config, which: str) -> SceneDataset:

@@ -173,6 +173,21 @@ def normalise_clip(pixels: Tensor) -> Tensor:
     return (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
 
 
+def picture_tensors(
+    images: list[Image.Image], count: int, size: tuple[int, int], clip_size: int, scales: list[float] | None = None
+) -> dict[str, Tensor]:
+    """ref_pixels (count, 3, *size), ref_clip_pixels (count, 3, clip_size, clip_size) and ref_mask (count,) of pictures.
+
+    Slots behind the last picture are white and False in the mask. scales: see reference_pixels.
+    """
+    pixels = torch.ones(count, 3, *size)
+    features = normalise_clip(torch.ones(3, clip_size, clip_size)).repeat(count, 1, 1, 1)
+    for slot, image in enumerate(images):
+        pixels[slot] = reference_pixels(image, *size, scale=1.0 if scales is None else scales[slot])
+        features[slot] = clip_pixels(image, clip_size)
+    return {"ref_pixels": pixels, "ref_clip_pixels": features, "ref_mask": torch.arange(count) < len(images)}
+
+
 def reference_tensors(
     subjects: list[Subject],
     images: list[Image.Image],
@@ -187,23 +202,15 @@ def reference_tensors(
     images: the pictures of `subjects`. rng: augments them; None leaves them as they are. size: of ref_pixels;
     clip_size: side of ref_clip_pixels.
     """
-    pixels = torch.ones(count, 3, *size)
-    features = normalise_clip(torch.ones(3, clip_size, clip_size)).repeat(count, 1, 1, 1)
+    shown = [(image, 1.0) if rng is None else augment(image, rng) for image in images]
     scores = torch.full((count, 2), torch.nan)
-    for slot, (subject, image) in enumerate(zip(subjects, images, strict=True)):
-        scale = 1.0
-        if rng is not None:
-            image, scale = augment(image, rng)
-        pixels[slot] = reference_pixels(image, *size, scale=scale)
-        features[slot] = clip_pixels(image, clip_size)
+    for slot, subject in enumerate(subjects):
         for column, score in enumerate((subject.gme_score, subject.aes_score)):
             if score is not None:
                 scores[slot, column] = score
     names = [subject.class_name for subject in subjects]
     return {
-        "ref_pixels": pixels,
-        "ref_clip_pixels": features,
-        "ref_mask": torch.arange(count) < len(subjects),
+        **picture_tensors([image for image, _ in shown], count, size, clip_size, [scale for _, scale in shown]),
         "subject_names": names + [""] * (count - len(names)),
         "subject_scores": scores,
     }

@@ -11,7 +11,8 @@ from PIL import Image
 
 from opens2v.config import Config, pixel_frames
 from opens2v.data.cache import cached_changes, with_cached_features
-from opens2v.data.subjects import clip_pixels, reference_pixels
+from opens2v.data.scenes import reference_canvas
+from opens2v.data.subjects import clip_pixels, picture_tensors
 from opens2v.data.video import to_uint8, write_video
 from opens2v.dataset import VALIDATION_SEED, collate_opens2v_batch, readable_samples, validation_set
 from opens2v.evaluation.subject_use import paired_errors
@@ -40,20 +41,16 @@ def conditions_for(
     config: Config, encoders: Encoders, prompts: list[str], pictures: list[list[Image.Image]]
 ) -> Conditions:
     """The generator's inputs for prompts, each with its subject pictures."""
-    slots = max(config.data.max_subjects_per_sample, max((len(row) for row in pictures), default=1), 1)
-    blank = Image.new("RGB", (8, 8), (255, 255, 255))
-    batch: dict[str, Any] = {"prompts": prompts, "ref_pixels": [], "ref_clip_pixels": []}
-    for row in pictures:
-        filled = [*row, *[blank] * (slots - len(row))]
-        size, clip_size = (config.data.ref_height, config.data.ref_width), config.data.ref_clip_size
-        batch["ref_pixels"].append(torch.stack([reference_pixels(image, *size) for image in filled]))
-        batch["ref_clip_pixels"].append(torch.stack([clip_pixels(image, clip_size) for image in filled]))
-    batch["ref_pixels"], batch["ref_clip_pixels"] = (
-        torch.stack(batch["ref_pixels"]),
-        torch.stack(batch["ref_clip_pixels"]),
+    data = config.data
+    if data.scenes is not None:  # pictures lie in the frame as those that it was trained with
+        side = max(data.ref_height, data.ref_width)
+        pictures = [[reference_canvas(picture, side) for picture in row] for row in pictures]
+    slots = max(data.max_subjects_per_sample, max((len(row) for row in pictures), default=1), 1)
+    size = (data.ref_height, data.ref_width)
+    rows = [picture_tensors(row, slots, size, data.ref_clip_size) for row in pictures]
+    return encoders.conditions(
+        {"prompts": prompts, **{name: torch.stack([row[name] for row in rows]) for name in rows[0]}}
     )
-    batch["ref_mask"] = torch.tensor([[place < len(row) for place in range(slots)] for row in pictures])
-    return encoders.conditions(batch)
 
 
 def reference_picture(ref_pixels: torch.Tensor) -> np.ndarray:

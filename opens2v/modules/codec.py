@@ -15,23 +15,24 @@ from opens2v.modules.encoders import check_frames, principal_components
 class Pictures(nn.Module):
     """A picture of H x W <-> C channels of H/4 x W/4.
 
-    Patches of 4 x 4 pixels to their leading components and back, as PatchCodec, plus convolutions over both: what the
-    components lose and their seams are all that has to be learned.
+    Patches of 4 x 4 pixels to their leading components, as in PatchCodec, plus convolutions for what these lose. Back
+    by repeating cells and convolutions over them (Odena et al. 2016): a decoder that writes the pixels of a cell from
+    channels of their own leaves seams between cells, the more the less a drawn latent fits its neighbours.
     """
 
     def __init__(self, channels: int, width: int):
         super().__init__()
         self.to_components = nn.Conv2d(3, channels, 4, stride=4)
-        self.from_components = nn.ConvTranspose2d(channels, 3, 4, stride=4)
         self.encoder = _encoder(3, channels, width)
         self.decoder = nn.Sequential(
             _conv(channels, 2 * width), nn.SiLU(),
             _conv(2 * width, 2 * width), nn.SiLU(),
-            _conv(2 * width, 4 * width), nn.PixelShuffle(2), nn.SiLU(),
+            nn.Upsample(scale_factor=2), _conv(2 * width, width), nn.SiLU(),
             _conv(width, width), nn.SiLU(),
-            _conv(width, 12), nn.PixelShuffle(2),
+            nn.Upsample(scale_factor=2), _conv(width, width // 2), nn.SiLU(),
+            _conv(width // 2, 3),
         )  # fmt: skip
-        _start_small(self.encoder[-1], self.decoder[-2])
+        _start_small(self.encoder[-1])
 
     @torch.no_grad()
     def start_from(self, pictures: Tensor) -> None:
@@ -39,11 +40,9 @@ class Pictures(nn.Module):
         mean = pictures.float().mean((0, 2, 3))  # one value a colour, as a bias has
         patches = functional.pixel_unshuffle(pictures.float() - mean[:, None, None], 4).movedim(1, -1)
         basis = principal_components(patches, self.to_components.weight.shape[0])
-        for layer in (self.to_components, self.from_components):
-            layer.weight.copy_(basis.T.reshape(-1, 3, 4, 4))
-        assert self.to_components.bias is not None and self.from_components.bias is not None
+        self.to_components.weight.copy_(basis.T.reshape(-1, 3, 4, 4))
+        assert self.to_components.bias is not None
         self.to_components.bias.copy_(-mean.repeat_interleave(16) @ basis)
-        self.from_components.bias.copy_(mean)
 
     def encode(self, pictures: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, C, h, w)."""
@@ -51,7 +50,7 @@ class Pictures(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """The inverse of encode, not clamped."""
-        return self.from_components(latents) + self.decoder(latents)
+        return self.decoder(latents)
 
 
 class Motion(nn.Module):

@@ -69,7 +69,36 @@ def peers(bench: Bench) -> None:
     count = sum(parameter.numel() for parameter in theirs.parameters())
     note = f"{count:,} parameters in both, 480 tokens of 5 frames, {TEXT_ROWS} of text, no references"
     bench.training_pair("video step", video_step(ours), video_step(theirs), peer="diffusers Wan", note=note)
+    del ours, theirs
+    adapter_pair(bench)
     cached_pair(bench)
+
+
+def adapter_pair(bench: Bench) -> None:
+    """A step of the reference modules on the frozen 1.3B base, with two subjects, beside diffusers' model with its text
+    attention alone trained; blocks are counted as in cached_pair. A clip of 21 frames of 240 x 416 with pictures of 128
+    pixels has more picture tokens for each of its own than one of 480 x 832 with pictures of 256.
+    """
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+
+    shape, jobs = (1, 16, 6, 30, 52), []
+    for layers in (1, 2):
+        theirs = WanTransformer3DModel(**{**WAN_1_3B, "num_layers": layers})
+        for name, parameter in theirs.named_parameters():
+            parameter.requires_grad_("attn2" in name)
+        jobs += [adapter_step(layers, shape, subjects=2, side=16), adapters_step(theirs, shape)]
+    later = WAN_1_3B["num_layers"] - 1
+    times = [
+        (own + later * (own_two - own), other + later * (other_two - other))
+        for own, other, own_two, other_two in zip(*alternate(jobs, bench.rounds), strict=True)
+    ]
+    ours, theirs_ms = (1000 * statistics.median(values) for values in zip(*times, strict=True))
+    note = "Wan-1.3B, 2,340 tokens, 512 of text, 1,026 of two pictures, with AdamW; theirs: attn2 trained"
+    ratio = statistics.median(own / other for own, other in times)
+    bench.add(
+        Row("peers", "adapter step, two subjects", ratio, 1.05, ours=ours, theirs=theirs_ms, peer="diffusers Wan",
+            note=note)
+    )  # fmt: skip
 
 
 def cached_pair(bench: Bench, frames: int = 21, height: int = 64, width: int = 96) -> None:
@@ -116,19 +145,28 @@ def cached_pair(bench: Bench, frames: int = 21, height: int = 64, width: int = 9
         bench.add(Row("peers", name, ratio, bar, "at least", cached, theirs=theirs, peer=peer, note=note))
 
 
-def adapter_step(layers: int, shape: tuple[int, ...]) -> Job:
-    """A training step of the reference modules, with AdamW, on so many frozen blocks of the 1.3B base."""
-    model = RefWanTransformer3DModel(**{**WAN_1_3B, "num_layers": layers})
-    enable_trainable(model)
+def adapters_step(model: nn.Module, shape: tuple[int, ...], *, subjects: int = 0, side: int = 8) -> Job:
+    """A step of what is trained of a model, with AdamW, and with pictures of side x side latents."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     x, text = torch.randn(shape), torch.zeros(1, WAN_TEXT_ROWS, WAN_1_3B["text_dim"])
     text[:, :TEXT_ROWS] = torch.randn(1, TEXT_ROWS, WAN_1_3B["text_dim"])
-    reference = {"ref_clip": torch.randn(1, 1, 257, 1280), "ref_latents": torch.randn(1, 1, 16, 8, 8)}
+    pictures = {
+        "ref_clip": torch.randn(1, subjects, 257, 1280),
+        "ref_latents": torch.randn(1, subjects, 16, side, side),
+    }
 
     def loss() -> torch.Tensor:
-        return model(x, torch.tensor([500.0]), text, **reference, return_dict=False)[0].square().mean()
+        given = pictures if subjects else {}
+        return model(x, torch.tensor([500.0]), text, **given, return_dict=False)[0].square().mean()
 
     return training_step(model, loss, optimizer=torch.optim.AdamW(trained, lr=1e-4, fused=True))
+
+
+def adapter_step(layers: int, shape: tuple[int, ...], *, subjects: int = 1, side: int = 8) -> Job:
+    """A step of the reference modules on so many frozen blocks of the 1.3B base; see adapters_step."""
+    model = RefWanTransformer3DModel(**{**WAN_1_3B, "num_layers": layers})
+    enable_trainable(model)
+    return adapters_step(model, shape, subjects=subjects, side=side)
 
 
 def precision(bench: Bench) -> None:

@@ -1,6 +1,7 @@
 """The small preset's composed scenes: what is held out stays held out, and the measures count what they say."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from opens2v import train
 from opens2v.config import SAMPLE_DATA
 from opens2v.data.scenes import UNSEEN, read_drawings, scene_set
 from opens2v.dataset import training_set, validation_set
+from opens2v.evaluation.preview import conditions_for
 from opens2v.evaluation.scene_use import scene_figures
 from shared.errors import UserError
+from shared.media.pictures import as_rgb
 from tests.opens2v.cases import SCENES
 
 SHEET = SAMPLE_DATA / "drawings.json"
@@ -42,25 +45,38 @@ def test_a_sample_is_a_function_of_seed_and_number(config):
     one, again = training_set(config).sample(5, 3), training_set(config).sample(5, 3)
     assert one["prompts"] == again["prompts"] and torch.equal(one["frames"], again["frames"])
     assert one["frames"].shape == (3, 5, 32, 32) and one["frames"].dtype == torch.uint8
-    assert one["ref_pixels"].shape == (1, 3, 24, 24) and one["ref_mask"].tolist() == [True]
+    assert one["ref_pixels"].shape == (1, 3, 28, 28) and one["ref_mask"].tolist() == [True]
     assert not torch.equal(one["frames"], training_set(config).sample(5, 4)["frames"])
     item = validation_set(config).sample(0, 0)
     assert item["subject_names"][0] in item["prompts"], "held-out captions keep the noun"
 
 
-def test_subjects_start_on_a_cell_of_the_codec_and_captions_say_where(config):
+def test_subjects_start_half_a_cell_off_and_captions_say_where(config):
     dataset, places = scene_set(config, "train"), set()
     for number in range(200):
-        scene = dataset.scene(number)
+        scene, item = dataset.scene(number), dataset.sample(number, 0)
         (_, top, left), (_, *end) = (dataset.scenes._placed(scene, dataset.at(frame))[0] for frame in (0, 4))
-        assert top % 4 == left % 4 == 0 and abs(end[0] - top) + abs(end[1] - left) == 4
+        assert top % 4 == left % 4 == 2 and abs(end[0] - top) + abs(end[1] - left) == 4
         places.add((scene.motion, top, left))
-        words = dataset.sample(number, 0)["prompts"]
-        if scene.motion in ("up", "down"):
-            assert (left == 0) == words.endswith("on the left") and (left == 8) == words.endswith("on the right")
-        else:
-            assert (top == 0) == words.endswith("at the top") and (top == 8) == words.endswith("at the bottom")
-    assert len(places) == 12
+        upright = scene.motion in ("up", "down")
+        before, behind = ("on the left", "on the right") if upright else ("at the top", "at the bottom")
+        assert item["prompts"].endswith(before if (left if upright else top) == 2 else behind)
+        # The picture holds the same pixels as the first frame, as far off the cells: copying is moving whole cells.
+        drawing = np.array(dataset.reference(scene))[2:-2, 2:-2]
+        solid = dataset.scenes.mask(scene, dataset.at(0))[top : top + 24, left : left + 24] > 0.999
+        assert np.abs(dataset.clip(scene)[0, top : top + 24, left : left + 24][solid] - drawing[solid]).max() <= 1
+    assert len(places) == 8
+
+
+def test_a_picture_that_a_user_gives_lies_in_its_canvas_as_those_of_training(config):
+    dataset = scene_set(config, "subjects")
+    scene = dataset.scene(0)
+    given = Image.fromarray(dataset.scenes.drawings[scene.objects[0]].rgba)
+    encoders = SimpleNamespace(conditions=lambda batch: batch)
+    batch = conditions_for(config, encoders, ["a thing"], [[as_rgb(given)]])
+    item = dataset.shown(scene, 0)
+    assert (batch["ref_pixels"][0] - item["ref_pixels"]).abs().mean() < 0.02
+    assert (batch["ref_pixels"][0, 0, :, [0, 1, -2, -1]] == 1).all() and batch["ref_mask"].tolist() == [[True]]
 
 
 def test_true_clips_are_all_right_and_others_are_not(config):
