@@ -39,7 +39,7 @@ launch=() train=() multimodal=() jobs=""
 while (($#)); do
     case "$1" in
     --only | --preset | --gpus | --strategy | --output-dir | --max-steps | --jobs | --model-size | --batch-size | --epochs | --lr | --data-root | --resume)
-        (($# >= 2)) || fail "$1 needs a value"
+        [[ -n "${2:-}" && "$2" != --* ]] || fail "$1 needs a value"
         case "$1" in
         --only)
             [[ " ${all[*]} " == *" $2 "* ]] || fail "--only $2: one of ${all[*]}"
@@ -90,6 +90,10 @@ while (($#)); do
     esac
 done
 ((${#only[@]})) || only=("${all[@]}")
+[[ -n "$output" ]] || fail "--output-dir is empty; name a folder"
+place="$output"
+until [[ -e "$place" || -L "$place" || "$place" == "$(dirname "$place")" ]]; do place="$(dirname "$place")"; done
+[[ -d "$place" && -w "$place" ]] || fail "--output-dir $output: $place is not a folder that can be written to; give another path"
 
 gpu=false
 if nvidia-smi -L >/dev/null 2>&1; then gpu=true; fi

@@ -137,6 +137,12 @@ class ModelConfig(Section):
         "features drown in the fixed position codes, whose values reach 1",
         gt=0,
     )
+    vision_steps: int = setting(
+        0,
+        "training steps, of 16 pictures, in which a vision tower of random weights first learns what words are said "
+        "about a picture",
+        ge=0,
+    )
     copy_init_moe: bool = setting(
         True, "where the loaded weights hold no generation expert, copy the understanding expert"
     )
@@ -147,7 +153,10 @@ class ModelConfig(Section):
     )
     timestep_shift: float = setting(1.0, "shift of the training times towards noise", gt=0)
     attention: Literal["auto", "dense", "sliced", "flex"] = setting(
-        "auto", "auto: flex on CUDA, sliced on a CPU, else dense; all agree"
+        "auto", "auto: flex on CUDA, else dense; sliced: a former name of dense"
+    )
+    logits_chunk: int | None = setting(
+        None, "text tokens whose logits exist at once in training, the same losses in less memory; null: all", ge=1
     )
     freeze_und: bool = setting(False, "train the generation side only: no gradient through text and ViT tokens")
     freeze_llm: bool = setting(False, "freeze the language model")

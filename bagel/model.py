@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bagel.config import ModelConfig
-from bagel.modules.transformer import HAS_SLICED, LanguageModel, PackedAttention, PackLayout, Pair, Rows
+from bagel.modules.transformer import LanguageModel, PackedAttention, PackLayout, Pair, Rows
 from bagel.modules.vision import VisionModel
 from bagel.sampling.context import CachedAttention, TextCache
 from shared.errors import UserError
@@ -199,13 +199,11 @@ class Bagel(nn.Module):
         und, gen = self.language_model.model(und, gen, _positions(pack, rows), attention, self.config.freeze_und)
 
         # The head is as wide as the vocabulary: it sees the tokens that predict one, and no other.
-        logits = self.language_model.lm_head(
-            und[_rows_of(pack["packed_text_indexes"], pack["ce_loss_indexes"])]
-        ).float()
+        predicting = und[_rows_of(pack["packed_text_indexes"], pack["ce_loss_indexes"])]
         target = _rows_of(pack["packed_vae_token_indexes"], pack["mse_loss_indexes"])
         predicted = self.llm2vae(gen[target]).float()
         return {
-            "ce": F.cross_entropy(logits, pack["packed_label_ids"], reduction="none"),
+            "ce": self.language_model.lm_head(predicting, pack["packed_label_ids"], self.config.logits_chunk),
             "mse": (predicted - velocity[target]) ** 2,
             "t": t[target],
         }
@@ -236,11 +234,10 @@ class Bagel(nn.Module):
 
     def backend(self, device: torch.device) -> str:
         """The attention of packs on this device."""
-        if self.config.attention == "auto":
-            return {"cuda": "flex", "cpu": "sliced" if HAS_SLICED else "dense"}.get(device.type, "dense")
-        if self.config.attention == "sliced" and device.type != "cpu":
-            raise UserError(f"model.attention sliced works on a CPU, not on {device.type}; use auto, flex or dense")
-        return self.config.attention
+        given = self.config.attention
+        if given == "auto":
+            return "flex" if device.type == "cuda" else "dense"
+        return "dense" if given == "sliced" else given
 
     # --- inference ---
 

@@ -42,10 +42,11 @@ class UnifiedTrainer:
         tokenizer: Tokenizer,
         train_set: UnifiedGenerationDataset,
         val_set: UnifiedGenerationDataset | None = None,
+        first_values: Callable[[str], Any] | None = None,  # of a model on the meta device (open_released)
     ):
         self.config, self.info, self.model, self.tokenizer = config, info, model, tokenizer
         self.autoencoder = autoencoder.to(info.device)
-        self.train_set, self.val_set = train_set, val_set
+        self.train_set, self.val_set, self.first_values = train_set, val_set, first_values
         precision = choose_precision(config.run.precision, info.device)
         self.encodes_in_bf16 = info.device.type == "cuda" and precision == "bf16"
         self.speed = SpeedMeter(model.config, info)
@@ -53,7 +54,8 @@ class UnifiedTrainer:
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         state = model.state_dict()
         self.names = list(state)
-        self.frozen = {name: value for name, value in state.items() if name not in trained}
+        frozen = {name: value for name, value in state.items() if name not in trained}
+        self.frozen = frozen if first_values is None else {name: first_values(name) for name in frozen}
 
     def losses(self, model: Any, batches: list[Pack], step: int) -> Iterator[tuple[Tensor, dict]]:
         """The joint loss of every micro-batch, pre-weighted by the tokens of the whole step."""
@@ -94,7 +96,7 @@ class UnifiedTrainer:
         if self.config.model.use_lora:
             save_adapter(folder, chosen, self.config.model)
         else:
-            whole = {name: chosen[name] if name in chosen else self.frozen[name] for name in self.names}
+            whole = {name: chosen[name] if name in chosen else self.frozen[name][...] for name in self.names}
             torch.save({name: value.contiguous() for name, value in whole.items()}, folder / "trained_model.pt")
 
     def train(self) -> FitResult:
@@ -129,6 +131,7 @@ class UnifiedTrainer:
             export=self.export if training.export or config.model.use_lora else None,
             groups=parameter_groups(self.model, training),
             wrap_classes=(MoTDecoderLayer, EncoderLayer),
+            first_values=self.first_values,
             checkpoint_name="step_{step}",
             title="BAGEL" if config.data.packing == "samples" else "BAGEL (samples are packs)",
         )

@@ -156,7 +156,8 @@ def workload(config: Config) -> Workload:
     pack, _, contents = representative_pack(config, model)
     title = f"BAGEL, packs of {pack['sequence_length']} tokens ({contents})"
     blocks = (MoTDecoderLayer, EncoderLayer)
-    return Workload(title, lambda config: _build(config, model), step, blocks, frozen_parts)
+    in_parts = not (model.from_scratch or model.use_lora or model.quantization != "none")  # open_released
+    return Workload(title, lambda config: _build(config, model), step, blocks, frozen_parts, in_parts)
 
 
 def print_plan(config: Config) -> None:

@@ -228,8 +228,8 @@ def main(argv: list[str] | None = None) -> None:
     from bagel.dataset import open_dataset
     from bagel.model import count_parameters
     from bagel.objective import UnifiedTrainer
-    from bagel.weights.autoencoder import prepare_autoencoder
-    from bagel.weights.pretrained import build_model, read_config
+    from bagel.weights.phases import prepare_autoencoder, prepare_tower
+    from bagel.weights.pretrained import build_model, open_released, read_config
     from shared.engine.dist import init_distributed, shutdown
     from shared.engine.preflight import preflight
     from shared.engine.strategy import choose_precision
@@ -254,7 +254,10 @@ def main(argv: list[str] | None = None) -> None:
     autoencoder = prepare_autoencoder(config, model_config, sets["train"], info)
     torch.manual_seed(config.run.seed)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    model = build_model(model_config, rows=tokenizer.vocab_size, dtype=dtype)
+    in_parts = open_released(model_config, rows=tokenizer.vocab_size) if config.run.strategy == "fsdp" else None
+    model, first_values = in_parts or (build_model(model_config, rows=tokenizer.vocab_size, dtype=dtype), None)
+    if in_parts is None:
+        prepare_tower(config, model_config, model, sets["train"], info)
     if info.is_main:
         report_quantization(model, output_dir)
         for name, dataset in sets.items():
@@ -263,7 +266,7 @@ def main(argv: list[str] | None = None) -> None:
             ", ".join(f"{name} {count:,}" for name, count in count_parameters(model).items())
             + f" (ready in {time.perf_counter() - began:.1f} s)"
         )
-    trainer = UnifiedTrainer(config, info, model, autoencoder, tokenizer, sets["train"], sets.get("val"))
+    trainer = UnifiedTrainer(config, info, model, autoencoder, tokenizer, sets["train"], sets.get("val"), first_values)
     result = trainer.train()
     shutdown()  # what follows is for rank 0 alone
     if info.is_main and result.finished:

@@ -13,8 +13,23 @@ from shared.errors import UserError
 PRESETS = Path(__file__).parent / "configs"
 SAMPLE_DATA = Path(__file__).parent / "sample_data" / "CUB_200_2011"
 FLOW_SAMPLERS = ("euler", "heun", "midpoint", "rk4", "dopri5", "sde")
+POWER_LENGTHS = (0.05, 0.10)  # of the two averages that training.power_ema keeps, as in EDM2
 Layout = Literal["coco", "cub", "custom", "scenes"]
 NOISE_SAMPLERS = ("ddim", "dpmpp_2m", "dpmpp_2m_karras", "ddpm")
+
+
+@lru_cache(maxsize=64)
+def diffusers_config(path: str, part: str) -> dict[str, Any] | None:
+    """The config.json of a model of diffusers on this disk, its own or that of a pipeline's folder `part`; None for a
+    hub id, a single file, and what is no model of diffusers.
+    """
+    for place in (Path(path) / part, Path(path)):
+        try:
+            tree = json.loads((place / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return tree if isinstance(tree, dict) and "_class_name" in tree else None
+    return None
 
 
 _NOT_FOR_SCENES = {
@@ -88,11 +103,21 @@ class DataConfig(Section):
         return self
 
 
+_OF_PRX = {  # ours -> the name in a PRX folder's config.json
+    "hidden_size": "hidden_size", "num_layers": "depth", "num_heads": "num_heads", "patch_size": "patch_size",
+    "in_channels": "in_channels", "mlp_ratio": "mlp_ratio", "text_dim": "context_in_dim",
+    "bottleneck_size": "bottleneck_size", "resolution_embeds": "resolution_embeds",
+}  # fmt: skip
+
+
 class ModelConfig(Section):
     """The network. Fixed on resume."""
 
     fixed_on_resume: ClassVar[bool] = True
 
+    type: Literal["dit", "prx"] = setting(
+        "dit", "dit: ours; prx: PRXTransformer2DModel of diffusers, whose folder --pretrained takes with its sizes"
+    )
     hidden_size: int = setting(768, "width", ge=4)
     num_layers: int = setting(16, "blocks", ge=1)
     num_heads: int = setting(12, "attention heads; divides hidden_size", ge=1)
@@ -138,9 +163,28 @@ class ModelConfig(Section):
     route_end: int | None = setting(
         None, "TREAD: number of the block where they join again; null: num_layers - 4", ge=1
     )
+    bottleneck_size: int | None = setting(None, "prx: width between the two layers that embed a patch", ge=1)
+    resolution_embeds: bool = setting(False, "prx: the latent's size is a part of the condition")
     pretrained_path: str | None = setting(
-        None, "start from these weights: ours, DiT, SiT, diffusers DiT or PixArt", "pretrained"
+        None, "start from these weights: ours, DiT, SiT, diffusers' DiT, PixArt or PRX", "pretrained"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sizes_of_prx(cls, tree: Any) -> Any:
+        """A PRX folder tells its own sizes."""
+        path = tree.get("pretrained_path", tree.get("pretrained")) if isinstance(tree, dict) else None
+        found = None if path is None else diffusers_config(str(path), "transformer")
+        if found is None or found["_class_name"] != "PRXTransformer2DModel":
+            return tree
+        if tree.get("type") != "prx":
+            raise ValueError(f"pretrained_path {path} is a PRX; use --config prx (model.type prx)")
+        half = found.get("hidden_size", 1792) // found.get("num_heads", 28) // 2
+        wanted = {"axes_dim": [half, half], "theta": 10000, "time_factor": 1000.0, "time_max_period": 10000}
+        for name, value in wanted.items():
+            if found.get(name) not in (None, value):
+                raise ValueError(f"pretrained_path {path}: {name} {found[name]} is not supported, {value} is")
+        return tree | {ours: found[theirs] for ours, theirs in _OF_PRX.items() if theirs in found}
 
     @model_validator(mode="after")
     def _fits(self) -> "ModelConfig":
@@ -246,21 +290,9 @@ class VaeConfig(Section):
         return self
 
 
-@lru_cache(maxsize=64)
-def vae_config(name: str) -> dict[str, Any] | None:
-    """The config.json of a VAE on this disk, its own or that of the folder vae; None for a hub id and a single file."""
-    for place in (Path(name) / "vae", Path(name)):
-        try:
-            tree = json.loads((place / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return tree if isinstance(tree, dict) and "_class_name" in tree else None
-    return None
-
-
 def vae_factor(name: str) -> int | None:
     """Pixels per latent cell side of a VAE on this disk; None where its config cannot be seen."""
-    config = vae_config(name)
+    config = diffusers_config(name, "vae")
     if config is not None:
         widths = config.get("encoder_block_out_channels") or config.get("block_out_channels") or []
         return 2 ** (len(widths) - 1) if widths else None
@@ -375,6 +407,9 @@ class TrainingConfig(TrainingSection):
     )
     max_grad_norm: float | None = setting(None, "clip the gradient norm to this; null: no clipping", "grad_clip", ge=0)
     ema_decay: float = setting(0.9999, "decay of the weights' moving average; 0: off", ge=0, lt=1)
+    power_ema: bool = setting(
+        False, "also keep two power-function averages (EDM2), so that --ema-length draws with one of any length"
+    )
     save_steps: int | None = setting(None, "optimizer steps between checkpoints; null: epochs only", "save_every", ge=1)
     save_every_n_epochs: int | None = setting(10, "epochs between checkpoints; 0 or null: off", ge=1)
     eval_steps: int | None = setting(None, "optimizer steps between evaluations; null: at the end", "eval_every", ge=1)
@@ -465,6 +500,13 @@ class Config(Section):
             )
         if self.data.dataset_name == "scenes" and self.model.num_classes:
             raise ValueError("model.num_classes: scenes carry sentences, not classes; leave it out")
+        if self.model.type == "prx":
+            needs = (self.diffusion.objective, self.flow.prediction, self.model.text_conditioning)
+            if needs != ("flow", "velocity", "cross"):
+                raise ValueError(
+                    "model.type prx predicts a flow's velocity from text: set diffusion.objective flow, "
+                    "flow.prediction velocity and model.text_conditioning cross"
+                )
         samplers = {"ddpm": NOISE_SAMPLERS, "flow": FLOW_SAMPLERS}[self.diffusion.objective]
         if self.sample.sampler not in ("auto", *samplers):
             raise ValueError(
@@ -474,8 +516,6 @@ class Config(Section):
         self._one_dropout()
         if self.repa.encoder_path is not None and self.repa.layer > self.model.num_layers:
             raise ValueError(f"repa.layer {self.repa.layer}: the model has {self.model.num_layers} blocks")
-        if self.repa.encoder_path is not None and self.data.cache_dir is not None:
-            raise ValueError("repa.encoder_path needs pictures, and a cache holds none; leave data.cache_dir out")
         if self.training.sample_prompts and self.model.text_conditioning == "none":
             raise ValueError("training.sample_prompts need a model that reads text; leave them out")
         return self
@@ -539,6 +579,8 @@ def refuse_unused(config: Config) -> None:
         (config.vae.type in ("patches", "conv"), f"vae.type is {config.vae.type}", ("vae.patch",)),
         (config.vae.type == "patches", f"vae.type is {config.vae.type}", ("vae.decoder_steps",)),
         (config.vae.type == "conv", f"vae.type is {config.vae.type}", ("vae.codec_steps", "vae.width")),
+        (config.model.type == "dit", "model.type is prx", _OF_DIT),
+        (config.model.type == "prx", "model.type is dit", ("model.bottleneck_size", "model.resolution_embeds")),
         (config.text.type == "hash", f"text.type is {config.text.type}", ("text.context",)),
     ]
     faults = []
@@ -548,11 +590,16 @@ def refuse_unused(config: Config) -> None:
             value = config[section][key]
             if not is_used and value != default[section][key]:
                 faults.append(f"{name} {value} would change nothing: {reason}; leave it out")
-    if config.training.optimizer == "muon" and config.run.strategy not in (None, "none", "ddp"):
-        faults.append(
-            f"training.optimizer muon: it turns whole matrices, and under --strategy {config.run.strategy} each rank "
-            "holds a part of every matrix; use --strategy none or ddp, or --optimizer adamw"
-        )
+    if config.run.strategy not in (None, "none", "ddp"):
+        parted = f"under --strategy {config.run.strategy} each rank holds a part of every one; use none or ddp, or"
+        if config.training.optimizer == "muon":
+            faults.append(f"training.optimizer muon turns whole matrices: {parted} --optimizer adamw")
+        if config.training.power_ema:
+            faults.append(f"training.power_ema keeps averages of whole tensors: {parted} leave it out")
+    if config.model.type == "prx" and config.training.optimizer == "muon":
+        faults.append("training.optimizer muon knows the matrices of model.type dit; use --optimizer adamw")
+    if config.model.type == "prx" and config.training.gradient_checkpointing not in (False, True):
+        faults.append("training.gradient_checkpointing of model.type prx is true or false; it has no every so-manieth")
     if config.repa.features is not None and config.repa.encoder_path is None:
         faults.append("repa.features: the run was begun with an encoder to align with; give its folder: --encoder-path")
     if config.data.buckets and (config.data.cache_dir is not None or config.data.dataset_name == "scenes"):
@@ -568,6 +615,11 @@ def refuse_unused(config: Config) -> None:
 
 _OF_NOISE = (
     "num_train_timesteps", "noise_scheduler", "prediction_type", "rescale_betas_zero_snr", "snr_gamma", "criterion",
+)  # fmt: skip
+_OF_DIT = (
+    "model.use_pooled_text", "model.learn_sigma", "model.conditioning", "model.norm", "model.cross_norm",
+    "model.qk_norm", "model.mlp", "model.pos", "model.drop_path", "model.pos_scale", "model.time_freq_shift",
+    "model.value_residual", "model.route_share", "repa.encoder_path",
 )  # fmt: skip
 _OF_SD = ("scaling_factor", "use_slicing", "use_tiling", "latent_stats")
 
@@ -636,6 +688,12 @@ class DrawOptions(Section):
     cfg_scale: float | None = setting(None, "guidance scale; null: as trained", "guidance_scale", ge=0)
     seed: int = setting(0, "seed of the first picture", ge=0, le=2**63 - 1)
     ema: bool = setting(True, "use the averaged weights")
+    ema_length: float | None = setting(
+        None,
+        "average over this share of the run (0.01 to 0.28), made after training from --power-ema's snapshots",
+        ge=0.01,
+        le=0.28,
+    )
     vae: str | None = setting(None, "VAE by path or hub id, instead of the trained-with one")
     text_encoder: str | None = setting(None, "text encoder by path or hub id, instead of the trained-with one")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")

@@ -183,6 +183,7 @@ class Drawer:
             **self.drawing._asdict(),
             "sampler": sampler,
             **{name: getattr(options, name) for name in names},
+            **({} if options.ema_length is None else {"ema_length": options.ema_length}),
         }
 
     def latents(self, part: list[Request]) -> Tensor:
@@ -343,7 +344,12 @@ def main(argv: list[str] | None = None) -> None:
     guidance(config, options.cfg_scale)
     info = init_distributed(options.device)
     trained = load_trained(
-        options.checkpoint, device=info.device, use_ema=options.ema, vae=options.vae, text_encoder=options.text_encoder
+        options.checkpoint,
+        device=info.device,
+        use_ema=options.ema,
+        ema_length=options.ema_length,
+        vae=options.vae,
+        text_encoder=options.text_encoder,
     )
     drawer = Drawer(trained, options, info.device)
     if is_grid:

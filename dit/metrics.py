@@ -37,7 +37,7 @@ from dit.evaluation.held_out import errors, held_out_noise, prepare
 from dit.evaluation.scenes import scene_bars, scene_figures, scene_grid, scene_headline
 from dit.generate import Drawer, Request, batches_of, draw_folder, guidance
 from dit.sampling.drawing import grid, to_uint8
-from dit.weights.open import Trained, load_trained
+from dit.weights.open import Trained, load_trained, run_of
 from shared.engine.dist import DistInfo, gather_objects, init_distributed, shutdown
 from shared.errors import write_text
 from shared.media.inception import inception
@@ -274,7 +274,7 @@ def paper_figures(options: MetricsOptions, trained: Trained | None, info: DistIn
         assert trained is not None  # main() asks for one or the other
         drawer = drawer_of(trained, options, info)
         key = key_of([drawer.settings(), options.count, options.seed, options.split, options.data_root])
-        folder = run_folder_of(trained) / f"drawn_{key}"
+        folder = run_of(trained.folder) / f"drawn_{key}"
         draw_folder(drawer, _requests(options, trained), folder, info)
         made, about = Pictures(folder), {"folder": str(folder), **drawer.settings()}
     if options.reference is not None:
@@ -328,11 +328,6 @@ def drawer_of(trained: Trained, options: MetricsOptions, info: DistInfo) -> Draw
     return Drawer(trained, GenerateOptions(**shared, batch_size=options.batch_size), info.device)
 
 
-def run_folder_of(trained: Trained) -> Path:
-    """The folder of the run that a checkpoint belongs to."""
-    return trained.folder.parent.parent if trained.folder.parent.name == "checkpoints" else trained.folder
-
-
 def _wanted(options: MetricsOptions, trained: Trained | None) -> list[str]:
     """The names of the metrics: those asked for, or all that apply."""
     if options.metrics != "auto":
@@ -378,6 +373,7 @@ def main(argv: list[str] | None = None) -> dict:
             options.checkpoint,
             device=info.device,
             use_ema=options.ema,
+            ema_length=options.ema_length,
             vae=options.vae,
             text_encoder=options.text_encoder,
         )
@@ -397,14 +393,14 @@ def main(argv: list[str] | None = None) -> dict:
 
 def _write(options: MetricsOptions, trained: Trained | None, measurement: Measurement | None, found: dict) -> None:
     """The JSON file, the run's report and the console, by rank 0."""
-    folder = Path() if trained is None else run_folder_of(trained)
+    folder = Path() if trained is None else run_of(trained.folder)
     about: dict = {"pictures": options.pictures, "seed": options.seed}
     if trained is not None:
         about |= {
             "checkpoint": str(trained.folder),
             "split": options.split,
             "pictures": options.pictures or (len(measurement.held.latents) if measurement else options.count),
-            "ema": options.ema,
+            "ema": options.ema if options.ema_length is None else options.ema_length,
             "cfg_scale": guidance(trained.config, options.cfg_scale),
             "sampler": trained.config.sample.sampler,
             "steps": options.steps or trained.config.sample.steps,

@@ -15,7 +15,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
-from torch.utils.checkpoint import checkpoint
+
+from shared.engine.recompute import checkpoint
 
 EPS = 1e-6
 Rotation = tuple[Tensor, Tensor] | None
@@ -334,7 +335,45 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x_BND), shift, scale))
 
 
-class DiTModel(nn.Module):
+class NullText(nn.Module):
+    """What stands for "no caption": stored in the model, so that sampling needs no text encoder for it."""
+
+    null_text_states: Tensor
+    null_text_mask: Tensor
+    null_text_pooled: Tensor
+
+    def make_null_text(self, kind: str, text_len: int, text_dim: int) -> None:
+        """Room for the encoded empty caption, or (kind learned) parameters in its place."""
+        self.register_buffer("null_text_mask", torch.ones(text_len, dtype=torch.bool))
+        if kind == "learned":
+            self.null_text_states = nn.Parameter(torch.randn(text_len, text_dim) * 0.02)
+            self.null_text_pooled = nn.Parameter(torch.zeros(text_dim))
+        else:
+            self.register_buffer("null_text_states", torch.zeros(text_len, text_dim))
+            self.register_buffer("null_text_pooled", torch.zeros(text_dim))
+
+    @torch.no_grad()
+    def set_null_text(self, states_TD: Tensor, mask_T: Tensor, pooled_D: Tensor) -> None:
+        """Store the encoded empty caption."""
+        length = len(states_TD)
+        for name, value in (("states", states_TD), ("mask", mask_T)):
+            stored = getattr(self, f"null_text_{name}")
+            stored.zero_()
+            stored[:length] = value.to(stored.dtype)
+        self.null_text_pooled.copy_(pooled_D)
+
+    def states_or_null(self, states: Tensor, mask: Tensor | None, drop: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """States (B, T, text_dim) and mask (B, T) with the null condition in the rows where drop (B,) is True."""
+        mask = None if mask is None else mask.bool()
+        if drop is not None:
+            length = states.shape[1]
+            states = torch.where(drop[:, None, None], self.null_text_states[:length].to(states.dtype), states)
+            if mask is not None:
+                mask = torch.where(drop[:, None], self.null_text_mask[:length], mask)
+        return states, mask
+
+
+class DiTModel(NullText):
     """`DiTModel(noisy_latents, timesteps, text_embeddings)` -> `out_channels` channels of the latents' size."""
 
     def __init__(
@@ -386,9 +425,6 @@ class DiTModel(nn.Module):
         self.text_len, self.pos_scale = text_len, pos_scale
         self.gradient_checkpointing: bool | int = False
         self.pos_embed: Tensor | None
-        self.null_text_states: Tensor
-        self.null_text_mask: Tensor
-        self.null_text_pooled: Tensor
         self._positions: dict[tuple, Tensor] = {}
         self._rotations: dict[tuple, tuple[Tensor, Tensor]] = {}
 
@@ -400,7 +436,7 @@ class DiTModel(nn.Module):
         self.text_embedder = _text_mlp(text_dim, hidden_size, nn.GELU(approximate="tanh")) if reads_tokens else None
         self.pooled_embedder = _text_mlp(text_dim, hidden_size, nn.SiLU()) if reads_pooled else None
         if text_conditioning != "none":
-            self._make_null_text(text_len, text_dim)
+            self.make_null_text(null_text, text_len, text_dim)
         self.register_buffer("pos_embed", None)
         if "sincos" in pos:
             table = position_table_2d(hidden_size, *self.grid, scale=pos_scale)
@@ -524,7 +560,7 @@ class DiTModel(nn.Module):
             )
             every = int(self.gradient_checkpointing)
             if every and self.training and index % every == 0:
-                found = checkpoint(block, *arguments, use_reentrant=False)
+                found = checkpoint(block, *arguments)
             else:
                 found = block(*arguments)
             x_BLD, values = found if isinstance(found, tuple) else (found, None)
@@ -545,16 +581,6 @@ class DiTModel(nn.Module):
         image = draws_BN.argsort(1)[:, :count].sort(1).values + tokens_before
         text = torch.arange(tokens_before, device=image.device).expand(len(image), -1)
         return torch.cat([text, image], dim=1)
-
-    @torch.no_grad()
-    def set_null_text(self, states_TD: Tensor, mask_T: Tensor, pooled_D: Tensor) -> None:
-        """Store the condition that stands for "no caption", so that sampling needs no text encoder for it."""
-        length = len(states_TD)
-        for name, value in (("states", states_TD), ("mask", mask_T)):
-            stored = getattr(self, f"null_text_{name}")
-            stored.zero_()
-            stored[:length] = value.to(stored.dtype)
-        self.null_text_pooled.copy_(pooled_D)
 
     def initialize_weights(self) -> None:
         """Xavier; zeros where a branch joins, every block starts as the identity and the output as exactly 0."""
@@ -585,15 +611,6 @@ class DiTModel(nn.Module):
             nn.init.zeros_(module.get_parameter("weight"))
             nn.init.zeros_(module.get_parameter("bias"))
 
-    def _make_null_text(self, text_len: int, text_dim: int) -> None:
-        self.register_buffer("null_text_mask", torch.ones(text_len, dtype=torch.bool))
-        if self.null_text == "learned":
-            self.null_text_states = nn.Parameter(torch.randn(text_len, text_dim) * 0.02)
-            self.null_text_pooled = nn.Parameter(torch.zeros(text_dim))
-        else:
-            self.register_buffer("null_text_states", torch.zeros(text_len, text_dim))
-            self.register_buffer("null_text_pooled", torch.zeros(text_dim))
-
     def _with_null_text(
         self, states: Tensor | None, mask: Tensor | None, pooled: Tensor | None, drop: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -603,13 +620,7 @@ class DiTModel(nn.Module):
         if self.text_embedder is not None:
             if states is None:
                 raise ValueError("this model reads text: give text_embeddings (B, T, text_dim)")
-            states = states.to(dtype_of(self.text_embedder))
-            mask = None if mask is None else mask.bool()
-            if drop is not None:
-                length = states.shape[1]
-                states = torch.where(drop[:, None, None], self.null_text_states[:length].to(states.dtype), states)
-                if mask is not None:
-                    mask = torch.where(drop[:, None], self.null_text_mask[:length], mask)
+            states, mask = self.states_or_null(states.to(dtype_of(self.text_embedder)), mask, drop)
         if self.pooled_embedder is not None:
             if pooled is None:  # the guide's call gives token states only; the mean over real tokens stands in
                 if states is None:

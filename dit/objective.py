@@ -20,14 +20,16 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from dit.config import FLOW_SAMPLERS, NOISE_SAMPLERS, Config, DiffusionConfig, FlowConfig
 from dit.dataset import TextImageDataset, collate, unit
 from dit.evaluation.held_out import HeldOut, errors, summary
-from dit.model import DiTBlock, DiTModel
+from dit.model import DiTModel
 from dit.modules.autoencoder import Codec
 from dit.modules.features import FeatureEncoder
+from dit.modules.prx import PRXModel
 from dit.modules.text import CaptionEncoder, TextEncoder, condition_of
 from dit.modules.vae import CODEC_FILE
 from dit.sampling.drawing import Drawing, draw_latents, grid, to_uint8
 from dit.sampling.gaussian import GaussianDiffusion, Target
 from dit.sampling.samplers import Draw, Model, check_sampler, sample_flow, sample_noise, training_scheduler
+from dit.weights.averages import RUNNING, PowerAverages
 from dit.weights.guide import adopt, is_guide_folder, read_guide_weights, write_guide_files, write_guide_folder
 from shared.config import accumulation_steps, save_config
 from shared.data import BatchPlan, MapStream
@@ -35,7 +37,7 @@ from shared.engine.checkpoint import load_strict, load_weights
 from shared.engine.dist import DistInfo
 from shared.errors import UserError, written_aside
 from shared.flow import expand_like, linear_path, sample_times, shift_noise_level
-from shared.loop import FitResult, fit
+from shared.loop import FitResult, fit, plan_steps
 from shared.optim import decay_groups
 from shared.rng import keyed_rand, keyed_randn
 
@@ -290,7 +292,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: DiTModel,
+        model: DiTModel | PRXModel,
         vae_encoder: Codec,
         text_encoder: nn.Module | None,
         train_dataloader: MapStream | DataLoader | None,
@@ -315,8 +317,9 @@ class Trainer:
         self.criterion = self.objective.error
         self.resume = config.run.resume
         self.global_step = 0
+        self.averages: PowerAverages | None = None
         self.feature_encoder: FeatureEncoder | None = None
-        if config.repa.encoder_path is not None:
+        if config.repa.encoder_path is not None and config.data.cache_dir is None:
             self.feature_encoder = FeatureEncoder(config.repa.encoder_path).to(self.device).eval()
         if config.model.text_conditioning != "none" and config.diffusion.null_text == "empty":
             if null_condition is None and self.text_encoder is not None:
@@ -333,7 +336,7 @@ class Trainer:
     def losses(self, model: Callable, batches: list[dict], step: int) -> Iterator[tuple[Tensor, dict]]:
         """One (loss, metrics) a micro-batch. Draws are keyed by (seed, step, sample): ranks and resumes change none."""
         seed, self.global_step = self.config.run.seed, step
-        aligns = self.feature_encoder is not None
+        aligns = self.config.repa.encoder_path is not None
         for batch in batches:
             # Frozen encoders first: pictures to latents, captions to states (or both from the cache).
             latents_BCHW = self.latents(batch, step)
@@ -375,10 +378,12 @@ class Trainer:
 
     def alignment(self, projected: Tensor, kept: Tensor | None, batch: dict, latents: Tensor) -> Tensor:
         """Minus the mean cosine of the projected tokens (B, n, E) and the frozen encoder's features of their places."""
-        assert self.feature_encoder is not None
         patch = self.config.model.patch_size
         grid_size = (latents.shape[2] // patch, latents.shape[3] // patch)
-        wanted = self.feature_encoder(unit(batch["image"].to(self.device)), grid_size)
+        if self.feature_encoder is None:
+            wanted = batch["features"]  # from a cache
+        else:
+            wanted = self.feature_encoder(unit(batch["image"].to(self.device)), grid_size)
         if kept is not None:  # TREAD: the tokens that came so far
             wanted = wanted.gather(1, kept[..., None].expand(-1, -1, wanted.shape[2]))
         return -nn.functional.cosine_similarity(projected.float(), wanted, dim=-1).mean()
@@ -428,7 +433,12 @@ class Trainer:
         if is_guide_folder(Path(self.resume)):
             self.config.run.resume = str(adopt(Path(self.resume), self.config, self.model, self.stream, self.info))
         draws = self.held_out is not None or bool(self.config.training.sample_prompts)
-        exports = self.vae_encoder.learns or self.config.training.guide_files
+        if self.config.training.power_ema:
+            self.config.training.save_in_background = False  # the averages would move on while they are written
+            planned = plan_steps(self.config.training, self.stream)
+            output_dir, writes = Path(self.config.run.output_dir), self.info.is_main
+            self.averages = PowerAverages(self.model.to(self.device), output_dir, planned=planned, writes=writes)
+        exports = self.vae_encoder.learns or self.config.training.guide_files or self.averages is not None
         return fit(
             config=self.config,
             info=self.info,
@@ -437,8 +447,9 @@ class Trainer:
             losses=self.losses,
             validate=self.validate if self.held_out else None,
             sample=self.sample if draws else None,
+            after_step=None if self.averages is None else self.averages.update,
             groups=muon_groups(self.model, self.config) if self.config.training.optimizer == "muon" else None,
-            wrap_classes=(DiTBlock,),
+            wrap_classes=(type(next(iter(self.model.blocks))),),
             export=self.export if exports else None,
             title="DiT",
             checkpoint_name="checkpoint-step-{step}",
@@ -485,6 +496,8 @@ class Trainer:
         if self.vae_encoder.learns:
             codec = {name: value.cpu().contiguous() for name, value in self.vae_encoder.state_dict().items()}
             save_file(codec, folder / CODEC_FILE)
+        if self.averages is not None:
+            self.averages.save(folder / RUNNING)
         if self.config.training.guide_files and self.stream is not None:
             write_guide_files(folder, self.model, self.config, self.stream.plan.steps_per_epoch)
 

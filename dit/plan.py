@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit.config import Config, vae_config
+from dit.config import Config, diffusers_config
 from dit.model import DiTBlock
 from dit.modules.vae import AT_A_TIME
 from dit.weights.open import build_model
@@ -47,9 +47,17 @@ def workload(config: Config) -> Workload:
             parts.append(vae_part(config))
         if config.data.cache_dir is None and model.text_conditioning != "none" and config.text.type == "clip":
             parts.append(FrozenPart("CLIP text tower", 63_165_952, 4 * 63_165_952, size * 6.0e9))
+        if config.training.power_ema:
+            with torch.device("meta"):
+                averaged = sum(weight.numel() for weight in build_model(config).parameters())
+            parts.append(FrozenPart("power averages", 0, 8 * averaged))
         return parts
 
     title = f"DiT {model.hidden_size}/{model.num_layers}/{model.num_heads}"
+    if model.type == "prx":
+        from diffusers.models.transformers.transformer_prx import PRXBlock
+
+        return Workload(title.replace("DiT", "PRX"), build_model, step, (PRXBlock,), frozen_parts)
     return Workload(title, build_model, step, (DiTBlock,), frozen_parts)
 
 
@@ -58,7 +66,7 @@ def vae_part(config: Config) -> FrozenPart:
     import diffusers
 
     side, vae = config.data.image_size, config.vae
-    settings = vae_config(vae.pretrained_model_name) or SD_VAE
+    settings = diffusers_config(vae.pretrained_model_name, "vae") or SD_VAE
     half = torch.float32 if vae.vae_precision == "fp32" else torch.bfloat16
     count = min(config.training.batch_size, max(1, AT_A_TIME * 256 * 256 // side**2))
 

@@ -32,6 +32,7 @@ from dit.data import cache as held
 from dit.data.readers import Item
 from dit.dataset import TextImageDataset, unit
 from dit.modules.autoencoder import Codec
+from dit.modules.features import FeatureEncoder
 from dit.modules.text import CaptionEncoder, make_text_encoder, warn_of_cut
 from dit.modules.vae import CODEC_FILE
 from dit.weights.open import load_codec, make_vae
@@ -48,6 +49,8 @@ class Writer:
         self.options, self.datasets, self.device = options, datasets, device
         self.folder, self.dtype = Path(options.cache.out), DTYPES[options.cache.dtype]
         self.codec, self.encoder = self._encoders()
+        aligned = options.repa.encoder_path
+        self.features = None if aligned is None else FeatureEncoder(aligned).to(device).eval()
         codec_file = self.folder / CODEC_FILE
         vae_content, text_content = held.contents(options, codec=codec_file)
         cache = options.cache
@@ -86,24 +89,24 @@ class Writer:
         if (there := held.finished(note)) is not None:
             return there
         good: list[tuple[Item, str]] = []
-        moments: list[Tensor] = []
-        waiting: list[int] = []  # places in moments that hold pixels still
+        encoded: list[dict[str, Tensor]] = []
+        waiting: list[int] = []  # places in it that hold pixels still
         crops, bad = [], []
         for item, stamp, index in rows:
             try:
-                found, crop = self._moments(item, stamp, index, split)
+                found, crop = self._encoded(item, stamp, index, split)
             except BadSample as error:
                 if self.options.data.on_error == "raise":
                     raise UserError(f"{error}; mend or remove it, or use --on-error skip") from None
                 bad.append((item.id, str(error)))
                 continue
             good.append((item, stamp))
-            moments.append(found)
+            encoded.append(found)
             crops.append(crop)
-            waiting += [len(moments) - 1] if found.dtype == torch.uint8 else []
+            waiting += [len(encoded) - 1] if "pixels" in found else []
             if len(waiting) == self.options.cache.batch:
-                self._encode(moments, waiting)
-        self._encode(moments, waiting)
+                self._encode(encoded, waiting)
+        self._encode(encoded, waiting)
         files: dict[str, dict[str, str]] = {}
         lines = [
             json.dumps(
@@ -116,7 +119,8 @@ class Writer:
         ]  # fmt: skip
         self._write(files, "items", f"items_{name}.jsonl", "".join(line + "\n" for line in lines))
         if good:
-            self._write(files, "latents", f"latents_{name}.safetensors", {"moments": torch.stack(moments)})
+            stacked = {kind: torch.stack([row[kind] for row in encoded]) for kind in encoded[0]}
+            self._write(files, "latents", f"latents_{name}.safetensors", stacked)
             if self.texts:
                 texts = self._texts([item.captions for item, _ in good])
                 self._write(files, "text", f"text_{name}.safetensors", texts)
@@ -156,11 +160,11 @@ class Writer:
         encoder = make_text_encoder(self.options) if self.options.cache.text else None
         return codec.to(self.device).eval(), None if encoder is None else encoder.to(self.device)
 
-    def _moments(self, item: Item, stamp: str, index: int, split: str) -> tuple[Any, Any]:
-        """The moments of a picture, or its variants as pixels, which wait for a batch; and its crop."""
+    def _encoded(self, item: Item, stamp: str, index: int, split: str) -> tuple[dict[str, Tensor], Any]:
+        """What is stored of a picture, or its variants as pixels, which wait for a batch; and its crop."""
         if isinstance(item.image, int) and stamp.startswith("unreadable"):
             raise BadSample(item.captions[0])
-        if (found := self.former.moments(item, stamp, split)) is not None:
+        if (found := self.former.encoded(item, stamp, split)) is not None:
             return found
         dataset = self.datasets[split]
         if split == "val":
@@ -171,16 +175,20 @@ class Writer:
             plan = [(0, False), (0, True)]
         samples = [dataset.sample(index, epoch, flip=flip) for epoch, flip in plan]
         self.encoded_pictures += 1
-        return torch.stack([sample["image"] for sample in samples]), samples[0]["crop"]
+        return {"pixels": torch.stack([sample["image"] for sample in samples])}, samples[0]["crop"]
 
-    def _encode(self, moments: list[Tensor], places: list[int]) -> None:
-        """Replace the pixels (V, 3, S, S) uint8 at these places by their moments; no place waits any more."""
+    def _encode(self, encoded: list[dict[str, Tensor]], places: list[int]) -> None:
+        """Replace the pixels (V, 3, S, S) uint8 at these places by what is stored of them; no place waits any more."""
         if not places:
             return
-        pixels = torch.cat([moments[place] for place in places])
-        found = self.codec.moments(unit(pixels.to(self.device))).to("cpu", self.dtype)
-        for place, value in zip(places, found.split(len(pixels) // len(places)), strict=True):
-            moments[place] = value.clone()
+        images = unit(torch.cat([encoded[place]["pixels"] for place in places]).to(self.device))
+        found = {"moments": self.codec.moments(images)}
+        if self.features is not None:
+            side = self.options.latent_side // self.options.model.patch_size
+            found["features"] = self.features(images, (side, side))
+        parts = {kind: value.to("cpu", self.dtype).unflatten(0, (len(places), -1)) for kind, value in found.items()}
+        for row, place in enumerate(places):
+            encoded[place] = {kind: value[row].clone() for kind, value in parts.items()}
         places.clear()
 
     def _texts(self, captions: list[tuple[str, ...]]) -> dict[str, Tensor]:

@@ -4,13 +4,14 @@ python float/generate.py --checkpoint outputs/float --ref-path face.png --aud-pa
 python float/generate.py --checkpoint outputs/float --output talk.mp4   the first held-out clip speaks its own sound
 python float/generate.py --ckpt-path float.pth --ref-path face.png --aud-path speech.mp3 --emo happy --e-cfg-scale 5
 arecord -f S16_LE -r 16000 | python float/generate.py --checkpoint OUT --ref-path face.png --aud-path - --stream ...
+... --moving lips            only the lips move; --moving face: the face moves and the head stays
 ... --set-direction 3=1.5    every frame gets coefficient 1.5 along direction 3; --shift-direction 3=0.5 adds 0.5
 """
 
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -62,6 +63,9 @@ class GenerateOptions(Section):
         "hear the sound window by window: the first frame is ready soon; --aud-path may be - (standard input), a pipe, "
         "or a file that is being recorded, and the video can be watched while it grows",
     )
+    moving: Literal["all", "face", "lips"] = setting(
+        "all", "face: the head stays where it is in the picture; lips: nothing but the mouth moves; with any checkpoint"
+    )
     set_direction: list[str] = setting([], "K=VALUE: fix the motion's coefficient along direction K")
     shift_direction: list[str] = setting([], "K=VALUE: add to it")
     wav2vec_model_path: str | None = setting(None, "folder of wav2vec2, in place of the checkpoint's")
@@ -80,7 +84,9 @@ def generate(options: GenerateOptions, animator: "Animator", portrait_path: str,
     config, data = animator.config, animator.config.data
     fps, length = data.video_fps, data.sequence_length
     live, total = None, None
-    portrait = animator.portrait(_picture(options, animator, portrait_path))
+    picture = _picture(options, animator, portrait_path)
+    portrait = animator.portrait(picture)
+    part = animator.part(portrait, picture, options.moving)
     if options.stream and is_live(sound_path):
         live = LiveSound(sound_path, animator.encoder, fps=fps, length=length)
         windows, sound = live.windows(), live.sound
@@ -100,7 +106,7 @@ def generate(options: GenerateOptions, animator: "Animator", portrait_path: str,
             # the last window of a live sound is known when it comes
             until = total or (live and live.total) or video.frames + length
             for frame in animator.frames(portrait, iter([window]), total=until - video.frames, edit=edit):
-                video.add(frame)
+                video.add(part(frame))
     if live is not None:
         print(live.delay())
     return path, video.frames

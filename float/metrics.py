@@ -6,8 +6,8 @@
   python float/metrics.py --video-embeddings v.npy --audio-embeddings a.npy    LSE-D, LSE-C of SyncNet-like embeddings
   python float/metrics.py --frame-embeddings f.npy --source-embedding s.npy    CSIM
 Rendered clips carry the true mouth opening: a small meter, trained on true frames, reads it off generated frames.
-Other clips are scored by how much the mouth moves. Writes the numbers, and report.json, report.md, report.html with
-videos beside the checkpoint.
+For other clips it learns from true frames how loud the person is; with too few clips the mouth's activity stands in.
+Writes the numbers, and report.json, report.md, report.html with videos beside the checkpoint.
 """
 
 import json
@@ -24,10 +24,14 @@ from shared.errors import UserError, command, write_text
 if TYPE_CHECKING:
     import numpy as np
 
+    from float.config import DataConfig
+    from float.evaluation.mouth_meter import MouthMeter
     from float.evaluation.scoring import Material, Scorer
     from shared.report.page import Sample
 
 METER_CLIPS = 4  # that suffice to train the mouth meter
+BY_TRUTH, BY_LOUDNESS = "meter trained on true openings", "meter trained on how loud true frames are"
+BY_ACTIVITY = "mouth activity, too few clips for a meter"
 TARGET_GAIN, TARGET_RECONSTRUCTION, TARGET_MOUTH, TARGET_MARGIN = 3.0, 0.75, 0.65, 0.5
 
 
@@ -87,7 +91,6 @@ def run_scores(options: MetricsOptions, checkpoint: str) -> dict:
     """Everything that a trained run can be scored on, with report and videos in the run's folder."""
     from float.config import data_root
     from float.data.clips import find_clips
-    from float.evaluation.mouth_meter import meter_for
     from float.evaluation.scoring import Scorer, load_material
     from float.sampling.animate import load_run, run_folder
     from shared.engine.dist import init_distributed
@@ -98,16 +101,7 @@ def run_scores(options: MetricsOptions, checkpoint: str) -> dict:
     root, split = data_root(data), options.split or data.val_split
     held_out = load_material(animator, find_clips(root, split), root)
     train = load_material(animator, find_clips(root, data.train_split, required=False), root)
-    rendered = [item for item in train if item.truth is not None]
-    # the meter learns from other people than it judges, where there are enough of them
-    judged = {item.clip.identity for item in held_out}
-    others = [item for item in rendered if item.clip.identity not in judged]
-    rendered = others if len(others) >= METER_CLIPS else rendered
-    meter = None
-    if rendered and all(item.truth is not None for item in held_out):
-        key = f"3 {root.resolve()} {[(item.clip.clip_id, len(item.frames)) for item in rendered]} {data.mouth_box}"
-        frames, truths = [item.frames for item in rendered], [item.truth for item in rendered if item.truth is not None]
-        meter = meter_for(frames, truths, data.mouth_box, folder / "mouth_meter.safetensors", key)
+    meter, rule = meter_of(held_out, train, data, folder / "mouth_meter.safetensors", str(root.resolve()))
     scorer = Scorer(animator, meter)
     reconstruction, rebuilt = scorer.score_reconstruction(held_out)
     contrast = (held_out + train)[: options.max_sounds + 1]
@@ -116,7 +110,7 @@ def run_scores(options: MetricsOptions, checkpoint: str) -> dict:
         **reconstruction.values,
         **generation.values,
         "held_out_clips": len(held_out),
-        "uses_meter": meter is not None,
+        "uses_meter": rule == BY_TRUTH,
     }
     known = {item.clip.identity for item in train}
     made_by_clip = list(zip(held_out, rebuilt, made, strict=True))
@@ -125,8 +119,28 @@ def run_scores(options: MetricsOptions, checkpoint: str) -> dict:
         for item, one, other in made_by_clip
         for sample in _shown(folder, scorer, item, one, other, known=item.clip.identity in known)
     ]
-    _report(folder, options, values, samples)
+    _report(folder, options, values, samples, rule)
     return {**values, "clips": [{**a, **b} for a, b in zip(reconstruction.clips, generation.clips, strict=True)]}
+
+
+def meter_of(
+    held_out: "list[Material]", train: "list[Material]", data: "DataConfig", cache: Path, name: str
+) -> "tuple[MouthMeter | None, str]":
+    """What reads mouths off frames, and its rule; it learns from other people than it judges where there are enough."""
+    from float.evaluation.mouth_meter import loudness, meter_for
+
+    rule = BY_TRUTH if all(item.truth is not None for item in held_out) else BY_LOUDNESS
+    known = [item for item in train if rule == BY_LOUDNESS or item.truth is not None]
+    judged = {item.clip.identity for item in held_out}
+    others = [item for item in known if item.clip.identity not in judged]
+    known = others if len(others) >= METER_CLIPS else known
+    if not known or rule == BY_LOUDNESS and len(known) < METER_CLIPS:
+        return None, BY_ACTIVITY
+    frames, truths = [item.frames for item in known], [item.truth for item in known if item.truth is not None]
+    if rule == BY_LOUDNESS:
+        truths = [loudness(item.wave, fps=data.video_fps, frames=len(item.frames)) for item in known]
+    key = f"{rule} {name} {[(item.clip.clip_id, len(item.frames)) for item in known]} {data.mouth_box}"
+    return meter_for(frames, truths, data.mouth_box, cache, key), rule
 
 
 def _shown(
@@ -154,10 +168,9 @@ def _shown(
     ]
 
 
-def _report(folder: Path, options: MetricsOptions, values: dict, samples: "list[Sample]") -> None:
+def _report(folder: Path, options: MetricsOptions, values: dict, samples: "list[Sample]", rule: str) -> None:
     from shared.report.page import Bar, write_report
 
-    rule = "trained meter on generated frames" if values["uses_meter"] else "mouth activity, no true opening at hand"
     copy, copy_mouth, other = values["psnr_copy"], values["psnr_mouth_copy"], values["mouth_r_other_sound"]
     by_copy, by_other = "baseline: copy of the first frame", "baseline: another clip's sound"
     rebuilt_r, generated_r = values["mouth_r_reconstruction"], values["mouth_r_own_sound"]

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from shared.engine.recompute import checkpoint
 
 TIME_FREQUENCIES = 256
 Pass = tuple[bool, bool, bool]  # whether sound, reference motion and emotion are given
@@ -226,7 +227,7 @@ class FlowMatchingTransformer(nn.Module):
         mask_NN = x.new_zeros(tokens, tokens).masked_fill_(self.alignment_mask[first[0] :, first[0] :], float("-inf"))
         for block, (now, later) in zip(self.blocks, pairwise(first), strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, activated, mask_NN, use_reentrant=False)
+                x = checkpoint(block, x, activated, mask_NN)
             else:
                 x = block(x, activated, mask_NN)
             if later > now:

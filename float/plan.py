@@ -17,6 +17,7 @@ def workload(config: Config) -> "Workload":
     import torch
 
     from float.model import FMTBlock
+    from float.modules.audio import raw_audio_width
     from float.weights.open import make_generator
     from shared.plan.table import Workload
 
@@ -27,9 +28,12 @@ def workload(config: Config) -> "Workload":
 
     def step(config: Config):
         batch, length, before = config.training.batch_size, data.sequence_length, data.prev_frames
+        motion = model.dim_m if model.whiten_motion else model.dim_w
+        width = raw_audio_width(
+            model.audio_features, model.wav2vec_model_path, only_last_features=model.only_last_features
+        )
 
         def loss(generator):
-            width, motion = generator.audio_encoder.audio_projection[0].in_features, generator.fmt.dim_w
             output = generator(
                 torch.rand(batch),
                 torch.randn(batch, length, motion),

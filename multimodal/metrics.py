@@ -67,7 +67,7 @@ class Options(Section):
     batch_size: int = setting(64, "items at a time", ge=1)
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     tokenizer: str | None = setting(None, "tokenizer file; null: the run's")
-    report: bool = setting(True, "write report.json, .md and .html into the run's folder")
+    report: bool = setting(True, "write report.json, .md and .html into the run's folder; of the train split never")
 
 
 @command
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     print_found(found)
     run = Path(options.checkpoint)
     run = run.parent.parent if run.is_file() else run  # OUT/checkpoints/final_model.pt belongs to OUT
-    if options.report and splits and (run / "config.yaml").exists():
+    if options.report and splits and options.split != "train" and (run / "config.yaml").exists():
         from multimodal.evaluation.showing import write_run_report
 
         words = sys.argv[1:] if argv is None else argv

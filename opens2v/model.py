@@ -24,7 +24,9 @@ from opens2v.modules.adapter import (
     subject_mask,
 )
 from opens2v.modules.causal import KeyValueCache, attention_runs, rotary_table, self_attention
+from shared.data import sent
 from shared.engine.norm import RMSNorm
+from shared.errors import opening
 
 WAN_1_3B = dict(
     patch_size=(1, 2, 2),
@@ -189,7 +191,8 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
         """Build around a base: a config dict (random weights), a diffusers folder, or a WanTransformer3DModel."""
         source = None if isinstance(base, dict) else base
         if isinstance(source, str | Path):
-            source = WanTransformer3DModel.from_pretrained(str(source))
+            with opening(f"the base {source}", "download its files again"):
+                source = WanTransformer3DModel.from_pretrained(str(source))
         settings = base if isinstance(base, dict) else dict(getattr(source, "config"))  # noqa: B009 (untyped there)
         known = inspect.signature(cls.__init__).parameters
         model = cls(**{key: value for key, value in settings.items() if key in known}, **reference)
@@ -235,7 +238,8 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
             height, width = ref_latents.shape[-2:]
             vae = self.vae_proj(ref_latents.flatten(3).transpose(2, 3))
             if self.vae_pos_embed == "sincos2d":
-                vae = vae + sincos_2d(height, width, vae.shape[-1], self.position_base).to(vae)
+                places = sincos_2d(height, width, vae.shape[-1], self.position_base)
+                vae = vae + sent(places, vae.device).to(vae)
             vae, mask_vae = vae.flatten(1, 2), subject_mask(present_BN, height * width)
         weight = present_BN.any(1)[:, None, None].float() * scale
         tokens = ReferenceTokens(clip, vae, mask_clip, mask_vae, weight, {} if remember else None)
@@ -287,7 +291,7 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
         if self.absolute_positions:
             first = 0 if cache is None else cache.frames
             positions = absolute_positions(frames, grid, x_BLD.shape[-1], first, self.position_base)
-            x_BLD = x_BLD + positions.to(x_BLD).repeat(x_BLD.shape[1] // len(positions), 1)
+            x_BLD = x_BLD + sent(positions, x_BLD.device).to(x_BLD).repeat(x_BLD.shape[1] // len(positions), 1)
         temb, modulation, text_BSD = self._conditions(timestep, encoder_hidden_states)
 
         # The pictures are projected once; each block has its own keys and values of them. The causal mask becomes runs
@@ -326,13 +330,14 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
         pictures = latents_BNChw.flatten(0, 1).unsqueeze(2)
         x_BLD = self.patch_embedding(pictures.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
         if self.absolute_positions:
-            x_BLD = x_BLD + absolute_positions(1, grid, x_BLD.shape[-1], base=self.position_base).to(x_BLD)
+            places = absolute_positions(1, grid, x_BLD.shape[-1], base=self.position_base)
+            x_BLD = x_BLD + sent(places, x_BLD.device).to(x_BLD)
         modulation = self._modulation(torch.zeros(len(x_BLD), device=x_BLD.device))[1]
         rotary, text_BSD = self.rope(pictures), text_BSD.repeat_interleave(subjects, 0)
         features: list[Tensor] = []
         for block in self.blocks:
             x_BLD = block(x_BLD, text_BSD, modulation, rotary, features=features)
-        where = sincos_2d(*grid, x_BLD.shape[-1], self.position_base)
+        where = sent(sincos_2d(*grid, x_BLD.shape[-1], self.position_base), x_BLD.device)
         found = [(one + where.to(one)).unflatten(0, (batch, subjects)).flatten(1, 2) for one in features]
         cos, sin = rotary
         return found, (cos.repeat(1, subjects, 1, 1), sin.repeat(1, subjects, 1, 1))

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shared.config import Section, load_config, setting
-from shared.errors import BadSample, UserError, command, write_text, written_aside
+from shared.errors import BadSample, UserError, command, opening, write_text, written_aside
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 
@@ -158,14 +158,11 @@ class Finder:
         for name, path in (("--detector", detector), ("--segmenter", segmenter)):
             if not Path(path).is_dir():
                 raise UserError(f"{name} {path}: not a folder; give a local folder of the model")
-        try:
+        with opening(f"--detector {detector}, --segmenter {segmenter}", "download both folders again"):
             self.reader = AutoProcessor.from_pretrained(detector, local_files_only=True)
             self.detector = AutoModelForZeroShotObjectDetection.from_pretrained(detector, local_files_only=True)
             self.sam_reader = SamProcessor.from_pretrained(segmenter, local_files_only=True)
             self.segmenter = SamModel.from_pretrained(segmenter, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0][:200]
-            raise UserError(f"--detector {detector}, --segmenter {segmenter}: cannot be loaded ({reason})") from None
         self.device, self.threshold = device, threshold
         for model in (self.detector, self.segmenter):
             model.eval().to(device)

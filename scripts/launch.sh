@@ -43,7 +43,7 @@ forwarded=()
 while (($#)); do
     case "$1" in
     --gpus | --nodes | --node-rank | --master | --max-restarts | --entry)
-        (($# >= 2)) || fail "$1 needs a value"
+        [[ -n "${2:-}" && "$2" != --* ]] || fail "$1 needs a value"
         case "$1" in
         --gpus) gpus="$2" ;;
         --nodes) nodes="$2" ;;
@@ -136,9 +136,9 @@ else
         [[ -n "$node_rank" ]] || fail "--nodes $nodes needs --node-rank K, from 0 to $((nodes - 1))"
         host="${master%:*}"
         if [[ "$print_only" == false ]] && command -v getent >/dev/null; then
-            for try in {1..15}; do # a cluster may need some seconds to know the names of its nodes
+            for try in {1..5}; do # a cluster may need some seconds to know the names of its nodes
                 getent ahosts "${host//[\[\]]/}" >/dev/null && break
-                ((try < 15)) || fail "--master $master: the name $host is not known here; give the address of node 0"
+                ((try < 5)) || fail "--master $master: the name $host is not known here; give the address of node 0"
                 sleep 2
             done
         fi

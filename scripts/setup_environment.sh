@@ -17,7 +17,7 @@ python="${PYTHON:-}"
 while (($#)); do
     case "$1" in
     --python)
-        (($# >= 2)) || { echo "error: --python needs a path" >&2; exit 2; }
+        [[ -n "${2:-}" ]] || { echo "error: --python needs a path" >&2; exit 2; }
         python="$2"
         shift 2
         ;;

@@ -150,6 +150,7 @@ class RunSection(Section):
         "fsdp: copies of the model, such as one a node; a copy's ranks shard it, gradients are averaged over copies",
         ge=1,
     )
+    ddp_bf16: bool = setting(False, "ddp: gradients are averaged in bf16: half the traffic, 8 bits of mantissa")
     check_gradients_every: int = setting(
         1000,
         "compare over ranks which parameters have gradients: at the first step and every so many steps; 0: never",
@@ -236,6 +237,9 @@ class TrainingSection(Section):
     num_workers: int = setting(0, "loader processes per rank", "workers", ge=0)
     prefetch_factor: int = setting(2, "batches that each loader process reads ahead", ge=1)
     gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass to save memory")
+    keep_products: bool = setting(
+        False, "with gradient_checkpointing: keep what matrix products and attention gave; more memory, less time"
+    )
     compile: bool = setting(False, "torch.compile each block", "torch_compile")
 
 

@@ -19,6 +19,10 @@ class UserError(Exception):
     """Bad input. The message is one sentence: what was wrong, where, what was found, what to do."""
 
 
+class Stopped(UserError):
+    """A signal or the time limit met a phase that is not the last: all is saved, the command ends with exit code 0."""
+
+
 class BadSample(UserError):
     """One sample of many cannot be read. The stream skips it, counts it and lists it in bad_samples.jsonl."""
 
@@ -35,6 +39,10 @@ def command(main: Callable) -> Callable:
         _AT_END.append([])
         try:
             return main(argv)
+        except Stopped as error:
+            if os.environ.get("RANK", "0") == "0":
+                print(error, flush=True)
+            raise SystemExit(0) from None
         except UserError as error:
             _leave(f"error: {error}")
         except FileNotFoundError as error:
@@ -60,6 +68,20 @@ def command(main: Callable) -> Callable:
                 action()
 
     return run
+
+
+@contextmanager
+def opening(what: str, remedy: str) -> Iterator[None]:
+    """Around a library's reading of a model's folder: whatever it raises over a damaged or foreign one (tokenizers
+    raise a bare Exception) becomes a UserError. what: the setting and the folder.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(f"{what}: cannot be loaded ({reason}); {remedy}") from None
 
 
 _AT_END: list[list[Callable[[], object]]] = []  # of every command that runs, the inner one last

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shared.errors import UserError
+from shared.errors import UserError, opening
 
 # --- distances between two sets of features ---
 
@@ -258,16 +258,12 @@ class ClipScorer:
             raise UserError(
                 f"--clip-path {path}: not a folder; give a folder, or a name such as openai/clip-vit-base-patch32"
             )
-        from safetensors import SafetensorError
         from transformers import CLIPModel, CLIPProcessor
 
-        try:
+        with opening(f"--clip-path {path}", "the folder holds no CLIP model; give another"):
             model: nn.Module = CLIPModel.from_pretrained(path)
             self.model = model.to(device).eval()
             self.processor = CLIPProcessor.from_pretrained(path)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-            raise UserError(f"--clip-path {path}: holds no CLIP model that can be loaded ({reason})") from None
         self.path, self.device = path, device
 
     @torch.no_grad()

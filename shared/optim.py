@@ -155,3 +155,8 @@ def lr_at(step: int, training: TrainingSection, total_steps: int) -> float:
         "wsd": min(1.0, (1 - done) / 0.2),
     }[training.lr_scheduler_type]
     return peak * (training.min_lr_ratio + (1 - training.min_lr_ratio) * shape)
+
+
+def zero_bucket(trainable: int) -> int:
+    """Numbers that ZeRO reduces, or gathers, at a time."""
+    return min(trainable, 50_000_000)

@@ -87,7 +87,7 @@ def drive(page: Page, pictures: Path) -> None:
     panel = page.get_by_role("tabpanel").filter(visible=True)
     assert panel.locator(".bot img").count() == 1
     panel.get_by_label("answer").check()
-    panel.get_by_role("textbox").first.fill("What does this picture show?")
+    panel.get_by_role("textbox").first.fill("what is in the picture?")
     use(page, "Chat (BAGEL)", "Send")
     answer = panel.locator(".message.bot").last.inner_text().strip()
     assert answer and panel.locator(".message.bot").count() == 2, answer

@@ -9,6 +9,7 @@ import importlib
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -35,14 +36,13 @@ def preload() -> None:
         importlib.import_module(name)
 
 
-def run(*script: str, timeout: float = 280, **environment: str) -> subprocess.CompletedProcess:
-    """Run `SCRIPT.py ...` or `-m MODULE ...` to its end."""
+def run(*script: str, world: int = 1, timeout: float = 280, **environment: str) -> subprocess.CompletedProcess:
+    """Run `SCRIPT.py ...` or `-m MODULE ...` to its end, on so many ranks; the exit code is one that is not 0."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        child = _fork([*map(str, script)], out, err, environment)
-        code = _wait(child, timeout)
+        children = _fork_ranks(script, world, out, err, environment)
+        code = _wait_all(children, timeout)
         if code is None:
-            os.killpg(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+            _kill(children)
             raise subprocess.TimeoutExpired(list(script), timeout)
         texts = []
         for file in (out, err):
@@ -51,33 +51,62 @@ def run(*script: str, timeout: float = 280, **environment: str) -> subprocess.Co
     return subprocess.CompletedProcess(list(script), code, *texts)
 
 
-def run_and_kill(*script: str, after: float, watch: Path | None = None) -> int:
-    """As tests.launching.run_and_kill."""
+def run_and_kill(world: int, *script: str, after: float, watch: Path | None = None) -> int:
+    """As tests.launching.run_and_kill, without torchrun."""
 
     def mark() -> float | None:
         return watch.stat().st_mtime_ns if watch is not None and watch.exists() else None
 
     before = mark()
     with open(os.devnull, "r+b") as nothing:
-        child = _fork([*map(str, script)], nothing, nothing, {})
+        children = _fork_ranks(script, world, nothing, nothing, {})
     while watch is not None and mark() == before:
-        if (code := _wait(child, 0.01)) is not None:
+        if (code := _wait_all(children, 0.01)) is not None:
             return code
-    if (code := _wait(child, after)) is not None:
+    if (code := _wait_all(children, after)) is not None:
         return code
-    os.killpg(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    _kill(children)
+    return -signal.SIGKILL
 
 
-def _wait(child: int, seconds: float) -> int | None:
+def _fork_ranks(
+    script: tuple[str, ...], world: int, out: IO, err: IO, environment: dict[str, str]
+) -> dict[int, int | None]:
+    """The children, each rank one; what they end with stands beside them once they have ended."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    places = [
+        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+        | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        for rank in range(world)
+    ]
+    return {
+        _fork([*map(str, script)], out, err, {**environment, **(place if world > 1 else {})}): None for place in places
+    }
+
+
+def _wait_all(children: dict[int, int | None], seconds: float) -> int | None:
+    """Their exit code once all have ended; None before."""
     deadline = time.monotonic() + seconds
     while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
+        for child in [child for child, code in children.items() if code is None]:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                children[child] = os.waitstatus_to_exitcode(status)
+        if all(code is not None for code in children.values()):
+            return next((code for code in children.values() if code), 0)
         if time.monotonic() >= deadline:
             return None
         time.sleep(0.005)
+
+
+def _kill(children: dict[int, int | None]) -> None:
+    running = [child for child, code in children.items() if code is None]
+    for child in running:
+        os.killpg(child, signal.SIGKILL)
+    for child in running:
+        os.waitpid(child, 0)
 
 
 def _fork(script: list[str], out: IO, err: IO, environment: dict[str, str]) -> int:

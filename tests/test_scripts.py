@@ -97,6 +97,8 @@ def test_no_gpu_is_said_aloud():
         ([], "no system given"),
         (["dut"], "expected a launcher option or one of"),
         (["--gpus"], "--gpus needs a value"),
+        (["--entry", "", "dit"], "--entry needs a value"),
+        (["--gpus", "--nodes", "2", "dit"], "--gpus needs a value"),
         (["--gpus", "x", "dit"], "a whole number is needed"),
         (["--gpus", "0", "dit"], "at least 1"),
         (["--nodes", "2", "dit"], "needs --master HOST:PORT"),
@@ -125,11 +127,16 @@ def test_mistakes_end_with_code_2_and_a_sentence(arguments, message):
         (["--only", "dat"], "one of float opens2v bagel dit multimodal"),
         (["--bogus"], "unknown option --bogus"),
         (["--preset"], "--preset needs a value"),
+        (["--output-dir", "", "--offline"], "--output-dir needs a value"),  # it would write to /
+        (["--output-dir", "--offline"], "--output-dir needs a value"),
         (["--datasets"], "needs one name or more"),
         (["--preset", "smal"], "--preset smal: float has no such preset"),
         (["--preset", "7b"], "--preset 7b: float has no such preset"),
         (["--preset", "7b", "--only", "bagel", "--only", "dit"], "--preset 7b: dit has no such preset"),
         (["--jobs", "0"], "a number from 1 is wanted"),
+        (["--output-dir", ""], "--output-dir is empty"),
+        (["--output-dir", "README.md"], "README.md is not a folder that can be written to"),
+        (["--output-dir", "README.md/below/it"], "README.md is not a folder that can be written to"),
     ],
 )
 def test_run_all_refuses_mistakes_before_it_starts(arguments, message):

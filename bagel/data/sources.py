@@ -22,9 +22,8 @@ from torch import Tensor
 
 from bagel.data.records import FORMATS
 from shared.errors import BadSample, UserError, written_aside
-from shared.media.pictures import as_rgb
+from shared.media.pictures import MOST_PIXELS, as_rgb
 
-MAX_AREA = 200_000_000  # pixels; larger files are refused before they are decoded
 DEFAULT_MAX_PIXELS = 14 * 14 * 9 * 1024
 
 
@@ -89,9 +88,11 @@ def _opened(source: Path | BinaryIO) -> Image.Image:
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise ImageFault("E_IMAGE_DECODE", f"{_name(source)} is not a readable picture ({error})") from None
     width, height = image.size
-    if width < 1 or height < 1 or width * height > MAX_AREA:
+    if width < 1 or height < 1 or width * height > MOST_PIXELS:
         image.close()
-        raise ImageFault("E_IMAGE_SIZE", f"{_name(source)} has {width} x {height} pixels; 1 to {MAX_AREA} are allowed")
+        raise ImageFault(
+            "E_IMAGE_SIZE", f"{_name(source)} has {width} x {height} pixels; 1 to {MOST_PIXELS} are allowed"
+        )
     return image
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from bagel.config import SAMPLE_DATA, ModelConfig
-from shared.errors import UserError
+from shared.errors import UserError, opening
 
 SHORT = 200  # characters of a text whose tokens are remembered
 SPECIAL_STRINGS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
@@ -65,7 +65,8 @@ class FolderTokenizer:
 
         if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
             raise FileNotFoundError(2, "no tokenizer", str(folder / "tokenizer.json"))
-        self.inner = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        with opening(f"tokenizer {folder}", "copy its files again, or give another folder with --tokenizer"):
+            self.inner = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         known = set(self.inner.get_vocab())
         missing = [mark for mark in SPECIAL_STRINGS if mark not in known]
         if missing:

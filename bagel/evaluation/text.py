@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from shared.errors import UserError, opening
 
 
 class Unavailable(Exception):
@@ -27,10 +27,10 @@ def from_folder(metric: str, folder: str | None, option: str, *kinds: str) -> li
     import transformers
 
     try:
-        return [getattr(transformers, kind).from_pretrained(folder, local_files_only=True) for kind in kinds]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise Unavailable(f"{metric}: {folder} holds no such model ({reason})") from None
+        with opening(f"{metric}: {folder} holds no such model", "give another folder"):
+            return [getattr(transformers, kind).from_pretrained(folder, local_files_only=True) for kind in kinds]
+    except UserError as error:
+        raise Unavailable(str(error)) from None
 
 
 def is_cjk(character: str) -> bool:

@@ -5,8 +5,8 @@ two experts are kept apart (a `Pair`), so that each product runs on one set of w
 
 Who sees whom in a pack: a sample is a row of splits. Causal splits are text; a full split is a clean image; a noise
 split is an image to be generated. Query q sees key k if both are in one sample and (k <= q, or both are in one full or
-noise split), unless k is in a noise split and q is not in that same split. Three ways to compute it agree: sliced per
-split (on a CPU), flex attention (on CUDA), dense per sample.
+noise split), unless k is in a noise split and q is not in that same split. Two ways to compute it agree: flex attention
+(on CUDA), and dense per sample.
 Letters of shapes: L tokens, D width, H heads, K head width, Q queries, S keys.
 """
 
@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from bagel.config import LanguageConfig
+from shared.data import sent
 from shared.engine.norm import ScaledNorm, is_plain_fp32
+from shared.engine.recompute import checkpoint
 
 Pair = tuple[Tensor, Tensor]  # tokens of the understanding expert (text, then ViT), tokens of the generation expert
 Attend = Callable[[int, Pair, Pair, Pair], Pair]
@@ -88,46 +89,14 @@ def rotate(x_LHK: Tensor, cos_LK: Tensor, sin_LK: Tensor) -> Tensor:
 
 def sample_mask(split_lens: Sequence[int], attn_modes: Sequence[str]) -> Tensor:
     """The rule for one sample as a boolean matrix (L, L), true where the row may see the column."""
-    split = torch.repeat_interleave(torch.arange(len(split_lens)), torch.tensor(list(split_lens)))
+    lens = torch.tensor(list(split_lens))
+    split = torch.repeat_interleave(torch.arange(len(split_lens)), lens, output_size=sum(split_lens))
     block = torch.tensor([mode != CAUSAL for mode in attn_modes], dtype=torch.bool)[split]
     noise = torch.tensor([mode == NOISE for mode in attn_modes], dtype=torch.bool)[split]
     position = torch.arange(len(split))
     together = split[:, None] == split[None]
     earlier = position[None] <= position[:, None]
     return (earlier | (together & block[:, None])) & (together | ~noise[None])
-
-
-class Segment:
-    """Queries of one call of attention: `start:stop` of the pack, and the spans of keys they see; causal among the last
-    `stop - start` keys.
-    """
-
-    def __init__(self, start: int, stop: int, key_spans: list[tuple[int, int]], causal: bool):
-        self.start, self.stop, self.key_spans, self.causal = start, stop, key_spans, causal
-        self.num_queries = stop - start
-        self.num_keys = sum(end - begin for begin, end in key_spans)
-        self._mask: Tensor | None = None
-
-    def rule(self, query: Tensor) -> tuple[bool, Tensor | None]:
-        """Who sees whom as the kernel takes it: whether its causal rule serves, and a mask, the same for all layers."""
-        older = self.num_keys - self.num_queries
-        if not self.causal or not older:
-            return self.causal, None
-        if self._mask is None:  # the kernel's causal rule is aligned to the upper left
-            hidden = query.new_full((self.num_queries, self.num_keys), -torch.inf)
-            self._mask = hidden.triu_(older + 1)
-        return False, self._mask
-
-    def seen(self, x_1HLK: Tensor) -> Tensor:
-        """The keys that the queries see (1, H, S, K); a view where they stand side by side."""
-        pieces = [x_1HLK[:, :, begin:end] for begin, end in self.key_spans]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
-
-    def add_to(self, total_1HLK: Tensor, part_1HSK: Tensor) -> None:
-        """What the keys of this segment add to a sum over the pack."""
-        pieces = part_1HSK.split([end - begin for begin, end in self.key_spans], 2)
-        for (begin, end), piece in zip(self.key_spans, pieces, strict=True):
-            total_1HLK[:, :, begin:end].add_(piece)
 
 
 class PackLayout:
@@ -153,7 +122,6 @@ class PackLayout:
         self.length = sum(sample_lens)
         self.padded_length = -(-max(self.length, static_length or 1) // BLOCK) * BLOCK
         self.block_mask: Any = None  # flex attention's, made at the first layer
-        self._segments: list[list[Segment]] | None = None  # by sample
         self._masks: list[Tensor] | None = None
 
     def samples(self) -> list[tuple[list[int], list[str]]]:
@@ -189,7 +157,7 @@ class PackLayout:
                 starts[number], row = row, row + length
         lens, first = torch.tensor(self.sample_lens), torch.tensor(self.sample_lens).cumsum(0)
         moved = torch.tensor(starts) - (first - lens)
-        return (torch.arange(self.length) + moved.repeat_interleave(lens)).to(device)
+        return sent(torch.arange(self.length) + moved.repeat_interleave(lens, output_size=self.length), device)
 
     def masks(self, device: torch.device) -> list[Tensor]:
         """One boolean (samples, 1, L, L) a padded length; padding sees everything and is seen by nothing."""
@@ -201,72 +169,22 @@ class PackLayout:
                     own = self.sample_lens[number]
                     mask[row, 0, :own, :own] = sample_mask(*splits[number])
                     mask[row, 0, own:] = True
-                self._masks.append(mask.to(device))
+                self._masks.append(sent(mask, device))
         return self._masks
-
-    def segments(self) -> list[list[Segment]]:
-        """The calls of the sliced form for every sample; neighbouring causal splits become one call."""
-        if self._segments is None:
-            self._segments, start = [], 0
-            for split_lens, attn_modes in self.samples():
-                self._segments.append(_segments_of_sample(start, split_lens, attn_modes))
-                start += sum(split_lens)
-        return self._segments
 
     def attended_pairs(self) -> list[int]:
         """Allowed (query, key) pairs of every sample, for honest FLOP counts."""
         pairs = []
-        for segments in self.segments():
-            count = 0
-            for segment in segments:
-                queries = segment.num_queries
-                count += queries * segment.num_keys - (queries * (queries - 1) // 2 if segment.causal else 0)
+        for split_lens, attn_modes in self.samples():
+            count = seen = 0  # pairs; keys of earlier splits that are not noise
+            for length, mode in zip(split_lens, attn_modes, strict=True):
+                own = length * (length + 1) // 2 if mode == CAUSAL else length * length
+                count, seen = count + length * seen + own, seen + length * (mode != NOISE)
             pairs.append(count)
         return pairs
 
 
-def _segments_of_sample(start: int, split_lens: list[int], attn_modes: list[str]) -> list[Segment]:
-    """The calls of a sample that begins at `start`."""
-    segments: list[Segment] = []
-    visible: list[tuple[int, int]] = []  # keys of earlier splits that are not noise
-    for length, mode in zip(split_lens, attn_modes, strict=True):
-        stop = start + length
-        last = segments[-1] if segments else None
-        if mode == CAUSAL and last is not None and last.causal and last.stop == start:
-            segments[-1] = Segment(last.start, stop, _joined(last.key_spans, (start, stop)), True)
-        else:
-            segments.append(Segment(start, stop, _joined(visible, (start, stop)), mode == CAUSAL))
-        if mode != NOISE:
-            visible = _joined(visible, (start, stop))
-        start = stop
-    return segments
-
-
-def _joined(spans: list[tuple[int, int]], span: tuple[int, int]) -> list[tuple[int, int]]:
-    if spans and spans[-1][1] == span[0]:
-        return [*spans[:-1], (spans[-1][0], span[1])]
-    return [*spans, span]
-
-
-# --- the three ways to compute it -------------------------------------------------------------------------------------
-
-
-def attend(query_LHK: Tensor, key_LHK: Tensor, value_LHK: Tensor, layout: PackLayout, backend: str) -> Tensor:
-    """Attention over a pack in its own order, scale 1/sqrt(K), grouped keys. Backend: dense, sliced (on a CPU) or
-    flex.
-    """
-    if backend == "flex":
-        return _flex(query_LHK, key_LHK, value_LHK, layout)
-    if backend == "sliced":
-        segments = [segment for sample in layout.segments() for segment in sample]
-        return sliced_attention(query_LHK, key_LHK, value_LHK, segments)
-    if backend != "dense":
-        raise ValueError(f"attention backend {backend!r}: expected dense, sliced or flex")
-    place = layout.padded_places(query_LHK.device)
-    query, key, value = (
-        x.new_zeros(layout.padded_rows, *x.shape[1:]).index_copy(0, place, x) for x in (query_LHK, key_LHK, value_LHK)
-    )
-    return padded_attention(query, key, value, layout)[place]
+# --- the two ways to compute it  -------------------------------------------------------------------------------------
 
 
 def padded_attention(query_RHK: Tensor, key_RHK: Tensor, value_RHK: Tensor, layout: PackLayout) -> Tensor:
@@ -302,72 +220,6 @@ def scaled_dot_product(query_QHK: Tensor, key_SHK: Tensor, value_SHK: Tensor, *,
     return out[0].transpose(0, 1)
 
 
-# Sliced: split by split and without masks, as one node of the autograd graph. A pack holds a few dozen splits, most of
-# them shorter than a hundred tokens. Slices and concatenations of each, with their gradients, would take as long as the
-# kernel itself, so this node calls the kernel and its gradient on views of the pack.
-
-_kernel: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)  # private: may go one day
-_kernel_backward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
-HAS_SLICED = _kernel is not None and _kernel_backward is not None
-
-
-class _Sliced(torch.autograd.Function):
-    """The segments' queries follow one another; keys and values may be seen by several, and sum up their gradients."""
-
-    @staticmethod
-    def forward(context, query_LHK: Tensor, key_LHK: Tensor, value_LHK: Tensor, segments: Sequence[Segment]) -> Tensor:
-        query, key, value = map(_for_kernel, (query_LHK, key_LHK, value_LHK))
-        outputs, sums = [], []
-        for segment, queries in zip(segments, _by_queries(query, segments), strict=True):
-            causal, mask = segment.rule(query)
-            out, log_sum = _kernel(queries, segment.seen(key), segment.seen(value), 0.0, causal, attn_mask=mask)
-            outputs.append(_from_kernel(out))
-            sums.append(log_sum)
-        out_LHK = torch.cat(outputs)
-        context.save_for_backward(query, key, value, _for_kernel(out_LHK), *sums)
-        context.segments = segments
-        return out_LHK
-
-    @staticmethod
-    def backward(context, grad_LHK: Tensor):
-        query, key, value, out, *sums = context.saved_tensors
-        segments = context.segments
-        pieces = (_by_queries(x, segments) for x in (_for_kernel(grad_LHK), query, out))
-        grad_query, grad_key, grad_value = [], torch.zeros_like(key), torch.zeros_like(value)
-        for segment, grad, queries, seen, log_sum in zip(segments, *pieces, sums, strict=True):
-            causal, mask = segment.rule(query)
-            parts = _kernel_backward(
-                grad, queries, segment.seen(key), segment.seen(value), seen, log_sum, 0.0, causal, attn_mask=mask
-            )
-            grad_query.append(_from_kernel(parts[0]))
-            segment.add_to(grad_key, parts[1])
-            segment.add_to(grad_value, parts[2])
-        return torch.cat(grad_query), _from_kernel(grad_key), _from_kernel(grad_value), None
-
-
-def _for_kernel(x_LHK: Tensor) -> Tensor:
-    """(L, H, K) -> (1, H, L, K), a view."""
-    return x_LHK.transpose(0, 1)[None]
-
-
-def _from_kernel(x_1HLK: Tensor) -> Tensor:
-    """(1, H, L, K) -> (L, H, K), a view."""
-    return x_1HLK[0].transpose(0, 1)
-
-
-def _by_queries(x_1HLK: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, ...]:
-    """Views of the queries of each segment."""
-    return x_1HLK.split([segment.num_queries for segment in segments], 2)
-
-
-def sliced_attention(query_LHK: Tensor, key_LHK: Tensor, value_LHK: Tensor, segments: Sequence[Segment]) -> Tensor:
-    """(L, H, K), scale 1/sqrt(K), of segments whose queries cover the pack in its order; groups of query heads share
-    keys and values. Under autocast in its type, as the kernel by its public name.
-    """
-    kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query_LHK.dtype
-    return _Sliced.apply(*(x.to(kind) for x in (query_LHK, key_LHK, value_LHK)), segments)
-
-
 def flex_ids(layout: PackLayout, padded: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Per token: sample, block (its image; -1: text), whether it is noise. Padding is one more causal sample."""
     lengths = [*layout.sample_lens, padded - layout.length]
@@ -378,7 +230,7 @@ def flex_ids(layout: PackLayout, padded: int, device: torch.device) -> tuple[Ten
         splits
     )
     noise = torch.tensor([mode == NOISE for mode in modes]).repeat_interleave(splits)
-    return sample.to(device), block.to(device), noise.to(device)
+    return sent(sample, device), sent(block, device), sent(noise, device)
 
 
 def flex_rule(sample: Tensor, block: Tensor, noise: Tensor):
@@ -508,7 +360,7 @@ class PackedAttention:
         query_LHK, key_LHK, value_LHK = (self.rows.join(pair) for pair in (query, key, value))
         if self.backend == "dense":
             return self.rows.part(padded_attention(query_LHK, key_LHK, value_LHK, self.layout))
-        return self.rows.part(attend(query_LHK, key_LHK, value_LHK, self.layout, self.backend))
+        return self.rows.part(_flex(query_LHK, key_LHK, value_LHK, self.layout))
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------
@@ -637,7 +489,7 @@ class MoTDecoder(nn.Module):
             und = und.detach()
         for number, layer in enumerate(self.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                und, gen = checkpoint(layer, und, gen, angles, attend, number, freeze_und, use_reentrant=False)
+                und, gen = checkpoint(layer, und, gen, angles, attend, number, freeze_und)
             else:
                 und, gen = layer(und, gen, angles, attend, number, freeze_und)
         und = self.norm(und)
@@ -654,13 +506,35 @@ class MoTDecoder(nn.Module):
         return x_LD
 
 
+class Head(nn.Linear):
+    """Hidden states (N, D) -> logits (N, V); or, with labels (N,), -> their cross entropies (N,), fp32.
+
+    chunk: logits of so many rows exist at once, and are computed again in the backward pass: of 10,240 rows and 152,064
+    ids the logits, their fp32 copy and its gradient take 15 GB. One call, whatever the rows, so that every rank makes
+    as many.
+    """
+
+    def forward(self, x_ND: Tensor, labels_N: Tensor | None = None, chunk: int | None = None) -> Tensor:
+        if labels_N is None:
+            return F.linear(x_ND, self.weight)
+        if chunk is None or len(x_ND) <= chunk:
+            return self._losses(x_ND, labels_N)
+        parts = zip(x_ND.split(chunk), labels_N.split(chunk), strict=True)
+        # torch's own call, not checkpoint() of shared/: that one may keep products, and the logits are one
+        again = torch.utils.checkpoint.checkpoint
+        return torch.cat([again(self._losses, x, labels, use_reentrant=False) for x, labels in parts])
+
+    def _losses(self, x_ND: Tensor, labels_N: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x_ND, self.weight).float(), labels_N, reduction="none")
+
+
 class LanguageModel(nn.Module):
     """The decoder and its untied head."""
 
     def __init__(self, config: LanguageConfig):
         super().__init__()
         self.model = MoTDecoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
 
     def copy_experts(self) -> None:
         """Start the generation expert as a copy of the understanding expert, as one does from a plain Qwen2."""
@@ -676,7 +550,7 @@ class LanguageModel(nn.Module):
         if size <= old:
             return
         width = self.model.embed_tokens.embedding_dim
-        embedding, head = nn.Embedding(size, width), nn.Linear(width, size, bias=False)
+        embedding, head = nn.Embedding(size, width), Head(width, size, bias=False)
         for new, former in ((embedding, self.model.embed_tokens), (head, self.lm_head)):
             nn.init.normal_(new.weight, std=0.02)
             new.to(former.weight.device, former.weight.dtype)

@@ -6,9 +6,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from bagel.config import AutoencoderConfig, VisionConfig
+from shared.engine.recompute import checkpoint
 
 
 class Embeddings(nn.Module):
@@ -127,7 +127,7 @@ class VisionTransformer(nn.Module):
         angles = None if self.rope_width is None else grid_angles(position_N, self.side, self.rope_width)
         for layer in self.encoder.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, attend, angles, use_reentrant=False)
+                x = checkpoint(layer, x, attend, angles)
             else:
                 x = layer(x, attend, angles)
         return self.post_layernorm(x)

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bagel.config import AutoencoderConfig, LanguageConfig, ModelConfig, VisionConfig
-from bagel.model import Bagel, PositionTable
+from bagel.model import Bagel, PositionTable, sincos_table
 from bagel.modules.lora import add_adapters
 from bagel.modules.quantization import QuantizedLinear, quantize_projections
 from bagel.modules.transformer import MoTAttention, RMSNorm
@@ -30,7 +30,7 @@ from bagel.modules.vision import (
     linear_patch_embedding,
 )
 from shared.config import Section
-from shared.engine.checkpoint import load_strict
+from shared.engine.checkpoint import StoredTensors, load_strict
 from shared.errors import UserError
 
 WEIGHTS = ("ema.safetensors", "model.safetensors")  # whole, or with an index of shards beside them
@@ -282,6 +282,27 @@ def released_name(name: str) -> str | None:
     if name.startswith(("text_model.", "logit_", "vit_model.vision_model.head.")):
         return None
     return name
+
+
+def open_released(config: ModelConfig, *, rows: int = 0) -> tuple[Bagel, Callable[[str], Any]] | None:
+    """The model on the meta device and the reader of its parameters by name, for a start in parts: of every weight fsdp
+    reads the rows alone that a rank keeps. None where more than reading is to be done, as build_model does it (weights
+    that are drawn, quantized or adapted, a plain language model, further rows), or to be said, such as a wrong shape.
+    """
+    if config.model_path is None or config.from_scratch or config.use_lora or config.quantization != "none":
+        return None
+    with torch.device("meta"):
+        model = Bagel(config)
+    stored = StoredTensors(*weight_files(Path(config.model_path)))
+    found = {name: stored[own] for own in stored.names if (name := released_name(own)) not in (None, *TABLES)}
+    wanted = {name: p for name, p in model.named_parameters() if name not in TABLES}
+    fits = found.keys() == wanted.keys() and all(found[name].shape == p.shape for name, p in wanted.items())
+    if not fits or rows > config.language.vocab_size:
+        return None
+    model.freeze()
+    tables: dict[str, Any] = {name: model.get_submodule(name.removesuffix(".pos_embed")) for name in TABLES}
+    made = {name: sincos_table(t.pos_embed.shape[1], t.side).float() for name, t in tables.items()}
+    return model, {**found, **made}.__getitem__
 
 
 def load_released(model: Bagel, files: Sequence[Path]) -> None:

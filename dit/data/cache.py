@@ -2,7 +2,8 @@
 
 manifest.json                 what it was made with, the mean and scale of the latents, and its shards
 shard_00000_KEY.json          one shard: files with their SHA-256, the keys of its pictures and texts, broken pictures
-latents_00000_KEY.safetensors "moments" (n, V, 2C, h, w), unscaled; V variants: [original, mirrored], or k random crops
+latents_00000_KEY.safetensors "moments" (n, V, 2C, h, w), unscaled; V variants: [original, mirrored], or k random crops;
+                              with repa.encoder_path also "features" (n, V, tokens, E) of that encoder
 items_00000_KEY.jsonl         {"id", "captions", "crop", "stamp", "label", "split"} a line, in the same order
 text_00000_KEY.safetensors    "states" (sum of lengths, E), "offsets" (captions + 1,), "pooled" (captions, E),
                               "item_index" (captions,)
@@ -18,7 +19,7 @@ copied.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,10 @@ BIG = 1 << 31  # bytes; of larger files a sample is hashed
 
 def picture_settings(config: Config, vae_content: str | None) -> dict[str, Any]:
     """Every setting that decides what the latents of a picture are."""
-    data, vae = config.data, config.vae
-    return {
+    data, vae, side = config.data, config.vae, config.latent_side // config.model.patch_size
+    encoder = config.repa.encoder_path
+    features = {} if encoder is None else {"feature_content": content_of(encoder), "feature_grid": side}
+    return features | {
         "vae_type": vae.type,
         "vae_content": vae_content,
         "factor": config.vae_factor,
@@ -254,9 +257,10 @@ class Shard:
             raise UserError(f"{path}: holds {len(items)} items, {self.note['count']} expected; {MEND}")
         return items
 
-    def moments(self, row: int, variants: slice = slice(None)) -> Tensor:
-        """(V, 2C, h, w) of an item, as stored."""
-        return self.file("latents").get_slice("moments")[row : row + 1, variants][0]
+    def encoded(self, row: int, variants: slice = slice(None), names: Sequence[str] = ()) -> dict[str, Tensor]:
+        """moments (V, 2C, h, w) of an item, and features (V, tokens, E) where there are any, as stored."""
+        file = self.file("latents")
+        return {name: file.get_slice(name)[row : row + 1, variants][0] for name in names or file.keys()}
 
     def text(self, which: int) -> tuple[Tensor, Tensor]:
         """Real states (t, E) and pooled vector (E,) of a caption, as stored."""
@@ -299,8 +303,9 @@ def null_text(folder: Path) -> tuple[Tensor, Tensor, Tensor] | None:
 
 
 class CachedDataset(Dataset):
-    """Samples of one split of a cache: moments (2C, h, w) float32, text_embeddings (T, E), text_mask (T,), text_pooled
-    (E,), image_id, index, flip, label. Caption and mirroring are those that the pictures would have on the same visit.
+    """Samples of one split of a cache: moments (2C, h, w) float32, features (tokens, E) where a run aligns with them,
+    text_embeddings (T, E), text_mask (T,), text_pooled (E,), image_id, index, flip, label. Caption and mirroring are
+    those that the pictures would have on the same visit.
     """
 
     def __init__(self, config: Config, *, is_train: bool = True) -> None:
@@ -308,6 +313,7 @@ class CachedDataset(Dataset):
         self.folder, self.seed, self.length = Path(config.data.cache_dir), config.run.seed, config.model.text_len
         self.is_train, self.num_classes = is_train, config.model.num_classes
         self.reads_text = config.model.text_conditioning != "none"
+        self.names_read = ("moments",) if config.repa.encoder_path is None else ("moments", "features")
         manifest = read_manifest(self.folder)
         self.shards = shards_of(self.folder, manifest, SPLITS[0 if is_train else 1])
         self.skipped = [tuple(pair) for shard in self.shards for pair in shard.note["bad"]]
@@ -352,8 +358,9 @@ class CachedDataset(Dataset):
         shard = int(np.searchsorted(self.ends, index, side="right")) - 1
         row = index - int(self.ends[shard])
         variant = int(mirrored) if self.flip else int(draw() * self.variants) if self.variants > 1 else 0
-        moments = self.shards[shard].moments(row, slice(variant, variant + 1))[0].float()
-        sample = {"moments": moments, "image_id": self.ids[index], "index": index, "flip": mirrored}
+        encoded = self.shards[shard].encoded(row, slice(variant, variant + 1), self.names_read)
+        sample: dict[str, Any] = {name: value[0].float() for name, value in encoded.items()}
+        sample |= {"image_id": self.ids[index], "index": index, "flip": mirrored}
         if self.reads_text:
             rows = self._rows[shard][row]
             chosen = int(caption_draw * len(rows)) if self.is_train else 0
@@ -390,10 +397,10 @@ class Former:
                 texts = [text for line in lines for text in line["captions"] or ()]
                 self.captions |= {text: (shard, row) for row, text in enumerate(texts)}
 
-    def moments(self, item: Item, stamp: str, split: str) -> tuple[Tensor, Any] | None:
-        """(V, 2C, h, w) and the crop of a picture that is there."""
+    def encoded(self, item: Item, stamp: str, split: str) -> tuple[dict[str, Tensor], Any] | None:
+        """Shard.encoded and the crop of a picture that is there."""
         shard, row, crop = self.pictures.get((item.id, stamp, split), (None, 0, None))
-        return None if shard is None else (shard.moments(row), crop)
+        return None if shard is None else (shard.encoded(row), crop)
 
     def text(self, caption: str) -> tuple[Tensor, Tensor] | None:
         """Real states (t, E) and pooled vector (E,) of a caption that is there."""

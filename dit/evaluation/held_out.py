@@ -14,7 +14,7 @@ from dit.dataset import spread, unit
 from dit.modules.autoencoder import Codec
 from dit.modules.text import CaptionEncoder, condition_of
 from shared.engine.dist import DistInfo, sum_over_ranks
-from shared.errors import BadSample
+from shared.errors import BadSample, UserError
 from shared.metrics import colour_caption, paired_p
 from shared.rng import keyed_randn
 
@@ -156,14 +156,17 @@ def _mean_latent(codec: Codec, images: Tensor) -> Tensor:
 
 def readable(dataset: Any, count: int, *, epoch: int = 0) -> list[dict]:
     """Up to `count` samples that can be read, spread over the set by hash, in its order, not mirrored. Broken ones are
-    listed when training meets them.
+    listed when training meets them; a UserError when all are.
     """
     samples: list[dict] = []
+    reason = ""
     for index in spread(dataset, count):
         if len(samples) == count:
             break
         try:
             samples.append(dataset.sample(index, epoch, flip=False))
-        except BadSample:
-            continue
+        except BadSample as error:
+            reason = str(error)
+    if reason and not samples:
+        raise UserError(f"none of {len(dataset)} pictures can be read, the last: {reason}; check the data folder")
     return sorted(samples, key=lambda sample: sample["index"])

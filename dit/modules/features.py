@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from shared.errors import UserError
+from shared.errors import opening
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # DINOv2's pictures, where nothing else is said
 
@@ -25,11 +24,8 @@ class FeatureEncoder(nn.Module):
         super().__init__()
         from transformers import AutoModel
 
-        try:
+        with opening(f"repa.encoder_path {path}", "give a local folder"):
             model: Any = AutoModel.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-            raise UserError(f"repa.encoder_path {path}: cannot be loaded ({reason}); give a local folder") from None
         self.model: Any = getattr(model, "vision_model", model)  # of a model that also reads text
         self.model.requires_grad_(False).eval()
         config = getattr(self.model.config, "vision_config", self.model.config)

@@ -7,17 +7,18 @@ import math
 import re
 import unicodedata
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dit.config import Config
-from shared.errors import UserError
+from shared.data import sent
+from shared.errors import UserError, opening
 
 
 class TextCondition(NamedTuple):
@@ -106,7 +107,8 @@ class TextEncoder(CaptionEncoder):
         return made
 
     def _freeze(self, length: int) -> None:
-        self.length, self.width = length, self.model.config.hidden_size
+        config = self.model.config
+        self.length, self.width = length, getattr(config, "hidden_size", None) or config.encoder.hidden_size
         self.model.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "TextEncoder":
@@ -140,8 +142,9 @@ class TextEncoder(CaptionEncoder):
 
 
 class LanguageEncoder(TextEncoder):
-    """A text model of transformers by path, frozen: the encoder of T5 and UMT5, or a decoder such as Gemma or Qwen read
-    up to its last layer. Pooled is the mean over real tokens.
+    """A text model of transformers by path, frozen: the encoder of T5, UMT5 and T5Gemma, or a decoder such as Gemma or
+    Qwen read up to its last layer. A pipeline's folder will do, with its tokenizer/ and text_encoder/. Pooled is the
+    mean over real tokens.
     """
 
     has_tokens = False  # a batch of ids without its mask would not do: other models' padding may be any token
@@ -149,15 +152,24 @@ class LanguageEncoder(TextEncoder):
     def __init__(self, pretrained_model_name: str, *, length: int, local_files_only: bool = False) -> None:
         CaptionEncoder.__init__(self)
         import transformers
+        from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
+        place, is_pipeline = pretrained_model_name, (Path(pretrained_model_name) / "text_encoder").is_dir()
+        given: dict[str, Any] = {"local_files_only": local_files_only}
         with _loading(pretrained_model_name):
+            folder = {"subfolder": "tokenizer"} if is_pipeline else {}
             self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
-                pretrained_model_name, local_files_only=local_files_only, padding_side="right"
+                place, padding_side="right", **given, **folder
             )
-            config = transformers.AutoConfig.from_pretrained(pretrained_model_name, local_files_only=local_files_only)
-            kinds = {"t5": transformers.T5EncoderModel, "umt5": transformers.UMT5EncoderModel}
-            loader: Any = kinds.get(config.model_type, transformers.AutoModel)
-            self.model: Any = loader.from_pretrained(pretrained_model_name, local_files_only=local_files_only)
+            given |= {"subfolder": "text_encoder"} if is_pipeline else {}
+            kinds: dict[str, Any] = {
+                "t5": transformers.T5EncoderModel,
+                "umt5": transformers.UMT5EncoderModel,
+                "t5gemma": transformers.T5GemmaEncoderModel,
+                "t5_gemma_module": T5GemmaEncoder,  # as PRX keeps it
+            }
+            kind = transformers.AutoConfig.from_pretrained(place, **given).model_type
+            self.model: Any = kinds.get(kind, transformers.AutoModel).from_pretrained(place, **given)
         if getattr(self.model, "language_model", None) is not None:  # the text part of a model that also sees
             self.model = self.model.language_model
         if self.tokenizer.pad_token_id is None:
@@ -175,16 +187,9 @@ class LanguageEncoder(TextEncoder):
         return TextCondition(states, mask, (states * weight).sum(1) / weight.sum(1))
 
 
-@contextmanager
-def _loading(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise UserError(
-            f"text.pretrained_model_name {name}: cannot be loaded ({reason}); give a local folder with "
-            "--text-encoder-path, or use --set text.type=hash, which needs no weights"
-        ) from None
+def _loading(name: str) -> AbstractContextManager[None]:
+    remedy = "give a local folder with --text-encoder-path, or use --set text.type=hash, which needs no weights"
+    return opening(f"text.pretrained_model_name {name}", remedy)
 
 
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+|[#*+&%]")
@@ -278,5 +283,5 @@ def condition_of(
     if encoder is None:
         return {} if labels is None else {"labels": labels.to(device)}
     # encoders answer with inference tensors, which autograd refuses to save: the copies are ordinary ones
-    states, mask, pooled = (part.to(device) for part in encoder.encode(texts))
+    states, mask, pooled = (sent(part, device) for part in encoder.encode(texts))
     return {"text_embeddings": states.clone(), "text_mask": mask.clone(), "text_pooled": pooled.clone()}

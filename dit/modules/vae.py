@@ -12,10 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dit.config import vae_config
+from dit.config import diffusers_config
 from dit.modules.autoencoder import NO_VARIANCE, Codec
 from shared.engine.checkpoint import load_strict
-from shared.errors import UserError
+from shared.errors import UserError, opening
 
 SD_ALIASES = (
     "stable-diffusion-v1-5/stable-diffusion-v1-5, stabilityai/sd-vae-ft-ema, stabilityai/sd-vae-ft-mse, "
@@ -190,23 +190,18 @@ def _load_vae(name: str, local_files_only: bool, scaling_factor: float | None) -
 
     if Path(name).is_file():
         return _from_file(Path(name), scaling_factor)
-    own = vae_config(name)
+    own = diffusers_config(name, "vae")
     kind = "AutoencoderKL" if own is None else own["_class_name"]
     if kind not in VAE_CLASSES:
         raise UserError(f"vae.pretrained_model_name {name}: is {kind}; VAEs of {', '.join(VAE_CLASSES)} are read")
     loader = getattr(diffusers, kind)
     in_own_folder = (Path(name) / "config.json").is_file() and not (Path(name) / "vae" / "config.json").is_file()
-    try:
+    hint = "" if Path(name).exists() else "the hub's runwayml repository was withdrawn: "
+    remedy = f"{hint}give {SD_ALIASES} with --vae-path, or --set vae.type=patches, which needs no weights"
+    with opening(f"vae.pretrained_model_name {name}", remedy):
         if in_own_folder or (not Path(name).is_dir() and "vae" in name.split("/")[-1]):
             return loader.from_pretrained(name, local_files_only=local_files_only)
         return loader.from_pretrained(name, subfolder="vae", local_files_only=local_files_only)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0][:160]
-        hint = "" if Path(name).exists() else "the hub's runwayml repository was withdrawn: "
-        raise UserError(
-            f"vae.pretrained_model_name {name}: cannot be loaded ({reason}); {hint}give {SD_ALIASES} with --vae-path, "
-            "or --set vae.type=patches, which needs no weights"
-        ) from None
 
 
 def _from_file(path: Path, scaling_factor: float | None) -> Any:
@@ -225,7 +220,7 @@ def _from_file(path: Path, scaling_factor: float | None) -> Any:
     state = {name.removeprefix("first_stage_model.").removeprefix("vae."): value for name, value in state.items()}
     is_original = "encoder.down.0.block.0.conv1.weight" in state
     is_its_folder = (path.parent / "config.json").is_file() and not (path.parent / "vae").is_dir()
-    own = vae_config(str(path.parent)) if is_its_folder else None
+    own = diffusers_config(str(path.parent), "vae") if is_its_folder else None
     config = own or _config_from_shapes(path, state, is_original, scaling_factor)
     vae: Any = AutoencoderKL.from_config(config)
     if is_original:

@@ -1,4 +1,4 @@
-"""The noise-prediction diffusion of the public DiT: tables, learned variance and its bound, ancestral and DDIM steps.
+"""The noise-prediction diffusion of the public DiT: tables, learned variance and its bound, ancestral steps.
 
 The ordinary training path uses diffusers' schedulers (objective.py); this file is what they lack: the variational
 bound of models with a learned variance, and sampling on a subset of the steps as the public weights were evaluated. Ho
@@ -17,31 +17,10 @@ from shared.flow import expand_like
 Target = Literal["epsilon", "sample"]  # what the first channels of an output are
 
 
-def kept_timesteps(total: int, respacing: str) -> list[int]:
-    """The steps of `total` that a sampler visits, ascending.
-
-    "50": evenly, both ends included. "10,15,20": so many in each of the equal sections. "ddim50": every (total //
-    50)-th.
-    """
-    if respacing.startswith("ddim"):
-        wanted = int(respacing[4:])
-        for stride in range(1, total):
-            if len(range(0, total, stride)) == wanted:
-                return list(range(0, total, stride))
-        raise ValueError(
-            f"no whole stride gives {wanted} of {total} steps; use a divisor of {total}, or --sampler ddpm"
-        )
-    counts = [int(part) for part in respacing.split(",")]
-    kept: list[int] = []
-    start = 0
-    for section, count in enumerate(counts):
-        size = total // len(counts) + (1 if section < total % len(counts) else 0)
-        if not 1 <= count <= size:
-            raise ValueError(f"section {section} has {size} steps, {count} were asked for; ask for 1 to {size}")
-        gap = 1.0 if count == 1 else (size - 1) / (count - 1)
-        kept += [start + round(index * gap) for index in range(count)]
-        start += size
-    return sorted(set(kept))
+def kept_timesteps(total: int, count: int) -> list[int]:
+    """`count` steps of `total` that a sampler visits, ascending, evenly, both ends included."""
+    gap = 1.0 if count == 1 else (total - 1) / (count - 1)
+    return sorted({round(index * gap) for index in range(count)})
 
 
 class Moments(NamedTuple):
@@ -74,13 +53,6 @@ class GaussianDiffusion:
         """Entries of a table as float32, shaped to broadcast over `like`."""
         return expand_like(table.to(t_B.device)[t_B].float(), like)
 
-    def add_noise(self, clean: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
-        """sqrt(a) clean + sqrt(1 - a) noise with a the cumulated alpha of t."""
-        return (
-            self.at(self.alphas_cumprod.sqrt(), t_B, clean) * clean
-            + self.at((1 - self.alphas_cumprod).sqrt(), t_B, clean) * noise
-        )
-
     def posterior_mean(self, clean: Tensor, x_t: Tensor, t_B: Tensor) -> Tensor:
         """Mean of q(x_{t-1} | x_t, clean)."""
         return self.at(self.posterior_mean_coef1, t_B, x_t) * clean + self.at(self.posterior_mean_coef2, t_B, x_t) * x_t
@@ -107,11 +79,6 @@ class GaussianDiffusion:
         """x_t without the predicted noise, scaled to data."""
         a = self.alphas_cumprod
         return self.at(a.rsqrt(), t_B, x_t) * x_t - self.at((1 / a - 1).sqrt(), t_B, x_t) * noise
-
-    def noise_from_clean(self, clean: Tensor, x_t: Tensor, t_B: Tensor) -> Tensor:
-        """The noise between the predicted data and x_t."""
-        a = self.alphas_cumprod
-        return (self.at(a.rsqrt(), t_B, x_t) * x_t - clean) / self.at((1 / a - 1).sqrt(), t_B, x_t)
 
     def variational_bound(
         self,
@@ -141,31 +108,17 @@ class GaussianDiffusion:
         return bits.flatten(1).mean(1)
 
     def sample(
-        self,
-        model: Callable[[Tensor, Tensor], Tensor],
-        start: Tensor,
-        *,
-        ancestral: bool,
-        draw: Callable[[int], Tensor] | None = None,
-        target: Target = "epsilon",
+        self, model: Callable[[Tensor, Tensor], Tensor], start: Tensor, draw: Callable[[int], Tensor], target: Target
     ) -> Tensor:
-        """From noise to data over the kept steps: ancestral steps with noise draw(k), or DDIM with eta 0.
+        """From noise to data over the kept steps, with noise draw(k) in each but the last.
 
         model(x, t_B) is given the original times. The latent is never clipped: latents do not lie in [-1, 1].
         """
         x = start
-        if ancestral and draw is None:
-            raise ValueError("ancestral steps need the noise of every step: give draw")
         for k, index in enumerate(reversed(range(len(self.betas)))):
             t_B = torch.full((len(x),), index, dtype=torch.long, device=x.device)
-            output = model(x, self.timesteps.to(x.device)[t_B])
-            step = self.moments(output, x, t_B, target=target)
-            if ancestral:
-                x = step.mean if index == 0 or draw is None else step.mean + (0.5 * step.log_variance).exp() * draw(k)
-            else:
-                noise = self.noise_from_clean(step.clean, x, t_B)
-                previous = self.at(self.alphas_cumprod_previous, t_B, x)
-                x = previous.sqrt() * step.clean + (1 - previous).sqrt() * noise
+            step = self.moments(model(x, self.timesteps.to(x.device)[t_B]), x, t_B, target=target)
+            x = step.mean if index == 0 else step.mean + (0.5 * step.log_variance).exp() * draw(k)
         return x
 
 

@@ -128,10 +128,10 @@ def _ancestral(model: Model, noise: Tensor, scheduler_config: dict, steps: int, 
     if scheduler_config["prediction_type"] == "v_prediction":
         raise UserError("--sampler ddpm predicts noise or data; a v_prediction model needs --sampler ddim or dpmpp_2m")
     betas = training_scheduler(**{key: value for key, value in scheduler_config.items() if key[0] != "_"}).betas
-    diffusion = GaussianDiffusion(betas, kept_timesteps(len(betas), str(steps)))
-    return diffusion.sample(
-        model, noise, ancestral=True, draw=draw, target=cast(Target, scheduler_config["prediction_type"])
-    )
+    if draw is None:
+        raise ValueError("ancestral steps need the noise of every step: give draw")
+    diffusion = GaussianDiffusion(betas, kept_timesteps(len(betas), steps))
+    return diffusion.sample(model, noise, draw, cast(Target, scheduler_config["prediction_type"]))
 
 
 def guide(

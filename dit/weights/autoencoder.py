@@ -4,6 +4,7 @@ The same loop as the transformer's, so it logs, resumes and runs on several rank
 Shapes: B batch, C channels, H W of a picture, h w of a latent.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,10 @@ from dit.modules.vae import CODEC_FILE
 from dit.sampling.drawing import grid, to_uint8
 from dit.weights.open import fit_codec
 from shared.data import BatchPlan, MapStream
-from shared.engine.checkpoint import load_strict, load_weights
-from shared.engine.dist import DistInfo
-from shared.errors import UserError
-from shared.loop import FitResult, fit
+from shared.engine.checkpoint import load_strict, load_weights, newest_checkpoint
+from shared.engine.dist import DistInfo, barrier
+from shared.errors import Stopped
+from shared.loop import FitResult, fit, steps_done
 from shared.rng import keyed_rand, keyed_randn, seed_everything
 
 PHASE = "autoencoder"  # folder within the run's output
@@ -41,9 +42,30 @@ def prepare_codec(config: Config, codec: Codec, training_set: Any, validation_se
         return
     if config.data.buckets:
         training_set = training_set.as_squares()
-    if isinstance(codec, ConvAutoencoder) and not (output_dir / CODEC_FILE).exists():
-        train_autoencoder(config, codec, training_set, validation_set, info)
+    if isinstance(codec, ConvAutoencoder):
+        if info.is_main:
+            _drop_if_short(config, output_dir)
+        barrier()
+        if not (output_dir / CODEC_FILE).exists():
+            train_autoencoder(config, codec, training_set, validation_set, info)
     fit_codec(codec, training_set, output_dir, info, seed=config.run.seed)
+
+
+def _drop_if_short(config: Config, output_dir: Path) -> None:
+    """Remove an autoencoder that an earlier --max-steps cut short, so that it is trained on: what was trained on its
+    latents would not fit others, so a run with checkpoints keeps it and says so.
+    """
+    done, planned = steps_done(output_dir / PHASE), config.vae.codec_steps
+    if not (output_dir / CODEC_FILE).exists() or not 0 <= done < min(planned, config.training.max_steps or planned):
+        return
+    if newest_checkpoint(output_dir) is None or config.run.resume == "none":
+        (output_dir / CODEC_FILE).unlink()
+        return
+    print(
+        f"warning: the autoencoder in {output_dir} had {done} of {planned} steps, by an earlier --max-steps, and this "
+        "run's checkpoints belong to it; for a full one use another --output-dir, or --resume none",
+        file=sys.stderr,
+    )
 
 
 def train_autoencoder(
@@ -51,7 +73,7 @@ def train_autoencoder(
 ) -> None:
     """Train `codec` to its planned step, resuming what is in OUT/autoencoder; its averaged weights are loaded into it.
 
-    Raises UserError when the run was stopped before; the same command goes on from there.
+    Raises Stopped when the run was stopped before; the same command goes on from there.
     """
     phase = phase_config(config, info.world)
     output_dir = Path(config.run.output_dir) / PHASE
@@ -59,9 +81,15 @@ def train_autoencoder(
         print(f"the autoencoder of the latents is trained first, into {output_dir}", flush=True)
     result = AutoencoderTrainer(phase, training_set, validation_set, info).train(output_dir)
     if not result.finished:
-        raise UserError(
+        raise Stopped(
             f"the autoencoder was stopped at step {result.step} of {phase.training.total_steps}; the same command "
             "goes on from there"
+        )
+    if info.is_main and result.step < config.vae.codec_steps:
+        print(
+            f"warning: --max-steps ends the autoencoder at step {result.step} of {config.vae.codec_steps}: its "
+            "pictures are blurred; a command without it trains it on, as long as there is no checkpoint of the run",
+            file=sys.stderr,
         )
     load_strict(codec, load_weights(result.checkpoint or output_dir), what=str(output_dir))
 

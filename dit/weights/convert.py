@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dit.model import DiTModel, timestep_sinusoid
+from dit.modules.prx import PRXModel
 from shared.engine.checkpoint import load_weights
 from shared.errors import UserError
 
@@ -51,13 +52,16 @@ class LoadReport(NamedTuple):
 
 
 def load_pretrained(
-    model: DiTModel, path: str | Path, strict: bool = False, *, time_scale: float | None = None
+    model: DiTModel | PRXModel, path: str | Path, strict: bool = False, *, time_scale: float | None = None
 ) -> LoadReport:
     """Load what fits by name and shape, print the three lists, and fail when nothing fits (or, if strict, when
-    anything is left). time_scale: the flow's, which a run of ours must have been trained with.
+    anything is left; a PRX is always whole). time_scale: the flow's, which a run of ours must have been trained with.
     """
     path = Path(path)
     state = read_state(path)
+    if isinstance(model, PRXModel):
+        model.load(state, path)
+        return LoadReport(sorted(state), [], [])
     check_pixart(path, state, model)
     state = to_official_names(fold_size_embedders(state, model))
     check_time(path, model, time_scale)

@@ -16,9 +16,11 @@ from dit.data.cache import file_digest, read_manifest
 from dit.dataset import TextImageDataset, unit
 from dit.model import DiTModel
 from dit.modules.autoencoder import Codec, ConvAutoencoder, PatchAutoencoder
+from dit.modules.prx import PRXModel
 from dit.modules.text import CaptionEncoder, make_text_encoder
 from dit.modules.vae import CODEC_FILE, PixelCodec, PoolCodec, VAEEncoder, scaled_latents
 from dit.objective import Objective, make_objective
+from dit.weights.averages import averaged_to
 from shared.config import load_saved
 from shared.engine.checkpoint import find_checkpoint, load_strict, load_weights, open_run
 from shared.engine.dist import DistInfo, barrier
@@ -27,9 +29,13 @@ from shared.errors import UserError, written_aside
 CODEC_PICTURES = 2048  # training pictures that a codec is fitted on
 
 
-def build_model(config: Config) -> DiTModel:
+def build_model(config: Config) -> DiTModel | PRXModel:
     """The network of the settings, with fresh weights."""
-    options = config.model.model_dump(exclude={"pretrained_path"})
+    if config.model.type == "prx":
+        prx = PRXModel(config.model, null_text=config.diffusion.null_text, time_scale=config.flow.time_scale)
+        prx.gradient_checkpointing = bool(config.training.gradient_checkpointing)
+        return prx
+    options = config.model.model_dump(exclude={"pretrained_path", "type", "bottleneck_size", "resolution_embeds"})
     options["class_dropout"] = 0.0 if config.model.class_dropout == 0 else 0.1  # for the model: is there a null row?
     if config.repa.features is not None:
         repa = config.repa
@@ -157,11 +163,16 @@ def saved_settings(path: Path, find: Callable[[Path], Path] = find_checkpoint) -
     return load_saved(Config, settings), folder
 
 
+def run_of(folder: Path) -> Path:
+    """The folder of the run that a checkpoint belongs to."""
+    return folder.parent.parent if folder.parent.name == "checkpoints" else folder
+
+
 class Trained(NamedTuple):
     """A trained model with all that drawing and measuring need."""
 
     config: Config
-    model: DiTModel
+    model: DiTModel | PRXModel
     codec: Codec
     text_encoder: CaptionEncoder | None
     objective: Objective
@@ -181,10 +192,13 @@ def load_trained(
     *,
     device: torch.device,
     use_ema: bool = True,
+    ema_length: float | None = None,
     vae: str | None = None,
     text_encoder: str | None = None,
 ) -> Trained:
-    """Model, codec and text encoder of a run or one of its checkpoints; vae, text_encoder: in place of saved names."""
+    """Model, codec and text encoder of a run or one of its checkpoints. ema_length: of the average of the weights, as
+    a share of the run; vae, text_encoder: in place of saved names.
+    """
     path = Path(path)
     config, folder = saved_settings(path, open_run)
     for flag, name, section, kind in (
@@ -195,7 +209,10 @@ def load_trained(
             raise UserError(f"--{flag} {name}: this run's is of type {section.type}, which has no weights to replace")
         section.pretrained_model_name = name or section.pretrained_model_name
     model = build_model(config)
-    load_strict(model, load_weights(path if path.is_file() else folder, prefer_ema=use_ema), what=str(path))
+    weights = load_weights(path if path.is_file() else folder, prefer_ema=use_ema)
+    if ema_length is not None:
+        weights |= averaged_to(ema_length, folder, run_of(folder))
+    load_strict(model, weights, what=str(path))
     codec = make_vae(config)
     if codec.learns:
         places = [folder / CODEC_FILE, folder.parent / CODEC_FILE, folder.parent.parent / CODEC_FILE]

@@ -23,7 +23,7 @@ from float.data.clips import Clip
 from float.data.face import FaceBox
 from float.data.frames import ClipReader
 from float.data.media import is_silent, to_tensor
-from float.modules.audio import SAMPLE_RATE, AudioEncoder, LogMelEncoder, make_audio_encoder
+from float.modules.audio import SAMPLE_RATE, SPEECH_SPREAD, AudioEncoder, LogMelEncoder, make_audio_encoder
 from float.modules.emotion import EMOTIONS, Audio2Emotion, one_hot
 from float.weights.open import Autoencoder, weights_hash
 from shared.errors import BadSample, UserError, written_aside
@@ -54,6 +54,7 @@ class ClipEncoder:
         data, model = self.data, self.model
         settings: list[Any] = [FORMAT, data.video_fps, data.face_crop, data.emotion_source, self.flipped]
         settings += [data.feature_dtype, model.input_size, model.audio_features, model.only_last_features]
+        settings += [SPEECH_SPREAD] if isinstance(self.audio, LogMelEncoder) else []
         parts = [json.dumps(settings), weights_hash(self.autoencoder), weights_hash(self.audio)]
         parts += [weights_hash(self.recogniser)] if self.recogniser is not None else []
         return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]

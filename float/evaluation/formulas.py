@@ -63,14 +63,26 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 def best_lag(made: np.ndarray, true: np.ndarray, *, lags: int = LAGS) -> tuple[int, float]:
     """(lag, r) of the best correlation; a positive lag means that `made` comes later than `true`."""
-    count = min(len(made), len(true))
-    made, true = made[:count], true[:count]
+    return best_lag_of_clips([(made, true)], lags=lags)
+
+
+def best_lag_of_clips(pairs: list[tuple[np.ndarray, np.ndarray]], *, lags: int = LAGS) -> tuple[int, float]:
+    """best_lag over the frames of several clips (made, true) together, so that a clip in which nothing moves counts by
+    as little as it moves.
+    """
     found = {}
     for lag in range(-lags, lags + 1):
-        if count - abs(lag) >= 3:
-            found[lag] = correlation(made[max(lag, 0) : count + min(lag, 0)], true[max(-lag, 0) : count - max(lag, 0)])
+        made, true = zip(*(_shifted(*pair, lag) for pair in pairs), strict=True)
+        if all(len(piece) >= 3 for piece in made):
+            found[lag] = correlation(np.concatenate(made), np.concatenate(true))
     lag = max(found, key=lambda key: (found[key], -abs(key)))
     return lag, found[lag]
+
+
+def _shifted(made: np.ndarray, true: np.ndarray, lag: int) -> tuple[np.ndarray, np.ndarray]:
+    """What two curves have in common when `made` comes `lag` frames later."""
+    count = min(len(made), len(true))
+    return made[max(lag, 0) : count + min(lag, 0)], true[max(-lag, 0) : count - max(lag, 0)]
 
 
 def log_energy(wave: np.ndarray, *, fps: float, frames: int) -> np.ndarray:

@@ -1,7 +1,8 @@
 """A small network that reads the opening of the mouth off a frame, trained on true frames of rendered clips.
 
 It scores generated frames: what counts is what can be seen. Truth: mouth_open_px of the clips' motion tables, in
-pixels of the rendered picture. Pictures: float32 (B, 3, S, S) in [-1, 1].
+pixels of the rendered picture; for filmed clips how loud the person is, which true frames show. Pictures: float32
+(B, 3, S, S) in [-1, 1].
 """
 
 import math
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from float.data.clips import Clip, read_table
 from float.data.media import to_tensor
+from float.evaluation.formulas import log_energy
 from shared.errors import UserError, written_aside
 from shared.rng import keyed_generator
 
@@ -23,6 +25,7 @@ HEIGHT, WIDTH = 22, 28  # of the mouth as the meter sees it
 STEPS, BATCH, LEARNING_RATE = 500, 48, 2e-3
 SHIFT = 0.04  # largest random displacement of the box, share of the picture's side
 LOG_GAMMA, GAIN = 0.3, 0.3  # largest changes of a picture's gamma, and of a colour's gain
+LOUD_RANGE = 6.0  # nats of energy, 26 dB
 LEAST_SPREAD = 0.05  # added to the deviation of a crop's pixels
 _METER = 341  # random stream
 
@@ -84,6 +87,15 @@ def read_truth(clip: Clip) -> np.ndarray | None:
         return np.array([float(row["mouth_open_px"]) for row in read_table(clip.motion, ("mouth_open_px",))])
     except (ValueError, TypeError) as error:
         raise UserError(f"{clip.motion}: mouth_open_px must hold a number in every row ({error})") from None
+
+
+def loudness(wave: np.ndarray, *, fps: float, frames: int) -> np.ndarray:
+    """What stands for the opening where nobody measured it, (frames,): log energy of three frames on average, 0 at
+    LOUD_RANGE below the clip's loudest frame and less.
+    """
+    energy = log_energy(wave, fps=fps, frames=frames)
+    level = np.clip((energy - energy.max()) / LOUD_RANGE + 1, 0, 1)
+    return np.convolve(np.pad(level, 1, mode="edge"), np.ones(3) / 3, "valid")
 
 
 def train_meter(frames: list[np.ndarray], truths: list[np.ndarray], box: list[float], *, seed: int = 0) -> MouthMeter:

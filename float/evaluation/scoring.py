@@ -12,7 +12,7 @@ from float.data.clips import Clip
 from float.data.face import read_boxes
 from float.data.frames import ClipReader
 from float.data.media import to_tensor
-from float.evaluation.formulas import best_lag, correlation, log_energy, mouth_activity
+from float.evaluation.formulas import best_lag, best_lag_of_clips, correlation, log_energy, mouth_activity
 from float.evaluation.mouth_meter import MouthMeter, read_truth
 from float.modules.audio import frames_of
 from float.modules.emotion import one_hot
@@ -114,20 +114,32 @@ class Scorer:
     def score_generation(
         self, material: list[Material], sounds: list[Material], seeds: list[int]
     ) -> tuple[Scores, list[np.ndarray]]:
-        """Each held-out portrait with its own sound, and with every other sound as a contrast; means over seeds."""
+        """Each held-out portrait with its own sound, and with every other sound as a contrast; means over seeds.
+
+        *_person: all frames of a person's clips together, which a clip without speech, whose mouth hardly moves, does
+        not change; means over people and seeds.
+        """
         scores, made = Scores(), []
+        joined: dict[tuple[str | None, int], list[tuple[np.ndarray, np.ndarray]]] = {}  # by person and seed
+        contrast: dict[tuple[str | None, int], list[tuple[np.ndarray, np.ndarray]]] = {}  # by person and other sound
         config, data = self.animator.config, self.animator.config.data
         for item in material:
-            true, rows = self.reference(item), []
+            true, rows, person = self.reference(item), [], item.clip.identity
             for seed in seeds:
                 options = sampling_options(config, seed=seed)
                 frames = self.generate(item, item.wave, options)
                 if seed == seeds[0]:
                     made.append(frames)
-                rows.append(self._row(frames, true))
+                opening = self.opening(frames)
+                rows.append(_row(opening, true))
+                joined.setdefault((person, seed), []).append((opening, true))
             others = [other for other in sounds if other.clip.clip_id != item.clip.clip_id]
             options = sampling_options(config, seed=seeds[0])
-            wrong = [correlation(self.opening(self.generate(item, other.wave, options)), true) for other in others]
+            wrong = []
+            for k, other in enumerate(others):
+                opening = self.opening(self.generate(item, other.wave, options))
+                wrong.append(correlation(opening, true))
+                contrast.setdefault((person, k), []).append((opening, true))
             energy = log_energy(item.wave, fps=data.video_fps, frames=len(item.frames))
             scores.clips.append(
                 {
@@ -141,17 +153,22 @@ class Scorer:
         scores.values = _means(scores.clips)
         scores.values["mouth_r_margin"] = scores.values["mouth_r_own_sound"] - scores.values["mouth_r_other_sound"]
         scores.values["worst_lag_frames"] = max(row["worst_lag_frames"] for row in scores.clips)
+        own, wrong = ([best_lag_of_clips(pairs, lags=0)[1] for pairs in one.values()] for one in (joined, contrast))
+        scores.values["mouth_r_person"] = float(np.mean(own))
+        scores.values["mouth_r_person_margin"] = float(np.mean(own) - (np.mean(wrong) if wrong else 0.0))
+        lags = [abs(best_lag_of_clips(pairs)[0]) for pairs in joined.values()]
+        scores.values["worst_lag_frames_person"] = float(max(lags))
         return scores, made
 
-    def _row(self, frames: np.ndarray, true: np.ndarray) -> dict[str, float]:
-        opening = self.opening(frames)
-        count = min(len(opening), len(true))
-        lag, _ = best_lag(opening, true)
-        return {
-            "mouth_r_own_sound": correlation(opening, true),
-            "lag_frames": float(lag),
-            "std_ratio": float(opening[:count].std() / max(true[:count].std(), 1e-9)),
-        }
+
+def _row(opening: np.ndarray, true: np.ndarray) -> dict[str, float]:
+    count = min(len(opening), len(true))
+    lag, _ = best_lag(opening, true)
+    return {
+        "mouth_r_own_sound": correlation(opening, true),
+        "lag_frames": float(lag),
+        "std_ratio": float(opening[:count].std() / max(true[:count].std(), 1e-9)),
+    }
 
 
 def _means(rows: list[dict]) -> dict[str, float]:
@@ -180,7 +197,7 @@ def talking_sheet(
 
     order = np.argsort(-opening[: len(frames)])
     shown = sorted(order[np.linspace(0, len(order) - 1, SHEET_FRAMES).astype(int)])
-    figure, (above, below) = pyplot.subplots(2, 1, figsize=(12, 5), height_ratios=(2, 1.2), layout="constrained")
+    figure, (above, below) = pyplot.subplots(2, 1, figsize=(12, 4), height_ratios=(1.8, 1.7), layout="constrained")
     above.imshow(np.concatenate(list(frames[shown]), 1), interpolation="nearest")
     above.axis("off")
     time = np.arange(len(opening)) / fps

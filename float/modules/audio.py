@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.errors import UserError
+from shared.errors import UserError, opening
 
 if TYPE_CHECKING:
     from transformers import Wav2Vec2Config, Wav2Vec2Model
@@ -24,8 +24,11 @@ SAMPLE_RATE = 16000
 MEL_BANDS, SUB_FRAMES = 40, 4  # log-mel: bands, and 10 ms slices in one video frame of 40 ms
 WINDOW_SECONDS, FFT_SIZE = 0.025, 512
 SILENCE_POWER = 1e-8
+SPEECH_SPREAD = (
+    2.5  # least deviation of a clip's log energies that speech has; of speech at hand 2.7 to 4.9, of noise 0.65
+)
 SLICES_AT_ONCE = 2048  # of log-mel, so that long sound needs no large spectrum
-CHUNK_SAMPLES = 8 * SAMPLE_RATE  # that wav2vec2's convolutions take at once
+CHUNK_SAMPLES = SAMPLE_RATE  # that wav2vec2's convolutions take at once; longer ones take more memory and more time
 WHOLE_FRAMES = 1000  # a clip of so many frames (40 s) is heard whole
 CONTEXT_SECONDS = 4.0  # sound to either side of a piece of a longer one
 OLD_WEIGHT_NORM = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
@@ -62,7 +65,8 @@ def config_of(path: str) -> "Wav2Vec2Config":
             f"{path}: no wav2vec2 model here (config.json is missing); download the model's folder, give its path, "
             "or use --audio-features logmel, which needs none"
         )
-    return Wav2Vec2Config.from_pretrained(path)
+    with opening(f"wav2vec2 in {path}", "copy its config.json again"):
+        return Wav2Vec2Config.from_pretrained(path)
 
 
 def resample_features(features_BTc: Tensor, frames: int) -> Tensor:
@@ -94,7 +98,8 @@ class AudioEncoder(nn.Module):
         from transformers import Wav2Vec2Model
 
         config_of(path)
-        model = Wav2Vec2Model.from_pretrained(path, local_files_only=True)
+        with opening(f"--wav2vec-model-path {path}", "copy its files again, or use --audio-features logmel"):
+            model = Wav2Vec2Model.from_pretrained(path, local_files_only=True)
         return cls(model, only_last_features=only_last_features)
 
     def train(self, mode: bool = True) -> "AudioEncoder":
@@ -235,7 +240,8 @@ class LogMelEncoder(nn.Module):
     @torch.no_grad()
     def encode_clip(self, wave_n: Tensor, fps: float) -> Tensor:
         """A whole clip (n,) -> (T, 160), T = ceil(n fps / 16000); per band zero mean, all bands together unit
-        variance.
+        variance. Sound that changes less than speech, such as noise, is not blown up to it, and its level is that of
+        pauses, down to -1: a mouth stays shut on silence.
         """
         frames = frames_of(len(wave_n), fps)
         width = int(WINDOW_SECONDS * SAMPLE_RATE)
@@ -250,7 +256,9 @@ class LogMelEncoder(nn.Module):
             padded = F.pad(piece, (before, end - begin - before - len(piece)))
             place.copy_(self._log_energies(padded, block - block[0], width))
         level -= level.mean(0)
-        level /= level.std().clamp(min=0.1)
+        spread = level.std()
+        level /= spread.clamp(min=SPEECH_SPREAD)
+        level -= 1 - (spread / SPEECH_SPREAD).clamp(max=1)
         return level.reshape(frames, self.feature_width)
 
     def pieces(self, wave_n: Tensor, fps: float) -> Iterator[Tensor]:

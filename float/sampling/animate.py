@@ -23,6 +23,7 @@ from float.model import MotionGenerator, Pass
 from float.modules.audio import AudioEncoder, LogMelEncoder, frames_of, make_audio_encoder
 from float.modules.autoencoder import edit_motion
 from float.sampling.motion import SamplingOptions, sample_windows
+from float.sampling.still import StillHead
 from float.weights.open import Autoencoder, load_autoencoder, load_generator, make_generator
 from shared.config import load_saved
 from shared.engine.checkpoint import open_run
@@ -155,6 +156,13 @@ class Animator:
         windows = audio_windows(self.encoder, sound, fps=data.video_fps, length=data.sequence_length, stream=False)
         motions = self.motion_windows(windows, portrait.motion, emotion, options)
         return self.frames(portrait, motions, total=frames_of(len(wave), data.video_fps))
+
+    def part(self, portrait: Portrait, picture: np.ndarray, moving: str) -> Callable[[np.ndarray], np.ndarray]:
+        """What is shown of every frame: all of it, or the portrait's picture in which only face or lips move."""
+        if moving == "all":
+            return lambda frame: frame
+        rest = next(self.frames(portrait, iter([portrait.motion[None]]), total=1))
+        return StillHead(picture, rest, moving, self.config.data, has_face=self.framing is not None)
 
     def editor(self, targets: dict[int, float], deltas: dict[int, float]) -> Callable[[Tensor], Tensor] | None:
         """A function that edits motion latents along single directions; None when there is nothing to edit."""

@@ -11,11 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from shared.errors import BadSample
-from shared.media.pictures import as_rgb
+from shared.media.pictures import MOST_PIXELS, as_rgb
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-MAX_PIXELS = 100_000_000
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif")
 
 
@@ -30,8 +29,8 @@ def read_image(source: Path | bytes, *, max_side: int | None = None) -> Image.Im
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the cap below decides
             picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-            if picture.width * picture.height > MAX_PIXELS:
-                raise BadSample(f"{name}: {picture.width} x {picture.height} pixels, more than {MAX_PIXELS:,}")
+            if picture.width * picture.height > MOST_PIXELS:
+                raise BadSample(f"{name}: {picture.width} x {picture.height} pixels, more than {MOST_PIXELS:,}")
             if max_side is not None:
                 picture.draft("RGB", (max_side, max_side))
             return as_rgb(picture)
@@ -52,12 +51,6 @@ def normalise(pixels: Tensor) -> Tensor:
 @functools.cache
 def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.tensor(MEAN, device=device)[:, None, None], torch.tensor(STD, device=device)[:, None, None]
-
-
-def from_tensor(pixels_CHW: Tensor) -> Image.Image:
-    """The picture of a tensor that normalise made."""
-    values = pixels_CHW.permute(1, 2, 0).float().cpu() * torch.tensor(STD) + torch.tensor(MEAN)
-    return Image.fromarray((values.clamp(0, 1) * 255).round().to(torch.uint8).numpy())
 
 
 def center_crop(picture: Image.Image, size: int) -> Image.Image:

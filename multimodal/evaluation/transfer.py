@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 DRAWS = 2000
 SHORTEST = 3  # letters of a word that may name a class
-MOST = 0.2  # share of the items of a kind that a class may have
+FEWEST = 5  # classes, whose 120 orders can show a p below 0.01
+NEAREST = 5
 # Words that captions of anything hold, and that name nothing to be seen and heard.
 PLAIN = frozenset(
     """the and with for from that this are was has its one two three four five some several single other over under into
@@ -26,57 +27,67 @@ PLAIN = frozenset(
 )
 
 
-def words_of(captions: list[str]) -> set[str]:
-    """The words of an item's captions that may name what it is, plurals without their s."""
-    found = {word for text in captions for word in re.findall("[a-z]+", text.lower())}
-    found = {word.removesuffix("s") if len(word) > SHORTEST + 1 else word for word in found}
-    return {word for word in found if len(word) >= SHORTEST and word not in PLAIN and f"{word}s" not in PLAIN}
+def names_of(captions: list[str]) -> set[str]:
+    """The words that name an item: those in more than half of its captions, plurals without their s. What single
+    captions say besides, such as `upward` or `bright`, names no class.
+    """
+    counts: Counter[str] = Counter()
+    for text in captions:
+        words = set(re.findall("[a-z]+", text.lower()))
+        counts.update({word.removesuffix("s") if len(word) > SHORTEST + 1 else word for word in words})
+    usual = {word for word, count in counts.items() if 2 * count > len(captions) and len(word) >= SHORTEST}
+    return {word for word in usual if word not in PLAIN and f"{word}s" not in PLAIN}
 
 
 def transfer(splits: dict[str, "Split"]) -> dict[str, float | list[str]]:
-    """Picture-to-sound retrieval over the classes that captions of both name: mean precision at 5, what random sounds
-    would give, and the p of a permutation of the sounds; {} where fewer than three classes are named by both.
+    """Picture-to-sound retrieval over the classes that captions of both name, each class counted once: the share of a
+    class' sounds among the five nearest to its pictures, AUC (the chance that a sound of the class lies nearer than
+    another), what other classes' pictures give, and p, how often classes in a random order do as well. {} where
+    fewer than five classes are named by both.
+
+    Whole classes are exchanged, not single sounds: those of one instrument resemble each other, and a test that takes
+    them apart would find what is not there.
     """
-    pictures = [split for split in splits.values() if split.kind == "image" and split.captions_CE is not None]
-    sounds = [split for split in splits.values() if split.kind == "audio" and split.captions_CE is not None]
-    if not pictures or not sounds:
+    kinds = [
+        [split for split in splits.values() if split.kind == kind and split.captions_CE is not None]
+        for kind in ("image", "audio")
+    ]
+    named = [[names_of(texts) for split in own for texts in captions_by_item(split)] for own in kinds]
+    classes = sorted(set().union(*named[0]) & set().union(*named[1]))
+    if len(classes) < FEWEST:
         return {}
-    named = [[words_of(texts) for split in part for texts in captions_by_item(split)] for part in (pictures, sounds)]
-    shared = _names(named[0]) & _names(named[1])
-    picture_rows = [row for row, words in enumerate(named[0]) if words & shared]
-    sound_rows = [row for row, words in enumerate(named[1]) if words & shared]
-    if len(shared) < 3 or len(picture_rows) < 3 or len(sound_rows) < 6:
-        return {}
-    pictures_PE = np.concatenate([split.items_IE.numpy() for split in pictures])[picture_rows]
-    sounds_SE = np.concatenate([split.items_IE.numpy() for split in sounds])[sound_rows]
+    places = [[row for row, words in enumerate(own) if words.intersection(classes)] for own in named]
+    pictures_PE, sounds_SE = (
+        np.concatenate([split.items_IE.numpy() for split in own])[rows] for own, rows in zip(kinds, places, strict=True)
+    )
     # What a modality has in common says nothing of a single picture or sound: the embeddings of each lie in a cone of
     # their own, and without its mean the same few sounds would be near every picture.
     pictures_PE, sounds_SE = (rows - rows.mean(0) for rows in (pictures_PE, sounds_SE))
     sounds_SE /= np.linalg.norm(sounds_SE, axis=1, keepdims=True) + 1e-9
-    scores_PS = pictures_PE @ sounds_SE.T
-    words_S = [named[1][row] & shared for row in sound_rows]
-    right_PS = np.array([[bool(named[0][row] & own) for own in words_S] for row in picture_rows])
-    nearest = np.argsort(-scores_PS, axis=1, kind="stable")[:, :5]
-
-    def precision(right: np.ndarray) -> float:
-        return float(np.take_along_axis(right, nearest, 1).mean())
-
-    own, generator = precision(right_PS), np.random.default_rng(0)
-    drawn = [precision(right_PS[:, generator.permutation(len(sound_rows))]) for _ in range(DRAWS)]
+    order_PS = np.argsort(-(pictures_PE @ sounds_SE.T), axis=1, kind="stable")
+    of_PC, of_SC = (
+        np.array([[name in own[row] for name in classes] for row in rows], float)
+        for own, rows in zip(named, places, strict=True)
+    )
+    weight_CP = (of_PC / of_PC.sum(0)).T
+    nearest_CC = weight_CP @ of_SC[order_PS[:, :NEAREST]].mean(1)  # pictures of a class by sounds of a class
+    rank_PS = order_PS.argsort(1)
+    count_C = of_SC.sum(0)
+    before = rank_PS @ of_SC - count_C * (count_C - 1) / 2  # pairs of a sound of the class and one of others before it
+    auc_CC = weight_CP @ (1 - before / (count_C * np.maximum(len(of_SC) - count_C, 1)))
+    generator = np.random.default_rng(0)
+    own = float(np.trace(auc_CC))
+    drawn = [auc_CC[range(len(classes)), generator.permutation(len(classes))].sum() for _ in range(DRAWS)]
     return {
-        "pictures": len(picture_rows),
-        "sounds": len(sound_rows),
-        "classes": sorted(shared),
-        "precision@5": own,
-        "chance": float(right_PS.mean()),
-        "p": (1 + sum(value >= own for value in drawn)) / (1 + DRAWS),
+        "pictures": len(of_PC),
+        "sounds": len(of_SC),
+        "classes": classes,
+        f"precision@{NEAREST}": float(np.trace(nearest_CC)) / len(classes),
+        "chance": float(nearest_CC.mean()),
+        "AUC": own / len(classes),
+        "AUC_chance": float(auc_CC.mean()),
+        "p": (1 + sum(bool(value >= own - 1e-9) for value in drawn)) / (1 + DRAWS),
     }
-
-
-def _names(words_by_item: list[set[str]]) -> set[str]:
-    """The words that name some of the items, not many of them: `hand` in a third of the pictures names no class."""
-    counts = Counter(word for words in words_by_item for word in words)
-    return {word for word, count in counts.items() if count <= MOST * len(words_by_item)}
 
 
 def captions_by_item(split: "Split") -> list[list[str]]:

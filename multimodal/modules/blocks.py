@@ -9,7 +9,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
+
+from shared.engine.recompute import checkpoint
 
 HEAD_WIDTH = 64
 CHUNKED_FROM = 1024  # tokens from which `auto` avoids attention that would build the whole matrix
@@ -31,9 +32,7 @@ def chunked_attention(
             scores = scores.masked_fill(~mask, float("-inf"))
         return torch.matmul(scores.softmax(-1).to(value.dtype), value)
 
-    parts = [
-        checkpoint(attend, query, key_BHNK, value_BHNK, use_reentrant=False) for query in query_BHNK.split(chunk, 2)
-    ]
+    parts = [checkpoint(attend, query, key_BHNK, value_BHNK) for query in query_BHNK.split(chunk, 2)]
     return torch.cat(parts, 2)
 
 
@@ -74,6 +73,19 @@ class QueryKeyValue(nn.Linear):
         return rearrange(mixed_BHK, "B H K -> B 1 (H K)").to(x_BND.dtype)
 
 
+class AddedLinear(nn.Linear):
+    """residual + linear(x): the product is summed onto the residual, which spares a pass over memory."""
+
+    def forward(self, x_BND: Tensor, residual_BND: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """(B, N, D), without a residual the linear alone."""
+        if residual_BND is None:
+            return super().forward(x_BND)
+        if not x_BND.dtype == residual_BND.dtype == self.weight.dtype:  # autocast, which knows no addmm_
+            return residual_BND + super().forward(x_BND)
+        total = (residual_BND.flatten(0, 1) + self.bias).addmm_(x_BND.flatten(0, 1), self.weight.t())
+        return total.unflatten(0, residual_BND.shape[:2])
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one fused QKV linear.
 
@@ -84,12 +96,18 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kind, self.chunk = heads, kind, chunk
         self.qkv = QueryKeyValue(width, heads)
-        self.output = nn.Linear(width, width)
+        self.output = AddedLinear(width, width)
 
-    def forward(self, x_BND: Tensor, mask_BN: Tensor | None = None, first_only: bool = False) -> Tensor:
+    def forward(
+        self,
+        x_BND: Tensor,
+        mask_BN: Tensor | None = None,
+        first_only: bool = False,
+        residual_BND: Tensor | None = None,
+    ) -> Tensor:
         """mask_BN: bool, True where a token may be attended to; every row has at least one. first_only: (B, 1, D)."""
         if first_only:
-            return self.output(self.qkv(x_BND, mask_BN, first_only=True))
+            return self.output(self.qkv(x_BND, mask_BN, first_only=True), residual_BND)
         tokens = x_BND.shape[1]
         query, key, value = (rearrange(part, "B N (H K) -> B H N K", H=self.heads) for part in self.qkv(x_BND))
         mask = None if mask_BN is None else rearrange(mask_BN, "B N -> B 1 1 N")
@@ -100,7 +118,7 @@ class Attention(nn.Module):
             mixed = chunked_attention(query, key, value, mask, self.chunk)
         else:
             mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self.output(rearrange(mixed, "B H N K -> B N (H K)"))
+        return self.output(rearrange(mixed, "B H N K -> B N (H K)"), residual_BND)
 
 
 class Block(nn.Module):
@@ -112,14 +130,17 @@ class Block(nn.Module):
         self.attention = Attention(width, heads, kind=kind, chunk=chunk)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.expand = nn.Linear(width, 4 * width)
-        self.contract = nn.Linear(4 * width, width)
+        self.contract = AddedLinear(4 * width, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_BND: Tensor, mask_BN: Tensor | None = None, first_only: bool = False) -> Tensor:
         """first_only: the first token's output (B, 1, D), for a last block of which nothing else is read."""
-        mixed = self.attention(self.norm1(x_BND), mask_BN, first_only)
-        x_BND = (x_BND[:, :1] if first_only else x_BND) + self.dropout(mixed)
-        return x_BND + self.dropout(self.contract(functional.gelu(self.expand(self.norm2(x_BND)))))
+        first = x_BND[:, :1] if first_only else x_BND
+        if self.training and self.dropout.p:
+            x_BND = first + self.dropout(self.attention(self.norm1(x_BND), mask_BN, first_only))
+            return x_BND + self.dropout(self.contract(functional.gelu(self.expand(self.norm2(x_BND)))))
+        x_BND = self.attention(self.norm1(x_BND), mask_BN, first_only, first)
+        return self.contract(functional.gelu(self.expand(self.norm2(x_BND))), x_BND)
 
 
 class Tower(nn.Module):
@@ -138,7 +159,7 @@ class Tower(nn.Module):
         for number, block in enumerate(self.blocks, 1):
             first = first_only and number == self.depth
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                x_BND = checkpoint(block, x_BND, mask_BN, first, use_reentrant=False)
+                x_BND = checkpoint(block, x_BND, mask_BN, first)
             else:
                 x_BND = block(x_BND, mask_BN, first)
         return self.norm(x_BND)

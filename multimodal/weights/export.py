@@ -3,7 +3,8 @@
   python multimodal/weights/export.py --checkpoint OUT --form transformers --output DIR
   python multimodal/weights/export.py --checkpoint OUT --form open_clip --output DIR
 transformers: AutoModel.from_pretrained(DIR, trust_remote_code=True), with AutoTokenizer, AutoImageProcessor and, in
-DIR/audio, AutoFeatureExtractor. open_clip: the picture and text towers by open_clip's names, with its configuration.
+DIR/audio, AutoFeatureExtractor. open_clip: the picture and text towers by open_clip's names, with its configuration;
+it has no place for a linear path, so that the model must be trained with --linear-path false.
 """
 
 import json
@@ -193,11 +194,11 @@ def to_open_clip(network: MultimodalModel, tokenizer: TextTokenizer, payload: di
     """
     config = network.config
     if config["linear_path"]:
-        raise UserError("--form open_clip: it has no linear path, which this model adds; use --form transformers")
-    if config["contrastive_loss"] != "infonce":
-        bias: float | None = float(network.bias)
-    else:
-        bias = None
+        raise UserError(
+            "--form open_clip: it has no linear path, which this model has; use --form transformers, or train with "
+            "--linear-path false"
+        )
+    bias = None if config["contrastive_loss"] == "infonce" else float(network.bias)
     widths = SIZES[config["size"]]
     norm = {"eps": 1e-6}
     tree = {

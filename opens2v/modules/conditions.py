@@ -26,6 +26,7 @@ from opens2v.modules.encoders import (
     load_umt5,
     load_wan_vae,
 )
+from shared.data import sent
 from shared.engine.checkpoint import load_strict, load_weights
 from shared.errors import UserError
 from shared.flow import drop_per_sample
@@ -96,9 +97,9 @@ class Encoders:
     def encode_text(self, texts: list[str]) -> Tensor:
         """float32 (B, R, D) on the run's device."""
         if self.text is not None:
-            return self.text(texts).to(self.device)
+            return sent(self.text(texts), self.device)
         assert self.stored is not None  # the text encoder is left out only where text is cached
-        return torch.stack([self.stored.text(text) for text in texts]).to(self.device)
+        return sent(torch.stack([self.stored.text(text) for text in texts]), self.device)
 
     def encode_pictures(self, pixels: Tensor) -> Tensor | None:
         """CLIP-normalised (B, N, 3, S, S) -> tokens (B, N, T, C); None where there is no CLIP path."""

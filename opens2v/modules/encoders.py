@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from opens2v.data.subjects import CLIP_MEAN, CLIP_STD
-from shared.errors import UserError
+from shared.errors import UserError, opening
 from shared.rng import keyed_generator
 
 if TYPE_CHECKING:  # the libraries load when an encoder is built
@@ -299,7 +299,8 @@ def load_wan_vae(base_model_path: str | None, dtype: torch.dtype = torch.float32
     path = _folder(base_model_path, "vae", "the video VAE")
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
-    return WanVAE(AutoencoderKLWan.from_pretrained(str(path), torch_dtype=dtype))
+    with opening(f"the video VAE {path}", "download its files again"):
+        return WanVAE(AutoencoderKLWan.from_pretrained(str(path), torch_dtype=dtype))
 
 
 def load_umt5(base_model_path: str | None, rows: int = TEXT_ROWS, dtype: torch.dtype = torch.bfloat16) -> UMT5Text:
@@ -307,8 +308,9 @@ def load_umt5(base_model_path: str | None, rows: int = TEXT_ROWS, dtype: torch.d
     encoder, tokenizer = (_folder(base_model_path, name, "the text encoder") for name in ("text_encoder", "tokenizer"))
     from transformers import AutoTokenizer, UMT5EncoderModel
 
-    model = UMT5EncoderModel.from_pretrained(str(encoder), dtype=dtype)
-    return UMT5Text(model, AutoTokenizer.from_pretrained(str(tokenizer)), rows)
+    with opening(f"the text encoder {encoder} with {tokenizer}", "download its files again"):
+        model = UMT5EncoderModel.from_pretrained(str(encoder), dtype=dtype)
+        return UMT5Text(model, AutoTokenizer.from_pretrained(str(tokenizer)), rows)
 
 
 def load_clip(image_encoder_path: str | None, dtype: torch.dtype = torch.bfloat16) -> ClipImages:
@@ -320,4 +322,5 @@ def load_clip(image_encoder_path: str | None, dtype: torch.dtype = torch.bfloat1
         )
     from transformers import CLIPVisionModel
 
-    return ClipImages(CLIPVisionModel.from_pretrained(str(image_encoder_path), dtype=dtype))
+    with opening(f"image_encoder_path {image_encoder_path}", "download its files again"):
+        return ClipImages(CLIPVisionModel.from_pretrained(str(image_encoder_path), dtype=dtype))

@@ -24,7 +24,8 @@ from opens2v.weights.wan import cast_base, holds_fused_path, load_generator_chec
 from shared.data import BatchPlan, MapStream
 from shared.engine.checkpoint import find_checkpoint
 from shared.engine.dist import DistInfo, barrier
-from shared.errors import UserError, written_aside
+from shared.engine.recompute import checkpoint
+from shared.errors import Stopped, UserError, written_aside
 from shared.loop import FitResult, fit
 from shared.rng import keyed_generator, keyed_rand, keyed_randn, seed_everything
 
@@ -69,7 +70,7 @@ def prepare_generator(config: Config, model: RefWanTransformer3DModel, *, precis
             target_modules=adapter.target_modules, scope=adapter.scope,
         )  # fmt: skip
     if config.training.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+        model.enable_gradient_checkpointing(checkpoint)
     trainable = enable_trainable(model, train_fused_path=config.model.train_fused_path)
     cast_base(model, {"fp32": torch.float32, "bf16": torch.bfloat16}[config.model.base_dtype])
     if precision == "fp32":
@@ -245,7 +246,7 @@ def _stream(config: Config, dataset: Samples, info: DistInfo) -> MapStream:
 def _take(result: FitResult, folder: Path, name: str, path: Path, steps: int, info: DistInfo) -> None:
     """Put the file that the last checkpoint of a finished phase holds where the next phase looks for it."""
     if result.step < steps:
-        raise UserError(f"{folder}: stopped at step {result.step} of {steps}; the same command goes on from there")
+        raise Stopped(f"{folder}: stopped at step {result.step} of {steps}; the same command goes on from there")
     if info.is_main:
         # A run that was killed after its last save has trained nothing now: then the newest complete one is taken.
         checkpoint = result.checkpoint or find_checkpoint(folder)

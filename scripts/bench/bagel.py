@@ -44,7 +44,7 @@ def settings(*words: str) -> Config:
     return complete(load_config(Config, presets=PRESETS, argv=["--config", *words]))
 
 
-def build(attention: str = "sliced", layers: int = 4, width: int = 256) -> Bagel:
+def build(layers: int = 4, width: int = 256) -> Bagel:
     """A model of 11.3 M parameters, or of another depth or width."""
     language = LanguageConfig(
         vocab_size=8192, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
@@ -54,7 +54,7 @@ def build(attention: str = "sliced", layers: int = 4, width: int = 256) -> Bagel
         hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, patch_size=14,
         image_size=224,
     )  # fmt: skip
-    return Bagel(ModelConfig(language=language, vision=vision, max_latent_size=16, attention=attention)).initialize()
+    return Bagel(ModelConfig(language=language, vision=vision, max_latent_size=16)).initialize()
 
 
 def make_pack(repeats: int = 1) -> dict[str, Any]:
@@ -119,27 +119,19 @@ def sample_packs(config: Config, count: int) -> tuple[list[dict], list[dict]]:
 
 
 def peers(bench: Bench) -> None:
-    """Packed against padded on the sample data; the sliced attention against dense masks."""
+    """Packed against padded on the sample data."""
     for budget, count in ((1024, 4), (4096, 1)):
         config = settings("small_captions", "--tokens-per-batch", str(budget))
         packed, padded = sample_packs(config, count)
         useful, filled = (sum(pack["sequence_length"] for pack in packs) for packs in (packed, padded))
         model = read_config(config.model)
         rows = load_tokenizer(model).vocab_size
-        ours, theirs = (
-            build_model(model.model_copy(update={"attention": attention}), rows=rows)
-            for attention in ("sliced", "dense")
-        )
+        ours, theirs = (build_model(model, rows=rows) for _ in range(2))
         note = f"{count} packs of the sample data, small preset: {useful:,} useful tokens, {filled:,} with padding"
         bench.pair(
             f"useful token, packs of {budget:,}", step_over(ours, packed), step_over(theirs, padded),
-            peer="padded batch, dense masks", bar=0.6, work=(useful, useful), note=note,
+            peer="padded batch", bar=0.6, work=(useful, useful), note=note,
         )  # fmt: skip
-    pack, count = make_pack(), sum(parameter.numel() for parameter in build().parameters())
-    bench.pair(
-        "step, 1072 tokens of five samples", step_over(build(), [pack]), step_over(build("dense"), [pack]),
-        peer="dense masks by sample", note=f"{count:,} parameters",
-    )  # fmt: skip
 
 
 def precision(bench: Bench) -> None:

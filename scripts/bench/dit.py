@@ -69,6 +69,20 @@ def text_models() -> tuple[nn.Module, nn.Module]:
     return ours, theirs
 
 
+def prx_models() -> tuple[nn.Module, nn.Module]:
+    """Ours with the parts of a recipe of today, and diffusers' PRX: latents of 32 x 32 with 16 channels; 12 layers."""
+    from diffusers import PRXTransformer2DModel
+
+    ours = DiTModel(
+        WIDTH, LAYERS, HEADS, input_size=32, in_channels=16, use_pooled_text=False, text_dim=TEXT_DIM,
+        text_len=TEXT_TOKENS, norm="rmsnorm", cross_norm="rmsnorm", qk_norm=True, mlp="swiglu", pos="rope2d",
+    )  # fmt: skip
+    theirs = PRXTransformer2DModel(
+        context_in_dim=TEXT_DIM, hidden_size=WIDTH, num_heads=HEADS, depth=LAYERS, axes_dim=[WIDTH // HEADS // 2] * 2
+    )
+    return ours, theirs
+
+
 def class_step(model: nn.Module, batch: int = 4) -> tuple:
     """The inputs of a step and the step of ours: (x, t, labels, target, job)."""
     x, target = torch.randn(2, batch, 4, 16, 16)
@@ -98,6 +112,13 @@ def peers(bench: Bench) -> None:
 
     sizes = f"{_count(ours):,} and {_count(theirs):,} parameters, 256 tokens, {TEXT_TOKENS} of text, batch 1"
     bench.training_pair("text-to-image step", own, training_step(theirs, loss), peer="diffusers PixArt", note=sizes)
+
+    modern, prx = prx_models()
+    x16, target16 = torch.randn(2, 1, 16, 32, 32)
+    own = training_step(modern, lambda: (modern(x16, t, text, text_mask=mask) - target16).square().mean())
+    other = training_step(prx, lambda: (prx(x16, t, text, attention_mask=mask).sample - target16).square().mean())
+    sizes = f"{_count(modern):,} and {_count(prx):,} parameters, 256 tokens, {TEXT_TOKENS} of text, batch 1"
+    bench.training_pair("text-to-image step, recipe of today", own, other, peer="diffusers PRX", note=sizes)
     cached_pair(bench)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1", DO_NOT_TRACK="1")
 
 import gradio as gr  # noqa: E402
+from PIL import Image  # noqa: E402
 
 from scripts.demo.jobs import PYTHON, ROOT, JobError, Jobs, text_of  # noqa: E402
 
@@ -25,6 +26,7 @@ SYSTEMS = ("float", "opens2v", "bagel", "dit", "multimodal")
 LARGEST_UPLOAD = "30mb"
 LONGEST_SOUND = 120  # seconds
 WAITING = 16  # visitors in the queue
+SEEN_SIDE = 256  # pixels; smaller pictures are enlarged in the chat
 EMOTIONS = ["S2E", "angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"]
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 PROGRESS = gr.Progress()  # Gradio finds it among the defaults of a function and hands in one for each visitor
@@ -125,7 +127,7 @@ class Demo:
         if made.suffix == ".txt":
             answer: Any = made.read_text(encoding="utf-8").strip() or "(no words)"
         else:
-            answer, picture = {"path": str(made)}, str(made)
+            answer, picture = {"path": str(enlarged(made))}, str(made)
         yield [*history, {"role": "assistant", "content": answer}], picture, None, "done"
 
     def draw(self, prompt, count, sampler, steps, guidance, seed, checkpoint, request: gr.Request, progress=PROGRESS):
@@ -212,10 +214,11 @@ class Demo:
 
     def _opens2v(self) -> None:
         with gr.Row():
-            subject = gr.Image(self.example("subject"), type="filepath", label="subject", buttons=SEEN)
+            # image_mode None: a cut-out keeps its transparency; "RGB" shows whatever colours lie under it
+            subject = gr.Image(self.example("subject"), type="filepath", label="subject", buttons=SEEN, image_mode=None)
             video = gr.Video(label="video", autoplay=True, loop=True, buttons=SEEN[:1])
         prompt = gr.Textbox(
-            "a big subject moves to the right on a blue background", label="what happens", max_length=500
+            "a big penguin moves to the right on a yellow background", label="what happens", max_length=500
         )
         with gr.Row():
             steps = gr.Slider(1, 100, 20, step=1, label="steps")
@@ -227,7 +230,7 @@ class Demo:
     def _bagel(self) -> None:
         chat, picture = gr.Chatbot(label="conversation", height=420, buttons=["copy"]), gr.State(None)
         message = gr.MultimodalTextbox(
-            {"text": "a big sparkling heart in the upper left corner on a red background", "files": []},
+            {"text": "a big dog in the upper left corner on a blue background", "files": []},
             file_types=["image"],
             label="message",
             submit_btn=False,
@@ -235,14 +238,17 @@ class Demo:
         with gr.Row():
             task = gr.Radio(["draw", "edit", "answer", "write"], value="draw", label="the model shall")
             points = gr.Slider(2, 100, 25, step=1, label="points of the time grid")
-        gr.Markdown("Edits and answers look at the last picture of the conversation.")
+        gr.Markdown(
+            "Edits and answers look at the last picture of the conversation. The small model knows a few sentences: "
+            "*what is in the picture?*, *what colour is the background?*, *make the background green*."
+        )
         checkpoint, start, state = self._bottom("bagel", "Send")
         inputs = [message, task, chat, picture, points, checkpoint]
         gr.on([start.click, message.submit], self.chat, inputs, [chat, picture, message, state])
 
     def _dit(self) -> None:
         prompt = gr.Textbox(
-            "a big sparkling heart in the upper left corner on a red background", label="sentence", max_length=500
+            "a big ambulance in the upper left corner on a blue background", label="sentence", max_length=500
         )
         pictures = gr.Gallery(label="pictures", columns=4, height=320, object_fit="contain", buttons=SEEN)
         with gr.Row():
@@ -270,6 +276,18 @@ class Demo:
         checkpoint, start, state = self._bottom("multimodal", "Search")
         inputs = [folder, kind, text, picture, sound, count, checkpoint]
         start.click(self.search, inputs, [gallery, table, state])
+
+
+def enlarged(path: Path) -> Path:
+    """The picture itself, or, where it is too small to see in a chat, a copy of whole-numbered size beside it."""
+    with Image.open(path) as picture:
+        factor = SEEN_SIDE // max(picture.size)
+        if factor < 2:
+            return path
+        larger = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
+    copy = path.with_stem(f"{path.stem}_large")
+    larger.save(copy)
+    return copy
 
 
 def told(what: Exception | str) -> gr.Error:

@@ -21,7 +21,7 @@ def main(folder: Path) -> None:
     shutil.copy(ROOT / "float" / "sample_data" / "audio" / "th009.wav", folder / "speech.wav")
     pictures = sorted((ROOT / "bagel" / "sample_data" / "images").glob("*.jpg"))
     shutil.copy(pictures[len(pictures) // 2], folder / "picture.jpg")
-    subjects = sorted((ROOT / "opens2v" / "sample_data" / "subject_crops").rglob("*.png")) or pictures
+    subjects = sorted((ROOT / "opens2v" / "sample_data" / "subject_crops").rglob("*_penguin.png")) or pictures
     shutil.copy(subjects[0], folder / f"subject{subjects[0].suffix}")
     sounds = sorted(
         path for path in (ROOT / "multimodal" / "sample_data").rglob("*") if path.suffix in (".wav", ".flac", ".ogg")

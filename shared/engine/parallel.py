@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -29,11 +30,17 @@ from shared.optim import adamw
 class DDP(Strategy):
     """Every rank holds everything; gradients are averaged in the last micro-step."""
 
+    def __init__(self, *arguments: Any, in_bf16: bool = False):
+        super().__init__(*arguments)
+        self.in_bf16 = in_bf16
+
     def _wrap(self, groups: list[dict]) -> None:
         ids = [self.info.device.index] if self.info.device.type == "cuda" else None
         self.model = self.replicas = DistributedDataParallel(
             self.module, device_ids=ids, gradient_as_bucket_view=True, forward_sync_buffers=False
         )
+        if self.in_bf16:
+            self.replicas.register_comm_hook(None, bf16_compress_hook)
         self.optimizer = adamw(groups, self.parameters, self.training)
 
     def micro_step(self, is_last: bool) -> contextlib.AbstractContextManager:
@@ -146,6 +153,8 @@ def check_strategy(run: RunSection, world: int) -> str:
         raise UserError(f"--cpu-offload works with the strategies fsdp, zero1, zero2 and zero3, not with {name}")
     if run.fsdp_replicas > 1 and name != "fsdp":
         raise UserError(f"--fsdp-replicas {run.fsdp_replicas} works with the strategy fsdp, not with {name}")
+    if run.ddp_bf16 and name != "ddp":
+        raise UserError(f"--ddp-bf16 works with the strategy ddp, not with {name}; --precision bf16 is for all")
     if world % run.fsdp_replicas:
         fits = [count for count in range(1, world + 1) if world % count == 0]
         raise UserError(
@@ -164,7 +173,7 @@ def make_strategy(run: RunSection, info: DistInfo, precision: str, training: Tra
         return Strategy(name, info, precision, training)
     ensure_group()
     if name == "ddp":
-        return DDP(name, info, precision, training)
+        return DDP(name, info, precision, training, in_bf16=run.ddp_bf16)
     if name == "fsdp":
         return FSDP(name, info, precision, training, run.cpu_offload, replicas=run.fsdp_replicas)
     from shared.engine.zero import Zero  # DeepSpeed takes a second to import: only where it is used

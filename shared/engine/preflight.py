@@ -69,6 +69,10 @@ def _check(
         _check_batch(phase.training, info.world)
         _check_workers(phase.training.num_workers)
         check_shared_memory(phase.training.num_workers)
+    if training.keep_products and not training.gradient_checkpointing:
+        raise UserError("--keep-products says what --gradient-checkpointing keeps: give that too")
+    if training.keep_products and training.compile:
+        raise UserError("--keep-products looks into the blocks that --compile closes: give one of them")
     if training.total_steps is None and training.num_epochs is None:
         raise UserError("neither total_steps nor num_epochs is set; give --total-steps N or --num-epochs N")
     _check_loggers(run)

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from shared.engine.strategy import MOMENTS, StepInfo, Strategy
 from shared.errors import UserError
-from shared.optim import adamw
+from shared.optim import adamw, zero_bucket
 
 
 def import_deepspeed():
@@ -58,11 +58,18 @@ class Zero(Strategy):
             parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._seen.add(name))
 
     def _settings(self) -> dict:
+        bucket = zero_bucket(sum(p.numel() for p in self.parameters.values()))
         settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,  # the loop owns the micro-steps, see micro_step
             "gradient_clipping": self.training.max_grad_norm or 0.0,
-            "zero_optimization": {"stage": self.stage, "stage3_param_persistence_threshold": 0, "overlap_comm": False},
+            "zero_optimization": {
+                "stage": self.stage,
+                "stage3_param_persistence_threshold": 0,
+                "overlap_comm": False,
+                "reduce_bucket_size": bucket,  # memory of this size is taken; DeepSpeed's own is 2 GB in fp32
+                "allgather_bucket_size": bucket,
+            },
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,

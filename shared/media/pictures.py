@@ -2,15 +2,20 @@
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+MOST_PIXELS = 100_000_000  # of a picture; decoding one takes half a GB
 
 
 def as_rgb(image: Image.Image, *, upright: bool = True) -> Image.Image:
     """RGB of 8 bits: turned by its EXIF note when `upright`, 16 bits scaled to 8, transparency laid on white.
 
-    Decodes the picture, so Pillow's errors for broken files (OSError, ValueError, SyntaxError) come up here.
+    Decodes the picture, so Pillow's errors for broken files (OSError, ValueError, SyntaxError) come up here; one of
+    more than MOST_PIXELS is refused before, as an OSError.
     """
+    if image.width * image.height > MOST_PIXELS:
+        raise UnidentifiedImageError(f"{image.width} x {image.height} pixels, more than {MOST_PIXELS:,}")
     image.load()
     if upright:
         image = ImageOps.exif_transpose(image)

@@ -7,7 +7,7 @@ import math
 import re
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from shared.config import RunSection, TrainingSection, accumulation_steps, checkpoint_bytes, writes_shards
 from shared.engine.strategy import units_of
 from shared.errors import UserError
+from shared.optim import zero_bucket
 
 ASSUMED_UTILISATION = 0.40  # share of the matrix peak that a well-fed transformer step reaches; printed with the time
 
@@ -99,6 +100,22 @@ class FrozenPart:
     precision: str | None = None
 
 
+@dataclass(frozen=True)
+class Moment:
+    """Bytes after a gradient of the backward is complete, until the next one is: activations go as gradients come."""
+
+    scattered: int  # gradients of the units that are through
+    whole: int  # gradients of the unit at work and of what lies in no unit
+    flat: int  # those of `whole` that would be scattered together, were this one the last of them
+    then: int  # other tensors when it came
+    others: int  # most other tensors until the next one
+
+    @property
+    def gradients(self) -> int:
+        """All so far."""
+        return self.scattered + self.whole
+
+
 @dataclass
 class Measured:
     """What one symbolic micro-step showed."""
@@ -109,11 +126,32 @@ class Measured:
     frozen_bytes: int
     forward_flops: float
     step_flops: float  # forward and backward, with what checkpointing computes again
-    peak_bytes: int  # largest sum of live tensors besides the parameters, gradients included
-    activation_bytes: int  # the same without the gradients of parameters
-    block_bytes: int  # the largest unit that fsdp and zero3 gather
-    recomputed_flops: float = 0.0  # of step_flops
+    live: tuple["Moment", ...] = ()
+    unit: int = 0  # parameters of the largest unit that fsdp and zero3 gather
+    in_units: int = 0  # parameters that are in units
+    gathered: int = 0  # the same, as often as a forward pass calls each unit
     root: int = 0  # parameters that are in no unit
+    block_bytes: int = 0  # of both
+    recomputed_flops: float = 0.0  # of step_flops
+
+    def live_bytes(self, share: float) -> int:
+        """Most bytes at one time where a rank keeps this share of every gradient that is complete."""
+        return max((math.ceil(moment.others + share * moment.gradients) for moment in self.live), default=0)
+
+    def sharded_bytes(self, share: float, width: int, *, kept: bool = False) -> int:
+        """The same under FSDP2, with the weights gathered at that time in `width` bytes a number.
+
+        As counted on CPU ranks: what lies in no unit is there throughout; a unit and the next one, which comes flat and
+        is then cut apart; the unit's whole gradients, and when the last one has come a flat copy of them, from which
+        each rank gets its share. kept: whole gradients of earlier micro-steps stay.
+        """
+        most, whole = 0.0, 4 * self.trainable
+        for moment in self.live:
+            gradients = whole if kept else share * moment.scattered + moment.whole
+            during = moment.others + gradients + 3 * width * self.unit
+            scattering = moment.then + gradients + (1 + share) * moment.flat + 2 * width * self.unit
+            most = max(most, during, scattering)
+        return math.ceil(most) + width * self.root
 
 
 @dataclass
@@ -132,6 +170,8 @@ class Plan:
     cpu_offload: bool = False
     reduce_each_micro_step: bool = False
     replicas: int = 1  # fsdp: copies of the sharded model
+    ddp_bf16: bool = False
+    starts_in_parts: bool = False
     tf32: bool = True
     gpus_per_node: int = 8
     memory: dict[str, int] = field(default_factory=dict)
@@ -177,11 +217,16 @@ class Plan:
 
 
 class _LiveMemory(TorchDispatchMode):
-    """Adds up the storages that operations make, takes off those that are freed, and keeps the peak."""
+    """Adds up the storages that operations make, takes off those that are freed, and keeps the peak.
 
-    def __init__(self, known: list[Tensor]):
+    units: parameter's id -> number of the unit that it is in.
+    """
+
+    def __init__(self, known: list[Tensor], units: dict[int, int] | None = None):
         super().__init__()
-        self.live = self.peak = self.gradients = self.activation_peak = 0
+        self.live = self.peak = 0
+        self.moments = [Moment(0, 0, 0, 0, 0)]
+        self._units, self._unit, self._in_unit, self._in_none = units or {}, -1, 0, 0
         self._seen: dict[int, weakref.ref] = {}
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
 
@@ -200,12 +245,24 @@ class _LiveMemory(TorchDispatchMode):
         self._seen[key] = weakref.ref(storage, lambda _: self._forget(key, size))
         self.live += size
         self.peak = max(self.peak, self.live)
-        self.activation_peak = max(self.activation_peak, self.live - self.gradients)
+        last = self.moments[-1]
+        if self.live - last.gradients > last.others:
+            self.moments[-1] = replace(last, others=self.live - last.gradients)
 
     def note_gradient(self, parameter: nn.Parameter) -> None:
         """The gradient of a parameter is complete: from now on it counts as such."""
         assert parameter.grad is not None
-        self.gradients += _bytes(parameter.grad)
+        size, unit, scattered = _bytes(parameter.grad), self._units.get(id(parameter)), self.moments[-1].scattered
+        if unit is None:
+            self._in_none += size
+        elif unit == self._unit:
+            self._in_unit += size
+        else:
+            scattered += self._in_unit
+            self._unit, self._in_unit = unit, size
+        whole = self._in_unit + self._in_none
+        others = max(0, self.live - scattered - whole)
+        self.moments.append(Moment(scattered, whole, self._in_none if unit is None else self._in_unit, others, others))
 
     def _forget(self, key: int, size: int) -> None:
         self._seen.pop(key, None)
@@ -216,7 +273,7 @@ class _Counter(FlopCounterMode):
     """Also counts, apart, what checkpointing computes again: within backward only that runs with gradients enabled."""
 
     def __init__(self):
-        super().__init__(display=False, custom_mapping=_ATTENTION_FLOPS)
+        super().__init__(display=False, custom_mapping=_FLOPS)
         self.in_backward, self.recomputed = False, 0
 
     def _count_flops(self, function, result, arguments, named):
@@ -241,8 +298,13 @@ def _attention_backward(grad, query, key, value, *_, out_val=None, **__) -> int:
     return 2 * _attention_flops(query, key, value)  # the model's work: recomputation inside the kernel is not counted
 
 
-# The CPU kernel of scaled_dot_product_attention has no formula in torch.
-_ATTENTION_FLOPS = {
+def _added_product(_, first: torch.Size, second: torch.Size, **__) -> int:
+    return 2 * first[0] * first[1] * second[1]
+
+
+# What torch's counter has no formula for: products summed in place, and the attention kernel of the CPU.
+_FLOPS = {
+    torch.ops.aten.addmm_: _added_product,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
@@ -262,29 +324,34 @@ def measure(
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = build().train()
         parameters = list(model.parameters())
-        memory = _LiveMemory([*parameters, *model.buffers()])
+        units = units_of(model, blocks)
+        number_of = {id(p): number for number, unit in enumerate(units) for p in unit.parameters()}
+        memory = _LiveMemory([*parameters, *model.buffers()], number_of)
         half = {"bf16": torch.bfloat16, "fp16": torch.bfloat16}.get(precision)
         for parameter in parameters:
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(memory.note_gradient)
         counter = _Counter()
         autocast = torch.autocast("cpu", dtype=half or torch.bfloat16, enabled=half is not None)
+        gathered: list[int] = []
+        calls = [unit.register_forward_pre_hook(lambda own, _: gathered.append(_numbers(own))) for unit in units]
         with memory:  # apart from the counting, which keeps tensors alive
             with autocast:
                 loss = step(model)
+            for call in calls:
+                call.remove()
             loss.backward()
             del loss
+        live = tuple(memory.moments)
         with counter:
             with autocast:
                 loss = step(model)
             forward = counter.get_total_flops()
             counter.in_backward = True
             loss.backward()
-        units = units_of(model, blocks)
         trainable = [p for p in parameters if p.requires_grad]
         frozen = [p for p in parameters if not p.requires_grad]
-        inside = {id(p) for unit in units for p in unit.parameters()}
-        root = sum(_bytes(p) for p in parameters if id(p) not in inside)
+        root = [p for p in parameters if id(p) not in number_of]
         return Measured(
             trainable=sum(p.numel() for p in trainable),
             frozen=sum(p.numel() for p in frozen),
@@ -292,11 +359,13 @@ def measure(
             frozen_bytes=sum(map(_bytes, frozen)),
             forward_flops=float(forward),
             step_flops=float(counter.get_total_flops()),
-            peak_bytes=memory.peak,
-            activation_bytes=memory.activation_peak,
-            block_bytes=root + max((sum(_bytes(p) for p in unit.parameters()) for unit in units), default=0),
+            live=live,
+            unit=max(map(_numbers, units), default=0),
+            in_units=sum(map(_numbers, units)),
+            gathered=sum(gathered),
+            root=sum(p.numel() for p in root),
+            block_bytes=sum(map(_bytes, root)) + max((sum(map(_bytes, u.parameters())) for u in units), default=0),
             recomputed_flops=float(counter.recomputed),
-            root=sum(p.numel() for p in parameters if id(p) not in inside),
         )
 
 
@@ -310,6 +379,7 @@ def make_plan(
     world: int | None = None,
     gpu: str | None = None,
     frozen_parts: list[FrozenPart] | None = None,
+    starts_in_parts: bool = False,
 ) -> Plan:
     """Memory, traffic and time of one optimizer step from the measured micro-step."""
     world = world or run.world_size or 1
@@ -336,6 +406,8 @@ def make_plan(
         run.cpu_offload,
         training.reduce_each_micro_step,
         math.gcd(run.fsdp_replicas, world) if strategy == "fsdp" else 1,
+        run.ddp_bf16,
+        starts_in_parts and strategy == "fsdp",
         training.allow_tf32,
         run.gpus_per_node,
     )
@@ -373,30 +445,33 @@ def _link(plan: Plan, ranks: int) -> float:
 
 
 def _memory(plan: Plan, has_ema: bool) -> dict[str, int]:
-    """Bytes per rank by part. Sharded parts are divided by the ranks; a unit and its successor are gathered."""
-    found, world, half = plan.measured, plan.shards, plan.precision != "fp32"
-    shard = {"none": 1, "ddp": 1}.get(plan.strategy, world)
+    """Bytes per rank by part; sharded parts are divided by the ranks."""
+    found, world, width = plan.measured, plan.shards, 4 if plan.precision == "fp32" else 2
     weights_sharded = plan.strategy in ("fsdp", "zero3")
+    shard = 1 if plan.strategy in ("none", "ddp") else world
     weights = found.trainable_bytes / (world if weights_sharded else 1)
     if plan.strategy.startswith("zero"):  # fp32 masters in shards, and a copy to compute with
-        copy = found.trainable * (2 if half else 4)
-        weights = found.trainable_bytes / world + copy / (world if weights_sharded else 1)
-    gradients = 4 * found.trainable
-    kept_gradients = gradients / (world if plan.strategy in ("fsdp", "zero2", "zero3") else 1)
+        weights = found.trainable_bytes / world + width * found.trainable / (world if weights_sharded else 1)
+    gradient_share = 1 / world if plan.strategy in ("fsdp", "zero2", "zero3") else 1.0
     if plan.strategy == "fsdp" and plan.accumulation > 1 and not plan.reduce_each_micro_step:
-        kept_gradients = gradients  # FSDP2 keeps them whole, in fp32, until the last micro-step scatters their sum
-    ema_shard = world if weights_sharded else 1
-    activations = found.activation_bytes
-    if plan.strategy == "none" and plan.accumulation == 1:  # gradients come as activations go
-        activations = max(0, found.peak_bytes - gradients)
+        gradient_share = 1.0  # FSDP2 keeps them whole, in fp32, until the last micro-step scatters their sum
+    gradients = 4 * found.trainable * gradient_share
+    # DDP's buckets, and the sum of earlier micro-steps, are there from the beginning of a backward
+    whole = plan.strategy == "ddp" or plan.accumulation > 1
+    activations = found.live_bytes(0.0) if whole else max(0.0, found.live_bytes(gradient_share) - gradients)
     # the frozen encoders run before the model, and what they held is free again when it starts
     activations = max([activations, *(part.activations for part in plan.frozen_parts)])
+    kept = plan.accumulation > 1 and not plan.reduce_each_micro_step
+    gathered = max(0.0, found.sharded_bytes(1 / world, width, kept=kept) - gradients - activations)
+    if plan.strategy == "zero3" and _stays_gathered(found):
+        gathered = width * (found.trainable + found.frozen)
     parts = {
         "weights": weights + found.frozen_bytes / (world if weights_sharded else 1),
-        "gathered units": 2 * found.block_bytes / (2 if half else 1) if weights_sharded else 0,
-        "gradients": kept_gradients,
+        "gathered units": gathered if weights_sharded else 0,
+        "gradients": gradients,
+        "bucket": width * zero_bucket(found.trainable) if plan.strategy.startswith("zero") else 0,
         "Adam moments": 8 * found.trainable / shard,
-        "moving average": 4 * found.trainable / ema_shard if has_ema else 0,
+        "moving average": 4 * found.trainable / (world if weights_sharded else 1) if has_ema else 0,
         "activations": activations,
         "frozen encoders": sum(part.bytes for part in plan.frozen_parts),
     }
@@ -406,19 +481,26 @@ def _memory(plan: Plan, has_ema: bool) -> dict[str, int]:
     return {name: math.ceil(value) for name, value in parts.items() if value}
 
 
+def _stays_gathered(found: Measured) -> bool:
+    """Whether ZeRO-3 keeps the weights of the forward until the backward: stage3_max_live_parameters."""
+    return found.trainable + found.frozen <= 10**9
+
+
 def _startup(plan: Plan, save_in_background: bool, writers: int) -> tuple[int, int]:
     """Bytes of a card while the weights are placed, and of a node's host memory while it starts or saves.
 
     fsdp moves and shards one unit after another, so that a card holds its shards and one whole unit; the other
-    strategies move the whole model. Every rank of a node builds the model in host memory first. A background save keeps
-    what it writes in host memory until it is on the disk: all of it on the node of rank 0, or every rank its shards.
+    strategies move the whole model. Every rank of a node builds the model in host memory first, but where it reads
+    its parts alone. A background save keeps what it writes in host memory until it is on the disk: all of it on the
+    node of rank 0, or every rank its shards.
     """
     found, local = plan.measured, min(plan.world, plan.gpus_per_node)
     whole = found.trainable_bytes + found.frozen_bytes
     placed = math.ceil(whole / plan.shards) + found.block_bytes if plan.strategy == "fsdp" else whole
     staging = plan.checkpoint_bytes // writers * min(writers, local) if save_in_background else 0
     offloaded = (whole + 12 * found.trainable) // plan.shards * local if plan.cpu_offload else 0
-    return 0 if plan.cpu_offload else placed, max(whole * local, staging + offloaded)
+    built = 0 if plan.starts_in_parts else whole * local
+    return 0 if plan.cpu_offload else placed, max(built, staging + offloaded)
 
 
 def _traffic(plan: Plan) -> tuple[float, float]:
@@ -427,17 +509,19 @@ def _traffic(plan: Plan) -> tuple[float, float]:
     """
     found, share = plan.measured, (plan.shards - 1) / plan.shards
     weight = 2 if plan.precision != "fp32" else 4
-    gathers = weight * (found.trainable + found.frozen) * 2 * plan.accumulation  # in every forward and backward
-    kept = weight * found.root * plan.accumulation  # fsdp keeps what is in no unit from the forward to the backward
+    # A unit is gathered whenever a forward calls it, and in the backward; fsdp keeps what is in no unit for both.
+    gathers = weight * plan.accumulation * (found.gathered + found.in_units + 2 * found.root)
+    kept = weight * plan.accumulation * found.root
     over_copies = 2 * 4 * found.trainable / plan.shards * (plan.replicas - 1) / plan.replicas
     scatters = plan.accumulation if plan.reduce_each_micro_step else 1
     moved = {
         "none": 0,
-        "ddp": 2 * 4 * found.trainable,
-        "zero1": (weight + weight) * found.trainable,
-        "zero2": (weight * plan.accumulation + weight) * found.trainable,
+        "ddp": 2 * (2 if plan.ddp_bf16 else 4) * found.trainable,
+        # ZeRO-1 and 2 all-reduce their buckets and keep a part; ZeRO-3 keeps a small model gathered for the backward
+        "zero1": 3 * weight * found.trainable,
+        "zero2": (2 * weight * plan.accumulation + weight) * found.trainable,
         "fsdp": 4 * found.trainable * scatters + gathers - kept,
-        "zero3": weight * found.trainable * plan.accumulation + gathers,
+        "zero3": weight * found.trainable * plan.accumulation + gathers / (2 if _stays_gathered(found) else 1),
     }
     return share * moved[plan.strategy], over_copies
 
@@ -483,6 +567,10 @@ def _peak_name(plan: Plan) -> str:
     return "TF32" if plan.tf32 else "fp32"
 
 
+def _numbers(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def _bytes(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.numel() * tensor.element_size()
 
@@ -497,7 +585,7 @@ def measure_frozen(build: Callable[[], nn.Module], run: Callable[[nn.Module], ob
         memory = _LiveMemory([*parameters, *module.buffers()])
         with memory:
             run(module)
-        with FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOPS) as counter:
+        with FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter:
             run(module)
         flops = float(counter.get_total_flops())
     return sum(p.numel() for p in parameters), sum(map(_bytes, parameters)), memory.peak, flops

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from shared.config import STRATEGIES, TrainingSection
+from shared.engine.recompute import keep_products
 from shared.plan.measure import GPUS, FrozenPart, Measured, Plan, describe, make_plan, measure
 
 FILL = 0.94  # share of a card's memory that a plan may take: the rest goes to the context, libraries and fragments
@@ -18,7 +19,8 @@ class Workload:
     """One micro-step as the planner runs it on fake tensors.
 
     build(config) -> model; step(config) -> (model -> loss of one micro-batch); frozen_parts(config) of one micro-batch.
-    blocks: the classes, and names of further modules, that fsdp and zero3 gather one at a time.
+    blocks: the classes, and names of further modules, that fsdp and zero3 gather one at a time. starts_in_parts: under
+    fsdp a rank reads its rows of the weights, and no model is built in host memory.
     """
 
     title: str
@@ -26,15 +28,24 @@ class Workload:
     step: Callable[[Any], Callable[[nn.Module], Tensor]]
     blocks: tuple[type | str, ...] = ()
     frozen_parts: Callable[[Any], list[FrozenPart]] = lambda config: []
+    starts_in_parts: bool = False
 
     def measure(self, config: Any) -> Measured:
         """Parameters, FLOPs and memory of a micro-step with these settings."""
+        keep_products(config.training.keep_products)
         return measure(lambda: self.build(config), self.step(config), config.run.precision or "bf16", self.blocks)
 
     def plan(self, config: Any) -> Plan:
         """The plan of exactly these settings."""
         parts = self.frozen_parts(config)
-        return make_plan(self.title, self.measure(config), run=config.run, training=config.training, frozen_parts=parts)
+        return make_plan(
+            self.title,
+            self.measure(config),
+            run=config.run,
+            training=config.training,
+            frozen_parts=parts,
+            starts_in_parts=self.starts_in_parts,
+        )
 
 
 def plan_run(workload: Workload, config: Any, *, steps: int | None = None) -> str:
@@ -77,8 +88,12 @@ def _extended(one: Measured, two: Measured, size: int) -> Measured:
         first, second = getattr(one, name), getattr(two, name)
         return type(first)(first + (size - 1) * (second - first))
 
-    grown = ("forward_flops", "step_flops", "peak_bytes", "activation_bytes")
-    return replace(one, **{name: line(name) for name in grown})
+    live = tuple(
+        replace(a, then=a.then + (size - 1) * (b.then - a.then), others=a.others + (size - 1) * (b.others - a.others))
+        for a, b in zip(one.live, two.live, strict=True)
+    )
+    grown = ("forward_flops", "step_flops", "recomputed_flops")
+    return replace(one, live=live, **{name: line(name) for name in grown})
 
 
 def _plans(

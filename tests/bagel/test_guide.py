@@ -14,7 +14,7 @@ from bagel.model import Bagel
 from bagel.train import completed, main
 from bagel.weights.export import main as export
 from bagel.weights.open import open_model
-from bagel.weights.pretrained import build_model, fitting_preset, read_config, weight_files
+from bagel.weights.pretrained import build_model, fitting_preset, open_released, read_config, weight_files
 from shared.config import load_config
 from shared.errors import UserError
 from tests.bagel.released import LANGUAGE, VISION, released_weights, write_records, write_released
@@ -246,6 +246,32 @@ def test_qwen_and_siglip_are_a_start_together(tmp_path, folder):
         if name.startswith("vit_model."):
             assert torch.equal(state[name], value.float()), name
     assert torch.equal(state["language_model.lm_head.weight"], weights["language_model.lm_head.weight"].float())
+
+
+def test_fsdp_reads_its_rows_of_the_released_weights(folder, records, tmp_path):
+    """The model comes on the meta device and trains as the one that was built whole; what is not just read is built."""
+    config = read_config(ModelConfig(model_path=str(folder)))
+    model, values = open_released(config)
+    built = build_model(config).state_dict()
+    assert all(p.is_meta for p in model.parameters()) and model.state_dict().keys() == built.keys()
+    assert all(torch.equal(values(name)[...].float(), value) for name, value in built.items())
+    assert open_released(config, rows=LANGUAGE["vocab_size"] + 1) is None
+    assert open_released(read_config(ModelConfig(model_path=str(folder), use_lora=True))) is None
+    losses = {}
+    for strategy in ("none", "fsdp"):
+        command = f"--model_path {folder} --train_data_path {records} --output_dir {tmp_path / strategy} --no-export"
+        main(
+            [
+                *command.split(),
+                *SMALL,
+                "--strategy",
+                strategy,
+                *"--precision fp32 --num-workers 0 --max-steps 2 --logging-steps 1".split(),
+            ]
+        )
+        rows = map(json.loads, (tmp_path / strategy / "metrics.jsonl").read_text().splitlines())
+        losses[strategy] = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert losses["fsdp"] == pytest.approx(losses["none"], rel=1e-5) and len(losses["none"]) == 2
 
 
 def test_a_part_of_the_released_weights_is_no_start(tmp_path):

@@ -19,7 +19,8 @@ from bagel.modules.vision import ConvAutoencoder, build_autoencoder
 from bagel.objective import with_latents
 from bagel.packing import Dropout, make_collate
 from bagel.train import main
-from bagel.weights import autoencoder as phase_one
+from bagel.weights import phases
+from bagel.weights.pretrained import build_model
 from shared.config import load_config
 from shared.engine.dist import DistInfo
 from shared.errors import UserError
@@ -27,7 +28,7 @@ from shared.loop import FitResult
 
 SIZES = """language.hidden_size=32 language.intermediate_size=48 language.num_hidden_layers=1
 language.num_attention_heads=2 language.num_key_value_heads=2 vision.hidden_size=32 vision.intermediate_size=32
-vision.num_hidden_layers=1 autoencoder.steps=4"""
+vision.num_hidden_layers=1 autoencoder.steps=4 vision_steps=4"""
 SMALL = ["--config", "small", "--device", "cpu", "--sample-records", "0", "--set", "training.validation_records=4"]
 SMALL += [word for size in SIZES.split() for word in ("--set", f"model.{size}")]
 
@@ -144,36 +145,68 @@ def test_the_autoencoder_settles_to_unit_variance(downsample):
         AutoencoderConfig(kind="conv", downsample=3)
 
 
-def given_to_the_autoencoder(monkeypatch, tmp_path, dataset, rank: int, world: int) -> list[torch.Tensor]:
-    """Pictures, noise and its spread, as a rank's first step feeds them."""
+def given_to_a_phase(monkeypatch, tmp_path, dataset, phase: str, rank: int, world: int) -> list[torch.Tensor]:
+    """What a rank's first step of a phase is given: pictures, noise and its spread; pictures and words."""
     given = []
 
-    def one_step(*, stream, losses, config, **others):
+    def one_step(*, model, stream, losses, config, **others):
+        def call(*inputs):
+            given.extend(inputs)
+            return (inputs[0], inputs[1]) if len(inputs) > 1 else model(inputs[0])
+
         stream.start(0, None)
-        list(losses(lambda *inputs: (given.extend(inputs), (inputs[0], inputs[1]))[1], stream.next_step(), 0))
+        batches = stream.next_step()
+        list(losses(call, batches, 0))
+        given.extend(batch["words"] for batch in batches if "words" in batch)
         return FitResult(0, False, "a test", {}, None, None)
 
-    monkeypatch.setattr(phase_one, "fit", one_step)
+    monkeypatch.setattr(phases, "fit", one_step)
     config = load_config(Config, presets=PRESETS, argv=["--config", "small", "--output-dir", str(tmp_path)])
+    info = DistInfo(rank=rank, world=world)
     with pytest.raises(UserError, match="stopped at step 0 of"):
-        phase_one.train_autoencoder(config, config.model, dataset, DistInfo(rank=rank, world=world))
+        if phase == "tower":
+            phases.prepare_tower(config, config.model, build_model(config.model), dataset, info)
+        phases.train_autoencoder(config, config.model, dataset, info)
     return given
 
 
-def test_two_ranks_train_the_autoencoder_on_what_one_rank_does(monkeypatch, tmp_path):
-    """Pictures, noise and spread belong to a sample's place in the step, whoever computes it."""
+@pytest.mark.parametrize("phase, values", [("autoencoder", 3), ("tower", 2)])
+def test_two_ranks_give_a_phase_what_one_rank_does(monkeypatch, tmp_path, phase, values):
+    """Pictures, noise, spread and words belong to a sample's place in the step, whoever computes it."""
     dataset = sets()[0]
-    whole = given_to_the_autoencoder(monkeypatch, tmp_path, dataset, 0, 1)
-    halves = [given_to_the_autoencoder(monkeypatch, tmp_path, dataset, rank, 2) for rank in (0, 1)]
-    assert len(whole) == 3 and len(whole[0].unique(dim=0)) == 16
+    whole = given_to_a_phase(monkeypatch, tmp_path, dataset, phase, 0, 1)
+    halves = [given_to_a_phase(monkeypatch, tmp_path, dataset, phase, rank, 2) for rank in (0, 1)]
+    assert len(whole) == values and len(whole[0].unique(dim=0)) == 16
     for value, parts in zip(whole, zip(*halves, strict=True), strict=True):
         assert torch.equal(value, torch.cat(parts))
 
 
-def test_the_autoencoder_needs_pictures_that_are_drawn():
-    asked = sets(draw=0.0, ask=1.0, edit=0.0, talk=0.0)[0]
+def test_phases_without_pictures_of_their_kind(monkeypatch, tmp_path, capsys):
+    """The autoencoder cannot do without them; the tower starts from random weights then."""
+    draw, ask = (
+        sets(**{name: float(name == task) for name in ("draw", "ask", "edit", "talk")})[0] for task in ("draw", "ask")
+    )
+    config, info = (
+        load_config(Config, presets=PRESETS, argv=["--config", "small", "--output-dir", str(tmp_path)]),
+        DistInfo(),
+    )
     with pytest.raises(UserError, match="no record draws a picture"):
-        phase_one.DrawnPictures(asked)
+        phases.train_autoencoder(config, config.model, ask, info)
+    monkeypatch.setattr(phases, "fit", None)
+    phases.prepare_tower(config, config.model, build_model(config.model), draw, info)
+    assert "nothing is said about a picture" in capsys.readouterr().out
+
+
+def test_the_tower_learns_what_is_said_about_a_picture_it_looks_at():
+    dataset = sets(draw=0.5, ask=0.5, edit=0.0, talk=0.0)[0]
+    pictures, source = phases.Pictures(dataset, "vit_image"), dataset.records.sources[0]
+    for place in range(8):
+        number = SCENES + pictures.indices[place]
+        scene, found = source.scene(number), pictures.sample(place, 1)
+        said = [turn.get("content") for turn in source.read(pictures.indices[place], 1)["conversations"]]
+        ids = dataset.tokenizer.encode(scene.ground)
+        assert scene.ground not in said or found["words"][ids].min() > 0
+        assert found["words"].sum().item() == pytest.approx(1) and found["image"].shape == (3, 32, 32)
 
 
 @pytest.mark.slow
@@ -183,7 +216,7 @@ def test_a_stop_in_the_autoencoders_phase_goes_on_to_the_same(tmp_path, capsys):
     main([*straight, "--total-steps", "1"])
     with pytest.raises(SystemExit) as stopped:
         main([*broken, "--total-steps", "1", "--time-limit-minutes", "1e-9"])
-    assert stopped.value.code == 2 and "the same command goes on" in capsys.readouterr().err
+    assert stopped.value.code == 0 and "the same command goes on" in capsys.readouterr().out
     assert not (tmp_path / "broken" / "autoencoder.safetensors").exists()
     main([*broken, "--total-steps", "1", "--max-steps", "2"])
     shutil.rmtree(tmp_path / "broken" / "checkpoints")
@@ -197,10 +230,12 @@ def test_a_run_of_scenes_trains_resumes_exports_and_is_counted(tmp_path, capsys)
     """The autoencoder comes first, once; the same command goes on; the exported folder draws what the run draws."""
     main([*SMALL, "--output-dir", str(tmp_path / "a"), "--max-steps", "3"])
     first = (tmp_path / "a" / "autoencoder.safetensors").read_bytes()
-    assert (tmp_path / "a" / "autoencoder" / "DONE").read_text() == "3\n"  # --max-steps bounds this phase too
+    for phase in ("autoencoder", "tower"):  # --max-steps bounds the phases too
+        assert (tmp_path / "a" / phase / "DONE").read_text() == "3\n"
     main([*SMALL, "--output-dir", str(tmp_path / "a"), "--max-steps", "5"])
     assert (tmp_path / "a" / "autoencoder.safetensors").read_bytes() == first
-    assert "had 3 of 4 steps" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "had 3 of 4 steps" in said and said.count("the vision tower is trained first") == 1
     drawn = []
     for name in ("a", "a/model"):
         flags = ["--checkpoint", str(tmp_path / name), "--prompt", "a small dog at the top left on a red ground"]

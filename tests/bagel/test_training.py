@@ -8,13 +8,17 @@ import torch
 from safetensors.torch import load_file
 
 from bagel.config import PRESETS, Config
+from bagel.data.tokenizer import ByteTokenizer
+from bagel.dataset import open_dataset
+from bagel.evaluation.validation import held_out_packs
 from bagel.modules.transformer import MoTDecoderLayer
 from bagel.modules.vision import EncoderLayer
-from bagel.objective import parameter_groups
+from bagel.objective import parameter_groups, with_latents
 from bagel.plan import attention_flops_per_pair, dense_flops_per_token, peak_tflops, reference_flops, utilisation
 from bagel.train import main
+from bagel.weights.pretrained import load_autoencoder
 from shared.config import load_config
-from tests.bagel.conftest import TINY
+from tests.bagel.conftest import SAMPLE, TINY
 from tests.bagel.golden import Case, language_config
 from tests.bagel.tiny import make_tiny, packs_of
 from tests.launching import run
@@ -137,8 +141,10 @@ def test_the_vision_tower_may_have_a_decay_of_its_own():
 
 @pytest.mark.slow
 def test_packs_of_new_lengths_need_no_new_graph():
-    """Compiled layers serve every length with the graphs of the first pack."""
+    """Compiled layers serve every length with the graphs of the first pack; of validation, too."""
     config, model = make_tiny()
+    dataset = open_dataset(config, config.model, ByteTokenizer(), str(SAMPLE))
+    autoencoder = load_autoencoder(config.model)
     groups = [[0, 1, 2], [3, 4, 5, 6], [7], [10, 11, 12]]
     graphs = []
 
@@ -155,8 +161,16 @@ def test_packs_of_new_lengths_need_no_new_graph():
             losses = model(pack)
             (losses["ce"].sum() + losses["mse"].sum()).backward()
             counts.append(len(graphs))
+        held_out = []
+        with torch.no_grad():
+            for pack in held_out_packs(dataset, 8, 1024, 1.0):
+                model(with_latents(pack, autoencoder, config.model))
+                held_out.append(len(graphs))
     torch._dynamo.reset()
-    assert 0 < counts[0] == counts[-1] < 12, counts
+    assert 0 < counts[0] == counts[-1] < 12 and len(held_out) > 2 and held_out[0] == held_out[-1] < 24, (
+        counts,
+        held_out,
+    )
 
 
 @pytest.mark.parametrize("preset", [path.stem for path in PRESETS.glob("*.yaml")])
@@ -165,10 +179,19 @@ def test_every_preset_is_valid(preset):
     assert config.data.max_sequence_length <= config.data.tokens_per_batch
 
 
-def test_the_plan_of_the_small_preset(capsys):
-    main(["--config", "small_captions", "--dry-run", "--set", "data.tokens_per_batch=512"])
+@pytest.mark.parametrize(
+    ("preset", "parameters"), [("small", "1,126,784 (1,123,712"), ("small_captions", "3,789,040 (3,764,464")]
+)
+def test_the_plan_of_the_small_presets(preset, parameters, capsys):
+    """`small` puts samples of about one length side by side, which fake tensors must be able to follow."""
+    main(["--config", preset, "--dry-run", "--set", "data.tokens_per_batch=512"])
     text = capsys.readouterr().out
-    assert "3,789,040 (3,764,464 trainable" in text and "memory a rank" in text
+    assert f"{parameters} trainable" in text and "memory a rank" in text
+
+
+def test_dense_masks_are_planned_too(capsys):
+    main(["--config", "small", "--dry-run", "--set", "data.tokens_per_batch=512"])
+    assert "memory a rank" in capsys.readouterr().out
 
 
 def test_flops_equal_the_recorded_ones():

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from dit.config import Config
@@ -115,3 +116,15 @@ def cub_folder(
         ]
         (root / "attributes" / "image_attribute_labels.txt").write_text("\n".join(labels) + "\n")
     return root
+
+
+def encoder_folder(path) -> str:
+    """A tiny DINOv2 with random weights."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=12, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14, mlp_ratio=2
+    )
+    Dinov2Model(config).save_pretrained(path)
+    return str(path)

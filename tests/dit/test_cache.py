@@ -14,7 +14,7 @@ from dit.dataset import TextImageDataset
 from shared.config import save_config
 from shared.errors import UserError
 from shared.log import read_metrics
-from tests.dit.small import picture, tiny
+from tests.dit.small import encoder_folder, picture, tiny
 
 
 @pytest.fixture(scope="module")
@@ -207,3 +207,26 @@ def test_the_picture_is_seen_as_it_is_in_the_cache(cache):
         one, other = plain.sample(index, 3), held.sample(index, 3)
         assert (one["flip"], one["image_id"]) == (other["flip"], other["image_id"])
     assert torch.is_tensor(held.sample(0, 0)["moments"]) and Image.open(plain.items[0].image).size
+
+
+def test_features_to_align_with_are_cached_and_told_by_their_encoder(own, tmp_path, capsys):
+    _, folder, make, run = own
+    words = ["--encoder-path", encoder_folder(tmp_path / "dino"), "--align-layer", "1", "--align-hidden", "8"]
+    make()
+    with pytest.raises(SystemExit):
+        run(*words)
+    assert "feature_content is None" in capsys.readouterr().err
+    make(*words)
+    pictures = run(*words, cached=False)
+    shutil.move(tmp_path / "dino" / "model.safetensors", tmp_path / "kept")  # training opens no encoder
+    with pytest.raises(SystemExit):
+        run(*words)
+    assert "feature_content" in capsys.readouterr().err  # as it sees that it changed
+    shutil.move(tmp_path / "kept", tmp_path / "dino" / "model.safetensors")
+    found = run(*words)
+    assert all(a[name] == pytest.approx(b[name], rel=1e-5) for a, b in zip(found, pictures, strict=True) for name in b)
+    assert run(*words, "--route-share", "0.5", "--route-start", "0", "--route-end", "1")
+    capsys.readouterr()
+    make(*words)
+    assert encoded(capsys.readouterr().out) == (0, 0)
+    assert len(run()) == len(found)  # the latents serve a run without it

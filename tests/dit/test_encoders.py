@@ -268,16 +268,17 @@ def test_pictures_pass_the_vae_in_parts(tmp_path, monkeypatch):
     assert torch.allclose(whole, encoder.encode(images), atol=1e-5) and sizes == [2, 2, 1]
 
 
-@pytest.mark.parametrize("kind", ["t5", "qwen", "gemma"])
+@pytest.mark.parametrize("kind", ["t5", "qwen", "gemma", "t5gemma", "pipeline"])
 def test_language_models_by_path_are_text_encoders(tmp_path, kind):
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
     words = {word: number for number, word in enumerate(["<pad>", "</s>", "<unk>", "a", "red", "bird"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
-    fast.save_pretrained(tmp_path)
+    fast.save_pretrained(tmp_path / "tokenizer" if kind == "pipeline" else tmp_path)
     torch.manual_seed(0)
     common = {"vocab_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     models_of = {
@@ -291,7 +292,11 @@ def test_language_models_by_path_are_text_encoders(tmp_path, kind):
             transformers.GemmaConfig(hidden_size=16, intermediate_size=16, head_dim=8, **common)
         ),
     }
-    models_of[kind]().save_pretrained(tmp_path)
+    part = {**common, "hidden_size": 16, "intermediate_size": 16, "head_dim": 8}
+    both = transformers.T5GemmaConfig(encoder=part, decoder=part, is_encoder_decoder=False, vocab_size=8)
+    models_of["t5gemma"] = lambda: transformers.T5GemmaEncoderModel(both)
+    models_of["pipeline"] = lambda: T5GemmaEncoder(both.encoder)  # of PRX
+    models_of[kind]().save_pretrained(tmp_path / "text_encoder" if kind == "pipeline" else tmp_path)
     config = tiny(text={"type": "language", "pretrained_model_name": str(tmp_path)}, model={"text_len": 6})
     encoder = make_text_encoder(config)
     states, mask, pooled = encoder.encode(["a red bird", "", "a bird a bird a bird a bird"])

@@ -14,6 +14,7 @@ from dit.config import DataConfig
 from dit.data.readers import FileItems, Item, read
 from dit.data.texts import TextFiles, clean_captions, decode_text
 from dit.dataset import TextImageDataset, decode, spread, to_square
+from dit.evaluation.held_out import readable
 from shared.errors import BadSample, UserError
 from tests.dit.small import picture
 
@@ -242,3 +243,18 @@ def test_evaluation_sees_all_classes_and_not_the_first(tmp_path):
     chosen = [data.items[index].label for index in spread(data, 40)[:40]]
     assert len(set(chosen)) >= 15 and spread(data, 500) == list(range(200))
     assert read(data.settings, tmp_path, is_train=True, num_classes=20).items[0].label == 0
+
+
+def test_a_set_of_which_nothing_can_be_read_is_a_sentence():
+    class Broken:
+        def names(self):
+            return (str(index) for index in range(36))
+
+        def __len__(self):
+            return 36
+
+        def sample(self, index, epoch, *, flip):
+            raise BadSample(f"{index}.png: not a picture")
+
+    with pytest.raises(UserError, match=r"none of 36 pictures can be read, the last: \d+.png: not a picture"):
+        readable(Broken(), 16)

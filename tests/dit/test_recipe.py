@@ -6,20 +6,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 from dit import generate, metrics, train
-from dit.config import PRESETS, Config, refuse_unused
+from dit.config import POWER_LENGTHS, PRESETS, Config, refuse_unused
 from dit.dataset import BucketPlan, TextImageDataset, bucket_shapes
 from dit.model import DiTModel
 from dit.objective import muon_groups
+from dit.weights.averages import averaged_to, combination, exponent, profile
 from dit.weights.open import build_model
 from shared.config import load_config, save_config
+from shared.engine.checkpoint import newest_checkpoint
 from shared.errors import UserError
 from shared.log import read_metrics
 from shared.optim import MuonWithAdamW, adamw, orthogonalised
 from tests import launching
-from tests.dit.small import picture, tiny
+from tests.dit.small import encoder_folder, picture, tiny
 from tests.dit.test_train import same_weights
 
 
@@ -154,18 +157,6 @@ def run(tmp_path, name: str, config: Config, *arguments: str) -> list[float]:
     return [row["train/loss"] for row in read_metrics(out / "metrics.jsonl") if "train/loss" in row]
 
 
-def encoder_folder(path) -> str:
-    """A tiny DINOv2 with random weights."""
-    from transformers import Dinov2Config, Dinov2Model
-
-    torch.manual_seed(0)
-    config = Dinov2Config(
-        hidden_size=12, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14, mlp_ratio=2
-    )
-    Dinov2Model(config).save_pretrained(path)
-    return str(path)
-
-
 def everything(tmp_path, **training) -> Config:
     return tiny(
         run={"device": "cpu", "precision": "fp32"},
@@ -173,7 +164,7 @@ def everything(tmp_path, **training) -> Config:
                "norm": "rmsnorm", "mlp": "swiglu", "pos": "rope2d", "drop_path": 0.1},
         repa={"encoder_path": encoder_folder(tmp_path / "dino"), "layer": 1, "hidden": 8},
         flow={"timestep_sampling": "logit_normal", "shift": "auto", "contrastive": 0.05},
-        training={"optimizer": "muon", "total_steps": 4, **training},
+        training={"optimizer": "muon", "power_ema": True, "total_steps": 4, **training},
     )  # fmt: skip
 
 
@@ -207,6 +198,8 @@ def test_two_ranks_train_all_parts_as_one(tmp_path):
     launching.run(2, "dit/train.py", "--config", str(tmp_path / "two.yaml"), "--output-dir", str(tmp_path / "two"))
     two = [row["train/loss"] for row in read_metrics(tmp_path / "two" / "metrics.jsonl") if "train/loss" in row]
     assert np.allclose(one, two, rtol=1e-5)
+    averages = [averaged_to(0.1, newest_checkpoint(tmp_path / name), tmp_path / name) for name in ("one", "two")]
+    assert all(torch.allclose(value, averages[1][name], atol=1e-4) for name, value in averages[0].items())
 
 
 def test_alignment_needs_a_folder_and_a_layer(tmp_path):
@@ -290,3 +283,54 @@ def test_clean_pixels_without_a_vae_train_resume_and_draw(tmp_path):
     out = tmp_path / "grid.png"
     generate.main(["--checkpoint", str(tmp_path / "straight"), "--prompt", "a red key", "--output", str(out)])
     assert Image.open(out).size == (32, 32)
+
+
+@pytest.mark.parametrize("length", [0.05, 0.07, 0.12, 0.2])
+def test_an_average_of_any_length_after_training_is_the_one_computed_in_training(length):
+    last, generator = 640, np.random.default_rng(0)
+    weights = np.cumsum(generator.standard_normal(last)) + 30 * np.exp(-np.arange(last) / 80)  # a walk that settles
+
+    def average(updates: int, power: float) -> float:
+        found = 0.0
+        for step in range(updates):
+            found += (1 - (1 - 1 / (step + 1)) ** (power + 1)) * (weights[step] - found)
+        return found
+
+    stored = [(updates, exponent(kept)) for updates in range(40, last + 1, 40) for kept in POWER_LENGTHS]
+    found = combination(stored, length, last) @ [average(updates, power) for updates, power in stored]
+    wanted = average(last, exponent(length))
+    assert abs(found - wanted) < 0.01 * weights.std()
+    share = profile(last, exponent(length), last)
+    steps = (np.arange(last) + 0.5) / last
+    spread = (share * steps**2).sum() - (share * steps).sum() ** 2
+    assert abs(spread**0.5 - length) < 1e-3  # the length is the spread of the profile
+
+
+def test_power_averages_survive_a_stop_and_are_drawn_from_by_length(tmp_path):
+    def settings(name: str) -> list[str]:
+        config = tiny(run={"output_dir": str(tmp_path / name), "device": "cpu"}, training={"power_ema": True})
+        save_config(config, tmp_path / f"{name}.yaml")
+        return ["--config", str(tmp_path / f"{name}.yaml")]
+
+    train.main(settings("whole"))
+    train.main([*settings("parts"), "--max-steps", "2"])
+    train.main(settings("parts"))
+    whole, parts = (averaged_to(0.05, newest_checkpoint(tmp_path / n), tmp_path / n) for n in ("whole", "parts"))
+    running = load_file(newest_checkpoint(tmp_path / "whole") / "averages.safetensors")
+    for name, value in whole.items():
+        assert torch.equal(value, parts[name]) and torch.allclose(value, running[f"0.{name}"], atol=1e-6)
+    drawn = []
+    for words in (["--ema-length", "0.05"], ["--ema-length", "0.25"], []):
+        place = tmp_path / f"{len(drawn)}.png"
+        generate.main(
+            ["--checkpoint", str(tmp_path / "whole"), "--prompt", "a red box", "--output", str(place), *words]
+        )
+        drawn.append(place.read_bytes())
+    assert len(set(drawn)) == 3
+
+
+def test_power_averages_are_refused_where_there_are_none_or_no_rank_has_whole_tensors(tmp_path):
+    with pytest.raises(UserError, match="--strategy fsdp .*leave it out"):
+        refuse_unused(tiny(training={"power_ema": True}, run={"strategy": "fsdp"}))
+    with pytest.raises(UserError, match="train with --power-ema"):
+        averaged_to(0.1, tmp_path, tmp_path)

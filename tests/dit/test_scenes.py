@@ -181,13 +181,28 @@ def test_a_run_trains_the_autoencoder_first_and_resumes_inside_either_phase(sett
             break
         with pytest.raises(SystemExit) as stopped:
             train.main([*arguments, "--time-limit-minutes", limit])
-        assert stopped.value.code == 2 and not (broken / "autoencoder.safetensors").exists()
+        assert stopped.value.code == 0 and not (broken / "autoencoder.safetensors").exists()
     assert (broken / "autoencoder.safetensors").read_bytes() == whole
     (broken / "autoencoder.safetensors").unlink()  # as if the run had been killed between the phases
     train.main([*settings, "--output-dir", str(broken)])
     assert (broken / "autoencoder.safetensors").read_bytes() == whole
     name = "checkpoints/checkpoint-step-4/model.safetensors"
     assert (broken / name).read_bytes() == (straight / name).read_bytes()
+
+
+def test_an_autoencoder_cut_short_is_said_and_trained_on_where_nothing_stands_on_it(settings, tmp_path, capsys):
+    train.main([*settings, "--output-dir", str(tmp_path / "whole")])
+    whole = (tmp_path / "whole" / "autoencoder.safetensors").read_bytes()
+    out = tmp_path / "out"
+    train.main([*settings, "--max-steps", "2"])
+    assert "ends the autoencoder at step 2 of 4" in capsys.readouterr().err
+    short = (out / "autoencoder.safetensors").read_bytes()
+    train.main(settings)  # the run's checkpoints stand on the short one
+    assert "2 of 4 steps" in capsys.readouterr().err
+    assert (out / "autoencoder.safetensors").read_bytes() == short != whole
+    train.main([*settings, "--resume", "none"])
+    assert (out / "autoencoder.safetensors").read_bytes() == whole
+    assert "steps" not in capsys.readouterr().err
 
 
 def test_figures_and_grid_of_a_run(settings, tmp_path):

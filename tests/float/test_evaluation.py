@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
-from float.config import SAMPLE_DATA
+from float.config import SAMPLE_DATA, DataConfig
 from float.data.clips import find_clips
-from float.data.media import resize
+from float.data.media import read_audio, resize
 from float.evaluation.formulas import (
     best_lag,
+    best_lag_of_clips,
     correlation,
     cosine_similarity,
     frechet_distance,
@@ -15,7 +16,9 @@ from float.evaluation.formulas import (
     log_energy,
     mouth_activity,
 )
-from float.evaluation.mouth_meter import MouthMeter, read_truth
+from float.evaluation.mouth_meter import MouthMeter, loudness, read_truth
+from float.evaluation.scoring import Material
+from float.metrics import BY_ACTIVITY, BY_LOUDNESS, BY_TRUTH, meter_of
 
 RANDOM = np.random.default_rng(0)
 
@@ -49,6 +52,10 @@ def test_correlation_and_lag():
     wave = np.sin(np.arange(100) / 3)
     assert correlation(wave, 2 * wave + 1) == pytest.approx(1) and correlation(wave, np.ones(100)) == 0
     assert best_lag(wave[5:65], wave[7:67])[0] == 2 and best_lag(wave, wave)[0] == 0
+    # a clip in which nothing is said counts by as little as its mouth moves
+    moving, still = (wave[5:65], wave[7:67]), (RANDOM.standard_normal(60) / 100, RANDOM.standard_normal(60) / 100)
+    lag, r = best_lag_of_clips([moving, still])
+    assert lag == 2 and r > 0.99 and abs(correlation(*still)) < 0.5
     assert len(log_energy(np.ones(1000, np.float32), fps=25, frames=4)) == 4
 
 
@@ -74,3 +81,27 @@ def test_the_meter_reads_mouths_that_it_has_not_seen():
     assert isinstance(meter, MouthMeter)
     for frames, truth in zip(*loaded["val"], strict=True):
         assert correlation(meter.measure(frames), truth) > 0.9
+
+
+def test_mouths_of_filmed_clips_are_read_by_what_true_frames_show_of_loudness(tmp_path, monkeypatch):
+    """Activity has no sign: where the mouth is open most of the time, the open mouth is its rest."""
+    clips, data = find_clips(SAMPLE_DATA, "train")[:5], DataConfig()
+    truths = [read_truth(clip) for clip in clips]
+    waves = [read_audio(clip.audio) for clip in clips]
+    levels = [loudness(wave, fps=25, frames=len(truth)) for wave, truth in zip(waves, truths, strict=True)]
+    assert all(0 <= level.min() and level.max() <= 1 for level in levels)
+    assert np.mean([correlation(level, truth) for level, truth in zip(levels, truths, strict=True)]) > 0.7
+    monkeypatch.setattr("float.evaluation.mouth_meter.STEPS", 2)
+    frames = [RANDOM.integers(0, 255, (len(truth), 32, 32, 3), np.uint8) for truth in truths]
+    filmed, drawn = (
+        [Material(*parts) for parts in zip(clips, frames, waves, column, strict=True)]
+        for column in ([None] * 5, truths)
+    )
+    found = [
+        meter_of(held_out, train, data, tmp_path / f"{number}.safetensors", "clips")
+        for number, (held_out, train) in enumerate(
+            [(drawn[:1], drawn[1:]), (filmed[:1], filmed[1:]), (filmed[:1], drawn[1:]), (filmed[:1], filmed[1:4])]
+        )
+    ]
+    assert [rule for _, rule in found] == [BY_TRUTH, BY_LOUDNESS, BY_LOUDNESS, BY_ACTIVITY]
+    assert found[0][0].deviation > 1 > found[1][0].deviation and found[3][0] is None

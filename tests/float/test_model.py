@@ -2,13 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import Wav2Vec2Model
 
 from float.config import PRESETS, Config, DataConfig, ModelConfig
+from float.data.media import to_uint8
 from float.model import FlowMatchingTransformer, MotionGenerator
 from float.modules.audio import (
+    SAMPLE_RATE,
     AudioEncoder,
     LogMelEncoder,
     convolved,
@@ -22,6 +26,7 @@ from float.modules.discriminators import AutoencoderWithJudges
 from float.modules.emotion import Audio2Emotion
 from float.sampling.animate import Animator, audio_windows
 from float.sampling.motion import SamplingOptions, sample_motion
+from float.sampling.still import StillHead, fading, warped
 from float.weights.open import load_autoencoder, load_generator, make_autoencoder, make_generator, unsaved_names
 from float.weights.released import export_released_layout, load_released_checkpoint, released_state
 from shared.config import load_saved
@@ -375,6 +380,13 @@ def test_convolutions_in_chunks_give_the_features_of_the_whole_sound(norm, monke
     whole = model.feature_extractor(wave).transpose(1, 2)
     monkeypatch.setattr("float.modules.audio.CHUNK_SAMPLES", 700)
     assert torch.allclose(convolved(model, wave), whole, atol=1e-5)
+    monkeypatch.undo()
+    taken: list[int] = []  # a second at a time, so that ten seconds take the memory of ten minutes
+    model.feature_extractor.conv_layers[0].conv.register_forward_hook(
+        lambda _, given, __: taken.append(given[0].numel())
+    )
+    convolved(model, torch.randn(1, 5 * SAMPLE_RATE))
+    assert max(taken) < 1.1 * SAMPLE_RATE
 
 
 @torch.no_grad()
@@ -415,8 +427,37 @@ def test_sound_features_line_up_with_the_frames():
     features = encoder.encode_clip(wave, 25.0).mean(1)
     assert len(features) == 50 and features.argmax().item() in (25, 26)
     assert torch.isfinite(encoder.encode_clip(torch.zeros(700), 25.0)).all()
+    # silence and noise are pauses and not speech: neither blown up to unit variance, nor of average level
+    noise, nothing = (encoder.encode_clip(wave, 25.0) for wave in (torch.randn(32000), torch.zeros(32000)))
+    assert noise.std() < 0.5 and noise.mean() < -0.5 and torch.allclose(nothing, torch.tensor(-1.0))
+    speech = torch.randn(32000) * torch.linspace(-9, 0, 20).exp().repeat_interleave(1600)
+    features = encoder.encode_clip(speech, 25.0)
+    assert abs(features.mean()) < 1e-5 and abs(features.std() - 1) < 1e-5
     normal = normalise_waveform(torch.randn(1000) * 3 + 1)
     assert abs(normal.mean()) < 1e-5 and abs(normal.std(unbiased=False) - 1) < 1e-4
     assert normalise_waveform(torch.zeros(10)).abs().max() == 0
     assert pad_to_samples(torch.tensor([[1.0, 2.0]]), 4).tolist() == [[1, 2, 2, 2]]
     assert list(rename_weight_norm({"a.weight_g": torch.zeros(1)})) == ["a.parametrizations.weight.original0"]
+
+
+def test_only_the_lips_move_though_the_generated_head_turns_and_shifts():
+    """Outside the mouth the picture itself, to the bit; the mouth where the portrait has it; brightness may differ."""
+    random, data, side = np.random.default_rng(0), DataConfig(), 64
+    rough = torch.from_numpy(random.random((1, 3, 9, 9))).float()
+    rest = F.interpolate(rough, (side, side), mode="bicubic", align_corners=True).clamp(0, 1)
+    spoken = rest.clone()
+    spoken[..., 40:44, 28:36] = 0
+    turn = torch.eye(3, dtype=torch.float64)
+    turn[:2] = torch.tensor([[0.98, -0.06, 0.06], [0.06, 0.98, -0.05]])  # 2 pixels, 3.5 degrees, 2 % smaller
+    picture, opened = to_uint8(rest[0] * 2 - 1), to_uint8(spoken[0] * 2 - 1)
+    frame = to_uint8(warped(spoken * 2 - 1, turn)[0] * 0.9)
+    for moving, box in (("lips", data.mouth_box), ("face", [0.2, 0.3, 0.8, 0.82])):
+        still = StillHead(picture, picture, moving, data, has_face=False)
+        made = [still(frame) for _ in range(2)][1].astype(int)
+        outside = fading(box, side)[0, 0].numpy() == 0
+        assert outside.mean() > 0.5 and (made == picture)[outside].all()
+        mouth = np.s_[40:44, 28:36]
+        assert np.abs(made - opened)[mouth].mean() < 25 < 60 < np.abs(picture.astype(int) - opened)[mouth].mean()
+        assert np.abs(made - opened).mean() < 4 < np.abs(frame.astype(int) - opened).mean()
+    nothing_alike = still(np.zeros_like(picture))  # cannot be aligned: laid on as it is
+    assert torch.equal(still.turn, torch.eye(3, dtype=torch.float64)) and nothing_alike.shape == picture.shape

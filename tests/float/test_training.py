@@ -200,7 +200,9 @@ def test_from_clips_to_a_talking_video(tmp_path, clips, capsys):
     wide = tmp_path / "wide.png"
     Image.new("RGB", (80, 40), (90, 120, 150)).save(wide)
     flags_of_use = ["--checkpoint", str(output), "--aud-path", str(tmp_path / "speech.wav"), "--device", "cpu"]
-    for number, changes in enumerate((["--no-crop"], ["--shift-direction", "1=0.5"], ["--face-box", "20,0,60,40"])):
+    for number, changes in enumerate(
+        (["--no-crop"], ["--shift-direction", "1=0.5", "--moving", "lips"], ["--face-box", "20,0,60,40"])
+    ):
         folder = tmp_path / f"results{number}"
         generate([*flags_of_use, "--ref-path", str(wide), "--emo", "sad", "--res-dir", str(folder), *changes])
         assert "wide" in next(folder.iterdir()).name

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from multimodal import metrics, train
+from multimodal import metrics
 from multimodal.config import PRESETS, Config
 from multimodal.evaluation import retrieval
 from multimodal.objective import take_rows
@@ -19,22 +19,12 @@ from shared.config import load_config
 from shared.engine.checkpoint import verify
 from tests.launching import final_tensors, losses, same_bits
 from tests.multimodal import small
+from tests.multimodal.small import run
 
 ONE, TWO, THREE = "stage1_single", "stage2_align", "stage3_finetune"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_network():
-    patch = pytest.MonkeyPatch()
-    patch.setitem(small.model.SIZES, "mini", small.WIDTHS)
-    patch.setitem(small.objectives.DECODERS, "mini", (64, 1))
-    yield
-    patch.undo()
-
-
-def run(folder: Path, *flags: str) -> Path:
-    train.main([*small.QUICK, "--output-dir", str(folder), *flags])
-    return folder
+pytestmark = pytest.mark.usefixtures("small_network")
 
 
 def refused(folder: Path, capsys: pytest.CaptureFixture, *flags: str) -> str:

@@ -11,19 +11,12 @@ from PIL import Image
 
 from multimodal import embed, generate, metrics, train
 from multimodal.evaluation.held_out import Split
-from multimodal.evaluation.transfer import transfer
+from multimodal.evaluation.transfer import names_of, transfer
 from multimodal.weights.open import Embedder
 from tests.multimodal import small
 from tests.multimodal.files import wav
 
-
-@pytest.fixture(scope="module", autouse=True)
-def small_network():
-    patch = pytest.MonkeyPatch()
-    patch.setitem(small.model.SIZES, "mini", small.WIDTHS)
-    patch.setitem(small.objectives.DECODERS, "mini", (64, 1))
-    yield
-    patch.undo()
+pytestmark = pytest.mark.usefixtures("small_network")
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +226,9 @@ def test_own_data_elsewhere_are_measured_and_shown(out, data, tmp_path):
     place = f"data.paths={{jsonl: {data / 'elsewhere'}}}"
     metrics.main(["--checkpoint", str(out), "--set", place, "--output", str(tmp_path / "m.json")])
     assert json.loads((tmp_path / "m.json").read_text())["retrieval"]["jsonl_image"]["items"] == 12
+    shown = (out / "report.html").read_bytes()
+    metrics.main(["--checkpoint", str(out), "--set", place, "--output", str(tmp_path / "t.json"), "--split", "train"])
+    assert (out / "report.html").read_bytes() == shown  # which speaks of held-out data
     generate.main(["--checkpoint", str(out), "--set", place, "--output", str(tmp_path / "s.png")])
     assert (tmp_path / "s.png").stat().st_size > 1000
 
@@ -254,7 +250,37 @@ def test_pictures_find_sounds_above_chance_only_where_they_do():
 
     found = transfer({"a": split("image", 30, True), "b": split("audio", 24, True)})
     assert found["classes"] == sorted(words) and found["chance"] == pytest.approx(1 / 6)
-    assert found["precision@5"] > 0.7 and found["p"] < 0.01
+    assert found["precision@5"] > 0.7 and found["AUC"] > 0.95 and found["p"] < 0.01
+    assert found["AUC_chance"] == pytest.approx(0.5, abs=0.02)
     found = transfer({"a": split("image", 30, True), "b": split("audio", 24, False)})
     assert found["p"] > 0.05
     assert transfer({"a": split("image", 30, True)}) == {}
+
+
+def test_sounds_of_one_class_that_lie_together_are_no_transfer():
+    """Six pictures by chance near one cluster of sounds each: by single sounds that looks like much."""
+    generator, found = torch.Generator().manual_seed(1), []
+    words = ["violin", "trumpet", "drum", "piano", "guitar", "bell"]
+
+    def split(kind: str, each: int) -> Split:
+        centres = torch.nn.functional.normalize(torch.randn(6, 16, generator=generator), dim=1)
+        rows = centres.repeat_interleave(each, 0) + 0.01 * torch.randn(6 * each, 16, generator=generator)
+        texts = [f"a {word}" for word in words for _ in range(each)]
+        count = range(6 * each)
+        return Split(kind, [str(n) for n in count], rows, rows, list(count), list(count), texts)
+
+    for _ in range(40):
+        found.append(transfer({"a": split("image", 1), "b": split("audio", 8)})["p"])
+    assert sum(p < 0.05 for p in found) <= 5
+
+
+def test_a_class_is_what_most_captions_of_an_item_name():
+    captions = [
+        "A drum plays four rising notes.",
+        "A rising line on drums.",
+        "Quietly, a drum.",
+        "Rising: drums",
+        "One drum",
+    ]
+    assert names_of(captions) == {"drum", "rising"}
+    assert names_of(["a dog"]) == {"dog"} and names_of([]) == set()

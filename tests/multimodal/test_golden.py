@@ -9,7 +9,7 @@ from PIL import Image
 
 from multimodal.config import TrainingConfig
 from multimodal.data.audio import log_mel, mel_filters, mel_power
-from multimodal.data.image import center_crop, from_tensor, normalise
+from multimodal.data.image import center_crop, normalise
 from multimodal.data.text import TextTokenizer
 from multimodal.evaluation.retrieval import ranks_of_targets, summarise
 from multimodal.modules.contrastive import contrastive_loss
@@ -43,8 +43,6 @@ def test_picture_preprocessing():
     pixels = normalise(to_pixels(center_crop(Image.fromarray(case["image_uint8_hwc"].numpy()), 224)))
     assert torch.allclose(pixels[:, ::7, ::7], case["pixels_every_7th"], atol=1e-6)
     assert torch.allclose(pixels.double().sum((1, 2)), case["channel_sum"], atol=1e-2)
-    again = np.array(from_tensor(pixels))
-    assert np.array_equal(again, np.array(center_crop(Image.fromarray(case["image_uint8_hwc"].numpy()), 224)))
 
 
 @pytest.mark.parametrize("case", numbers("tokenizer_cases"), ids=lambda case: case["text"][:12] or "empty")

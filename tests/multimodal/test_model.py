@@ -238,6 +238,20 @@ def test_recomputation_keeps_less_than_a_tenth():
     assert 0.02 < share < 0.10
 
 
+@pytest.mark.parametrize("first_only", [False, True])
+def test_a_block_adds_its_products_onto_the_residual(first_only):
+    block = Block(64, 1, dropout=0.5)
+    x, mask = torch.randn(2, 5, 64), torch.ones(2, 5, dtype=torch.bool)
+    alone = block.attention(block.norm1(x), mask, first_only) + (x[:, :1] if first_only else x)
+    alone = alone + block.contract(torch.nn.functional.gelu(block.expand(block.norm2(alone))))
+    fused = block.eval()(x, mask, first_only)
+    assert torch.allclose(fused, alone, atol=1e-6)
+    gradients = [torch.autograd.grad(value.square().sum(), list(block.parameters())) for value in (fused, alone)]
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*gradients, strict=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(block(x, mask, first_only).float(), alone, atol=0.05)
+
+
 def test_embeddings_alone_are_those_of_the_whole_pass(network, inputs):
     whole, alone = network(**inputs), network(**inputs, fuse=False)
     for name in ("image_embeds", "text_embeds", "audio_embeds"):

@@ -5,9 +5,10 @@ import json
 import pytest
 from PIL import Image
 
-from multimodal import train
 from tests.launching import losses
-from tests.multimodal import small
+from tests.multimodal.small import run
+
+pytestmark = pytest.mark.usefixtures("small_network")
 
 
 @pytest.fixture
@@ -26,16 +27,24 @@ def alike(tmp_path):
 
 @pytest.mark.parametrize("cache", ["--gradient-cache", "--no-gradient-cache"])
 @pytest.mark.parametrize("loss", [["siglip"], ["infonce", "--caption-drop", "0.4"]])
-def test_mask_duplicates_makes_equal_captions_positives(alike, tmp_path, monkeypatch, loss, cache):
+def test_mask_duplicates_makes_equal_captions_positives(alike, tmp_path, loss, cache):
     """InfoNCE's equal shares of the target sum up to the plain loss while equal captions have equal embeddings, so
     some of their words are left out.
     """
-    monkeypatch.setitem(small.model.SIZES, "mini", small.WIDTHS)
-    monkeypatch.setitem(small.objectives.DECODERS, "mini", (64, 1))
     first = {}
     for flag in ("--mask-duplicates", "--no-mask-duplicates"):
-        flags = ["--stages", "2", "--max-steps", "1", "--grad-accum", "2", "--output-dir", str(tmp_path / flag)]
-        flags += ["--datasets", "jsonl", "--data-root", str(alike), "--label-set", "none", "--contrastive-loss", *loss]
-        train.main([*small.QUICK, *flags, cache, flag])
+        flags = [
+            "--stages",
+            "2",
+            "--max-steps",
+            "1",
+            "--grad-accum",
+            "2",
+            "--datasets",
+            "jsonl",
+            "--data-root",
+            str(alike),
+        ]
+        run(tmp_path / flag, *flags, "--label-set", "none", "--contrastive-loss", *loss, cache, flag)
         first[flag] = losses(tmp_path / flag / "stage2_align")[1]
     assert abs(first["--no-mask-duplicates"] - first["--mask-duplicates"]) > 0.01

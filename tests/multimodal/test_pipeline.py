@@ -16,7 +16,6 @@ from PIL import Image
 from multimodal import download_datasets, embed, metrics, train
 from multimodal.download.catalogue import SETS, RemoteFile, RemoteSet
 from tests.launching import final_tensors, same_bits
-from tests.multimodal import small
 from tests.multimodal.server import Site, serving
 from tests.multimodal.test_download import sha
 
@@ -34,13 +33,7 @@ GUIDE = {  # the guide's keys; the sizes are those of a test
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_network():
-    patch = pytest.MonkeyPatch()
-    patch.setitem(small.model.SIZES, "mini", small.WIDTHS)
-    patch.setitem(small.objectives.DECODERS, "mini", (64, 1))
-    yield
-    patch.undo()
+pytestmark = pytest.mark.usefixtures("small_network")
 
 
 def zipped(members: dict[str, bytes]) -> bytes:

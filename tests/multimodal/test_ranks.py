@@ -14,26 +14,9 @@ MICRO_BATCH, STEPS = 4, 3
 
 
 def case(folder: Path, name: str, strategy: str, accumulation: int) -> dict:
-    flags = [
-        *QUICK,
-        "--output-dir",
-        str(folder / name),
-        "--strategy",
-        strategy,
-        "--stages",
-        "3",
-        "--batch-size",
-        str(MICRO_BATCH),
-        "--grad-accum",
-        str(accumulation),
-        "--max-steps",
-        str(STEPS),
-        "--precision",
-        "fp32",
-        "--epochs",
-        "3",
-    ]
-    return {"what": "training", "flags": flags, "micro_batch": MICRO_BATCH}
+    flags = f"--strategy {strategy} --stages 3 --batch-size {MICRO_BATCH} --grad-accum {accumulation}".split()
+    flags += [*f"--max-steps {STEPS} --precision fp32 --epochs 3 --output-dir".split(), str(folder / name)]
+    return {"what": "training", "flags": [*QUICK, *flags], "micro_batch": MICRO_BATCH}
 
 
 def start(folder: Path, world: int, cases: list[dict]) -> None:

@@ -16,25 +16,14 @@ from multimodal.weights.open import Embedder
 from shared.engine.checkpoint import load_strict
 from shared.errors import UserError
 from tests.launching import final_tensors, losses, same_bits
-from tests.multimodal import small
 from tests.multimodal.files import write_shard
+from tests.multimodal.small import run
 
 STAGES = ("stage1_single", "stage2_align", "stage3_finetune")
 WHOLE = ("--grad-accum", "2", "--dropout", "0.1", "--epochs", "3")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_network():
-    patch = pytest.MonkeyPatch()
-    patch.setitem(small.model.SIZES, "mini", small.WIDTHS)
-    patch.setitem(small.objectives.DECODERS, "mini", (64, 1))
-    yield
-    patch.undo()
-
-
-def run(folder: Path, *flags: str) -> Path:
-    train.main([*small.QUICK, "--output-dir", str(folder), *flags])
-    return folder
+pytestmark = pytest.mark.usefixtures("small_network")
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +33,8 @@ def whole(tmp_path_factory) -> Path:
 
 
 def test_all_files_of_the_guide_are_there(whole):
-    assert {path.name for path in (whole / "checkpoints").glob("*.pt")} == {
-        "best_model.pt",
-        "final_model.pt",
-        "checkpoint_epoch_1.pt",
-        "checkpoint_epoch_2.pt",
-        "checkpoint_epoch_3.pt",
-    }
+    epochs = {f"checkpoint_epoch_{number}.pt" for number in (1, 2, 3)}
+    assert {path.name for path in (whole / "checkpoints").glob("*.pt")} == {"best_model.pt", "final_model.pt"} | epochs
     for stage in STAGES:
         assert (whole / stage / "DONE").exists() and len(losses(whole / stage)) == 4
     final = torch.load(whole / "checkpoints" / "final_model.pt", weights_only=True)
@@ -68,13 +52,8 @@ def test_each_stage_moves_its_own_part(whole):
         for i in (1, 2, 3)
     )
     changed = {name for name in two if not torch.equal(one[name], two[name])}
-    assert {
-        "image_tower.norm.weight",
-        "text_tower.norm.weight",
-        "audio_tower.norm.weight",
-        "word_projection.weight",
-        "log_scale",
-    } <= changed
+    towers = {f"{name}_tower.norm.weight" for name in ("image", "text", "audio")}
+    assert towers | {"word_projection.weight", "log_scale"} <= changed
     assert not [name for name in changed if name.startswith(("words", "fus", "to_fusion", "classifier", "match_head"))]
     assert {"words.weight", "fusion_tower.norm.weight", "classifier.1.weight", "match_head.weight"} <= {
         name for name in three if not torch.equal(two[name], three[name])
@@ -84,21 +63,9 @@ def test_each_stage_moves_its_own_part(whole):
 def test_losses_are_finite_and_named(whole):
     rows = [json.loads(line) for line in (whole / STAGES[2] / "metrics.jsonl").read_text().splitlines()]
     names = {name for row in rows for name in row}
-    assert {
-        "train/loss",
-        "train/grad_norm",
-        "train/lr",
-        "train/image_imagetext",
-        "train/audio_audiotext",
-        "train/image_match",
-        "train/audio_match",
-        "train/class",
-        "train/logit_scale",
-        "val/loss",
-        "val/image_text_to_item_R@10",
-        "val/mAP",
-        "val/micro_F1",
-    } <= names
+    wanted = "loss grad_norm lr image_imagetext audio_audiotext image_match audio_match class logit_scale".split()
+    assert {f"train/{name}" for name in wanted} <= names
+    assert {f"val/{name}" for name in ("loss", "image_text_to_item_R@10", "mAP", "micro_F1")} <= names
     assert all(value is not None for row in rows for value in row.values())
 
 
@@ -166,19 +133,8 @@ def test_the_gradient_cache_trains_like_one_large_batch(tmp_path):
 
 def test_reports(whole):
     report = json.loads(next((whole / "reports").glob("report_*.json")).read_text())
-    assert set(report) == {
-        "run",
-        "environment",
-        "model",
-        "data",
-        "notes",
-        "epochs",
-        "retrieval",
-        "classification",
-        "best",
-        "files",
-        "plots",
-    }
+    parts = "run environment model data notes epochs retrieval classification best files plots"
+    assert set(report) == set(parts.split())
     assert report["run"]["exit_reason"] == "finished" and [row["stage"] for row in report["epochs"]] == [1, 2, 3]
     assert report["retrieval"]["image_text_to_item"]["R@10"] >= 0 and "mAP" in report["classification"]
     assert {Path(entry["path"]).name for entry in report["files"]} >= {"best_model.pt", "final_model.pt"}

@@ -115,6 +115,13 @@ def test_with_strict_a_broken_validation_clip_stops_before_the_first_step(base, 
     assert not (tmp_path / "out/metrics.jsonl").exists()
 
 
+def test_a_time_limit_in_the_bases_phase_ends_in_peace(tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        train.main(arguments(tmp_path / "out", "--time-limit-minutes", "1e-9"))
+    assert left.value.code == 0 and "the same command goes on" in capsys.readouterr().out
+    assert not (tmp_path / "out/base/generator.safetensors").exists()
+
+
 def test_a_run_killed_between_the_base_and_its_copy_goes_on(tmp_path):
     folder = tmp_path / "out"
     train.main(arguments(folder, "--max-steps", "2"))

@@ -6,7 +6,6 @@ encoders of the right class, every other switch as it is. A killed run must end 
 """
 
 import argparse
-import functools
 import shutil
 import sys
 import tempfile
@@ -14,7 +13,7 @@ import time
 from pathlib import Path
 
 from tests import forking
-from tests.launching import final_tensors, run, run_and_kill, same_bits
+from tests.launching import final_tensors, run, same_bits
 from tests.roads import opening
 from tests.roads.roads import ROADS, Road
 
@@ -38,8 +37,8 @@ def walk(road: Road, files: Path, output: Path) -> list[tuple[str, str]]:
 
     def kill() -> str:
         line, latest = road.train(files, killed), killed / road.place / "checkpoints" / "latest"
-        start = forking.run_and_kill if road.ranks == 1 else functools.partial(run_and_kill, road.ranks)
-        return "" if start(*line, after=0.0, watch=latest) else "it had ended before the kill"
+        hit = forking.run_and_kill(road.ranks, *line, after=0.0, watch=latest)
+        return "" if hit else "it had ended before the kill"
 
     def train(folder: Path) -> str:
         return command(road.ranks, road.train(files, folder))

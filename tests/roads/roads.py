@@ -66,7 +66,9 @@ def dit(preset: str) -> Road:
             classes = str(encoders.class_folders(files / "classes"))
             return [*words, "--dataset-path", classes, "--val-fraction", "0.25"]
         words += ["--text.pretrained-model-name", str(encoders.clip_text(files / "clip")), "--model.text-dim", "16"]
-        if preset.startswith("recipe"):
+        if preset == "prx":  # whose own VAE has 16 channels, and whose text encoder is no CLIP
+            words += "--text.type clip --model.in-channels 4 --model.text-len 77".split()
+        if preset.startswith(("recipe", "jit", "prx")):
             return [*words, "--dataset-path", str(encoders.captioned(files / "captioned")), "--val-fraction", "0.25"]
         if preset == "large":
             return [*words, "--dataset-path", str(encoders.downloaded(files / "downloaded") / "coco")]
@@ -179,7 +181,8 @@ def opens2v(preset: str) -> Road:
         few = [*"--num-workers 1 --warmup-steps 0".split(), *FEW]
         if preset == "small":
             sizes = "--num-layers 1 --num-attention-heads 2 --attention-head-dim 16 --ffn-dim 32 --pixel-height 16"
-            sizes += " --pixel-width 32 --ref-height 16 --ref-width 16 --text-dim 16 --text-rows 24 --base-steps 2"
+            sizes += " --pixel-width 32 --ref-height 16 --ref-width 16 --text-dim 16 --text-rows 24"
+            sizes += " --codec-steps 4 --base-steps 2"
             return [*sizes.split(), *"--base-batch-size 2 --batch-size 2".split(), *few]
         from opens2v.train import sample_paths
 
@@ -227,7 +230,7 @@ def multimodal(preset: str) -> Road:
     return Road("multimodal", preset, flags, place="stage3_finetune", after=after, opened=opened)
 
 
-DIT = "small small_cub showcase default large flow_256 train_config xl recipe_256 recipe_512"
+DIT = "small small_cub showcase default large flow_256 train_config xl recipe_256 recipe_512 jit_256 prx"
 ROADS = [
     *(dit(preset) for preset in DIT.split()),
     *(float_autoencoder(preset) for preset in ("small", "default", "official")),

@@ -13,7 +13,7 @@ import torch
 
 from shared.data import BadSamples, check_shared_memory
 from shared.engine.checkpoint import load_weights
-from shared.errors import CheckpointError, UserError, command, write_text
+from shared.errors import CheckpointError, Stopped, UserError, command, write_text
 from shared.report.page import write_report
 from tests.launching import ENVIRONMENT, ROOT, losses, newest
 from tests.shared.test_resume import TOY, case, write
@@ -183,3 +183,54 @@ def test_no_text_becomes_markup_in_either_page(tmp_path):
     write_index([path], tmp_path / "index.html")
     for name in ("report.html", "index.html"):
         assert "<script>alert" not in (tmp_path / name).read_text()
+
+
+# --- folders of public models -----------------------------------------------------------------------------------------
+
+DAMAGED = {
+    "cut": b'{"model": {"type": "BP',
+    "empty": b"",
+    "a list": b"[]",
+    "no keys": b"{}",
+    "bytes": bytes(range(256)),
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_folder_of_a_public_model_is_a_sentence_in_every_system(tmp_path, content):
+    """Configuration, tokenizer and weights alike; the libraries raise what they like, down to a bare Exception."""
+    from bagel.data.tokenizer import FolderTokenizer
+    from dit.modules.features import FeatureEncoder
+    from dit.modules.text import LanguageEncoder, TextEncoder
+    from float.modules.audio import AudioEncoder
+    from opens2v.modules.encoders import load_clip
+    from shared.metrics import ClipScorer
+
+    for name in ("config.json", "tokenizer.json", "vocab.json", "merges.txt", "model.safetensors"):
+        (tmp_path / name).write_bytes(content)
+    folder = str(tmp_path)
+    for opened in (
+        lambda: FolderTokenizer(tmp_path),
+        lambda: TextEncoder(folder, local_files_only=True),
+        lambda: LanguageEncoder(folder, length=8, local_files_only=True),
+        lambda: FeatureEncoder(folder),
+        lambda: AudioEncoder.from_pretrained(folder, only_last_features=True),
+        lambda: load_clip(folder),
+        lambda: ClipScorer(folder),
+    ):
+        with pytest.raises(UserError, match="cannot be loaded") as found:
+            opened()
+        assert folder in str(found.value) and "\n" not in str(found.value)
+
+
+def test_a_phase_that_was_stopped_ends_the_command_with_code_0(capsys, monkeypatch):
+    @command
+    def main(argv):
+        raise Stopped("the autoencoder was stopped at step 3 of 8; the same command goes on from there")
+
+    for rank, said in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as left:
+            main([])
+        found = capsys.readouterr()
+        assert left.value.code == 0 and found.out.count("stopped at step 3 of 8") == said and not found.err

@@ -294,11 +294,13 @@ def test_settings_that_differ_on_one_rank_are_refused_by_name(tmp_path):
 @pytest.mark.distributed
 def test_another_frozen_base_or_other_first_weights_on_one_rank_are_refused(tmp_path):
     cases = [{**case(tmp_path / name), "rank_1": {"shift": name}, "expect": True} for name in ("frozen", "head")]
+    cases.append({**case(tmp_path / "code"), "rank_1": {"code": "of another commit"}, "expect": True})
     path = tmp_path / "cases.json"
     path.write_text(json.dumps(cases))
     run(2, Path(toy.__file__), path)
     assert "other frozen base weights" in toy.error_file(tmp_path / "frozen", 0).read_text()
     assert "other first weights" in toy.error_file(tmp_path / "head", 1).read_text()
+    assert "code is 'of another commit' instead of" in toy.error_file(tmp_path / "code", 0).read_text()
 
 
 # --- stopping ---------------------------------------------------------------------------------------------------------
@@ -413,6 +415,12 @@ FAULTS = [
     ({"run": {"precision": "fp16"}}, "--precision fp16 needs CUDA"),
     ({"run": {"cpu_offload": True}}, "--cpu-offload works with the strategies"),
     ({"run": {"fsdp_replicas": 2}}, "--fsdp-replicas 2 works with the strategy fsdp, not with none"),
+    ({"run": {"ddp_bf16": True, "strategy": "fsdp"}}, "--ddp-bf16 works with the strategy ddp, not with fsdp"),
+    ({"training": {"keep_products": True}}, "--keep-products says what --gradient-checkpointing keeps"),
+    (
+        {"training": {"keep_products": True, "gradient_checkpointing": True, "compile": True}},
+        "--keep-products looks into the blocks that --compile closes",
+    ),
     ({"run": {"fsdp_replicas": 2, "strategy": "fsdp"}}, "--fsdp-replicas 2: 1 ranks cannot be dealt"),
     ({"run": {"resume": "/nowhere/checkpoint"}}, "/nowhere/checkpoint: no such checkpoint"),
     ({"run": {"output_dir": "  "}}, "--output-dir is empty"),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from shared.errors import UserError
 from shared.media.pictures import as_rgb
 
 
@@ -54,3 +55,24 @@ def test_a_picture_that_is_cut_short_raises():
 def test_a_dark_picture_of_16_bits_stays_dark():
     dark = Image.fromarray((np.arange(90, dtype=np.uint16) * 2).reshape(9, 10))
     assert dark.mode == "I;16" and np.asarray(as_rgb(dark)).max() <= 1
+
+
+def test_a_picture_too_large_to_decode_is_refused_by_every_system(tmp_path):
+    """From its header: 12,000 x 12,000 in one bit a pixel are 18 kB, and half a GB once decoded."""
+    from bagel.data.sources import ImageFault, load_image
+    from dit.dataset import decode
+    from float.data.media import read_image as read_portrait
+    from multimodal.data.image import read_image
+    from opens2v.evaluation.preview import open_picture
+
+    path = tmp_path / "large.png"
+    Image.new("1", (12_000, 12_000)).save(path)
+    for opened in (
+        load_image,
+        read_portrait,
+        read_image,
+        open_picture,
+        lambda path: decode(path.read_bytes(), "large"),
+    ):
+        with pytest.raises((UserError, ImageFault), match="12000 x 12000 pixels"):
+            opened(path)

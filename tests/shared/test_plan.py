@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from shared.config import RunSection, TrainingSection
+from shared.engine.recompute import checkpoint, keep_products
 from shared.errors import UserError
 from shared.plan.measure import GPUS, FrozenPart, describe, gpu_named, make_plan, measure
 
@@ -31,7 +31,7 @@ class Block(nn.Module):
         return x_BLD + self.down(functional.gelu(self.up(self.norm_2(x_BLD))))
 
     def forward(self, x_BLD):
-        return checkpoint(self.run, x_BLD, use_reentrant=False) if self.recompute else self.run(x_BLD)
+        return checkpoint(self.run, x_BLD) if self.recompute else self.run(x_BLD)
 
 
 class Net(nn.Module):
@@ -63,9 +63,19 @@ def measured():
     return measure(Net, step, "fp32", (Block,))
 
 
-def plan_of(measured, strategy="none", world=1, gpu=None, precision="fp32", frozen_parts=None, replicas=1, **training):
+def plan_of(
+    measured,
+    strategy="none",
+    world=1,
+    gpu=None,
+    precision="fp32",
+    frozen_parts=None,
+    replicas=1,
+    in_bf16=False,
+    **training,
+):
     settings = TrainingSection(**{"batch_size": B, **training})
-    run = RunSection(precision=precision, fsdp_replicas=replicas)
+    run = RunSection(precision=precision, fsdp_replicas=replicas, ddp_bf16=in_bf16)
     return make_plan(
         "toy", measured, run=run, training=settings, strategy=strategy, world=world, gpu=gpu, frozen_parts=frozen_parts
     )
@@ -105,17 +115,36 @@ def test_frozen_layers_save_their_weights_gradient():
 
 def test_recomputing_blocks_lowers_the_activations_and_costs_a_forward(measured):
     saved = measure(lambda: Net(recompute=True), step, "fp32", (Block,))
-    assert saved.activation_bytes < 0.6 * measured.activation_bytes and saved.peak_bytes < measured.peak_bytes
+    assert saved.live_bytes(0) < 0.6 * measured.live_bytes(0) and saved.live_bytes(1) < measured.live_bytes(1)
     blocks_forward = measured.forward_flops - 2 * B * L * D * V
     last_products = LAYERS * 2 * B * L * 4 * D * D  # nothing in the block needs their results again
     assert saved.step_flops == measured.step_flops + blocks_forward - last_products
     assert measured.recomputed_flops == 0 and saved.recomputed_flops == blocks_forward - last_products
 
 
+def test_products_can_be_kept_from_being_computed_again(measured):
+    """The same gradients, every product once, and memory between that of all and that of nothing kept."""
+    saved = measure(lambda: Net(recompute=True), step, "fp32", (Block,))
+    losses, gradients = {}, {}
+    for kept in (False, True):
+        keep_products(kept)
+        torch.manual_seed(0)
+        model = Net(recompute=True)
+        torch.manual_seed(1)
+        losses[kept] = step(model)
+        losses[kept].backward()
+        gradients[kept] = [p.grad for p in model.parameters()]
+        found = measure(lambda: Net(recompute=True), step, "fp32", (Block,))
+    keep_products(False)
+    assert all(torch.equal(one, two) for one, two in zip(*gradients.values(), strict=True))
+    assert found.recomputed_flops == 0 and found.step_flops == measured.step_flops
+    assert saved.live_bytes(0) < found.live_bytes(0) < measured.live_bytes(0)
+
+
 def test_activations_hold_at_least_what_the_backward_needs(measured):
     kept = 4 * B * L * (LAYERS * (2 * D + 3 * D + D + 8 * D) + V)  # inputs of norms, products and the activation
-    assert kept < measured.activation_bytes < 3 * kept
-    assert measured.activation_bytes <= measured.peak_bytes
+    assert kept < measured.live_bytes(0) < 3 * kept
+    assert measured.live_bytes(0) <= measured.live_bytes(0.25) <= measured.live_bytes(1) < 4 * PARAMETERS + 3 * kept
 
 
 def test_nothing_is_allocated_for_a_model_of_any_size():
@@ -152,7 +181,7 @@ def test_memory_parts_by_strategy(measured):
         "zero3": (size // 4 + half_copy // 4, size // 4, 2 * size // 4, size // 4),
     }
     gathered = {name for name in plans if "gathered units" in plans[name]}
-    assert gathered == {"fsdp", "zero3"} and plans["ddp"]["activations"] == measured.activation_bytes
+    assert gathered == {"fsdp", "zero3"} and plans["ddp"]["activations"] == measured.live_bytes(0)
 
 
 PARTS = ("weights", "gradients", "Adam moments", "moving average")
@@ -170,6 +199,7 @@ def test_no_average_and_no_frozen_parts_take_no_memory(measured):
 def test_traffic_of_a_ring(measured):
     assert plan_of(measured).traffic_bytes == 0
     assert plan_of(measured, "ddp", 2).traffic_bytes == 4 * PARAMETERS  # half of it, scattered and gathered
+    assert plan_of(measured, "ddp", 2, in_bf16=True).traffic_bytes == 2 * PARAMETERS
     gathers = 2 * 3 * 4 * PARAMETERS  # forward and backward of three micro-steps
     kept = 3 * 4 * measured.root  # what is in no unit is gathered once for both
     sharded = plan_of(measured, "fsdp", 2, gradient_accumulation_steps=3)
@@ -208,6 +238,10 @@ def test_a_start_holds_one_whole_unit_of_a_sharded_model_and_every_rank_s_model_
     plans = {name: plan_of(measured, name, 16, ema_decay=0.9) for name in ("ddp", "fsdp")}
     assert plans["ddp"].startup_bytes == whole
     assert plans["fsdp"].startup_bytes == -(-whole // 16) + measured.block_bytes
+    in_parts = make_plan(
+        "toy", measured, run=RunSection(), training=TrainingSection(), strategy="fsdp", world=16, starts_in_parts=True
+    )
+    assert plans["fsdp"].host_bytes == 8 * whole and in_parts.host_bytes == in_parts.checkpoint_bytes  # its staging
     assert plans["ddp"].host_bytes == max(8 * whole, 16 * PARAMETERS)  # eight ranks of a node; one checkpoint
 
 
@@ -235,10 +269,10 @@ def test_the_optimizer_s_traffic_counts(measured):
 
 
 def test_frozen_encoders_activations_are_there_before_the_model_s(measured):
-    large = FrozenPart("VAE", 7, 8, activations=10 * measured.activation_bytes)
+    large = FrozenPart("VAE", 7, 8, activations=10 * measured.live_bytes(0))
     assert plan_of(measured, "ddp", 2, frozen_parts=[large]).memory["activations"] == large.activations
     small = dataclasses.replace(large, activations=1)
-    assert plan_of(measured, "ddp", 2, frozen_parts=[small]).memory["activations"] == measured.activation_bytes
+    assert plan_of(measured, "ddp", 2, frozen_parts=[small]).memory["activations"] == measured.live_bytes(0)
 
 
 def test_a_faster_gpu_and_more_ranks_shorten_the_step(measured):
@@ -264,7 +298,7 @@ def test_the_plan_as_text_says_what_fits(measured):
         assert part in text
     large = dataclasses.replace(measured, trainable=10**10, trainable_bytes=4 * 10**10)
     assert "DOES NOT FIT" in describe(plan_of(large))
-    assert "160.00 GB" in describe(plan_of(dataclasses.replace(large, activation_bytes=0, peak_bytes=0)))
+    assert "160.00 GB" in describe(plan_of(dataclasses.replace(large, live=())))
 
 
 @pytest.mark.parametrize(

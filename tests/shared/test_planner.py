@@ -47,7 +47,7 @@ def test_a_size_between_is_as_measured():
         measured[size] = WORK.measure(config)
     line = _extended(measured[1], measured[2], 6)
     assert line.step_flops == measured[6].step_flops
-    assert line.activation_bytes == pytest.approx(measured[6].activation_bytes, rel=0.05)
+    assert line.live_bytes(0.5) == pytest.approx(measured[6].live_bytes(0.5), rel=0.05)
 
 
 def test_without_the_table_one_plan_of_exactly_these_settings():

@@ -177,8 +177,20 @@ def test_a_restarted_worker_ends_with_the_same_weights(tmp_path):
 @pytest.mark.distributed
 def test_a_rank_that_hangs_is_named(tmp_path):
     path = write(tmp_path, **case(tmp_path / "run", hang_at=4))
-    done = run(2, TOY, path, check=False, TOY_TIMEOUT="8")
-    assert done.returncode != 0 and "rank 1 is late: its last sign of life was at step 4" in done.stderr
+    process = subprocess.Popen(
+        command(2, TOY, path), cwd=ROOT, env={**ENVIRONMENT, "TOY_TIMEOUT": "8"}, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    said, ended = "", "Sending process"  # what torchrun says when a rank has failed; it gives the other one 30 seconds
+    try:
+        for line in process.stderr:
+            said += line
+            if ended in line:
+                break
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert ended in said and "rank 1 is late: its last sign of life was at step 4" in said
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------

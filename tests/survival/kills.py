@@ -1,13 +1,12 @@
 """Runs killed at random moments, resumed by the same command, against the undisturbed run: bit for bit.
 
   python -m tests.survival.kills [--systems dit bagel] [--kills 10] [--ranks 1 2] [--steps 60] [--seed 0] [--anywhere]
-SIGKILL reaches the launcher and all workers, at a moment drawn between a checkpoint and the next ones; with --anywhere
-at one drawn over the whole life of the run: codecs and caches, every phase and what lies between them. Runs of one rank
-are forks of this process, which has imported torch.
+SIGKILL reaches all ranks, at a moment drawn between a checkpoint and the next ones; with --anywhere
+at one drawn over the whole life of the run: codecs and caches, every phase and what lies between them. Ranks are forks
+of this process, which has imported torch.
 """
 
 import argparse
-import functools
 import json
 import random
 import shutil
@@ -16,11 +15,11 @@ import time
 from pathlib import Path
 
 from tests import forking
-from tests.launching import final_tensors, losses, run, run_and_kill, same_bits
+from tests.launching import final_tensors, losses, same_bits
 from tests.survival.systems import System, chosen
 
 
-def survive(system: System, folder: Path, world: int, options: argparse.Namespace) -> dict:
+def survive(system: System, folder: Path, world: int, kills: int, options: argparse.Namespace) -> dict:
     """Kill and resume one system's run until so many kills have hit it, in a new folder whenever it has come to its
     end; says whether every end is that of the undisturbed run.
     """
@@ -33,26 +32,22 @@ def survive(system: System, folder: Path, world: int, options: argparse.Namespac
     )
 
     def whole(line: list[str]) -> None:
-        if world > 1:
-            run(world, *line, timeout=900)
-        else:
-            done = forking.run(*line, timeout=900)
-            assert done.returncode == 0, f"exit code {done.returncode}\n{done.stderr[-6000:]}"
+        done = forking.run(*line, world=world, timeout=900)
+        assert done.returncode == 0, f"exit code {done.returncode}\n{done.stderr[-6000:]}"
 
-    hit_by = forking.run_and_kill if world == 1 else functools.partial(run_and_kill, world)
     began = time.monotonic()
     whole(undisturbed)
     life = time.monotonic() - began
     found = {"system": system.name, "ranks": world, "kills": 0, "phases": 0, "equal": True, "losses_equal": True}
-    while found["kills"] < options.kills:
+    while found["kills"] < kills:
         if options.anywhere:
-            hit = hit_by(*command, after=draw.uniform(0, life))
+            hit = forking.run_and_kill(world, *command, after=draw.uniform(0, life))
         else:
             latest = killed / system.place / "checkpoints" / "latest"
-            hit = hit_by(*command, after=draw.uniform(0, options.window), watch=latest)
+            hit = forking.run_and_kill(world, *command, after=draw.uniform(0, options.window), watch=latest)
         assert hit <= 0, f"the run ended by itself with {hit}"
         found["kills"] += hit < 0
-        if found["kills"] == options.kills:
+        if found["kills"] == kills:
             whole(command)
         if (killed / system.place / "DONE").exists():
             compare(straight, killed, found)
@@ -75,8 +70,8 @@ def compare(straight: Path, killed: Path, found: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--systems", nargs="+", help="names, default: all")
-    parser.add_argument("--kills", type=int, default=5, help="for each system and number of ranks")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--kills", type=int, nargs="+", default=[5], help="for each system; or one for each of --ranks")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--save", type=int, default=4, help="steps between checkpoints")
     parser.add_argument("--window", type=float, default=1.0, help="a kill falls so many seconds after a checkpoint")
@@ -88,9 +83,10 @@ def main() -> None:
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for system in chosen(options.systems):
-            for world in options.ranks:
+            for place, world in enumerate(options.ranks):
                 began = time.monotonic()
-                found.append(survive(system, Path(folder), world, options))
+                kills = options.kills[min(place, len(options.kills) - 1)]
+                found.append(survive(system, Path(folder), world, kills, options))
                 print(json.dumps(found[-1]), f"{time.monotonic() - began:.0f} s", flush=True)
     print(f"{sum(row['kills'] for row in found)} kills, all ends equal: {all(row['equal'] for row in found)}")
     if options.output:

@@ -1,16 +1,18 @@
 """The plan's memory and traffic against those of real steps, on one rank or several:
 
-  python -m tests.survival.memory [--systems dit bagel]
+  python -m tests.survival.memory [--systems dit bagel] [--presets default --batch-size 1]
   torchrun --standalone --nproc_per_node=4 tests/survival/memory.py --strategies ddp fsdp
-Every system's `small` preset on CPU ranks in fp32: two optimizer steps under the profiler, which adds up what torch's
-allocator gives and takes. Weights, the moving average and DDP's buckets are there before and are counted by their
-sizes. Traffic is what the collectives of the second step carry, as a ring sends it.
+Presets (`small` of every system where none is named) on CPU ranks in fp32, without frozen encoders: an optimizer step
+under the profiler, which adds up what torch's allocator gives and takes. Weights, moments, the moving average and DDP's
+buckets are there before and are counted by their sizes. Traffic is what its collectives carry, as a ring sends it.
 """
 
 import argparse
 import gc
+import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,30 +34,27 @@ from shared.optim import decay_groups
 from shared.plan.table import Workload
 
 
-def cases() -> dict[str, tuple[Callable[[], Any], Callable[[Any], Workload]]]:
-    """Name -> (settings of the small preset, workload of settings)."""
+def cases() -> dict[str, tuple[type, Path, Callable[[Any], Workload]]]:
+    """Name -> (settings, folder of presets, workload of settings)."""
     from bagel import config as bagel_config
     from bagel import plan as bagel_plan
     from dit import config as dit_config
-    from dit import train as dit_train
+    from dit import plan as dit_plan
     from float import config as float_config
-    from float import plan as float_plans
+    from float import plan as float_plan
     from multimodal import config as multimodal_config
-    from multimodal import plan as multimodal_planning
+    from multimodal import plan as multimodal_plan
     from opens2v import config as opens2v_config
     from opens2v import plan as opens2v_plan
 
-    def preset(module: Any, name: str = "Config", presets: str = "PRESETS") -> Callable[[], Any]:
-        return lambda: load_config(getattr(module, name), presets=getattr(module, presets), argv=[], default="small")
-
-    pictures = preset(float_config, "AutoencoderConfig", "AUTOENCODER_PRESETS")
+    pictures = float_config.AutoencoderConfig, float_config.AUTOENCODER_PRESETS, float_plan.autoencoder_workload
     return {
-        "dit": (preset(dit_config), dit_train.workload),
-        "float phase 1": (pictures, float_plans.autoencoder_workload),
-        "float phase 2": (preset(float_config), float_plans.workload),
-        "bagel": (preset(bagel_config), bagel_plan.workload),
-        "opens2v": (preset(opens2v_config), opens2v_plan.workload),
-        "multimodal": (preset(multimodal_config), multimodal_planning.workload),
+        "dit": (dit_config.Config, dit_config.PRESETS, dit_plan.workload),
+        "float phase 1": pictures,
+        "float phase 2": (float_config.Config, float_config.PRESETS, float_plan.workload),
+        "bagel": (bagel_config.Config, bagel_config.PRESETS, bagel_plan.workload),
+        "opens2v": (opens2v_config.Config, opens2v_config.PRESETS, opens2v_plan.workload),
+        "multimodal": (multimodal_config.Config, multimodal_config.PRESETS, multimodal_plan.workload),
     }
 
 
@@ -96,38 +95,41 @@ def local_bytes(value: Tensor) -> int:
 
 
 def compare(
-    make: Callable[[], Any], workload: Callable[[Any], Workload], name: str, info: DistInfo
+    config: Any, workload: Callable[[Any], Workload], name: str, info: DistInfo
 ) -> tuple[float, float, float, float]:
     """Planned and measured bytes: the largest rank's memory, and traffic of a step."""
-    config = make()
     config.run.precision, config.run.strategy, config.run.world_size = "fp32", name, info.world
     config.training.global_batch_size = None
-    work = workload(config)
+    work = replace(workload(config), frozen_parts=lambda config: [])
     plan = work.plan(config)
     model = work.build(config).train()
     strategy = make_strategy(config.run, info, "fp32", config.training)
     strategy.prepare(model, decay_groups(model, 0.0), work.blocks)
     ema = EMA(strategy, 0.99) if config.training.ema_decay > 0 else None
-    trainable = sum(local_bytes(value) for value in strategy.parameters.values())
-    before = sum(map(local_bytes, [*model.parameters(), *model.buffers()]))
-    before += trainable * ((ema is not None) + (name == "ddp"))
-    traffic = Traffic(info.world)
+    loss, traffic = work.step(config), Traffic(info.world)
 
-    def two_steps() -> None:
+    def step() -> None:
         accumulation = config.training.gradient_accumulation_steps
-        for micro in range(2 * accumulation):
-            if micro == accumulation:
-                traffic.__enter__()
-            is_last = micro % accumulation == accumulation - 1
-            with strategy.micro_step(is_last):
-                strategy.backward(work.step(config)(strategy.model))
-            if is_last:
-                strategy.optimizer_step()
-                if ema:
-                    ema.update()
-        traffic.__exit__(None, None, None)
+        for micro in range(accumulation):
+            with strategy.micro_step(is_last=micro == accumulation - 1):
+                strategy.backward(loss(strategy.model))
+        strategy.optimizer_step()
+        if ema:
+            ema.update()
 
-    measured = max_over_ranks(float(before + allocated(two_steps)))
+    for _ in range(2):  # the optimizer makes its moments, DDP its buckets
+        step()
+    trainable = sum(local_bytes(value) for value in strategy.parameters.values())
+    before = sum(map(local_bytes, [*model.parameters(), *model.buffers()])) + 2 * trainable  # with the moments
+    if name.startswith("zero"):  # fp32 shards of weights and moments, and the weights to compute with
+        numbers = sum(math.prod(strategy.shape(own)) for own in strategy.parameters)
+        before = sum(map(local_bytes, model.buffers())) + 4 * strategy.frozen_count() // (
+            info.world if "3" in name else 1
+        )
+        before += 12 * numbers // info.world + 4 * numbers // (info.world if "3" in name else 1)
+    before += trainable * (name == "ddp") + sum(v.nbytes for v in (ema.values.values() if ema else ()))
+    with traffic:
+        measured = max_over_ranks(float(before + allocated(step)))
     return plan.peak_memory, measured, plan.traffic_bytes, traffic.sent
 
 
@@ -135,6 +137,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--systems", nargs="+", help="names, default: all")
     parser.add_argument("--strategies", nargs="+", default=["none"], help="none, ddp, fsdp")
+    parser.add_argument("--presets", nargs="+", default=["small"])
+    parser.add_argument("--batch-size", type=int, help="in place of the preset's")
     options = parser.parse_args()
     info = init_distributed("cpu")
     torch.set_num_threads(1)
@@ -143,14 +147,18 @@ def main() -> None:
             "| system | strategy | memory: planned, MB | measured | ratio | traffic: planned, MB | measured | ratio |"
         )
         print("|---|---|---|---|---|---|---|---|", flush=True)
-    for name, (make, workload) in cases().items():
-        for strategy in options.strategies if not options.systems or name in options.systems else ():
-            torch.manual_seed(0)
-            planned, measured, carried, sent = compare(make, workload, strategy, info)
-            cells = [f"{planned / 1e6:.1f}", f"{measured / 1e6:.1f}", f"{planned / measured:.3f}"]
-            cells += [f"{carried / 1e6:.1f}", f"{sent / 1e6:.1f}", f"{carried / sent:.3f}" if sent else "-"]
-            if info.is_main:
-                print(f"| {name} | {strategy}@{info.world} | {' | '.join(cells)} |", flush=True)
+    chosen = {name: case for name, case in cases().items() if not options.systems or name in options.systems}
+    for name, (schema, folder, workload) in chosen.items():
+        for preset in (name for name in options.presets if (folder / f"{name}.yaml").is_file()):
+            for strategy in options.strategies:
+                config = load_config(schema, presets=folder, argv=["--config", preset])
+                config.training.batch_size = options.batch_size or config.training.batch_size
+                torch.manual_seed(0)
+                planned, measured, carried, sent = compare(config, workload, strategy, info)
+                cells = [f"{planned / 1e6:.1f}", f"{measured / 1e6:.1f}", f"{planned / measured:.3f}"]
+                cells += [f"{carried / 1e6:.1f}", f"{sent / 1e6:.1f}", f"{carried / sent:.3f}" if sent else "-"]
+                if info.is_main:
+                    print(f"| {name} {preset} | {strategy}@{info.world} | {' | '.join(cells)} |", flush=True)
     shutdown()
 
 

@@ -22,8 +22,8 @@ BY_NAME = {system.name: system for system in SYSTEMS}
 
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_weights_of_the_undisturbed_one(tmp_path):
-    options = argparse.Namespace(steps=16, save=2, kills=2, window=0.3, seed=0, anywhere=False)
-    found = kills.survive(BY_NAME["opens2v"], tmp_path, 1, options)
+    options = argparse.Namespace(steps=16, save=2, window=0.3, seed=0, anywhere=False)
+    found = kills.survive(BY_NAME["opens2v"], tmp_path, 1, 2, options)
     assert found["kills"] == 2 and found["equal"] and found["losses_equal"]
 
 

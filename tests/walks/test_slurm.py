@@ -1,4 +1,4 @@
-"""A run brought onto Slurm: scripts/slurm.sh on two nodes, stopped when its time is over, queued again, resumed.
+"""A run brought onto Slurm: scripts/slurm.sh on four nodes, stopped when its time is over, queued again, resumed.
 
 Slurm itself is played by four small scripts: srun starts a process for each node on this machine.
 """
@@ -34,7 +34,7 @@ def submit(play: Path, *arguments: str) -> subprocess.Popen:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = str(found.getsockname()[1])
-    slurm = {"SLURM_JOB_ID": "77", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[0-1]", "MASTER_PORT": port}
+    slurm = {"SLURM_JOB_ID": "77", "SLURM_NNODES": "4", "SLURM_JOB_NODELIST": "node[0-3]", "MASTER_PORT": port}
     places = {"SLURM_SUBMIT_DIR": str(ROOT), "PLAY": str(play), "PATH": f"{play}:{os.environ['PATH']}"}
     return subprocess.Popen(
         ["bash", str(ROOT / "scripts" / "slurm.sh"), *arguments],
@@ -72,4 +72,4 @@ def test_a_run_is_stopped_by_the_queue_and_goes_on_in_the_next_job(tmp_path):
     second = submit(tmp_path, *arguments, "--max-steps", str(saved + 3))
     said = second.communicate(timeout=200)[0]
     assert second.returncode == 0, said[-3000:]
-    assert re.search(rf"on 2 rank\(s\).*steps {saved} to {saved + 3} of 300", said), said[-3000:]
+    assert re.search(rf"on 4 rank\(s\).*steps {saved} to {saved + 3} of 300", said), said[-3000:]
