@@ -141,16 +141,6 @@ def spatial_autocorrelation(frames: np.ndarray) -> float:
     return float(((x[:, 1:] * x[:, :-1]).mean() + (x[:, :, 1:] * x[:, :, :-1]).mean()) / (2 * power))
 
 
-def high_frequency_ratio(frames: np.ndarray) -> float:
-    """Share of the spectrum's energy (mean taken off) above half the highest frequency."""
-    grey = frames.astype(np.float64).mean(-1)
-    grey = grey - grey.mean((1, 2), keepdims=True)
-    power = np.abs(np.fft.fft2(grey)) ** 2
-    rows, columns = np.abs(np.fft.fftfreq(grey.shape[1])), np.abs(np.fft.fftfreq(grey.shape[2]))
-    high = np.maximum(rows[:, None], columns[None]) > 0.25
-    return float(power[:, high].sum() / (power.sum() + 1e-9))
-
-
 def motion(frames: np.ndarray) -> dict[str, float]:
     """Mean absolute difference of neighbouring frames, grey levels, and its variance over time (lower is smoother)."""
     steps = np.abs(np.diff(frames.astype(np.float64), axis=0)).mean((1, 2, 3))
