@@ -180,9 +180,7 @@ def _trained(
         checkpoint_name="step_{step}", title=title,
     )  # fmt: skip
     if not result.finished:
-        raise Stopped(
-            f"the {title} was stopped at step {result.step} of {steps}; the same command goes on from there"
-        )
+        raise Stopped(f"the {title} was stopped at step {result.step} of {steps}; the same command goes on from there")
     return load_weights(result.checkpoint or folder)
 
 
