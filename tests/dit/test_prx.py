@@ -26,15 +26,18 @@ from tests.dit.small import TINY, tiny
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    return made(tmp_path_factory.mktemp("prx"), resolution_embeds=True)
+
+
+def made(path, **options):
     """A tiny PRX with random weights, the zeros of its modulation too."""
     torch.manual_seed(0)
     model = PRXTransformer2DModel(
         in_channels=4, patch_size=2, context_in_dim=16, hidden_size=24, mlp_ratio=2.0, num_heads=2, depth=2,
-        axes_dim=[6, 6], resolution_embeds=True,
+        axes_dim=[6, 6], **options,
     )  # fmt: skip
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape) * 0.2
-    path = tmp_path_factory.mktemp("prx")
     model.save_pretrained(path)
     return path
 
@@ -60,6 +63,15 @@ def test_a_folder_gives_the_velocity_of_diffusers_turned_round(folder):
     assert torch.allclose(dropped[::2], found[::2], atol=1e-6)
     alone = theirs(x[1:2], 1 - t[1:2], null[None], attention_mask=null_mask[None]).sample
     assert torch.allclose(dropped[1:2], -alone, atol=1e-5)
+
+
+def test_a_folder_with_a_bottleneck_in_its_patches_is_loaded(tmp_path):
+    config = settings(made(tmp_path, bottleneck_size=8))
+    assert config.model.bottleneck_size == 8
+    model, theirs = build_model(config), PRXTransformer2DModel.from_pretrained(tmp_path)
+    load_pretrained(model, tmp_path)
+    x, text, t = torch.randn(2, 4, 8, 8), torch.randn(2, 8, 16), torch.tensor([0.2, 0.9])
+    assert torch.allclose(model(x, 1000 * t, text), -theirs(x, 1 - t, text).sample, atol=1e-5)
 
 
 def test_a_folder_is_fine_tuned_resumed_without_it_and_drawn_with(folder, tmp_path):

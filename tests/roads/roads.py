@@ -219,6 +219,8 @@ def multimodal(preset: str) -> Road:
         words = [*small.split(), *steps.split(), *"--device cpu --eval-steps 2 --keep-last 2".split()]
         if preset == "small":
             return words
+        if preset == "few_samples":
+            words += ["--datasets", "coco", "clotho"]
         return [*words, "--data-root", str(encoders.downloaded(files / "downloaded"))]
 
     after = {
@@ -238,5 +240,5 @@ ROADS = [
     *(bagel(preset) for preset in ("small", "small_captions", "7b", "7b_gen", "7b_lora", "7b_nf4")),
     *(bagel(preset, ranks=2) for preset in ("7b", "7b_gen")),  # which name fsdp
     *(opens2v(preset) for preset in ("small", "default", "40gb", "80gb", "140gb")),
-    *(multimodal(preset) for preset in ("small", "default", "large")),
+    *(multimodal(preset) for preset in ("small", "few_samples", "default", "large")),
 ]
