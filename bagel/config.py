@@ -57,7 +57,7 @@ class VisionConfig(Section):
     num_attention_heads: int = setting(16, "heads", ge=1)
     num_channels: Literal[3] = setting(3, "colour channels")
     patch_size: int = setting(14, "patch side, pixels", ge=1)
-    image_size: int = setting(980, "largest image side, pixels; sets the position table", ge=1)
+    image_size: int = setting(980, "largest image side, pixels; sets the position table", ge=1, le=16384)
     layer_norm_eps: float = setting(1e-6, "epsilon of the norms", gt=0)
     rope: bool = setting(False, "2-D rotary positions in place of the learned table")
 
@@ -203,7 +203,7 @@ class ModelConfig(Section):
 class ImageSizeConfig(Section):
     """Sides allowed for one kind of image; the stride is that of its tokens."""
 
-    max_size: int = setting(1024, "largest long side, pixels", ge=1)
+    max_size: int = setting(1024, "largest long side, pixels", ge=1, le=16384)
     min_size: int = setting(512, "smallest short side, pixels", ge=1)
     max_pixels: int = setting(14 * 14 * 9 * 1024, "largest area, pixels", ge=1)
 

@@ -53,7 +53,7 @@ class DataConfig(Section):
         None, "folder, or .tar pattern for custom; sample: the pictures that ship with dit/", "data_root", "data_dir"
     )
     num_samples: int | None = setting(None, "use so many pictures, drawn by subset_seed; null: all", ge=1)
-    image_size: int = setting(256, "side of the square pictures, pixels", "resolution", fixed=True, ge=8)
+    image_size: int = setting(256, "side of the square pictures, pixels", "resolution", fixed=True, ge=8, le=8192)
     crop: Literal["center", "random", "random_resized", "resize"] = setting("center", "how a picture becomes a square")
     flip: float = setting(0.5, "probability of mirroring a training picture", ge=0, le=1)
     flip_guard: bool | Literal["picture"] = setting(
@@ -719,7 +719,7 @@ class GenerateOptions(DrawOptions):
     cfg_channels: int | None = setting(None, "guide only the first channels; 3 is the public DiT's habit", ge=1)
     cfg_rescale: float = setting(0.0, "bring the guided spread back by this share", ge=0, le=1)
     shift: float | None = setting(None, "time shift of the sampling grid (flow)", gt=0)
-    image_size: int | None = setting(None, "side of the pictures, pixels; null: as trained", ge=8)
+    image_size: int | None = setting(None, "side of the pictures, pixels; null: as trained", ge=8, le=8192)
     batch_size: int = setting(16, "pictures at a time", ge=1)
     dtype: Literal["fp32", "bf16"] = setting("fp32", "precision of the network")
     npz: bool = setting(False, "also write samples.npz with arr_0 uint8 (N, H, W, 3), the ADM suite's form")

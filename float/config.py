@@ -21,7 +21,9 @@ MOUTH_BOX: Box = [0.28, 0.47, 0.72, 0.82]
 class ModelConfig(Section):
     """The networks, the conditions' dropout and the sampler."""
 
-    input_size: int = setting(512, "side of the pictures, pixels, a power of two", "image_size", fixed=True, ge=16)
+    input_size: int = setting(
+        512, "side of the pictures, pixels, a power of two", "image_size", fixed=True, ge=16, le=4096
+    )
     dim_w: int = setting(512, "width of identity and motion latents", fixed=True, ge=1)
     dim_h: int = setting(1024, "width of the transformer", fixed=True, ge=8)
     dim_m: int = setting(20, "orthonormal directions of motion", fixed=True, ge=1)

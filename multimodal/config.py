@@ -37,7 +37,7 @@ class ModelConfig(Section):
     )
     embed_dim: int = setting(512, "width of embeddings and fused features", ge=8)
     num_classes: int = setting(80, "outputs of the classifier", ge=1)
-    image_size: int = setting(224, "side of the square pictures, pixels; a multiple of image_patch", ge=16)
+    image_size: int = setting(224, "side of the square pictures, pixels; a multiple of image_patch", ge=16, le=4096)
     image_patch: int = setting(16, "side of an image patch, pixels", ge=1)
     max_text_length: int = setting(64, "text tokens, [CLS] and [SEP] included", ge=3, le=77)
     dropout: float = setting(0.0, "dropout of the residual branches while training", ge=0, lt=1)

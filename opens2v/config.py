@@ -59,10 +59,10 @@ class DataConfig(Section):
     )  # fmt: skip
     num_training_frames: int = setting(21, "frames of a training clip", "num_frames", ge=1, fixed=True)
     num_training_frames_unit: Literal["pixel", "latent"] = setting("pixel", "unit of num_training_frames", fixed=True)
-    pixel_height: int = setting(480, "height of the video, pixels", "height", ge=16, fixed=True)
-    pixel_width: int = setting(832, "width of the video, pixels", "width", ge=16, fixed=True)
-    ref_height: int = setting(256, "height of a subject picture for the VAE path, pixels", ge=8, fixed=True)
-    ref_width: int = setting(256, "width of a subject picture for the VAE path, pixels", ge=8, fixed=True)
+    pixel_height: int = setting(480, "height of the video, pixels", "height", ge=16, le=8192, fixed=True)
+    pixel_width: int = setting(832, "width of the video, pixels", "width", ge=16, le=8192, fixed=True)
+    ref_height: int = setting(256, "height of a subject picture for the VAE path, pixels", ge=8, le=8192, fixed=True)
+    ref_width: int = setting(256, "width of a subject picture for the VAE path, pixels", ge=8, le=8192, fixed=True)
     ref_clip_size: int = setting(224, "side of a subject picture for the image encoder, pixels", ge=16, fixed=True)
     sample_stride: int = setting(3, "frames from one training frame to the next", ge=1, fixed=True)
     target_fps: float | None = setting(

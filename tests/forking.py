@@ -34,6 +34,8 @@ def preload() -> None:
     """Import what the commands import; once, before the first fork."""
     for name in LIBRARIES:
         importlib.import_module(name)
+    # a fork of a process whose OpenMP has threads waits for them for ever
+    sys.modules["torch"].set_num_threads(1)
 
 
 def run(*script: str, world: int = 1, timeout: float = 280, **environment: str) -> subprocess.CompletedProcess:
