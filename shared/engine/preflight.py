@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from shared.config import accumulation_steps, flat_settings, is_place
+from shared.config import accumulation_steps, flat_settings, is_place, read_yaml
 from shared.data import check_shared_memory
 from shared.engine.checkpoint import attempt, find_checkpoint
 from shared.engine.dist import DistInfo, StopFlag, raise_together, same_settings_on_all_ranks
@@ -83,7 +83,7 @@ def _check(
             f"{f'; did you mean {near[0]}?' if near else ''} ({', '.join(sorted(metrics))})"
         )
     if run.resume not in ("auto", "none") and not Path(run.resume).is_file():
-        _check_resume(Path(run.resume))
+        _check_resume(Path(run.resume), config)
     for name, folder in folders.items():
         check_folder(name, folder)
     if info.is_main:
@@ -113,13 +113,23 @@ def _check_loggers(run: Any) -> None:
             raise UserError(f"--{flag} needs the package {package}: pip install {package}; or use --no-{flag}")
 
 
-def _check_resume(path: Path) -> None:
-    """That there is something to resume from; its hashes are compared later, which may take minutes."""
-    places = [path, path.parent / "checkpoints" / path.name]
-    if any((place / "manifest.json").is_file() for place in places):
-        return
-    if not any(item for below in ("", "*/") for item in path.glob(f"{below}checkpoints/*/manifest.json")):
+def _check_resume(path: Path, config: Any) -> None:
+    """That there is a run of this system to resume from; its hashes are compared later, which may take minutes."""
+    places = [place for place in (path, path.parent / "checkpoints" / path.name) if (place / "manifest.json").is_file()]
+    places += [file.parent for below in ("", "*/") for file in path.glob(f"{below}checkpoints/*/manifest.json")]
+    if not places:
         find_checkpoint(path, newest=True)  # says what is wrong
+    known = set(type(getattr(config, "model", config)).model_fields)
+    for place in places[:1]:
+        try:
+            saved = read_yaml(place / "config.yaml")["model"]
+        except (UserError, OSError, KeyError, TypeError):
+            return  # an earlier or damaged one: what holds its weights is looked at when they are read
+        if isinstance(saved, dict) and len(known & set(saved)) < len(saved) / 2:
+            raise UserError(
+                f"--resume {path}: the checkpoint {place} is not of this system (its model has {sorted(saved)[:3]}); "
+                "give a run that this command made, or --resume none"
+            )
 
 
 def check_folder(name: str, folder: str | Path | None) -> None:

@@ -380,3 +380,15 @@ def test_a_short_run_lowers_the_held_out_loss(settings, tmp_path):
     rows = [row for row in read_metrics(tmp_path / "out" / "metrics.jsonl") if "val/loss" in row]
     constant = [row["val/constant_loss"] for row in rows]
     assert rows[-1]["val/loss"] <= 0.8 * constant[-1] and rows[-1]["val/loss"] < rows[0]["val/loss"]
+
+
+def test_a_run_of_another_system_is_not_resumed_and_no_phase_is_trained_before(tmp_path, capsys):
+    folder = tmp_path / "other" / "checkpoints" / "step_1"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("{}")
+    (folder / "config.yaml").write_text("model: {dim_w: 512, dim_m: 20, nfe: 10}\n")
+    for given in (tmp_path / "other", folder):
+        with pytest.raises(SystemExit) as left:
+            train.main(["--config", "small", "--resume", str(given), "--output-dir", str(tmp_path / "out")])
+        assert left.value.code == 2 and "is not of this system (its model has" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
