@@ -82,7 +82,7 @@ def _check(
             f"--best-metric {training.best_metric}: no validation gives it"
             f"{f'; did you mean {near[0]}?' if near else ''} ({', '.join(sorted(metrics))})"
         )
-    if run.resume not in ("auto", "none") and not Path(run.resume).is_file():
+    if run.resume not in ("auto", "none"):
         _check_resume(Path(run.resume), config)
     for name, folder in folders.items():
         check_folder(name, folder)
