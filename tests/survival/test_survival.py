@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from shared.config import load_config
 from shared.engine.checkpoint import read_manifest
 from shared.engine.dist import init_distributed
 from tests.launching import ENVIRONMENT, ROOT, final_tensors, losses, newest, run, same_bits
@@ -70,7 +71,9 @@ def test_phase_one_of_float_trains_on_two_ranks_as_on_one(tmp_path):
 
 @pytest.mark.slow
 def test_the_planned_memory_is_what_real_steps_take():
-    planned, measured, *_ = memory.compare(*memory.cases()["opens2v"], "none", init_distributed("cpu"))
+    schema, presets, workload = memory.cases()["opens2v"]
+    config = load_config(schema, presets=presets, argv=["--config", "small"])
+    planned, measured, *_ = memory.compare(config, workload, "none", init_distributed("cpu"))
     assert 0.95 < planned / measured < 1.05
 
 
