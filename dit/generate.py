@@ -37,7 +37,7 @@ from dit.data.readers import read
 from dit.dataset import TextImageDataset, spread
 from dit.modules.text import condition_of
 from dit.sampling.drawing import Drawing, draw_latents, grid, to_uint8
-from dit.weights.open import Trained, load_trained, saved_settings
+from dit.weights.open import Trained, load_asked, saved_settings
 from shared.engine.dist import DistInfo, barrier, gather_objects, init_distributed, raise_together, shutdown
 from shared.errors import write_text, written_aside
 from shared.metrics import colour_caption
@@ -343,14 +343,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--latents-only writes no pictures, so --npz and --grid have none to show; leave them out")
     guidance(config, options.cfg_scale)
     info = init_distributed(options.device)
-    trained = load_trained(
-        options.checkpoint,
-        device=info.device,
-        use_ema=options.ema,
-        ema_length=options.ema_length,
-        vae=options.vae,
-        text_encoder=options.text_encoder,
-    )
+    trained = load_asked(options, info.device)
     drawer = Drawer(trained, options, info.device)
     if is_grid:
         draw_grid(drawer, wanted, output, info)

@@ -37,7 +37,7 @@ from dit.evaluation.held_out import errors, held_out_noise, prepare
 from dit.evaluation.scenes import scene_bars, scene_figures, scene_grid, scene_headline
 from dit.generate import Drawer, Request, batches_of, draw_folder, guidance
 from dit.sampling.drawing import grid, to_uint8
-from dit.weights.open import Trained, load_trained, run_of
+from dit.weights.open import Trained, load_asked, run_of
 from shared.engine.dist import DistInfo, gather_objects, init_distributed, shutdown
 from shared.errors import write_text
 from shared.media.inception import inception
@@ -369,14 +369,7 @@ def main(argv: list[str] | None = None) -> dict:
     info = init_distributed(options.device)
     trained = None
     if options.checkpoint:
-        trained = load_trained(
-            options.checkpoint,
-            device=info.device,
-            use_ema=options.ema,
-            ema_length=options.ema_length,
-            vae=options.vae,
-            text_encoder=options.text_encoder,
-        )
+        trained = load_asked(options, info.device)
         guidance(trained.config, options.cfg_scale)
     wanted, found = _wanted(options, trained), {}
     measurement = Measurement(trained, options, info) if trained is not None and set(wanted) - {"fid"} else None

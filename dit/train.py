@@ -202,9 +202,7 @@ def main(argv: list[str] | None = None) -> None:
         sets = {split: TextImageDataset.from_config(config, is_train=split == "train") for split in SPLITS}
     info = init_distributed(config.run.device, 60 * config.run.timeout_minutes)
     # a folder in the guide's form becomes a checkpoint of ours later, and is looked at then
-    of_guide = config.run.model_copy(update={"resume": "auto"})
-    checked = config.model_copy(update={"run": of_guide}) if is_guide_folder(Path(config.run.resume)) else config
-    preflight(checked, info, metrics=VALIDATED)
+    preflight(config, info, metrics=VALIDATED, checks_resume=not is_guide_folder(Path(config.run.resume)))
     output_dir = Path(config.run.output_dir)
     going_on = from_main(_checkpoint_to_resume(config) if info.is_main else None)
     if going_on is not None:

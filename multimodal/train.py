@@ -74,10 +74,12 @@ class Run:
         self.resume = self._resume_points()
         self.info = init_distributed(config.run.device, 60 * config.run.timeout_minutes)
         self.classify = self.data.labelled(config.training.label_set)
-        checked = config
-        if Path(config.run.resume).is_file():  # a .pt of the guide, which _resume_points has looked at
-            checked = config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
-        preflight(checked, self.info, metrics=metrics_of(config, self.data.val, classify=self.classify))
+        preflight(
+            config,
+            self.info,
+            metrics=metrics_of(config, self.data.val, classify=self.classify),
+            checks_resume=not Path(config.run.resume).is_file(),  # a .pt of the guide: _resume_points has read it
+        )
         self._check_batch()
         self._check_settings()
         if not self.classify and config.training.label_set != "none":

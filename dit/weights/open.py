@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dit.config import Config
+from dit.config import Config, DrawOptions
 from dit.data.cache import file_digest, read_manifest
 from dit.dataset import TextImageDataset, unit
 from dit.model import DiTModel
@@ -185,6 +185,18 @@ def _name_of(path: Path, folder: Path) -> str:
     manifest = folder / "manifest.json"
     held = file_digest(path if path.is_file() else manifest) if path.is_file() or manifest.exists() else "unknown"
     return f"{path.name if path.is_file() else folder.name} {held[:12]}"
+
+
+def load_asked(options: DrawOptions, device: torch.device) -> Trained:
+    """load_trained() as the settings that generate.py and metrics.py share ask for it."""
+    return load_trained(
+        options.checkpoint,
+        device=device,
+        use_ema=options.ema,
+        ema_length=options.ema_length,
+        vae=options.vae,
+        text_encoder=options.text_encoder,
+    )
 
 
 def load_trained(

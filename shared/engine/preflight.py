@@ -35,16 +35,20 @@ def preflight(
     phases: Collection[Any] = (),
     metrics: Collection[str] | None = None,
     folders: Mapping[str, str | Path | None] | None = None,
+    checks_resume: bool = True,
 ) -> None:
     """Check all that can be checked before a run costs time; called right after init_distributed. Writes nothing but
     the lock of the output folder, which goes when the command ends.
 
     phases: settings of further phases. metrics: names that a validation gives, such as "val/loss". folders: setting ->
-    folder in Hugging Face's form, or None. UserError on all ranks for the first thing that is wrong.
+    folder in Hugging Face's form, or None. checks_resume: false where run.resume names another form of checkpoint, which
+    the caller has looked at. UserError on all ranks for the first thing that is wrong.
     """
     StopFlag.start_clock()
     compare_ranks(config, info)
     raise_together(attempt(lambda: _check(config, info, [config, *phases], metrics, folders or {})))
+    if checks_resume and config.run.resume not in ("auto", "none"):
+        raise_together(attempt(lambda: _check_resume(Path(config.run.resume), config)))
     taking = info.is_main and in_command()  # elsewhere fit() holds it while it trains
     raise_together(attempt(lambda: at_end(_take(Path(config.run.output_dir)).close)) if taking else None)
 
@@ -82,8 +86,6 @@ def _check(
             f"--best-metric {training.best_metric}: no validation gives it"
             f"{f'; did you mean {near[0]}?' if near else ''} ({', '.join(sorted(metrics))})"
         )
-    if run.resume not in ("auto", "none"):
-        _check_resume(Path(run.resume), config)
     for name, folder in folders.items():
         check_folder(name, folder)
     if info.is_main:
@@ -119,17 +121,17 @@ def _check_resume(path: Path, config: Any) -> None:
     places += [file.parent for below in ("", "*/") for file in path.glob(f"{below}checkpoints/*/manifest.json")]
     if not places:
         find_checkpoint(path, newest=True)  # says what is wrong
+        return
+    try:
+        saved = read_yaml(places[0] / "config.yaml")["model"]
+    except (UserError, OSError, KeyError, TypeError):
+        return  # an earlier or damaged one: what holds its weights is looked at when they are read
     known = set(type(getattr(config, "model", config)).model_fields)
-    for place in places[:1]:
-        try:
-            saved = read_yaml(place / "config.yaml")["model"]
-        except (UserError, OSError, KeyError, TypeError):
-            return  # an earlier or damaged one: what holds its weights is looked at when they are read
-        if isinstance(saved, dict) and len(known & set(saved)) < len(saved) / 2:
-            raise UserError(
-                f"--resume {path}: the checkpoint {place} is not of this system (its model has {sorted(saved)[:3]}); "
-                "give a run that this command made, or --resume none"
-            )
+    if isinstance(saved, dict) and len(known & set(saved)) < len(saved) / 2:
+        raise UserError(
+            f"--resume {path}: the checkpoint {places[0]} is not of this system (its model has {sorted(saved)[:3]}); "
+            "give a run that this command made, or --resume none"
+        )
 
 
 def check_folder(name: str, folder: str | Path | None) -> None:
