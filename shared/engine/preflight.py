@@ -41,8 +41,8 @@ def preflight(
     the lock of the output folder, which goes when the command ends.
 
     phases: settings of further phases. metrics: names that a validation gives, such as "val/loss". folders: setting ->
-    folder in Hugging Face's form, or None. checks_resume: false where run.resume names another form of checkpoint, which
-    the caller has looked at. UserError on all ranks for the first thing that is wrong.
+    folder in Hugging Face's form, or None. checks_resume: false where run.resume names another form of checkpoint,
+    which the caller has looked at. UserError on all ranks for the first thing that is wrong.
     """
     StopFlag.start_clock()
     compare_ranks(config, info)
