@@ -90,7 +90,6 @@ while (($#)); do
     esac
 done
 ((${#only[@]})) || only=("${all[@]}")
-[[ -n "$output" ]] || fail "--output-dir is empty; name a folder"
 place="$output"
 until [[ -e "$place" || -L "$place" || "$place" == "$(dirname "$place")" ]]; do place="$(dirname "$place")"; done
 [[ -d "$place" && -w "$place" ]] || fail "--output-dir $output: $place is not a folder that can be written to; give another path"

@@ -9,7 +9,7 @@ import pytest
 from tests.launching import run
 
 # phases of small in their order: an autoencoder first in all but multimodal, which has three stages
-PHASES = {"bagel": 2, "dit": 2, "float": 2, "multimodal": 3, "opens2v": 3}
+PHASES = {"bagel": 3, "dit": 2, "float": 2, "multimodal": 3, "opens2v": 3}
 TRAININGS = [(system, phase) for system, count in PHASES.items() for phase in range(count)]
 
 

@@ -134,7 +134,7 @@ def test_mistakes_end_with_code_2_and_a_sentence(arguments, message):
         (["--preset", "7b"], "--preset 7b: float has no such preset"),
         (["--preset", "7b", "--only", "bagel", "--only", "dit"], "--preset 7b: dit has no such preset"),
         (["--jobs", "0"], "a number from 1 is wanted"),
-        (["--output-dir", ""], "--output-dir is empty"),
+        (["--output-dir", ""], "--output-dir needs a value"),
         (["--output-dir", "README.md"], "README.md is not a folder that can be written to"),
         (["--output-dir", "README.md/below/it"], "README.md is not a folder that can be written to"),
     ],

@@ -103,18 +103,23 @@ def train_autoencoder(
 
 
 class WordReader(nn.Module):
-    """A tower and a linear layer over the mean of its tokens: pictures (B, 3, H, W) -> a number for every id (B, V)."""
+    """A tower and a linear layer over the mean of its tokens: pictures (B, 3, H, W) of one size, (H, W) in pixels ->
+    a number for every id (B, V).
+    """
 
-    def __init__(self, tower: VisionModel, layout: PackFormat, width: int, words: int):
+    cells: Tensor
+
+    def __init__(self, tower: VisionModel, layout: PackFormat, size: tuple[int, int], width: int, words: int):
         super().__init__()
-        self.tower, self.layout, self.head = tower, layout, nn.Linear(width, words)
+        self.tower, self.patch, self.head = tower, layout.vit_patch, nn.Linear(width, words)
+        rows, columns = (side // layout.vit_patch for side in size)
+        cells = position_ids(rows, columns, layout.vit_side, interpolate=layout.interpolate_pos)
+        self.register_buffer("cells", cells, persistent=False)  # once, or every step would wait for its copy
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
-        patch, count = self.layout.vit_patch, len(image_BCHW)
-        rows, columns = (side // patch for side in image_BCHW.shape[2:])
-        cells = position_ids(rows, columns, self.layout.vit_side, interpolate=self.layout.interpolate_pos)
-        patches = torch.cat([patchify(image, patch) for image in image_BCHW])
-        tokens = self.tower(patches, cells.to(patches.device).repeat(count), [rows * columns] * count)
+        count = len(image_BCHW)
+        patches = torch.cat([patchify(image, self.patch) for image in image_BCHW])
+        tokens = self.tower(patches, self.cells.repeat(count), [len(self.cells)] * count)
         return self.head(tokens.unflatten(0, (count, -1)).mean(1))
 
 
@@ -143,7 +148,7 @@ def prepare_tower(
     own = VisionModel(model.vision)  # no strategy may touch the model of the run
     own.load_state_dict(tower.state_dict())
     words = dataset.tokenizer.vocab_size
-    reader = WordReader(own, dataset.layout, model.vision.hidden_size, words)
+    reader = WordReader(own, dataset.layout, pictures.size, model.vision.hidden_size, words)
 
     def losses(call: Callable, batches: list[dict], step: int) -> Iterator[tuple[Tensor, dict]]:
         for batch in batches:

@@ -7,7 +7,6 @@ in fp32). Every method that gathers is a collective: all ranks call it, in the s
 
 import contextlib
 import math
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -285,14 +284,6 @@ def choose_precision(precision: str | None, device: torch.device) -> str:
 def ensure_group() -> None:
     """A process group of one where there is none, for the strategies that always talk to one."""
     if not torch_dist.is_initialized():
-        for key, value in {
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "0",
-        }.items():
-            os.environ.setdefault(key, value)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1)
 

@@ -47,6 +47,7 @@ class Zero(Strategy):
     def _wrap(self, groups: list[dict]) -> None:
         deepspeed = import_deepspeed()
         optimizer = adamw(groups, self.parameters, self.training)
+        os.environ.setdefault("LOCAL_RANK", str(self.info.local_rank))  # without torchrun DeepSpeed asks for it
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=self.module, optimizer=optimizer, config=self._settings(), dist_init_required=False
         )
