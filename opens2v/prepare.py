@@ -372,9 +372,14 @@ def check(options: PrepareOptions) -> list[Path]:
         value = getattr(options, name)
         if value is not None and not Path(value).exists():
             raise UserError(f"--{name} {value}: not found")
-    videos = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES]
+    videos = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
     if not videos:
-        raise UserError(f"--videos {folder}: holds no video ({', '.join(SUFFIXES)})")
+        raise UserError(f"--videos {folder}: holds no video ({', '.join(SUFFIXES)}); folders in it are not looked into")
+    by_stem: dict[str, Path] = {}
+    for video in videos:  # entries, masks and pictures are found by this name
+        if by_stem.setdefault(video.stem, video) is not video:
+            both = f"{by_stem[video.stem].name} and {video.name}"
+            raise UserError(f"--videos {folder}: {both} have one name but for the ending; rename one")
     return videos
 
 
