@@ -111,7 +111,8 @@ class UnifiedGenerationDataset:
         self.records, self.errors = Records(sources, index), index.errors
         self._targets, self._digest = index.targets, index.digest
         if not self.records:
-            raise UserError(f"{data_path}: no valid record; {self.summary_of_errors()}")
+            why = self.summary_of_errors() if self.errors else "there is nothing in it"
+            raise UserError(f"{data_path}: no valid record; {why}")
 
     # --- start-up ---
 
@@ -206,7 +207,9 @@ class UnifiedGenerationDataset:
 
     def _fault(self, source: RecordFile, line: int, value: Any, code: str, message: str) -> None:
         name = value.get("id") if isinstance(value, dict) else None
-        error = DataError(str(source.path), line, name if name is None else str(name), code, message)
+        error = DataError(
+            str(source.path), line, None if name is None else _printable(str(name)), code, _printable(message)
+        )
         if self.strict:
             raise _malformed(error)
         self.errors.append(error)
@@ -384,6 +387,10 @@ def _asks(steps: Sequence[Step]) -> bool:
     """Whether the first thing to learn is a text, with a picture given before it."""
     first = next((number for number, step in enumerate(steps) if step.target), 0)
     return steps[first].image is None and any(step.image is not None for step in steps[:first])
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _malformed(error: DataError) -> DataFormatError:
