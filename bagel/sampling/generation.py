@@ -66,7 +66,7 @@ def extend(
 ) -> Tensor | None:
     """Run one block for each context in one call; pictures attend to themselves in both directions, text backwards.
 
-    Blocks of one call are all text or all pictures. With `store` the contexts grow.
+    Blocks of one call are all text or all pictures, of one time. With `store` the contexts grow.
     """
     answer = model(query_of(model, contexts, blocks, store=store, want=want))
     if store:
@@ -112,9 +112,8 @@ def query_of(
         "vit_token_seqlens": [len(cells) for _, cells in seen],
         "latents": _joined([latents for latents, _ in drawn], (0, config.latent_width), device),
         "packed_latent_position_ids": _joined([cells for _, cells in drawn], (0,), device).long(),
-        "t": torch.tensor(
-            [block.t for block in blocks if block.latents is not None for _ in block.cells], device=device
-        ),
+        # All pictures of a call are at one time, whose embedding is worked out once for all of their tokens.
+        "t": torch.tensor([block.t for block in blocks if block.latents is not None][:1], device=device),
     }
 
 
@@ -282,7 +281,7 @@ def draw(
         query["latents"] = torch.cat(
             [latent for latent, branch in zip(latents, branches, strict=True) for _ in branch]
         ).to(device)
-        query["t"] = torch.full_like(query["t"], now)
+        query["t"].fill_(now)
         velocity = model(query)["velocity"].to(latents[0].device)
         parts = iter(velocity.split([length - 2 for length in query["query_lens"]]))
         guided = []

@@ -31,7 +31,7 @@ from bagel.modules.transformer import (
 from bagel.objective import UnifiedTrainer, with_latents
 from bagel.packing import Draws, Dropout, PackBuilder, PlanItem
 from bagel.sampling.context import Context
-from bagel.sampling.generation import continue_text, extend, text_block
+from bagel.sampling.generation import Guidance, continue_text, extend, text_block
 from bagel.train import main as train
 from bagel.weights.pretrained import load_autoencoder
 from shared.config import load_config
@@ -98,6 +98,16 @@ def test_nothing_is_called_for_what_is_not_there(tiny, monkeypatch):
         for module in model.modules():
             module._forward_pre_hooks.clear()
     assert called == []
+
+
+def test_a_time_is_embedded_once_a_step(tiny, monkeypatch):
+    """Whatever the number of pictures, branches and tokens."""
+    rows, model = [], tiny[1]
+    real = model.time_embedder.forward
+    monkeypatch.setattr(model.time_embedder, "forward", lambda t: rows.append(len(t)) or real(t))
+    picture = Image.new("RGB", (32, 32))
+    inferencer_of(tiny).draw_batch([["a"], [picture, "b"]], Guidance(num_timesteps=4, cfg_interval=(0, 1)), (32, 16))
+    assert rows == [1] * 4  # the source of the edit, then three steps
 
 
 def test_a_temperature_of_zero_takes_the_likeliest(tiny):
