@@ -24,6 +24,7 @@ from bagel.data.records import (
     Keyed,
     RecordFault,
     Scripted,
+    Shortest,
     Step,
     check_texts,
     format_of,
@@ -296,8 +297,14 @@ class UnifiedGenerationDataset:
             return self._plan(record, index, 0)
 
     def _plan(self, record: Record, index: int, epoch: int) -> list[PlanItem]:
-        choice = Keyed(keyed_generator(self.seed, _CHOICE, epoch, index))
-        return self._within_budget(self._items(record, choice))
+        try:
+            choice = Keyed(keyed_generator(self.seed, _CHOICE, epoch, index))
+            return self._within_budget(self._items(record, choice))
+        except RecordFault as fault:  # what was drawn may be too long where something else is not
+            if fault.code != "E_TOO_LONG":
+                raise
+            choice = Shortest(keyed_generator(self.seed, _CHOICE, epoch, index))
+            return self._within_budget(self._items(record, choice))
 
     def _items(self, record: Record, choice: Choice) -> list[PlanItem]:
         """The record as items, each at its size, whatever they add up to."""

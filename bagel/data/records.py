@@ -45,6 +45,8 @@ class Step:
 class Choice:
     """What is chosen in a record for one epoch: a number below n, one of several paraphrases."""
 
+    turns = 2  # edits of a chain that one sample may hold
+
     def number(self, count: int) -> int:
         """A number below `count`."""
         raise NotImplementedError
@@ -367,7 +369,7 @@ def _multi_turn_editing(record: dict, draw: Choice) -> list[Step]:
         )
     texts = [_texts({"instruction_list": turn}, "instruction_list") for turn in turns]
     start = draw.number(len(images) - 1)
-    end = min(start + 1 + draw.number(2), len(images) - 1)
+    end = min(start + 1 + draw.number(draw.turns), len(images) - 1)
     chosen = [draw.text(texts[turn]) for turn in range(start, end)]
     steps = [Step(image=images[start])]
     if end == start + 2 and end != len(images) - 1 and draw.number(2) == 0:
@@ -457,6 +459,15 @@ class Keyed(Choice):
 
     def number(self, count: int) -> int:
         return int(torch.randint(count, (), generator=self.generator)) if count > 1 else 0
+
+
+class Shortest(Keyed):
+    """From the same start the shortest sample: one turn, the shortest of paraphrases."""
+
+    turns = 1
+
+    def text(self, options: Sequence[str]) -> str:
+        return min(options, key=len)
 
 
 class Scripted(Choice):

@@ -176,8 +176,8 @@ def continue_text(
     The lists start with the start mark and hold no end mark. The contexts given are not changed. end: the id that stops
     a text; -1: the end mark, None: nothing. logits_out receives the logits of every step, (active contexts, V).
     """
-    if temperature < 0:
-        raise UserError(f"temperature {temperature} is below 0; give 0 for the likeliest token, or more")
+    if not temperature >= 0:
+        raise UserError(f"temperature {temperature} is no number from 0 on; give 0 for the likeliest token, or more")
     end = tokens.eos if end == -1 else end
     device = next(bare(model).parameters()).device
     texts: list[list[int]] = [[] for _ in contexts]
@@ -204,6 +204,9 @@ def continue_text(
 
 def _drawn(logits_BV: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
     """One token a row, where a uniform number falls among the summed probabilities; the logits stay on their device."""
+    logits_BV = logits_BV - logits_BV.amax(
+        dim=-1, keepdim=True
+    )  # 0 and below: no overflow, however low the temperature
     sums_BV = torch.softmax(logits_BV / temperature, dim=-1).double().cumsum(-1)
     uniform = torch.rand(len(logits_BV), 1, generator=generator, dtype=torch.float64).to(logits_BV.device)
     return torch.searchsorted(sums_BV, uniform * sums_BV[:, -1:]).squeeze(1).clamp_max(logits_BV.shape[1] - 1)

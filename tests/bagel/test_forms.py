@@ -445,6 +445,16 @@ def test_one_malformed_record_is_always_allowed(pictures, tmp_path):
     assert (tmp_path / "o" / "data_errors_train.jsonl").is_file()
 
 
+def test_a_choice_that_is_too_long_is_made_shorter(open_records):
+    """Two turns, or a long caption, that do not fit: one turn, the short caption; no record is lost."""
+    chain = {"image_list": [APPLE, "images/green.png", "images/cat.png"], "instruction_list": ["a", "b"]}
+    captions = {"text_prompt": ["short", "long " * 40], "image_path": APPLE}
+    dataset = open_records([chain, captions] * 12, max_sequence_length=250)
+    assert len(dataset) == 24 and not dataset.errors
+    lengths = [dataset.length(index, epoch) for index in range(24) for epoch in range(4)]
+    assert max(lengths) <= 250 and all(dataset.room(index, 0) == 250 for index in range(24))
+
+
 def test_filling_packs_reads_no_record(open_records, monkeypatch):
     """Several captions or turns: the room they may take is known from the start."""
     captions = ["short", "a much longer caption"]

@@ -115,8 +115,10 @@ def test_a_temperature_of_zero_takes_the_likeliest(tiny):
     context = inferencer.update_context_text("hi", Context())
     greedy = inferencer.gen_text(context, 8, do_sample=False)
     assert inferencer.gen_text(context, 8, do_sample=True, temperature=0.0) == greedy
-    with pytest.raises(UserError, match="temperature -1 is below 0"):
-        inferencer.gen_text(context, 8, do_sample=True, temperature=-1)
+    assert inferencer.gen_text(context, 8, do_sample=True, temperature=1e-40) == greedy
+    for temperature in (-1, math.nan):
+        with pytest.raises(UserError, match=f"temperature {temperature} is no number from 0 on"):
+            inferencer.gen_text(context, 8, do_sample=True, temperature=temperature)
     sampled = [inferencer.gen_text(context, 8, temperature=5.0) for _ in range(4)]
     assert len(set(sampled)) > 1  # every call draws anew
 
