@@ -119,6 +119,8 @@ def from_masks(folder: Path, video: Path, shot: Any, name: str) -> list[Found]:
     import numpy as np
     from PIL import Image
 
+    from opens2v.data.subjects import BROKEN_PICTURE
+
     found = []
     for path in sorted(folder.glob(f"{glob_escape(video.stem)}*.png")):
         number = re.fullmatch(rf"{re.escape(video.stem)}(?:_(\d+))?", path.stem)
@@ -126,7 +128,7 @@ def from_masks(folder: Path, video: Path, shot: Any, name: str) -> list[Found]:
             continue
         try:
             mask = np.array(Image.open(path).convert("L")) > 127
-        except OSError as error:
+        except BROKEN_PICTURE as error:
             raise BadSample(f"mask {path}: cannot be read ({error})") from None
         found.append(Found(name, int(number[1] or 0), mask.astype(np.uint8)))
     return found
