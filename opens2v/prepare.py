@@ -121,7 +121,9 @@ def noun_of(caption: str, subject: str | None) -> str:
 def own_files(folder: Path, video: Path) -> list[Path]:
     """The files of a folder that are named after a video: VIDEO.* and VIDEO_*.*, as far as no longer name fits."""
     found = [path for path in sorted(folder.glob(f"{glob_escape(video.stem)}*")) if path.is_file()]
-    longer = [path.stem for path in video.parent.glob(f"{glob_escape(video.stem)}_*") if path.suffix.lower() in SUFFIXES]
+    longer = [
+        path.stem for path in video.parent.glob(f"{glob_escape(video.stem)}_*") if path.suffix.lower() in SUFFIXES
+    ]
     return [
         path for path in found
         if path.stem == video.stem or path.stem.startswith(f"{video.stem}_")

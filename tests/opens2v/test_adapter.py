@@ -118,15 +118,18 @@ def test_remembered_reference_keys_change_nothing():
     assert len(tokens.memory) == TINY["num_layers"]
 
 
-@pytest.mark.parametrize("window", [-1, 3])
+@pytest.mark.parametrize("options", [{}, SELF, {"absolute_positions": True}])
+@pytest.mark.parametrize("per_block, is_first_alone", [(3, False), (2, False), (1, False), (5, True), (1, True)])
+@pytest.mark.parametrize("window", [-1, 3, 1])
 @torch.no_grad()
-def test_cached_blocks_equal_the_causal_forward(window):
-    case, model = tensors("tiny_causal"), shaken(tiny_model())
-    mask = causal_frame_mask(6, 3, local_window=window)
+def test_cached_blocks_equal_the_causal_forward(window, per_block, is_first_alone, options):
+    case, model = tensors("tiny_causal"), shaken(tiny_model(**options))
+    mask = causal_frame_mask(6, per_block, local_window=window, independent_first_frame=is_first_alone)
     whole = model(case["x"], case["t"], case["context"], frame_mask=mask, **references()).sample
-    cache, parts = KeyValueCache(window=window, store=True), []
-    for first in (0, 3):
-        block = slice(first, first + 3)
+    cache, parts, first = KeyValueCache(window=window, store=True), [], 0
+    for length in frame_blocks(6, per_block, is_first_alone):
+        block = slice(first, first + length)
+        first += length
         parts.append(
             model(case["x"][:, :, block], case["t"][:, block], case["context"], cache=cache, **references()).sample
         )
@@ -168,6 +171,23 @@ def test_ref_scale_0_draws_the_base_video_and_the_reference_changes_it(guidance,
     bare = draw(given["ref_clip"], given["ref_latents"], 0.0)
     assert torch.equal(bare, draw(-given["ref_clip"], -given["ref_latents"], 0.0))
     assert not torch.equal(bare, with_subject)
+
+
+@pytest.mark.parametrize("options", [{}, SELF])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("guidance", ["text", "both", "dual"])
+@torch.no_grad()
+def test_what_is_remembered_of_the_pictures_changes_no_video(guidance, causal, options):
+    """Sharded runs work the pictures out in every call; what a pass remembers was made with its own text."""
+    model, settings = shaken(tiny_model(**options)).eval(), ModelConfig(causal=causal)
+    given, draw = references(1, 2), torch.Generator().manual_seed(5)
+    conditions = Conditions(None, torch.randn(1, 20, 32, generator=draw), *given.values())
+    sampler = SamplerSettings(steps=2, sampler="euler", guidance=guidance, guidance_scale=2.0, seed=3)
+    videos = [
+        VideoSampler(model, module, settings, sampler).sample(conditions, torch.zeros(20, 32), (16, 3, 4, 6))
+        for module in (model, None)
+    ]
+    torch.testing.assert_close(*videos, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
