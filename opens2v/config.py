@@ -1,6 +1,7 @@
 """Settings of OpenS2V: sections, the flat keys of the user's guide, and the checks that need no data."""
 
 import difflib
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -386,6 +387,11 @@ def codec_factors(model: ModelConfig) -> tuple[int, int]:
     return TEMPORAL, 8 if model.codec == "wan" else 4
 
 
+def frame_unit(model: ModelConfig) -> int:
+    """What the sides of a frame are multiples of: 16, and the pixels that a token of the transformer covers."""
+    return math.lcm(16, codec_factors(model)[1] * model.patch_size)
+
+
 def pixel_frames(config: Config) -> int:
     """Pixel frames of a training clip."""
     return pixel_count(config.data.num_training_frames, config.data.num_training_frames_unit)
@@ -411,11 +417,18 @@ def check_sizes(config: Config) -> None:
             f"num_training_frames {frames}: Wan's VAE codes 4k + 1 frames and drops the last {(frames - 1) % 4} "
             f"silently; use {low} or {low + 4}"
         )
+    width = model.num_attention_heads * model.attention_head_dim
+    if width % 4 or model.attention_head_dim % 2:
+        raise ValueError(
+            f"num_attention_heads {model.num_attention_heads} of attention_head_dim {model.attention_head_dim}: heads "
+            "need an even width, and all together one divisible by 4, for their positions"
+        )
+    ref_unit = codec_factors(model)[1] * (model.patch_size if model.ref_in_self_attention else 1)
     for name, size, unit in (
-        ("pixel_height", data.pixel_height, 16),
-        ("pixel_width", data.pixel_width, 16),
-        ("ref_height", data.ref_height, codec_factors(model)[1]),
-        ("ref_width", data.ref_width, codec_factors(model)[1]),
+        ("pixel_height", data.pixel_height, frame_unit(model)),
+        ("pixel_width", data.pixel_width, frame_unit(model)),
+        ("ref_height", data.ref_height, ref_unit),
+        ("ref_width", data.ref_width, ref_unit),
     ):
         if size % unit:
             raise ValueError(

@@ -158,19 +158,20 @@ class Generator:
     def __init__(self, options: GenerateOptions):
         import torch
 
+        from opens2v.config import frame_unit
         from opens2v.modules.encoders import WanVAE, check_frames
         from opens2v.modules.lora import scale_lora
-        from opens2v.weights.open import load_trained_generator, precision_of
+        from opens2v.weights.open import load_trained_generator, precision_of, settings_of
         from shared.engine.dist import init_distributed
 
         self.options = options
         if options.num_frames is not None:
             check_frames(options.num_frames, "--num-frames")
+        unit = frame_unit(settings_of(Path(options.checkpoint), options.config_path)[0].model)
         for name, value in (("--height", options.height), ("--width", options.width)):
-            if value is not None and value % 16:
-                raise UserError(
-                    f"{name} {value} is not a multiple of 16; use {value // 16 * 16} or {value // 16 * 16 + 16}"
-                )
+            if value is not None and value % unit:
+                low = value // unit * unit
+                raise UserError(f"{name} {value} is not a multiple of {unit}; use {low or unit} or {low + unit}")
         self.device = init_distributed(options.device).device
         self.module, self.encoders, self.config, self.weights = load_trained_generator(
             options.checkpoint,
