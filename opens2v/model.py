@@ -230,24 +230,26 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
         present_BN = (
             torch.ones(given.shape[:2], dtype=torch.bool, device=given.device) if ref_mask is None else ref_mask.bool()
         )
+        may_differ = ref_mask is not None and given.shape[1] > 1  # one subject is there, or its weight is 0
         clip = mask_clip = vae = mask_vae = None
         if ref_clip is not None and self.clip_proj is not None:
             clip = self.clip_proj(ref_clip).flatten(1, 2)
-            mask_clip = subject_mask(present_BN, ref_clip.shape[2])
+            mask_clip = subject_mask(present_BN, ref_clip.shape[2]) if may_differ else None
         if ref_latents is not None:
             height, width = ref_latents.shape[-2:]
             vae = self.vae_proj(ref_latents.flatten(3).transpose(2, 3))
             if self.vae_pos_embed == "sincos2d":
                 places = sincos_2d(height, width, vae.shape[-1], self.position_base)
                 vae = vae + sent(places, vae.device).to(vae)
-            vae, mask_vae = vae.flatten(1, 2), subject_mask(present_BN, height * width)
+            vae = vae.flatten(1, 2)
+            mask_vae = subject_mask(present_BN, height * width) if may_differ else None
         weight = present_BN.any(1)[:, None, None].float() * scale
         tokens = ReferenceTokens(clip, vae, mask_clip, mask_vae, weight, {} if remember else None)
         if self.ref_in_self_attention and ref_latents is not None:
             _, patch_h, patch_w = self.patch_size
             tokens.latents_BNChw = ref_latents
             count = ref_latents.shape[-2] // patch_h * (ref_latents.shape[-1] // patch_w)
-            tokens.mask_self_BS = subject_mask(present_BN, count)
+            tokens.mask_self_BS = subject_mask(present_BN, count) if may_differ else None
         return tokens
 
     def forward(

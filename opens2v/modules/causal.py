@@ -198,9 +198,11 @@ def _over_references(attention: RefSelfAttention, q_BHLK: Tensor, references: Re
         features = references.features[layer].to(attention.k_ref.weight.dtype)
         key = rms_norm(attention.norm_k_ref, attention.k_ref(features)).unflatten(-1, (attention.heads, -1))
         k_BHSK = rotate(key, references.rotary).transpose(1, 2)
-        v_BHSK = attention.v_ref(features).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+        value = attention.v_ref(features)
+        value = value * references.weight_B11.to(value.dtype)
+        v_BHSK = value.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
         if references.memory is not None:
             references.memory[place] = [k_BHSK, v_BHSK]
     mask = None if references.mask_self_BS is None else references.mask_self_BS[:, None, None, :]
     path = functional.scaled_dot_product_attention(q_BHLK, k_BHSK.type_as(q_BHLK), v_BHSK.type_as(q_BHLK), mask)
-    return path.transpose(1, 2).flatten(2) * references.weight_B11.to(q_BHLK.dtype)
+    return path.transpose(1, 2).flatten(2)
