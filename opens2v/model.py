@@ -22,6 +22,7 @@ from opens2v.modules.adapter import (
     sincos_1d,
     sincos_2d,
     subject_mask,
+    without_padding,
 )
 from opens2v.modules.causal import KeyValueCache, attention_runs, rotary_table, self_attention
 from shared.data import sent
@@ -40,6 +41,9 @@ WAN_1_3B = dict(
     num_layers=30,
     rope_max_seq_len=1024,
 )
+
+
+_PADDING_WORTH_IT = 64  # rows; fewer are not worth a mask
 
 
 class RefWanBlock(WanTransformerBlock):
@@ -76,6 +80,7 @@ class RefWanBlock(WanTransformerBlock):
         runs: list | None = None,
         cache: KeyValueCache | None = None,
         tokens_per_frame: int = 1,
+        text_bias: Tensor | None = None,
         features: list[Tensor] | None = None,
     ) -> Tensor:
         """temb: (B, 6, D), or (B, T, 6, D) by frame or token. features: takes in what enters the self-attention."""
@@ -92,7 +97,7 @@ class RefWanBlock(WanTransformerBlock):
         hidden_states = (hidden_states.float() + attended * gate1).type_as(hidden_states)
 
         normed = self.norm2(hidden_states.float()).type_as(hidden_states)
-        hidden_states = hidden_states + self.attn2(normed, encoder_hidden_states, references, self.layer)
+        hidden_states = hidden_states + self.attn2(normed, encoder_hidden_states, references, self.layer, text_bias)
 
         normed = (self.norm3(hidden_states.float()) * (1 + scale2) + shift2).type_as(hidden_states)
         return (hidden_states.float() + self.ffn(normed).float() * gate2).type_as(hidden_states)
@@ -265,6 +270,7 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
         clean_timestep: Tensor | None = None,
         references: ReferenceTokens | None = None,
         cache: KeyValueCache | None = None,
+        text_length: int | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Velocity (B, C, F, h, w), or what the base was trained to give.
@@ -272,7 +278,8 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
         timestep: 1000 sigma, (B,), (B, F) or (B, L). encoder_hidden_states: (B, 512, text_dim), padding rows zero.
         frame_mask: bool (F, F); with clean_hidden_states (teacher forcing) (2F, 2F) over [clean | noisy],
         clean_timestep (B, F) or None for 0. references: from project_references, in place of the three ref arguments.
-        cache: generation by blocks.
+        cache: generation by blocks. text_length: the text's rows from there on are zero in all samples; they are then
+        worked out once and counted, which gives the same.
         """
         batch, _, frames, height, width = hidden_states.shape
         _, patch_h, patch_w = self.patch_size
@@ -294,6 +301,9 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
             first = 0 if cache is None else cache.frames
             positions = absolute_positions(frames, grid, x_BLD.shape[-1], first, self.position_base)
             x_BLD = x_BLD + sent(positions, x_BLD.device).to(x_BLD).repeat(x_BLD.shape[1] // len(positions), 1)
+        text_bias, text_rows = None, encoder_hidden_states.shape[1]
+        if text_length is not None and text_rows - text_length > _PADDING_WORTH_IT:
+            encoder_hidden_states, text_bias = without_padding(encoder_hidden_states, text_length)
         temb, modulation, text_BSD = self._conditions(timestep, encoder_hidden_states)
 
         # The pictures are projected once; each block has its own keys and values of them. The causal mask becomes runs
@@ -303,13 +313,17 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
         runs = None if frame_mask is None else attention_runs(frame_mask, tokens_per_frame)
 
         if references is not None and references.latents_BNChw is not None and references.features is None:
-            references.features, references.rotary = self._reference_features(references.latents_BNChw, text_BSD)
+            references.features, references.rotary = self._reference_features(
+                references.latents_BNChw, text_BSD, text_bias
+            )
 
         # Everything that a block depends on is an argument, so that recomputing it in the backward pass sees the same:
         # state kept on a module would have moved on by then, and the gradient would be wrong without an error.
         run_block = self._block_runner()
         for block in self.blocks:
-            x_BLD = run_block(block, x_BLD, text_BSD, modulation, rotary, references, runs, cache, tokens_per_frame)
+            x_BLD = run_block(
+                block, x_BLD, text_BSD, modulation, rotary, references, runs, cache, tokens_per_frame, text_bias
+            )
         if cache is not None and cache.store:  # the pass over a finished block: later blocks count on from here
             cache.frames += frames
         if clean_hidden_states is not None:  # the clean half was there to be looked at; only the noisy one is predicted
@@ -320,7 +334,7 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
 
     @torch.no_grad()
     def _reference_features(
-        self, latents_BNChw: Tensor, text_BSD: Tensor
+        self, latents_BNChw: Tensor, text_BSD: Tensor, text_bias: Tensor | None
     ) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
         """What enters every block's self-attention when the base sees the pictures as clean one-frame videos, with
         fixed positions added: (B, S, D) by block; and the rotary table of the tokens. Every call of the model makes
@@ -338,7 +352,7 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
         rotary, text_BSD = self.rope(pictures), text_BSD.repeat_interleave(subjects, 0)
         features: list[Tensor] = []
         for block in self.blocks:
-            x_BLD = block(x_BLD, text_BSD, modulation, rotary, features=features)
+            x_BLD = block(x_BLD, text_BSD, modulation, rotary, text_bias=text_bias, features=features)
         where = sent(sincos_2d(*grid, x_BLD.shape[-1], self.position_base), x_BLD.device)
         found = [(one + where.to(one)).unflatten(0, (batch, subjects)).flatten(1, 2) for one in features]
         cos, sin = rotary

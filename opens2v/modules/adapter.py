@@ -5,6 +5,7 @@ Three separate softmaxes (text, CLIP features, VAE latents) share one query, so 
 untouched.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -76,12 +77,26 @@ def rms_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
     return functional.rms_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.eps).to(x.dtype)
 
 
+def without_padding(text_BRD: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Text rows of which all from `length` on are equal, with two of those, and what to add to the logits (1, S).
+
+    n equal keys count as one with log n on its logit. It is split over two, the first of a value that bfloat16 holds,
+    since half a percent of 400 rows would be seen.
+    """
+    count = text_BRD.shape[1] - length
+    first = torch.tensor(math.log(0.98 * count)).bfloat16().item()
+    bias = torch.zeros(1, length + 2, device=text_BRD.device)
+    bias[0, length], bias[0, length + 1] = first, math.log(count - math.exp(first))
+    return text_BRD[:, : length + 2], bias
+
+
 def attend(q_BLD: Tensor, k_BSD: Tensor, v_BSD: Tensor, heads: int, mask_BS: Tensor | None = None) -> Tensor:
-    """Multi-head softmax attention (B, L, D) -> (B, L, D)."""
+    """Multi-head softmax attention (B, L, D) -> (B, L, D). mask: bool, which keys there are; or added to the logits."""
     q, k, v = (
         part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (q_BLD, k_BSD.type_as(q_BLD), v_BSD.type_as(q_BLD))
     )
     mask = None if mask_BS is None else mask_BS[:, None, None, :]
+    mask = mask.to(q.dtype) if mask is not None and mask.is_floating_point() else mask
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
@@ -148,11 +163,18 @@ class DualPathCrossAttention(WanAttention):
         return paths
 
     def forward(  # type: ignore[override]  # the block calls it, no processor of diffusers
-        self, x_BLD: Tensor, text_BSD: Tensor, references: ReferenceTokens | None = None, layer: int = 0
+        self,
+        x_BLD: Tensor,
+        text_BSD: Tensor,
+        references: ReferenceTokens | None = None,
+        layer: int = 0,
+        text_bias: Tensor | None = None,
     ) -> Tensor:
-        """x: normed video tokens; text: projected text. Without references this is the base's arithmetic."""
+        """x: normed video tokens; text: projected text; text_bias: see without_padding. Without references this is the
+        base's arithmetic.
+        """
         q = self.norm_q(self.to_q(x_BLD))
-        out = attend(q, self.norm_k(self.to_k(text_BSD)), self.to_v(text_BSD), self.heads).type_as(q)
+        out = attend(q, self.norm_k(self.to_k(text_BSD)), self.to_v(text_BSD), self.heads, text_bias).type_as(q)
         if references is not None:
             for key, value, mask in self._keys_values(references, layer):
                 out = out + attend(q, key, value, self.heads, mask)

@@ -11,7 +11,7 @@ from opens2v.config import Config, ModelConfig
 from opens2v.data.annotations import Annotations
 from opens2v.data.scenes import SCENE_RATE
 from opens2v.modules.causal import KeyValueCache, frame_blocks
-from opens2v.modules.conditions import Conditions
+from opens2v.modules.conditions import Conditions, text_length
 from opens2v.sampling.scheduler import TIMESTEP_OF_NOISE, FlowMatchScheduler, velocity_of
 from shared.errors import UserError
 from shared.rng import keyed_generator
@@ -80,6 +80,9 @@ class _Pass:
     text: Tensor
     arguments: dict[str, Any]  # references of the model's forward
     caches: dict[str, KeyValueCache] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.arguments = {**self.arguments, "text_length": text_length(self.text)}
 
 
 class VideoSampler:

@@ -156,7 +156,7 @@ def adapters_step(model: nn.Module, shape: tuple[int, ...], *, subjects: int = 0
     }
 
     def loss() -> torch.Tensor:
-        given = pictures if subjects else {}
+        given = {**pictures, "text_length": TEXT_ROWS} if subjects else {}
         return model(x, torch.tensor([500.0]), text, **given, return_dict=False)[0].square().mean()
 
     return training_step(model, loss, optimizer=torch.optim.AdamW(trained, lr=1e-4, fused=True))

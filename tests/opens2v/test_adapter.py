@@ -6,11 +6,12 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
 
 from opens2v.config import ModelConfig
 from opens2v.model import RefWanTransformer3DModel, is_reference_name
 from opens2v.modules.causal import KeyValueCache, attention_runs, causal_frame_mask, frame_blocks
-from opens2v.modules.conditions import Conditions
+from opens2v.modules.conditions import Conditions, text_length
 from opens2v.modules.lora import add_lora, enable_trainable, lora_pattern, merge_lora, scale_lora
 from opens2v.sampling.video import SamplerSettings, VideoSampler
 from opens2v.weights.wan import cast_base, load_generator_checkpoint, read_generator_state, to_original_name
@@ -171,6 +172,34 @@ def test_ref_scale_0_draws_the_base_video_and_the_reference_changes_it(guidance,
     bare = draw(given["ref_clip"], given["ref_latents"], 0.0)
     assert torch.equal(bare, draw(-given["ref_clip"], -given["ref_latents"], 0.0))
     assert not torch.equal(bare, with_subject)
+
+
+@pytest.mark.parametrize("options", [{}, SELF])
+def test_padding_of_a_text_counts_as_all_its_rows(options):
+    """Output and gradients are those of the padded text, with LoRA on the layers that read it and in bfloat16 too."""
+    model = shaken(tiny_model(**options))
+    add_lora(model, rank=2, alpha=4.0, target_modules=["to_k", "to_v"], scope=["attn2"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_reference_name(name) or "lora_" in name)
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    case, draw = tensors("tiny_noncausal"), torch.Generator().manual_seed(4)
+    text = torch.randn(2, 400, 32, generator=draw)
+    text[0, 20:], text[1, 31:] = 0, 0  # of the shorter one some rows stay
+    assert text_length(text) == 32 and text_length(text[:, :25]) == 25 and text_length(0 * text) == 0
+    found = []
+    for length in (None, text_length(text)):
+        model.zero_grad()
+        output = model(case["x"], case["t"], text, **references(), text_length=length).sample
+        output.square().mean().backward()
+        found.append([output.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for whole, short in zip(*found, strict=True):
+        assert (whole - short).abs().max() < 1e-6 * max(1, whole.abs().max())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        whole, short = (
+            model(case["x"], case["t"], text, **references(), text_length=length).sample for length in (None, 32)
+        )
+    assert (whole - short).abs().mean() < 2e-2 * whole.abs().mean()
 
 
 @pytest.mark.parametrize("options", [{}, SELF])
