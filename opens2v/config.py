@@ -119,6 +119,16 @@ class DataConfig(Section):
     use_cached_clip: bool = setting(False, "picture features from cache_dir")
 
 
+# What a choice among clips is, and means nothing for composed scenes.
+OF_CLIPS = (
+    "sample_stride", "target_fps", "subject_selection", "is_cross_frame", "cross_frames_cluster_path",
+    "cross_frames_base_path", "cross_min_similarity", "cross_max_similarity", "min_gme_score", "min_aes_score",
+    "min_crop_ratio", "max_crop_ratio", "subject_tag_groups", "dedup_iou", "use_bbox", "ref_augment", "caption_key",
+    "load_background", "recolour_probability", "other_scene_probability", "generic_caption_probability", "only_keys",
+    "without_keys", "val_json_paths", "val_video_base_paths", "background_base_paths", "video_base_paths",
+)  # fmt: skip
+
+
 class ModelConfig(Section):
     """The generator, its base weights and the frozen encoders."""
 
@@ -459,8 +469,16 @@ def check_sizes(config: Config) -> None:
     wanted = [name for name, value in cached.items() if value]
     if wanted and data.cache_dir is None:
         raise ValueError(f"{', '.join(wanted)} needs cache_dir; run opens2v/precompute.py and give its folder")
-    if wanted and data.scenes is not None and not data.json_paths:
-        raise ValueError(f"{', '.join(wanted)}: composed scenes never repeat and are not cached; give json_paths")
+    if data.scenes is not None and not data.json_paths:
+        if wanted:
+            raise ValueError(f"{', '.join(wanted)}: composed scenes never repeat and are not cached; give json_paths")
+        usual = DataConfig()
+        idle = [name for name in OF_CLIPS if data[name] != usual[name]]
+        if idle:
+            raise ValueError(
+                f"{', '.join(idle)}: for clips alone; composed scenes (data.scenes) have no such choice; give "
+                "json_paths or leave it out"
+            )
     if len(data.val_json_paths) != len(data.val_video_base_paths):
         raise ValueError(
             f"val_json_paths and val_video_base_paths must be equally long, they have {len(data.val_json_paths)} and "
