@@ -78,6 +78,14 @@ def test_guide_keys_reach_their_sections(tmp_path):
     assert load_saved(Config, tmp_path / "config.yaml") == config
 
 
+@pytest.mark.parametrize("preset", ["small", "80gb"])
+def test_keys_of_the_guide_are_taken_on_the_command_line_as_well(preset):
+    words = ["adapter=null", "distributed=fsdp", "mixed_precision=true", "max_checkpoints=1"]
+    config = parse(["--config", preset, *(word for one in words for word in ("--set", one))])
+    assert config.adapter is None and config.run.strategy == "fsdp" and config.run.precision == "bf16"
+    assert config.training.keep_last == 1
+
+
 def test_guide_flags(tmp_path):
     flags = [
         "--no-auto-resume",
