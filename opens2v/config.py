@@ -137,7 +137,9 @@ class ModelConfig(Section):
     generator_ckpt: str | None = setting(None, "base weights: diffusers folder, .safetensors or .pt, in either naming")
     use_ema: bool = setting(False, "take generator_ema of a .pt base")
     init_from: str | None = setting(
-        None, "trained adapters that a new run starts from: a run, a checkpoint, a model.pt, or an exported file"
+        None,
+        "trained adapters that a new run starts from: a run, a checkpoint, a model.pt, or LoRA and reference modules "
+        "of another program, a file or a folder",
     )
     base_model_path: str | None = setting(None, "folder with transformer, vae, text_encoder and tokenizer")
     image_encoder_path: str | None = setting(None, "folder of the CLIP picture encoder")

@@ -24,7 +24,7 @@ from opens2v.modules.adapter import (
     subject_mask,
     without_padding,
 )
-from opens2v.modules.causal import KeyValueCache, attention_runs, rotary_table, self_attention
+from opens2v.modules.causal import KeyValueCache, attention_runs, rotary_table, self_attention, with_turns
 from shared.data import sent
 from shared.engine.norm import RMSNorm
 from shared.errors import opening
@@ -75,7 +75,7 @@ class RefWanBlock(WanTransformerBlock):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         temb: Tensor,
-        rotary_emb: tuple[Tensor, Tensor],
+        rotary_emb: tuple[Tensor, ...],
         references: ReferenceTokens | None = None,
         runs: list | None = None,
         cache: KeyValueCache | None = None,
@@ -87,20 +87,20 @@ class RefWanBlock(WanTransformerBlock):
         parts = (self.scale_shift_table.float() + temb.float()).unbind(-2)
         shift1, scale1, gate1, shift2, scale2, gate2 = (per_token(part, hidden_states.shape[1]) for part in parts)
 
-        normed = (self.norm1(hidden_states.float()) * (1 + scale1) + shift1).type_as(hidden_states)
+        normed = (self.norm1(hidden_states.float()) * (1 + scale1)).add_(shift1).type_as(hidden_states)
         if features is not None:
             features.append(normed)
         attended = self_attention(
             self.attn1, normed, rotary_emb, runs=runs, cache=cache, layer=self.layer,
             tokens_per_frame=tokens_per_frame, references=references,
         )  # fmt: skip
-        hidden_states = (hidden_states.float() + attended * gate1).type_as(hidden_states)
+        hidden_states = (attended * gate1).add_(hidden_states.float()).type_as(hidden_states)
 
         normed = self.norm2(hidden_states.float()).type_as(hidden_states)
         hidden_states = hidden_states + self.attn2(normed, encoder_hidden_states, references, self.layer, text_bias)
 
-        normed = (self.norm3(hidden_states.float()) * (1 + scale2) + shift2).type_as(hidden_states)
-        return (hidden_states.float() + self.ffn(normed).float() * gate2).type_as(hidden_states)
+        normed = (self.norm3(hidden_states.float()) * (1 + scale2)).add_(shift2).type_as(hidden_states)
+        return (self.ffn(normed).float() * gate2).add_(hidden_states.float()).type_as(hidden_states)
 
 
 def per_token(value: Tensor, tokens: int) -> Tensor:
@@ -288,7 +288,7 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
 
         # Teacher forcing: the clean frames stand before the noisy ones in one sequence, at the same rotary positions,
         # each half with times of its own. Only frame_mask keeps a noisy block from looking at its own clean copy.
-        rotary = self._rotary(hidden_states, frames, grid, cache, clean_hidden_states is not None)
+        rotary = with_turns(self._rotary(hidden_states, frames, grid, cache, clean_hidden_states is not None))
         if clean_hidden_states is not None:
             if clean_timestep is None:
                 clean_timestep = torch.zeros(batch, frames, device=timestep.device)
@@ -335,7 +335,7 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
     @torch.no_grad()
     def _reference_features(
         self, latents_BNChw: Tensor, text_BSD: Tensor, text_bias: Tensor | None
-    ) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+    ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         """What enters every block's self-attention when the base sees the pictures as clean one-frame videos, with
         fixed positions added: (B, S, D) by block; and the rotary table of the tokens. Every call of the model makes
         them, so that sharded weights are gathered by all ranks at the same places.
@@ -349,14 +349,14 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
             places = absolute_positions(1, grid, x_BLD.shape[-1], base=self.position_base)
             x_BLD = x_BLD + sent(places, x_BLD.device).to(x_BLD)
         modulation = self._modulation(torch.zeros(len(x_BLD), device=x_BLD.device))[1]
-        rotary, text_BSD = self.rope(pictures), text_BSD.repeat_interleave(subjects, 0)
+        rotary, text_BSD = with_turns(self.rope(pictures)), text_BSD.repeat_interleave(subjects, 0)
         features: list[Tensor] = []
         for block in self.blocks:
             x_BLD = block(x_BLD, text_BSD, modulation, rotary, text_bias=text_bias, features=features)
         where = sent(sincos_2d(*grid, x_BLD.shape[-1], self.position_base), x_BLD.device)
         found = [(one + where.to(one)).unflatten(0, (batch, subjects)).flatten(1, 2) for one in features]
-        cos, sin = rotary
-        return found, (cos.repeat(1, subjects, 1, 1), sin.repeat(1, subjects, 1, 1))
+        cos, sin, _ = rotary
+        return found, with_turns((cos.repeat(1, subjects, 1, 1), sin.repeat(1, subjects, 1, 1)))
 
     def _rotary(
         self, hidden_states: Tensor, frames: int, grid: tuple[int, int], cache: KeyValueCache | None, twice: bool

@@ -32,7 +32,7 @@ class ReferenceTokens:
     latents_BNChw: Tensor | None = None  # of the pictures, where they also enter self-attention
     mask_self_BS: Tensor | None = None
     features: list[Tensor] | None = None  # by block, (B, S, D): what the base makes of the pictures
-    rotary: tuple[Tensor, Tensor] | None = None  # of their tokens
+    rotary: tuple[Tensor, ...] | None = None  # of their tokens
 
 
 def sincos_1d(count: int, dim: int, first: int = 0, base: float = 10000.0) -> Tensor:

@@ -93,7 +93,7 @@ def adapter_pair(bench: Bench) -> None:
         for own, other, own_two, other_two in zip(*alternate(jobs, bench.rounds), strict=True)
     ]
     ours, theirs_ms = (1000 * statistics.median(values) for values in zip(*times, strict=True))
-    note = "Wan-1.3B, 2,340 tokens, 512 of text, 1,026 of two pictures, with AdamW; theirs: attn2 trained"
+    note = "Wan-1.3B, 2,340 tokens, 128 rows of text of 512, 1,026 of two pictures, with AdamW; theirs: attn2 trained"
     ratio = statistics.median(own / other for own, other in times)
     bench.add(
         Row("peers", "adapter step, two subjects", ratio, 1.05, ours=ours, theirs=theirs_ms, peer="diffusers Wan",
