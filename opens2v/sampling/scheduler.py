@@ -18,11 +18,8 @@ class FlowMatchScheduler:
     A timestep that is not in the table takes the values of its nearest neighbour.
     """
 
-    def __init__(
-        self, shift: float = 5.0, sigma_min: float = 0.0, extra_one_step: bool = True, num_train_timesteps: int = 1000
-    ):
-        self.shift, self.sigma_min, self.extra_one_step = shift, sigma_min, extra_one_step
-        self.num_train_timesteps = num_train_timesteps
+    def __init__(self, shift: float = 5.0, *, num_train_timesteps: int = 1000):
+        self.shift, self.num_train_timesteps = shift, num_train_timesteps
         self.sigmas = self.inference_sigmas(num_train_timesteps)
         self.timesteps = self.sigmas * TIMESTEP_OF_NOISE
         bell = torch.exp(-2 * ((self.timesteps - TIMESTEP_OF_NOISE / 2) / TIMESTEP_OF_NOISE) ** 2)
@@ -33,11 +30,7 @@ class FlowMatchScheduler:
         """`steps` noise levels from 1 downwards, float32, without the closing 0."""
         if steps < 1:
             raise ValueError(f"steps is {steps}; at least 1 is needed")
-        if self.extra_one_step:
-            grid = torch.linspace(1.0, self.sigma_min, steps + 1)[:-1]
-        else:
-            grid = torch.linspace(1.0, self.sigma_min, steps)
-        return shift_noise_level(grid, self.shift)
+        return shift_noise_level(torch.linspace(1.0, 0.0, steps + 1)[:-1], self.shift)
 
     def inference_timesteps(self, steps: int) -> Tensor:
         """1000 times inference_sigmas."""

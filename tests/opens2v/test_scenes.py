@@ -16,7 +16,7 @@ from opens2v.evaluation.preview import conditions_for
 from opens2v.evaluation.scene_use import scene_figures
 from shared.errors import UserError
 from shared.media.pictures import as_rgb
-from tests.opens2v.cases import SCENES
+from tests.opens2v.cases import QUICK, SCENES
 
 SHEET = SAMPLE_DATA / "drawings.json"
 
@@ -118,3 +118,12 @@ def test_a_folder_of_pictures_and_what_is_none(tmp_path):
 def test_clips_that_are_given_win_over_the_presets_scenes():
     config = train.parse(["--config", "small", "--json-paths", "a.json", "--video-base-paths", "v"])
     assert config.data.scenes is None and config.data.json_paths == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    "option", [["--only-keys", "cat"], ["--sample-stride", "2"], ["--use-bbox"], ["--recolour-probability", "0.5"]]
+)
+def test_a_choice_among_clips_is_refused_for_scenes(option):
+    with pytest.raises(UserError, match=f"{option[0][2:].replace('-', '_')}: for clips alone.*give json_paths"):
+        train.parse(["--config", "small", *option])
+    train.parse([*QUICK, *option])
