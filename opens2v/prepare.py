@@ -390,9 +390,9 @@ def check(options: PrepareOptions) -> list[Path]:
         value = getattr(options, name)
         if value is not None and not Path(value).exists():
             raise UserError(f"--{name} {value}: not found")
-    videos = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES]
+    videos = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
     if not videos:
-        raise UserError(f"--videos {folder}: holds no video ({', '.join(SUFFIXES)})")
+        raise UserError(f"--videos {folder}: holds no video ({', '.join(SUFFIXES)}); folders in it are not looked into")
     for one, other in pairwise(sorted(videos, key=lambda path: path.stem)):
         if one.stem == other.stem:
             raise UserError(f"--videos {folder}: {one.name} and {other.name} would have one key; rename one of them")

@@ -34,7 +34,8 @@ def read_drawings(path: str | Path) -> list[Drawing]:
     """The drawings of a sheet (NAME.json beside NAME.webp), or of a folder of pictures, named by their files."""
     path = Path(path)
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in (".png", ".webp", ".jpg", ".jpeg"))
+        kinds = (".png", ".webp", ".jpg", ".jpeg")
+        files = sorted(f for f in path.iterdir() if f.suffix.lower() in kinds and not f.name.startswith("."))
         found = []
         for file in files:
             try:

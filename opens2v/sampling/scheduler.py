@@ -11,15 +11,19 @@ TIMESTEP_OF_NOISE = 1000.0  # Wan's networks are given 1000 sigma, however many 
 class FlowMatchScheduler:
     """sigmas, timesteps (1000 sigma) and loss weights of training, and the grid of sampling.
 
-    num_train_timesteps: entries of the table that training draws from.
+    num_train_timesteps: entries of the table that training draws from. sigma_min, extra_one_step: as Wan's own class
+    has them, the last level (before the shift) and whether it is left out.
 
     sigma = s u / (1 + (s - 1) u) with u = 1, 0.999, ..., 0.001 for 1000 entries.
     weight = exp(-2 ((t - 500) / 1000)^2), less its minimum, scaled to mean 1.
     A timestep that is not in the table takes the values of its nearest neighbour.
     """
 
-    def __init__(self, shift: float = 5.0, *, num_train_timesteps: int = 1000):
-        self.shift, self.num_train_timesteps = shift, num_train_timesteps
+    def __init__(
+        self, shift: float = 5.0, sigma_min: float = 0.0, extra_one_step: bool = True, num_train_timesteps: int = 1000
+    ):
+        self.shift, self.sigma_min, self.extra_one_step = shift, sigma_min, extra_one_step
+        self.num_train_timesteps = num_train_timesteps
         self.sigmas = self.inference_sigmas(num_train_timesteps)
         self.timesteps = self.sigmas * TIMESTEP_OF_NOISE
         bell = torch.exp(-2 * ((self.timesteps - TIMESTEP_OF_NOISE / 2) / TIMESTEP_OF_NOISE) ** 2)
@@ -30,7 +34,11 @@ class FlowMatchScheduler:
         """`steps` noise levels from 1 downwards, float32, without the closing 0."""
         if steps < 1:
             raise ValueError(f"steps is {steps}; at least 1 is needed")
-        return shift_noise_level(torch.linspace(1.0, 0.0, steps + 1)[:-1], self.shift)
+        if self.extra_one_step:
+            grid = torch.linspace(1.0, self.sigma_min, steps + 1)[:-1]
+        else:
+            grid = torch.linspace(1.0, self.sigma_min, steps)
+        return shift_noise_level(grid, self.shift)
 
     def inference_timesteps(self, steps: int) -> Tensor:
         """1000 times inference_sigmas."""

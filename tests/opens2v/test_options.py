@@ -114,6 +114,8 @@ def test_num_train_timestep_is_the_number_of_levels_and_leaves_their_scale(tmp_p
     assert len(drawn) == 10 and torch.equal(drawn.flip(0), objective.scheduler.timesteps)
     # What the network is given for a level of noise is what sampling gives it.
     assert torch.equal(drawn.flip(0), FlowMatchScheduler(3.0).inference_timesteps(10)) and drawn.max() == 1000
+    last = FlowMatchScheduler(3.0, 0.1, False).inference_sigmas(4)[-1]  # 0.1 before the shift
+    assert last == pytest.approx(3 * 0.1 / (1 + 2 * 0.1))
     assert table.weights.mean().item() == pytest.approx(1) and torch.equal(table.sigma_of(drawn) * 1000, drawn)
 
 

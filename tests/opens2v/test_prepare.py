@@ -154,6 +154,10 @@ def test_what_cannot_work_is_said_at_once(videos, tmp_path, options, message):
     (videos / "steady.txt").unlink()
     with pytest.raises(UserError, match="1 videos have no caption, the first is steady.mp4"):
         prepare.main.__wrapped__(["--videos", str(videos), "--output", str(tmp_path / "out"), "--masks", "."])
+    (videos / "._cut.mp4").write_bytes(b"what a Mac leaves beside a file")
+    (videos / "steady.mp4").rename(videos / "cut.mov")
+    with pytest.raises(UserError, match="cut.mov and cut.mp4 would have one key"):
+        prepare.main.__wrapped__(["--videos", str(videos), "--output", str(tmp_path / "out"), "--masks", "."])
 
 
 def test_a_detector_and_a_segmenter_find_follow_and_cut_out(videos, tmp_path, monkeypatch):

@@ -98,6 +98,7 @@ def test_a_folder_of_pictures_and_what_is_none(tmp_path):
         picture = Image.new("RGBA", (20, 20))
         picture.paste((200, 10 * place, 30, 255), (4, 4, 16, 16))
         picture.save(tmp_path / f"thing_{place}.png")
+    (tmp_path / "._thing_0.png").write_bytes(b"what a Mac leaves beside a file")
     command = [*SCENES, "--scenes", str(tmp_path), "--base-steps", "1", "--total-steps", "1"]
     config = train.parse([*command, "--output-dir", str(tmp_path / "out")])
     assert scene_set(config, "train").sample(0, 0)["subject_names"][0].startswith("thing")
