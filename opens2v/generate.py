@@ -45,7 +45,9 @@ class GenerateOptions(Section):
     guidance_scale: float | None = setting(None, "strength of text guidance; null: 5, small presets 1.5", "cfg", ge=0)
     img_guidance_scale: float = setting(3.0, "strength of subject guidance, mode dual", ge=0)
     negative_prompt: str | None = setting(None, "what to steer away from; null: that of the run")
-    fps: float | None = setting(None, "frames per second of the file; null: as the training clips move", gt=0)
+    fps: float | None = setting(
+        None, "frames per second of the file; null: as the training clips move", ge=0.1, le=1000
+    )
     seed: int = setting(42, "noise", ge=0, le=2**63 - 1)
     rembg: Literal["none", "white"] = setting("none", "white: take off a plain ground of the subject picture")
     lora_scale: float = setting(1.0, "factor on the LoRA layers", ge=0)
