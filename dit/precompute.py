@@ -147,6 +147,8 @@ class Writer:
 
     def _encoders(self) -> tuple[Codec, CaptionEncoder | None]:
         codec, given = make_vae(self.options), self.options.cache.codec
+        if given is not None and not codec.learns:
+            raise UserError(f"--codec {given}: vae.type {self.options.vae.type} fits no codec; leave it out")
         if codec.learns:
             if given is None:
                 raise UserError(

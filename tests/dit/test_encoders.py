@@ -1,21 +1,24 @@
 """The frozen encoders with tiny random weights, the codecs, the colour meter and the distances."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from dit.modules.autoencoder import PatchAutoencoder
+from dit.modules.features import FeatureEncoder
 from dit.modules.text import HashTextEncoder, TextEncoder, make_text_encoder
 from dit.modules.vae import PixelCodec, PoolCodec, VAEEncoder
 from dit.weights.open import make_vae
 from shared.errors import UserError
 from shared.metrics import agreement, colour_shares, named_colours
 from tests.dit.golden import assert_close
-from tests.dit.small import tiny
+from tests.dit.small import encoder_folder, tiny
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +258,29 @@ def test_one_file_is_a_vae_by_its_shapes_or_the_config_next_to_it(tmp_path):
     (tmp_path / "other.safetensors").write_bytes(b"no header")
     with pytest.raises(UserError, match="other.safetensors"):
         VAEEncoder(str(tmp_path / "other.safetensors"))
+
+
+def test_weights_that_lack_a_tensor_are_refused_and_not_filled_at_random(tmp_path, clip):
+    weights = tiny_vae(tmp_path / "vae") / "diffusion_pytorch_model.safetensors"
+    old = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}  # names of the first files
+    state = load_file(weights)
+    for new, name in old.items():
+        state = {key.replace(new, name): value for key, value in state.items()}
+    save_file(state, weights)
+    assert VAEEncoder(str(tmp_path / "vae")).factor == 8
+    shutil.copytree(clip, tmp_path / "clip")
+    encoder_folder(tmp_path / "dino")
+    for name, kind in {"vae": VAEEncoder, "clip": TextEncoder, "dino": FeatureEncoder}.items():
+        path = next((tmp_path / name).glob("*.safetensors"))
+        state = load_file(path)
+        del state[next(key for key in state if "norm" in key)]
+        save_file(state, path, metadata={"format": "pt"})
+        with pytest.raises(UserError, match="lack 1 tensors"):
+            kind(str(tmp_path / name))
+    path = tiny_vae(tmp_path / "shift") / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "shift_factor": "x"}))
+    with pytest.raises(UserError, match="shift_factor"):
+        VAEEncoder(str(tmp_path / "shift"))
 
 
 def test_pictures_pass_the_vae_in_parts(tmp_path, monkeypatch):
