@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
@@ -225,7 +225,7 @@ def _lack(num_classes: int | None) -> str:
     return f"no class: one of {', '.join(LABEL_KEYS)} with its number is wanted" if num_classes else "no caption"
 
 
-def _is_name(name: Any) -> bool:
+def _is_name(name: Any) -> TypeGuard[str]:
     """Whether a list's entry can be the name of a file: a text without half signs, which JSON may hold."""
     try:
         return isinstance(name, str) and bool(name.encode("utf-8", "surrogateescape"))

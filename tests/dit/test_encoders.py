@@ -14,6 +14,7 @@ from dit.modules.autoencoder import PatchAutoencoder
 from dit.modules.features import FeatureEncoder
 from dit.modules.text import HashTextEncoder, TextEncoder, make_text_encoder
 from dit.modules.vae import PixelCodec, PoolCodec, VAEEncoder
+from dit.plan import encoder_part
 from dit.weights.open import make_vae
 from shared.errors import UserError
 from shared.metrics import agreement, colour_shares, named_colours
@@ -61,6 +62,12 @@ def test_clip_masks_after_the_first_end_and_pools_there(clip):
 def test_a_long_caption_is_cut(clip):
     found = TextEncoder(str(clip), local_files_only=True).encode(["ab " * 100])
     assert found.mask.all() and torch.equal(found.pooled[0], found.states[0, 76])
+    with pytest.raises(UserError, match="--text-len 77"):
+        TextEncoder(str(clip), length=120, local_files_only=True)
+    assert encoder_part("clip", str(clip), tokens=1).parameters == sum(
+        weight.numel() for weight in CLIPTextModel.from_pretrained(clip).parameters()
+    )
+    assert encoder_part("clip", "openai/clip-vit-base-patch32", tokens=1) is None
 
 
 def test_hashed_text_repeats_and_tells_words_apart():
@@ -325,6 +332,9 @@ def test_language_models_by_path_are_text_encoders(tmp_path, kind):
     models_of[kind]().save_pretrained(tmp_path / "text_encoder" if kind == "pipeline" else tmp_path)
     config = tiny(text={"type": "language", "pretrained_model_name": str(tmp_path)}, model={"text_len": 6})
     encoder = make_text_encoder(config)
+    planned = encoder_part("text", str(tmp_path), tokens=10)
+    assert planned.parameters == sum(weight.numel() for weight in encoder.model.parameters())
+    assert planned.bytes == 4 * planned.parameters and 0 < planned.flops < 20 * planned.parameters
     states, mask, pooled = encoder.encode(["a red bird", "", "a bird a bird a bird a bird"])
     assert states.shape == (3, 6, 16) and pooled.shape == (3, 16) and bool(mask.any(1).all())
     if kind == "qwen":  # transformers puts a tokenizer of its own in front of this one
