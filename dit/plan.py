@@ -20,9 +20,6 @@ from shared.plan.measure import FrozenPart, measure_frozen
 from shared.plan.table import Workload
 
 CLIP_B32 = (63_165_952, 4 * 63_165_952)  # parameters, bytes of CLIP ViT-B/32's text tower, where none is on this disk
-    63_165_952,
-    4 * 63_165_952,
-)  # parameters and bytes of CLIP ViT-B/32's text tower, where it is not on this disk
 SD_VAE: dict[str, Any] = {  # of Stable Diffusion 1.5 and SDXL, where the run's own is not on this disk
     "_class_name": "AutoencoderKL", "block_out_channels": (128, 256, 512, 512), "latent_channels": 4,
     "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
