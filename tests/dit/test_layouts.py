@@ -291,6 +291,14 @@ def test_very_wide_pictures_are_cut_before_they_are_scaled(size):
     assert min(height, width) == 64 and abs((width - 64) // 2 - left) <= 1 and abs((height - 64) // 2 - top) <= 1
 
 
+def test_squares_are_kept_in_memory_and_not_the_pictures_they_were_cut_from(tmp_path):
+    picture(tmp_path / "0.png", size=(400, 300))
+    (tmp_path / "0.txt").write_text("a square")
+    data = opened(tmp_path, keep_in_memory=True, flip=0.0)
+    first = data.sample(0, 0)["image"]
+    assert data._memory[0][0].size == (32, 32) and data.sample(0, 3)["image"].equal(first)
+
+
 def test_packed_items_are_what_was_packed():
     items = [
         Item(f"n{n}/x{n}.jpg", __import__("pathlib").Path(f"/data/n{n}/x{n}.jpg"), ("one", f"two {n}")[: n % 3],

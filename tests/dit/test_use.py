@@ -21,7 +21,7 @@ from dit.dataset import TextImageDataset
 from dit.evaluation.figures import Extractor, Pictures, figures, inception_score, reference_of, ssim
 from dit.model import DiTModel
 from dit.modules.vae import PoolCodec
-from dit.objective import Trainer
+from dit.objective import NoiseObjective, Trainer
 from dit.weights.convert import load_pretrained
 from dit.weights.open import build_model
 from shared.config import save_config
@@ -278,6 +278,15 @@ def test_a_cache_of_buckets_is_refused_before_anything_is_read(tmp_path, capsys)
     with pytest.raises(SystemExit):
         precompute.main(["--config", str(tmp_path / "x.yaml"), "--out", str(tmp_path / "cache")])
     assert "data.buckets=false" in capsys.readouterr().err and not (tmp_path / "cache").exists()
+
+
+def test_the_noise_table_goes_to_the_device_once():
+    objective = NoiseObjective(Config().diffusion)
+    at = torch.zeros(2, dtype=torch.long, device="meta")
+    objective._alphas(at)
+    table = objective.alphas_cumprod
+    objective._alphas(at)
+    assert table.device.type == "meta" and objective.alphas_cumprod is table
 
 
 def test_huber_is_the_squared_error_near_zero_and_linear_beyond():
