@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dit.config import Config
+from dit.modules.frozen import whole
 from shared.data import sent
 from shared.errors import UserError, opening
 
@@ -80,7 +81,7 @@ class TextEncoder(CaptionEncoder):
 
         with _loading(pretrained_model_name):
             self.tokenizer = CLIPTokenizer.from_pretrained(pretrained_model_name, local_files_only=local_files_only)
-            self.model = CLIPTextModel.from_pretrained(pretrained_model_name, local_files_only=local_files_only)
+            self.model = whole(CLIPTextModel, pretrained_model_name, local_files_only=local_files_only)
         self._freeze(length)
         places = self.model.config.max_position_embeddings
         if length > places:
@@ -152,7 +153,6 @@ class LanguageEncoder(TextEncoder):
     def __init__(self, pretrained_model_name: str, *, length: int, local_files_only: bool = False) -> None:
         CaptionEncoder.__init__(self)
         import transformers
-        from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
         place, is_pipeline = pretrained_model_name, (Path(pretrained_model_name) / "text_encoder").is_dir()
         given: dict[str, Any] = {"local_files_only": local_files_only}
@@ -162,14 +162,8 @@ class LanguageEncoder(TextEncoder):
                 place, padding_side="right", **given, **folder
             )
             given |= {"subfolder": "text_encoder"} if is_pipeline else {}
-            kinds: dict[str, Any] = {
-                "t5": transformers.T5EncoderModel,
-                "umt5": transformers.UMT5EncoderModel,
-                "t5gemma": transformers.T5GemmaEncoderModel,
-                "t5_gemma_module": T5GemmaEncoder,  # as PRX keeps it
-            }
             kind = transformers.AutoConfig.from_pretrained(place, **given).model_type
-            self.model: Any = kinds.get(kind, transformers.AutoModel).from_pretrained(place, **given)
+            self.model: Any = whole(encoder_class(kind), place, **given)
         if getattr(self.model, "language_model", None) is not None:  # the text part of a model that also sees
             self.model = self.model.language_model
         if self.tokenizer.pad_token_id is None:
@@ -185,6 +179,22 @@ class LanguageEncoder(TextEncoder):
         states = self.model(input_ids=tokens["input_ids"], attention_mask=mask.long()).last_hidden_state.float()
         weight = mask.float()[..., None]
         return TextCondition(states, mask, (states * weight).sum(1) / weight.sum(1))
+
+
+def encoder_class(kind: str) -> Any:
+    """The class of transformers that reads text of a model_type."""
+    import transformers
+    from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
+
+    kinds: dict[str, Any] = {
+        "clip": transformers.CLIPTextModel,
+        "clip_text_model": transformers.CLIPTextModel,
+        "t5": transformers.T5EncoderModel,
+        "umt5": transformers.UMT5EncoderModel,
+        "t5gemma": transformers.T5GemmaEncoderModel,
+        "t5_gemma_module": T5GemmaEncoder,  # as PRX keeps it
+    }
+    return kinds.get(kind, transformers.AutoModel)
 
 
 def _loading(name: str) -> AbstractContextManager[None]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dit.config import diffusers_config
 from dit.modules.autoencoder import NO_VARIANCE, Codec
+from dit.modules.frozen import whole
 from shared.engine.checkpoint import load_strict
 from shared.errors import UserError, opening
 
@@ -60,8 +61,14 @@ class VAEEncoder(Codec):
             self.posterior = "mode"
         widths = config.get("encoder_block_out_channels") or config.block_out_channels
         self.factor = 2 ** (len(widths) - 1)
-        self.scaling_factor = float(scaling_factor or config.get("scaling_factor") or 1.0)
-        mean = torch.full((self.channels,), float(config.get("shift_factor") or 0.0))
+        try:
+            self.scaling_factor = float(scaling_factor or config.get("scaling_factor") or 1.0)
+            mean = torch.full((self.channels,), float(config.get("shift_factor") or 0.0))
+        except (TypeError, ValueError):
+            raise UserError(
+                f"vae.pretrained_model_name {pretrained_model_name}: its config.json has a scaling_factor or "
+                "shift_factor that is no number; copy the file again"
+            ) from None
         scale = torch.full((self.channels,), self.scaling_factor)
         if latent_stats is not None:
             mean, scale = _statistics(latent_stats, self.channels)
@@ -200,8 +207,8 @@ def _load_vae(name: str, local_files_only: bool, scaling_factor: float | None) -
     remedy = f"{hint}give {SD_ALIASES} with --vae-path, or --set vae.type=patches, which needs no weights"
     with opening(f"vae.pretrained_model_name {name}", remedy):
         if in_own_folder or (not Path(name).is_dir() and "vae" in name.split("/")[-1]):
-            return loader.from_pretrained(name, local_files_only=local_files_only)
-        return loader.from_pretrained(name, subfolder="vae", local_files_only=local_files_only)
+            return whole(loader, name, local_files_only=local_files_only)
+        return whole(loader, name, subfolder="vae", local_files_only=local_files_only)
 
 
 def _from_file(path: Path, scaling_factor: float | None) -> Any:
