@@ -79,7 +79,7 @@ class ShardRecords(Records):
             row = json.loads(sample.get("json", b"{}"))
             if isinstance(row, dict):
                 captions, labels = captions_of(row), labels_of(row)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             fault = f" ({' '.join(str(error).split())})"
             if str(error).startswith("labels"):
                 raise BadSample(f"{where}: {error}") from None
