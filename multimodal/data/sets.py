@@ -321,9 +321,12 @@ def read_audioset(folder: Path, split: str) -> Found:
     if not (table := folder / "class_labels_indices.csv").exists():
         raise MissingData(f"data set audioset: no file {table}, which names the classes; {remedy('audioset', folder)}")
     classes, bad = read_csv(table, ("index", "mid", "display_name"))
-    names = {row["mid"]: (_number(row["index"]), row["display_name"]) for row in classes}
-    bad += [f"{table.name}: index {index!r} is no number" for index, _ in names.values() if isinstance(index, str)]
-    names = {mid: own for mid, own in names.items() if isinstance(own[0], int)}
+    names: dict[str, tuple[int, str]] = {}
+    for row in classes:
+        if isinstance(index := _number(row["index"]), int):
+            names[row["mid"]] = index, row["display_name"]
+        else:
+            bad.append(f"{table.name}: index {index!r} is no number")
     clips: dict[Clip, list[tuple[int, str]]] = {}
     for path in paths:
         for number, line in text_lines(path):
