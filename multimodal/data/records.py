@@ -24,6 +24,7 @@ Kind = Literal["image", "audio", "voice"]
 KINDS: tuple[Kind, ...] = ("image", "audio", "voice")
 MAX_BAD_SHARE = 0.01  # of the rows of a list; one is always allowed
 CAPTION_KEYS = ("captions", "caption", "texts", "text")
+SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "eval")}
 FILE_KEYS = ("file", "file_name", "filename", "image", "audio", "path", "filepath", "image_path", "audio_path")
 _CHUNK = 1 << 20  # characters of a JSON file that are read at a time
 

@@ -15,6 +15,7 @@ from multimodal.data.audio import AUDIO_SUFFIXES
 from multimodal.data.records import (
     CAPTION_KEYS,
     FILE_KEYS,
+    SPLIT_NAMES,
     Folder,
     Found,
     ListRecords,
@@ -447,9 +448,10 @@ def _is_held_out(video: Path) -> bool:
 
 def read_jsonl(folder: Path, split: str) -> Found:
     """{train,val,test}.jsonl: a file (FILE_KEYS), its captions (CAPTION_KEYS) and perhaps labels a line."""
-    path = folder / f"{split}.jsonl"
-    if not path.exists():
-        return no_file("jsonl", path, split)
+    paths = [folder / f"{name}.jsonl" for name in SPLIT_NAMES[split]]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        return no_file("jsonl", paths[0], split)
     files, packer, missing, bad = Folder(folder), Packer("jsonl"), 0, []
     try:
         for number, row in jsonl_rows(path):
@@ -489,11 +491,12 @@ def split_named(value: Any) -> str:
     misspelt must not vanish.
     """
     name = value.strip().casefold() if isinstance(value, str) else value
-    names = {"training": "train", "restval": "train", "valid": "val", "validation": "val", "eval": "test"}
-    name = names.get(name, name) if isinstance(name, str) else name
-    if name not in ("train", "val", "test"):
-        raise TypeError(f"split {value!r} is none of train, val and test")
-    return name
+    if name == "restval":  # Karpathy's name for what he adds to the training split
+        return "train"
+    for split, names in SPLIT_NAMES.items():
+        if name in names:
+            return split
+    raise TypeError(f"split {value!r} is none of train, val and test")
 
 
 def _said(error: Exception) -> str:

@@ -358,6 +358,9 @@ def test_a_fold_or_split_that_is_none_is_no_training_data(tmp_path):
     touch(table, b"fname,labels,split\n1.wav,Cat, Validation\n1,Dog,trian\n")
     found = read_records("fsd50k", tmp_path, "val")
     assert len(found.records) == 1 and found.bad == ["1: split 'trian' is none of train, val and test"]
+    touch(tmp_path / "0.png")
+    touch(tmp_path / "validation.jsonl", b'{"file": "0.png", "caption": "x"}')
+    assert len(read_records("jsonl", tmp_path, "val").records) == 1
     touch(table, b"fname,labels\n1,Cat\n")
     with pytest.raises(UserError, match="no column split"):
         read_records("fsd50k", tmp_path, "train")

@@ -149,7 +149,14 @@ def test_the_shards_of_others_are_read(tmp_path, texts, captions, media):
 
 
 @pytest.mark.parametrize(
-    "names", [("train/0.tar", "valid/0.tar"), ("train-000.tar", "val-000.tar"), ("TRAIN.tar", "VAL.tar")]
+    "names",
+    [
+        ("train/0.tar", "valid/0.tar"),
+        ("train-000.tar", "val-000.tar"),
+        ("TRAIN.tar", "VAL.tar"),
+        ("cc3m-train-0000.tar", "cc3m-validation-0000.tar"),
+        ("0_training.tar", "0_valid.tar"),
+    ],
 )
 def test_splits_of_shards_by_file_and_by_folder(tmp_path, names):
     for number, name in enumerate(names):
