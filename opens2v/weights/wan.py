@@ -51,6 +51,7 @@ _WRAPPERS = (
     "_checkpoint_wrapped_module.",
     "_orig_mod.",
     "base_model.model.",
+    "transformer.",  # LoRA of diffusers
 )
 _NO_GENERATORS = ("Wan2.1_VAE.pth",)  # beside the generator in the original folders
 _KEEP_FLOAT32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
@@ -111,11 +112,12 @@ def read_generator_state(path: str | Path, *, use_ema: bool = False) -> dict[str
         )
     state: dict[str, Tensor] = {}
     for file in _files_of(path) if path.is_dir() else [path]:
-        state |= _unwrapped(_read_file(file), file, use_ema)
+        state |= _unwrapped(read_tensors_file(file), file, use_ema)
     return normalise_state(state)
 
 
-def _read_file(path: Path) -> Mapping:
+def read_tensors_file(path: Path, what: str = "generator_ckpt") -> Mapping:
+    """What a weights file holds, a mapping; UserError, beginning with what the file was given as, for another."""
     try:
         loaded = (
             load_file(path)
@@ -124,11 +126,9 @@ def _read_file(path: Path) -> Mapping:
         )
     except Exception as error:  # the readers raise many kinds, one of them not public; all mean the same to a user
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(
-            f"generator_ckpt {path}: cannot be read as weights ({reason}); copy or download it again"
-        ) from None
+        raise UserError(f"{what} {path}: cannot be read as weights ({reason}); copy or download it again") from None
     if not isinstance(loaded, dict):
-        raise UserError(f"generator_ckpt {path}: holds {type(loaded).__name__}, a dict of tensors is needed")
+        raise UserError(f"{what} {path}: holds {type(loaded).__name__}, a dict of tensors is needed")
     return loaded
 
 

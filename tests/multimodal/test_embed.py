@@ -98,6 +98,7 @@ def test_files_that_cannot_be_read_are_left_out_and_listed(out, tmp_path, capsys
     Image.new("RGB", (8, 8)).save(folder / "good.png")
     (folder / "bad.png").write_bytes(b"no")
     shutil.copy(folder / "good.png", os.fsencode(folder) + b"/caf\xe9.png")  # a name of another encoding
+    (folder / "._good.png").write_bytes(b"what a Mac leaves beside a file")
     command = ["encode", "--checkpoint", str(out), "--images", str(folder), "--output", str(tmp_path / "e.parquet")]
     embed.main(command)
     assert embed.read_index(tmp_path / "e.parquet").ids == [str(folder / "good.png")]
