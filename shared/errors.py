@@ -128,6 +128,31 @@ def _leave(message: str) -> None:
     raise SystemExit(2)
 
 
+def check_output(
+    path: Path | str, kinds: tuple[str, ...] = (), *, flag: str = "--output", folder: bool = False
+) -> Path:
+    """The file (or folder) that a command is to write, looked at before anything is loaded or computed for it.
+
+    kinds: the suffixes that it may have, in lower case, "" for none; left out: any. UserError for an empty or unknown
+    name, a folder where a file is wanted, and a place that is no folder or cannot be written to.
+    """
+    if not str(path).strip():
+        raise UserError(f"{flag} is empty; name a {'folder for the run' if folder else 'file'}")
+    path = Path(path)
+    if kinds and path.suffix.lower() not in kinds:
+        raise UserError(f"{flag} {path}: unknown kind; give a name that ends in {' or '.join(filter(None, kinds))}")
+    if not folder and path.is_dir():
+        raise UserError(f"{flag} {path}: a folder; give the name of a file")
+    place = path if folder else path.parent
+    while not place.exists() and not place.is_symlink() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"{flag} {path}: {place} is not a folder; give another path")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {path}: {place}: permission denied; choose a place that you can write to")
+    return path
+
+
 def sync_file(file: IO) -> None:
     """Have a file on the disk, not in the system's memory; an error names the file."""
     file.flush()

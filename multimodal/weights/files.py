@@ -44,9 +44,7 @@ def checkpoint_file(path: Path | str) -> Path:
         places = [path / "model.pt", *(path / "checkpoints" / name for name in NAMES), *(path / name for name in NAMES)]
         file = next((place for place in places if place.exists()), None)
         if file is None:
-            raise UserError(
-                f"--checkpoint {path}: holds no best_model.pt or final_model.pt; give a run's folder or a .pt file"
-            )
+            raise UserError(f"{path}: holds no best_model.pt or final_model.pt; give a run's folder or a .pt file")
         return file
     if not path.exists():
         raise UserError(f"--checkpoint {path}: no such file or folder")

@@ -19,7 +19,7 @@ from shared.engine.dist import DistInfo, StopFlag, raise_together, same_settings
 from shared.engine.parallel import check_strategy
 from shared.engine.state import code_digest, versions
 from shared.engine.strategy import choose_precision
-from shared.errors import UserError, at_end, in_command
+from shared.errors import UserError, at_end, check_output, in_command
 
 LEAST_FREE = 1_000_000  # bytes: with less not even the log of a run fits
 WORKERS_PER_CORE = 16
@@ -154,15 +154,9 @@ def check_folder(name: str, folder: str | Path | None) -> None:
 
 
 def _check_output(output_dir: str) -> None:
-    if not output_dir.strip():
-        raise UserError("--output-dir is empty; name a folder for the run")
-    place = Path(output_dir)
-    while not place.exists() and not place.is_symlink() and place != place.parent:
+    place = check_output(output_dir, flag="--output-dir", folder=True)
+    while not place.exists():
         place = place.parent
-    if not place.is_dir():
-        raise UserError(f"--output-dir {output_dir}: {place} is not a folder; give another path")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"--output-dir {output_dir}: {place}: permission denied; choose a place that you can write to")
     free = shutil.disk_usage(place).free
     if free < LEAST_FREE:
         raise UserError(

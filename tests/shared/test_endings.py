@@ -1,11 +1,13 @@
 """How a command ends when the disk, the console or a stored file fails: one sentence, exit code 2, nothing lost."""
 
 import errno
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -234,3 +236,47 @@ def test_a_phase_that_was_stopped_ends_the_command_with_code_0(capsys, monkeypat
             main([])
         found = capsys.readouterr()
         assert left.value.code == 0 and found.out.count("stopped at step 3 of 8") == said and not found.err
+
+
+def outputs(folder: Path) -> list[tuple[str, str]]:
+    """(a path that cannot be written to, what is said of it); the folder gets a file and a folder."""
+    (folder / "file").write_text("")
+    return [
+        (str(folder / "file" / "a.mp4"), "is not a folder"),
+        (str(folder / "there.mp4"), "a folder; give the name"),
+        ("/proc/1/a.mp4", "permission denied"),
+        (" ", "is empty"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "module, suffix",
+    [
+        ("dit.generate", ".png"), ("dit.metrics", ".json"), ("float.generate", ".mp4"), ("float.metrics", ".json"),
+        ("float.weights.released", ".pth"), ("bagel.generate", ".png"), ("bagel.metrics", ".json"),
+        ("opens2v.generate", ".mp4"), ("opens2v.metrics", ".json"), ("multimodal.generate", ".png"),
+        ("multimodal.metrics", ".json"),
+    ],
+)  # fmt: skip
+def test_an_output_that_cannot_be_written_is_said_before_anything_is_opened(tmp_path, capsys, module, suffix):
+    main = importlib.import_module(module).main
+    for path, said in outputs(tmp_path):
+        (tmp_path / f"there{suffix}").mkdir(exist_ok=True)
+        with pytest.raises(SystemExit) as leaving:
+            main(["--checkpoint", "/nowhere", "--output", path.replace(".mp4", suffix)])
+        error = capsys.readouterr().err
+        assert leaving.value.code == 2 and "--output" in error and said in error, error
+
+
+@pytest.mark.parametrize(
+    "module, name, said",
+    [
+        ("dit.generate", "a.gif", "pictures are written as .png"), ("float.generate", "a.txt", "ends in .mp4"),
+        ("bagel.generate", "a.mp3", "ends in .png or .txt"), ("bagel.metrics", "a.txt", "ends in .json"),
+        ("opens2v.generate", "a.xyz", "ends in .mp4"), ("multimodal.generate", "a.mp4", "ends in .png or .json"),
+    ],
+)  # fmt: skip
+def test_an_output_of_another_kind_is_refused(tmp_path, capsys, module, name, said):
+    with pytest.raises(SystemExit) as leaving:
+        importlib.import_module(module).main(["--checkpoint", "/nowhere", "--output", str(tmp_path / name)])
+    assert leaving.value.code == 2 and said in capsys.readouterr().err and not list(tmp_path.iterdir())
