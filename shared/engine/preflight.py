@@ -89,7 +89,7 @@ def _check(
     for name, folder in folders.items():
         check_folder(name, folder)
     if info.is_main:
-        _check_output(run.output_dir)
+        _check_output(config)
 
 
 def _check_batch(training: Any, world: int) -> None:
@@ -121,17 +121,21 @@ def _check_resume(path: Path, config: Any) -> None:
     places += [file.parent for below in ("", "*/") for file in path.glob(f"{below}checkpoints/*/manifest.json")]
     if not places:
         find_checkpoint(path, newest=True)  # says what is wrong
-        return
-    try:
-        saved = read_yaml(places[0] / "config.yaml")["model"]
-    except (UserError, OSError, KeyError, TypeError):
-        return  # an earlier or damaged one: what holds its weights is looked at when they are read
-    known = set(type(getattr(config, "model", config)).model_fields)
-    if isinstance(saved, dict) and len(known & set(saved)) < len(saved) / 2:
+    elif other := _other_model(places[0], config):
         raise UserError(
-            f"--resume {path}: the checkpoint {places[0]} is not of this system (its model has {sorted(saved)[:3]}); "
-            "give a run that this command made, or --resume none"
+            f"--resume {path}: the checkpoint {places[0]} is not of this system (its model has {other}); give a run "
+            "that this command made, or --resume none"
         )
+
+
+def _other_model(place: Path, config: Any) -> list[str]:
+    """Some settings of the model of config.yaml in a folder where it is another system's; else none."""
+    try:
+        saved = read_yaml(place / "config.yaml")["model"]
+    except (UserError, OSError, KeyError, TypeError):
+        return []  # an earlier or damaged one: what holds its weights is looked at when they are read
+    known = set(type(getattr(config, "model", config)).model_fields)
+    return sorted(saved)[:3] if isinstance(saved, dict) and len(known & set(saved)) < len(saved) / 2 else []
 
 
 def check_folder(name: str, folder: str | Path | None) -> None:
@@ -153,15 +157,19 @@ def check_folder(name: str, folder: str | Path | None) -> None:
         raise UserError(f"{flag} {path}: the weights (.safetensors or .bin) are missing or empty; download them again")
 
 
-def _check_output(output_dir: str) -> None:
-    place = check_output(output_dir, flag="--output-dir", folder=True)
+def _check_output(config: Any) -> None:
+    place = check_output(config.run.output_dir, flag="--output-dir", folder=True)
+    if other := _other_model(place, config):
+        raise UserError(
+            f"--output-dir {place}: holds a run of another system (its model has {other}); give another folder"
+        )
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < LEAST_FREE:
         raise UserError(
-            f"--output-dir {output_dir}: the disk is full ({free / 1e6:.2f} MB are free); free some space and run the "
-            "same command again"
+            f"--output-dir {config.run.output_dir}: the disk is full ({free / 1e6:.2f} MB are free); free some space and "
+            "run the same command again"
         )
 
 
