@@ -168,7 +168,7 @@ def _check_output(config: Any) -> None:
     free = shutil.disk_usage(place).free
     if free < LEAST_FREE:
         raise UserError(
-            f"--output-dir {config.run.output_dir}: the disk is full ({free / 1e6:.2f} MB are free); free some space and "
+            f"--output-dir {config.run.output_dir}: the disk is full ({free / 1e6:.2f} MB are free); free space and "
             "run the same command again"
         )
 
