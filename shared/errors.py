@@ -4,6 +4,7 @@ import errno
 import fcntl
 import functools
 import json
+import logging
 import os
 import shutil
 import sys
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 
 class UserError(Exception):
@@ -82,6 +83,27 @@ def opening(what: str, remedy: str) -> Iterator[None]:
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"{what}: cannot be loaded ({reason}); {remedy}") from None
+
+
+def load_whole(loader: Any, place: str | Path, **given: Any) -> Any:
+    """loader.from_pretrained(place), for classes of transformers and diffusers: what a folder lacks they fill with
+    random numbers and only warn. Here that is a ValueError, which opening() puts into a sentence.
+    """
+    logger = logging.getLogger(loader.__module__.partition(".")[0])
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # their table of what is missing
+    try:
+        model, found = loader.from_pretrained(str(place), output_loading_info=True, **given)
+    finally:
+        logger.setLevel(level)
+    unused = ("masked_spec_embed", "pooler.dense.weight", "pooler.dense.bias")  # left out of many public files
+    lacking = sorted(name for name in found["missing_keys"] if not name.endswith(unused))
+    lacking += [str(entry[0]) for entry in found.get("mismatched_keys") or ()]
+    if lacking:
+        raise ValueError(
+            f"{len(lacking)} of its weights are missing or of another shape, such as {lacking[0]}: another model's"
+        )
+    return model
 
 
 _AT_END: list[list[Callable[[], object]]] = []  # of every command that runs, the inner one last

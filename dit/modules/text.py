@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dit.config import Config
 from shared.data import sent
-from shared.errors import UserError, opening
+from shared.errors import UserError, load_whole, opening
 
 
 class TextCondition(NamedTuple):
@@ -80,7 +80,7 @@ class TextEncoder(CaptionEncoder):
 
         with _loading(pretrained_model_name):
             self.tokenizer = CLIPTokenizer.from_pretrained(pretrained_model_name, local_files_only=local_files_only)
-            self.model = CLIPTextModel.from_pretrained(pretrained_model_name, local_files_only=local_files_only)
+            self.model = load_whole(CLIPTextModel, pretrained_model_name, local_files_only=local_files_only)
         self._freeze(length)
         places = self.model.config.max_position_embeddings
         if length > places:
@@ -169,7 +169,7 @@ class LanguageEncoder(TextEncoder):
                 "t5_gemma_module": T5GemmaEncoder,  # as PRX keeps it
             }
             kind = transformers.AutoConfig.from_pretrained(place, **given).model_type
-            self.model: Any = kinds.get(kind, transformers.AutoModel).from_pretrained(place, **given)
+            self.model: Any = load_whole(kinds.get(kind, transformers.AutoModel), place, **given)
         if getattr(self.model, "language_model", None) is not None:  # the text part of a model that also sees
             self.model = self.model.language_model
         if self.tokenizer.pad_token_id is None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.errors import UserError, opening
+from shared.errors import UserError, load_whole, opening
 
 if TYPE_CHECKING:
     from transformers import Wav2Vec2Config, Wav2Vec2Model
@@ -99,7 +99,7 @@ class AudioEncoder(nn.Module):
 
         config_of(path)
         with opening(f"--wav2vec-model-path {path}", "copy its files again, or use --audio-features logmel"):
-            model = Wav2Vec2Model.from_pretrained(path, local_files_only=True)
+            model = load_whole(Wav2Vec2Model, path, local_files_only=True)
         return cls(model, only_last_features=only_last_features)
 
     def train(self, mode: bool = True) -> "AudioEncoder":

@@ -225,6 +225,42 @@ def test_a_damaged_folder_of_a_public_model_is_a_sentence_in_every_system(tmp_pa
         assert folder in str(found.value) and "\n" not in str(found.value)
 
 
+def test_a_public_model_that_lacks_weights_is_not_filled_with_random_numbers(tmp_path):
+    """transformers and diffusers only warn: a run would train on a frozen encoder of noise."""
+    from diffusers import AutoencoderKL
+    from safetensors.torch import load_file, save_file
+    from transformers import CLIPTextModel, Wav2Vec2Model
+
+    from dit.modules.text import TextEncoder
+    from dit.modules.vae import VAEEncoder
+    from float.modules.audio import AudioEncoder
+    from opens2v.modules.encoders import load_clip, load_umt5, load_wan_vae
+    from shared.errors import load_whole
+    from tests.roads import encoders
+
+    text, vae, sound, wan = (tmp_path / name for name in ("text", "vae", "sound", "wan"))
+    encoders.clip_text(text), encoders.picture_vae(vae), encoders.wav2vec(sound), encoders.wan(wan)
+    vae = vae / "vae" if (vae / "vae").is_dir() else vae
+    cases = [
+        (text, lambda: TextEncoder(str(text), length=8, local_files_only=True)),
+        (vae, lambda: VAEEncoder(str(vae), local_files_only=True)),
+        (sound, lambda: AudioEncoder.from_pretrained(str(sound), only_last_features=True)),
+        (wan / "vae", lambda: load_wan_vae(str(wan))),
+        (wan / "text_encoder", lambda: load_umt5(str(wan))),
+        (wan / "image_encoder", lambda: load_clip(str(wan / "image_encoder"))),
+    ]
+    for folder, opened in cases:
+        opened()
+        (file,) = folder.glob("*.safetensors")
+        weights = load_file(file)
+        save_file(dict(sorted(weights.items())[: len(weights) // 2]), file, {"format": "pt"})
+        with pytest.raises(UserError, match="of its weights are missing or of another shape, such as"):
+            opened()
+    for loader, folder in ((CLIPTextModel, text), (AutoencoderKL, vae), (Wav2Vec2Model, sound)):
+        with pytest.raises(ValueError, match="are missing"):
+            load_whole(loader, folder)
+
+
 def test_a_phase_that_was_stopped_ends_the_command_with_code_0(capsys, monkeypatch):
     @command
     def main(argv):
