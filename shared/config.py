@@ -132,7 +132,7 @@ class RunSection(Section):
     )
     allow_data_change: bool = setting(False, "resume although the list of samples differs from the saved one")
     dry_run: bool = setting(False, "print the plan (parameters, FLOPs, memory, communication, time) and stop")
-    world_size: int | None = setting(None, "ranks to plan for; null: the ranks of this launch", ge=1)
+    world_size: int | None = setting(None, "ranks to plan for; null: the ranks of this launch", ge=1, le=10**6)
     gpu: str | None = setting(None, "GPU to plan for, such as a100, h100, h200, 4090; null: a100")
     gpus_per_node: int = setting(8, "GPUs of a node to plan for: above it ranks talk over the network", ge=1)
     plan_table: bool = setting(False, "with dry_run: a table over strategies, micro-batches and up to world_size GPUs")
@@ -235,7 +235,7 @@ class TrainingSection(Section):
     )
     early_stopping_min_delta: float = setting(0.0, "smallest gain of best_metric that counts as better", ge=0)
     num_workers: int = setting(0, "loader processes per rank", "workers", ge=0)
-    prefetch_factor: int = setting(2, "batches that each loader process reads ahead", ge=1)
+    prefetch_factor: int = setting(2, "batches that each loader process reads ahead", ge=1, le=1000)
     gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass to save memory")
     keep_products: bool = setting(
         False, "with gradient_checkpointing: keep what matrix products and attention gave; more memory, less time"
