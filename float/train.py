@@ -41,7 +41,8 @@ def check(config: Config, world: int) -> None:
     """UserError for what preflight() cannot know and would stop the run later, however long its first phase takes."""
     from float.data.clips import find_clips
     from float.data.media import count_frames
-    from float.modules.audio import config_of
+    from float.modules.audio import AudioEncoder, config_of
+    from float.modules.emotion import WITHOUT, Audio2Emotion
     from float.weights.open import check_weights
     from shared.flow import check_solver
 
@@ -49,10 +50,14 @@ def check(config: Config, world: int) -> None:
     check_solver(model.ode_method)
     if model.audio_features == "wav2vec2":
         config_of(model.wav2vec_model_path)
+        if model.autoencoder_path is None:  # phase 1 takes hours before phase 2 opens it
+            AudioEncoder.from_pretrained(model.wav2vec_model_path, only_last_features=model.only_last_features)
     if config.synthetic:
         return
     if data.emotion_source in ("ser", "mixed"):
-        config_of(model.audio2emotion_path)
+        config_of(model.audio2emotion_path, WITHOUT)
+        if model.autoencoder_path is None:
+            Audio2Emotion.from_pretrained(model.audio2emotion_path)
     for flag, path in (("--autoencoder-path", model.autoencoder_path), ("--fmt-path", model.fmt_path)):
         if path is not None:
             check_weights(flag, path)
