@@ -43,7 +43,7 @@ def check(config: Config, world: int) -> None:
     from float.data.media import count_frames
     from float.modules.audio import AudioEncoder, config_of
     from float.modules.emotion import WITHOUT, Audio2Emotion
-    from float.weights.open import check_weights
+    from float.weights.open import check_weights, load_generator, make_generator
     from shared.flow import check_solver
 
     model, data, training = config.model, config.data, config.training
@@ -61,6 +61,8 @@ def check(config: Config, world: int) -> None:
     for flag, path in (("--autoencoder-path", model.autoencoder_path), ("--fmt-path", model.fmt_path)):
         if path is not None:
             check_weights(flag, path)
+    if model.fmt_path is not None and model.autoencoder_path is None:  # read now as well: phase 1 comes first
+        load_generator(make_generator(model, data), model.fmt_path)
     root = data_root(data)
     clips, _ = find_clips(root, data.train_split), find_clips(root, data.val_split)
     counts = [count_frames(clip.video, data.video_fps) for clip in clips]
