@@ -544,6 +544,11 @@ def _load_file(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # torch's own sentence advises to switch the protection off
+        with open(path, "rb") as file:
+            if file.read(2) not in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+                raise CheckpointError(
+                    f"{path}: cannot be read as weights (neither a .safetensors nor a torch file); download it again"
+                ) from None
         raise CheckpointError(
             f"{path}: holds Python objects besides tensors, which could run code and are not loaded; save its state "
             "dict alone, or use a .safetensors file"

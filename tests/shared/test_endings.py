@@ -145,6 +145,9 @@ def test_a_file_of_python_objects_is_refused_without_the_advice_to_trust_it(tmp_
     with pytest.raises(CheckpointError, match="Python objects") as found:
         load_weights(tmp_path / "thing.pt")
     assert "weights_only" not in str(found.value)
+    (tmp_path / "words.pt").write_text('{"a": 1}\n')
+    with pytest.raises(CheckpointError, match="cannot be read as weights .neither"):
+        load_weights(tmp_path / "words.pt")
 
 
 class Thing:
