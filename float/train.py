@@ -20,7 +20,7 @@ if not __package__:
 
 from float.config import AUTOENCODER_PRESETS, PRESETS, AutoencoderConfig, Config, data_root, features_dir
 from shared.config import accumulation_steps, load_config
-from shared.errors import UserError, command, write_text
+from shared.errors import UserError, check_output, command, write_text
 
 if TYPE_CHECKING:
     from float.dataset import FLOATDataset
@@ -48,6 +48,7 @@ def check(config: Config, world: int) -> None:
 
     model, data, training = config.model, config.data, config.training
     check_solver(model.ode_method)
+    check_output(features_dir(config), flag="--features-dir", folder=True)
     if model.audio_features == "wav2vec2":
         config_of(model.wav2vec_model_path)
         if model.autoencoder_path is None:  # phase 1 takes hours before phase 2 opens it

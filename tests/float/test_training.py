@@ -624,6 +624,7 @@ def test_what_would_stop_phase_two_is_said_before_phase_one(tmp_path, clips, cap
         (["--resume", nowhere], "nowhere: no such checkpoint"),
         (["--batch-size", "16"], "3 windows of 16 frames, one optimizer step takes 16; use --batch-size 3"),
         (["--fmt-path", nowhere], "--fmt-path"),
+        (["--features-dir", f"{bert}/config.json"], "config.json is not a folder"),
         (["--sigma-min", "2"], "sigma_min 2.0 must be below sigma_max 1.0"),
         (["--fmt-path", f"{bert}/config.json"], "config.json: cannot be read as weights"),
         (["--ode-method", "eular"], "'eular'"),
