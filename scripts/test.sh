@@ -20,4 +20,4 @@ elif command -v shellcheck >/dev/null 2>&1; then
     shellcheck run_all.sh .ci/run scripts/*.sh
 fi
 # three workers on two cores: a dozen tests wait for timeouts, which would leave a core idle
-exec .venv/bin/python -m pytest -q -n "${TEST_PROCESSES:-3}" --dist loadgroup --durations=15 "$@"
+exec .venv/bin/python -m pytest -q -n "${TEST_PROCESSES:-3}" --durations=15 "$@"

@@ -17,6 +17,7 @@ One optimizer step, in the order in which it happens:
 
 import contextlib
 import functools
+import gc
 import math
 import os
 import shutil
@@ -54,6 +55,7 @@ from shared.optim import decay_groups, lr_at
 from shared.rng import seed_everything
 
 MAX_SKIPPED = 20  # steps in a row whose gradient is not finite before the run stops
+GARBAGE_STEPS = 50  # steps between two collections where there are several ranks
 _STEP_STREAM = 103
 
 
@@ -225,7 +227,7 @@ def fit(
             state.best_name = name_now()
         return is_best
 
-    with StopFlag(run.time_limit_minutes) as stop, naming_late_ranks():
+    with StopFlag(run.time_limit_minutes) as stop, naming_late_ranks(), _garbage_waits(info.world > 1):
         while state.step < stop_at and reason is None:
             # Reseeding before every step is what makes resuming exact without saving any generator's state: dropout and
             # the like depend on (seed, rank, step) alone. What belongs to a sample is keyed by its place in the global
@@ -273,6 +275,8 @@ def fit(
             state.samples_seen += stream.samples_per_step
             log.step_done()
             at_end = state.step == stop_at
+            if info.world > 1 and state.step % GARBAGE_STEPS == 0:
+                gc.collect(1)
 
             # Whatever is written, or runs on the averaged weights, needs this step's outcome at once.
             if state.step % training.logging_steps == 0 or at_end:
@@ -390,16 +394,26 @@ class _Outcome:
         self.log.add({"train/grad_norm": done.grad_norm} if done.applied else {"train/skipped": 1.0})
 
 
+@contextlib.contextmanager
+def _garbage_waits(waits: bool) -> Iterator[None]:
+    """Whether Python's own collections wait for a step that is the same on all ranks. Each rank would else stop at
+    moments of its own, and in every step all wait for the last one. What the body found is set again after it.
+    """
+    before = gc.isenabled()
+    (gc.disable if waits else gc.enable)()
+    try:
+        yield
+    finally:
+        (gc.enable if before else gc.disable)()
+
+
 def _run_hook(hook: Callable, trained: TrainedModel, ema: EMA | None, *arguments: Any) -> Any:
     """Call a hook without gradients, in eval mode, with the averaged weights in place."""
     trained.module.eval()
     if isinstance(arguments[-1], Path) and trained.strategy.info.is_main:
         arguments[-1].mkdir(parents=True, exist_ok=True)
-    with torch.no_grad():
-        if ema is None:
-            return hook(trained, *arguments)
-        with ema.applied():
-            return hook(trained, *arguments)
+    with torch.no_grad(), _garbage_waits(False), contextlib.nullcontext() if ema is None else ema.applied():
+        return hook(trained, *arguments)
 
 
 def _validate(

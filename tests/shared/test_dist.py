@@ -1,10 +1,11 @@
 """What a user can cause on several ranks ends each with exit code 2, and only after it has left the group: gloo's
-threads, left to the end of the interpreter, abort one process in ten.
+threads, left to the end of the interpreter, abort one process in ten. And all ranks collect garbage together.
 """
 
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -26,17 +27,41 @@ def main(argv=None):
 main()
 """
 
+LITTERING = f"""
+import gc, sys
+sys.path[0] = {str(ROOT)!r}
+from shared.engine.dist import init_distributed
+from tests.shared import toy
 
-@pytest.mark.distributed
-def test_a_refusal_leaves_the_group_and_is_exit_code_two(tmp_path):
-    script = tmp_path / "refused.py"
-    script.write_text(REFUSED)
+now, collected, losses = [None], set(), toy.losses
+gc.callbacks.append(lambda phase, _: collected.add(now[0]))
+
+def littering(case):
+    def hook(model, batches, step):
+        now[0] = step
+        for _ in range(3000):
+            litter = []
+            litter.append(litter)
+        yield from losses(case)(model, batches, step)
+    return hook
+
+toy.losses = littering
+training = {{"total_steps": 100, "eval_steps": None, "save": False}}
+toy.run_case({{"output_dir": sys.argv[1], "strategy": "ddp", "training": training}}, init_distributed("cpu", 60))
+print(sorted(collected - {{None}}), gc.isenabled())
+"""
+
+
+def on_two_ranks(script: str, folder: Path) -> list[tuple[int, str, str]]:
+    """(exit code, output, errors) of every rank."""
+    path = folder / "script.py"
+    path.write_text(script)
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(found.getsockname()[1])}
     ranks = [
         subprocess.Popen(
-            [sys.executable, script],
+            [sys.executable, path, folder / "run"],
             env={**ENVIRONMENT, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -44,7 +69,18 @@ def test_a_refusal_leaves_the_group_and_is_exit_code_two(tmp_path):
         )
         for rank in range(2)
     ]
-    for rank in ranks:
-        output, errors = rank.communicate(timeout=100)
-        assert rank.returncode == 2 and "rank 1 has other settings than rank 0" in errors, errors
+    said = [rank.communicate(timeout=100) for rank in ranks]
+    return [(rank.returncode, *texts) for rank, texts in zip(ranks, said, strict=True)]
+
+
+@pytest.mark.distributed
+def test_a_refusal_leaves_the_group_and_is_exit_code_two(tmp_path):
+    for code, output, errors in on_two_ranks(REFUSED, tmp_path):
+        assert code == 2 and "rank 1 has other settings than rank 0" in errors, errors
         assert output == "in a group: False\n"
+
+
+@pytest.mark.distributed
+def test_no_rank_collects_garbage_at_a_moment_of_its_own(tmp_path):
+    for code, output, errors in on_two_ranks(LITTERING, tmp_path):
+        assert code == 0 and output.splitlines()[-1] == "[49, 99] True", output + errors

@@ -109,7 +109,10 @@ def losses(case):
             logits = model(batch["tokens"], noise, use_a)
             loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch["tokens"][:, 1:].flatten())
             if step == case.get("hang_at") and dist.get_rank() == 1:
-                time.sleep(3600)
+                launcher = os.getppid()
+                while os.getppid() == launcher:  # not longer, or the test would leave a process behind
+                    time.sleep(0.2)
+                os._exit(1)
             if step == case.get("nan_at") and int(batch["slot"].min()) == 0:
                 loss = loss * float("nan")
             yield loss / len(batches), {"first_index": batch["index"][0].float()}
