@@ -363,8 +363,24 @@ def save_config(config: BaseModel, path: Path) -> None:
 
 
 def load_saved(schema: type[T], path: Path) -> T:
-    """The settings that save_config wrote."""
-    return validate(schema, read_yaml(Path(path)), str(path))
+    """The settings that save_config wrote; a UserError says so where they are another system's."""
+    tree = read_yaml(Path(path))
+    try:
+        return validate(schema, tree, str(path))
+    except UserError:
+        if others := foreign_settings(schema, tree):
+            raise UserError(
+                f"{path}: not of this system (its model has {others}); give a run that this system's train.py made"
+            ) from None
+        raise
+
+
+def foreign_settings(schema: type[BaseModel], tree: dict) -> list[str]:
+    """Some names of a saved `model` section of which this schema knows less than half; else none."""
+    saved, field = tree.get("model"), schema.model_fields.get("model")
+    own = field.annotation if field is not None else schema
+    known = set(getattr(own, "model_fields", {}))
+    return sorted(saved)[:3] if isinstance(saved, dict) and len(known & set(saved)) < len(saved) / 2 else []
 
 
 def config_digest(config: BaseModel) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from shared.config import accumulation_steps, flat_settings, is_place, read_yaml
+from shared.config import accumulation_steps, flat_settings, foreign_settings, is_place, read_yaml
 from shared.data import check_shared_memory
 from shared.engine.checkpoint import attempt, find_checkpoint
 from shared.engine.dist import DistInfo, StopFlag, raise_together, same_settings_on_all_ranks
@@ -141,11 +141,9 @@ def _check_resume(path: Path, config: Any) -> None:
 def _other_model(place: Path, config: Any) -> list[str]:
     """Some settings of the model of config.yaml in a folder where it is another system's; else none."""
     try:
-        saved = read_yaml(place / "config.yaml")["model"]
-    except (UserError, OSError, KeyError, TypeError):
+        return foreign_settings(type(config), read_yaml(place / "config.yaml"))
+    except (UserError, OSError):
         return []  # an earlier or damaged one: what holds its weights is looked at when they are read
-    known = set(type(getattr(config, "model", config)).model_fields)
-    return sorted(saved)[:3] if isinstance(saved, dict) and len(known & set(saved)) < len(saved) / 2 else []
 
 
 def check_folder(name: str, folder: str | Path | None) -> None:

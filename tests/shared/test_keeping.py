@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from shared.config import load_saved
 from shared.engine import checkpoint
 from shared.engine.checkpoint import CheckpointStore, open_run, read_manifest, verify
 from shared.engine.dist import DistInfo, StopFlag
@@ -506,6 +507,10 @@ def test_a_folder_with_a_run_of_another_system_is_refused(tmp_path):
     (tmp_path / "out" / "config.yaml").write_text("model: {codec: wan, ffn_dim: 8, text_rows: 4}\n")
     with pytest.raises(UserError, match="--output-dir .*out: holds a run of another system .its model has .'codec'"):
         preflight(settings(tmp_path), DistInfo())
+    from dit.config import Config as Dit
+
+    with pytest.raises(UserError, match="config.yaml: not of this system .its model has .'codec', 'ffn_dim'"):
+        load_saved(Dit, tmp_path / "out" / "config.yaml")
 
 
 def test_a_metric_that_no_validation_gives_is_refused_in_the_first_one(tmp_path):
