@@ -319,3 +319,23 @@ def test_an_output_of_another_kind_is_refused(tmp_path, capsys, module, name, sa
     with pytest.raises(SystemExit) as leaving:
         importlib.import_module(module).main(["--checkpoint", "/nowhere", "--output", str(tmp_path / name)])
     assert leaving.value.code == 2 and said in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "module, words",
+    [
+        ("multimodal.download_datasets", ["--datasets", "coco", "--dry-run", "--data-root", "FILE/below"]),
+        ("float.prepare", ["--data-root", ".", "--output-dir", "FILE/below"]),
+        ("float.prepare", ["--data-root", "FILE", "--output-dir", "OUT"]),
+        ("shared.engine.convert", ["/nowhere", "--output", "FILE/below"]),
+        ("shared.report.page", ["/nowhere.json", "--output", "FILE/below"]),
+    ],
+)
+def test_places_of_the_other_commands_are_looked_at_first(tmp_path, capsys, module, words):
+    (tmp_path / "file").write_text("words")
+    with pytest.raises(SystemExit) as leaving:
+        importlib.import_module(module).main(
+            [word.replace("FILE", f"{tmp_path}/file").replace("OUT", f"{tmp_path}/out") for word in words]
+        )
+    assert leaving.value.code == 2 and f"{tmp_path}/file" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
