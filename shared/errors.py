@@ -81,8 +81,12 @@ def opening(what: str, remedy: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"{what}: cannot be loaded ({reason}); {remedy}") from None
+        raise UserError(f"{what}: cannot be loaded ({reason_of(error)}); {remedy}") from None
+
+
+def reason_of(error: Exception) -> str:
+    """The first sentence of a library's message, which may go on for a page."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].partition(". This ")[0][:200]
 
 
 def load_whole(loader: Any, place: str | Path, **given: Any) -> Any:

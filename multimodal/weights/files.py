@@ -13,7 +13,7 @@ from torch import Tensor
 from multimodal.data.text import TextTokenizer
 from multimodal.model import MultimodalModel, create_model
 from shared.engine.checkpoint import CheckpointStore, load_strict
-from shared.errors import UserError, write_text, written_aside
+from shared.errors import UserError, reason_of, write_text, written_aside
 
 FORMAT_VERSION = 1
 NAMES = ("best_model.pt", "final_model.pt")
@@ -57,8 +57,7 @@ def read_payload(path: Path | str) -> tuple[dict[str, Any], Path]:
     try:
         payload = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{file}: cannot be read ({reason}); use another checkpoint") from None
+        raise UserError(f"{file}: cannot be read ({reason_of(error)}); use another checkpoint") from None
     if not isinstance(payload, dict) or "model_state_dict" not in payload or "model_config" not in payload:
         raise UserError(
             f"{file}: holds no model_state_dict and model_config; a checkpoint of multimodal/train.py is wanted"

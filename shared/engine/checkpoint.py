@@ -35,7 +35,7 @@ from torch.distributed.tensor import DTensor
 
 from shared.config import read_yaml
 from shared.engine.dist import DistInfo, from_main, gather_objects, new_gloo_group, raise_together
-from shared.errors import CheckpointError, UserError, remove_parts, sync_file, write_text
+from shared.errors import CheckpointError, UserError, reason_of, remove_parts, sync_file, write_text
 
 FORMAT = 1
 TENSOR_FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
@@ -554,7 +554,7 @@ def _load_file(path: Path) -> dict[str, Tensor]:
             "dict alone, or use a .safetensors file"
         ) from None
     except Exception as error:  # the readers raise many kinds; all mean the same to a user
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = reason_of(error)
         raise CheckpointError(f"{path}: cannot be read as weights ({reason}); download or copy it again") from None
     for key in ("ema", "model_state_dict", "generator_ema", "generator", "model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
