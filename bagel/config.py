@@ -184,6 +184,9 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _agrees(self) -> "ModelConfig":
+        for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_target"):
+            if not self.use_lora and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} {getattr(self, name)} changes nothing without use_lora; add --use-lora")
         if self.quantization != "none" and not self.use_lora:
             raise ValueError(
                 f"quantization {self.quantization} stores frozen weights, which cannot be trained; add --use-lora, "

@@ -119,6 +119,15 @@ class DataConfig(Section):
     use_cached_latents: bool = setting(False, "video latents from cache_dir")
     use_cached_clip: bool = setting(False, "picture features from cache_dir")
 
+    @model_validator(mode="after")
+    def _ranges(self) -> "DataConfig":
+        for name in ("crop_ratio", "similarity"):
+            least, most = (f"cross_{end}_{name}" if name == "similarity" else f"{end}_{name}" for end in ("min", "max"))
+            low, high = getattr(self, least), getattr(self, most)
+            if low is not None and high is not None and low > high:
+                raise ValueError(f"{least} {low} is above {most} {high}: no subject would be left")
+        return self
+
 
 class ModelConfig(Section):
     """The generator, its base weights and the frozen encoders."""
@@ -217,8 +226,8 @@ def lora_pattern(target_modules: Sequence[str], scope: Sequence[str]) -> str:
     unknown = [name for name in target_modules if name.removesuffix(".0") not in ATTENTION]
     if unknown or not target_modules or not scope:
         raise UserError(
-            f"adapter.target_modules: {', '.join(unknown) or 'no layer'} not known; choose among {', '.join(ATTENTION)} "
-            "(the names of diffusers, also for weights that came under the original names q, k, v, o), and a scope"
+            f"adapter.target_modules: {', '.join(unknown) or 'no layer'} not known; there are {', '.join(ATTENTION)}, "
+            "which are diffusers' names, also for weights that came under the original ones q, k, v, o; and a scope"
         )
     layers = [r"to_out\.0" if name.removesuffix(".0") == "to_out" else name for name in target_modules]
     return rf"blocks\.\d+\.({'|'.join(scope)})\.({'|'.join(layers)})"

@@ -99,6 +99,7 @@ def test_a_tower_of_other_channels_is_refused_by_name(tmp_path):
     "flags, message",
     [
         (["--draw", "0", "--ask", "0", "--edit", "0", "--talk", "0"], "draw, ask, edit and talk are all 0"),
+        (["--lora-target", "und"], "lora_target und changes nothing without use_lora"),
         (["--tokens-per-batch", "100000000000"], "less than or equal to 100000000"),
     ],
 )

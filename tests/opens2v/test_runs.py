@@ -291,6 +291,7 @@ def test_what_a_run_needs_after_its_small_base_is_opened_before_it(tmp_path, cap
         (["--image-encoder", "clip", "--image-encoder-path", tmp_path / "clip"], "clip: cannot be loaded"),
         (["--init-from", tmp_path / "words.pt"], "words.pt"),
         (["--target-modules", "nothing"], "target_modules: nothing not known"),
+        (["--min-crop-ratio", "0.9", "--max-crop-ratio", "0.1"], "min_crop_ratio 0.9 is above max_crop_ratio 0.1"),
         (["--num-frames", "1000001"], "less than or equal to 10001"),
     ):
         with pytest.raises(SystemExit) as left:
