@@ -298,3 +298,12 @@ def test_what_a_run_needs_after_its_small_base_is_opened_before_it(tmp_path, cap
             train.main(arguments(tmp_path / "out", *flags))
         assert left.value.code == 2 and words in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "flags", [["--is-cross-frame"], ["--only-keys", "a"], ["--use-bbox"], ["--min-aes-score", "3"]]
+)
+def test_what_chooses_among_clips_is_refused_where_scenes_are_composed(flags):
+    with pytest.raises(UserError, match=f"{flags[0]} .* changes nothing: scenes are composed"):
+        train.check_inputs(train.parse(["--config", "small", *flags]))
+    train.check_inputs(train.parse(["--config", "small"]))
