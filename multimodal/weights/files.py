@@ -12,8 +12,8 @@ from torch import Tensor
 
 from multimodal.data.text import TextTokenizer
 from multimodal.model import MultimodalModel, create_model
-from shared.engine.checkpoint import CheckpointStore, load_strict
-from shared.errors import UserError, reason_of, write_text, written_aside
+from shared.engine.checkpoint import CheckpointStore, load_strict, read_weights_file
+from shared.errors import UserError, write_text, written_aside
 
 FORMAT_VERSION = 1
 NAMES = ("best_model.pt", "final_model.pt")
@@ -54,10 +54,7 @@ def checkpoint_file(path: Path | str) -> Path:
 def read_payload(path: Path | str) -> tuple[dict[str, Any], Path]:
     """The dict of a checkpoint, and the file read."""
     file = checkpoint_file(path)
-    try:
-        payload = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for damaged files
-        raise UserError(f"{file}: cannot be read ({reason_of(error)}); use another checkpoint") from None
+    payload = read_weights_file(file)
     if not isinstance(payload, dict) or "model_state_dict" not in payload or "model_config" not in payload:
         raise UserError(
             f"{file}: holds no model_state_dict and model_config; a checkpoint of multimodal/train.py is wanted"

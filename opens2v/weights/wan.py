@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from opens2v.model import RefWanTransformer3DModel, is_reference_name
-from shared.engine.checkpoint import load_strict
+from shared.engine.checkpoint import load_strict, read_weights_file
 from shared.errors import UserError
 
 # Original (Wan, Self-Forcing, LongLive) -> diffusers. norm3 of the original is norm2 of diffusers: the numbers swap.
@@ -116,17 +115,7 @@ def read_generator_state(path: str | Path, *, use_ema: bool = False) -> dict[str
 
 
 def _read_file(path: Path) -> Mapping:
-    try:
-        loaded = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except Exception as error:  # the readers raise many kinds, one of them not public; all mean the same to a user
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(
-            f"generator_ckpt {path}: cannot be read as weights ({reason}); copy or download it again"
-        ) from None
+    loaded = read_weights_file(path)
     if not isinstance(loaded, dict):
         raise UserError(f"generator_ckpt {path}: holds {type(loaded).__name__}, a dict of tensors is needed")
     return loaded

@@ -538,11 +538,14 @@ def load_tensors(folder: Path, kind: str) -> dict[str, Tensor]:
     return {name: stored[name][...] for name in stored.names}
 
 
-def _load_file(path: Path) -> dict[str, Tensor]:
+def read_weights_file(path: Path) -> Any:
+    """What a .safetensors or a torch file holds: tensors and plain values. CheckpointError for a file that is neither."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
     except pickle.UnpicklingError:  # torch's own sentence advises to switch the protection off
         with open(path, "rb") as file:
             if file.read(2) not in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
@@ -556,6 +559,10 @@ def _load_file(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # the readers raise many kinds; all mean the same to a user
         reason = reason_of(error)
         raise CheckpointError(f"{path}: cannot be read as weights ({reason}); download or copy it again") from None
+
+
+def _load_file(path: Path) -> dict[str, Tensor]:
+    state = read_weights_file(path)
     for key in ("ema", "model_state_dict", "generator_ema", "generator", "model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shared.engine.checkpoint import read_weights_file
 from shared.errors import UserError
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth (or pt_inception-2015-12-05-6726825d.pth)"
@@ -204,7 +205,7 @@ def inception(weights: str | None) -> nn.Module:
     try:
         if _is_torchscript(weights):
             return ScriptedFeatures(torch.jit.load(weights, map_location="cpu"))
-        state = torch.load(weights, map_location="cpu", weights_only=True)
+        state = read_weights_file(Path(weights))
         network = FIDInception()
         unused = ("fc.", "AuxLogits.")  # the classifier, which FID does not use
         network.load_state_dict({name: value for name, value in state.items() if not name.startswith(unused)})
