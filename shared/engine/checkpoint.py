@@ -539,7 +539,7 @@ def load_tensors(folder: Path, kind: str) -> dict[str, Tensor]:
 
 
 def read_weights_file(path: Path) -> Any:
-    """What a .safetensors or a torch file holds: tensors and plain values. CheckpointError for a file that is neither."""
+    """What a .safetensors or torch file holds, tensors and plain values; CheckpointError for a file that is neither."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
