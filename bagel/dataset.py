@@ -24,6 +24,7 @@ from bagel.data.records import (
     Keyed,
     RecordFault,
     Scripted,
+    Shortest,
     Step,
     check_texts,
     format_of,
@@ -111,7 +112,8 @@ class UnifiedGenerationDataset:
         self.records, self.errors = Records(sources, index), index.errors
         self._targets, self._digest = index.targets, index.digest
         if not self.records:
-            raise UserError(f"{data_path}: no valid record; {self.summary_of_errors()}")
+            why = self.summary_of_errors() if self.errors else "there is nothing in it"
+            raise UserError(f"{data_path}: no valid record; {why}")
 
     # --- start-up ---
 
@@ -206,7 +208,9 @@ class UnifiedGenerationDataset:
 
     def _fault(self, source: RecordFile, line: int, value: Any, code: str, message: str) -> None:
         name = value.get("id") if isinstance(value, dict) else None
-        error = DataError(str(source.path), line, name if name is None else str(name), code, message)
+        error = DataError(
+            str(source.path), line, None if name is None else _printable(str(name)), code, _printable(message)
+        )
         if self.strict:
             raise _malformed(error)
         self.errors.append(error)
@@ -293,8 +297,14 @@ class UnifiedGenerationDataset:
             return self._plan(record, index, 0)
 
     def _plan(self, record: Record, index: int, epoch: int) -> list[PlanItem]:
-        choice = Keyed(keyed_generator(self.seed, _CHOICE, epoch, index))
-        return self._within_budget(self._items(record, choice))
+        try:
+            choice = Keyed(keyed_generator(self.seed, _CHOICE, epoch, index))
+            return self._within_budget(self._items(record, choice))
+        except RecordFault as fault:  # what was drawn may be too long where something else is not
+            if fault.code != "E_TOO_LONG":
+                raise
+            choice = Shortest(keyed_generator(self.seed, _CHOICE, epoch, index))
+            return self._within_budget(self._items(record, choice))
 
     def _items(self, record: Record, choice: Choice) -> list[PlanItem]:
         """The record as items, each at its size, whatever they add up to."""
@@ -384,6 +394,10 @@ def _asks(steps: Sequence[Step]) -> bool:
     """Whether the first thing to learn is a text, with a picture given before it."""
     first = next((number for number, step in enumerate(steps) if step.target), 0)
     return steps[first].image is None and any(step.image is not None for step in steps[:first])
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _malformed(error: DataError) -> DataFormatError:

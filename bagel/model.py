@@ -225,7 +225,7 @@ class Bagel(nn.Module):
         return features + self.vit_pos_embed(cells).to(features.dtype)
 
     def _latent_tokens(self, pack: dict[str, Any], latents_NC: Tensor, t_N: Tensor) -> Tensor:
-        """Pictures as latents at their times, (N, D)."""
+        """Pictures as latents at their times, (N, D); one time may stand for all."""
         vae = self.vae2llm(latents_NC.to(self.vae2llm.weight.dtype))
         return vae + self.time_embedder(t_N) + self.latent_pos_embed(pack["packed_latent_position_ids"]).to(vae.dtype)
 
@@ -244,7 +244,7 @@ class Bagel(nn.Module):
     def answer(self, query: dict[str, Any]) -> dict[str, Tensor]:
         """Run new tokens of several contexts, each seeing its own past.
 
-        query: the token fields of a pack, `query_lens`, `causal`, `store` (append to the contexts), `t` (N,) of the
+        query: the token fields of a pack, `query_lens`, `causal`, `store` (append to the contexts), `t` (1,) of all
         latents, `want`: logits (of all text tokens), velocity (of all latents) or none; `repeats`: it comes again with
         other latents, and keeps its `attention` for that.
         """

@@ -19,9 +19,11 @@ import os
 import re
 import sys
 import time
+import unicodedata
 from base64 import b64encode
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +71,7 @@ class Source:
 
     video: str
     audio: str
-    name: str  # below the root, without its ending
+    name: str  # below the root, without its ending where no other video has this name
     identity: str
     split: str | None = None
     emotion: int | None = None
@@ -132,7 +134,11 @@ def find_sources(root: Path) -> list[Source]:
             sources.append(Source(str(path), str(sound), name, identity_of(inside), split, label_of(inside)))
     if not sources:
         raise UserError(f"--data-root {root}: holds no video")
-    return sources
+    times = Counter(source.name for source in sources)
+    return [
+        replace(source, name=source.name + Path(source.video).suffix) if times[source.name] > 1 else source
+        for source in sources
+    ]
 
 
 def identity_of(inside: Path) -> str:
@@ -179,7 +185,7 @@ def process(source: Source, options: PrepareOptions, folder: Path) -> Result:
                     if reason is not None:
                         reject(piece.start, piece.end, reason)
                         continue
-                    name = f"{_safe(source.identity)}__{_safe(Path(source.name).name)}__{number:03d}"
+                    name = f"{_safe(source.identity)}__{_safe(_below(source))}__{number:03d}"
                     row, strip = write_clip(source, piece, wave, options.size, folder, name)
                     result.clips.append(row)
                     result.strips[name] = strip
@@ -189,8 +195,17 @@ def process(source: Source, options: PrepareOptions, folder: Path) -> Result:
     return result
 
 
+def _below(source: Source) -> str:
+    """The video's name without the folder of its person: MEAD and VoxCeleb2 use the same file names in many folders."""
+    return source.name.removeprefix(f"{source.identity}/")
+
+
 def _safe(name: str) -> str:
-    return re.sub(r"[^\w-]+", "_", name, flags=re.ASCII)[:80] or "clip"
+    """A name for a file, of letters of any script, digits, - and _; with a hash where that is not the name itself, so
+    that two names never become one.
+    """
+    kept = re.sub(r"[^\w-]+", "_", unicodedata.normalize("NFC", name)).encode()[:80].decode(errors="ignore")
+    return kept if kept == name else f"{kept}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _unfit(part: "Part", options: PrepareOptions) -> str | None:
@@ -328,7 +343,7 @@ def _stamp(source: Source, options: PrepareOptions) -> str:
     settings = options.model_dump(exclude={"workers", "test_share", "output_dir", "data_root"})
     files = [os.stat(path) for path in (source.video, source.audio)]
     named = asdict(source) | {"video": "", "audio": ""}
-    parts = [named, settings, [(file.st_size, file.st_mtime_ns) for file in files]]
+    parts = ["names 2", named, settings, [(file.st_size, file.st_mtime_ns) for file in files]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -1,6 +1,7 @@
 """Settings of OpenS2V: sections, the flat keys of the user's guide, and the checks that need no data."""
 
 import difflib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -129,6 +130,16 @@ class DataConfig(Section):
         return self
 
 
+# What a choice among clips is, and means nothing for composed scenes.
+OF_CLIPS = (
+    "sample_stride", "target_fps", "subject_selection", "is_cross_frame", "cross_frames_cluster_path",
+    "cross_frames_base_path", "cross_min_similarity", "cross_max_similarity", "min_gme_score", "min_aes_score",
+    "min_crop_ratio", "max_crop_ratio", "subject_tag_groups", "dedup_iou", "use_bbox", "ref_augment", "caption_key",
+    "load_background", "recolour_probability", "other_scene_probability", "generic_caption_probability", "only_keys",
+    "without_keys", "val_json_paths", "val_video_base_paths", "background_base_paths", "video_base_paths",
+)  # fmt: skip
+
+
 class ModelConfig(Section):
     """The generator, its base weights and the frozen encoders."""
 
@@ -137,7 +148,9 @@ class ModelConfig(Section):
     generator_ckpt: str | None = setting(None, "base weights: diffusers folder, .safetensors or .pt, in either naming")
     use_ema: bool = setting(False, "take generator_ema of a .pt base")
     init_from: str | None = setting(
-        None, "trained adapters that a new run starts from: a run, a checkpoint, a model.pt, or an exported file"
+        None,
+        "trained adapters that a new run starts from: a run, a checkpoint, a model.pt, or LoRA and reference modules "
+        "of another program, a file or a folder",
     )
     base_model_path: str | None = setting(None, "folder with transformer, vae, text_encoder and tokenizer")
     image_encoder_path: str | None = setting(None, "folder of the CLIP picture encoder")
@@ -414,6 +427,11 @@ def codec_factors(model: ModelConfig) -> tuple[int, int]:
     return TEMPORAL, 8 if model.codec == "wan" else 4
 
 
+def frame_unit(model: ModelConfig) -> int:
+    """What the sides of a frame are multiples of: 16, and the pixels that a token of the transformer covers."""
+    return math.lcm(16, codec_factors(model)[1] * model.patch_size)
+
+
 def pixel_frames(config: Config) -> int:
     """Pixel frames of a training clip."""
     return pixel_count(config.data.num_training_frames, config.data.num_training_frames_unit)
@@ -439,11 +457,18 @@ def check_sizes(config: Config) -> None:
             f"num_training_frames {frames}: Wan's VAE codes 4k + 1 frames and drops the last {(frames - 1) % 4} "
             f"silently; use {low} or {low + 4}"
         )
+    width = model.num_attention_heads * model.attention_head_dim
+    if width % 4 or model.attention_head_dim % 2:
+        raise ValueError(
+            f"num_attention_heads {model.num_attention_heads} of attention_head_dim {model.attention_head_dim}: heads "
+            "need an even width, and all together one divisible by 4, for their positions"
+        )
+    ref_unit = codec_factors(model)[1] * (model.patch_size if model.ref_in_self_attention else 1)
     for name, size, unit in (
-        ("pixel_height", data.pixel_height, 16),
-        ("pixel_width", data.pixel_width, 16),
-        ("ref_height", data.ref_height, codec_factors(model)[1]),
-        ("ref_width", data.ref_width, codec_factors(model)[1]),
+        ("pixel_height", data.pixel_height, frame_unit(model)),
+        ("pixel_width", data.pixel_width, frame_unit(model)),
+        ("ref_height", data.ref_height, ref_unit),
+        ("ref_width", data.ref_width, ref_unit),
     ):
         if size % unit:
             raise ValueError(
@@ -474,8 +499,16 @@ def check_sizes(config: Config) -> None:
     wanted = [name for name, value in cached.items() if value]
     if wanted and data.cache_dir is None:
         raise ValueError(f"{', '.join(wanted)} needs cache_dir; run opens2v/precompute.py and give its folder")
-    if wanted and data.scenes is not None and not data.json_paths:
-        raise ValueError(f"{', '.join(wanted)}: composed scenes never repeat and are not cached; give json_paths")
+    if data.scenes is not None and not data.json_paths:
+        if wanted:
+            raise ValueError(f"{', '.join(wanted)}: composed scenes never repeat and are not cached; give json_paths")
+        usual = DataConfig()
+        idle = [name for name in OF_CLIPS if data[name] != usual[name]]
+        if idle:
+            raise ValueError(
+                f"{', '.join(idle)}: for clips alone; composed scenes (data.scenes) have no such choice; give "
+                "json_paths or leave it out"
+            )
     if len(data.val_json_paths) != len(data.val_video_base_paths):
         raise ValueError(
             f"val_json_paths and val_video_base_paths must be equally long, they have {len(data.val_json_paths)} and "

@@ -21,7 +21,16 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_co
 from opens2v.config import Config, pixel_count
 from opens2v.data.annotations import Annotations
 from opens2v.data.augment import NO_CHANGES, foreground_mask, recolour_subject, show_in_scene
-from opens2v.data.clips import UNUSABLE, Part, caption_of, class_names, frame_indices, generic_caption, usable_range
+from opens2v.data.clips import (
+    UNUSABLE,
+    Part,
+    caption_of,
+    class_names,
+    frame_indices,
+    generic_caption,
+    text_digest,
+    usable_range,
+)
 from opens2v.data.cross_frames import CrossFramePairs
 from opens2v.data.scenes import SceneDataset, scene_set
 from opens2v.data.subjects import CLIP_SIZE, SELECTIONS, Subject, SubjectFilter, reference_tensors, select_subjects
@@ -150,7 +159,11 @@ class OpenS2VAdapterDataset(Dataset):
             where = foreground_mask(frames, fit_frame(background, *self.size))
 
         # Subjects: all of the annotated frame, filtered, chosen; their pictures may come from another clip.
-        chosen, sources = [], [self.part.content(key, entry, background=bool(changes))] if options.with_content else []
+        chosen: list[Subject] = []
+        sources: list[str] = []
+        if options.with_content:
+            tags = bool(options.subject_tag_groups)
+            sources.append(self.part.content(key, entry, background=bool(changes), tags=tags))
         if options.load_subjects:
             kept = self.filter.apply(self._subjects(position, key, entry), entry.get("word_tags") or {})
             chosen = select_subjects(kept, self.selection, self.max_subjects, rng)
@@ -190,7 +203,12 @@ class OpenS2VAdapterDataset(Dataset):
             "annotation_idx": [one.annotation_idx for one in chosen],
         }
         if options.with_content:
-            item["meta"]["content"] = "+".join(sources)
+            # What was drawn is part of it: in a list that has grown, a clip has another place and other draws.
+            drawn, names = rng.random(), item["meta"]["annotation_idx"]
+            item["meta"]["content"] = {
+                "vae": text_digest(*(sources if changes else sources[:1]), indices, drawn if changes else None),
+                "clip": text_digest(*sources, names, drawn if changes or options.ref_augment else None),
+            }
         if options.load_background and background is not None:
             item["background_pixels"] = cover_resize(background[None], *self.size)[:, 0]
         return item
@@ -525,7 +543,7 @@ class SampleOptions:
     load_subjects: bool = True
     load_frames: bool = True
     uint8_frames: bool = False  # frames as 0 .. 255: a quarter of the memory; the trainer normalises on the device
-    with_content: bool = False  # meta["content"]: a digest of everything that the sample's pixels come from
+    with_content: bool = False  # meta["content"]: by kind of feature, a digest of all that its pixels come from
     cross_min_similarity: float = 0.6
     cross_max_similarity: float = 0.98
     recolour_probability: float = 0.0

@@ -77,7 +77,22 @@ def requests_of(options: GenerateOptions) -> list[Request]:
         return []
     if options.prompt is None:
         raise UserError("--ref-image is given without --prompt; say what the subject does")
-    return [Request(options.prompt, options.ref_image, Path(options.output))]
+    return [request_of(options.prompt, options.ref_image, Path(options.output), "--ref-image")]
+
+
+def request_of(prompt: Any, pictures: Any, output: Path, where: str, folder: Path | None = None) -> Request:
+    """A video to draw as a list or the command line gives it. pictures: None, a file or a list of files, in `folder`.
+
+    Looked at before anything is loaded: UserError, which says where, for what is no text or not there.
+    """
+    named = [pictures] if isinstance(pictures, str) else pictures or []
+    if not isinstance(prompt, str) or not isinstance(named, list) or not all(isinstance(one, str) for one in named):
+        raise UserError(f"{where}: the prompt must be a text, and its pictures a file name or a list of them")
+    paths = [str(one if folder is None else folder / one) for one in named]
+    missing = next((path for path in paths if not Path(path).is_file()), None)
+    if missing is not None:
+        raise UserError(f"{where}: reference picture {missing}: not found")
+    return Request(prompt, paths, output)
 
 
 def _listed(options: GenerateOptions, path: Path) -> list[Request]:
@@ -94,25 +109,25 @@ def _listed(options: GenerateOptions, path: Path) -> list[Request]:
             continue
         try:
             record = json.loads(line)
-            pictures = record.get("ref_image") or record.get("img_paths") or []
-            prompt = record["prompt"]
+            pictures, prompt = record.get("ref_image") or record.get("img_paths"), record["prompt"]
         except (ValueError, KeyError, AttributeError):
             raise UserError(
                 f'--prompt-file {path}, line {number}: expected {{"prompt": ..., "ref_image": [...]}}'
             ) from None
-        pictures = [pictures] if isinstance(pictures, str) else pictures
-        output = record.get("output", f"{number:04d}.mp4")
-        if not isinstance(prompt, str) or not isinstance(output, str) or not all(isinstance(p, str) for p in pictures):
-            raise UserError(f"--prompt-file {path}, line {number}: prompt, ref_image and output must be texts")
-        pictures = [str(path.parent / picture) for picture in pictures]
-        found.append(Request(prompt, pictures, inside(folder, output, f"--prompt-file {path}, line {number}")))
+        where = f"--prompt-file {path}, line {number}"
+        target = inside(folder, record.get("output", f"{number:04d}.mp4"), where)
+        found.append(request_of(prompt, pictures, target, where, path.parent))
+        if any(one.output.resolve() == target.resolve() for one in found[:-1]):
+            raise UserError(f"{where}: output {target.name} was named before; give each video a name of its own")
     if not found:
         raise UserError(f"--prompt-file {path}: holds no prompt")
     return found
 
 
-def inside(folder: Path, name: str, where: str) -> Path:
+def inside(folder: Path, name: Any, where: str) -> Path:
     """The path of a file that a list names; UserError for one that would lie outside of the folder."""
+    if not isinstance(name, str):
+        raise UserError(f"{where}: output is {name!r}, a file name is needed")
     target = folder / name
     if name == "" or not target.resolve().is_relative_to(folder.resolve()) or target.resolve() == folder.resolve():
         raise UserError(f"{where}: output {name!r} lies outside of {folder}; give a name inside of it")
@@ -143,19 +158,20 @@ class Generator:
     def __init__(self, options: GenerateOptions):
         import torch
 
+        from opens2v.config import frame_unit
         from opens2v.modules.encoders import WanVAE, check_frames
         from opens2v.modules.lora import scale_lora
-        from opens2v.weights.open import load_trained_generator, precision_of
+        from opens2v.weights.open import load_trained_generator, precision_of, settings_of
         from shared.engine.dist import init_distributed
 
         self.options = options
         if options.num_frames is not None:
             check_frames(options.num_frames, "--num-frames")
+        unit = frame_unit(settings_of(Path(options.checkpoint), options.config_path)[0].model)
         for name, value in (("--height", options.height), ("--width", options.width)):
-            if value is not None and value % 16:
-                raise UserError(
-                    f"{name} {value} is not a multiple of 16; use {value // 16 * 16} or {value // 16 * 16 + 16}"
-                )
+            if value is not None and value % unit:
+                low = value // unit * unit
+                raise UserError(f"{name} {value} is not a multiple of {unit}; use {low or unit} or {low + unit}")
         self.device = init_distributed(options.device).device
         self.module, self.encoders, self.config, self.weights = load_trained_generator(
             options.checkpoint,

@@ -250,27 +250,27 @@ def write_samples(drawn: Drawn, folder: Path, unseen: list[int], fps: float) -> 
 
 def draw_benchmark(options: MetricsOptions, path: Path) -> list[Path]:
     """Videos <id>.mp4 for every entry of an OpenS2V-Eval prompt file; those that are there are passed over."""
-    from opens2v.generate import GenerateOptions, Generator, Request, inside
+    from opens2v.generate import GenerateOptions, Generator, inside, request_of
 
     if not path.exists():
         raise UserError(f"--eval-json {path}: not found")
     if options.output_dir is None:
         raise UserError("--output-dir is needed: the folder of the videos")
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
         wanted = {name: (entry["prompt"], entry["img_paths"]) for name, entry in entries.items()}
     except (ValueError, KeyError, AttributeError, TypeError):
         raise UserError(f'--eval-json {path}: expected {{id: {{"prompt": ..., "img_paths": [...]}}}}') from None
     folder, images = Path(options.output_dir), Path(options.eval_images or path.parent)
-    generator = Generator(GenerateOptions(**_shared_options(options)))
-    written = []
+    requests = []
     for name, (prompt, pictures) in wanted.items():
-        target = inside(folder, f"{name}.mp4", f"--eval-json {path}")
-        if not target.exists():
-            pictures = [pictures] if isinstance(pictures, str) else pictures
-            generator.run(Request(prompt, [str(images / picture) for picture in pictures], target))
-        written.append(target)
-    return written
+        where = f"--eval-json {path}, {name}"
+        requests.append(request_of(prompt, pictures, inside(folder, f"{name}.mp4", where), where, images))
+    generator = Generator(GenerateOptions(**_shared_options(options)))
+    for request in requests:
+        if not request.output.exists():
+            generator.run(request)
+    return [request.output for request in requests]
 
 
 def _shared_options(options: MetricsOptions) -> dict[str, Any]:

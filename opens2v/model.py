@@ -22,8 +22,9 @@ from opens2v.modules.adapter import (
     sincos_1d,
     sincos_2d,
     subject_mask,
+    without_padding,
 )
-from opens2v.modules.causal import KeyValueCache, attention_runs, rotary_table, self_attention
+from opens2v.modules.causal import KeyValueCache, attention_runs, rotary_table, self_attention, with_turns
 from shared.data import sent
 from shared.engine.norm import RMSNorm
 from shared.errors import load_whole, opening
@@ -40,6 +41,9 @@ WAN_1_3B = dict(
     num_layers=30,
     rope_max_seq_len=1024,
 )
+
+
+_PADDING_WORTH_IT = 64  # rows; fewer are not worth a mask
 
 
 class RefWanBlock(WanTransformerBlock):
@@ -71,31 +75,32 @@ class RefWanBlock(WanTransformerBlock):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         temb: Tensor,
-        rotary_emb: tuple[Tensor, Tensor],
+        rotary_emb: tuple[Tensor, ...],
         references: ReferenceTokens | None = None,
         runs: list | None = None,
         cache: KeyValueCache | None = None,
         tokens_per_frame: int = 1,
+        text_bias: Tensor | None = None,
         features: list[Tensor] | None = None,
     ) -> Tensor:
         """temb: (B, 6, D), or (B, T, 6, D) by frame or token. features: takes in what enters the self-attention."""
         parts = (self.scale_shift_table.float() + temb.float()).unbind(-2)
         shift1, scale1, gate1, shift2, scale2, gate2 = (per_token(part, hidden_states.shape[1]) for part in parts)
 
-        normed = (self.norm1(hidden_states.float()) * (1 + scale1) + shift1).type_as(hidden_states)
+        normed = (self.norm1(hidden_states.float()) * (1 + scale1)).add_(shift1).type_as(hidden_states)
         if features is not None:
             features.append(normed)
         attended = self_attention(
             self.attn1, normed, rotary_emb, runs=runs, cache=cache, layer=self.layer,
             tokens_per_frame=tokens_per_frame, references=references,
         )  # fmt: skip
-        hidden_states = (hidden_states.float() + attended * gate1).type_as(hidden_states)
+        hidden_states = (attended * gate1).add_(hidden_states.float()).type_as(hidden_states)
 
         normed = self.norm2(hidden_states.float()).type_as(hidden_states)
-        hidden_states = hidden_states + self.attn2(normed, encoder_hidden_states, references, self.layer)
+        hidden_states = hidden_states + self.attn2(normed, encoder_hidden_states, references, self.layer, text_bias)
 
-        normed = (self.norm3(hidden_states.float()) * (1 + scale2) + shift2).type_as(hidden_states)
-        return (hidden_states.float() + self.ffn(normed).float() * gate2).type_as(hidden_states)
+        normed = (self.norm3(hidden_states.float()) * (1 + scale2)).add_(shift2).type_as(hidden_states)
+        return (self.ffn(normed).float() * gate2).add_(hidden_states.float()).type_as(hidden_states)
 
 
 def per_token(value: Tensor, tokens: int) -> Tensor:
@@ -230,24 +235,26 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
         present_BN = (
             torch.ones(given.shape[:2], dtype=torch.bool, device=given.device) if ref_mask is None else ref_mask.bool()
         )
+        may_differ = ref_mask is not None and given.shape[1] > 1  # one subject is there, or its weight is 0
         clip = mask_clip = vae = mask_vae = None
         if ref_clip is not None and self.clip_proj is not None:
             clip = self.clip_proj(ref_clip).flatten(1, 2)
-            mask_clip = subject_mask(present_BN, ref_clip.shape[2])
+            mask_clip = subject_mask(present_BN, ref_clip.shape[2]) if may_differ else None
         if ref_latents is not None:
             height, width = ref_latents.shape[-2:]
             vae = self.vae_proj(ref_latents.flatten(3).transpose(2, 3))
             if self.vae_pos_embed == "sincos2d":
                 places = sincos_2d(height, width, vae.shape[-1], self.position_base)
                 vae = vae + sent(places, vae.device).to(vae)
-            vae, mask_vae = vae.flatten(1, 2), subject_mask(present_BN, height * width)
+            vae = vae.flatten(1, 2)
+            mask_vae = subject_mask(present_BN, height * width) if may_differ else None
         weight = present_BN.any(1)[:, None, None].float() * scale
         tokens = ReferenceTokens(clip, vae, mask_clip, mask_vae, weight, {} if remember else None)
         if self.ref_in_self_attention and ref_latents is not None:
             _, patch_h, patch_w = self.patch_size
             tokens.latents_BNChw = ref_latents
             count = ref_latents.shape[-2] // patch_h * (ref_latents.shape[-1] // patch_w)
-            tokens.mask_self_BS = subject_mask(present_BN, count)
+            tokens.mask_self_BS = subject_mask(present_BN, count) if may_differ else None
         return tokens
 
     def forward(
@@ -263,6 +270,7 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
         clean_timestep: Tensor | None = None,
         references: ReferenceTokens | None = None,
         cache: KeyValueCache | None = None,
+        text_length: int | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Velocity (B, C, F, h, w), or what the base was trained to give.
@@ -270,7 +278,8 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
         timestep: 1000 sigma, (B,), (B, F) or (B, L). encoder_hidden_states: (B, 512, text_dim), padding rows zero.
         frame_mask: bool (F, F); with clean_hidden_states (teacher forcing) (2F, 2F) over [clean | noisy],
         clean_timestep (B, F) or None for 0. references: from project_references, in place of the three ref arguments.
-        cache: generation by blocks.
+        cache: generation by blocks. text_length: the text's rows from there on are zero in all samples; they are then
+        worked out once and counted, which gives the same.
         """
         batch, _, frames, height, width = hidden_states.shape
         _, patch_h, patch_w = self.patch_size
@@ -279,7 +288,7 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
 
         # Teacher forcing: the clean frames stand before the noisy ones in one sequence, at the same rotary positions,
         # each half with times of its own. Only frame_mask keeps a noisy block from looking at its own clean copy.
-        rotary = self._rotary(hidden_states, frames, grid, cache, clean_hidden_states is not None)
+        rotary = with_turns(self._rotary(hidden_states, frames, grid, cache, clean_hidden_states is not None))
         if clean_hidden_states is not None:
             if clean_timestep is None:
                 clean_timestep = torch.zeros(batch, frames, device=timestep.device)
@@ -292,6 +301,9 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
             first = 0 if cache is None else cache.frames
             positions = absolute_positions(frames, grid, x_BLD.shape[-1], first, self.position_base)
             x_BLD = x_BLD + sent(positions, x_BLD.device).to(x_BLD).repeat(x_BLD.shape[1] // len(positions), 1)
+        text_bias, text_rows = None, encoder_hidden_states.shape[1]
+        if text_length is not None and text_rows - text_length > _PADDING_WORTH_IT:
+            encoder_hidden_states, text_bias = without_padding(encoder_hidden_states, text_length)
         temb, modulation, text_BSD = self._conditions(timestep, encoder_hidden_states)
 
         # The pictures are projected once; each block has its own keys and values of them. The causal mask becomes runs
@@ -301,13 +313,17 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
         runs = None if frame_mask is None else attention_runs(frame_mask, tokens_per_frame)
 
         if references is not None and references.latents_BNChw is not None and references.features is None:
-            references.features, references.rotary = self._reference_features(references.latents_BNChw, text_BSD)
+            references.features, references.rotary = self._reference_features(
+                references.latents_BNChw, text_BSD, text_bias
+            )
 
         # Everything that a block depends on is an argument, so that recomputing it in the backward pass sees the same:
         # state kept on a module would have moved on by then, and the gradient would be wrong without an error.
         run_block = self._block_runner()
         for block in self.blocks:
-            x_BLD = run_block(block, x_BLD, text_BSD, modulation, rotary, references, runs, cache, tokens_per_frame)
+            x_BLD = run_block(
+                block, x_BLD, text_BSD, modulation, rotary, references, runs, cache, tokens_per_frame, text_bias
+            )
         if cache is not None and cache.store:  # the pass over a finished block: later blocks count on from here
             cache.frames += frames
         if clean_hidden_states is not None:  # the clean half was there to be looked at; only the noisy one is predicted
@@ -318,8 +334,8 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
 
     @torch.no_grad()
     def _reference_features(
-        self, latents_BNChw: Tensor, text_BSD: Tensor
-    ) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+        self, latents_BNChw: Tensor, text_BSD: Tensor, text_bias: Tensor | None
+    ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         """What enters every block's self-attention when the base sees the pictures as clean one-frame videos, with
         fixed positions added: (B, S, D) by block; and the rotary table of the tokens. Every call of the model makes
         them, so that sharded weights are gathered by all ranks at the same places.
@@ -333,14 +349,14 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
             places = absolute_positions(1, grid, x_BLD.shape[-1], base=self.position_base)
             x_BLD = x_BLD + sent(places, x_BLD.device).to(x_BLD)
         modulation = self._modulation(torch.zeros(len(x_BLD), device=x_BLD.device))[1]
-        rotary, text_BSD = self.rope(pictures), text_BSD.repeat_interleave(subjects, 0)
+        rotary, text_BSD = with_turns(self.rope(pictures)), text_BSD.repeat_interleave(subjects, 0)
         features: list[Tensor] = []
         for block in self.blocks:
-            x_BLD = block(x_BLD, text_BSD, modulation, rotary, features=features)
+            x_BLD = block(x_BLD, text_BSD, modulation, rotary, text_bias=text_bias, features=features)
         where = sent(sincos_2d(*grid, x_BLD.shape[-1], self.position_base), x_BLD.device)
         found = [(one + where.to(one)).unflatten(0, (batch, subjects)).flatten(1, 2) for one in features]
-        cos, sin = rotary
-        return found, (cos.repeat(1, subjects, 1, 1), sin.repeat(1, subjects, 1, 1))
+        cos, sin, _ = rotary
+        return found, with_turns((cos.repeat(1, subjects, 1, 1), sin.repeat(1, subjects, 1, 1)))
 
     def _rotary(
         self, hidden_states: Tensor, frames: int, grid: tuple[int, int], cache: KeyValueCache | None, twice: bool

@@ -81,6 +81,7 @@ class RefImageFlowMatching:
         arguments |= causal_arguments(settings, clean)
         if settings.noise_augmentation_max_timestep:
             arguments |= self._noisy_context(clean, step, slots)
+        arguments["text_length"] = conditions.text_length
         output = model(noisy, timestep, conditions.text_BRD, return_dict=False, **arguments)[0]
         # The error is taken in float32, outside autocast; a small base gives mean and variance instead of the velocity.
         velocity = velocity_of(output.float(), noisy, sigma, settings.prediction, self.encoders.codec.variance)

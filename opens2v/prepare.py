@@ -20,6 +20,7 @@ if not __package__:
 import json
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from shared.config import Section, load_config, setting
@@ -79,10 +80,13 @@ def read_captions(options: PrepareOptions, videos: list[Path]) -> dict[str, tupl
             lines = list(csv.DictReader(text.splitlines())) if path.suffix == ".csv" else []
             lines = lines or [json.loads(line) for line in text.splitlines() if line.strip()]
             for row in lines:
-                found[Path(row["file"]).name] = (str(row["caption"]).strip(), row.get("subject") or None)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+                caption, subject = row["caption"], row.get("subject") or None
+                if not isinstance(caption, str) or not isinstance(subject, str | None):
+                    raise ValueError(f"caption {caption!r} and subject {subject!r} of {row['file']} must be texts")
+                found[Path(row["file"]).name] = (caption.strip(), subject)
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, csv.Error) as error:
             raise UserError(
-                f"--captions {path}: cannot be read ({error}); file and caption are needed in each line"
+                f"--captions {path}: cannot be read ({error}); file and caption are needed in each line, as UTF-8"
             ) from None
     without = [video.name for video in videos if not found.get(video.name, ("",))[0]]
     if without:
@@ -114,19 +118,34 @@ def noun_of(caption: str, subject: str | None) -> str:
 # --- where subjects come from -----------------------------------------------------------------------------------------
 
 
+def own_files(folder: Path, video: Path) -> list[Path]:
+    """The files of a folder that are named after a video: VIDEO.* and VIDEO_*.*, as far as no longer name fits."""
+    found = [path for path in sorted(folder.glob(f"{glob_escape(video.stem)}*")) if path.is_file()]
+    longer = [
+        path.stem for path in video.parent.glob(f"{glob_escape(video.stem)}_*") if path.suffix.lower() in SUFFIXES
+    ]
+    return [
+        path for path in found
+        if path.stem == video.stem or path.stem.startswith(f"{video.stem}_")
+        if not any(path.stem == other or path.stem.startswith(f"{other}_") for other in longer)
+    ]  # fmt: skip
+
+
 def from_masks(folder: Path, video: Path, shot: Any, name: str) -> list[Found]:
     """The mask of this shot, if there is one. A number behind the video's name is the frame; without one, frame 0."""
     import numpy as np
     from PIL import Image
 
+    from opens2v.data.subjects import BROKEN_PICTURE
+
     found = []
-    for path in sorted(folder.glob(f"{glob_escape(video.stem)}*.png")):
-        number = re.fullmatch(rf"{re.escape(video.stem)}(?:_(\d+))?", path.stem)
-        if number is None or not shot.start <= int(number[1] or 0) < shot.end:
+    for path in own_files(folder, video):
+        number = re.fullmatch(r"(?:_(\d+))?", path.stem.removeprefix(video.stem))
+        if path.suffix.lower() != ".png" or number is None or not shot.start <= int(number[1] or 0) < shot.end:
             continue
         try:
             mask = np.array(Image.open(path).convert("L")) > 127
-        except OSError as error:
+        except BROKEN_PICTURE as error:
             raise BadSample(f"mask {path}: cannot be read ({error})") from None
         found.append(Found(name, int(number[1] or 0), mask.astype(np.uint8)))
     return found
@@ -134,8 +153,7 @@ def from_masks(folder: Path, video: Path, shot: Any, name: str) -> list[Found]:
 
 def from_pictures(folder: Path, video: Path, shot: Any, name: str) -> list[Found]:
     """The pictures of this video; they stand for the subject in all its shots."""
-    own = re.compile(rf"{re.escape(video.stem)}(_.*)?")
-    paths = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in PICTURES and own.fullmatch(path.stem)]
+    paths = [path for path in own_files(folder, video) if path.suffix.lower() in PICTURES]
     return [Found(name, shot.start, picture=str(path.resolve())) for path in paths]
 
 
@@ -372,9 +390,12 @@ def check(options: PrepareOptions) -> list[Path]:
         value = getattr(options, name)
         if value is not None and not Path(value).exists():
             raise UserError(f"--{name} {value}: not found")
-    videos = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES]
+    videos = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
     if not videos:
-        raise UserError(f"--videos {folder}: holds no video ({', '.join(SUFFIXES)})")
+        raise UserError(f"--videos {folder}: holds no video ({', '.join(SUFFIXES)}); folders in it are not looked into")
+    for one, other in pairwise(sorted(videos, key=lambda path: path.stem)):
+        if one.stem == other.stem:
+            raise UserError(f"--videos {folder}: {one.name} and {other.name} would have one key; rename one of them")
     return videos
 
 
@@ -433,7 +454,7 @@ def _digest(options: PrepareOptions, video: Path, captions: dict[str, tuple[str,
 
     files = [video]
     for folder in (options.masks, options.pictures):
-        files += sorted(Path(folder).glob(f"{glob_escape(video.stem)}*")) if folder else []
+        files += own_files(Path(folder), video) if folder else []
     settings = options.model_dump(exclude={"videos", "output", "part", "captions", "masks", "pictures", "device"})
     text = json.dumps([settings, captions[video.name], [file.name for file in files]], sort_keys=True)
     digest = hashlib.sha256(text.encode())

@@ -24,11 +24,6 @@ if TYPE_CHECKING:
     from shared.engine.dist import DistInfo
     from shared.loop import FitResult
 
-OF_CLIPS = (  # settings of data.* that choose among annotated clips and their subjects
-    "is_cross_frame", "cross_frames_cluster_path", "cross_frames_base_path", "min_gme_score", "min_aes_score",
-    "min_crop_ratio", "max_crop_ratio", "subject_tag_groups", "dedup_iou", "use_bbox", "target_fps", "only_keys",
-    "without_keys", "subject_selection",
-)  # fmt: skip
 VALIDATED = {f"val/{name}" for name in ("loss", "loss_none", "loss_other", "gap")}
 
 
@@ -119,15 +114,8 @@ def begins(config: Config) -> bool:
 
 
 def check_inputs(config: Config) -> None:
-    """UserError for paths that are not there and settings that change nothing, before anything is loaded."""
+    """UserError for paths that are not there, before anything is loaded."""
     model = config.model
-    for name in OF_CLIPS if config.data.scenes is not None else ():
-        value = getattr(config.data, name)
-        if value != DataConfig.model_fields[name].get_default(call_default_factory=True):
-            flag = name.replace("_", "-")
-            raise UserError(
-                f"--{flag} {value} changes nothing: scenes are composed; leave it out, or give --json-paths"
-            )
     for name, path in (
         ("generator_ckpt", model.generator_ckpt),
         ("init_from", model.init_from if begins(config) else None),

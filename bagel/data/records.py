@@ -45,6 +45,8 @@ class Step:
 class Choice:
     """What is chosen in a record for one epoch: a number below n, one of several paraphrases."""
 
+    turns = 2  # edits of a chain that one sample may hold
+
     def number(self, count: int) -> int:
         """A number below `count`."""
         raise NotImplementedError
@@ -162,9 +164,9 @@ def _paths(value: Any, name: str) -> list[str]:
 
 def steps_of(record: dict, kind: str, draw: Choice) -> list[Step]:
     """The record as steps; `draw` chooses among paraphrases and turns. Raises a RecordFault."""
-    if not isinstance(record.get("id", ""), (str, int)) or isinstance(record.get("id"), bool):
+    if not isinstance(record.get("id") or "", (str, int)) or isinstance(record.get("id"), bool):
         raise RecordFault("E_TYPE", f"'id' must be a string, found {type(record['id']).__name__}")
-    weight = record.get("weight", 1.0)
+    weight = 1.0 if record.get("weight") is None else record["weight"]
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight <= MAX_WEIGHT:
         raise RecordFault("E_TYPE", f"'weight' must be a number above 0 and at most {MAX_WEIGHT}, found {weight!r}")
     steps = [step for step in _READERS[kind](record, draw) if step.image is not None or (step.text or "").strip()]
@@ -173,7 +175,14 @@ def steps_of(record: dict, kind: str, draw: Choice) -> list[Step]:
     return steps
 
 
-ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+ROLES = {
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "system": "system",
+    "developer": "system",
+}
 IMAGE_MARK, OTHER_MARKS = "<image>", ("<video>", "<audio>")
 
 
@@ -181,7 +190,7 @@ def _conversation(record: dict, draw: Choice) -> list[Step]:
     """Turns of any form in use: role with type, role with content, from with value, lists of parts.
 
     `<image>` in a turn stands for the next of the record's pictures: given by the user, or to be drawn by the
-    assistant. Pictures without a mark go first.
+    assistant. Pictures without a mark go first. What the assistant says at "weight": 0 or "loss": false is not learned.
     """
     pending = [*_paths_or_none(record)]
     given, marks = len(pending), 0
@@ -191,11 +200,11 @@ def _conversation(record: dict, draw: Choice) -> list[Step]:
         steps.append(Step(text=_field(record, "system", str)))
     for turn in record["messages"] if "messages" in record else record["conversations"]:
         key = "role" if "role" in turn else "from"
-        name = _field(turn, key, str)
+        name = str(_field(turn, key, str)).lower()
         if name not in ROLES:
             raise RecordFault("E_ROLE", f"{key} {name!r}: expected one of {', '.join(ROLES)}")
         speakers.append(ROLES[name])
-        is_target = ROLES[name] == "assistant"
+        is_target = ROLES[name] == "assistant" and turn.get("weight") != 0 and turn.get("loss") != 0
         for part in _parts_of(turn):
             if isinstance(part, Picture):
                 marks += part.path is None
@@ -326,7 +335,7 @@ def _understanding(record: dict, draw: Choice) -> list[Step]:
     if "answer" in record and "caption" in record:
         raise RecordFault("E_FORMAT", "'answer' and its other name 'caption' are both given")
     answer = _texts(record, "answer" if "answer" in record else "caption")
-    question = record.get("question", "")
+    question = "" if record.get("question") is None else record["question"]
     if not isinstance(question, str):
         raise RecordFault("E_TYPE", f"'question' must be a string, found {type(question).__name__}")
     return _with_conditions(
@@ -360,7 +369,7 @@ def _multi_turn_editing(record: dict, draw: Choice) -> list[Step]:
         )
     texts = [_texts({"instruction_list": turn}, "instruction_list") for turn in turns]
     start = draw.number(len(images) - 1)
-    end = min(start + 1 + draw.number(2), len(images) - 1)
+    end = min(start + 1 + draw.number(draw.turns), len(images) - 1)
     chosen = [draw.text(texts[turn]) for turn in range(start, end)]
     steps = [Step(image=images[start])]
     if end == start + 2 and end != len(images) - 1 and draw.number(2) == 0:
@@ -413,9 +422,19 @@ FORMATS = tuple(_READERS)
 
 def check_texts(steps: Sequence[Step], escape: bool) -> None:
     """Refuse text that holds one of the four marks, which would break the borders of segments, or the mark of a picture
-    or video that is not there, which would be learned as words; unless it is to be read as plain text.
+    or video that is not there, which would be learned as words; unless it is to be read as plain text. What cannot be
+    written as UTF-8 is refused in any case.
     """
     for step in steps:
+        try:
+            (step.text or step.image or "").encode()
+        except UnicodeEncodeError as error:
+            what = (
+                "a byte that is not UTF-8" if 0xDC80 <= ord(error.object[error.start]) <= 0xDCFF else "half a character"
+            )
+            raise RecordFault(
+                "E_JSON", f"{what} in a text or path ({ascii(error.object[error.start])}); write it anew"
+            ) from None
         if step.text is None or escape:
             continue
         if found := [mark for mark in SPECIAL_STRINGS if mark in step.text]:
@@ -440,6 +459,15 @@ class Keyed(Choice):
 
     def number(self, count: int) -> int:
         return int(torch.randint(count, (), generator=self.generator)) if count > 1 else 0
+
+
+class Shortest(Keyed):
+    """From the same start the shortest sample: one turn, the shortest of paraphrases."""
+
+    turns = 1
+
+    def text(self, options: Sequence[str]) -> str:
+        return min(options, key=len)
 
 
 class Scripted(Choice):

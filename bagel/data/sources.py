@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from glob import glob
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -85,8 +86,9 @@ def _opened(source: Path | BinaryIO) -> Image.Image:
         )
     try:
         image = Image.open(source)
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise ImageFault("E_IMAGE_DECODE", f"{_name(source)} is not a readable picture ({error})") from None
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        why = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
+        raise ImageFault("E_IMAGE_DECODE", f"{_name(source)} is not a readable picture{why}") from None
     width, height = image.size
     if width < 1 or height < 1 or width * height > MOST_PIXELS:
         image.close()
@@ -196,6 +198,16 @@ def to_tensor(image: Image.Image) -> Tensor:
 PICTURE_FIELDS = ("image_path", "image", "images", "source_image_path", "target_image_path", "image_list", "image_url")
 MAX_LIST = 1 << 24  # bytes of a .json file that may be a list of parquet files
 ROWS_AT_ONCE = 4096
+STARTS = {  # of files that are no UTF-8 text, and what to do about them
+    codecs.BOM_UTF32_LE: "UTF-32; save it as UTF-8",
+    codecs.BOM_UTF32_BE: "UTF-32; save it as UTF-8",
+    codecs.BOM_UTF16_LE: "UTF-16; save it as UTF-8",
+    codecs.BOM_UTF16_BE: "UTF-16; save it as UTF-8",
+    b"\x1f\x8b": "packed with gzip; unpack it",
+    b"\x28\xb5\x2f\xfd": "packed with zstd; unpack it",
+    b"PK\x03\x04": "packed with zip; unpack it",
+    b"PAR1": "a parquet file; call it .parquet",
+}
 
 
 @dataclass(frozen=True)
@@ -266,8 +278,7 @@ class RecordFile:
             with open(self.path, "rb") as file:
                 lines = (line.removeprefix(codecs.BOM_UTF8).strip() for line in file)
                 head, more = next(filter(None, lines), b""), next(filter(None, lines), None)
-            if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                raise UserError(f"{self.path}: UTF-16; save it as UTF-8")
+            self._check_text(head)
             value, fault = _parse(head.decode("utf-8", "replace"))
             if self.path.suffix.lower() == ".json":
                 self._is_list = bool(fault) or not isinstance(value, dict) or more is None
@@ -275,17 +286,26 @@ class RecordFile:
                 self._is_list = head.startswith(b"[") and (bool(fault) or more is None) and self._reads_as_list()
         return self._is_list
 
+    def _check_text(self, head: bytes) -> None:
+        """Refuse by its first line a file that is no UTF-8 text at all."""
+        for start, what in STARTS.items():
+            if head.startswith(start):
+                raise UserError(f"{self.path}: {what}")
+        zeros = head[:4].count(0)  # JSON begins with a letter of ASCII
+        if 0 < zeros < 4:
+            raise UserError(f"{self.path}: UTF-{32 if zeros == 3 else 16}; save it as UTF-8")
+        first, cr, _ = head.partition(b"\r")
+        if cr and isinstance(_parse(first.decode("utf-8", "replace"))[0], dict):
+            raise UserError(f"{self.path}: its lines end with CR alone; save it with line ends LF or CR LF")
+
     def _reads_as_list(self) -> bool:
         return isinstance(_parse(self.path.read_bytes().decode("utf-8-sig", "replace"))[0], list)
 
     def _whole(self) -> list:
         """The records of a list, kept from the first call on."""
         if self._values is None:
-            try:
-                text = self.path.read_bytes().decode("utf-8-sig")
-            except UnicodeDecodeError as error:
-                raise UserError(f"{self.path}: not UTF-8 ({error}); save it as UTF-8") from None
-            value, fault = _parse(text)
+            # a byte that is not UTF-8 spoils the record that it stands in, which check_texts refuses
+            value, fault = _parse(self.path.read_bytes().decode("utf-8-sig", "surrogateescape"))
             if isinstance(value, dict):
                 value = value.get("data")
             if fault or not isinstance(value, list):
@@ -327,9 +347,10 @@ def _from_text(name: str) -> io.BytesIO:
 class ParquetFile(RecordFile):
     """Rows with the fields of the record formats. A binary column `X` (or {"bytes", "path"}) stands for the picture
     `image_path` when it is called `image` and no turns are given, else for the field of its own name; a list of such
-    stands for several pictures. Columns that hold nested fields may hold them as JSON text.
+    stands for several pictures. Columns of texts may be binary, too, and such of nested fields JSON text.
     """
 
+    TEXTS = ("text_prompt", "question", "answer", "caption", "instruction", "system", "id")
     NESTED = ("conversations", "messages", "sequence", "image_list", "instruction_list", "images", "captions")
 
     def __init__(self, path: Path, image_root: Path | None):
@@ -341,7 +362,10 @@ class ParquetFile(RecordFile):
             schema = pyarrow.parquet.ParquetFile(path).schema_arrow
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise UserError(f"{path}: not a readable parquet file ({error})") from None
-        self.binary = {field.name: _is_list(field.type) for field in schema if _holds_bytes(field.type)}
+        words = (*self.TEXTS, "conversations", "messages", "sequence", "instruction_list", "captions")
+        self.binary = {
+            field.name: _is_list(field.type) for field in schema if field.name not in words and _holds_bytes(field.type)
+        }
         self.plain = [field.name for field in schema if field.name not in self.binary]
         self._group: tuple[int, Any] | None = None
         self._table: Any = None
@@ -349,13 +373,22 @@ class ParquetFile(RecordFile):
 
     def records(self) -> Iterator[RawRecord]:
         for first in range(0, self._rows().num_rows, ROWS_AT_ONCE):
-            block = self._rows().slice(first, ROWS_AT_ONCE)
-            for number, row in enumerate(block.to_pylist(), start=first):
-                yield RawRecord(number, self._record(number, row), None, number)
+            yield from self._read(first, ROWS_AT_ONCE)
 
     def read(self, place: int, epoch: int = 0) -> Any:
-        rows = self._rows().slice(place, 1).to_pylist()
-        return self._record(place, rows[0]) if rows else None
+        rows = self._read(place, 1)
+        return rows[0].value if rows else None
+
+    def _read(self, first: int, count: int) -> list[RawRecord]:
+        """Some rows; a text that is not UTF-8 spoils its own alone."""
+        block = self._rows().slice(first, count)
+        try:
+            rows = enumerate(block.to_pylist(maps_as_pydicts="lossy"), start=first)
+            return [RawRecord(number, self._record(number, _decoded(row)), None, number) for number, row in rows]
+        except UnicodeDecodeError as error:
+            if count == 1:
+                return [RawRecord(first, None, f"not UTF-8: {error}", first)]
+            return [raw for number in range(first, first + block.num_rows) for raw in self._read(number, 1)]
 
     def _rows(self) -> Any:
         """The table without pictures, kept from the first call on."""
@@ -407,8 +440,8 @@ class ParquetFile(RecordFile):
             if self.binary[column]:
                 if count:
                     record.setdefault(column, [f"{number}:{column}.{k}" for k in range(count)])
-            elif count:
-                record.setdefault("image_path" if column == "image" and not talks else column, f"{number}:{column}")
+            elif count:  # before a path, which may be that of another machine
+                record["image_path" if column == "image" and not talks else column] = f"{number}:{column}"
         return record
 
     def holds(self, name: str) -> bool:
@@ -483,9 +516,9 @@ class TarFile(RecordFile):
         """(the record, None), or (None, why there is none)."""
         members = self.shards.read(number, ("json", "txt"))
         if "json" in members:
-            value, fault = _parse(members["json"].decode("utf-8", errors="replace"))
+            value, fault = _parse(members["json"].decode("utf-8-sig", "surrogateescape"))
         elif "txt" in members:
-            value, fault = {"text_prompt": members["txt"].decode("utf-8", errors="replace").strip()}, None
+            value, fault = {"text_prompt": members["txt"].decode("utf-8-sig", "surrogateescape").strip()}, None
         else:
             return None, "the sample has neither a json nor a txt member"
         return (self._with_members(value, number) if isinstance(value, dict) else value), fault
@@ -532,8 +565,9 @@ def open_records(paths: str, image_root: str | None) -> list[RecordFile]:
     if root is not None and not root.is_dir():
         raise UserError(f"--image-root {root}: no such folder")
     found = []
-    for text in paths.split(","):
-        for path in _files_of(Path(text.strip())):
+    given = [paths] if os.path.exists(paths) else [text.strip() for text in paths.split(",")]
+    for text in filter(None, given):
+        for path in _files_of(Path(text)):
             if path.suffix.lower() not in KINDS:
                 raise UserError(
                     f"{path}: unknown kind of record file {path.suffix!r}; give .jsonl, .json, .parquet or .tar"
@@ -546,8 +580,8 @@ def _files_of(path: Path) -> list[Path]:
     """The record files that a path of the command line stands for."""
     if path.is_dir():
         return _shards_of(path)
-    if not path.is_file() and set("*?[") & set(path.name):
-        files = sorted(file for file in path.parent.glob(path.name) if file.is_file())
+    if not path.is_file() and set("*?[") & set(str(path)):
+        files = sorted(file for file in map(Path, glob(str(path), recursive=True)) if file.is_file())
         if not files:
             raise UserError(f"{path}: no file fits this pattern")
         return files
@@ -565,8 +599,11 @@ def _shards_of(folder: Path) -> list[Path]:
     for files in (folder.iterdir(), folder.rglob("*")):
         by_kind: dict[str, list[Path]] = {}
         for file in files:
-            if file.suffix.lower() in KINDS and file.is_file() and not file.name.startswith("."):
+            is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+            if file.suffix.lower() in KINDS and file.is_file() and not is_hidden:
                 by_kind.setdefault(file.suffix.lower(), []).append(file)
+        if by_kind.keys() <= {".json"} and any(folder.glob("*.arrow")):
+            raise UserError(f"{folder}: its shards are .arrow files; write them as .parquet")
         if len(by_kind) > 1:
             by_kind.pop(".json", None)  # notes about the shards
         if len(by_kind) > 1:
@@ -583,11 +620,16 @@ def _is_shard_note(value: Any) -> bool:
 
 
 def _listed(info: Path, name: str) -> Path:
-    """A file of a list: where it says, else beside the list, for data are moved and lists hold absolute paths."""
-    for path in (Path(name), info.parent / name, info.parent / Path(name).name):
+    """A file of a list: where it says, else beside the list, else the longest end of its path that is found in the
+    folders around the list; for data are moved, and lists hold the paths of the machine that made them.
+    """
+    parts = Path(name).parts
+    beside = (Path(name), info.parent / name, info.parent / parts[-1])
+    ends = (folder / Path(*parts[k:]) for k in range(len(parts) - 1) for folder in info.absolute().parents[:4])
+    for path in (*beside, *ends):
         if path.is_file():
             return path
-    raise UserError(f"{info}: its file {name} is not there, nor beside the list; copy it there or mend the path")
+    raise UserError(f"{info}: its file {name} is not there, nor around the list; copy it there or mend the path")
 
 
 def picture_names(value: Any) -> list[str]:
@@ -629,20 +671,34 @@ def _json_or_text(value: Any) -> Any:
     return value
 
 
-def _holds_bytes(kind: Any) -> bool:
-    import pyarrow
+def _decoded(value: Any) -> Any:
+    """Texts that are stored as bytes."""
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, list):
+        return [_decoded(item) for item in value]
+    return {name: _decoded(item) for name, item in value.items()} if isinstance(value, dict) else value
 
-    if _is_list(kind):
+
+def _holds_bytes(kind: Any) -> bool:
+    from pyarrow import types
+
+    if _is_list(kind) or types.is_dictionary(kind):
         return _holds_bytes(kind.value_type)
-    if pyarrow.types.is_struct(kind):
+    if types.is_struct(kind):
         return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
-    return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+    return (
+        types.is_binary(kind)
+        or types.is_large_binary(kind)
+        or types.is_binary_view(kind)
+        or types.is_fixed_size_binary(kind)
+    )
 
 
 def _is_list(kind: Any) -> bool:
-    import pyarrow
+    from pyarrow import types
 
-    return pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
+    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
 
 
 def _renamed(value: Any, names: dict[str, str]) -> Any:
@@ -745,7 +801,7 @@ class IndexBuilder:
 
     def add(self, source: int, place: int, record: Record, length: int) -> None:
         """The next valid record: the number of its file, its place there, and its tokens in epoch 0."""
-        weight = float(record.value.get("weight", 1.0))
+        weight = float(record.value.get("weight") or 1.0)
         kind = FORMATS.index(record.kind)
         row = (source, place, record.line, kind, record.asks, weight, length, self._pictures)
         sizes = [record.sizes.get(name, (0, 0)) for name in picture_names(record.value)]

@@ -44,7 +44,7 @@ class LoRALinear(nn.Module):
         if isinstance(self.base, QuantizedLinear):
             raise ValueError("an adapter cannot be merged into a quantized weight; load the base without quantization")
         if not self.merged:
-            self.base.weight += self.delta().to(self.base.weight.dtype)
+            self.base.weight.copy_(self.base.weight.float() + self.delta())  # rounded once
             self.merged = True
 
     @torch.no_grad()

@@ -66,7 +66,7 @@ def extend(
 ) -> Tensor | None:
     """Run one block for each context in one call; pictures attend to themselves in both directions, text backwards.
 
-    Blocks of one call are all text or all pictures. With `store` the contexts grow.
+    Blocks of one call are all text or all pictures, of one time. With `store` the contexts grow.
     """
     answer = model(query_of(model, contexts, blocks, store=store, want=want))
     if store:
@@ -112,9 +112,8 @@ def query_of(
         "vit_token_seqlens": [len(cells) for _, cells in seen],
         "latents": _joined([latents for latents, _ in drawn], (0, config.latent_width), device),
         "packed_latent_position_ids": _joined([cells for _, cells in drawn], (0,), device).long(),
-        "t": torch.tensor(
-            [block.t for block in blocks if block.latents is not None for _ in block.cells], device=device
-        ),
+        # All pictures of a call are at one time, whose embedding is worked out once for all of their tokens.
+        "t": torch.tensor([block.t for block in blocks if block.latents is not None][:1], device=device),
     }
 
 
@@ -177,8 +176,8 @@ def continue_text(
     The lists start with the start mark and hold no end mark. The contexts given are not changed. end: the id that stops
     a text; -1: the end mark, None: nothing. logits_out receives the logits of every step, (active contexts, V).
     """
-    if temperature < 0:
-        raise UserError(f"temperature {temperature} is below 0; give 0 for the likeliest token, or more")
+    if not temperature >= 0:
+        raise UserError(f"temperature {temperature} is no number from 0 on; give 0 for the likeliest token, or more")
     end = tokens.eos if end == -1 else end
     device = next(bare(model).parameters()).device
     texts: list[list[int]] = [[] for _ in contexts]
@@ -205,6 +204,9 @@ def continue_text(
 
 def _drawn(logits_BV: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
     """One token a row, where a uniform number falls among the summed probabilities; the logits stay on their device."""
+    logits_BV = logits_BV - logits_BV.amax(
+        dim=-1, keepdim=True
+    )  # 0 and below: no overflow, however low the temperature
     sums_BV = torch.softmax(logits_BV / temperature, dim=-1).double().cumsum(-1)
     uniform = torch.rand(len(logits_BV), 1, generator=generator, dtype=torch.float64).to(logits_BV.device)
     return torch.searchsorted(sums_BV, uniform * sums_BV[:, -1:]).squeeze(1).clamp_max(logits_BV.shape[1] - 1)
@@ -282,7 +284,7 @@ def draw(
         query["latents"] = torch.cat(
             [latent for latent, branch in zip(latents, branches, strict=True) for _ in branch]
         ).to(device)
-        query["t"] = torch.full_like(query["t"], now)
+        query["t"].fill_(now)
         velocity = model(query)["velocity"].to(latents[0].device)
         parts = iter(velocity.split([length - 2 for length in query["query_lens"]]))
         guided = []

@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         model_path=options.base,
         prefer_ema=options.ema,
         device="cpu",
+        dtype=torch.float32 if dtype == torch.float32 else None,
         whole_base=options.form != "peft",
         merge=options.form != "peft",
     )

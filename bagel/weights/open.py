@@ -94,9 +94,9 @@ def open_model(
             config.model.quantization = "none"
         model_config, data = read_config(config.model), config.data
         tokenizer = load_tokenizer(model_config)
-        model = build_model(
-            model_config, rows=tokenizer.vocab_size, dtype=torch.bfloat16 if config.run.precision == "bf16" else None
-        )
+        # in the precision of the training, unless more is wanted: adapters may be smaller than what bf16 can add
+        half = config.run.precision == "bf16" and dtype != torch.float32
+        model = build_model(model_config, rows=tokenizer.vocab_size, dtype=torch.bfloat16 if half else None)
         _put(model, load_weights(checkpoint, prefer_ema=prefer_ema), checkpoint)
         if merge and adapters(model) and model_config.quantization == "none":
             merge_adapters(model)

@@ -64,7 +64,11 @@ class Pictures:
         path = Path(self.name)
         if self.array is None and path.is_dir():
             kinds = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-            self.files = sorted(file for file in path.iterdir() if file.suffix.lower() in kinds and file.stem != "grid")
+            self.files = sorted(
+                file
+                for file in path.iterdir()
+                if file.suffix.lower() in kinds and file.stem != "grid" and not file.name.startswith(".")
+            )
             if not self.files:
                 raise UserError(f"{path}: holds no pictures; {', '.join(kinds)} are read")
         elif self.array is None:

@@ -153,7 +153,11 @@ def files_below(folder: str, kind: Kind) -> list[Path]:
         return [root]
     if not root.is_dir():
         raise UserError(f"{folder}: no such file or folder")
-    found = sorted(path for path in root.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+    found = sorted(
+        path
+        for path in root.rglob("*")
+        if path.suffix.lower() in suffixes and path.is_file() and not path.name.startswith(".")
+    )
     if not found:
         raise UserError(f"{folder}: holds no file that ends in {', '.join(suffixes)}")
     return found

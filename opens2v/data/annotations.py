@@ -54,7 +54,7 @@ class Annotations:
         if self.files is not None:
             if not self.files:
                 raise UserError(f"annotation folder {self.path}: holds no .json file")
-            self.table = np.array([[0, 0, 0, 0, _hash(file.stem.encode())] for file in self.files], np.int64)
+            self.table = np.array([[0, 0, 0, 0, _hash(file.stem)] for file in self.files], np.int64)
         else:
             self.table = _index_of(self.path, Path(index_path) if index_path else None)
         self._file: FileIO | None = None
@@ -95,7 +95,7 @@ class Annotations:
         """The position of a key, or None."""
         if self._order is None:
             self._order = np.argsort(self.table[:, 4], kind="stable")
-        wanted = _hash(key.encode())
+        wanted = _hash(key)
         place = int(np.searchsorted(self.table[:, 4], wanted, sorter=self._order))
         while place < len(self) and self.table[self._order[place], 4] == wanted:
             if self.key(int(self._order[place])) == key:
@@ -115,8 +115,9 @@ class Annotations:
         return os.pread(self._file.fileno(), int(length), int(offset))
 
 
-def _hash(key: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little", signed=True)
+def _hash(key: str) -> int:
+    text = key.encode("utf-8", "surrogatepass")  # a key cut within an emoji holds half of a character
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
 
 
 # --- the index --------------------------------------------------------------------------------------------------------
@@ -193,7 +194,7 @@ def _rows_fit(path: Path, table: np.ndarray, count: int = 256) -> bool:
             file.seek(entry_at)
             entry = file.read(entry_length).strip()
             try:
-                if _hash(json.loads(key).encode()) != digest or entry[:1] != b"{" or entry[-1:] != b"}":
+                if _hash(json.loads(key)) != digest or entry[:1] != b"{" or entry[-1:] != b"}":
                     return False
             except (ValueError, AttributeError):
                 return False
@@ -238,7 +239,7 @@ def _keyed_row(text: bytes, start: int) -> tuple[int, ...] | None:
     try:
         wanted = json.loads(text)["key"]
         first, last = next(found.span(1) for found in _KEY.finditer(text) if json.loads(found[1]) == wanted)
-        return start + first, last - first, start, len(text), _hash(wanted.encode())
+        return start + first, last - first, start, len(text), _hash(wanted)
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
         return None
 
@@ -309,7 +310,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, ...]]:
                     f"{path}: the entry {key[:80]!r} is no object; expected {{key: {{metadata, annotation}}}}"
                 )
             key = json.loads(window.text[place:key_end].encode("latin-1"))
-            yield (window.start + place, key_end - place, window.start + value_at, end - value_at, _hash(key.encode()))
+            yield (window.start + place, key_end - place, window.start + value_at, end - value_at, _hash(key))
             place = end
 
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from opens2v.data.clips import text_digest
 from shared.errors import BadSample, UserError, written_aside
 
 KINDS = {"text": "text_rows", "clip": "clip_tokens", "vae": "latents"}  # kind -> name in a sample
@@ -50,9 +51,7 @@ def cache_settings(config: Any, kind: str, split: str) -> dict[str, Any]:
 
 def content_of(kind: str, item: dict[str, Any]) -> str:
     """What a feature of a sample was made from, as a short text: the caption, or the pixels' sources."""
-    if kind == "text":
-        return hashlib.sha256(item["prompts"].encode()).hexdigest()[:16]
-    return item["meta"]["content"]
+    return text_digest(item["prompts"]) if kind == "text" else item["meta"]["content"][kind]
 
 
 class FeatureCache:
@@ -94,7 +93,7 @@ class FeatureCache:
         place = variant % len(contents)
         if contents[place] != content:
             if content not in contents or self.kind != "text":
-                what = "caption" if self.kind == "text" else "annotation or video"
+                what = "caption" if self.kind == "text" else "annotation or video, or another draw of it,"
                 raise UserError(
                     f"cached {self.kind} features of {part}/{key} were made from another {what} than the data set now "
                     "has; run opens2v/precompute.py again with this configuration: it makes only what changed"
@@ -171,7 +170,7 @@ class StoredFeatures:
     @staticmethod
     def text_key(text: str) -> str:
         """The key of a text."""
-        return f"text_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        return f"text_{text_digest(text)}"
 
     @staticmethod
     def picture_key(pixels: Tensor) -> str:

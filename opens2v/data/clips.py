@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from opens2v.data.annotations import Annotations
-from opens2v.data.subjects import Subject, find_subjects
+from opens2v.data.subjects import Subject, find_subjects, open_picture
 from opens2v.data.video import Shape, crop_window, read_frames
 from shared.errors import BadSample
-from shared.media.pictures import as_rgb
 
 # What a field of a wrong type or value ends in, deep inside: the entry is at fault, not the code.
 UNUSABLE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
@@ -51,14 +49,23 @@ def usable_range(metadata: dict[str, Any]) -> tuple[int, int]:
 def caption_of(metadata: dict[str, Any], first_key: str) -> str:
     """The first caption there is, stripped, runs of white space as one space."""
     for name in (first_key, *OTHER_CAPTIONS):
-        if metadata.get(name):
-            return re.sub(r"\s+", " ", str(metadata[name])).strip()
+        text = metadata.get(name)
+        if isinstance(text, str) and text.strip():
+            return clean(re.sub(r"\s+", " ", text).strip())
     raise BadSample(f"no caption under {first_key} or {', '.join(OTHER_CAPTIONS)}")
+
+
+def clean(text: str) -> str:
+    """The text with "?" for halves of characters, as a caption cut within an emoji has them: no encoder takes those."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def generic_caption(caption: str, class_name: str, noun: str = "subject") -> str:
     """The caption with the subject's noun replaced, by "subject" when only the picture is to say what it is."""
-    pattern = rf"\b(?P<article>an?|the)?\s*\b{re.escape(class_name)}\b"
+    class_name = class_name.strip()
+    if not class_name:
+        return caption
+    pattern = rf"\b(?P<article>an?|the)?\s*(?<!\w){re.escape(class_name)}(?!\w)"
 
     def swap(found: re.Match) -> str:
         article = found["article"]
@@ -73,7 +80,7 @@ def generic_caption(caption: str, class_name: str, noun: str = "subject") -> str
 
 def class_names(entry: dict[str, Any]) -> list[str]:
     """What the subjects of an entry are called, in file order."""
-    return [record["class_name"] for record in entry["annotation"]["mask_map"].values()]
+    return [clean(record["class_name"]) for record in entry["annotation"]["mask_map"].values()]
 
 
 def _is_number(value: Any) -> bool:
@@ -131,6 +138,11 @@ def fault_of(entry: Any) -> str | None:
     return None
 
 
+def text_digest(*parts: Any) -> str:
+    """A short text that stands for texts, numbers and lists of them."""
+    return hashlib.sha256(clean("\n".join(map(str, parts))).encode()).hexdigest()[:16]
+
+
 def file_digest(path: Path, pieces: int = 16, piece: int = 1 << 16) -> bytes:
     """Changes with a file: of its size and up to 16 pieces of 64 KiB. BadSample for one that cannot be read."""
     try:
@@ -166,6 +178,8 @@ class Part:
         except ValueError as error:
             raise BadSample(f"{self.name}, entry {index}: no valid JSON ({error})") from None
         fault = fault_of(entry)
+        if Path(key).is_absolute() or ".." in Path(key).parts:  # features and videos are named by it
+            fault = "the key leads out of a folder; keys are file names"
         if fault is not None:
             raise BadSample(f"{self.name}/{key}: {fault}")
         return key, entry
@@ -180,14 +194,16 @@ class Part:
 
         return read_frames(self.videos / entry["metadata"]["path"], indices, cropped)
 
-    def content(self, key: str, entry: dict, *, background: bool = False) -> str:
+    def content(self, key: str, entry: dict, *, background: bool = False, tags: bool = False) -> str:
         """A short text that changes with the clip's pixels, masks or times, and not with its caption.
 
-        Of the files their size and up to 16 pieces of 64 KiB are read: enough to see that a file is another one.
+        background, tags: also with the scene without subjects, and with the tags that choose among subjects. Of the
+        files their size and up to 16 pieces of 64 KiB are read: enough to see that a file is another one.
         """
         metadata = {name: value for name, value in entry["metadata"].items() if "cap" not in name or name == "caption"}
         metadata.pop("caption", None)
-        digest = hashlib.sha256(json.dumps([metadata, entry["annotation"]], sort_keys=True, default=str).encode())
+        parts = [metadata, entry["annotation"], *([entry.get("word_tags")] if tags else [])]
+        digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
         files = [self.videos / entry["metadata"]["path"], *([self.background_path(key)] if background else [])]
         records = entry["annotation"].get("mask_map") or {}
         files += [Path(record["image"]) for record in records.values() if record.get("image")]  # see prepare.py
@@ -223,11 +239,7 @@ class Part:
         path = self.background_path(key)
         if path is None:
             return None
-        try:
-            pixels = np.array(as_rgb(Image.open(path)))
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise BadSample(f"background {path}: cannot be read ({error})") from None
-        return _crop_background(pixels, entry["metadata"])
+        return _crop_background(np.array(open_picture(path, "background")), entry["metadata"])
 
 
 def _crop_background(pixels: np.ndarray, metadata: dict) -> np.ndarray:

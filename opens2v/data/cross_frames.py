@@ -4,8 +4,9 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from shared.errors import UserError
+from shared.errors import BadSample, UserError
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class CrossFramePairs:
             raise UserError(
                 f"opens2v.cross_frames_cluster_path {cluster_path}: not found; give .../cluster_videos.json"
             )
-        self.clusters = None if cluster_path is None else set(_read(Path(cluster_path)))
-        self.whole = None if self.base.is_dir() else dict(_read(self.base))
+        self.clusters = None if cluster_path is None else _read(Path(cluster_path))
+        self.whole = None if self.base.is_dir() else _read(self.base)
         self._last: tuple[str, list[dict]] = ("", [])
 
     def other_views(self, part: str, key: str, annotation_idx: str) -> list[OtherView]:
@@ -83,14 +84,20 @@ class CrossFramePairs:
             return self.whole.get(cluster, [])
         if self._last[0] != cluster:
             path = self.base / f"{cluster}.json"
-            pairs = _read(path) if path.exists() else []
+            try:
+                pairs = _read(path, (dict, list)) if path.exists() else []
+            except UserError as error:  # one file of many
+                raise BadSample(str(error)) from None
             self._last = (cluster, pairs if isinstance(pairs, list) else pairs.get(cluster, []))
         return self._last[1]
 
 
-def _read(path: Path) -> dict | list:
+def _read(path: Path, kinds: tuple[type, ...] = (dict,)) -> Any:
+    """What a file holds, `kinds` of it; null is an empty dict."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, OSError) as error:
         raise UserError(f"cross-frame file {path}: no valid JSON ({error}); copy it again") from None
+    if value is not None and not isinstance(value, kinds):
+        raise UserError(f"cross-frame file {path}: holds {type(value).__name__}, an object by cluster is needed")
     return value or {}

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from opens2v.config import Config, pixel_count
 from opens2v.data.augment import WHITE
-from opens2v.data.subjects import picture_tensors
+from opens2v.data.subjects import BROKEN_PICTURE, picture_tensors
 from shared.errors import UserError
 from shared.media.scenes import MOTIONS, SHIFT, Drawing, Scene, Scenes, cut_out
 from shared.rng import keyed_seed
@@ -34,12 +34,13 @@ def read_drawings(path: str | Path) -> list[Drawing]:
     """The drawings of a sheet (NAME.json beside NAME.webp), or of a folder of pictures, named by their files."""
     path = Path(path)
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in (".png", ".webp", ".jpg", ".jpeg"))
+        kinds = (".png", ".webp", ".jpg", ".jpeg")
+        files = sorted(f for f in path.iterdir() if f.suffix.lower() in kinds and not f.name.startswith("."))
         found = []
         for file in files:
             try:
                 found.append(Drawing(file.stem.replace("_", " ").lower(), cut_out(Image.open(file))))
-            except (OSError, ValueError) as error:
+            except BROKEN_PICTURE as error:
                 raise UserError(f"data.scenes: {file} cannot be used ({error}); mend or remove it") from None
         if len(found) <= UNSEEN:
             raise UserError(f"data.scenes {path}: {len(found)} pictures; more than {UNSEEN} are needed")
@@ -50,7 +51,7 @@ def read_drawings(path: str | Path) -> list[Drawing]:
         listed = json.loads(path.read_text(encoding="utf-8"))
         side, columns, names = int(listed["side"]), int(listed["columns"]), list(listed["names"])
         sheet = np.array(Image.open(path.with_suffix(".webp")).convert("RGBA"))
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (KeyError, TypeError, *BROKEN_PICTURE) as error:
         raise UserError(f"data.scenes {path}: no sheet of drawings ({error}); copy it again") from None
     return [
         Drawing(name, sheet[row * side : (row + 1) * side, column * side : (column + 1) * side])
@@ -146,7 +147,7 @@ class SceneDataset:
             **picture_tensors([self.reference(scene)], slots, self.reference_size, self.clip_size),
             "subject_names": [self.scenes.name(scene), *[""] * (slots - 1)],
             "subject_scores": torch.full((slots, 2), torch.nan),
-            "meta": {"part": part, "fps": SCENE_RATE, "content": f"{scene}", "annotation_idx": ["1"]},
+            "meta": {"part": part, "fps": SCENE_RATE, "annotation_idx": ["1"]},
         }
 
 

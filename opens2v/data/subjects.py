@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,12 @@ from PIL import Image
 from torch import Tensor
 
 from opens2v.data.augment import WHITE, augment
+from shared.errors import BadSample
 from shared.media.pictures import as_rgb
 
 SELECTIONS = ("first", "random", "best_score")
+# What Pillow's decoders raise for broken files, RuntimeError from those of AVIF.
+BROKEN_PICTURE = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CLIP_SIZE = 224
@@ -83,13 +87,14 @@ def find_subjects(entry: dict[str, Any], frame: np.ndarray, *, use_bbox: bool = 
     masks = annotation["mask_annotation"].get(frame_index, {})
     found = []
     for annotation_idx, record in annotation["mask_map"].items():
-        if record.get("image") is not None:  # prepare.py: a picture stands for the subject
+        is_picture = record.get("image") is not None  # prepare.py: a picture stands for the subject
+        if not is_picture and annotation_idx not in masks:
+            continue
+        if not isinstance(record["class_name"], str) or not record["class_name"].strip():
+            raise ValueError(f"{key}, mask {annotation_idx}: class_name is {record['class_name']!r}, a noun is needed")
+        if is_picture:
             found.append(_from_picture(annotation_idx, record, frame))
             continue
-        if annotation_idx not in masks:
-            continue
-        if not isinstance(record["class_name"], str):
-            raise ValueError(f"{key}, mask {annotation_idx}: class_name is {record['class_name']!r}, a noun is needed")
         mask = decode_rle(
             masks[annotation_idx]["counts"], masks[annotation_idx]["size"], f"{key}, mask {annotation_idx}"
         )
@@ -118,12 +123,19 @@ def find_subjects(entry: dict[str, Any], frame: np.ndarray, *, use_bbox: bool = 
     return found
 
 
+def open_picture(path: str | Path, what: str = "reference picture") -> Image.Image:
+    """A picture, RGB on white. Raises BadSample, naming what it is, for what is not there or cannot be read."""
+    try:
+        return as_rgb(Image.open(path))
+    except FileNotFoundError:
+        raise BadSample(f"{what} {path}: not found") from None
+    except BROKEN_PICTURE as error:
+        raise BadSample(f"{what} {path}: cannot be read ({error}); give a PNG or JPEG") from None
+
+
 def _from_picture(annotation_idx: str, record: dict[str, Any], frame: np.ndarray) -> Subject:
     """A subject of a picture of its own, which no mask of the frame belongs to."""
-    try:
-        image = as_rgb(Image.open(record["image"]))
-    except (OSError, AttributeError) as error:
-        raise ValueError(f"subject picture {record['image']}: cannot be read ({error})") from None
+    image = open_picture(Path(record["image"]), "subject picture")
     none = np.zeros(frame.shape[:2], np.uint8)
     return Subject(annotation_idx, record["class_name"], image, None, None, 1.0, image.width * image.height, none)
 

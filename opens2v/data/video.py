@@ -43,6 +43,8 @@ def read_frames(path: str | Path, indices: Sequence[int], shape: Shape | None = 
         picture = picture if shape is None else shape(picture)
         if not result:
             result.append(np.empty((len(indices), *picture.shape), picture.dtype))
+        if picture.shape != result[0].shape[1:]:
+            raise ValueError(f"its frames change their size to {picture.shape[1]} x {picture.shape[0]}")
         for row in rows[index]:
             result[0][row] = picture
 
@@ -76,9 +78,9 @@ def open_video(path: str | Path) -> av.container.InputContainer:
 
 
 def _stream_of(container: av.container.InputContainer) -> av.VideoStream:
-    if not container.streams.video:
+    stream = container.streams.best("video")  # not the first one: that may be a cover picture
+    if not isinstance(stream, av.VideoStream):
         raise ValueError("it holds no video stream")
-    stream = container.streams.video[0]
     stream.thread_count = 1  # a loader process each; more threads would only wait for one another
     return stream
 
@@ -98,46 +100,74 @@ def presentation_times(path: Path) -> Times | None:
 
 @lru_cache(maxsize=512)
 def _times_of(path: str, size: int, mtime_ns: int) -> Times | None:
-    shown, keys = [], []
+    packets: list[tuple[int, bool, bool]] = []  # time, whether it is a key frame, whether it is shown
     with open_video(path) as container:
-        for packet in container.demux(_stream_of(container)):
+        stream = _stream_of(container)
+        if container.format.name == "avi" and stream.codec_context.has_b_frames:
+            return None  # AVI has times of decoding only
+        for packet in container.demux(stream):
             if packet.size == 0:
                 continue
             if packet.pts is None:
                 return None
-            if packet.is_keyframe:
-                keys.append(packet.pts)
-            if not packet.is_discard:  # before the first frame of an edit list: decoded, never shown
-                shown.append(packet.pts)
-    if not shown or not keys or len(set(shown)) < len(shown):
+            # Discarded: before the first frame of an edit list, decoded and never shown.
+            packets.append((packet.pts, packet.is_keyframe, not packet.is_discard))
+    shown = np.sort(np.array([time for time, _, is_shown in packets if is_shown], np.int64))
+    keys = np.sort(np.array([time for time, is_key, _ in packets if is_key], np.int64))
+    if not len(shown) or not len(keys) or len(np.unique(shown)) < len(shown):
         return None
-    return Times(np.sort(np.array(shown, np.int64)), np.sort(np.array(keys, np.int64)))
+    if not packets[0][1] or shown[0] < packets[0][0]:
+        # Cut out of a longer stream: what leans on frames that were cut away is not shown.
+        shown = shown[shown >= _first_time(path)]
+    return Times(shown, keys) if len(shown) else None
+
+
+def _first_time(path: str) -> int:
+    """When the first frame that can be decoded is shown."""
+    with open_video(path) as container:
+        return next((frame.pts for frame in container.decode(_stream_of(container)) if frame.pts is not None), 0)
 
 
 def _by_time(path: Path, wanted: list[int], times: Times, put: Callable[[int, np.ndarray], None]) -> bool:
-    """Put the frames by number, found by their times; False when decoding does not give what the packets promise."""
+    """Put the frames by number, found by their times; False where the decoder gives no times.
+
+    For a frame that was lost the one before it stands, so that the numbers of all others stay.
+    """
     last = len(times.shown) - 1
     numbers: dict[int, list[int]] = {}
     for index in wanted:
         numbers.setdefault(int(times.shown[min(index, last)]), []).append(index)
-    first, final = min(numbers), max(numbers)
-    before = times.keys[times.keys <= first]
-    with open_video(path) as container:
-        stream = _stream_of(container)
-        if len(before) and before[-1] > times.shown[0]:
-            container.seek(int(before[-1]), stream=stream, backward=True)
-        is_first = True
-        for frame in container.decode(stream):
-            if frame.pts is None or (is_first and frame.pts > first):
-                return False  # landed behind the wanted frame: a file whose key frames are not what they say
-            is_first = False
-            if frame.pts in numbers:
-                picture = _upright(frame)
-                for index in numbers.pop(frame.pts):
-                    put(index, picture)
-            if frame.pts >= final:
-                break
-    return not numbers
+    left = sorted(numbers, reverse=True)  # the next one last
+    before = times.keys[times.keys <= left[-1]]
+
+    def show(frame: av.VideoFrame) -> None:
+        picture = _upright(frame)
+        for index in numbers[left.pop()]:
+            put(index, picture)
+
+    # From the key frame before the first one; from the start of a file whose key frames are not what they say.
+    for start in [int(before[-1]), None] if len(before) and before[-1] > times.shown[0] else [None]:
+        with open_video(path) as container:
+            stream, previous = _stream_of(container), None
+            if start is not None:
+                container.seek(start, stream=stream, backward=True)
+            for frame in container.decode(stream):
+                if frame.pts is None:
+                    return False
+                if previous is None and frame.pts > left[-1] and start is not None:
+                    break
+                while left and left[-1] < frame.pts:
+                    show(previous or frame)
+                if left and left[-1] == frame.pts:
+                    show(frame)
+                if not left:
+                    return True
+                previous = frame
+            else:
+                while left and previous is not None:
+                    show(previous)
+                return not left
+    return False
 
 
 def _by_counting(path: Path, wanted: list[int], put: Callable[[int, np.ndarray], None]) -> None:

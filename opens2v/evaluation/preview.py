@@ -12,7 +12,7 @@ from PIL import Image
 from opens2v.config import Config, pixel_frames
 from opens2v.data.cache import cached_changes, with_cached_features
 from opens2v.data.scenes import reference_canvas
-from opens2v.data.subjects import clip_pixels, picture_tensors
+from opens2v.data.subjects import clip_pixels, open_picture, picture_tensors
 from opens2v.data.video import to_uint8, write_video
 from opens2v.dataset import VALIDATION_SEED, collate_opens2v_batch, readable_samples, validation_set
 from opens2v.evaluation.subject_use import paired_errors
@@ -21,20 +21,9 @@ from opens2v.sampling.scheduler import FlowMatchScheduler
 from opens2v.sampling.video import VideoSampler, sampler_settings, video_rate
 from opens2v.weights.base import latent_shape
 from shared.engine.dist import DistInfo
-from shared.errors import UserError, write_text
-from shared.media.pictures import as_rgb
+from shared.errors import write_text
 
 VALIDATION_SIGMAS = tuple((place + 0.5) / 10 for place in range(10))  # ten fixed noise levels
-
-
-def open_picture(path: str | Path) -> Image.Image:
-    """A reference picture, RGB on white; UserError for what is not one."""
-    try:
-        return as_rgb(Image.open(path))
-    except FileNotFoundError:
-        raise UserError(f"reference picture {path}: not found") from None
-    except OSError as error:
-        raise UserError(f"reference picture {path}: cannot be read ({error}); give a PNG or JPEG") from None
 
 
 def conditions_for(

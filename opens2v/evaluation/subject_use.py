@@ -112,7 +112,7 @@ def paired_errors(
         )
         output = model(
             noisy, sigma * TIMESTEP_OF_NOISE, conditions.text_BRD[clip], return_dict=False,
-            **given.reference(), **causal_arguments(settings, own),
+            text_length=conditions.text_length, **given.reference(), **causal_arguments(settings, own),
         )[0]  # fmt: skip
         velocity = velocity_of(output.float(), noisy, sigma, settings.prediction, variance_2C)
         error = (velocity - (noise - own)).square().mean(1)

@@ -5,6 +5,7 @@ Three separate softmaxes (text, CLIP features, VAE latents) share one query, so 
 untouched.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +19,7 @@ class ReferenceTokens:
     """What the transformer's blocks see of the subject pictures.
 
     mask_*: bool (B, S), True where the token's subject exists; a row without any subject is all True and has weight 0.
+    None where all would be True: the fast kernels of a GPU take no mask.
     weight_B11: 0 or 1, times the wished reference scale. memory: keys and values by block, kept while sampling.
     """
 
@@ -30,7 +32,7 @@ class ReferenceTokens:
     latents_BNChw: Tensor | None = None  # of the pictures, where they also enter self-attention
     mask_self_BS: Tensor | None = None
     features: list[Tensor] | None = None  # by block, (B, S, D): what the base makes of the pictures
-    rotary: tuple[Tensor, Tensor] | None = None  # of their tokens
+    rotary: tuple[Tensor, ...] | None = None  # of their tokens
 
 
 def sincos_1d(count: int, dim: int, first: int = 0, base: float = 10000.0) -> Tensor:
@@ -75,16 +77,30 @@ def rms_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
     return functional.rms_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.eps).to(x.dtype)
 
 
+def without_padding(text_BRD: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Text rows of which all from `length` on are equal, with two of those, and what to add to the logits (1, S).
+
+    n equal keys count as one with log n on its logit. It is split over two, the first of a value that bfloat16 holds,
+    since half a percent of 400 rows would be seen.
+    """
+    count = text_BRD.shape[1] - length
+    first = torch.tensor(math.log(0.98 * count)).bfloat16().item()
+    bias = torch.zeros(1, length + 2, device=text_BRD.device)
+    bias[0, length], bias[0, length + 1] = first, math.log(count - math.exp(first))
+    return text_BRD[:, : length + 2], bias
+
+
 def attend(q_BLD: Tensor, k_BSD: Tensor, v_BSD: Tensor, heads: int, mask_BS: Tensor | None = None) -> Tensor:
-    """Multi-head softmax attention (B, L, D) -> (B, L, D)."""
+    """Multi-head softmax attention (B, L, D) -> (B, L, D). mask: bool, which keys there are; or added to the logits."""
     q, k, v = (
         part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (q_BLD, k_BSD.type_as(q_BLD), v_BSD.type_as(q_BLD))
     )
     mask = None if mask_BS is None else mask_BS[:, None, None, :]
+    mask = mask.to(q.dtype) if mask is not None and mask.is_floating_point() else mask
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
-Path = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # keys, values, mask of the keys, gate
+Path = tuple[Tensor, Tensor, Tensor | None]  # keys, values, mask of the keys
 
 
 class DualPathCrossAttention(WanAttention):
@@ -147,36 +163,45 @@ class DualPathCrossAttention(WanAttention):
         return paths
 
     def forward(  # type: ignore[override]  # the block calls it, no processor of diffusers
-        self, x_BLD: Tensor, text_BSD: Tensor, references: ReferenceTokens | None = None, layer: int = 0
+        self,
+        x_BLD: Tensor,
+        text_BSD: Tensor,
+        references: ReferenceTokens | None = None,
+        layer: int = 0,
+        text_bias: Tensor | None = None,
     ) -> Tensor:
-        """x: normed video tokens; text: projected text. Without references this is the base's arithmetic."""
+        """x: normed video tokens; text: projected text; text_bias: see without_padding. Without references this is the
+        base's arithmetic.
+        """
         q = self.norm_q(self.to_q(x_BLD))
-        out = attend(q, self.norm_k(self.to_k(text_BSD)), self.to_v(text_BSD), self.heads).type_as(q)
+        out = attend(q, self.norm_k(self.to_k(text_BSD)), self.to_v(text_BSD), self.heads, text_bias).type_as(q)
         if references is not None:
-            for key, value, mask, gate in self._keys_values(references, layer):
-                path = attend(q, key, value, self.heads, mask) * references.weight_B11.to(q.dtype)
-                out = out + (path if gate is None else gate.to(q.dtype) * path)
+            for key, value, mask in self._keys_values(references, layer):
+                out = out + attend(q, key, value, self.heads, mask)
         return self.to_out[0](out)
 
     def _keys_values(self, references: ReferenceTokens, layer: int) -> list[Path]:
-        """Every subject path; remembered when the references carry a memory."""
+        """Every subject path; remembered when the references carry a memory. What multiplies a path is in its values,
+        which are fewer than the video's tokens.
+        """
         if references.memory is not None and layer in references.memory:
             return references.memory[layer]
         clip, vae = references.clip_BSD, references.vae_BSD
         found: list[Path] = []
         if clip is not None and self.clip_path == "shared":
             key = self.norm_k(self.to_k(clip))
-            found.append((key, self.to_v(clip), references.mask_clip_BS, self.gate_clip))
+            value = self.to_v(clip)
+            found.append((key, value * self.gate_clip.to(value.dtype), references.mask_clip_BS))
         elif clip is not None and self.clip_path == "separate":
             key = rms_norm(self.norm_added_k, self.add_k_proj(clip))
-            found.append((key, self.add_v_proj(clip), references.mask_clip_BS, None))
+            found.append((key, self.add_v_proj(clip), references.mask_clip_BS))
         if vae is not None:
-            found.append((rms_norm(self.norm_k_vae, self.k_vae(vae)), self.v_vae(vae), references.mask_vae_BS, None))
+            found.append((rms_norm(self.norm_k_vae, self.k_vae(vae)), self.v_vae(vae), references.mask_vae_BS))
         if self.fused_path and clip is not None and vae is not None:
-            both = torch.cat([clip, vae], 1)
-            assert references.mask_clip_BS is not None and references.mask_vae_BS is not None  # come with their tokens
-            mask = torch.cat([references.mask_clip_BS, references.mask_vae_BS], 1)
-            found.append((rms_norm(self.norm_k_fused, self.k_fused(both)), self.v_fused(both), mask, None))
+            both, masks = torch.cat([clip, vae], 1), (references.mask_clip_BS, references.mask_vae_BS)
+            mask = None if masks[0] is None or masks[1] is None else torch.cat([masks[0], masks[1]], 1)
+            found.append((rms_norm(self.norm_k_fused, self.k_fused(both)), self.v_fused(both), mask))
+        found = [(key, value * references.weight_B11.to(value.dtype), mask) for key, value, mask in found]
         if references.memory is not None:
             references.memory[layer] = found
         return found

@@ -117,7 +117,12 @@ def rotary_table(
     return tables[0], tables[1]
 
 
-def rotate(x_BLHK: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+def with_turns(rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """The table with its complex numbers cos + i sin behind, so that no block makes them again."""
+    return *rotary, torch.complex(rotary[0][..., 0::2], rotary[1][..., 1::2])
+
+
+def rotate(x_BLHK: Tensor, rotary: tuple[Tensor, ...]) -> Tensor:
     """Rotary embedding on adjacent channel pairs: (a, b) -> (a cos - b sin, a sin + b cos).
 
     Outside a compiler as one product of complex numbers, which passes over the memory once.
@@ -128,7 +133,8 @@ def rotate(x_BLHK: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         even, odd = pairs.unbind(-1)
         turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
     else:
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+        turns = rotary[2] if len(rotary) > 2 else torch.complex(cos, sin)
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * turns)
     return turned.flatten(-2).type_as(x_BLHK)
 
 
@@ -161,7 +167,7 @@ class KeyValueCache:
 def self_attention(
     attention: WanAttention,
     x_BLD: Tensor,
-    rotary: tuple[Tensor, Tensor],
+    rotary: tuple[Tensor, ...],
     *,
     runs: list[tuple[slice, list[slice]]] | None,
     cache: KeyValueCache | None,
@@ -198,9 +204,11 @@ def _over_references(attention: RefSelfAttention, q_BHLK: Tensor, references: Re
         features = references.features[layer].to(attention.k_ref.weight.dtype)
         key = rms_norm(attention.norm_k_ref, attention.k_ref(features)).unflatten(-1, (attention.heads, -1))
         k_BHSK = rotate(key, references.rotary).transpose(1, 2)
-        v_BHSK = attention.v_ref(features).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+        value = attention.v_ref(features)
+        value = value * references.weight_B11.to(value.dtype)
+        v_BHSK = value.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
         if references.memory is not None:
             references.memory[place] = [k_BHSK, v_BHSK]
     mask = None if references.mask_self_BS is None else references.mask_self_BS[:, None, None, :]
     path = functional.scaled_dot_product_attention(q_BHLK, k_BHSK.type_as(q_BHLK), v_BHSK.type_as(q_BHLK), mask)
-    return path.transpose(1, 2).flatten(2) * references.weight_B11.to(q_BHLK.dtype)
+    return path.transpose(1, 2).flatten(2)

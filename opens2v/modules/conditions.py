@@ -41,13 +41,14 @@ class Conditions:
     clip_BNSC: Tensor | None
     ref_latents_BNChw: Tensor
     ref_mask_BN: Tensor
+    text_length: int | None = None  # text rows from there on are zero in all samples; None: not known
 
     def reference(self) -> dict[str, Tensor | None]:
         """The arguments of the model's forward."""
         return {"ref_clip": self.clip_BNSC, "ref_latents": self.ref_latents_BNChw, "ref_mask": self.ref_mask_BN}
 
     def without_text(self, null_RD: Tensor, drop_B: Tensor) -> "Conditions":
-        """Rows of dropped samples become those of the empty prompt."""
+        """Rows of dropped samples become those of the empty prompt, which is shorter than any other."""
         return replace(self, text_BRD=drop_per_sample(self.text_BRD, null_RD[None], drop_B))
 
     def without_subject(self, drop_B: Tensor) -> "Conditions":
@@ -63,6 +64,16 @@ class Conditions:
             ref_latents_BNChw=self.ref_latents_BNChw[order_B],
             ref_mask_BN=self.ref_mask_BN[order_B],
         )
+
+
+def text_length(text_BRD: Tensor, step: int = 32) -> int | None:
+    """Rows of a batch that are not padding, in steps so that few lengths occur. None for a text on a GPU: asking for
+    it there would make the host wait for the device.
+    """
+    if text_BRD.device.type != "cpu":
+        return None
+    used = text_BRD.any(-1).any(0).nonzero()
+    return min(text_BRD.shape[1], -(-(int(used[-1]) + 1 if len(used) else 0) // step) * step)
 
 
 Codec = WanVAE | PatchCodec | ConvCodec
@@ -132,6 +143,7 @@ class Encoders:
             None if clip is None else clip.to(self.device),
             self.encode_references(batch["ref_pixels"]),
             batch["ref_mask"].to(self.device),
+            text_length(text),
         )
 
     @torch.no_grad()

@@ -11,7 +11,8 @@ TIMESTEP_OF_NOISE = 1000.0  # Wan's networks are given 1000 sigma, however many 
 class FlowMatchScheduler:
     """sigmas, timesteps (1000 sigma) and loss weights of training, and the grid of sampling.
 
-    num_train_timesteps: entries of the table that training draws from.
+    num_train_timesteps: entries of the table that training draws from. sigma_min, extra_one_step: as Wan's own class
+    has them, the last level (before the shift) and whether it is left out.
 
     sigma = s u / (1 + (s - 1) u) with u = 1, 0.999, ..., 0.001 for 1000 entries.
     weight = exp(-2 ((t - 500) / 1000)^2), less its minimum, scaled to mean 1.

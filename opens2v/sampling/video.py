@@ -11,7 +11,7 @@ from opens2v.config import Config, ModelConfig
 from opens2v.data.annotations import Annotations
 from opens2v.data.scenes import SCENE_RATE
 from opens2v.modules.causal import KeyValueCache, frame_blocks
-from opens2v.modules.conditions import Conditions
+from opens2v.modules.conditions import Conditions, text_length
 from opens2v.sampling.scheduler import TIMESTEP_OF_NOISE, FlowMatchScheduler, velocity_of
 from shared.errors import UserError
 from shared.rng import keyed_generator
@@ -81,6 +81,9 @@ class _Pass:
     arguments: dict[str, Any]  # references of the model's forward
     caches: dict[str, KeyValueCache] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.arguments = {**self.arguments, "text_length": text_length(self.text)}
+
 
 class VideoSampler:
     """Draws latents from a generator.
@@ -129,19 +132,22 @@ class VideoSampler:
         """The passes of a step in _combined's order. Keys and values of references are worked out once."""
         text, mode = conditions.text_BRD, self.sampler.guidance
         negative = negative_RD[None].expand_as(text)
-        if self.module is None:
-            subject: dict[str, Any] = conditions.reference()
-        else:
+
+        def seen(text: Tensor) -> _Pass:
+            """With the subject. What self-attention remembers of a picture depends on the text, so each has its own."""
+            if self.module is None:
+                return _Pass(text, conditions.reference())
             scale = self.sampler.ref_scale
             tokens = self.module.project_references(**conditions.reference(), scale=scale, remember=True)
-            subject = {"references": tokens}
+            return _Pass(text, {"references": tokens})
+
         if mode == "text" and self.sampler.guidance_scale == 1:
-            return [_Pass(text, subject)]
+            return [seen(text)]
         if mode == "text":
-            return [_Pass(negative, subject), _Pass(text, subject)]
+            return [seen(negative), seen(text)]
         if mode == "both":
-            return [_Pass(negative, {}), _Pass(text, subject)]
-        return [_Pass(negative, {}), _Pass(negative, subject), _Pass(text, subject)]
+            return [_Pass(negative, {}), seen(text)]
+        return [_Pass(negative, {}), seen(negative), seen(text)]
 
     def _combined(self, velocities: list[Tensor]) -> Tensor:
         """text, both: v0 + g (v1 - v0). dual: v0 + g_img (v1 - v0) + g (v2 - v1) (Phantom)."""

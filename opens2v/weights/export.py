@@ -1,13 +1,18 @@
 """The guide's checkpoint file: {"generator": ..., "step": ..., "format": "opens2v-1", "ref_config": ...}."""
 
+import contextlib
+import re
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from opens2v.config import Config
-from shared.engine.checkpoint import load_weights, read_weights_file
-from shared.errors import UserError
+from opens2v.model import is_reference_name
+from opens2v.weights.wan import read_tensors_file, strip_wrappers, to_diffusers_name, to_original_name
+from shared.config import load_saved
+from shared.engine.checkpoint import find_checkpoint, load_weights, read_weights_file
+from shared.errors import CheckpointError, UserError
 
 FORMAT = "opens2v-1"
 
@@ -61,17 +66,75 @@ def load_trained(model: nn.Module, weights: dict[str, Tensor], source: str) -> N
     model.load_state_dict(renamed, strict=False)
 
 
+_LORA_SIDE = re.compile(r"(?P<layer>.+)\.lora[_.](?P<side>A|B|down|up)(\.\w+)?$")
+_INSIDE = ("generator", "generator_lora", "model", "state_dict")  # where files of other programs keep their tensors
+
+
 def load_init(model: nn.Module, path: Path) -> None:
     """Start a new run from trained adapters: all that they hold must fit; what they lack starts anew and is said.
 
-    So LoRA can be added in a second stage; the other way round, LoRA is merged by export.py first.
+    path: a run, one of its checkpoints, its model.pt, or files of LoRA and reference modules, alone or in a folder,
+    under the names of diffusers, ComfyUI, peft, Kohya's scripts or the original. Their strength is kept: a run with
+    another alpha gets other matrices. LoRA can so be added in a second stage; the other way round, LoRA is merged by
+    export.py first.
     """
-    weights = read_trained(path)
+    given, alpha = _adapters_of(path)
+    weights = _with_strength(model, given, alpha)
+    if not weights:
+        raise UserError(f"init_from {path}: holds neither reference modules nor LoRA; a base goes to --generator-ckpt")
     advice = "give the settings that they were trained with (--r, --clip-path, ...), or merge LoRA with export.py first"
     renamed = _fitting(model, weights, f"init_from {path}", advice)
     model.load_state_dict(renamed, strict=False)
     new = [name for name, p in model.named_parameters() if p.requires_grad and name not in renamed]
     print(f"init_from {path}: {len(renamed)} tensors taken, {len(new)} start anew{f' ({new[0]}, ...)' if new else ''}")
+
+
+def _adapters_of(path: Path) -> tuple[dict[str, Tensor], float | None]:
+    """(tensors as they are named, alpha of their LoRA where it is that of a run)."""
+    files = [path]
+    if path.is_dir():
+        with contextlib.suppress(CheckpointError):
+            folder = find_checkpoint(path)
+            adapter = load_saved(Config, folder / "config.yaml").adapter
+            return load_weights(folder), None if adapter is None else adapter.lora_alpha
+        files = [one for one in sorted(path.iterdir()) if one.suffix in (".safetensors", ".bin", ".pt", ".pth")]
+        if not files:
+            raise UserError(f"init_from {path}: holds no checkpoint and no weights file; give a run or a file of it")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        state = read_tensors_file(file, "init_from")
+        if state.get("format") == FORMAT:
+            settings = (state.get("ref_config") or {}).get("adapter") or {}
+            return read_trained(file), float(settings.get("lora_alpha", 1))
+        for part in (state, *(state[name] for name in _INSIDE if isinstance(state.get(name), dict))):
+            tensors |= {name: value for name, value in part.items() if isinstance(value, Tensor)}
+    return tensors, None
+
+
+def _with_strength(model: nn.Module, given: dict[str, Tensor], alpha: float | None) -> dict[str, Tensor]:
+    """The adapters under the model's names, B scaled so that the model's strength times B A is what it was."""
+    own: dict[str, tuple[str, float]] = {}  # how a layer is called anywhere -> (its name, the model's strength)
+    for layer, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            original = to_original_name(f"{layer}.weight").removesuffix(".weight")
+            for name in (layer, original, *(f"lora_unet_{one.replace('.', '_')}" for one in (layer, original))):
+                own[name] = layer, float(module.scaling["default"])
+    named = {strip_wrappers(name): value for name, value in given.items()}
+    found: dict[str, Tensor] = {}
+    for name, value in named.items():
+        side = _LORA_SIDE.match(name.removesuffix(".weight"))
+        if side is None:
+            if is_reference_name(to_diffusers_name(name)):
+                found[to_diffusers_name(name)] = value
+            continue
+        layer, strength = own.get(side["layer"], (side["layer"], 1.0))
+        if side["side"] in ("A", "down"):
+            found[f"{layer}.lora_A.default.weight"] = value
+            continue
+        rank = value.shape[1]
+        theirs = float(named.get(f"{side['layer']}.alpha", rank if alpha is None else alpha)) / rank
+        found[f"{layer}.lora_B.default.weight"] = value if theirs == strength else value * (theirs / strength)
+    return found
 
 
 def _fitting(model: nn.Module, weights: dict[str, Tensor], source: str, advice: str) -> dict[str, Tensor]:

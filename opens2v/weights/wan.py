@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from opens2v.model import RefWanTransformer3DModel, is_reference_name
 from shared.engine.checkpoint import load_strict, read_weights_file
-from shared.errors import UserError
+from shared.errors import CheckpointError, UserError
 
 # Original (Wan, Self-Forcing, LongLive) -> diffusers. norm3 of the original is norm2 of diffusers: the numbers swap.
 _NAMES = (  # beginnings of names: original, diffusers
@@ -50,6 +50,7 @@ _WRAPPERS = (
     "_checkpoint_wrapped_module.",
     "_orig_mod.",
     "base_model.model.",
+    "transformer.",  # LoRA of diffusers
 )
 _NO_GENERATORS = ("Wan2.1_VAE.pth",)  # beside the generator in the original folders
 _KEEP_FLOAT32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
@@ -110,14 +111,18 @@ def read_generator_state(path: str | Path, *, use_ema: bool = False) -> dict[str
         )
     state: dict[str, Tensor] = {}
     for file in _files_of(path) if path.is_dir() else [path]:
-        state |= _unwrapped(_read_file(file), file, use_ema)
+        state |= _unwrapped(read_tensors_file(file), file, use_ema)
     return normalise_state(state)
 
 
-def _read_file(path: Path) -> Mapping:
-    loaded = read_weights_file(path)
+def read_tensors_file(path: Path, what: str = "generator_ckpt") -> Mapping:
+    """What a weights file holds, a mapping; UserError, beginning with what the file was given as, for another."""
+    try:
+        loaded = read_weights_file(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{what} {error}") from None
     if not isinstance(loaded, dict):
-        raise UserError(f"generator_ckpt {path}: holds {type(loaded).__name__}, a dict of tensors is needed")
+        raise UserError(f"{what} {path}: holds {type(loaded).__name__}, a dict of tensors is needed")
     return loaded
 
 

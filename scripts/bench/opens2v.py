@@ -93,7 +93,7 @@ def adapter_pair(bench: Bench) -> None:
         for own, other, own_two, other_two in zip(*alternate(jobs, bench.rounds), strict=True)
     ]
     ours, theirs_ms = (1000 * statistics.median(values) for values in zip(*times, strict=True))
-    note = "Wan-1.3B, 2,340 tokens, 512 of text, 1,026 of two pictures, with AdamW; theirs: attn2 trained"
+    note = "Wan-1.3B, 2,340 tokens, 128 rows of text of 512, 1,026 of two pictures, with AdamW; theirs: attn2 trained"
     ratio = statistics.median(own / other for own, other in times)
     bench.add(
         Row("peers", "adapter step, two subjects", ratio, 1.05, ours=ours, theirs=theirs_ms, peer="diffusers Wan",
@@ -156,7 +156,7 @@ def adapters_step(model: nn.Module, shape: tuple[int, ...], *, subjects: int = 0
     }
 
     def loss() -> torch.Tensor:
-        given = pictures if subjects else {}
+        given = {**pictures, "text_length": TEXT_ROWS} if subjects else {}
         return model(x, torch.tensor([500.0]), text, **given, return_dict=False)[0].square().mean()
 
     return training_step(model, loss, optimizer=torch.optim.AdamW(trained, lr=1e-4, fused=True))

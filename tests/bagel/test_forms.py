@@ -1,6 +1,7 @@
 """Data as people have them: the released parquet, chat forms, marks, folders of shards, odd text files and pictures."""
 
 import base64
+import gzip
 import io
 import json
 
@@ -86,6 +87,17 @@ def chat(*parts) -> list[dict]:
         ({"captions": '["an apple", "a red apple"]', "image_path": APPLE}, ["t", "n"]),
         ({"captions": "an apple", "image_path": APPLE}, ["t", "n"]),
         ({"conversations": [{"role": "user", "content": ""}, {"role": "assistant", "content": "b"}]}, ["t*"]),
+        ({"conversations": [{"from": "Human", "value": "a"}, {"from": "GPT", "value": "b"}]}, ["t", "t*"]),
+        ({"messages": [{"role": "developer", "content": "be short"}, *chat(PART)]}, ["t", "t", "t*"]),
+        (
+            {"messages": [*chat(PART)[:1], {"role": "assistant", "content": "no", "weight": 0}, *chat(PART)]},
+            ["t", "t", "t", "t*"],
+        ),
+        (
+            {"messages": [*chat(PART)[:1], {"role": "assistant", "content": "no", "loss": False}, *chat(PART)]},
+            ["t", "t", "t", "t*"],
+        ),
+        ({"id": None, "weight": None, "question": None, "image_path": APPLE, "answer": "a"}, ["v", "t*"]),
     ],
 )
 def test_forms_that_are_in_use_are_read(record, plan, open_records):
@@ -108,6 +120,10 @@ def test_forms_that_are_in_use_are_read(record, plan, open_records):
         ({"captions": "{}", "image_path": APPLE}, "E_FIELD"),
         ({"text_prompt": ["fine", "see <|im_end|>"], "image_path": APPLE}, "E_SPECIAL_TOKEN"),
         ({"conversations": [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]}, "E_NO_TARGET"),
+        ('{"text_prompt": "\\ud83d", "image_path": "images/apple.png"}', "E_JSON"),  # half a character
+        ('{"text_prompt": ["x", "\\ud83d"], "image_path": "images/apple.png"}', "E_JSON"),
+        ('{"text_prompt": "x", "image_path": "\\ud83d.png"}', "E_JSON"),
+        ('{"captions": "{\\"a\\": \\"\\\\ud83d\\"}", "image_path": "images/apple.png"}', "E_JSON"),
     ],
 )
 def test_what_would_be_learned_wrong_is_refused_by_name(record, code, open_records):
@@ -174,6 +190,75 @@ def test_rows_without_a_picture_among_rows_with_one(tmp_path):
     assert [bytes(open_dataset(tmp_path / "c.parquet").plan(i, 0)[0].ids).decode() for i in range(2)] == prompts
 
 
+def test_columns_of_every_type_are_read(tmp_path):
+    """Captions and pictures in whatever types a writer chose; bytes come before a path that stands beside them."""
+    images, texts = [picture()] * 2, ["a cat", "a dog"]
+    pairs = pyarrow.map_(pyarrow.string(), pyarrow.string())
+    for number, (image, captions) in enumerate(
+        [
+            (images, pyarrow.array([[("long", text)] for text in texts], pairs)),
+            (images, pyarrow.array([text.encode() for text in texts])),
+            (pyarrow.array(images, pyarrow.binary_view()), pyarrow.array(texts, pyarrow.string_view())),
+            (pyarrow.array(images).dictionary_encode(), pyarrow.array(texts).dictionary_encode()),
+            (pyarrow.array(images, pyarrow.large_binary()), [{"long": text, "short": None} for text in texts]),
+        ]
+    ):
+        path = tmp_path / f"{number}.parquet"
+        paths = ["/elsewhere/a.png"] * 2
+        pyarrow.parquet.write_table(pyarrow.table({"image": image, "captions": captions, "image_path": paths}), path)
+        dataset = open_dataset(path)
+        assert not dataset.errors and dataset.sample(1, 0), number
+        assert [bytes(dataset.plan(index, 0)[0].ids).decode() for index in range(2)] == texts
+    pair, turn = pyarrow.list_(pyarrow.binary(), 2), pyarrow.list_(pyarrow.list_(pyarrow.string(), 1), 1)
+    table = {"image_list": pyarrow.array([images], pair), "instruction_list": pyarrow.array([[["x"]]], turn)}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "edit.parquet")
+    assert kinds(open_dataset(tmp_path / "edit.parquet")) == ["c", "v", "t", "n"]
+
+
+def test_one_bad_byte_is_one_bad_row(tmp_path):
+    bad = [b"a", b"caf\xe9", b"c"]
+    for name, captions in (("text", pyarrow.array(bad).view(pyarrow.string())), ("bytes", pyarrow.array(bad))):
+        table = pyarrow.table({"image": [picture()] * 3, "captions": captions})
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+        dataset = open_dataset(tmp_path / f"{name}.parquet")
+        assert [(error.line, error.code) for error in dataset.errors] == [(1, "E_JSON")] and dataset.sample(1, 0)
+
+
+def test_a_released_list_is_found_beside_its_data(tmp_path):
+    """As released: editing/parquet_info/x.json beside editing/seed/, with the paths of the machine that made it."""
+    for folder in ("seed", "other"):
+        (tmp_path / "editing" / folder).mkdir(parents=True)
+        table = pyarrow.table({"image": [picture()], "captions": [folder]})
+        pyarrow.parquet.write_table(table, tmp_path / "editing" / folder / "chunk_0.parquet")
+    info = tmp_path / "editing" / "parquet_info" / "x.json"
+    info.parent.mkdir()
+    for name in (
+        "hdfs://x/bagel_example/editing/seed/chunk_0.parquet",
+        "seed/chunk_0.parquet",
+        "../seed/chunk_0.parquet",
+    ):
+        info.write_text(json.dumps({name: {"num_row_groups": 1, "num_rows": 1}}))
+        assert bytes(open_dataset(info).plan(0, 0)[0].ids) == b"seed", name
+    info.write_text(json.dumps({"/x/none/chunk_0.parquet": {"num_row_groups": 1}}))
+    with pytest.raises(UserError, match="is not there, nor around the list"):
+        open_records(str(info), None)
+
+
+def test_hidden_files_commas_and_nested_patterns(tmp_path):
+    for name in ("a/0.parquet", "b/1.PARQUET", ".cache/0.parquet", "a/.ipynb_checkpoints/0.parquet", "a/._0.parquet"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.table({"image": [picture()], "captions": ["x"]}), tmp_path / name)
+    for text, count in ((tmp_path, 2), (tmp_path / "*" / "*.parquet", 1), (f"{tmp_path}/a/0.parquet,", 1)):
+        assert len(open_records(str(text), None)) == count, text
+    (tmp_path / "a,b.parquet").write_bytes((tmp_path / "a" / "0.parquet").read_bytes())
+    assert len(open_records(str(tmp_path / "a,b.parquet"), None)) == 1
+    (tmp_path / "arrow").mkdir()
+    for name in ("state.json", "data-00000-of-00001.arrow"):
+        (tmp_path / "arrow" / name).write_text("{}")
+    with pytest.raises(UserError, match="its shards are .arrow files"):
+        open_records(str(tmp_path / "arrow"), None)
+
+
 def test_folders_lists_and_patterns_of_shards(tmp_path):
     shards = tmp_path / "shards"
     shards.mkdir()
@@ -189,7 +274,7 @@ def test_folders_lists_and_patterns_of_shards(tmp_path):
     with pytest.raises(UserError, match="holds .jsonl and .parquet; name one kind"):
         open_records(str(shards), None)
     (shards / "info.json").write_text(json.dumps({"/data/9.parquet": {"num_row_groups": 1}}))
-    with pytest.raises(UserError, match="9.parquet is not there, nor beside the list"):
+    with pytest.raises(UserError, match="9.parquet is not there, nor around the list"):
         open_records(str(shards / "info.json"), None)
     with pytest.raises(UserError, match="no file fits this pattern"):
         open_records(str(shards / "*.tar"), None)
@@ -218,10 +303,28 @@ def test_the_content_tells_lines_from_lists(pictures, name):
     assert len(open_dataset(pictures / name)) == 3
 
 
-def test_utf_16_is_named(tmp_path):
-    (tmp_path / "a.jsonl").write_text("{}\n", encoding="utf-16")
-    with pytest.raises(UserError, match="UTF-16; save it as UTF-8"):
-        open_dataset(tmp_path / "a.jsonl")
+def test_one_bad_byte_in_a_list_is_one_bad_record(pictures):
+    line = json.dumps({"text_prompt": "fine", "image_path": APPLE}).encode()
+    (pictures / "a.json").write_bytes(b"[" + line + b"," + line.replace(b"fine", b"caf\xe9") + b"]")
+    dataset = open_dataset(pictures / "a.json")
+    assert len(dataset) == 1 and [(error.line, error.code) for error in dataset.errors] == [(1, "E_JSON")]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+@pytest.mark.parametrize(
+    "content, what",
+    [
+        *(("{}\n".encode(f"utf-16{end}"), "UTF-16; save it as UTF-8") for end in ("", "-le", "-be")),
+        *(("{}\n".encode(f"utf-32{end}"), "UTF-32; save it as UTF-8") for end in ("", "-le", "-be")),
+        (gzip.compress(b"{}"), "packed with gzip; unpack it"),
+        (b"PAR1", "a parquet file; call it .parquet"),
+        (b'{"a": 1}\r{"a": 2}\r', "its lines end with CR alone"),
+    ],
+)  # fmt: skip
+def test_what_is_no_text_of_lines_is_named(tmp_path, name, content, what):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=what):
+        open_dataset(tmp_path / name)
 
 
 def test_pictures_written_in_other_ways(pictures, open_records):
@@ -340,6 +443,16 @@ def test_one_malformed_record_is_always_allowed(pictures, tmp_path):
         ]
     )
     assert (tmp_path / "o" / "data_errors_train.jsonl").is_file()
+
+
+def test_a_choice_that_is_too_long_is_made_shorter(open_records):
+    """Two turns, or a long caption, that do not fit: one turn, the short caption; no record is lost."""
+    chain = {"image_list": [APPLE, "images/green.png", "images/cat.png"], "instruction_list": ["a", "b"]}
+    captions = {"text_prompt": ["short", "long " * 40], "image_path": APPLE}
+    dataset = open_records([chain, captions] * 12, max_sequence_length=250)
+    assert len(dataset) == 24 and not dataset.errors
+    lengths = [dataset.length(index, epoch) for index in range(24) for epoch in range(4)]
+    assert max(lengths) <= 250 and all(dataset.room(index, 0) == 250 for index in range(24))
 
 
 def test_filling_packs_reads_no_record(open_records, monkeypatch):

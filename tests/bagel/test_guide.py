@@ -164,12 +164,13 @@ def test_a_run_is_exported_in_released_form(trained, tmp_path):
     assert all(torch.equal(plain[key].to(torch.bfloat16), whole[key]) for key in whole)
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_adapters_are_merged_and_handed_to_peft(folder, records, tmp_path, quantization):
+@pytest.mark.parametrize("quantization, precision", [("none", "fp32"), ("none", "bf16"), ("nf4", "fp32")])
+def test_adapters_are_merged_and_handed_to_peft(folder, records, tmp_path, quantization, precision):
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
     flags = ["--config", "7b_lora", "--model_path", str(folder), "--train_data_path", str(records), "--max-steps", "2"]
-    flags += ["--quantization", quantization, "--precision", "fp32", "--learning-rate", "0.01", "--warmup-ratio", "0"]
+    flags += ["--quantization", quantization, "--precision", precision]
+    flags += ["--learning-rate", "0.01", "--warmup-ratio", "0"]
     main([*flags, "--output_dir", str(tmp_path / "run"), *SMALL])
     export(["--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "merged"), "--dtype", "fp32"])
     export(

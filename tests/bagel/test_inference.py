@@ -31,7 +31,7 @@ from bagel.modules.transformer import (
 from bagel.objective import UnifiedTrainer, with_latents
 from bagel.packing import Draws, Dropout, PackBuilder, PlanItem
 from bagel.sampling.context import Context
-from bagel.sampling.generation import continue_text, extend, text_block
+from bagel.sampling.generation import Guidance, continue_text, extend, text_block
 from bagel.train import main as train
 from bagel.weights.pretrained import load_autoencoder
 from shared.config import load_config
@@ -100,13 +100,25 @@ def test_nothing_is_called_for_what_is_not_there(tiny, monkeypatch):
     assert called == []
 
 
+def test_a_time_is_embedded_once_a_step(tiny, monkeypatch):
+    """Whatever the number of pictures, branches and tokens."""
+    rows, model = [], tiny[1]
+    real = model.time_embedder.forward
+    monkeypatch.setattr(model.time_embedder, "forward", lambda t: rows.append(len(t)) or real(t))
+    picture = Image.new("RGB", (32, 32))
+    inferencer_of(tiny).draw_batch([["a"], [picture, "b"]], Guidance(num_timesteps=4, cfg_interval=(0, 1)), (32, 16))
+    assert rows == [1] * 4  # the source of the edit, then three steps
+
+
 def test_a_temperature_of_zero_takes_the_likeliest(tiny):
     inferencer = inferencer_of(tiny)
     context = inferencer.update_context_text("hi", Context())
     greedy = inferencer.gen_text(context, 8, do_sample=False)
     assert inferencer.gen_text(context, 8, do_sample=True, temperature=0.0) == greedy
-    with pytest.raises(UserError, match="temperature -1 is below 0"):
-        inferencer.gen_text(context, 8, do_sample=True, temperature=-1)
+    assert inferencer.gen_text(context, 8, do_sample=True, temperature=1e-40) == greedy
+    for temperature in (-1, math.nan):
+        with pytest.raises(UserError, match=f"temperature {temperature} is no number from 0 on"):
+            inferencer.gen_text(context, 8, do_sample=True, temperature=temperature)
     sampled = [inferencer.gen_text(context, 8, temperature=5.0) for _ in range(4)]
     assert len(set(sampled)) > 1  # every call draws anew
 

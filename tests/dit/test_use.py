@@ -130,6 +130,7 @@ def test_figures_come_from_folders_npz_files_and_adms_statistics_alike(tmp_path)
     (tmp_path / "made").mkdir()
     for number, pixels in enumerate(made):
         Image.fromarray(pixels).save(tmp_path / "made" / f"{number:06d}.png")
+    (tmp_path / "made" / "._000000.png").write_bytes(b"what a Mac leaves beside a file")
     np.savez(tmp_path / "made.npz", arr_0=made)
     np.savez_compressed(tmp_path / "real.npz", arr_0=real)
     extractor, info = Extractor(None, device=CPU, random=True), DistInfo()

@@ -144,6 +144,25 @@ def test_who_is_seen_by_the_layouts_of_the_public_sets(inside, identity):
     assert identity_of(Path(inside)) == identity
 
 
+def test_no_two_videos_write_the_same_clip(tmp_path):
+    """MEAD and VoxCeleb2 count their files anew in every folder; and names are of any script."""
+    videos = ["甲.mp4", "乙.mp4", "a b.mp4", "a+b.mp4", "take.mp4", "take.mov", "id1/x/00001.mp4", "id1/y/00001.mp4"]
+    for place in videos:
+        (tmp_path / "raw" / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "raw" / place).symlink_to(SAMPLES[0].video)
+    wave, rate = soundfile.read(SAMPLES[0].audio)
+    for place in {str(Path(place).with_suffix(".wav")) for place in videos}:
+        soundfile.write(tmp_path / "raw" / place, wave, rate)
+    folder = prepare(PrepareOptions(data_root=str(tmp_path / "raw"), output_dir=str(tmp_path / "clips"), size=64))
+    rows = rows_of(folder)
+    assert {row["source"] for row in rows} == {
+        "甲", "乙", "a b", "a+b", "take.mp4", "take.mov", "id1/x/00001", "id1/y/00001"
+    }  # fmt: skip
+    for column in ("clip_id", "video", "audio"):
+        assert len({row[column] for row in rows}) == len(rows)
+    assert all((folder / row["video"]).is_file() for row in rows) and any("甲" in row["video"] for row in rows)
+
+
 def test_people_are_held_out_whole_and_stay_where_they_are():
     rows = [{"identity": f"p{k % 5}", "clip_id": f"c{k}", "split": ""} for k in range(20)]
     assert "16 clips to train on, 4 held out by person" in divide(rows, 0.2)

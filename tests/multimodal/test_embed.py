@@ -95,6 +95,7 @@ def test_files_that_cannot_be_read_are_left_out_and_listed(out, tmp_path, capsys
     folder.mkdir()
     Image.new("RGB", (8, 8)).save(folder / "good.png")
     (folder / "bad.png").write_bytes(b"no")
+    (folder / "._good.png").write_bytes(b"what a Mac leaves beside a file")
     command = ["encode", "--checkpoint", str(out), "--images", str(folder), "--output", str(tmp_path / "e.parquet")]
     embed.main(command)
     assert embed.read_index(tmp_path / "e.parquet").ids == [str(folder / "good.png")]

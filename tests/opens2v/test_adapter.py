@@ -6,11 +6,12 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
 
 from opens2v.config import ModelConfig
 from opens2v.model import RefWanTransformer3DModel, is_reference_name
 from opens2v.modules.causal import KeyValueCache, attention_runs, causal_frame_mask, frame_blocks
-from opens2v.modules.conditions import Conditions
+from opens2v.modules.conditions import Conditions, text_length
 from opens2v.modules.lora import add_lora, enable_trainable, lora_pattern, merge_lora, scale_lora
 from opens2v.sampling.video import SamplerSettings, VideoSampler
 from opens2v.weights.wan import cast_base, load_generator_checkpoint, read_generator_state, to_original_name
@@ -118,15 +119,18 @@ def test_remembered_reference_keys_change_nothing():
     assert len(tokens.memory) == TINY["num_layers"]
 
 
-@pytest.mark.parametrize("window", [-1, 3])
+@pytest.mark.parametrize("options", [{}, SELF, {"absolute_positions": True}])
+@pytest.mark.parametrize("per_block, is_first_alone", [(3, False), (2, False), (1, False), (5, True), (1, True)])
+@pytest.mark.parametrize("window", [-1, 3, 1])
 @torch.no_grad()
-def test_cached_blocks_equal_the_causal_forward(window):
-    case, model = tensors("tiny_causal"), shaken(tiny_model())
-    mask = causal_frame_mask(6, 3, local_window=window)
+def test_cached_blocks_equal_the_causal_forward(window, per_block, is_first_alone, options):
+    case, model = tensors("tiny_causal"), shaken(tiny_model(**options))
+    mask = causal_frame_mask(6, per_block, local_window=window, independent_first_frame=is_first_alone)
     whole = model(case["x"], case["t"], case["context"], frame_mask=mask, **references()).sample
-    cache, parts = KeyValueCache(window=window, store=True), []
-    for first in (0, 3):
-        block = slice(first, first + 3)
+    cache, parts, first = KeyValueCache(window=window, store=True), [], 0
+    for length in frame_blocks(6, per_block, is_first_alone):
+        block = slice(first, first + length)
+        first += length
         parts.append(
             model(case["x"][:, :, block], case["t"][:, block], case["context"], cache=cache, **references()).sample
         )
@@ -168,6 +172,51 @@ def test_ref_scale_0_draws_the_base_video_and_the_reference_changes_it(guidance,
     bare = draw(given["ref_clip"], given["ref_latents"], 0.0)
     assert torch.equal(bare, draw(-given["ref_clip"], -given["ref_latents"], 0.0))
     assert not torch.equal(bare, with_subject)
+
+
+@pytest.mark.parametrize("options", [{}, SELF])
+def test_padding_of_a_text_counts_as_all_its_rows(options):
+    """Output and gradients are those of the padded text, with LoRA on the layers that read it and in bfloat16 too."""
+    model = shaken(tiny_model(**options))
+    add_lora(model, rank=2, alpha=4.0, target_modules=["to_k", "to_v"], scope=["attn2"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_reference_name(name) or "lora_" in name)
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    case, draw = tensors("tiny_noncausal"), torch.Generator().manual_seed(4)
+    text = torch.randn(2, 400, 32, generator=draw)
+    text[0, 20:], text[1, 31:] = 0, 0  # of the shorter one some rows stay
+    assert text_length(text) == 32 and text_length(text[:, :25]) == 25 and text_length(0 * text) == 0
+    found = []
+    for length in (None, text_length(text)):
+        model.zero_grad()
+        output = model(case["x"], case["t"], text, **references(), text_length=length).sample
+        output.square().mean().backward()
+        found.append([output.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for whole, short in zip(*found, strict=True):
+        assert (whole - short).abs().max() < 1e-6 * max(1, whole.abs().max())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        whole, short = (
+            model(case["x"], case["t"], text, **references(), text_length=length).sample for length in (None, 32)
+        )
+    assert (whole - short).abs().mean() < 2e-2 * whole.abs().mean()
+
+
+@pytest.mark.parametrize("options", [{}, SELF])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("guidance", ["text", "both", "dual"])
+@torch.no_grad()
+def test_what_is_remembered_of_the_pictures_changes_no_video(guidance, causal, options):
+    """Sharded runs work the pictures out in every call; what a pass remembers was made with its own text."""
+    model, settings = shaken(tiny_model(**options)).eval(), ModelConfig(causal=causal)
+    given, draw = references(1, 2), torch.Generator().manual_seed(5)
+    conditions = Conditions(None, torch.randn(1, 20, 32, generator=draw), *given.values())
+    sampler = SamplerSettings(steps=2, sampler="euler", guidance=guidance, guidance_scale=2.0, seed=3)
+    videos = [
+        VideoSampler(model, module, settings, sampler).sample(conditions, torch.zeros(20, 32), (16, 3, 4, 6))
+        for module in (model, None)
+    ]
+    torch.testing.assert_close(*videos, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()

@@ -78,6 +78,14 @@ def test_guide_keys_reach_their_sections(tmp_path):
     assert load_saved(Config, tmp_path / "config.yaml") == config
 
 
+@pytest.mark.parametrize("preset", ["small", "80gb"])
+def test_keys_of_the_guide_are_taken_on_the_command_line_as_well(preset):
+    words = ["adapter=null", "distributed=fsdp", "mixed_precision=true", "max_checkpoints=1"]
+    config = parse(["--config", preset, *(word for one in words for word in ("--set", one))])
+    assert config.adapter is None and config.run.strategy == "fsdp" and config.run.precision == "bf16"
+    assert config.training.keep_last == 1
+
+
 def test_guide_flags(tmp_path):
     flags = [
         "--no-auto-resume",
@@ -118,6 +126,10 @@ def test_guide_flags(tmp_path):
         ({"num_training_frames": 13, "causal": True}, "gives 4 latent frames, which causal blocks of 3 do not fill"),
         ({"teacher_forcing": True}, "teacher_forcing needs causal"),
         ({"pixel_height": 470}, "pixel_height 470 is not a multiple of 16; use 464 or 480"),
+        ({"patch_size": 3}, "pixel_width 832 is not a multiple of 48; use 816 or 864"),
+        ({"ref_in_self_attention": True, "opens2v": {"ref_height": 248}}, "ref_height 248 is not a multiple of 16"),
+        ({"num_attention_heads": 3, "attention_head_dim": 10}, "all together one divisible by 4"),
+        ({"num_attention_heads": 4, "attention_head_dim": 7}, "heads need an even width"),
         ({"opens2v": {"json_paths": ["a", "b"], "video_base_paths": ["v"]}}, "they have 2, 1 and 0 entries"),
         ({"p_drop_text": 0.6, "p_drop_ref": 0.6}, "exceeds 1"),
         ({"use_cached_text": True}, "use_cached_text needs cache_dir"),

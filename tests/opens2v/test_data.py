@@ -11,12 +11,14 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from opens2v.config import SAMPLE_DATA, Config
 from opens2v.data.augment import recolour
+from opens2v.data.cache import content_of
 from opens2v.data.clips import frame_indices, generic_caption, usable_range
 from opens2v.data.cross_frames import cluster_of
-from opens2v.data.subjects import SubjectFilter, decode_rle, encode_rle, select_subjects
+from opens2v.data.subjects import SubjectFilter, decode_rle, encode_rle, open_picture, select_subjects
 from opens2v.data.video import cover_resize, crop_window, read_frames, to_uint8, write_video
 from opens2v.dataset import (
     MultiPartOpenS2VAdapterDataset,
@@ -224,6 +226,8 @@ def test_captions_lose_the_subjects_noun():
     )
     assert generic_caption("A green dragon flies.", "dragon") == "A green subject flies."
     assert generic_caption("A monkey moves.", "monkey", "elephant") == "An elephant moves."
+    assert generic_caption("A robot (toy) waves.", "robot (toy)") == "A subject waves."
+    assert generic_caption("A robot waves.", " ") == "A robot waves."
 
 
 # --- the data set -----------------------------------------------------------------------------------------------------
@@ -413,6 +417,8 @@ WRONG_FIELDS = {
     "mask_map list": lambda e: e["annotation"].update(mask_map=[]),
     "mask record null": lambda e: next(iter(e["annotation"]["mask_annotation"].values())).update({"1": None}),
     "mask size null": lambda e: next(iter(e["annotation"]["mask_annotation"].values()))["1"].update(size=None),
+    "class_name blank": lambda e: e["annotation"]["mask_map"]["1"].update(class_name="  "),
+    "picture a number": lambda e: e["annotation"]["mask_map"]["1"].update(image=7),
     "class_name null": lambda e: e["annotation"]["mask_map"]["1"].update(class_name=None),
     "word_tags text": lambda e: e.update(word_tags="robot"),
     "score text": lambda e: e["annotation"]["ann_frame_data"]["annotations"][0].update(gme_score="high"),
@@ -431,3 +437,83 @@ def test_a_field_of_a_wrong_type_is_a_bad_sample_that_names_its_key(tmp_path, na
     data = OpenS2VAdapterDataset(*damaged(tmp_path, change), num_frames=5, height=32, width=48, min_gme_score=0.1)
     with pytest.raises(BadSample, match="clip0001_part1"):
         data.sample(0, 0)
+
+
+def test_a_damaged_picture_of_any_kind_is_a_bad_sample(tmp_path):
+    """Pillow's decoders raise OSError, ValueError, SyntaxError and RuntimeError for what is broken."""
+    random, picture, path = np.random.default_rng(0), tmp_path / "whole", tmp_path / "broken"
+    for kind, places in (("PNG", 200), ("TIFF", 400), ("GIF", 100), ("AVIF", 300), ("WEBP", 300), ("JPEG", 400)):
+        Image.fromarray(random.integers(0, 255, (24, 20, 3), np.uint8)).convert("P" if kind == "TIFF" else "RGB").save(
+            picture, kind
+        )
+        whole = picture.read_bytes()
+        for _ in range(60):
+            broken = bytearray(whole)
+            broken[random.integers(0, min(places, len(broken)))] = random.integers(0, 256)
+            path.write_bytes(broken)
+            try:
+                assert open_picture(path, "subject picture").mode == "RGB"
+            except BadSample as error:
+                assert f"subject picture {path}: cannot be read" in str(error)
+
+
+@pytest.mark.parametrize("key", ["../../out", "/tmp/out", "a/../../out"])
+def test_a_key_cannot_lead_out_of_a_folder(tmp_path, key):
+    def change(tree):
+        tree[key] = tree.pop(next(iter(tree)))
+
+    data = OpenS2VAdapterDataset(*damaged(tmp_path, change), **SIZES)
+    with pytest.raises(BadSample, match="the key leads out"):
+        data.sample(len(data) - 1, 0)
+
+
+def test_half_a_character_at_the_end_of_a_text_is_no_fault(tmp_path):
+    """What tools that count in UTF-16 leave of an emoji when they cut a caption or a name."""
+
+    def change(tree):
+        entry = tree["clip\ud83d"] = tree.pop(next(iter(tree)))
+        entry["metadata"]["face_cap_qwen"] = "A robot walks \ud83d"
+        entry["annotation"]["mask_map"]["1"]["class_name"] = "robot \ude00"
+
+    data = OpenS2VAdapterDataset(*damaged(tmp_path, change), **SIZES, with_content=True)
+    place = data.part.annotations.find("clip\ud83d")
+    assert place == len(data) - 1
+    item = data.sample(place, 0)
+    assert item["prompts"] == "A robot walks ?" and content_of("text", item)
+
+
+@pytest.mark.parametrize("selection, augment", [("first", False), ("random", False), ("random", True)])
+def test_what_a_feature_was_made_from_tells_draws_apart(tmp_path, selection, augment):
+    """Draws are keyed by a clip's place; in a list of another order its stored features would be of another sample."""
+
+    def turn_round(tree):
+        entries = list(tree.items())
+        tree.clear()
+        tree.update(reversed(entries))
+
+    more = {**SIZES, "num_frames": 5, "with_content": True, "subject_selection": selection, "ref_augment": augment}
+    one = OpenS2VAdapterDataset(*part_paths("dataset1"), **more)
+    other = OpenS2VAdapterDataset(*damaged(tmp_path, turn_round), **more)
+    moved = []
+    for place in range(len(one)):
+        a, b = one.sample(place, 0), other.sample(len(one) - 1 - place, 0)
+        assert a["key"] == b["key"]
+        moved.append(a["frame_indices"].tolist() != b["frame_indices"].tolist())
+        assert moved[-1] == (content_of("vae", a) != content_of("vae", b))
+        if not augment:
+            is_other = a["meta"]["annotation_idx"] != b["meta"]["annotation_idx"]
+            assert is_other == (content_of("clip", a) != content_of("clip", b))
+        elif place != len(one) - 1 - place:
+            assert content_of("clip", a) != content_of("clip", b)
+    assert any(moved)
+
+
+def test_tags_are_part_of_what_a_feature_was_made_from_where_they_choose(tmp_path):
+    def change(tree):
+        first_entry(tree)["word_tags"]["subject"] = ["nothing"]
+
+    for groups, differ in ((None, False), (["subject"], True)):
+        more = {**SIZES, "num_frames": 1, "with_content": True, "subject_tag_groups": groups}
+        paths = part_paths("dataset1"), damaged(tmp_path, change)
+        old, new = (OpenS2VAdapterDataset(*place, **more).sample(0, 0) for place in paths)
+        assert differ == (content_of("clip", old) != content_of("clip", new))

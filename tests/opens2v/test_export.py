@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from opens2v import export, train
 from opens2v.model import is_reference_name
+from opens2v.modules.lora import add_lora
 from opens2v.weights.base import load_generator
+from opens2v.weights.export import load_init
 from opens2v.weights.open import load_trained_model
 from opens2v.weights.wan import load_generator_checkpoint, read_generator_state, to_original_name
 from shared.errors import UserError
@@ -100,6 +102,87 @@ def test_references_and_lora_start_a_second_stage(run, tmp_path):
         train.main.__wrapped__([*more, "--init-from", str(run), "--output-dir", str(tmp_path / "no")])
     with pytest.raises(UserError, match="init_from nowhere: not found"):
         train.main.__wrapped__([*more, "--init-from", "nowhere", "--output-dir", str(tmp_path / "no")])
+
+
+def adapted(alpha: float):
+    """A tiny model with LoRA of rank 2 on its attention."""
+    model = tiny_model()
+    add_lora(model, rank=2, alpha=alpha, target_modules=["to_q", "to_k", "to_v", "to_out"], scope=["attn1", "attn2"])
+    return model.eval()
+
+
+def spelled(lora: dict, layer_name, sides: tuple[str, str]) -> dict:
+    """LoRA by layer and side under the names of another program."""
+    names = {"lora_A": sides[0], "lora_B": sides[1]}
+    return {f"{layer_name(name.rsplit('.', 1)[0])}.{names[name[-6:]]}.weight": v for name, v in lora.items()}
+
+
+def original(layer: str) -> str:
+    return to_original_name(f"{layer}.weight").removesuffix(".weight")
+
+
+AB, DOWN_UP = ("lora_A", "lora_B"), ("lora_down", "lora_up")
+LORA_FORMS = {  # how others call a layer, its two sides, and whether alpha lies beside
+    "diffusers": (lambda layer: f"transformer.{layer}", AB, False),
+    "comfyui": (lambda layer: f"diffusion_model.{original(layer)}", AB, True),
+    "comfyui, down and up": (lambda layer: f"diffusion_model.{original(layer)}", DOWN_UP, True),
+    "kohya": (lambda layer: f"lora_unet_{original(layer).replace('.', '_')}", DOWN_UP, True),
+    "peft": (lambda layer: f"base_model.model.{layer}", AB, False),
+    "original": (lambda layer: original(layer), AB, False),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", ["file", "folder", "pt", "bin in a folder"])
+@pytest.mark.parametrize("form", LORA_FORMS)
+def test_lora_of_other_programs_comes_in_with_its_strength(tmp_path, form, place):
+    trained, model = adapted(8.0), adapted(2.0)
+    for name, parameter in trained.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_(0, 0.3)
+    lora = export.lora_of({name: value for name, value in trained.state_dict().items() if "lora_" in name})
+    layer_name, sides, has_alpha = LORA_FORMS[form]
+    if not has_alpha:
+        lora = {name: value * (8.0 / 2 if name.endswith("lora_B") else 1) for name, value in lora.items()}
+    state = {name: value.contiguous() for name, value in spelled(lora, layer_name, sides).items()}
+    if has_alpha:
+        state |= {f"{layer_name(name.rsplit('.', 1)[0])}.alpha": torch.tensor(8.0) for name in lora}
+    path = (
+        tmp_path / {"file": "a.safetensors", "folder": "a.safetensors", "pt": "a.pt", "bin in a folder": "a.bin"}[place]
+    )
+    if place in ("file", "folder"):
+        save_file(state, path)
+    else:
+        torch.save({"generator_lora": state, "step": 3} if place == "pt" else state, path)
+    load_init(model, tmp_path if "folder" in place else path)
+    given = torch.randn(1, 16, 2, 4, 8), torch.tensor([500.0]), torch.randn(1, 24, 32)
+    wanted = trained(*given).sample
+    assert (
+        (model(*given).sample - wanted).abs().max() < 1e-5 < 1e-2 < (tiny_model()(*given).sample - wanted).abs().max()
+    )
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "module.", "diffusion_model.", "transformer."])
+@pytest.mark.parametrize("rename", [str, to_original_name])
+def test_reference_modules_come_in_under_every_prefix(tmp_path, prefix, rename):
+    trained, model = tiny_model(), tiny_model()
+    state = {name: torch.randn_like(value) for name, value in trained.state_dict().items() if is_reference_name(name)}
+    torch.save({"generator": {prefix + rename(name): value for name, value in state.items()}}, tmp_path / "a.pt")
+    load_init(model, tmp_path / "a.pt")
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
+
+
+def test_what_holds_no_adapters_is_refused_as_a_start(tmp_path):
+    save_file({name: value.clone() for name, value in tiny_state().items()}, tmp_path / "base.safetensors")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.pt").write_text("nothing")
+    for path, message in (
+        (tmp_path / "base.safetensors", "holds neither reference modules nor LoRA"),
+        (tmp_path / "empty", "holds no checkpoint and no weights file"),
+        (tmp_path / "text.pt", "cannot be read as weights"),
+    ):
+        with pytest.raises(UserError, match=f"init_from {path}: {message}"):
+            load_init(adapted(2.0), path)
 
 
 def test_an_own_full_model_pt_with_lora_is_a_base_with_lora_merged(tmp_path, recwarn):

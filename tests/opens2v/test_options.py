@@ -12,10 +12,11 @@ import torch
 from opens2v import train
 from opens2v.config import SAMPLE_DATA, Config, ModelConfig
 from opens2v.dataset import create_opens2v_dataloader, training_set, validation_set
+from opens2v.generate import GenerateOptions
 from opens2v.modules.conditions import Conditions
 from opens2v.objective import RefImageFlowMatching, frame_mask
 from opens2v.sampling.scheduler import FlowMatchScheduler
-from opens2v.sampling.video import SamplerSettings, VideoSampler
+from opens2v.sampling.video import SamplerSettings, VideoSampler, sampler_settings, video_rate
 from opens2v.weights.base import new_transformer
 from shared.config import load_saved
 from shared.errors import UserError
@@ -113,6 +114,8 @@ def test_num_train_timestep_is_the_number_of_levels_and_leaves_their_scale(tmp_p
     assert len(drawn) == 10 and torch.equal(drawn.flip(0), objective.scheduler.timesteps)
     # What the network is given for a level of noise is what sampling gives it.
     assert torch.equal(drawn.flip(0), FlowMatchScheduler(3.0).inference_timesteps(10)) and drawn.max() == 1000
+    last = FlowMatchScheduler(3.0, 0.1, False).inference_sigmas(4)[-1]  # 0.1 before the shift
+    assert last == pytest.approx(3 * 0.1 / (1 + 2 * 0.1))
     assert table.weights.mean().item() == pytest.approx(1) and torch.equal(table.sigma_of(drawn) * 1000, drawn)
 
 
@@ -162,3 +165,21 @@ def test_files_that_name_former_settings_are_read(tmp_path):
     part = ["--val-json-paths", str(SAMPLE_DATA / "step5/merge_final_json/dataset1.json")]
     config = parse(tmp_path, *part, "--val-video-base-paths", SAMPLE_DATA / "step0/videos/dataset1")
     assert np.isfinite(validation_set(config).sample(0, 0)["ref_pixels"]).all()
+
+
+def test_drawn_clips_move_as_the_training_clips_do():
+    """24 frames a second, every third of them; and as the settings say where they say it."""
+    assert video_rate(train.parse(QUICK)) == 8.0
+    assert video_rate(train.parse([*QUICK, "--sample-stride", "2"])) == 12.0
+    assert video_rate(train.parse([*QUICK, "--target-fps", "10"])) == 10.0
+    nowhere = train.parse(QUICK)
+    nowhere.data = nowhere.data.model_copy(update={"json_paths": ["nowhere.json"]})
+    assert video_rate(nowhere) == 16.0
+
+
+def test_samples_of_a_run_are_drawn_as_generate_draws():
+    config = train.parse(["--config", "default"])
+    unsaid = GenerateOptions()
+    names = ("sampler", "shift", "guidance", "guidance_scale", "img_guidance_scale", "ref_scale", "seed")
+    said = sampler_settings(config, steps=unsaid.steps, **{name: getattr(unsaid, name) for name in names})
+    assert said == sampler_settings(config)

@@ -154,6 +154,10 @@ def test_what_cannot_work_is_said_at_once(videos, tmp_path, options, message):
     (videos / "steady.txt").unlink()
     with pytest.raises(UserError, match="1 videos have no caption, the first is steady.mp4"):
         prepare.main.__wrapped__(["--videos", str(videos), "--output", str(tmp_path / "out"), "--masks", "."])
+    (videos / "._cut.mp4").write_bytes(b"what a Mac leaves beside a file")
+    (videos / "steady.mp4").rename(videos / "cut.mov")
+    with pytest.raises(UserError, match="cut.mov and cut.mp4 would have one key"):
+        prepare.main.__wrapped__(["--videos", str(videos), "--output", str(tmp_path / "out"), "--masks", "."])
 
 
 def test_a_detector_and_a_segmenter_find_follow_and_cut_out(videos, tmp_path, monkeypatch):
@@ -239,3 +243,45 @@ def test_detector_and_segmenter_of_transformers_run_from_local_folders(videos, n
     assert all(entry["word_tags"]["subject"] == ["red square"] for entry in entries.values())
     with pytest.raises(UserError, match="cannot be loaded"):
         prepare.Finder(str(tmp_path), str(networks / "sam"), "cpu", 0.0)
+
+
+def test_a_file_belongs_to_the_video_with_the_longest_name_that_fits(tmp_path):
+    for name in ("walk.mp4", "walk_12.mp4", "walk[1].mp4", "walk.png", "walk_3.png", "walk_12.png", "walk_12_7.png"):
+        (tmp_path / name).write_bytes(b"")
+    for name in ("walker.png", "walk[1].png", "walk1.png"):
+        (tmp_path / name).write_bytes(b"")
+    owned = {
+        video: [path.name for path in prepare.own_files(tmp_path, tmp_path / video) if path.suffix == ".png"]
+        for video in ("walk.mp4", "walk_12.mp4", "walk[1].mp4")
+    }
+    assert owned == {
+        "walk.mp4": ["walk.png", "walk_3.png"],
+        "walk_12.mp4": ["walk_12.png", "walk_12_7.png"],
+        "walk[1].mp4": ["walk[1].png"],
+    }
+
+
+@pytest.mark.parametrize(
+    "table, text, message",
+    [
+        ("a.jsonl", '{"file": "steady.mp4", "caption": null}', "caption None and subject None of steady.mp4"),
+        ("a.jsonl", '{"file": "steady.mp4", "caption": "x", "subject": 3}', "must be texts"),
+        ("a.jsonl", '["steady.mp4", "x"]', "cannot be read"),
+        ("a.csv", "file;caption\nsteady.mp4;x", "file and caption are needed"),
+        ("a.csv", "file,caption\nsteady.mp4", "caption None"),
+        ("a.csv", "file,caption\nsteady.mp4,\udce4", "as UTF-8"),
+    ],
+)
+def test_a_table_that_holds_no_captions_says_so(tmp_path, table, text, message):
+    (tmp_path / "steady.mp4").write_bytes(b"")
+    (tmp_path / table).write_bytes(text.encode("utf-8", "surrogateescape"))
+    options = ["--videos", str(tmp_path), "--output", str(tmp_path), "--masks", str(tmp_path)]
+    with pytest.raises(UserError, match=message):
+        prepare.main.__wrapped__([*options, "--captions", str(tmp_path / table)])
+
+
+def test_two_videos_of_one_name_are_refused(tmp_path):
+    for name in ("a.mp4", "a.MOV", "b.mp4"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match="a.MOV and a.mp4 would have one key"):
+        prepare.main.__wrapped__(["--videos", str(tmp_path), "--output", str(tmp_path), "--masks", str(tmp_path)])

@@ -16,7 +16,7 @@ from opens2v.evaluation.preview import conditions_for
 from opens2v.evaluation.scene_use import scene_figures
 from shared.errors import UserError
 from shared.media.pictures import as_rgb
-from tests.opens2v.cases import SCENES
+from tests.opens2v.cases import QUICK, SCENES
 
 SHEET = SAMPLE_DATA / "drawings.json"
 
@@ -98,6 +98,7 @@ def test_a_folder_of_pictures_and_what_is_none(tmp_path):
         picture = Image.new("RGBA", (20, 20))
         picture.paste((200, 10 * place, 30, 255), (4, 4, 16, 16))
         picture.save(tmp_path / f"thing_{place}.png")
+    (tmp_path / "._thing_0.png").write_bytes(b"what a Mac leaves beside a file")
     command = [*SCENES, "--scenes", str(tmp_path), "--base-steps", "1", "--total-steps", "1"]
     config = train.parse([*command, "--output-dir", str(tmp_path / "out")])
     assert scene_set(config, "train").sample(0, 0)["subject_names"][0].startswith("thing")
@@ -117,3 +118,12 @@ def test_a_folder_of_pictures_and_what_is_none(tmp_path):
 def test_clips_that_are_given_win_over_the_presets_scenes():
     config = train.parse(["--config", "small", "--json-paths", "a.json", "--video-base-paths", "v"])
     assert config.data.scenes is None and config.data.json_paths == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    "option", [["--only-keys", "cat"], ["--sample-stride", "2"], ["--use-bbox"], ["--recolour-probability", "0.5"]]
+)
+def test_a_choice_among_clips_is_refused_for_scenes(option):
+    with pytest.raises(UserError, match=f"{option[0][2:].replace('-', '_')}: for clips alone.*give json_paths"):
+        train.parse(["--config", "small", *option])
+    train.parse([*QUICK, *option])

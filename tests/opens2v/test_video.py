@@ -60,6 +60,64 @@ def test_a_number_is_the_same_frame_alone_together_and_counted(tmp_path, timing,
     assert np.allclose(frame_times(path), (TIMINGS[timing]() - TIMINGS[timing]()[0]) / 1000, atol=2e-3)
 
 
+def without(source, path, lost):
+    """A copy of a clip's packets without those that are lost."""
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        stream = old.streams.video[0]
+        copy = new.add_stream_from_template(stream)
+        for number, packet in enumerate(old.demux(stream)):
+            if packet.dts is not None and number not in lost:
+                packet.stream = copy
+                new.mux(packet)
+    return path
+
+
+OPEN = {"bf": "3", "x264-params": "open-gop=1:keyint=12:min-keyint=12"}
+HEVC = {"x265-params": "open-gop=1:keyint=12:min-keyint=12:bframes=3:log-level=none"}
+CUTS = {  # codec, its options, the packets that are not there, container
+    "before a key frame": ("libx264", {"bf": "3"}, range(5), "mkv"),
+    "before a key frame, mp4": ("libx264", {"bf": "3"}, range(5), "mp4"),
+    "open groups": ("libx264", OPEN, range(12), "mkv"),
+    "open groups of H.265": ("libx265", HEVC, range(12), "mkv"),
+    "H.265 before a key frame": ("libx265", HEVC, range(7), "mp4"),
+    "in the middle": ("libx264", {"bf": "3"}, (20, 21, 30), "mp4"),
+    "nothing, AVI": ("libx264", {"bf": "3"}, (), "avi"),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_frames_that_cannot_be_shown_do_not_move_the_others(tmp_path, cut):
+    codec, options, lost, suffix = CUTS[cut]
+    whole = write_clip(tmp_path / f"whole.{suffix if suffix == 'avi' else 'mp4'}", np.arange(60) * 40, codec, **options)
+    path = without(whole, tmp_path / f"cut.{suffix}", lost) if lost else whole
+    count, truth = len(frame_times(path)), decoded(path)
+    alone = np.concatenate([read_frames(path, [number]) for number in range(count)])
+    assert np.array_equal(alone, read_frames(path, range(count)))
+    if cut != "in the middle":
+        assert np.array_equal(alone, np.stack(truth))
+    else:  # the frames lost are counted, and the one before each stands for it: grey level 2 i within a frame or two
+        assert count == 57
+        assert np.abs(alone.mean((1, 2, 3)) - np.delete(2 * np.arange(60), lost)).max() < 9
+
+
+def test_a_cover_picture_is_not_the_clip(tmp_path):
+    """Of several streams of pictures, the one that moves; and frames that change their size are no clip."""
+    whole, path = write_clip(tmp_path / "whole.mp4", np.arange(60) * 40), tmp_path / "covered.mkv"
+    with av.open(str(whole)) as old, av.open(str(path), "w") as new:
+        cover = new.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 16, 16, "yuvj420p"
+        copy = new.add_stream_from_template(old.streams.video[0])
+        picture = av.VideoFrame.from_ndarray(np.full((16, 16, 3), 255, np.uint8), format="rgb24")
+        picture.pts, picture.time_base = 0, Fraction(1, 25)
+        new.mux(cover.encode(picture))
+        for packet in old.demux(old.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = copy
+                new.mux(packet)
+    assert len(frame_times(path)) == 60
+    assert np.array_equal(read_frames(path, [7, 40]), read_frames(whole, [7, 40]))
+
+
 def test_a_clip_that_states_a_turn_is_turned(tmp_path):
     path = part_paths("dataset1")[1] / "clip0001_part1.mp4"
     path = shutil.copy(path, tmp_path / "clip.mp4")

@@ -345,11 +345,11 @@ def test_no_reader_of_weights_passes_on_the_advice_to_trust_a_file(tmp_path):
     from dit.weights.guide import read_weights_file as of_dit
     from multimodal.weights.files import read_payload
     from opens2v.weights.export import read_trained
-    from opens2v.weights.wan import _read_file
+    from opens2v.weights.wan import read_tensors_file
 
     torch.save({"model": Thing()}, tmp_path / "thing.pt")
     (tmp_path / "words.pt").write_text("words")
-    for read in (of_dit, read_payload, read_trained, _read_file, load_weights):
+    for read in (of_dit, read_payload, read_trained, read_tensors_file, load_weights):
         for name, said in (("thing.pt", "holds Python objects"), ("words.pt", "cannot be read as weights")):
             with pytest.raises(CheckpointError, match=said) as found:
                 read(tmp_path / name)
