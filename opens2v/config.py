@@ -240,7 +240,7 @@ def lora_pattern(target_modules: Sequence[str], scope: Sequence[str]) -> str:
     if unknown or not target_modules or not scope:
         raise UserError(
             f"adapter.target_modules: {', '.join(unknown) or 'no layer'} not known; there are {', '.join(ATTENTION)}, "
-            "which are diffusers' names, also for weights that came under the original ones q, k, v, o; and a scope"
+            "the names of diffusers, also for weights that came under the original names q, k, v, o; and a scope"
         )
     layers = [r"to_out\.0" if name.removesuffix(".0") == "to_out" else name for name in target_modules]
     return rf"blocks\.\d+\.({'|'.join(scope)})\.({'|'.join(layers)})"
