@@ -184,6 +184,9 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _agrees(self) -> "ModelConfig":
+        for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_target"):
+            if not self.use_lora and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} {getattr(self, name)} changes nothing without use_lora; add --use-lora")
         if self.quantization != "none" and not self.use_lora:
             raise ValueError(
                 f"quantization {self.quantization} stores frozen weights, which cannot be trained; add --use-lora, "
@@ -232,6 +235,12 @@ class SceneConfig(Section):
     edit: float = setting(0.25, "share of scenes that are changed as told", ge=0)
     talk: float = setting(0.1, "share of conversations that draw, ask and change", ge=0)
 
+    @model_validator(mode="after")
+    def _something_to_do(self) -> "SceneConfig":
+        if not self.draw + self.ask + self.edit + self.talk:
+            raise ValueError("draw, ask, edit and talk are all 0: give at least one of them a share")
+        return self
+
 
 class DataConfig(Section):
     """Records, pictures, and how they fill packs."""
@@ -254,7 +263,7 @@ class DataConfig(Section):
         "tokens: packs of at most tokens_per_batch; samples: batch_size samples a pack; reference: the released loop",
         fixed=True,
     )
-    tokens_per_batch: int = setting(32768, "tokens of a full pack", "max_num_tokens", fixed=True, ge=8)
+    tokens_per_batch: int = setting(32768, "tokens of a full pack", "max_num_tokens", fixed=True, ge=8, le=10**8)
     buffer_size: int = setting(50, "samples that wait for a pack they fit in", "max_buffer_size", fixed=True, ge=1)
     expected_num_tokens: int = setting(32768, "a pack is emitted from this length on (reference)", fixed=True, ge=1)
     prefer_buffer_before: int = setting(16384, "below this length the buffer comes first (reference)", fixed=True, ge=0)

@@ -20,7 +20,7 @@ import json
 from typing import TYPE_CHECKING, Any, Literal
 
 from shared.config import Section, load_config, setting
-from shared.errors import UserError, command, write_text, written_aside
+from shared.errors import UserError, check_output, command, write_text, written_aside
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -123,8 +123,7 @@ def check(options: Options) -> list[str] | None:
     """The prompts, None: those of the run's data; refuses what cannot work before a model is loaded."""
     if options.prompt is not None and options.prompts is not None:
         raise UserError("give --prompt TEXT or --prompts FILE, not both")
-    if Path(options.output).suffix not in (".png", ".txt", ".json"):
-        raise UserError(f"--output {options.output}: unknown kind; use .png, .txt or .json")
+    check_output(options.output, (".png", ".txt", ".json"))
     if options.prompt is not None:
         return [options.prompt]
     if options.image or options.task not in ("auto", "t2i") or options.think or Path(options.output).suffix != ".png":
@@ -136,6 +135,10 @@ def check(options: Options) -> list[str] | None:
         return None
     if not Path(options.prompts).is_file():
         raise UserError(f"--prompts {options.prompts}: no such file; give a text file with one prompt a line")
+    if Path(options.prompts).suffix in (".json", ".jsonl", ".csv", ".yaml", ".parquet"):
+        raise UserError(
+            f"--prompts {options.prompts}: a text file with one prompt a line is read; this is no such file"
+        )
     try:
         text = Path(options.prompts).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

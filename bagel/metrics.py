@@ -16,21 +16,31 @@ import json
 
 from bagel.config import MetricsOptions
 from shared.config import load_config
-from shared.errors import UserError, command, write_text
+from shared.errors import UserError, check_output, command, write_text
+
+
+def check_given(options: MetricsOptions) -> None:
+    """What is named for a metric must be there: only what is not given leaves a metric out."""
+    from shared.engine.preflight import check_folder
+
+    for name in ("bertscore_model", "clip_model"):
+        check_folder(name, getattr(options, name))
+    if options.nltk_data is not None and not Path(options.nltk_data).is_dir():
+        raise UserError(f"--nltk-data {options.nltk_data}: no such folder; give the one that holds corpora/wordnet")
+    if options.fid_weights is not None and not Path(options.fid_weights).is_file():
+        raise UserError(f"--fid-weights {options.fid_weights}: no such file; give the Inception weights")
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     """Read the options, evaluate, write the figures and the report."""
     options = load_config(MetricsOptions, argv=argv, description=__doc__)
-    output = Path(options.output or Path(options.checkpoint) / "metrics.json")
-    if output.suffix != ".json":
-        raise UserError(f"--output {output}: give a .json file")
+    output = check_output(options.output or Path(options.checkpoint) / "metrics.json", (".json",))
+    check_given(options)
     from bagel.evaluation.figures import evaluate, write_bagel_report
     from bagel.weights.open import open_model
 
     opened = open_model(options.checkpoint, model_path=options.base, prefer_ema=options.ema, device=options.device)
-    output.parent.mkdir(parents=True, exist_ok=True)
     figures, samples = evaluate(opened, options, output.parent / "report_samples")
     write_text(output, json.dumps(figures, ensure_ascii=False, indent=1) + "\n")
     write_bagel_report(output.parent, figures, samples, " ".join(["python bagel/metrics.py", *(argv or sys.argv[1:])]))

@@ -21,7 +21,7 @@ if not __package__:
 
 from dit.config import GenerateOptions
 from shared.config import load_config
-from shared.errors import UserError, command
+from shared.errors import UserError, check_output, command
 
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
     load_config(GenerateOptions, description=__doc__)
@@ -44,6 +44,21 @@ from shared.metrics import colour_caption
 from shared.rng import keyed_generator
 
 _DRAW = 41  # random stream
+OTHER_KINDS = (
+    ".jpg",
+    ".jpeg",
+    ".gif",
+    ".webp",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".svg",
+    ".pdf",
+    ".mp4",
+    ".npz",
+    ".txt",
+    ".json",
+)
 LARGEST_GRID = 1024  # pictures in one .png
 
 
@@ -132,6 +147,10 @@ def _prompts_of(path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise UserError(f"--prompts {path}: not UTF-8 ({error}); save it as UTF-8") from None
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if path.suffix in (".json", ".csv", ".yaml", ".parquet"):
+        raise UserError(
+            f"--prompts {path}: {path.suffix} is not read; give a .txt with one caption a line, or a .jsonl"
+        )
     if path.suffix != ".jsonl":
         return [line.strip() for _, line in numbered]
     found = []
@@ -332,9 +351,13 @@ def main(argv: list[str] | None = None) -> None:
     options = load_config(GenerateOptions, argv=argv, description=__doc__)
     if not options.checkpoint:
         raise UserError("--checkpoint is not set; give the folder of a training run")
-    config, output = saved_settings(Path(options.checkpoint))[0], Path(options.output)
-    wanted = requests(options, config)
+    output = Path(options.output)
     is_grid = output.suffix.lower() == ".png"
+    if output.suffix.lower() in OTHER_KINDS:
+        raise UserError(f"--output {output}: pictures are written as .png; give a name that ends so, or a folder")
+    check_output(output, folder=not is_grid)
+    config = saved_settings(Path(options.checkpoint))[0]
+    wanted = requests(options, config)
     if is_grid and options.latents_only:
         raise UserError("--latents-only writes a folder; give an --output that does not end in .png")
     if is_grid and len(wanted) > LARGEST_GRID:

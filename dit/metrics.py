@@ -20,7 +20,7 @@ if not __package__:
 
 from dit.config import METRICS, DrawOptions, GenerateOptions, MetricsOptions
 from shared.config import load_config
-from shared.errors import UserError, command
+from shared.errors import UserError, check_output, command
 
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
     load_config(MetricsOptions, description=__doc__)
@@ -341,12 +341,17 @@ def _wanted(options: MetricsOptions, trained: Trained | None) -> list[str]:
 
 
 def _asked_for(options: MetricsOptions) -> list[str]:
-    return [] if options.metrics == "auto" else [name for name in map(str.strip, options.metrics.split(",")) if name]
+    names = [name for name in map(str.strip, options.metrics.split(",")) if name]
+    if not names:
+        raise UserError(f"--metrics is empty; use auto, or some of {', '.join(METRICS)}")
+    return [] if names == ["auto"] else names
 
 
 def _check(options: MetricsOptions) -> None:
     """Refuse what cannot be measured, before anything is computed."""
     wanted = _asked_for(options)
+    if options.output:
+        check_output(options.output)
     if unknown := [name for name in wanted if name not in METRICS]:
         raise UserError(f"--metrics {unknown[0]}: use some of {', '.join(METRICS)}")
     if not options.checkpoint and options.pictures is None:

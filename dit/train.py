@@ -7,6 +7,8 @@
 The same command again resumes. `--config configs/train_config.yaml` reads the guide's form of the settings.
 """
 
+import contextlib
+import io
 import json
 import sys
 from pathlib import Path
@@ -44,7 +46,7 @@ from dit.objective import Trainer
 from dit.plan import workload
 from dit.sampling.drawing import grid, to_uint8
 from dit.weights.autoencoder import prepare_codec
-from dit.weights.convert import load_pretrained
+from dit.weights.convert import load_pretrained, read_state
 from dit.weights.guide import is_guide_folder
 from dit.weights.open import build_model, cached_codec, make_vae
 from shared.data import BatchPlan, MapStream
@@ -122,6 +124,17 @@ def _keep_pretrained(config: Config, folder: Path) -> None:
     if config.model.pretrained_path not in (None, began_with):
         print(f"warning: --pretrained is not read: the run goes on from {folder}", file=sys.stderr)
     config.model.pretrained_path = began_with
+
+
+def _check_pretrained(config: Config) -> None:
+    """Refuse weights that cannot be read or do not fit before a codec is fitted; their report comes later."""
+    path = str(config.model.pretrained_path)
+    if config.model.type == "prx":
+        read_state(Path(path))
+        return
+    scale = config.flow.time_scale if config.diffusion.objective == "flow" else None
+    with torch.device("meta"), contextlib.redirect_stderr(io.StringIO()):
+        load_pretrained(build_model(config), path, time_scale=scale)
 
 
 class Parts(NamedTuple):
@@ -207,6 +220,8 @@ def main(argv: list[str] | None = None) -> None:
     going_on = from_main(_checkpoint_to_resume(config) if info.is_main else None)
     if going_on is not None:
         _keep_pretrained(config, going_on)
+    elif config.model.pretrained_path:
+        _check_pretrained(config)
     if config.data.cache_dir is not None:
         parts = _from_cache(config, sets, info)
     else:

@@ -229,6 +229,12 @@ class TrainingConfig(_GuideNames):
     sigma_max: float = setting(1.0, "scale of the noise at t = 0", fixed=True, gt=0)
     time_sampling: Literal["uniform", "logit_normal"] = setting("uniform", "distribution of training times", fixed=True)
 
+    @model_validator(mode="after")
+    def _noise_falls(self) -> "TrainingConfig":
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min} must be below sigma_max {self.sigma_max}")
+        return self
+
     @property
     def window_only(self) -> bool:
         """Whether the previous frames' velocity is left out: no loss asks for it (compiled blocks keep one length)."""

@@ -17,7 +17,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from shared.config import Section, load_config, setting
-from shared.errors import UserError, command
+from shared.errors import UserError, check_output, command
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -261,6 +261,10 @@ def _check(options: GenerateOptions) -> None:
             raise UserError(f"{flag} {value}: a folder; give one file")
     if options.output is not None and Path(options.output).is_dir():
         raise UserError(f"--output {options.output}: a folder; give the name of an mp4, or --res-dir {options.output}")
+    if options.output is not None:
+        check_output(options.output, (".mp4", ".m4v", ".mov", ""))
+    else:
+        check_output(options.res_dir, flag="--res-dir", folder=True)
     if options.emo != FROM_SPEECH:
         emotion_index(options.emo)
         if options.dynamic_emotion:

@@ -19,7 +19,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from shared.config import Section, load_config, setting
-from shared.errors import UserError, command, write_text
+from shared.errors import UserError, check_output, command, write_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -199,6 +199,8 @@ def main(argv: list[str] | None = None) -> dict:
     options = load_config(MetricsOptions, argv=argv, description=__doc__)
     if not options.seeds:
         raise UserError("--seeds is empty; give one seed or more")
+    if options.output is not None:
+        check_output(options.output)
     scores: dict = feature_scores(options)
     if options.checkpoint is not None:
         if not Path(options.checkpoint).exists():

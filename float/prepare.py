@@ -31,7 +31,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from shared.config import Section, load_config, setting
-from shared.errors import BadSample, UserError, command, write_text
+from shared.errors import BadSample, UserError, check_output, command, write_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -350,12 +350,16 @@ def _stamp(source: Source, options: PrepareOptions) -> str:
 def prepare(options: PrepareOptions) -> Path:
     """Make the clips of all videos; returns the folder. UserError where no clip comes out."""
     from float.data.face import YuNet
+    from float.data.media import VIDEO_SUFFIXES
 
     if options.data_root is None or options.output_dir is None:
         raise UserError("--data-root and --output-dir are both needed: raw videos, and the folder for their clips")
     root, folder = Path(options.data_root), Path(options.output_dir)
     if folder.resolve() == root.resolve():
         raise UserError(f"--output-dir {folder}: is the folder of the raw videos; give another")
+    if root.is_file() and root.suffix.lower() not in VIDEO_SUFFIXES:
+        raise UserError(f"--data-root {root}: no video ({', '.join(VIDEO_SUFFIXES)}); give one, or a folder of videos")
+    check_output(folder, flag="--output-dir", folder=True)
     YuNet(options.face_detector)  # says what is missing before anything is read
     sources = [s for s in find_sources(root) if folder.resolve() not in Path(s.video).resolve().parents]
     jobs, results, started = [(source, options, str(folder)) for source in sources], [], time.monotonic()

@@ -20,7 +20,7 @@ if not __package__:
 
 from float.config import AUTOENCODER_PRESETS, PRESETS, AutoencoderConfig, Config, data_root, features_dir
 from shared.config import accumulation_steps, load_config
-from shared.errors import UserError, command, write_text
+from shared.errors import UserError, check_output, command, write_text
 
 if TYPE_CHECKING:
     from float.dataset import FLOATDataset
@@ -41,21 +41,29 @@ def check(config: Config, world: int) -> None:
     """UserError for what preflight() cannot know and would stop the run later, however long its first phase takes."""
     from float.data.clips import find_clips
     from float.data.media import count_frames
-    from float.modules.audio import config_of
-    from float.weights.open import check_weights
+    from float.modules.audio import AudioEncoder, config_of
+    from float.modules.emotion import WITHOUT, Audio2Emotion
+    from float.weights.open import check_weights, load_generator, make_generator
     from shared.flow import check_solver
 
     model, data, training = config.model, config.data, config.training
     check_solver(model.ode_method)
+    check_output(features_dir(config), flag="--features-dir", folder=True)
     if model.audio_features == "wav2vec2":
         config_of(model.wav2vec_model_path)
+        if model.autoencoder_path is None:  # phase 1 takes hours before phase 2 opens it
+            AudioEncoder.from_pretrained(model.wav2vec_model_path, only_last_features=model.only_last_features)
     if config.synthetic:
         return
     if data.emotion_source in ("ser", "mixed"):
-        config_of(model.audio2emotion_path)
+        config_of(model.audio2emotion_path, WITHOUT)
+        if model.autoencoder_path is None:
+            Audio2Emotion.from_pretrained(model.audio2emotion_path)
     for flag, path in (("--autoencoder-path", model.autoencoder_path), ("--fmt-path", model.fmt_path)):
         if path is not None:
             check_weights(flag, path)
+    if model.fmt_path is not None and model.autoencoder_path is None:  # read now as well: phase 1 comes first
+        load_generator(make_generator(model, data), model.fmt_path)
     root = data_root(data)
     clips, _ = find_clips(root, data.train_split), find_clips(root, data.val_split)
     counts = [count_frames(clip.video, data.video_fps) for clip in clips]

@@ -24,7 +24,7 @@ from multimodal.download.archives import ArchiveError, count_files, unpack  # no
 from multimodal.download.catalogue import AUDIOCAPS_2, SETS, ManualFile, RemoteFile, RemoteSet  # noqa: E402
 from multimodal.download.fetch import DownloadError, Policy, digest, fetch  # noqa: E402
 from shared.config import Section, load_config, setting  # noqa: E402
-from shared.errors import UserError, command, write_text, written_aside  # noqa: E402
+from shared.errors import UserError, check_output, command, write_text, written_aside  # noqa: E402
 
 MARKER = ".complete.json"
 FAILED, MANUAL = 3, 4
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     names = list(SETS) if "all" in options.datasets else list(dict.fromkeys(options.datasets))
     sets = [AUDIOCAPS_2 if name == "audiocaps" and options.audiocaps_version == "2.0" else SETS[name] for name in names]
     bases = read_bases(options.base_url)
-    root = Path(options.data_root)
+    root = check_output(options.data_root, flag="--data-root", folder=True)
     todo = [found for found in sets if not (options.skip_existing and is_complete(root / found.name, found, options))]
     needed = sum(bytes_needed(found, root / found.name, options) for found in todo)
     if options.dry_run:

@@ -21,7 +21,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from shared.config import Section, load_config, setting  # noqa: E402
-from shared.errors import UserError, command, write_text, written_aside  # noqa: E402
+from shared.errors import UserError, check_output, command, write_text, written_aside  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,7 +96,7 @@ def encode(options: EncodeOptions) -> Path:
 
     from multimodal.weights.open import Embedder, files_below
 
-    output = Path(options.output)
+    output = check_output(options.output, (".safetensors", ".parquet"))
     given = [name for name in KINDS if getattr(options, name) is not None]
     if len(given) != 1:
         raise UserError(f"give one of --images, --texts and --audio; found {' and '.join(given) or 'none'}")

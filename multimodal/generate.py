@@ -17,7 +17,7 @@ from multimodal.config import DatasetName  # noqa: E402
 from multimodal.metrics import DataOptions, records_of  # noqa: E402
 from multimodal.metrics import Options as MetricsOptions  # noqa: E402
 from shared.config import Section, load_config, setting  # noqa: E402
-from shared.errors import UserError, command, write_text  # noqa: E402
+from shared.errors import UserError, check_output, command, write_text  # noqa: E402
 
 
 class Options(Section):
@@ -38,9 +38,7 @@ class Options(Section):
 def main(argv: list[str] | None = None) -> None:
     """Embed one split and write what lies nearest."""
     options = load_config(Options, argv=argv, description=__doc__)
-    output = Path(options.output)
-    if output.suffix not in (".png", ".json"):
-        raise UserError(f"--output {output}: .png or .json is wanted")
+    output = check_output(options.output, (".png", ".json"))
     from multimodal.data.records import ListRecords
     from multimodal.weights.open import Embedder
 

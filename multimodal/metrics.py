@@ -17,7 +17,7 @@ if not __package__:
 
 from multimodal.config import ITEMS, Config, DatasetName  # noqa: E402
 from shared.config import Section, load_config, setting  # noqa: E402
-from shared.errors import UserError, command, write_text  # noqa: E402
+from shared.errors import UserError, check_output, command, write_text  # noqa: E402
 
 if TYPE_CHECKING:
     from multimodal.data.records import Record, Records
@@ -74,6 +74,7 @@ class Options(Section):
 def main(argv: list[str] | None = None) -> None:
     """Measure and write."""
     options = load_config(Options, argv=argv, description=__doc__)
+    output = check_output(options.output)
     from multimodal.weights.open import Embedder
 
     embedder = Embedder.load(
@@ -98,9 +99,6 @@ def main(argv: list[str] | None = None) -> None:
         found["zeroshot"] = classify_folder(embedder, Path(options.zeroshot))
     else:
         splits, sources = measure_sets(embedder, options, found)
-    output = Path(options.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-
     write_text(output, json.dumps(found, indent=1, ensure_ascii=False))
     print_found(found)
     run = Path(options.checkpoint)

@@ -46,6 +46,7 @@ from multimodal.trainer import (
     parameter_groups,
 )
 from multimodal.weights.files import NAMES, load_start, put, read_payload, unpack_training
+from shared.data import check_readable
 from shared.engine.checkpoint import CheckpointStore, find_checkpoint, frozen_digest
 from shared.engine.dist import barrier, init_distributed, shutdown
 from shared.engine.preflight import preflight
@@ -97,6 +98,11 @@ class Run:
     def train(self) -> dict[int, FitResult]:
         """All stages that are not done; the report is written however this ends."""
         began, reason, results = time.time(), "finished", {}
+        for dataset in make_datasets(
+            self.config, self.data.train, self.tokenizer, stage=min(self.epochs), training=True
+        ).values():
+            check_readable(dataset)
+        state = self._initial_weights() if self.start is None else self.start["model_state_dict"]
         if self.info.is_main:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             save_config(self.config, self.output_dir / "config.yaml")
@@ -106,7 +112,6 @@ class Run:
             print("\n".join(self.data.notes), flush=True)
         barrier()
         try:
-            state = self._initial_weights() if self.start is None else self.start["model_state_dict"]
             for stage, epochs in self.epochs.items():
                 if self.start is not None and stage < self.start["stage"]:
                     continue  # its result is in the checkpoint that the run starts from

@@ -2,12 +2,14 @@
 
 import difflib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import model_validator
 
 from shared.config import RunSection, Section, TrainingSection, extra_of, setting
+from shared.errors import UserError
 
 PRESETS = Path(__file__).parent / "configs"
 SAMPLE_DATA = Path(__file__).parent / "sample_data"
@@ -58,7 +60,7 @@ class DataConfig(Section):
         None, "folder of the indexes of large annotation files; null: beside them, or where that is read-only in "
         "the user's cache folder"
     )  # fmt: skip
-    num_training_frames: int = setting(21, "frames of a training clip", "num_frames", ge=1, fixed=True)
+    num_training_frames: int = setting(21, "frames of a training clip", "num_frames", ge=1, le=10_001, fixed=True)
     num_training_frames_unit: Literal["pixel", "latent"] = setting("pixel", "unit of num_training_frames", fixed=True)
     pixel_height: int = setting(480, "height of the video, pixels", "height", ge=16, le=8192, fixed=True)
     pixel_width: int = setting(832, "width of the video, pixels", "width", ge=16, le=8192, fixed=True)
@@ -117,6 +119,15 @@ class DataConfig(Section):
     use_cached_text: bool = setting(False, "text features from cache_dir")
     use_cached_latents: bool = setting(False, "video latents from cache_dir")
     use_cached_clip: bool = setting(False, "picture features from cache_dir")
+
+    @model_validator(mode="after")
+    def _ranges(self) -> "DataConfig":
+        for name in ("crop_ratio", "similarity"):
+            least, most = (f"cross_{end}_{name}" if name == "similarity" else f"{end}_{name}" for end in ("min", "max"))
+            low, high = getattr(self, least), getattr(self, most)
+            if low is not None and high is not None and low > high:
+                raise ValueError(f"{least} {low} is above {most} {high}: no subject would be left")
+        return self
 
 
 # What a choice among clips is, and means nothing for composed scenes.
@@ -216,6 +227,23 @@ class AdapterConfig(Section):
     target_modules: list[str] = setting(ATTENTION, "adapted layers of the attention")
     scope: list[Literal["attn1", "attn2"]] = setting(["attn1", "attn2"], "self-attention, cross-attention")
     adapter_lr: float | None = setting(None, "learning rate of the LoRA layers; null: that of the rest", gt=0)
+
+    @model_validator(mode="after")
+    def _some_layers(self) -> "AdapterConfig":
+        lora_pattern(self.target_modules, self.scope)
+        return self
+
+
+def lora_pattern(target_modules: Sequence[str], scope: Sequence[str]) -> str:
+    """The regular expression of the adapted layers. diffusers' to_out is (linear, dropout): its linear is to_out.0."""
+    unknown = [name for name in target_modules if name.removesuffix(".0") not in ATTENTION]
+    if unknown or not target_modules or not scope:
+        raise UserError(
+            f"adapter.target_modules: {', '.join(unknown) or 'no layer'} not known; there are {', '.join(ATTENTION)}, "
+            "the names of diffusers, also for weights that came under the original names q, k, v, o; and a scope"
+        )
+    layers = [r"to_out\.0" if name.removesuffix(".0") == "to_out" else name for name in target_modules]
+    return rf"blocks\.\d+\.({'|'.join(scope)})\.({'|'.join(layers)})"
 
 
 class TrainingConfig(TrainingSection):

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from shared.config import Section, load_config, setting
-from shared.errors import UserError, command
+from shared.errors import UserError, check_output, command
 
 
 class GenerateOptions(Section):
@@ -281,6 +281,9 @@ def main(argv: list[str] | None = None) -> list[Path]:
     if not options.checkpoint:
         raise UserError("--checkpoint is needed: a run folder, one of its checkpoints, or a model.pt")
     requests = requests_of(options)
+    places: list[Path | str] = [request.output for request in requests]
+    for place in places or [options.output]:
+        check_output(place, (".mp4", ".m4v", ".mov", ""))
     generator = Generator(options)
     written = [generator.run(request) for request in requests] or [generator.run_held_back(Path(options.output))]
     for path in written:

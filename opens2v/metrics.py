@@ -20,7 +20,7 @@ import json
 from typing import Any, Literal
 
 from shared.config import Section, load_config, setting
-from shared.errors import UserError, command, write_text, written_aside
+from shared.errors import UserError, check_output, command, write_text, written_aside
 
 
 class MetricsOptions(Section):
@@ -283,6 +283,8 @@ def main(argv: list[str] | None = None) -> dict[str, float] | list[Path]:
     options = load_config(MetricsOptions, argv=argv, description=__doc__)
     if not options.checkpoint:
         raise UserError("--checkpoint is needed: a run folder, one of its checkpoints, or a model.pt")
+    if options.output:
+        check_output(options.output)
     if options.eval_json is not None:
         return draw_benchmark(options, Path(options.eval_json))
     from opens2v.generate import GenerateOptions, Generator
@@ -302,7 +304,6 @@ def main(argv: list[str] | None = None) -> dict[str, float] | list[Path]:
     drawn = Drawn(generator, samples[0], batch)
     figures |= video_figures(drawn, options, unseen)
     output = Path(options.output or Path(options.checkpoint) / "metrics.json")
-    output.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"checkpoint": str(generator.weights), **figures}, indent=1)
     write_text(output, text)
     run_folder = output.parent

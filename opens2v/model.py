@@ -27,7 +27,7 @@ from opens2v.modules.adapter import (
 from opens2v.modules.causal import KeyValueCache, attention_runs, rotary_table, self_attention, with_turns
 from shared.data import sent
 from shared.engine.norm import RMSNorm
-from shared.errors import opening
+from shared.errors import load_whole, opening
 
 WAN_1_3B = dict(
     patch_size=(1, 2, 2),
@@ -197,7 +197,7 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
         source = None if isinstance(base, dict) else base
         if isinstance(source, str | Path):
             with opening(f"the base {source}", "download its files again"):
-                source = WanTransformer3DModel.from_pretrained(str(source))
+                source = load_whole(WanTransformer3DModel, source)
         settings = base if isinstance(base, dict) else dict(getattr(source, "config"))  # noqa: B009 (untyped there)
         known = inspect.signature(cls.__init__).parameters
         model = cls(**{key: value for key, value in settings.items() if key in known}, **reference)

@@ -24,7 +24,7 @@ from itertools import pairwise
 from typing import Any
 
 from shared.config import Section, load_config, setting
-from shared.errors import BadSample, UserError, command, opening, write_text, written_aside
+from shared.errors import BadSample, UserError, command, load_whole, opening, write_text, written_aside
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 
@@ -178,9 +178,9 @@ class Finder:
                 raise UserError(f"{name} {path}: not a folder; give a local folder of the model")
         with opening(f"--detector {detector}, --segmenter {segmenter}", "download both folders again"):
             self.reader = AutoProcessor.from_pretrained(detector, local_files_only=True)
-            self.detector = AutoModelForZeroShotObjectDetection.from_pretrained(detector, local_files_only=True)
+            self.detector = load_whole(AutoModelForZeroShotObjectDetection, detector, local_files_only=True)
             self.sam_reader = SamProcessor.from_pretrained(segmenter, local_files_only=True)
-            self.segmenter = SamModel.from_pretrained(segmenter, local_files_only=True)
+            self.segmenter = load_whole(SamModel, segmenter, local_files_only=True)
         self.device, self.threshold = device, threshold
         for model in (self.detector, self.segmenter):
             model.eval().to(device)

@@ -138,6 +138,20 @@ def check_inputs(config: Config) -> None:
         raise UserError("base_model_path is not set; give the folder Wan2.1-T2V-1.3B-Diffusers (--base-model-path)")
 
 
+def check_before_base(config: Config) -> None:
+    """Open what the run needs after its small base, where that has to be trained first: minutes in vain otherwise."""
+    from opens2v.modules.encoders import load_clip
+    from opens2v.weights.export import read_trained
+
+    model = config.model
+    if model.generator_ckpt is not None:
+        return
+    if model.image_encoder == "clip" and model.clip_path != "off" and not config.data.use_cached_clip:
+        load_clip(model.image_encoder_path)
+    if model.init_from is not None and begins(config):
+        read_trained(Path(model.init_from))
+
+
 class OpenS2VTrainer:
     """Holds the models and settings of a run; train() hands the functions to the shared loop.
 
@@ -164,6 +178,7 @@ class OpenS2VTrainer:
         self.config = config = with_drawn_seed(config, self.info)
         dataset = training_set(config, **cached_changes(config))
         self.dataset = with_cached_features(dataset, config)
+        check_before_base(config)
         self.base = ensure_base(config, self.info)
         self.encoders = load_encoders(config, self.base.parent)
         precision = choose_precision(config.run.precision, self.info.device)

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from shared.errors import UserError, command
+from shared.errors import UserError, check_output, command
 from shared.flags import Leaf, leaves_of, section_of
 
 LIMITS = {"Ge": ">=", "Gt": ">", "Le": "<=", "Lt": "<"}
@@ -85,6 +85,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("schema", metavar="MODULE:CLASS", help="the settings, for example dit.config:Config")
     parser.add_argument("--output", type=Path, help="file to write; without it the text is printed")
     options = parser.parse_args(argv)
+    if options.output:
+        check_output(options.output)
     module, _, name = options.schema.partition(":")
     try:
         schema = getattr(importlib.import_module(module), name)

@@ -9,7 +9,10 @@ if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
     exit 0
 fi
 bash scripts/setup_environment.sh
-.venv/bin/python -m pytest --markers "$@" >/dev/null || exit 2 # a wrong option is said at once, not after the lint
+if ! .venv/bin/python -m pytest --markers "$@" >/dev/null 2>&1; then # said at once, not after the lint
+    printf 'error: %s: not options of pytest; python -m pytest --help lists them\n' "$*" >&2
+    exit 2
+fi
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

@@ -132,7 +132,7 @@ class RunSection(Section):
     )
     allow_data_change: bool = setting(False, "resume although the list of samples differs from the saved one")
     dry_run: bool = setting(False, "print the plan (parameters, FLOPs, memory, communication, time) and stop")
-    world_size: int | None = setting(None, "ranks to plan for; null: the ranks of this launch", ge=1)
+    world_size: int | None = setting(None, "ranks to plan for; null: the ranks of this launch", ge=1, le=10**6)
     gpu: str | None = setting(None, "GPU to plan for, such as a100, h100, h200, 4090; null: a100")
     gpus_per_node: int = setting(8, "GPUs of a node to plan for: above it ranks talk over the network", ge=1)
     plan_table: bool = setting(False, "with dry_run: a table over strategies, micro-batches and up to world_size GPUs")
@@ -235,7 +235,7 @@ class TrainingSection(Section):
     )
     early_stopping_min_delta: float = setting(0.0, "smallest gain of best_metric that counts as better", ge=0)
     num_workers: int = setting(0, "loader processes per rank", "workers", ge=0)
-    prefetch_factor: int = setting(2, "batches that each loader process reads ahead", ge=1)
+    prefetch_factor: int = setting(2, "batches that each loader process reads ahead", ge=1, le=1000)
     gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass to save memory")
     keep_products: bool = setting(
         False, "with gradient_checkpointing: keep what matrix products and attention gave; more memory, less time"
@@ -287,7 +287,9 @@ def read_yaml(path: Path) -> dict:
         raise UserError(f"{path}: no such file; check the path") from None
     except IsADirectoryError:
         raise UserError(f"{path}: a folder; a YAML file is expected") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    except yaml.YAMLError as error:
         raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if tree is None:
         return {}
@@ -361,8 +363,24 @@ def save_config(config: BaseModel, path: Path) -> None:
 
 
 def load_saved(schema: type[T], path: Path) -> T:
-    """The settings that save_config wrote."""
-    return validate(schema, read_yaml(Path(path)), str(path))
+    """The settings that save_config wrote; a UserError says so where they are another system's."""
+    tree = read_yaml(Path(path))
+    try:
+        return validate(schema, tree, str(path))
+    except UserError:
+        if others := foreign_settings(schema, tree):
+            raise UserError(
+                f"{path}: not of this system (its model has {others}); give a run that this system's train.py made"
+            ) from None
+        raise
+
+
+def foreign_settings(schema: type[BaseModel], tree: dict) -> list[str]:
+    """Some names of a saved `model` section of which this schema knows less than half; else none."""
+    saved, field = tree.get("model"), schema.model_fields.get("model")
+    own = field.annotation if field is not None else schema
+    known = set(getattr(own, "model_fields", {}))
+    return sorted(saved)[:3] if isinstance(saved, dict) and len(known & set(saved)) < len(saved) / 2 else []
 
 
 def config_digest(config: BaseModel) -> str:

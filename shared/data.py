@@ -181,7 +181,15 @@ class _KeyedDataset(Dataset):
             except BadSample as error:
                 bad.append((index, str(error)))
                 index = keyed_seed(self.seed, _SUBSTITUTE, key.epoch, key.index, attempt) % len(self.dataset)
-        raise UserError(f"{SUBSTITUTES} samples in a row cannot be read; the last: {bad[-1][1]}; check the data folder")
+        last = _NO_NAME.sub("the file", bad[-1][1])
+        raise UserError(f"{SUBSTITUTES} samples in a row cannot be read; the last: {last}; check the data folder")
+
+
+def check_readable(dataset: Any) -> None:
+    """UserError where none of SUBSTITUTES samples of a set can be read: called before a run makes files or trains a
+    part that comes first.
+    """
+    _KeyedDataset(dataset, 0)._fetch(SampleKey(index=0, epoch=0, slot=0))
 
 
 class _Collate:

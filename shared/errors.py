@@ -4,6 +4,7 @@ import errno
 import fcntl
 import functools
 import json
+import logging
 import os
 import shutil
 import sys
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 
 class UserError(Exception):
@@ -80,8 +81,33 @@ def opening(what: str, remedy: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"{what}: cannot be loaded ({reason}); {remedy}") from None
+        raise UserError(f"{what}: cannot be loaded ({reason_of(error)}); {remedy}") from None
+
+
+def reason_of(error: Exception) -> str:
+    """The first sentence of a library's message, which may go on for a page."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].partition(". This ")[0][:200]
+
+
+def load_whole(loader: Any, place: str | Path, **given: Any) -> Any:
+    """loader.from_pretrained(place), for classes of transformers and diffusers: what a folder lacks they fill with
+    random numbers and only warn. Here that is a ValueError, which opening() puts into a sentence.
+    """
+    logger = logging.getLogger(loader.__module__.partition(".")[0])
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # their table of what is missing
+    try:
+        model, found = loader.from_pretrained(str(place), output_loading_info=True, **given)
+    finally:
+        logger.setLevel(level)
+    unused = ("masked_spec_embed", "pooler.dense.weight", "pooler.dense.bias")  # left out of many public files
+    lacking = sorted(name for name in found["missing_keys"] if not name.endswith(unused))
+    lacking += [str(entry[0]) for entry in found.get("mismatched_keys") or ()]
+    if lacking:
+        raise ValueError(
+            f"{len(lacking)} of its weights are missing or of another shape, such as {lacking[0]}: another model's"
+        )
+    return model
 
 
 _AT_END: list[list[Callable[[], object]]] = []  # of every command that runs, the inner one last
@@ -126,6 +152,31 @@ def _leave(message: str) -> None:
     except (OSError, ValueError):  # or the interpreter would report it once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     raise SystemExit(2)
+
+
+def check_output(
+    path: Path | str, kinds: tuple[str, ...] = (), *, flag: str = "--output", folder: bool = False
+) -> Path:
+    """The file (or folder) that a command is to write, looked at before anything is loaded or computed for it.
+
+    kinds: the suffixes that it may have, in lower case, "" for none; left out: any. UserError for an empty or unknown
+    name, a folder where a file is wanted, and a place that is no folder or cannot be written to.
+    """
+    if not str(path).strip():
+        raise UserError(f"{flag} is empty; name a {'folder for the run' if folder else 'file'}")
+    path = Path(path)
+    if kinds and path.suffix.lower() not in kinds:
+        raise UserError(f"{flag} {path}: unknown kind; give a name that ends in {' or '.join(filter(None, kinds))}")
+    if not folder and path.is_dir():
+        raise UserError(f"{flag} {path}: a folder; give the name of a file")
+    place = path if folder else path.parent
+    while not place.exists() and not place.is_symlink() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"{flag} {path}: {place} is not a folder; give another path")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {path}: {place}: permission denied; choose a place that you can write to")
+    return path
 
 
 def sync_file(file: IO) -> None:

@@ -116,7 +116,7 @@ def unknown_flag(text: str, leaves: list[Leaf]) -> UserError:
     if several:
         return UserError(f"{name}: names several settings; use {' or '.join(several)}")
     known = [flag for leaf in leaves if not leaf.hidden for flag in (*leaf.flags, leaf.path)]
-    near = difflib.get_close_matches(wanted, known, 1)
+    near = difflib.get_close_matches(wanted, known, 1, 0.72)  # below it the names have nothing in common
     advice = f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
     return UserError(f"{name}: no such flag{advice} (--help lists the flags)")
 

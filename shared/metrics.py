@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shared.errors import UserError, opening
+from shared.errors import UserError, load_whole, opening
 
 # --- distances between two sets of features ---
 
@@ -261,7 +261,7 @@ class ClipScorer:
         from transformers import CLIPModel, CLIPProcessor
 
         with opening(f"--clip-path {path}", "the folder holds no CLIP model; give another"):
-            model: nn.Module = CLIPModel.from_pretrained(path)
+            model: nn.Module = load_whole(CLIPModel, path)
             self.model = model.to(device).eval()
             self.processor = CLIPProcessor.from_pretrained(path)
         self.path, self.device = path, device

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from shared.errors import UserError, opening
+from shared.errors import UserError, load_whole, opening
 
 
 class Unavailable(Exception):
@@ -28,7 +28,12 @@ def from_folder(metric: str, folder: str | None, option: str, *kinds: str) -> li
 
     try:
         with opening(f"{metric}: {folder} holds no such model", "give another folder"):
-            return [getattr(transformers, kind).from_pretrained(folder, local_files_only=True) for kind in kinds]
+            return [
+                getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
+                if kind.endswith(("Tokenizer", "Processor"))
+                else load_whole(getattr(transformers, kind), folder, local_files_only=True)
+                for kind in kinds
+            ]
     except UserError as error:
         raise Unavailable(str(error)) from None
 

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from shared.engine.checkpoint import read_weights_file
 from shared.engine.dist import DistInfo, gather_objects
 from shared.errors import UserError
 from shared.media.inception import SIDE, FIDInception, inception
@@ -176,7 +177,7 @@ class Extractor:
         self._spatial: Tensor | None = None
         if isinstance(self.network, FIDInception):
             assert weights is not None
-            state = torch.load(weights, map_location="cpu", weights_only=True)
+            state = read_weights_file(Path(weights))
             self.classes = state["fc.weight"].to(device) if "fc.weight" in state else None
             # mixed_6/conv of TensorFlow's graph: the first branch of this block, 17 x 17
             self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)

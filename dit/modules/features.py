@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit.modules.frozen import whole
-from shared.errors import opening
+from shared.errors import load_whole, opening
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # DINOv2's pictures, where nothing else is said
 
@@ -26,7 +25,7 @@ class FeatureEncoder(nn.Module):
         from transformers import AutoModel
 
         with opening(f"repa.encoder_path {path}", "give a local folder"):
-            model: Any = whole(AutoModel, path, local_files_only=True)
+            model: Any = load_whole(AutoModel, path, local_files_only=True)
         self.model: Any = getattr(model, "vision_model", model)  # of a model that also reads text
         self.model.requires_grad_(False).eval()
         config = getattr(self.model.config, "vision_config", self.model.config)

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from dit.config import Config
-from dit.modules.frozen import whole
 from shared.data import sent
-from shared.errors import UserError, opening
+from shared.errors import UserError, load_whole, opening
 
 
 class TextCondition(NamedTuple):
@@ -81,7 +80,7 @@ class TextEncoder(CaptionEncoder):
 
         with _loading(pretrained_model_name):
             self.tokenizer = CLIPTokenizer.from_pretrained(pretrained_model_name, local_files_only=local_files_only)
-            self.model = whole(CLIPTextModel, pretrained_model_name, local_files_only=local_files_only)
+            self.model = load_whole(CLIPTextModel, pretrained_model_name, local_files_only=local_files_only)
         self._freeze(length)
         places = self.model.config.max_position_embeddings
         if length > places:
@@ -163,7 +162,7 @@ class LanguageEncoder(TextEncoder):
             )
             given |= {"subfolder": "text_encoder"} if is_pipeline else {}
             kind = transformers.AutoConfig.from_pretrained(place, **given).model_type
-            self.model: Any = whole(encoder_class(kind), place, **given)
+            self.model: Any = load_whole(encoder_class(kind), place, **given)
         if getattr(self.model, "language_model", None) is not None:  # the text part of a model that also sees
             self.model = self.model.language_model
         if self.tokenizer.pad_token_id is None:

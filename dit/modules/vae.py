@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from dit.config import diffusers_config
 from dit.modules.autoencoder import NO_VARIANCE, Codec
-from dit.modules.frozen import whole
 from shared.engine.checkpoint import load_strict
-from shared.errors import UserError, opening
+from shared.errors import UserError, load_whole, opening
 
 SD_ALIASES = (
     "stable-diffusion-v1-5/stable-diffusion-v1-5, stabilityai/sd-vae-ft-ema, stabilityai/sd-vae-ft-mse, "
@@ -207,8 +206,8 @@ def _load_vae(name: str, local_files_only: bool, scaling_factor: float | None) -
     remedy = f"{hint}give {SD_ALIASES} with --vae-path, or --set vae.type=patches, which needs no weights"
     with opening(f"vae.pretrained_model_name {name}", remedy):
         if in_own_folder or (not Path(name).is_dir() and "vae" in name.split("/")[-1]):
-            return whole(loader, name, local_files_only=local_files_only)
-        return whole(loader, name, subfolder="vae", local_files_only=local_files_only)
+            return load_whole(loader, name, local_files_only=local_files_only)
+        return load_whole(loader, name, subfolder="vae", local_files_only=local_files_only)
 
 
 def _from_file(path: Path, scaling_factor: float | None) -> Any:

@@ -5,7 +5,6 @@ any strategy and number of ranks resumes from. Everything is read with weights_o
 """
 
 import json
-import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,14 @@ from torch import Tensor, nn
 from dit.config import Config
 from shared.config import fixed_settings
 from shared.data import MapStream
-from shared.engine.checkpoint import CheckpointStore, frozen_digest, load_strict, load_tensors, persistent_buffers
+from shared.engine.checkpoint import (
+    CheckpointStore,
+    frozen_digest,
+    load_strict,
+    load_tensors,
+    persistent_buffers,
+    read_weights_file,
+)
 from shared.engine.dist import DistInfo
 from shared.engine.state import RunState, versions
 from shared.errors import UserError, write_text, written_aside
@@ -69,7 +75,7 @@ def write_guide_folder(
 
 def read_guide_weights(folder: Path, model: nn.Module) -> None:
     """Put model.pt into the model."""
-    state = _loaded(folder / MODEL)
+    state = read_weights_file(folder / MODEL)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{folder / MODEL}: a state dict, names to tensors, is expected")
     load_strict(model, {name.removeprefix("module."): value for name, value in state.items()}, what=str(folder / MODEL))
@@ -84,7 +90,7 @@ def adopt(folder: Path, config: Config, model: nn.Module, stream: MapStream, inf
     names = trained_names(model)
     parameters = dict(model.named_parameters())
     state = _state(folder, stream.plan.steps_per_epoch)
-    optimizer = _loaded(folder / OPTIMIZER) if (folder / OPTIMIZER).is_file() else None
+    optimizer = read_weights_file(folder / OPTIMIZER) if (folder / OPTIMIZER).is_file() else None
     if optimizer is None and info.is_main:
         print(f"warning: {folder} holds no {OPTIMIZER}; the optimizer starts anew", file=sys.stderr)
     moments, taken = _moments(folder, optimizer, names, parameters)
@@ -164,11 +170,3 @@ def _moments(
             "remove the file to start the optimizer anew"
         ) from None
     return moments, taken
-
-
-def _loaded(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise UserError(f"{path}: cannot be read ({reason}); copy it again") from None

@@ -5,6 +5,7 @@ Raw features are cached on disk; only the projection behind them is trained (flo
 Shapes: B batch, n samples, T video frames, F raw feature width.
 """
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.errors import UserError, opening
+from shared.errors import UserError, load_whole, opening
 
 if TYPE_CHECKING:
     from transformers import Wav2Vec2Config, Wav2Vec2Model
@@ -56,16 +57,21 @@ def pad_to_frames(wave_Bn: Tensor, frames: int, fps: float) -> Tensor:
     return pad_to_samples(wave_Bn, int(frames * SAMPLE_RATE / fps))
 
 
-def config_of(path: str) -> "Wav2Vec2Config":
-    """The configuration of a wav2vec2 folder; a UserError says how to get the model when it is not there."""
+def config_of(path: str, instead: str = "use --audio-features logmel, which needs none") -> "Wav2Vec2Config":
+    """The configuration of a wav2vec2 folder; a UserError says how to get the model when it is not there, or what to
+    do instead.
+    """
     from transformers import Wav2Vec2Config
 
     if not (Path(path) / "config.json").is_file():
         raise UserError(
             f"{path}: no wav2vec2 model here (config.json is missing); download the model's folder, give its path, "
-            "or use --audio-features logmel, which needs none"
+            f"or {instead}"
         )
     with opening(f"wav2vec2 in {path}", "copy its config.json again"):
+        kind = json.loads((Path(path) / "config.json").read_text(encoding="utf-8")).get("model_type", "wav2vec2")
+        if kind != "wav2vec2":
+            raise UserError(f"{path}: a {kind}, not a wav2vec2; give the folder of such a model, or {instead}")
         return Wav2Vec2Config.from_pretrained(path)
 
 
@@ -99,7 +105,7 @@ class AudioEncoder(nn.Module):
 
         config_of(path)
         with opening(f"--wav2vec-model-path {path}", "copy its files again, or use --audio-features logmel"):
-            model = Wav2Vec2Model.from_pretrained(path, local_files_only=True)
+            model = load_whole(Wav2Vec2Model, path, local_files_only=True)
         return cls(model, only_last_features=only_last_features)
 
     def train(self, mode: bool = True) -> "AudioEncoder":

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 EMOTIONS = ("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise")
 HEARD_SECONDS = 40  # that the recogniser hears at once
+WITHOUT = "use --emotion-source label or none, which need none"
 FROM_SPEECH = "S2E"  # what `--emo` says when the voice itself decides
 # RAVDESS codes 01 to 08 (calm counts as neutral); MEAD folder names (contempt has no class)
 RAVDESS_CLASSES = {1: 4, 2: 4, 3: 3, 4: 5, 5: 0, 6: 2, 7: 1, 8: 6}
@@ -105,7 +106,7 @@ class Audio2Emotion(nn.Module):
 
         from shared.engine.checkpoint import load_strict, load_weights
 
-        model = SpeechClassifier(Wav2Vec2Model(config_of(path)))
+        model = SpeechClassifier(Wav2Vec2Model(config_of(path, WITHOUT)))
         files = [Path(path) / name for name in ("model.safetensors", "pytorch_model.bin")]
         found = next((file for file in files if file.is_file()), None)
         if found is None:

@@ -14,7 +14,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from shared.config import Section, load_config, setting
-from shared.errors import UserError, command, written_aside
+from shared.errors import UserError, check_output, command, written_aside
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -120,6 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     options = load_config(ExportOptions, argv=argv, description=__doc__)
     if options.checkpoint is None:
         raise UserError("--checkpoint is missing; give the output folder of float/train.py")
+    check_output(options.output)
     import torch
 
     from float.sampling.animate import load_run

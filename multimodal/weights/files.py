@@ -12,7 +12,7 @@ from torch import Tensor
 
 from multimodal.data.text import TextTokenizer
 from multimodal.model import MultimodalModel, create_model
-from shared.engine.checkpoint import CheckpointStore, load_strict
+from shared.engine.checkpoint import CheckpointStore, load_strict, read_weights_file
 from shared.errors import UserError, write_text, written_aside
 
 FORMAT_VERSION = 1
@@ -44,9 +44,7 @@ def checkpoint_file(path: Path | str) -> Path:
         places = [path / "model.pt", *(path / "checkpoints" / name for name in NAMES), *(path / name for name in NAMES)]
         file = next((place for place in places if place.exists()), None)
         if file is None:
-            raise UserError(
-                f"--checkpoint {path}: holds no best_model.pt or final_model.pt; give a run's folder or a .pt file"
-            )
+            raise UserError(f"{path}: holds no best_model.pt or final_model.pt; give a run's folder or a .pt file")
         return file
     if not path.exists():
         raise UserError(f"--checkpoint {path}: no such file or folder")
@@ -56,11 +54,7 @@ def checkpoint_file(path: Path | str) -> Path:
 def read_payload(path: Path | str) -> tuple[dict[str, Any], Path]:
     """The dict of a checkpoint, and the file read."""
     file = checkpoint_file(path)
-    try:
-        payload = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{file}: cannot be read ({reason}); use another checkpoint") from None
+    payload = read_weights_file(file)
     if not isinstance(payload, dict) or "model_state_dict" not in payload or "model_config" not in payload:
         raise UserError(
             f"{file}: holds no model_state_dict and model_config; a checkpoint of multimodal/train.py is wanted"

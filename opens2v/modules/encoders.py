@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from opens2v.data.subjects import CLIP_MEAN, CLIP_STD
-from shared.errors import UserError, opening
+from shared.errors import UserError, load_whole, opening
 from shared.rng import keyed_generator
 
 if TYPE_CHECKING:  # the libraries load when an encoder is built
@@ -300,7 +300,7 @@ def load_wan_vae(base_model_path: str | None, dtype: torch.dtype = torch.float32
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
     with opening(f"the video VAE {path}", "download its files again"):
-        return WanVAE(AutoencoderKLWan.from_pretrained(str(path), torch_dtype=dtype))
+        return WanVAE(load_whole(AutoencoderKLWan, path, torch_dtype=dtype))
 
 
 def load_umt5(base_model_path: str | None, rows: int = TEXT_ROWS, dtype: torch.dtype = torch.bfloat16) -> UMT5Text:
@@ -309,7 +309,7 @@ def load_umt5(base_model_path: str | None, rows: int = TEXT_ROWS, dtype: torch.d
     from transformers import AutoTokenizer, UMT5EncoderModel
 
     with opening(f"the text encoder {encoder} with {tokenizer}", "download its files again"):
-        model = UMT5EncoderModel.from_pretrained(str(encoder), dtype=dtype)
+        model = load_whole(UMT5EncoderModel, encoder, dtype=dtype)
         return UMT5Text(model, AutoTokenizer.from_pretrained(str(tokenizer)), rows)
 
 
@@ -323,4 +323,4 @@ def load_clip(image_encoder_path: str | None, dtype: torch.dtype = torch.bfloat1
     from transformers import CLIPVisionModel
 
     with opening(f"image_encoder_path {image_encoder_path}", "download its files again"):
-        return ClipImages(CLIPVisionModel.from_pretrained(str(image_encoder_path), dtype=dtype))
+        return ClipImages(load_whole(CLIPVisionModel, image_encoder_path, dtype=dtype))

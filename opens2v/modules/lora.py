@@ -6,22 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from opens2v.config import lora_pattern
 from opens2v.model import is_reference_name
 from shared.errors import UserError
-
-ATTENTION_LAYERS = ("to_q", "to_k", "to_v", "to_out")
-
-
-def lora_pattern(target_modules: Sequence[str], scope: Sequence[str]) -> str:
-    """The regular expression of the adapted layers. diffusers' to_out is (linear, dropout): its linear is to_out.0."""
-    unknown = [name for name in target_modules if name.removesuffix(".0") not in ATTENTION_LAYERS]
-    if unknown:
-        raise UserError(
-            f"adapter.target_modules: {', '.join(unknown)} not known; choose among {', '.join(ATTENTION_LAYERS)} "
-            "(the names of diffusers, also for weights that came under the original names q, k, v, o)"
-        )
-    layers = [r"to_out\.0" if name.removesuffix(".0") == "to_out" else name for name in target_modules]
-    return rf"blocks\.\d+\.({'|'.join(scope)})\.({'|'.join(layers)})"
 
 
 def add_lora(

@@ -5,14 +5,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from opens2v.config import Config
 from opens2v.model import is_reference_name
 from opens2v.weights.wan import read_tensors_file, strip_wrappers, to_diffusers_name, to_original_name
 from shared.config import load_saved
-from shared.engine.checkpoint import find_checkpoint, load_weights
+from shared.engine.checkpoint import find_checkpoint, load_weights, read_weights_file
 from shared.errors import CheckpointError, UserError
 
 FORMAT = "opens2v-1"
@@ -51,11 +50,7 @@ def read_trained(path: Path, *, use_ema: bool = True) -> dict[str, Tensor]:
     """Trained tensors, LoRA included, from a run, a checkpoint folder or a model.pt; averaged ones if there are."""
     if path.is_dir() or path.suffix == ".safetensors":
         return load_weights(path, prefer_ema=use_ema)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the readers raise many kinds; all mean the same to a user
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"{path}: cannot be read as weights ({reason}); copy it again") from None
+    state = read_weights_file(path)
     if not isinstance(state, dict) or "generator" not in state:
         raise UserError(
             f"{path}: holds no `generator`; give a model.pt of this project, a checkpoint folder or a run folder"

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from opens2v.model import RefWanTransformer3DModel, is_reference_name
-from shared.engine.checkpoint import load_strict
-from shared.errors import UserError
+from shared.engine.checkpoint import load_strict, read_weights_file
+from shared.errors import CheckpointError, UserError
 
 # Original (Wan, Self-Forcing, LongLive) -> diffusers. norm3 of the original is norm2 of diffusers: the numbers swap.
 _NAMES = (  # beginnings of names: original, diffusers
@@ -119,14 +118,9 @@ def read_generator_state(path: str | Path, *, use_ema: bool = False) -> dict[str
 def read_tensors_file(path: Path, what: str = "generator_ckpt") -> Mapping:
     """What a weights file holds, a mapping; UserError, beginning with what the file was given as, for another."""
     try:
-        loaded = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except Exception as error:  # the readers raise many kinds, one of them not public; all mean the same to a user
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"{what} {path}: cannot be read as weights ({reason}); copy or download it again") from None
+        loaded = read_weights_file(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{what} {error}") from None
     if not isinstance(loaded, dict):
         raise UserError(f"{what} {path}: holds {type(loaded).__name__}, a dict of tensors is needed")
     return loaded

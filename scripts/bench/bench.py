@@ -28,7 +28,7 @@ from typing import Any
 
 from scripts.bench.table import PARTS, find_systems, number, write_tables
 from shared.config import Section, load_config, setting
-from shared.errors import UserError, command
+from shared.errors import UserError, check_output, command
 
 ROOT = Path(__file__).resolve().parents[2]
 PLANNED_GPU = "4090"  # where a preset names no card
@@ -354,6 +354,8 @@ def main(argv: list[str] | None = None) -> None:
 
         if not torch.cuda.is_available():
             raise UserError(NO_GPU)
+    if options.output:
+        check_output(options.output, folder=True)
     folder = Path(options.output or tempfile.mkdtemp(prefix="bench_"))
     folder.mkdir(parents=True, exist_ok=True)
     began, tables, failed = time.perf_counter(), {}, []

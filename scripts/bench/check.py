@@ -22,7 +22,7 @@ from typing import Any
 
 from scripts.bench.bench import Bench, BenchOptions
 from shared.config import Section, load_config, setting
-from shared.errors import UserError, command, write_text
+from shared.errors import UserError, check_output, command, write_text
 
 SYSTEMS = ("dit", "opens2v", "bagel", "float", "multimodal")  # the dearest question first
 LARGEST_ERROR = {"fp32": 1e-4, "bf16": 5e-2}  # of the loss and of the gradient, against fp32 on the CPU
@@ -153,6 +153,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--system {wrong[0]}: unknown; there are {', '.join(SYSTEMS)}")
     if options.device == "cpu" and not options.toy:
         raise UserError("--device cpu works with --toy only: the full sizes need a GPU")
+    check_output(options.output, folder=True)
     import torch
 
     if options.device != "cpu" and not torch.cuda.is_available():

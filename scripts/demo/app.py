@@ -330,6 +330,12 @@ def main(argv: list[str] | None = None) -> None:
     for name, path in chosen.items():
         if name not in SYSTEMS or not path:
             parser.error(f"--checkpoint {name}: give SYSTEM=PATH with one of {', '.join(SYSTEMS)}")
+        if not Path(path).exists():
+            parser.error(f"--checkpoint {name}={path}: no such file or folder")
+    if not chosen and not options.runs.is_dir():
+        parser.error(f"--runs {options.runs}: no such folder; bash run_all.sh makes one, or give --checkpoint")
+    if not 0 < options.port < 65536:
+        parser.error(f"--port {options.port}: from 1 to 65535")
     demo = Demo(options.runs, chosen, local=options.host in ("127.0.0.1", "localhost", "::1"))
     fonts: dict[str, list[str]] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     demo.page().launch(

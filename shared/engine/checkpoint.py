@@ -35,7 +35,7 @@ from torch.distributed.tensor import DTensor
 
 from shared.config import read_yaml
 from shared.engine.dist import DistInfo, from_main, gather_objects, new_gloo_group, raise_together
-from shared.errors import CheckpointError, UserError, remove_parts, sync_file, write_text
+from shared.errors import CheckpointError, UserError, reason_of, remove_parts, sync_file, write_text
 
 FORMAT = 1
 TENSOR_FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
@@ -233,8 +233,8 @@ class CheckpointStore:
             name = left.name.removeprefix(OLD).rpartition("-")[0]
             if left.name.startswith(OLD) and not (self.root / name).exists():
                 left.rename(self.root / name)  # killed between the two renames of a replacement
-            elif left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
+            else:
+                _remove(left)
         remove_parts(self.root)
 
     def _write_rest(
@@ -248,11 +248,11 @@ class CheckpointStore:
     def _commit(self, temporary: Path, final: Path) -> None:
         old = self.root / f"{OLD}{final.name}-{os.getpid()}"
         _sync_folder(temporary)
-        if final.exists():  # damaged, of another trajectory, or written again
+        if os.path.lexists(final):  # damaged, of another trajectory, or written again
             final.rename(old)
         os.rename(temporary, final)
         _sync_folder(self.root)
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
         self._verified[final] = _signature(final)
 
     def point(self, latest: str | None, best: str | None) -> None:
@@ -276,7 +276,7 @@ class CheckpointStore:
                 continue
             trash = self.root / f".tmp-del-{path.name}-{os.getpid()}"
             path.rename(trash)
-            shutil.rmtree(trash, ignore_errors=True)
+            _remove(trash)
 
     def set_aside(self, reason: str, *, after: int | None = None) -> Path | None:
         """Move checkpoints out of the way, into a folder next to `root`: all, or those after a step and those that
@@ -305,9 +305,9 @@ class CheckpointStore:
     # --- reading ------------------------------------------------------------------------------------------------------
 
     def folders(self) -> list[Path]:
-        """Every folder that looks like a checkpoint, readable or not."""
+        """Every folder that looks like a checkpoint, readable or not; so does a link whose disk is not there."""
         found = self.root.iterdir() if self.root.is_dir() else ()
-        return sorted(path for path in found if path.is_dir() and not path.name.startswith("."))
+        return sorted(path for path in found if (path.is_dir() or path.is_symlink()) and not path.name.startswith("."))
 
     def listed(self) -> list[tuple[int, Path]]:
         """(step, folder) of every checkpoint that has a readable manifest, newest first; contents are not checked."""
@@ -365,7 +365,15 @@ class CheckpointStore:
                 verify(path)
             except CheckpointError as error:
                 passed_over.append(str(error))
+            except OSError as error:  # a disk that cannot read it any more
+                passed_over.append(f"{error.filename or path}: {error.strerror}")
         return None, passed_over
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder or a link to one, as far as that goes."""
+    with contextlib.suppress(OSError):
+        path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_shard(name: str) -> bool:
@@ -385,7 +393,7 @@ def read_manifest(folder: Path) -> dict:
             raise ValueError("no file")
         manifest = json.loads(path.read_text(encoding="utf-8"))
         step, files, digest = manifest["step"], manifest["files"], manifest["sha256"]
-        sound = isinstance(step, int) and isinstance(files, dict) and isinstance(digest, str)
+        sound = isinstance(step, int) and step >= 0 and isinstance(files, dict) and isinstance(digest, str)
         for name, entry in files.items():
             inside = not Path(name).is_absolute() and ".." not in Path(name).parts
             sound = sound and inside and isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)
@@ -530,19 +538,31 @@ def load_tensors(folder: Path, kind: str) -> dict[str, Tensor]:
     return {name: stored[name][...] for name in stored.names}
 
 
-def _load_file(path: Path) -> dict[str, Tensor]:
+def read_weights_file(path: Path) -> Any:
+    """What a .safetensors or torch file holds, tensors and plain values; CheckpointError for a file that is neither."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
     except pickle.UnpicklingError:  # torch's own sentence advises to switch the protection off
+        with open(path, "rb") as file:
+            if file.read(2) not in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+                raise CheckpointError(
+                    f"{path}: cannot be read as weights (neither a .safetensors nor a torch file); download it again"
+                ) from None
         raise CheckpointError(
             f"{path}: holds Python objects besides tensors, which could run code and are not loaded; save its state "
             "dict alone, or use a .safetensors file"
         ) from None
     except Exception as error:  # the readers raise many kinds; all mean the same to a user
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = reason_of(error)
         raise CheckpointError(f"{path}: cannot be read as weights ({reason}); download or copy it again") from None
+
+
+def _load_file(path: Path) -> dict[str, Tensor]:
+    state = read_weights_file(path)
     for key in ("ema", "model_state_dict", "generator_ema", "generator", "model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

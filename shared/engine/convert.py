@@ -25,7 +25,7 @@ from shared.engine.checkpoint import (
     write_safetensors,
 )
 from shared.engine.strategy import rows_of
-from shared.errors import UserError, command, own_folder
+from shared.errors import UserError, check_output, command, own_folder
 
 
 def convert(source: Path, output: Path, shards: int | None = None) -> None:
@@ -86,6 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.shards is not None and not 1 <= options.shards < 100_000:
         raise UserError(f"--shards {options.shards}: give a number of files, from 1 up to 99999")
+    check_output(options.output, folder=True)
     convert(options.checkpoint, options.output, options.shards)
     print(f"written: {options.output}")
 

@@ -12,18 +12,19 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from shared.config import accumulation_steps, flat_settings, is_place, read_yaml
+from shared.config import accumulation_steps, flat_settings, foreign_settings, is_place, read_yaml
 from shared.data import check_shared_memory
 from shared.engine.checkpoint import attempt, find_checkpoint
 from shared.engine.dist import DistInfo, StopFlag, raise_together, same_settings_on_all_ranks
 from shared.engine.parallel import check_strategy
 from shared.engine.state import code_digest, versions
 from shared.engine.strategy import choose_precision
-from shared.errors import UserError, at_end, in_command
+from shared.errors import UserError, at_end, check_output, in_command
 
 LEAST_FREE = 1_000_000  # bytes: with less not even the log of a run fits
 WORKERS_PER_CORE = 16
 MOST_SAMPLES = 1_000_000  # of one micro-step, and micro-steps of one optimizer step
+MOST_STEPS, MOST_RATE = 10**12, 100.0  # above them a digit or a sign has slipped
 LOCK = ".lock"
 _held: dict[str, tuple[int, int]] = {}  # real path -> (open file, how often it is held)
 
@@ -71,6 +72,7 @@ def _check(
     check_strategy(run, info.world)
     for phase in phases:
         _check_batch(phase.training, info.world)
+        _check_steps(phase.training)
         _check_workers(phase.training.num_workers)
         check_shared_memory(phase.training.num_workers)
     if training.keep_products and not training.gradient_checkpointing:
@@ -89,7 +91,7 @@ def _check(
     for name, folder in folders.items():
         check_folder(name, folder)
     if info.is_main:
-        _check_output(run.output_dir)
+        _check_output(config)
 
 
 def _check_batch(training: Any, world: int) -> None:
@@ -99,6 +101,14 @@ def _check_batch(training: Any, world: int) -> None:
             f"--batch-size {training.batch_size} with {accumulation} micro-steps: no machine takes that; use at most "
             f"{MOST_SAMPLES:,} of each"
         )
+
+
+def _check_steps(training: Any) -> None:
+    for flag, steps in (("--total-steps", training.total_steps), ("--warmup-steps", training.warmup_steps)):
+        if (steps or 0) > MOST_STEPS:
+            raise UserError(f"{flag} {steps}: nobody waits so long; at most {MOST_STEPS:,}")
+    if training.learning_rate > MOST_RATE:
+        raise UserError(f"--learning-rate {training.learning_rate:g}: at most {MOST_RATE:g}; 1e-5 to 1e-2 are usual")
 
 
 def _check_workers(count: int) -> None:
@@ -121,17 +131,19 @@ def _check_resume(path: Path, config: Any) -> None:
     places += [file.parent for below in ("", "*/") for file in path.glob(f"{below}checkpoints/*/manifest.json")]
     if not places:
         find_checkpoint(path, newest=True)  # says what is wrong
-        return
-    try:
-        saved = read_yaml(places[0] / "config.yaml")["model"]
-    except (UserError, OSError, KeyError, TypeError):
-        return  # an earlier or damaged one: what holds its weights is looked at when they are read
-    known = set(type(getattr(config, "model", config)).model_fields)
-    if isinstance(saved, dict) and len(known & set(saved)) < len(saved) / 2:
+    elif other := _other_model(places[0], config):
         raise UserError(
-            f"--resume {path}: the checkpoint {places[0]} is not of this system (its model has {sorted(saved)[:3]}); "
-            "give a run that this command made, or --resume none"
+            f"--resume {path}: the checkpoint {places[0]} is not of this system (its model has {other}); give a run "
+            "that this command made, or --resume none"
         )
+
+
+def _other_model(place: Path, config: Any) -> list[str]:
+    """Some settings of the model of config.yaml in a folder where it is another system's; else none."""
+    try:
+        return foreign_settings(type(config), read_yaml(place / "config.yaml"))
+    except (UserError, OSError):
+        return []  # an earlier or damaged one: what holds its weights is looked at when they are read
 
 
 def check_folder(name: str, folder: str | Path | None) -> None:
@@ -153,21 +165,19 @@ def check_folder(name: str, folder: str | Path | None) -> None:
         raise UserError(f"{flag} {path}: the weights (.safetensors or .bin) are missing or empty; download them again")
 
 
-def _check_output(output_dir: str) -> None:
-    if not output_dir.strip():
-        raise UserError("--output-dir is empty; name a folder for the run")
-    place = Path(output_dir)
-    while not place.exists() and not place.is_symlink() and place != place.parent:
+def _check_output(config: Any) -> None:
+    place = check_output(config.run.output_dir, flag="--output-dir", folder=True)
+    if other := _other_model(place, config):
+        raise UserError(
+            f"--output-dir {place}: holds a run of another system (its model has {other}); give another folder"
+        )
+    while not place.exists():
         place = place.parent
-    if not place.is_dir():
-        raise UserError(f"--output-dir {output_dir}: {place} is not a folder; give another path")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"--output-dir {output_dir}: {place}: permission denied; choose a place that you can write to")
     free = shutil.disk_usage(place).free
     if free < LEAST_FREE:
         raise UserError(
-            f"--output-dir {output_dir}: the disk is full ({free / 1e6:.2f} MB are free); free some space and run the "
-            "same command again"
+            f"--output-dir {config.run.output_dir}: the disk is full ({free / 1e6:.2f} MB are free); free space and "
+            "run the same command again"
         )
 
 

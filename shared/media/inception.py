@@ -6,7 +6,6 @@ the count, the last block pools by maximum, pictures are resized by TensorFlow 1
 (x - 128) / 128. Shapes: B pictures, C channels, H W pixels.
 """
 
-import pickle
 import zipfile
 from pathlib import Path
 
@@ -14,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.errors import UserError
+from shared.engine.checkpoint import read_weights_file
+from shared.errors import CheckpointError, UserError
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth (or pt_inception-2015-12-05-6726825d.pth)"
 SIDE = 299
@@ -204,11 +204,11 @@ def inception(weights: str | None) -> nn.Module:
     try:
         if _is_torchscript(weights):
             return ScriptedFeatures(torch.jit.load(weights, map_location="cpu"))
-        state = torch.load(weights, map_location="cpu", weights_only=True)
+        state = read_weights_file(Path(weights))
         network = FIDInception()
         unused = ("fc.", "AuxLogits.")  # the classifier, which FID does not use
         network.load_state_dict({name: value for name, value in state.items() if not name.startswith(unused)})
-    except (RuntimeError, KeyError, ValueError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, KeyError, ValueError, AttributeError, EOFError, CheckpointError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(
             f"--inception-weights {weights}: not the FID Inception weights ({reason}); give {give}"

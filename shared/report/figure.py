@@ -7,7 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
-from shared.errors import UserError, command, written_aside
+from shared.errors import UserError, check_output, command, written_aside
 
 WIDTH, MARGIN, TITLE_HEIGHT = 1000, 12, 50  # pixels
 TALLEST = 0.36  # height over width; what is taller is cut below
@@ -89,8 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("reports", nargs="+", type=Path, help="report.json files, in the order of the figure")
     parser.add_argument("--output", type=Path, required=True, help="the .jpg or .png file to write")
     options = parser.parse_args(argv)
-    if options.output.suffix not in PICTURES:
-        raise UserError(f"--output {options.output}: use a name that ends in {', '.join(sorted(PICTURES))}")
+    check_output(options.output, tuple(sorted(PICTURES)))
     write_figure(options.reports, options.output)
     print(f"figure: {options.output}")
 

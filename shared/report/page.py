@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
-from shared.errors import UserError, command, write_text
+from shared.errors import UserError, check_output, command, write_text
 
 MAX_EMBEDDED = 4_000_000  # bytes of one embedded sample
 SHOWN_FIRST = 3  # samples of a system's strip where the report names none
@@ -510,6 +510,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--logs", type=Path, help="folder of NAME.log, the consoles of the systems")
     parser.add_argument("--running", action="store_true", help="the page reloads itself")
     options = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    check_output(options.output)
     for state in options.state:
         if "=" not in state:
             raise UserError(f"--state {state}: give NAME=TEXT, such as dit=train")

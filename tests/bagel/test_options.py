@@ -103,3 +103,16 @@ def test_a_tower_of_other_channels_is_refused_by_name(tmp_path):
     (tmp_path / "vit_config.json").write_text(json.dumps({"num_channels": 4}))
     with pytest.raises(UserError, match="vit_config.json.*num_channels"):
         read_config(ModelConfig(model_path=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--draw", "0", "--ask", "0", "--edit", "0", "--talk", "0"], "draw, ask, edit and talk are all 0"),
+        (["--lora-target", "und"], "lora_target und changes nothing without use_lora"),
+        (["--tokens-per-batch", "100000000000"], "less than or equal to 100000000"),
+    ],
+)
+def test_shares_and_packs_out_of_range_are_refused(flags, message):
+    with pytest.raises(UserError, match=message):
+        read(*flags)

@@ -100,6 +100,7 @@ def test_generate_reads_files_and_every_option_acts(trained, tmp_path):
         (["--prompts", "."], "--prompts .: no such file"),
         (["--prompts", "empty.txt"], "nothing to draw"),
         (["--prompts", "binary.txt"], "binary.txt: not UTF-8"),
+        (["--prompts", "list.json"], "list.json: .json is not read"),
         (["--prompts", "number.jsonl"], "number.jsonl:2: expected a JSON object with a text"),
         (["--prompt", "x", "--seed", str(2**63)], "seed"),
         (["--prompt", "x", "--vae", "elsewhere"], "type pool"),
@@ -108,7 +109,12 @@ def test_generate_reads_files_and_every_option_acts(trained, tmp_path):
 )
 def test_generate_says_what_is_wrong(trained, tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    files = {"empty.txt": b"\n", "binary.txt": b"\xff\xfe", "number.jsonl": b'{"text": "a"}\n{"text": 5}\n'}
+    files = {
+        "empty.txt": b"\n",
+        "binary.txt": b"\xff\xfe",
+        "number.jsonl": b'{"text": "a"}\n{"text": 5}\n',
+        "list.json": b"[]",
+    }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     with pytest.raises(SystemExit) as left:

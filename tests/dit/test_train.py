@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dit import precompute, train
 from dit.config import PRESETS, Config
@@ -290,6 +290,17 @@ def test_train_says_what_is_wrong(settings, capsys, arguments, message):
     with pytest.raises(SystemExit) as left:
         train.main([*start, *arguments])
     assert left.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_weights_to_start_from_are_read_before_a_codec_is_fitted(tmp_path, capsys):
+    (tmp_path / "cut.safetensors").write_bytes(b"")
+    save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
+    for name, message in (("cut", "cannot be read as weights"), ("other", "not one tensor fits")):
+        with pytest.raises(SystemExit) as left:
+            out = ["--output-dir", str(tmp_path / "out"), "--pretrained-path", str(tmp_path / f"{name}.safetensors")]
+            train.main(["--config", "small", "--device", "cpu", *out])
+        assert left.value.code == 2 and message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_key_names_the_nearest(tmp_path, capsys):

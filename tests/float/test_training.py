@@ -609,13 +609,24 @@ def test_wrong_settings_end_with_one_sentence(flags, words, capsys):
 
 def test_what_would_stop_phase_two_is_said_before_phase_one(tmp_path, clips, capsys):
     base = [*TINY, *TINY_PICTURES, "--data-root", str(clips), "--output-dir", str(tmp_path / "out")]
-    nowhere = str(tmp_path / "nowhere")
+    nowhere, bert, empty = (str(tmp_path / name) for name in ("nowhere", "bert", "empty"))
+    for folder, kind in ((bert, "bert"), (empty, "wav2vec2")):
+        Path(folder).mkdir()
+        (Path(folder) / "config.json").write_text(json.dumps({"model_type": kind}))
+    wav2vec = ["--audio-features", "wav2vec2", "--wav2vec-model-path"]
     for flags, words in [
+        ([*wav2vec, bert], "bert: a bert, not a wav2vec2"),
+        ([*wav2vec, empty], "empty: cannot be loaded"),
+        (["--emotion-source", "ser", "--audio2emotion-path", empty], "empty: no weights here"),
+        (["--emotion-source", "ser", "--audio2emotion-path", nowhere], "or use --emotion-source label or none"),
         (["--audio-features", "wav2vec2", "--wav2vec-model-path", nowhere], "nowhere: no wav2vec2 model here"),
         (["--emotion-source", "ser", "--audio2emotion-path", nowhere], "nowhere: no wav2vec2 model here"),
         (["--resume", nowhere], "nowhere: no such checkpoint"),
         (["--batch-size", "16"], "3 windows of 16 frames, one optimizer step takes 16; use --batch-size 3"),
         (["--fmt-path", nowhere], "--fmt-path"),
+        (["--features-dir", f"{bert}/config.json"], "config.json is not a folder"),
+        (["--sigma-min", "2"], "sigma_min 2.0 must be below sigma_max 1.0"),
+        (["--fmt-path", f"{bert}/config.json"], "config.json: cannot be read as weights"),
         (["--ode-method", "eular"], "'eular'"),
         (["--val-split", "nothing"], "no clips of split 'nothing'"),
     ]:

@@ -271,7 +271,20 @@ def test_bad_input_ends_with_2_and_one_sentence(tmp_path, capsys, flags, message
         run(tmp_path / "out", *flags)
     error = capsys.readouterr().err
     assert leaving.value.code == 2 and message in error and "Traceback" not in error
-    assert not list((tmp_path / "out").glob("stage*"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_list_of_which_no_picture_can_be_read_is_said_before_a_file_is_made(tmp_path, capsys):
+    for part in ("train", "val"):
+        rows = [{"file": str(tmp_path / f"{number}.png"), "captions": ["a cat"]} for number in range(24)]
+        (tmp_path / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for number in range(24):
+        (tmp_path / f"{number}.png").write_bytes(b"no picture")
+    with pytest.raises(SystemExit) as leaving:
+        run(tmp_path / "out", "--datasets", "jsonl", "--set", f"data.paths={{jsonl: {tmp_path}}}")
+    error = capsys.readouterr().err
+    assert leaving.value.code == 2 and "samples in a row cannot be read" in error and ".png" in error
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("split", ["training", "validation"])

@@ -313,3 +313,20 @@ def test_composed_scenes_train_draw_resume_and_are_measured(tmp_path):
     assert (folder / "samples/metrics/combinations.png").exists() and (folder / "report.html").exists()
     with pytest.raises(UserError, match="not cached"):
         train.main.__wrapped__([*command, "--cache-dir", str(tmp_path), "--use-cached-text"])
+
+
+def test_what_a_run_needs_after_its_small_base_is_opened_before_it(tmp_path, capsys):
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "config.json").write_text('{"model_type": "clip_vision_model"}')
+    (tmp_path / "words.pt").write_text("no weights")
+    for flags, words in (
+        (["--image-encoder", "clip"], "image_encoder_path None: not a folder"),
+        (["--image-encoder", "clip", "--image-encoder-path", tmp_path / "clip"], "clip: cannot be loaded"),
+        (["--init-from", tmp_path / "words.pt"], "words.pt"),
+        (["--target-modules", "nothing"], "target_modules: nothing not known"),
+        (["--num-frames", "1000001"], "less than or equal to 10001"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            train.main(arguments(tmp_path / "out", *flags))
+        assert left.value.code == 2 and words in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()

@@ -1,11 +1,13 @@
 """How a command ends when the disk, the console or a stored file fails: one sentence, exit code 2, nothing lost."""
 
 import errno
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -143,6 +145,9 @@ def test_a_file_of_python_objects_is_refused_without_the_advice_to_trust_it(tmp_
     with pytest.raises(CheckpointError, match="Python objects") as found:
         load_weights(tmp_path / "thing.pt")
     assert "weights_only" not in str(found.value)
+    (tmp_path / "words.pt").write_text('{"a": 1}\n')
+    with pytest.raises(CheckpointError, match="cannot be read as weights .neither"):
+        load_weights(tmp_path / "words.pt")
 
 
 class Thing:
@@ -223,6 +228,42 @@ def test_a_damaged_folder_of_a_public_model_is_a_sentence_in_every_system(tmp_pa
         assert folder in str(found.value) and "\n" not in str(found.value)
 
 
+def test_a_public_model_that_lacks_weights_is_not_filled_with_random_numbers(tmp_path):
+    """transformers and diffusers only warn: a run would train on a frozen encoder of noise."""
+    from diffusers import AutoencoderKL
+    from safetensors.torch import load_file, save_file
+    from transformers import CLIPTextModel, Wav2Vec2Model
+
+    from dit.modules.text import TextEncoder
+    from dit.modules.vae import VAEEncoder
+    from float.modules.audio import AudioEncoder
+    from opens2v.modules.encoders import load_clip, load_umt5, load_wan_vae
+    from shared.errors import load_whole
+    from tests.roads import encoders
+
+    text, vae, sound, wan = (tmp_path / name for name in ("text", "vae", "sound", "wan"))
+    encoders.clip_text(text), encoders.picture_vae(vae), encoders.wav2vec(sound), encoders.wan(wan)
+    vae = vae / "vae" if (vae / "vae").is_dir() else vae
+    cases = [
+        (text, lambda: TextEncoder(str(text), length=8, local_files_only=True)),
+        (vae, lambda: VAEEncoder(str(vae), local_files_only=True)),
+        (sound, lambda: AudioEncoder.from_pretrained(str(sound), only_last_features=True)),
+        (wan / "vae", lambda: load_wan_vae(str(wan))),
+        (wan / "text_encoder", lambda: load_umt5(str(wan))),
+        (wan / "image_encoder", lambda: load_clip(str(wan / "image_encoder"))),
+    ]
+    for folder, opened in cases:
+        opened()
+        (file,) = folder.glob("*.safetensors")
+        weights = load_file(file)
+        save_file(dict(sorted(weights.items())[: len(weights) // 2]), file, {"format": "pt"})
+        with pytest.raises(UserError, match="of its weights are missing or of another shape, such as"):
+            opened()
+    for loader, folder in ((CLIPTextModel, text), (AutoencoderKL, vae), (Wav2Vec2Model, sound)):
+        with pytest.raises(ValueError, match="are missing"):
+            load_whole(loader, folder)
+
+
 def test_a_phase_that_was_stopped_ends_the_command_with_code_0(capsys, monkeypatch):
     @command
     def main(argv):
@@ -234,3 +275,82 @@ def test_a_phase_that_was_stopped_ends_the_command_with_code_0(capsys, monkeypat
             main([])
         found = capsys.readouterr()
         assert left.value.code == 0 and found.out.count("stopped at step 3 of 8") == said and not found.err
+
+
+def outputs(folder: Path) -> list[tuple[str, str]]:
+    """(a path that cannot be written to, what is said of it); the folder gets a file and a folder."""
+    (folder / "file").write_text("")
+    return [
+        (str(folder / "file" / "a.mp4"), "is not a folder"),
+        (str(folder / "there.mp4"), "a folder; give the name"),
+        ("/proc/1/a.mp4", "permission denied"),
+        (" ", "is empty"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "module, suffix",
+    [
+        ("dit.generate", ".png"), ("dit.metrics", ".json"), ("float.generate", ".mp4"), ("float.metrics", ".json"),
+        ("float.weights.released", ".pth"), ("bagel.generate", ".png"), ("bagel.metrics", ".json"),
+        ("opens2v.generate", ".mp4"), ("opens2v.metrics", ".json"), ("multimodal.generate", ".png"),
+        ("multimodal.metrics", ".json"),
+    ],
+)  # fmt: skip
+def test_an_output_that_cannot_be_written_is_said_before_anything_is_opened(tmp_path, capsys, module, suffix):
+    main = importlib.import_module(module).main
+    for path, said in outputs(tmp_path):
+        (tmp_path / f"there{suffix}").mkdir(exist_ok=True)
+        with pytest.raises(SystemExit) as leaving:
+            main(["--checkpoint", "/nowhere", "--output", path.replace(".mp4", suffix)])
+        error = capsys.readouterr().err
+        assert leaving.value.code == 2 and "--output" in error and said in error, error
+
+
+@pytest.mark.parametrize(
+    "module, name, said",
+    [
+        ("dit.generate", "a.gif", "pictures are written as .png"), ("float.generate", "a.txt", "ends in .mp4"),
+        ("bagel.generate", "a.mp3", "ends in .png or .txt"), ("bagel.metrics", "a.txt", "ends in .json"),
+        ("opens2v.generate", "a.xyz", "ends in .mp4"), ("multimodal.generate", "a.mp4", "ends in .png or .json"),
+    ],
+)  # fmt: skip
+def test_an_output_of_another_kind_is_refused(tmp_path, capsys, module, name, said):
+    with pytest.raises(SystemExit) as leaving:
+        importlib.import_module(module).main(["--checkpoint", "/nowhere", "--output", str(tmp_path / name)])
+    assert leaving.value.code == 2 and said in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "module, words",
+    [
+        ("multimodal.download_datasets", ["--datasets", "coco", "--dry-run", "--data-root", "FILE/below"]),
+        ("float.prepare", ["--data-root", ".", "--output-dir", "FILE/below"]),
+        ("float.prepare", ["--data-root", "FILE", "--output-dir", "OUT"]),
+        ("shared.engine.convert", ["/nowhere", "--output", "FILE/below"]),
+        ("shared.report.page", ["/nowhere.json", "--output", "FILE/below"]),
+    ],
+)
+def test_places_of_the_other_commands_are_looked_at_first(tmp_path, capsys, module, words):
+    (tmp_path / "file").write_text("words")
+    with pytest.raises(SystemExit) as leaving:
+        importlib.import_module(module).main(
+            [word.replace("FILE", f"{tmp_path}/file").replace("OUT", f"{tmp_path}/out") for word in words]
+        )
+    assert leaving.value.code == 2 and f"{tmp_path}/file" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_no_reader_of_weights_passes_on_the_advice_to_trust_a_file(tmp_path):
+    from dit.weights.guide import read_weights_file as of_dit
+    from multimodal.weights.files import read_payload
+    from opens2v.weights.export import read_trained
+    from opens2v.weights.wan import read_tensors_file
+
+    torch.save({"model": Thing()}, tmp_path / "thing.pt")
+    (tmp_path / "words.pt").write_text("words")
+    for read in (of_dit, read_payload, read_trained, read_tensors_file, load_weights):
+        for name, said in (("thing.pt", "holds Python objects"), ("words.pt", "cannot be read as weights")):
+            with pytest.raises(CheckpointError, match=said) as found:
+                read(tmp_path / name)
+            assert "weights_only" not in str(found.value)

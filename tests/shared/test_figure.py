@@ -38,7 +38,7 @@ def test_what_cannot_be_shown_is_said(tmp_path):
     cases = (
         ([str(report)], "figure.png", "no report has a picture"),
         ([str(tmp_path / "gone.json")], "figure.png", "no such report"),
-        ([str(report)], "figure.gif", "use a name that ends in"),
+        ([str(report)], "figure.gif", "give a name that ends in"),
     )
     for reports, name, message in cases:
         with pytest.raises(UserError, match=message):

@@ -1,5 +1,6 @@
 """No way of going on, back or down loses a run: identity, pruning, ends, stops, locks, and what is compared."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from shared.config import load_saved
+from shared.engine import checkpoint
 from shared.engine.checkpoint import CheckpointStore, open_run, read_manifest, verify
 from shared.engine.dist import DistInfo, StopFlag
 from shared.engine.preflight import preflight
@@ -107,7 +110,13 @@ def no_manifests(run_folder: Path) -> None:
         path.unlink()
 
 
-@pytest.mark.parametrize("damage", [damage_all, another_format, no_manifests])
+def links_to_a_disk_that_is_not_there(run_folder: Path) -> None:
+    for folder in (run_folder / "checkpoints").glob("step_*"):
+        folder.rename(run_folder / folder.name)
+        folder.symlink_to("/nowhere/disk")
+
+
+@pytest.mark.parametrize("damage", [damage_all, another_format, no_manifests, links_to_a_disk_that_is_not_there])
 def test_checkpoints_of_which_none_can_be_read_stop_the_start(tmp_path, damage):
     run_here(case(tmp_path / "run", training={"total_steps": 9}))
     damage(tmp_path / "run")
@@ -117,7 +126,33 @@ def test_checkpoints_of_which_none_can_be_read_stop_the_start(tmp_path, damage):
     assert checkpoints(tmp_path / "run") == before
     assert run_here(case(tmp_path / "run", run={"resume": "none"}, training={"total_steps": 3})).step == 3
     (aside,) = tmp_path.glob("run/checkpoints.before-*")
-    assert sorted(path.name for path in aside.glob("step_*")) == before
+    assert sorted(path.name for path in aside.iterdir() if path.name.startswith("step_")) == before
+
+
+def test_a_checkpoint_that_its_disk_cannot_read_is_passed_over(tmp_path, monkeypatch, capfd):
+    run_here(case(tmp_path / "run", training={"total_steps": 9}))
+    describe = checkpoint._describe
+
+    def bad_sector(path: Path) -> dict:
+        if "00000009" in str(path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return describe(path)
+
+    monkeypatch.setattr(checkpoint, "_describe", bad_sector)
+    assert open_run(tmp_path / "run") == at(tmp_path / "run", 6)
+    assert "Input/output error" in capfd.readouterr().out
+
+
+def test_links_to_checkpoints_are_replaced_and_pruned(tmp_path):
+    run_here(case(tmp_path / "run", training={"total_steps": 9, "save_steps": 3}))
+    for step in (3, 6):  # moved to a larger disk
+        at(tmp_path / "run", step).rename(tmp_path / f"moved_{step}")
+        at(tmp_path / "run", step).symlink_to(tmp_path / f"moved_{step}")
+    flip_a_bit(tmp_path / "moved_6")
+    flip_a_bit(at(tmp_path / "run", 9))
+    assert run_here(case(tmp_path / "run", training={"total_steps": 9, "save_steps": 3, "keep_last": 2})).step == 9
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.is_symlink()] == []
+    assert verify(at(tmp_path / "run", 6)) and verify(tmp_path / "moved_3") and not list(tmp_path.rglob(".tmp-*"))
 
 
 def test_damaged_checkpoints_take_no_place_among_those_that_are_kept(tmp_path):
@@ -240,7 +275,11 @@ def a_list(folder: Path) -> None:
     (folder / "manifest.json").write_text('{"step": 9, "files": ["a"], "sha256": "x"}')
 
 
-@pytest.mark.parametrize("damage", [deep, pipe, outside, a_list])
+def a_negative_step(folder: Path) -> None:
+    (folder / "manifest.json").write_text('{"step": -9, "files": {}, "sha256": "x"}')
+
+
+@pytest.mark.parametrize("damage", [deep, pipe, outside, a_list, a_negative_step])
 def test_a_manifest_that_is_none_is_passed_over(tmp_path, damage):
     run_here(case(tmp_path / "run", training={"total_steps": 9}))
     damage(at(tmp_path / "run", 9))
@@ -428,6 +467,8 @@ FAULTS = [
     ({"training": {"global_batch_size": 7, "batch_size": 2}}, "global_batch_size 7 is not divisible"),
     ({"training": {"batch_size": 10**20}}, "--batch-size 100000000000000000000 with 1 micro-steps"),
     ({"training": {"gradient_accumulation_steps": 10**9}}, "with 1000000000 micro-steps"),
+    ({"training": {"total_steps": 10**30}}, "nobody waits so long"),
+    ({"training": {"learning_rate": 1e300}}, "--learning-rate 1e.300: at most 100"),
     ({"training": {"num_workers": 100_000}}, "--num-workers 100000: this machine has"),
     ({"training": {"best_metric": "val/los"}}, "--best-metric val/los: no validation gives it; did you mean val/loss"),
 ]
@@ -459,6 +500,17 @@ def test_preflight_looks_at_the_loggers_the_other_phases_and_the_model_folders(t
         if name is not None:
             (folder / name).write_text("{}")
     preflight(settings(tmp_path), DistInfo(), folders={"text_path": folder})
+
+
+def test_a_folder_with_a_run_of_another_system_is_refused(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.yaml").write_text("model: {codec: wan, ffn_dim: 8, text_rows: 4}\n")
+    with pytest.raises(UserError, match="--output-dir .*out: holds a run of another system .its model has .'codec'"):
+        preflight(settings(tmp_path), DistInfo())
+    from dit.config import Config as Dit
+
+    with pytest.raises(UserError, match="config.yaml: not of this system .its model has .'codec', 'ffn_dim'"):
+        load_saved(Dit, tmp_path / "out" / "config.yaml")
 
 
 def test_a_metric_that_no_validation_gives_is_refused_in_the_first_one(tmp_path):
