@@ -38,6 +38,7 @@ from bagel.sampling.generation import (
     text_block,
     vit_block,
 )
+from shared.engine.dist import keep_freed_memory
 from shared.errors import UserError
 from shared.media.pictures import as_rgb
 from shared.rng import keyed_generator
@@ -101,6 +102,8 @@ class InterleaveInferencer:
             new_token_ids if isinstance(new_token_ids, SpecialTokens) else SpecialTokens.from_names(new_token_ids)
         )
         self.config = bare(model).config
+        if next(bare(model).parameters()).device.type == "cpu":
+            keep_freed_memory()
         self.seed, self.sample_posterior = seed, sample_posterior
 
     # --- contexts ---

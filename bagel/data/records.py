@@ -420,21 +420,22 @@ _READERS = {
 FORMATS = tuple(_READERS)
 
 
+def _is_utf8(text: str) -> bool:
+    try:
+        return bool(text.encode())
+    except UnicodeEncodeError:
+        return False
+
+
 def check_texts(steps: Sequence[Step], escape: bool) -> None:
     """Refuse text that holds one of the four marks, which would break the borders of segments, or the mark of a picture
     or video that is not there, which would be learned as words; unless it is to be read as plain text. What cannot be
     written as UTF-8 is refused in any case.
     """
     for step in steps:
-        try:
-            (step.text or step.image or "").encode()
-        except UnicodeEncodeError as error:
-            what = (
-                "a byte that is not UTF-8" if 0xDC80 <= ord(error.object[error.start]) <= 0xDCFF else "half a character"
-            )
-            raise RecordFault(
-                "E_JSON", f"{what} in a text or path ({ascii(error.object[error.start])}); write it anew"
-            ) from None
+        # "\udcXX" stands for a byte that is not UTF-8; other halves of a pair, which JSON allows, a text may hold
+        if (step.image and not _is_utf8(step.image)) or any("\udc80" <= sign <= "\udcff" for sign in step.text or ""):
+            raise RecordFault("E_JSON", "a text or path holds a byte that is not UTF-8; write it anew")
         if step.text is None or escape:
             continue
         if found := [mark for mark in SPECIAL_STRINGS if mark in step.text]:

@@ -82,6 +82,7 @@ class FolderTokenizer:
         return list(self._short(text)) if len(text) <= SHORT else self._encoded(text)
 
     def _encoded(self, text: str) -> list[int]:
+        text = text.encode("utf-8", errors="replace").decode()  # half a pair becomes "?"
         return self.inner.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def decode(self, ids: list[int]) -> str:

@@ -13,6 +13,7 @@ from bagel.config import DataConfig
 from bagel.data.format import FORMATS
 from bagel.data.sources import load_image
 from bagel.data.sources import open_records as open_files
+from bagel.data.tokenizer import FolderTokenizer, tokenizer_folder
 from bagel.dataset import DataFormatError
 from bagel.packing import Dropout, PackStream, make_collate
 from shared.engine.dist import DistInfo
@@ -233,6 +234,8 @@ def test_weights_that_make_no_sample_an_epoch_are_refused(open_records):
 def test_half_a_surrogate_pair_becomes_a_question_mark(open_records):
     dataset = open_records(['{"text_prompt": "a \\ud800", "image_path": "images/apple.png"}'])
     assert bytes(dataset.plan(0, 0)[0].ids) == b"a ?"
+    sample = FolderTokenizer(tokenizer_folder("sample"))
+    assert sample.encode("a \ud800") == sample.encode("a ?")
 
 
 def test_questions_about_pictures_can_come_more_often(open_records):

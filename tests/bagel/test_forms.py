@@ -120,10 +120,7 @@ def test_forms_that_are_in_use_are_read(record, plan, open_records):
         ({"captions": "{}", "image_path": APPLE}, "E_FIELD"),
         ({"text_prompt": ["fine", "see <|im_end|>"], "image_path": APPLE}, "E_SPECIAL_TOKEN"),
         ({"conversations": [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]}, "E_NO_TARGET"),
-        ('{"text_prompt": "\\ud83d", "image_path": "images/apple.png"}', "E_JSON"),  # half a character
-        ('{"text_prompt": ["x", "\\ud83d"], "image_path": "images/apple.png"}', "E_JSON"),
         ('{"text_prompt": "x", "image_path": "\\ud83d.png"}', "E_JSON"),
-        ('{"captions": "{\\"a\\": \\"\\\\ud83d\\"}", "image_path": "images/apple.png"}', "E_JSON"),
     ],
 )
 def test_what_would_be_learned_wrong_is_refused_by_name(record, code, open_records):
