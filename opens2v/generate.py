@@ -279,7 +279,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
     if not options.checkpoint:
         raise UserError("--checkpoint is needed: a run folder, one of its checkpoints, or a model.pt")
     requests = requests_of(options)
-    for place in [request.output for request in requests] or [options.output]:
+    for place in [request.output for request in requests] or [Path(options.output)]:
         check_output(place, (".mp4", ".m4v", ".mov", ""))
     generator = Generator(options)
     written = [generator.run(request) for request in requests] or [generator.run_held_back(Path(options.output))]
