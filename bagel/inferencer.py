@@ -195,9 +195,14 @@ class InterleaveInferencer:
         """
         height, width = image_shape
         contexts = Contexts(context, cfg_text_precontext or Context(), cfg_img_precontext or context, (height, width))
-        low, high = cfg_interval
         guidance = Guidance(
-            cfg_text_scale, cfg_img_scale, (low, high), cfg_renorm_min, cfg_renorm_type, num_timesteps, timestep_shift
+            cfg_text_scale,
+            cfg_img_scale,
+            tuple(cfg_interval),
+            cfg_renorm_min,
+            cfg_renorm_type,
+            num_timesteps,
+            timestep_shift,
         )
         self._calls += 1
         return self.gen_images([contexts], guidance, first=self._calls - 1)[0]
@@ -349,6 +354,8 @@ class InterleaveInferencer:
             defaults = dict(cfg_text_scale=4.0, cfg_img_scale=1.5)
         former = self.seed, self._calls
         if seed is not None:
+            if seed < 0:
+                raise UserError(f"seed {seed} is below 0")
             self.seed, self._calls = seed, 0
         try:
             outputs = self.interleave_inference([*images, prompt], **{**defaults, **settings})

@@ -536,9 +536,11 @@ class Config(Section):
 
     @property
     def can_guide(self) -> bool:
-        """Whether there is a condition, and a null condition to lead away from."""
-        reads_text = self.model.text_conditioning != "none"
-        return reads_text or (self.model.num_classes is not None and self.model.class_dropout != 0)
+        """Whether there is a condition, and a null condition to lead away from: a trained one needs dropped samples."""
+        is_trained = self.diffusion.cfg_dropout > 0 or self.model.pretrained_path is not None
+        if self.model.text_conditioning != "none":
+            return is_trained or self.diffusion.null_text == "empty"
+        return self.model.num_classes is not None and self.model.class_dropout != 0 and is_trained
 
     @property
     def vae_factor(self) -> int:
@@ -582,6 +584,9 @@ def refuse_unused(config: Config) -> None:
         (config.model.type == "dit", "model.type is prx", _OF_DIT),
         (config.model.type == "prx", "model.type is dit", ("model.bottleneck_size", "model.resolution_embeds")),
         (config.text.type == "hash", f"text.type is {config.text.type}", ("text.context",)),
+        (config.training.optimizer == "muon", "training.optimizer is adamw", ("training.muon_learning_rate",)),
+        (config.model.route_share > 0, "model.route_share is 0", ("model.route_start", "model.route_end")),
+        (config.model.num_classes is not None, "there are no classes", ("model.class_dropout",)),
     ]
     faults = []
     for is_used, reason, names in rules:
@@ -590,6 +595,12 @@ def refuse_unused(config: Config) -> None:
             value = config[section][key]
             if not is_used and value != default[section][key]:
                 faults.append(f"{name} {value} would change nothing: {reason}; leave it out")
+    for name, part, reads in (("vae", config.vae, "sd"), ("text", config.text, "clip or language")):
+        path = part.pretrained_model_name
+        if part.type not in reads.split(" or ") and Path(path).exists():  # a preset may name one of the hub
+            faults.append(
+                f"{name}.pretrained_model_name {path} is not read by {name}.type {part.type}; set it to {reads}"
+            )
     if config.run.strategy not in (None, "none", "ddp"):
         parted = f"under --strategy {config.run.strategy} each rank holds a part of every one; use none or ddp, or"
         if config.training.optimizer == "muon":
@@ -604,6 +615,10 @@ def refuse_unused(config: Config) -> None:
         faults.append("repa.features: the run was begun with an encoder to align with; give its folder: --encoder-path")
     if config.data.buckets and (config.data.cache_dir is not None or config.data.dataset_name == "scenes"):
         faults.append("data.buckets need pictures of their own shapes: leave data.cache_dir and scenes out")
+    if config.data.buckets and config.data.crop not in ("center", "random"):
+        faults.append(
+            f"data.crop {config.data.crop} makes squares, data.buckets cut by center or random; leave one out"
+        )
     if config.flow.contrastive and config.training.batch_size % 2:
         faults.append(
             f"training.batch_size {config.training.batch_size}: flow.contrastive compares the samples of a batch in "

@@ -334,7 +334,8 @@ def decode(data: bytes, name: str) -> Image.Image:
         whole = _without_its_end(data) if "truncated" in str(error) else None
         if whole is not None:
             return whole
-        raise BadSample(f"{name}: not a readable picture ({error})") from None
+        reason = "no picture format" if "BytesIO" in str(error) else error
+        raise BadSample(f"{name}: not a readable picture ({reason})") from None
 
 
 def _without_its_end(data: bytes) -> Image.Image | None:

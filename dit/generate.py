@@ -239,8 +239,8 @@ def guidance(config: Config, wanted: float | None) -> float:
         return config.sample.cfg_scale if wanted is None else wanted
     if wanted not in (None, 1.0):
         raise UserError(
-            f"--cfg-scale {wanted}: this model was trained without a null condition (class_dropout 0, or neither "
-            "captions nor classes), so nothing can be led away from; leave it out"
+            f"--cfg-scale {wanted}: this model was trained without a null condition (class_dropout or cfg_dropout 0, "
+            "or neither captions nor classes), so nothing can be led away from; leave it out"
         )
     return 1.0
 

@@ -4,6 +4,7 @@ python dit/train.py --config xl --dry-run --strategy fsdp --world-size 64 --gpu 
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,11 +12,14 @@ from torch import Tensor, nn
 
 from dit.config import Config, diffusers_config
 from dit.model import DiTBlock
+from dit.modules.text import encoder_class
 from dit.modules.vae import AT_A_TIME
 from dit.weights.open import build_model
+from shared.errors import opening
 from shared.plan.measure import FrozenPart, measure_frozen
 from shared.plan.table import Workload
 
+CLIP_B32 = (63_165_952, 4 * 63_165_952)  # parameters, bytes of CLIP ViT-B/32's text tower, where none is on this disk
 SD_VAE: dict[str, Any] = {  # of Stable Diffusion 1.5 and SDXL, where the run's own is not on this disk
     "_class_name": "AutoencoderKL", "block_out_channels": (128, 256, 512, 512), "latent_channels": 4,
     "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -45,8 +49,13 @@ def workload(config: Config) -> Workload:
         size, parts = config.training.batch_size, []
         if config.data.cache_dir is None and config.vae.type == "sd":
             parts.append(vae_part(config))
-        if config.data.cache_dir is None and model.text_conditioning != "none" and config.text.type == "clip":
-            parts.append(FrozenPart("CLIP text tower", 63_165_952, 4 * 63_165_952, size * 6.0e9))
+        if config.data.cache_dir is None and model.text_conditioning != "none" and config.text.type != "hash":
+            name, of_clip = config.text.pretrained_model_name, FrozenPart("CLIP text tower", *CLIP_B32, size * 6.0e9)
+            found = encoder_part("text encoder", name, tokens=size * model.text_len)
+            parts += [found] if found else [of_clip] if config.text.type == "clip" else []
+        if config.data.cache_dir is None and config.repa.encoder_path is not None:
+            tokens = size * (config.latent_side // model.patch_size) ** 2
+            parts += filter(None, [encoder_part("encoder to align with", config.repa.encoder_path, tokens=tokens)])
         if config.training.power_ema:
             with torch.device("meta"):
                 averaged = sum(weight.numel() for weight in build_model(config).parameters())
@@ -59,6 +68,26 @@ def workload(config: Config) -> Workload:
 
         return Workload(title.replace("DiT", "PRX"), build_model, step, (PRXBlock,), frozen_parts)
     return Workload(title, build_model, step, (DiTBlock,), frozen_parts)
+
+
+def encoder_part(title: str, name: str, *, tokens: int) -> FrozenPart | None:
+    """A frozen encoder of transformers by the config.json of its folder, or of a pipeline's text_encoder; None where it
+    is not on this disk. FLOPs: two for each weight beyond the table of words and token.
+    """
+    import transformers
+
+    place = next((path for path in (Path(name) / "text_encoder", Path(name)) if (path / "config.json").is_file()), None)
+    if place is None:
+        return None
+    with opening(f"{title} {name}", "give the folder as transformers saves it"), torch.device("meta"):
+        settings = transformers.AutoConfig.from_pretrained(place, local_files_only=True)
+        kind = encoder_class(settings.model_type)
+        settings = settings.text_config if settings.model_type == "clip" else settings
+        model = kind.from_config(settings) if kind is transformers.AutoModel else kind(settings)
+        words = model.get_input_embeddings().weight.numel() if hasattr(settings, "vocab_size") else 0
+    count = sum(weight.numel() for weight in model.parameters())
+    size = (getattr(settings, "dtype", None) or torch.float32).itemsize
+    return FrozenPart(title, count, size * count, 2.0 * (count - words) * tokens)
 
 
 def vae_part(config: Config) -> FrozenPart:

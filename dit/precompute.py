@@ -17,7 +17,7 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from dit.config import PRESETS, PrecomputeOptions
+from dit.config import PRESETS, PrecomputeOptions, refuse_unused
 from shared.config import load_config
 from shared.errors import UserError, command
 
@@ -147,6 +147,8 @@ class Writer:
 
     def _encoders(self) -> tuple[Codec, CaptionEncoder | None]:
         codec, given = make_vae(self.options), self.options.cache.codec
+        if given is not None and not codec.learns:
+            raise UserError(f"--codec {given}: vae.type {self.options.vae.type} fits no codec; leave it out")
         if codec.learns:
             if given is None:
                 raise UserError(
@@ -276,6 +278,11 @@ def main(argv: list[str] | None = None) -> None:
     options = load_config(PrecomputeOptions, presets=PRESETS, argv=argv, default="default", description=__doc__)
     if not options.cache.out:
         raise UserError("--out is not set; give the folder that receives the cache")
+    refuse_unused(options)
+    if options.data.buckets:
+        raise UserError(
+            "data.buckets: a cache holds squares; give --set data.buckets=false here and to the run that reads it"
+        )
     if options.cache.dtype not in DTYPES:
         raise UserError(f"--dtype {options.cache.dtype}: use one of {', '.join(DTYPES)}")
     info = init_distributed(options.run.device, 60 * options.run.timeout_minutes)

@@ -201,10 +201,10 @@ def _from_cache(config: Config, sets: dict[str, TextImageDataset] | None, info: 
 def main(argv: list[str] | None = None) -> None:
     """The command; see the head of the file."""
     config = load_config(Config, presets=PRESETS, argv=argv, default="small", description=__doc__)
+    refuse_unused(config)
     if config.run.dry_run:
         print(plan_run(workload(config), config))
         return
-    refuse_unused(config)
     config.run.resume = "auto" if config.run.resume == "latest" else config.run.resume
 
     # the data come first: they are what most often is wrong. With a cache they may be gone.

@@ -204,6 +204,8 @@ class Config(Section):
             return values
         values = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
         paths = values.pop("paths", None) or {}
+        if not isinstance(paths, dict):
+            raise ValueError(f"paths: a section with data_root and output_dir is wanted, not {paths!r}")
         for key, value in paths.items():
             section = {"data_root": "data", "output_dir": "run"}.get(key)
             if section is None:

@@ -100,14 +100,20 @@ def encode(options: EncodeOptions) -> Path:
     given = [name for name in KINDS if getattr(options, name) is not None]
     if len(given) != 1:
         raise UserError(f"give one of --images, --texts and --audio; found {' and '.join(given) or 'none'}")
+    if output.is_dir():
+        raise UserError(f"--output {output}: is a folder; name a file, such as {output / 'index.safetensors'}")
     kind, place = given[0], str(getattr(options, given[0]))
+    misnamed = []
     if kind == "texts":
         items = read_lines(place)
     else:
-        items = [str(path) for path in files_below(place, "image" if kind == "images" else "audio")]
+        found = [str(path) for path in files_below(place, "image" if kind == "images" else "audio")]
+        items = [name for name in found if is_text(name)]
+        misnamed = [f"{ascii(name)[1:-1]}: its name is not UTF-8; rename it" for name in found if not is_text(name)]
+        print("".join(f"left out: {sentence}\n" for sentence in misnamed), end="", file=sys.stderr, flush=True)
     embedder = Embedder.load(options.checkpoint, device=options.device, batch_size=options.batch_size)
 
-    names = hashlib.sha256("\n".join(items).encode("utf-8", "surrogateescape")).hexdigest()
+    names = hashlib.sha256("\n".join(items).encode()).hexdigest()
     mark = weights_mark(embedder)
     plan = json.dumps({"kind": kind, "dtype": options.dtype, "model": mark, "part": options.part_size, "items": names})
     parts = output.with_name(f".{output.name}.parts")
@@ -139,10 +145,10 @@ def encode(options: EncodeOptions) -> Path:
     paths = [parts / f"{number:06d}.safetensors" for number in range(len(starts))]
     facts = [_facts(path) for path in paths]
     ids = [name for part in facts for name in json.loads(part["ids"])]
-    bad = [sentence for part in facts for sentence in json.loads(part["bad"])]
+    bad = misnamed + [sentence for part in facts for sentence in json.loads(part["bad"])]
     if not ids:
         shutil.rmtree(parts)
-        raise UserError(f"none of {len(items)} files can be read; the first: {bad[0]}")
+        raise UserError(f"none of {len(bad)} files can be read; the first: {bad[0]}")
     write_index(output, cat([load_file(path)["embeddings"] for path in paths]), ids, kind, mark)
     if bad:
         rows = "".join(json.dumps({"reason": sentence}, ensure_ascii=False) + "\n" for sentence in bad)
@@ -150,6 +156,15 @@ def encode(options: EncodeOptions) -> Path:
     shutil.rmtree(parts)
     print(f"{output}: {len(ids)} vectors{f', {len(bad)} files left out' if bad else ''}")
     return output
+
+
+def is_text(name: str) -> bool:
+    """Whether a file's name can be written into an index: some are bytes of another encoding than UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _facts(path: Path) -> dict[str, str]:
@@ -183,7 +198,7 @@ def write_index(output: Path, vectors: "Tensor", ids: list[str], kind: str, mark
         if len(ids) <= MOST_IDS:
             facts["ids"] = json.dumps(ids, ensure_ascii=False)
         else:
-            texts = [name.encode("utf-8", "surrogateescape") for name in ids]
+            texts = [name.encode() for name in ids]
             tensors["ids"] = torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8)
             tensors["id_ends"] = torch.tensor([len(text) for text in texts]).cumsum(0)
         save_file(tensors, temporary, facts)
@@ -230,7 +245,7 @@ def _read_safetensors(path: Path) -> Index:
             ids = json.loads(facts["ids"])
         else:
             data, ends = file.get_tensor("ids").numpy().tobytes(), [0, *file.get_tensor("id_ends").tolist()]
-            ids = [data[a:b].decode("utf-8", "surrogateescape") for a, b in zip(ends, ends[1:], strict=False)]
+            ids = [data[a:b].decode() for a, b in zip(ends, ends[1:], strict=False)]
         return Index(file.get_tensor("embeddings"), ids, facts["model"], facts.get("kind", "images"))
 
 

@@ -16,9 +16,9 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from multimodal.config import PRESETS, Config, TrainingConfig, stage_epochs
+from multimodal.config import ITEMS, PRESETS, Config, TrainingConfig, stage_epochs
 from shared.config import accumulation_steps, check_resume, fixed_settings, load_config, load_saved, save_config
-from shared.errors import UserError, command, write_text
+from shared.errors import BadSample, UserError, command, write_text
 
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
     load_config(Config, presets=PRESETS, default="default", description=__doc__)  # answers before torch is imported
@@ -55,6 +55,7 @@ from shared.loop import FitResult, finished_checkpoint, fit, is_done
 from shared.rng import keyed_generator, keyed_seed
 
 MAX_WARMUP = 2000
+TRIED = 100  # samples of a split, one of which must be readable
 CARRIED = "carried"  # a stage that goes on from a file of another run
 _INITIAL_WEIGHTS, _WORDS = 613, 614
 
@@ -83,6 +84,7 @@ class Run:
         )
         self._check_batch()
         self._check_settings()
+        self._check_readable()
         if not self.classify and config.training.label_set != "none":
             self.data.notes.append(
                 f"label_set {config.training.label_set}: the data have no such labels, so stage 3 trains without "
@@ -326,6 +328,25 @@ class Run:
             )
         if max(self.epochs) == 3 and training.batch_size == 1:
             self.data.notes.append("batch_size 1: a micro-batch has no wrong partners, so stage 3 trains no matching")
+
+    def _check_readable(self) -> None:
+        """Refuse a split of which nothing can be read, before anything is written."""
+        for split, records in (("training", self.data.train), ("validation", self.data.val)):
+            datasets = make_datasets(self.config, records, self.tokenizer, stage=2, training=False)
+            for kind, dataset in datasets.items():
+                places = range(0, len(dataset), max(1, len(dataset) // TRIED))
+                faults = []
+                for place in places:
+                    try:
+                        dataset[place]
+                        break
+                    except BadSample as error:
+                        faults.append(str(error))
+                else:
+                    raise UserError(
+                        f"none of {len(places)} {ITEMS[kind]}s of the {split} split can be read; give others, or "
+                        f"leave that data set out; the first: {faults[0]}"
+                    )
 
     def _check_settings(self) -> None:
         """Refuse other settings than those of the stages that are there, before anything is written."""

@@ -45,7 +45,9 @@ class GenerateOptions(Section):
     guidance_scale: float | None = setting(None, "strength of text guidance; null: 5, small presets 1.5", "cfg", ge=0)
     img_guidance_scale: float = setting(3.0, "strength of subject guidance, mode dual", ge=0)
     negative_prompt: str | None = setting(None, "what to steer away from; null: that of the run")
-    fps: float | None = setting(None, "frames per second of the file; null: as the training clips move", gt=0)
+    fps: float | None = setting(
+        None, "frames per second of the file; null: as the training clips move", ge=0.1, le=1000
+    )
     seed: int = setting(42, "noise", ge=0, le=2**63 - 1)
     rembg: Literal["none", "white"] = setting("none", "white: take off a plain ground of the subject picture")
     lora_scale: float = setting(1.0, "factor on the LoRA layers", ge=0)
@@ -279,7 +281,8 @@ def main(argv: list[str] | None = None) -> list[Path]:
     if not options.checkpoint:
         raise UserError("--checkpoint is needed: a run folder, one of its checkpoints, or a model.pt")
     requests = requests_of(options)
-    for place in [request.output for request in requests] or [Path(options.output)]:
+    places: list[Path | str] = [request.output for request in requests]
+    for place in places or [options.output]:
         check_output(place, (".mp4", ".m4v", ".mov", ""))
     generator = Generator(options)
     written = [generator.run(request) for request in requests] or [generator.run_held_back(Path(options.output))]

@@ -4,6 +4,7 @@ All work on lists of contexts, which are computed in one packed call.
 Letters of shapes: N latent tokens of one picture, C numbers of a latent token.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -226,7 +227,7 @@ class Guidance:
 
     cfg_text_scale: float = 4.0
     cfg_img_scale: float = 1.5
-    cfg_interval: tuple[float, float] = (0.4, 1.0)
+    cfg_interval: tuple[float, ...] = (0.4, 1.0)
     cfg_renorm_min: float = 0.0
     cfg_renorm_type: Renorm = "global"
     num_timesteps: int = 50
@@ -235,6 +236,15 @@ class Guidance:
     def __post_init__(self) -> None:
         if self.cfg_renorm_type not in ("global", "channel", "text_channel"):
             raise UserError(f"cfg_renorm_type {self.cfg_renorm_type!r}: expected global, channel or text_channel")
+        for name in ("cfg_text_scale", "cfg_img_scale", "cfg_renorm_min", "timestep_shift"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"{name} {getattr(self, name)}: expected a finite number")
+        if self.timestep_shift <= 0:
+            raise UserError(f"timestep_shift {self.timestep_shift}: expected a number above 0")
+        if not isinstance(self.num_timesteps, int):
+            raise UserError(f"num_timesteps {self.num_timesteps!r}: expected a whole number")
+        if len(self.cfg_interval) != 2 or not self.cfg_interval[0] <= self.cfg_interval[1]:
+            raise UserError(f"cfg_interval {self.cfg_interval}: give two rising numbers such as (0.4, 1.0)")
 
     def active(self, t: float) -> bool:
         return self.cfg_text_scale > 1 and self.cfg_interval[0] < t <= self.cfg_interval[1]

@@ -54,10 +54,10 @@ def read_config(config: ModelConfig) -> ModelConfig:
     if config.model_path is None:
         return config if config.llm_path is None else _plain_config(config)
     folder = Path(config.model_path)
-    if not folder.is_dir():
+    if not (config.model_path.strip() and folder.is_dir()):
         raise UserError(
-            f"--model-path {folder}: no such folder; give one with llm_config.json, vit_config.json, ae.safetensors "
-            f"and ema.safetensors"
+            f"--model-path {config.model_path!r}: no such folder; give one with llm_config.json, vit_config.json, "
+            "ae.safetensors and ema.safetensors"
         )
     language = _section(LanguageConfig, _read_json(folder / "llm_config.json"), folder / "llm_config.json")
     vision = _vision(_read_json(folder / "vit_config.json"), folder / "vit_config.json")

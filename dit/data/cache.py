@@ -76,21 +76,23 @@ def text_settings(config: Config, text_content: str | None) -> dict[str, Any]:
     }
 
 
-def content_of(name: str, subfolder: str | None = None) -> str | None:
+def content_of(name: str, *subfolders: str) -> str | None:
     """SHA-256 of what a local folder, file or downloaded hub repository of weights holds; None where it is not on this
-    disk. The same files in another place are the same content.
+    disk. The same files in another place are the same content. subfolders: the parts of a pipeline that are meant,
+    where the folder is one.
     """
     path = Path(name)
     if path.is_file():
-        files = [path]
+        beside = [path.parent / "config.json"] if subfolders else []  # of a VAE in one file: its sizes and scale
+        files = [path, *(file for file in beside if file.is_file())]
     elif path.is_dir():
-        place = path / subfolder if subfolder and (path / subfolder / "config.json").is_file() else path
+        folders = [path / part for part in subfolders if (path / part).is_dir()] or [path]
         kinds = (".safetensors", ".bin", ".pt", ".pth", ".json", ".txt", ".model")
-        files = sorted(file for file in place.iterdir() if file.suffix in kinds and file.is_file())
+        files = sorted(file for place in folders for file in place.iterdir() if file.suffix in kinds and file.is_file())
     else:
         from huggingface_hub import try_to_load_from_cache
 
-        for wanted in (f"{subfolder}/config.json" if subfolder else "config.json", "config.json"):
+        for wanted in (*(f"{part}/config.json" for part in subfolders), "config.json"):
             try:
                 found = try_to_load_from_cache(name, wanted)
             except ValueError:  # no name that the hub could have
@@ -153,7 +155,8 @@ def contents(config: Config, *, codec: Path | None = None) -> tuple[str | None, 
         vae_content = file_digest(codec) if codec is not None and codec.is_file() else None
     if config.model.text_conditioning == "none":
         return vae_content, None
-    return vae_content, "words" if text.type == "hash" else content_of(text.pretrained_model_name)
+    parts = ("text_encoder", "tokenizer") if text.type == "language" else ()
+    return vae_content, "words" if text.type == "hash" else content_of(text.pretrained_model_name, *parts)
 
 
 def as_json(tree: Any) -> str:
@@ -270,6 +273,8 @@ class Shard:
 
     def caption_rows(self) -> list[np.ndarray]:
         """The numbers of every item's captions."""
+        if not self.note["count"]:  # all its pictures are broken
+            return []
         owners = self.file("text").get_tensor("item_index").numpy()
         self._open.clear()  # all shards are looked through at once, and a large set has thousands
         starts = np.searchsorted(owners, np.arange(self.note["count"] + 1))  # owners ascend

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
@@ -25,6 +25,10 @@ from shared.rng import keyed_seed
 
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif",
+)  # fmt: skip
+_JUNK = (  # left behind by archives, file servers, editors and waste baskets
+    "__MACOSX", "@eaDir", "Thumbs.db", "$RECYCLE.BIN", "#recycle", "lost+found", "System Volume Information",
+    "__pycache__",
 )  # fmt: skip
 UNREAD_SUFFIXES = (".heic", ".heif", ".jxl", ".psd", ".svg", ".cr2", ".nef", ".arw", ".dng", ".raw", ".eps")
 IMAGE_KEYS = ("file_name", "file", "image", "image_path")
@@ -171,6 +175,10 @@ def read(settings: DataConfig, root: Path, *, is_train: bool, num_classes: int |
         raise UserError(
             f"data.dataset_path {root}: no such folder; give the folder that holds the {settings.dataset_name} data"
         )
+    if os.path.isfile(root) and root.suffix not in (".tar", ".parquet"):
+        raise UserError(
+            f"data.dataset_path {root}: is a file; give the folder it lies in, a .tar or a .parquet (unpack .tar.gz)"
+        )
     if settings.dataset_name == "custom" and is_sharded(root):
         found = Found(*ShardItems.open(reading))
     elif settings.dataset_name == "custom" and parquet_files(root):
@@ -193,7 +201,7 @@ def _usable(found: Listed, num_classes: int | None) -> Found:
         if isinstance(image, Path) and "\\" in str(image) and not os.path.isfile(image):  # a list made on Windows
             image = Path(str(image).replace("\\", "/"))
         if not item.captions and not (num_classes and item.label is not None):
-            skipped.append((item.id, "no caption"))
+            skipped.append((item.id, _lack(num_classes)))
         elif not os.path.isfile(image):  # unlike Path's, False also for a name that no file can have
             skipped.append((item.id, f"{image}: no such picture"))
         else:
@@ -207,9 +215,22 @@ def captions_of(record: dict) -> tuple[str, ...]:
 
 
 def label_of(record: dict) -> int | None:
-    """The class number under one of LABEL_KEYS."""
-    texts = (str(record[key]).strip() for key in LABEL_KEYS if record.get(key) is not None)
+    """The class number under one of LABEL_KEYS; 2.0 is 2, as tables with gaps are written."""
+    texts = (str(record[key]).strip().removesuffix(".0") for key in LABEL_KEYS if record.get(key) is not None)
     return next((int(text) for text in texts if text.isdecimal()), None)
+
+
+def _lack(num_classes: int | None) -> str:
+    """Why an item is left out that has neither a caption nor a class."""
+    return f"no class: one of {', '.join(LABEL_KEYS)} with its number is wanted" if num_classes else "no caption"
+
+
+def _is_name(name: Any) -> TypeGuard[str]:
+    """Whether a list's entry can be the name of a file: a text without half signs, which JSON may hold."""
+    try:
+        return isinstance(name, str) and bool(name.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError:
+        return False
 
 
 def held_out(name: str, fraction: float) -> bool:
@@ -233,9 +254,9 @@ def _coco(reading: Reading) -> Listed:
     tree = _json(listing, reading.texts)
     try:
         names = {image["id"]: image["file_name"] for image in tree["images"]}
-        captions: dict[Any, list[Any]] = {}
+        captions: dict[str, list[Any]] = {}  # by text: some converters write 7 here and "7" there
         for note in sorted(tree["annotations"], key=lambda note: (str(type(note["id"])), note["id"])):
-            captions.setdefault(note["image_id"], []).append(note["caption"])
+            captions.setdefault(str(note["image_id"]), []).append(note["caption"])
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{listing}: expected images with id and file_name, annotations with id, image_id and caption; missing "
@@ -249,11 +270,11 @@ def _coco(reading: Reading) -> Listed:
         )
     items, skipped = [], []
     for key, name in names.items():
-        if isinstance(name, str):
-            number = f"{key:012d}" if isinstance(key, int) else str(key)  # theirs are numbers, converters write names
-            items.append(Item(number, folder / name, clean_captions(captions.get(key, []))))
+        number = f"{key:012d}" if isinstance(key, int) else str(key)  # theirs are numbers, converters write names
+        if _is_name(name) and _is_name(number):
+            items.append(Item(number, folder / name, clean_captions(captions.get(str(key), []))))
         else:
-            skipped.append((str(key), f"its file_name is {name!r}, a text is expected"))
+            skipped.append((repr(key), f"its file_name is {name!r}, the name of a file is expected"))
     return Listed(items, skipped)
 
 
@@ -403,19 +424,14 @@ def _rows(listing: Path, texts: TextFiles) -> Listed:
     """metadata.jsonl, .csv or .tsv: one picture a row."""
     text = texts.read(listing)
     if listing.suffix in (".csv", ".tsv"):
-        first = text.partition("\n")[0]
-        delimiter = max(
-            "\t;|,", key=lambda mark: (len(set(first.split(mark)) & {*IMAGE_KEYS, *CAPTION_KEYS}), mark == ",")
-        )
-        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-        numbered: list[tuple[int, Any]] = list(enumerate(rows, 2))
+        numbered = _table_rows(listing, text)
     else:
         numbered = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     items: list[Item] = []
     skipped: list[tuple[str, str]] = []
     for number, row in numbered:
         try:
-            record = json.loads(row) if isinstance(row, str) else row
+            record = json.loads(row) if isinstance(row, str) and listing.suffix == ".jsonl" else row
             items.append(_from_record(record, listing.parent))
         except (ValueError, RecursionError) as error:
             skipped.append((f"{listing}:{number}", f"not a usable row ({error})"))
@@ -427,11 +443,42 @@ def _rows(listing: Path, texts: TextFiles) -> Listed:
     return Listed(items, skipped)
 
 
+def _table_rows(listing: Path, text: str) -> list[tuple[int, Any]]:
+    """(line, record) of a .csv or .tsv; a record says what is wrong with its row, where something is."""
+    first = text.partition("\n")[0]
+    names = {*IMAGE_KEYS, *CAPTION_KEYS}
+    cells = {mark: [cell.strip(' "').lower() for cell in first.split(mark)] for mark in ",\t;|"}
+    delimiter = max(cells, key=lambda mark: len(set(cells[mark]) & names))
+    if not set(cells[delimiter]) & {*IMAGE_KEYS}:
+        raise UserError(
+            f"{listing}: its first row must name the columns, one of {', '.join(IMAGE_KEYS)} among them; found "
+            f"{first[:120]!r}"
+        )
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+    header = [cell.strip().lower() for cell in next(lines)]
+    rows: list[tuple[int, Any]] = []
+    began = lines.line_num + 1
+    try:
+        for row in lines:
+            if len(row) > len(header):
+                rows.append((began, f"has {len(row)} cells, the first row {len(header)}: put the caption in quotes"))
+            elif row:
+                rows.append((began, dict(zip(header, row, strict=False))))
+            began = lines.line_num + 1
+    except csv.Error as error:
+        raise UserError(
+            f"{listing}:{began}: not a readable row ({error}); look for a quote that is not closed"
+        ) from None
+    return rows
+
+
 def _from_record(record: Any, folder: Path) -> Item:
+    if isinstance(record, str):
+        raise ValueError(record)
     if not isinstance(record, dict):
         raise ValueError(f"an object is expected, found {type(record).__name__}")
     name = next((record[key] for key in IMAGE_KEYS if record.get(key)), None)
-    if not isinstance(name, str):
+    if not _is_name(name):
         raise ValueError(f"none of {', '.join(IMAGE_KEYS)} names a file")
     return Item(name, folder / name, captions_of(record), label=label_of(record))
 
@@ -443,7 +490,7 @@ def _pixart(root: Path, texts: TextFiles) -> Listed:
     if not isinstance(records, list):
         raise UserError(f"{root / 'data_info.json'}: a list of records is expected, found {type(records).__name__}")
     for number, record in enumerate(records):
-        if isinstance(record, dict) and isinstance(record.get("path"), str):
+        if isinstance(record, dict) and _is_name(record.get("path")):
             items.append(Item(record["path"], folder / record["path"], clean_captions(record.get("prompt"))))
         else:
             skipped.append((f"data_info.json[{number}]", "no path"))
@@ -485,6 +532,11 @@ def _sidecars(root: Path, texts: TextFiles) -> Listed:
 def _class_folders(root: Path, class_root: Path, num_classes: int) -> Listed:
     """One folder a class, numbered in the order of their names; folders without pictures are no classes."""
     names = [folder.name for folder in _folders(class_root) if _has_pictures(folder)]
+    if not names:
+        found = _some([folder.name for folder in _folders(class_root)]) or "there is none"
+        raise UserError(
+            f"{class_root}: no folder with pictures directly in it ({found}); with model.num_classes each class is one"
+        )
     if len(names) != num_classes:
         empty = [folder.name for folder in _folders(class_root) if not _has_pictures(folder)]
         text = (
@@ -524,7 +576,7 @@ def _has_pictures(folder: Path) -> bool:
 
 
 def _is_junk(name: str) -> bool:
-    return name.startswith(".") or name in ("__MACOSX", "@eaDir", "Thumbs.db")
+    return name.startswith(".") or name in _JUNK
 
 
 # --- shards: webdataset tar files and parquet, whose items are read when asked for -----------------------------------
@@ -569,7 +621,7 @@ class ShardItems:
         label = label_of({"label": sample["cls"].decode("latin-1")}) if "cls" in sample else None
         if "json" in sample and (not captions or label is None):
             try:
-                record = json.loads(sample["json"])
+                record = json.loads(texts.decode(sample["json"], name))
                 captions, label = captions or captions_of(record), label_of(record) if label is None else label
             except (ValueError, RecursionError, AttributeError) as error:
                 raise BadSample(f"{name}: unreadable json ({error})") from None
@@ -636,7 +688,7 @@ class ParquetItems(FileItems):
             for row, record in enumerate(rows):
                 name, captions, label = f"{path.name}:{row}", captions_of(record), label_of(record)
                 if not captions and not (reading.num_classes and label is not None):
-                    skipped.append((name, f"no caption; a column {', '.join(CAPTION_KEYS)} is wanted"))
+                    skipped.append((name, _lack(reading.num_classes)))
                 elif has_split or reading.holds(name):
                     items.append(Item(name, number << 40 | row, captions, label=label))
         made = cls(items)
@@ -735,7 +787,7 @@ def _table(path: Path, texts: TextFiles, *, required: bool) -> dict[str, str]:
         if required:
             raise UserError(f"{path}: no such file; dataset_name cub needs CUB-200-2011's layout")
         return {}
-    rows = (line.split(" ", 1) for line in texts.read(path).split("\n") if line.strip())
+    rows = (line.split(None, 1) for line in texts.read(path).split("\n") if line.strip())
     return {row[0]: row[1].strip() if len(row) > 1 else "" for row in rows}
 
 

@@ -152,7 +152,6 @@ class LanguageEncoder(TextEncoder):
     def __init__(self, pretrained_model_name: str, *, length: int, local_files_only: bool = False) -> None:
         CaptionEncoder.__init__(self)
         import transformers
-        from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
         place, is_pipeline = pretrained_model_name, (Path(pretrained_model_name) / "text_encoder").is_dir()
         given: dict[str, Any] = {"local_files_only": local_files_only}
@@ -162,14 +161,8 @@ class LanguageEncoder(TextEncoder):
                 place, padding_side="right", **given, **folder
             )
             given |= {"subfolder": "text_encoder"} if is_pipeline else {}
-            kinds: dict[str, Any] = {
-                "t5": transformers.T5EncoderModel,
-                "umt5": transformers.UMT5EncoderModel,
-                "t5gemma": transformers.T5GemmaEncoderModel,
-                "t5_gemma_module": T5GemmaEncoder,  # as PRX keeps it
-            }
             kind = transformers.AutoConfig.from_pretrained(place, **given).model_type
-            self.model: Any = load_whole(kinds.get(kind, transformers.AutoModel), place, **given)
+            self.model: Any = load_whole(encoder_class(kind), place, **given)
         if getattr(self.model, "language_model", None) is not None:  # the text part of a model that also sees
             self.model = self.model.language_model
         if self.tokenizer.pad_token_id is None:
@@ -185,6 +178,22 @@ class LanguageEncoder(TextEncoder):
         states = self.model(input_ids=tokens["input_ids"], attention_mask=mask.long()).last_hidden_state.float()
         weight = mask.float()[..., None]
         return TextCondition(states, mask, (states * weight).sum(1) / weight.sum(1))
+
+
+def encoder_class(kind: str) -> Any:
+    """The class of transformers that reads text of a model_type."""
+    import transformers
+    from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
+
+    kinds: dict[str, Any] = {
+        "clip": transformers.CLIPTextModel,
+        "clip_text_model": transformers.CLIPTextModel,
+        "t5": transformers.T5EncoderModel,
+        "umt5": transformers.UMT5EncoderModel,
+        "t5gemma": transformers.T5GemmaEncoderModel,
+        "t5_gemma_module": T5GemmaEncoder,  # as PRX keeps it
+    }
+    return kinds.get(kind, transformers.AutoModel)
 
 
 def _loading(name: str) -> AbstractContextManager[None]:

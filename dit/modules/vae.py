@@ -60,8 +60,14 @@ class VAEEncoder(Codec):
             self.posterior = "mode"
         widths = config.get("encoder_block_out_channels") or config.block_out_channels
         self.factor = 2 ** (len(widths) - 1)
-        self.scaling_factor = float(scaling_factor or config.get("scaling_factor") or 1.0)
-        mean = torch.full((self.channels,), float(config.get("shift_factor") or 0.0))
+        try:
+            self.scaling_factor = float(scaling_factor or config.get("scaling_factor") or 1.0)
+            mean = torch.full((self.channels,), float(config.get("shift_factor") or 0.0))
+        except (TypeError, ValueError):
+            raise UserError(
+                f"vae.pretrained_model_name {pretrained_model_name}: its config.json has a scaling_factor or "
+                "shift_factor that is no number; copy the file again"
+            ) from None
         scale = torch.full((self.channels,), self.scaling_factor)
         if latent_stats is not None:
             mean, scale = _statistics(latent_stats, self.channels)

@@ -15,6 +15,8 @@ from shared.errors import BadSample
 
 SAMPLE_RATE, WINDOW, HOP, BANDS = 16000, 400, 160, 80
 BLOCK = 256  # frames transformed at once: their spectra stay in a processor's cache
+RATES = (1000, 1_000_000)  # Hz that a recording may have: at 1 Hz, as a damaged header says, a minute takes 16 hours
+LOUDEST = 1e12  # full scale is 1; above 1e16 the power of a window is infinite
 POWER_FLOOR = 1e-10  # log10 of it is -10
 DYNAMIC_RANGE = 8.0  # decades below a clip's own maximum that are kept
 BY_SOUNDFILE = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au")
@@ -28,7 +30,7 @@ AUDIO_SUFFIXES = BY_SOUNDFILE + BY_AV
 def read_audio(source: Path | bytes, *, seconds: float | None = None, position: float = 0.0) -> np.ndarray:
     """Mono float32 at 16 kHz. seconds: read at most so much, starting at `position` (0 to 1) of what is left over.
 
-    Raises BadSample for a file that does not decode, is empty, or holds numbers that are not finite.
+    Raises BadSample for a file that does not decode, is empty, or holds a rate or numbers that no recording has.
     """
     name = "audio bytes" if isinstance(source, bytes) else str(source)
     readers = (_read_by_soundfile, _read_by_av)
@@ -44,12 +46,14 @@ def read_audio(source: Path | bytes, *, seconds: float | None = None, position: 
                 problem = str(error).splitlines()[0] if str(error) else type(error).__name__
         else:
             raise BadSample(f"{name}: cannot be decoded as sound ({problem})")
-    except FileNotFoundError:
-        raise BadSample(f"{name}: no such file") from None
+    except OSError as error:  # of opening it: not there, a folder, a link to itself
+        raise BadSample(f"{name}: {error.strerror}") from None
     if samples.size == 0:
         raise BadSample(f"{name}: holds no sound")
-    if not np.isfinite(samples).all():
-        raise BadSample(f"{name}: holds numbers that are not finite")
+    if not RATES[0] <= rate <= RATES[1]:
+        raise BadSample(f"{name}: its header says {rate} samples a second; {RATES[0]} to {RATES[1]:,} are read")
+    if not (np.abs(samples) < LOUDEST).all():
+        raise BadSample(f"{name}: holds numbers that are not finite, or beyond {LOUDEST:.0e}")
     return resample(samples, rate)
 
 

@@ -57,6 +57,10 @@ def center_crop(picture: Image.Image, size: int) -> Image.Image:
     """Shorter side to `size` (bicubic, antialiased; the longer is int(size * long / short)), then the middle square."""
     width, height = picture.size
     short, long = min(width, height), max(width, height)
+    if long > (most := max(short, MOST_PIXELS // size**2 * short)):  # a line of pixels: the middle of it is enough
+        start = (long - most) // 2
+        picture = picture.crop((start, 0, start + most, height) if width > height else (0, start, width, start + most))
+        (width, height), long = picture.size, most
     longer = int(size * long / short)
     resized = picture.resize((size, longer) if width <= height else (longer, size), Image.Resampling.BICUBIC)
     left, top = round((resized.width - size) / 2), round((resized.height - size) / 2)

@@ -24,6 +24,7 @@ Kind = Literal["image", "audio", "voice"]
 KINDS: tuple[Kind, ...] = ("image", "audio", "voice")
 MAX_BAD_SHARE = 0.01  # of the rows of a list; one is always allowed
 CAPTION_KEYS = ("captions", "caption", "texts", "text")
+SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "eval")}
 FILE_KEYS = ("file", "file_name", "filename", "image", "audio", "path", "filepath", "image_path", "audio_path")
 _CHUNK = 1 << 20  # characters of a JSON file that are read at a time
 
@@ -373,6 +374,15 @@ def not_text(path: Path, error: Exception, kind: str) -> UserError:
     return UserError(f"{path}: not readable as {kind} ({reason}); download it again{way}")
 
 
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(line number from 1, line) of a text file."""
+    try:
+        with open(path, encoding=encoding_of(path)) as file:
+            yield from enumerate(file, 1)
+    except UnicodeError as error:
+        raise not_text(path, error, "text") from None
+
+
 def json_items(path: Path, keys: Iterable[str]) -> Iterator[tuple[str, Any]]:
     """(key, item) of the arrays under these keys of a JSON object, one at a time and in the order of the file.
 
@@ -399,7 +409,7 @@ def json_items(path: Path, keys: Iterable[str]) -> Iterator[tuple[str, Any]]:
                 else:
                     text.value(decoder)
                 text.separator("}")
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, RecursionError) as error:
         raise not_text(path, error, "JSON") from None
     for key in sorted(wanted - seen):
         raise UserError(f"{path}: has no list {key!r}; download it again")
@@ -458,23 +468,29 @@ class _Text:
 
 
 def read_csv(path: Path, columns: tuple[str, ...]) -> tuple[list[dict[str, str]], list[str]]:
-    """The rows of a table that have these columns, and what is wrong with the others. Commas or semicolons."""
+    """The rows of a table that have these columns, and what is wrong with the others. Between the columns commas,
+    semicolons, tabs or bars; their names in small letters.
+    """
     try:
         with open(path, encoding=encoding_of(path), newline="") as file:
             first = file.readline()
             file.seek(0)
-            reader = csv.DictReader(file, delimiter=";" if first.count(";") > first.count(",") else ",")
-            absent = [name for name in columns if name not in (reader.fieldnames or ())]
+            between = max(",;\t|", key=first.count)
+            reader = csv.DictReader(file, delimiter=between)
+            names = reader.fieldnames = [name.strip().casefold() for name in reader.fieldnames or ()]
+            absent = [name for name in columns if name not in names]
             if absent:
-                raise UserError(
-                    f"{path}: has no column {absent[0]}; its columns are {', '.join(reader.fieldnames or ())}"
-                )
+                raise UserError(f"{path}: has no column {absent[0]}; its columns are {', '.join(names) or 'none'}")
             rows, bad = [], []
             for place, row in enumerate(reader, 2):
+                cells = [cell for cell in row.values() if isinstance(cell, str)]
+                swallowed = [line for cell in cells for line in cell.splitlines()[1:]]
+                swallowed = [line for line in swallowed if line.count(between) >= len(names) - 1 > 0]
                 if any(row[name] is None for name in columns):
                     bad.append(f"row {place} has too few columns")
-                else:
+                elif not swallowed:
                     rows.append(row)
+                bad += [f"row {place} opens a quotation mark that closes some rows later"] * len(swallowed)
             return rows, bad
     except (UnicodeDecodeError, csv.Error) as error:
         raise not_text(path, error, "CSV") from None
@@ -488,7 +504,7 @@ def jsonl_rows(path: Path) -> Iterator[tuple[int, dict | Exception]]:
     if whole:
         try:
             items = json.loads(path.read_text(encoding=encoding))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise not_text(path, error, "JSON") from None
         yield from ((number, _as_row(item)) for number, item in enumerate(items, 1))
         return
@@ -500,6 +516,8 @@ def jsonl_rows(path: Path) -> Iterator[tuple[int, dict | Exception]]:
                     yield number, _as_row(json.loads(line.removeprefix(codecs.BOM_UTF8)))
                 except ValueError as error:
                     yield number, error
+                except RecursionError:
+                    yield number, ValueError("nested too deeply")
 
 
 def _recoded(path: Path, encoding: str) -> IO[bytes]:

@@ -15,6 +15,7 @@ from multimodal.data.audio import AUDIO_SUFFIXES
 from multimodal.data.records import (
     CAPTION_KEYS,
     FILE_KEYS,
+    SPLIT_NAMES,
     Folder,
     Found,
     ListRecords,
@@ -22,13 +23,13 @@ from multimodal.data.records import (
     Packer,
     captions_of,
     clean,
-    encoding_of,
     json_items,
     jsonl_rows,
     kind_of,
     labels_of,
     not_text,
     read_csv,
+    text_lines,
 )
 from shared.errors import UserError
 
@@ -81,7 +82,7 @@ def read_coco(folder: Path, split: str) -> Found:
                 raise TypeError(f"{entry!r} is no object")
             if kind == "images":
                 key = _number(entry["id"])
-                names.setdefault(key, str(entry.get("file_name") or f"{key:012d}.jpg"))
+                names.setdefault(key, str(entry.get("file_name") or f"{coco_name(key)}.jpg"))
             else:
                 captions.setdefault(_number(entry["image_id"]), []).extend(captions_of(entry))
                 if not any(name in entry for name in CAPTION_KEYS):
@@ -98,9 +99,14 @@ def read_coco(folder: Path, split: str) -> Found:
         if file is None:
             missing += 1
         else:
-            name = f"coco/{key:012d}" if isinstance(key, int) else f"coco/{key}"
-            packer.add(name, file, texts, "image", None if labels is None else labels.get(key, ()))
+            own = None if labels is None else labels.get(key, ())
+            packer.add(f"coco/{coco_name(key)}", file, texts, "image", own)
     return Found(packer.records(), missing, bad).checked(path)
+
+
+def coco_name(key: int | str) -> str:
+    """What a picture of this id is called on disk, without the suffix."""
+    return f"{key:012d}" if isinstance(key, int) else key
 
 
 def read_coco_labels(path: Path, bad: list[str]) -> dict[int | str, tuple[int, ...]] | None:
@@ -141,17 +147,16 @@ def read_karpathy(folder: Path, split: str, name: str = "coco") -> Found:
     path = folder / f"dataset_{name}.json"
     if not path.exists():
         raise MissingData(f"data set {name}: no file {path}; download_datasets.py --datasets coco --splits karpathy")
-    wanted = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}[split]
     files, packer, missing, bad = Folder(folder), Packer(name), 0, []
     for place, (_, image) in enumerate(json_items(path, ("images",))):
         try:
-            if image["split"] not in wanted:
+            if split_named(image["split"]) != split:
                 continue
-            texts = [text for text in (clean(sentence["raw"]) for sentence in image["sentences"]) if text]
+            texts = captions_of({"captions": [sentence["raw"] for sentence in image["sentences"] or ()]})
             if name == "coco":
-                number = _number(image["cocoid"])
-                own = f"coco/{number:012d}"
-                places = [f"{year}/{number:012d}.jpg" for year in ("train2017", "val2017")]
+                number = coco_name(_number(image["cocoid"]))
+                own = f"coco/{number}"
+                places = [f"{year}/{number}.jpg" for year in ("train2017", "val2017")]
                 places.insert(0, f"{image['filepath']}/{image['filename']}")
             else:
                 own, places = f"{name}/{image['filename']}", [f"{top}/{image['filename']}" for top in FLICKR_FOLDERS]
@@ -181,13 +186,12 @@ def read_flickr30k(folder: Path, split: str) -> Found:
         return no_file("flickr30k", path, split)
     captions: dict[str, list[str]] = {}
     bad = []
-    with open(path, encoding=encoding_of(path)) as file:
-        for number, line in enumerate(file, 1):
-            found = re.match(r"\s*([^|,\t#]+?\.\w+)(?:#\d+)?\s*(?:\|\s*\d+\s*\||[,\t|])(.*)", line)
-            if found and (text := clean(found[2].strip(' "'))):
-                captions.setdefault(found[1], []).append(text)
-            elif line.strip() and number > 1:  # the first may be a table's head
-                bad.append(f"line {number} has no picture and caption")
+    for number, line in text_lines(path):
+        found = re.match(r"""\s*"?([^|,;\t#"]+?\.\w+)"?(?:\#\d+)?\s*(?:\|\s*\d+\s*\||,"\d+",|[,;\t|])(.*)""", line)
+        if found and (text := clean(found[2].strip(' "').replace('""', '"'))):
+            captions.setdefault(found[1], []).append(text)
+        elif line.strip() and number > 1:  # the first may be a table's head
+            bad.append(f"line {number} has no picture and caption")
     files, packer, missing = Folder(folder), Packer("flickr30k"), 0
     for name, texts in captions.items():
         image = next((image for top in FLICKR_FOLDERS if (image := files.find(f"{top}/{name}")) is not None), None)
@@ -315,20 +319,25 @@ def read_audioset(folder: Path, split: str) -> Found:
     paths = [path for path in paths if path.exists()]
     if not paths:
         return no_file("audioset", folder / "balanced_train_segments.csv", split)
-    classes, _ = read_csv(folder / "class_labels_indices.csv", ("index", "mid", "display_name"))
-    names = {row["mid"]: (int(row["index"]), row["display_name"]) for row in classes}
+    if not (table := folder / "class_labels_indices.csv").exists():
+        raise MissingData(f"data set audioset: no file {table}, which names the classes; {remedy('audioset', folder)}")
+    classes, bad = read_csv(table, ("index", "mid", "display_name"))
+    names: dict[str, tuple[int, str]] = {}
+    for row in classes:
+        if isinstance(index := _number(row["index"]), int):
+            names[row["mid"]] = index, row["display_name"]
+        else:
+            bad.append(f"{table.name}: index {index!r} is no number")
     clips: dict[Clip, list[tuple[int, str]]] = {}
-    bad = []
     for path in paths:
-        with open(path, encoding=encoding_of(path)) as file:
-            for number, line in enumerate(file, 1):
-                parts = [part.strip(' "\n') for part in line.split(",")]
-                if not line.strip() or line.startswith("#"):
-                    continue
-                if len(parts) < 4 or _seconds(parts[1]) is None:
-                    bad.append(f"{path.name}: line {number} has no id, start, end and classes")
-                else:
-                    clips[parts[0], parts[1]] = [names[mid] for mid in parts[3:] if mid in names]
+        for number, line in text_lines(path):
+            parts = [part.strip(' "\n') for part in re.split(r"[,\t]", line)]
+            if not line.strip() or line.startswith("#"):
+                continue
+            if len(parts) < 4 or _seconds(parts[1]) is None:
+                bad.append(f"{path.name}: line {number} has no id, start, end and classes")
+            else:
+                clips[parts[0], parts[1]] = [names[mid] for mid in parts[3:] if mid in names]
     present, packer = clips_below(folder, split, clips), Packer("audioset")
     for clip, own in clips.items():
         if clip in present and own:
@@ -344,6 +353,9 @@ def sound_of(names: Iterable[str]) -> str:
     return "the sound of " + " and ".join(name.replace("_", " ").lower() for name in names)
 
 
+ESC50_FOLDS: dict[int | str, str] = {1: "train", 2: "train", 3: "train", 4: "val", 5: "test"}
+
+
 def read_esc50(folder: Path, split: str) -> Found:
     """meta/esc50.csv and audio/: folds 1 to 3 train, 4 validates, 5 tests. The caption is made of the class."""
     path = folder / "meta" / "esc50.csv"
@@ -352,15 +364,17 @@ def read_esc50(folder: Path, split: str) -> Found:
     rows, bad = read_csv(path, ("filename", "fold", "target", "category"))
     files, packer, missing = Folder(folder / "audio"), Packer("esc50"), 0
     for row in rows:
-        if {"4": "val", "5": "test"}.get(row["fold"].strip(), "train") == split:
+        fold, target = _number(row["fold"]), _number(row["target"])
+        if fold not in ESC50_FOLDS or not isinstance(target, int) or target < 0:
+            bad.append(
+                f"{row['filename']}: fold {row['fold']!r} and target {row['target']!r}, 1 to 5 and 0 to 49 wanted"
+            )
+        elif ESC50_FOLDS[fold] == split:
             file = files.find(row["filename"])
             if file is None:
                 missing += 1
-            elif not row["target"].strip().isdigit():
-                bad.append(f"{row['filename']}: target {row['target']!r} is no number")
             else:
-                text = sound_of([row["category"]])
-                packer.add(f"esc50/{file.name}", file, [text], "audio", [int(row["target"])])
+                packer.add(f"esc50/{file.name}", file, [sound_of([row["category"]])], "audio", [target])
     return Found(packer.records(), missing, bad).checked(path)
 
 
@@ -370,11 +384,16 @@ def read_fsd50k(folder: Path, split: str) -> Found:
     path = folder / "FSD50K.ground_truth" / f"{part}.csv"
     if not path.exists():
         return no_file("fsd50k", path, split)
-    rows, bad = read_csv(path, ("fname", "labels"))
+    rows, bad = read_csv(path, ("fname", "labels", *["split"] * (part == "dev")))
     files, packer, missing = Folder(folder / f"FSD50K.{part}_audio"), Packer("fsd50k"), 0
     for row in rows:
-        if part == "eval" or row.get("split") == split:
-            file = files.find(f"{row['fname']}.wav")
+        try:
+            own = split if part == "eval" else split_named(row["split"])
+        except TypeError as error:
+            bad.append(f"{row['fname']}: {error}")
+            continue
+        if own == split:
+            file = files.find(f"{row['fname']}.wav") or files.find(row["fname"])
             if file is None or not row["labels"].strip():
                 missing += 1
             else:
@@ -429,9 +448,10 @@ def _is_held_out(video: Path) -> bool:
 
 def read_jsonl(folder: Path, split: str) -> Found:
     """{train,val,test}.jsonl: a file (FILE_KEYS), its captions (CAPTION_KEYS) and perhaps labels a line."""
-    path = folder / f"{split}.jsonl"
-    if not path.exists():
-        return no_file("jsonl", path, split)
+    paths = [folder / f"{name}.jsonl" for name in SPLIT_NAMES[split]]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        return no_file("jsonl", paths[0], split)
     files, packer, missing, bad = Folder(folder), Packer("jsonl"), 0, []
     try:
         for number, row in jsonl_rows(path):
@@ -461,8 +481,22 @@ def _number(value: Any) -> int | str:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise TypeError(f"id {value!r}")
     if isinstance(value, str):
-        return int(value) if re.fullmatch(r"\s*-?\d+\s*", value) else value
-    return int(value) if value == int(value) else str(value)
+        whole = re.fullmatch(r"\s*(-?\d{1,99})(\.0*)?\s*", value)
+        return int(whole[1]) if whole else value
+    return int(value) if isinstance(value, int) or value.is_integer() else str(value)
+
+
+def split_named(value: Any) -> str:
+    """train, val or test, from the names that lists give their splits; TypeError for any other: a row whose split is
+    misspelt must not vanish.
+    """
+    name = value.strip().casefold() if isinstance(value, str) else value
+    if name == "restval":  # Karpathy's name for what he adds to the training split
+        return "train"
+    for split, names in SPLIT_NAMES.items():
+        if name in names:
+            return split
+    raise TypeError(f"split {value!r} is none of train, val and test")
 
 
 def _said(error: Exception) -> str:

@@ -5,6 +5,7 @@ sample is used.
 """
 
 import json
+import re
 from array import array
 from collections.abc import Iterator
 from contextlib import suppress
@@ -18,6 +19,7 @@ from multimodal.data.audio import AUDIO_SUFFIXES
 from multimodal.data.image import IMAGE_SUFFIXES
 from multimodal.data.records import (
     KINDS,
+    SPLIT_NAMES,
     Found,
     Joined,
     Kind,
@@ -36,7 +38,6 @@ from shared.media.shards import Shards
 MEDIA: dict[str, Kind] = {suffix[1:]: kind_of(suffix) for suffix in IMAGE_SUFFIXES + AUDIO_SUFFIXES}
 TEXTS = ("txt", "text", "caption", "json")  # members that may hold the captions
 TRIED = 100  # samples at the start, one of which must have a caption
-_OTHER_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "eval")}
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class ShardRecords(Records):
             row = json.loads(sample.get("json", b"{}"))
             if isinstance(row, dict):
                 captions, labels = captions_of(row), labels_of(row)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             fault = f" ({' '.join(str(error).split())})"
             if str(error).startswith("labels"):
                 raise BadSample(f"{where}: {error}") from None
@@ -125,14 +126,22 @@ def decoded(data: bytes) -> str:
 
 
 def shard_paths(folder: Path, split: str) -> list[Path]:
-    """{split}*.tar, or {split}/*.tar; where no shard names a split (img2dataset: 00000.tar), all are for training."""
-    names = _OTHER_NAMES[split]
-    found = sorted(path for path in folder.glob("*.tar") if path.name.lower().startswith(names))
-    found = found or sorted(path for name in names for path in (folder / name).glob("*.tar"))
+    """{split}*.tar, *-{split}-*.tar, or {split}/*.tar; where no shard names a split (img2dataset: 00000.tar), all are
+    for training.
+    """
+    shards = {path: _split_in(path.stem.lower()) for path in sorted(folder.glob("*.tar"))}
+    found = [path for path, own in shards.items() if own == split]
+    found = found or sorted(path for name in SPLIT_NAMES[split] for path in (folder / name).glob("*.tar"))
     if not found and split == "train":
-        others = tuple(name for own in _OTHER_NAMES.values() for name in own)
-        found = sorted(path for path in folder.glob("*.tar") if not path.name.lower().startswith(others))
+        found = [path for path, own in shards.items() if own is None]
     return found
+
+
+def _split_in(name: str) -> str | None:
+    words = re.split("[^a-z]+", name)
+    whole = (split for word in words for split, names in SPLIT_NAMES.items() if word in names)
+    begun = (split for split, names in SPLIT_NAMES.items() if name.startswith(names))
+    return next(whole, next(begun, None))
 
 
 def read_shards(folder: Path, split: str) -> Found:

@@ -1,5 +1,6 @@
 """Unpacking zip, tar and 7z archives that nobody has to trust: nothing lands outside, nothing is overwritten."""
 
+import errno
 import importlib.util
 import os
 import shutil
@@ -13,6 +14,8 @@ from typing import IO
 
 BLOCK = 1 << 20
 MAX_GROWTH = 3  # an archive may unpack to so many times its expected size
+# What the system says of a member's name (too long, file and folder at once), or of bytes that do not decompress (None)
+_OF_THE_ARCHIVE = (None, errno.ENAMETOOLONG, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.EILSEQ)
 
 
 class ArchiveError(Exception):
@@ -44,8 +47,12 @@ def unpack(archive: Path, folder: Path, *, expected_bytes: int) -> dict[str, int
         for top in sorted(aside.iterdir()):
             _move_into(top, folder / top.name)
         return counts
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, NotImplementedError, RuntimeError) as error:
-        raise damaged(archive, str(error)) from None
+    except ArchiveError:
+        raise
+    except Exception as error:  # each decompressor has errors of its own for damaged bytes, and the system for names
+        if isinstance(error, OSError) and error.errno not in _OF_THE_ARCHIVE:
+            raise
+        raise damaged(archive, getattr(error, "strerror", None) or str(error) or type(error).__name__) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -53,7 +60,7 @@ def unpack(archive: Path, folder: Path, *, expected_bytes: int) -> dict[str, int
 def damaged(archive: Path, reason: str) -> ArchiveError:
     """What to say of an archive that cannot be read; of a decoder's many lines the first says enough."""
     first = next(iter(reason.strip().splitlines()), "no reason given")
-    return ArchiveError(f"{archive}: damaged ({first}); delete it and run the same command again")
+    return ArchiveError(f"{archive}: damaged ({first[:200]}); delete it and run the same command again")
 
 
 def count_files(path: Path) -> int:
@@ -104,6 +111,8 @@ def _members(archive: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
                 content = opened.extractfile(member)
                 assert content is not None, "a file has content"
                 yield member.name, member.size, content
+        while opened.fileobj is not None and opened.fileobj.read(BLOCK):  # its checksum stands at the end
+            pass
 
 
 def _write_member(archive: Path, aside: Path, name: str, size: int, stream: IO[bytes], limit: int) -> int:
@@ -130,17 +139,12 @@ def _unpack_7z(archive: Path, aside: Path, limit: int) -> None:
     if importlib.util.find_spec("py7zr"):
         import py7zr
 
-        try:
-            with py7zr.SevenZipFile(archive) as opened:
-                listed = opened.list()
-                for entry in listed:
-                    safe_name(archive, entry.filename)
-                _check_total(archive, sum(entry.uncompressed or 0 for entry in listed), limit)
-                opened.extractall(aside)
-        except (py7zr.exceptions.ArchiveError, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-            raise damaged(archive, str(error)) from None
+        with py7zr.SevenZipFile(archive) as opened:
+            listed = opened.list()
+            for entry in listed:
+                safe_name(archive, entry.filename)
+            _check_total(archive, sum(entry.uncompressed or 0 for entry in listed), limit)
+            opened.extractall(aside)
     elif program:
         listing = subprocess.run([program, "l", "-slt", "-ba", str(archive)], capture_output=True, text=True)
         if listing.returncode:

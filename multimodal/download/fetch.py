@@ -52,8 +52,9 @@ def fetch(
     for attempt in (1, 2):
         total = _receive(url, part, size, policy, progress)
         expected = size if size is not None else total
-        if checksum is None and expected is not None and part.stat().st_size != expected:
-            problem = f"{part.stat().st_size} bytes arrived, {expected} were expected"
+        here = part.stat().st_size
+        if checksum is None and here != (expected or here or 1):
+            problem = f"{here} bytes arrived, {expected or 'some'} were expected"
         elif checksum is not None and (found := digest(part, checksum[0])) != checksum[1]:
             problem = f"{checksum[0]} is {found}, expected {checksum[1]}"
         else:
@@ -89,8 +90,9 @@ def _receive(url: str, part: Path, size: int | None, policy: Policy, progress: P
             if not error.may_retry:
                 raise DownloadError(f"{url}: the server answered {error.status} {error.reason}") from None
             problem, wait = f"the server answered {error.status} {error.reason}", error.wait
-        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-            problem = str(getattr(error, "reason", error)) or type(error).__name__
+        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, ValueError) as error:
+            # ValueError: it leads on to what is no address
+            problem = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
         if complete:
             return total
         here = part.stat().st_size if part.exists() else 0
@@ -110,7 +112,7 @@ def _receive(url: str, part: Path, size: int | None, policy: Policy, progress: P
 class _Rejected(Exception):
     def __init__(self, error: urllib.error.HTTPError):
         super().__init__(str(error))
-        self.status, self.reason = error.code, error.reason
+        self.status, self.reason = error.code, " ".join(str(error.reason).split())
         self.may_retry = error.code == 429 or error.code >= 500
         self.wait = _retry_after(error.headers.get("Retry-After"))
 
@@ -119,8 +121,8 @@ def _retry_after(value: str | None) -> float:
     """Seconds that the server asks to wait, given as a number or as a date."""
     if not value:
         return 0.0
-    if value.strip().isdigit():
-        return float(value)
+    if number := _number(value):
+        return float(number)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     except ValueError:
@@ -148,8 +150,11 @@ def _one_request(
         _restart(part)
         return False, total
     with response:
-        length = response.headers.get("Content-Length")
-        total = have + int(length) if length and response.status == 206 else int(length) if length else None
+        encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+        if encoding != "identity" and not url.endswith(".gz"):
+            raise DownloadError(f"{url}: the server sends it encoded as {encoding}, which was not asked for")
+        length = _number(response.headers.get("Content-Length"))
+        total = None if length is None else length + (have if response.status == 206 else 0)
         if response.status == 206:
             started = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
             promised = _total_of_range(response.headers.get("Content-Range"))
@@ -181,9 +186,13 @@ def _restart(part: Path) -> None:
     _facts_path(part).unlink(missing_ok=True)
 
 
+def _number(value: str | None) -> int | None:
+    """A header's number; None for none and for what is no number."""
+    return int(value) if value and re.fullmatch(r"\s*[0-9]{1,18}\s*", value) else None
+
+
 def _total_of_range(value: str | None) -> int | None:
-    found = re.search(r"/(\d+)$", value or "")
-    return int(found[1]) if found else None
+    return _number((value or "").rpartition("/")[2])
 
 
 def _facts_path(part: Path) -> Path:
@@ -192,9 +201,10 @@ def _facts_path(part: Path) -> Path:
 
 def _read_facts(part: Path) -> dict:
     try:
-        return json.loads(_facts_path(part).read_text())
-    except (OSError, ValueError):
-        return {}
+        facts = json.loads(_facts_path(part).read_text())
+        return facts if facts["validator"] is None or facts["validator"].isprintable() else {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}  # damaged, or of no download of ours: the server is asked without it
 
 
 def _write_facts(part: Path, headers: http.client.HTTPMessage, total: int | None) -> None:

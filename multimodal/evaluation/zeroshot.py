@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from multimodal.data.audio import AUDIO_SUFFIXES
 from multimodal.data.image import IMAGE_SUFFIXES
-from multimodal.data.records import Kind, read_csv
+from multimodal.data.records import Folder, Kind, clean, read_csv
 from multimodal.evaluation.retrieval import mean_average_precision
 from multimodal.weights.open import Embedder
 from shared.errors import UserError
@@ -70,15 +70,14 @@ def labelled_files(folder: Path) -> tuple[list[Path], list[int], list[str], Kind
     class.
     """
     if (folder / "meta" / "esc50.csv").exists():
-        rows, _ = read_csv(folder / "meta" / "esc50.csv", ("filename", "category"))
-        names = sorted({row["category"].replace("_", " ") for row in rows})
-        index = {name: place for place, name in enumerate(names)}
-        return (
-            [folder / "audio" / row["filename"] for row in rows],
-            [index[row["category"].replace("_", " ")] for row in rows],
-            names,
-            "audio",
-        )
+        path = folder / "meta" / "esc50.csv"
+        rows = read_csv(path, ("filename", "category"))[0]
+        if not rows:
+            raise UserError(f"--zeroshot {folder}: {path} lists no sound; fetch it again")
+        classes = [clean(row["category"].replace("_", " ")) for row in rows]
+        names, audio = sorted(set(classes)), Folder(folder / "audio")
+        places = [audio.find(row["filename"]) or folder / "audio" / row["filename"] for row in rows]
+        return places, [names.index(name) for name in classes], names, "audio"
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     files = [
         (path, place)
@@ -96,7 +95,7 @@ def labelled_files(folder: Path) -> tuple[list[Path], list[int], list[str], Kind
     return (
         [path for path, _ in files],
         [place for _, place in files],
-        [own.name.replace("_", " ") for own in folders],
+        [clean(own.name.replace("_", " ")) for own in folders],
         kinds.pop(),
     )
 

@@ -68,9 +68,10 @@ def video_rate(config: Config) -> float:
         return SCENE_RATE
     try:
         rate = Annotations(data.json_paths[0], index_dir=data.index_dir).entry(0)["metadata"]["fps"]
-        return round(float(rate) / data.sample_stride, 2)
-    except (UserError, OSError, KeyError, TypeError, ValueError, IndexError, ZeroDivisionError):
+        found = round(float(rate) / data.sample_stride, 2)
+    except (UserError, OSError, KeyError, TypeError, ValueError, IndexError, OverflowError):
         return 16.0
+    return found if 0.1 <= found <= 1000 else 16.0  # what a file can state
 
 
 @dataclass

@@ -20,7 +20,7 @@ def as_rgb(image: Image.Image, *, upright: bool = True) -> Image.Image:
     if upright:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # convert("RGB") would clip these to white
-        values = np.asarray(image, dtype=np.float32)
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0.0, neginf=0.0)
         # "I;16" says how many bits there are, "I" and "F" (TIFF) do not: there the values have to
         scale = 257.0 if image.mode.startswith("I;16") or values.max() > 255 else 1.0
         if image.mode == "F" and values.max() <= 1:  # floats from 0 to 1 would all become black

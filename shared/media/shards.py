@@ -158,7 +158,7 @@ def _read_headers(path: Path) -> tuple[np.ndarray, np.ndarray]:
         if key != last:
             starts.append(len(members))
             last = key
-        members.append((offset, size, name.encode()))
+        members.append((offset, size, name.encode(errors="backslashreplace")))  # some are Latin-1
     if not members:
         raise UserError(f"{path}: the shard holds no files")
     width = max(len(name) for _, _, name in members)

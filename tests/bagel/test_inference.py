@@ -123,6 +123,17 @@ def test_a_temperature_of_zero_takes_the_likeliest(tiny):
     assert len(set(sampled)) > 1  # every call draws anew
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"cfg_text_scale": math.nan}, {"cfg_img_scale": math.inf}, {"timestep_shift": 0.0}, {"num_timesteps": 2.5},
+     {"cfg_interval": (1.0, 0.4)}, {"cfg_interval": (0.1, 0.4, 1.0)}, {"cfg_interval": (math.nan, 1.0)},
+     {"cfg_renorm_min": math.nan}, {"seed": -1}],
+)  # fmt: skip
+def test_settings_that_draw_nothing_are_refused_by_name(tiny, settings):
+    with pytest.raises(UserError, match=next(iter(settings))):
+        inferencer_of(tiny).unified_generate("a", **{"image_shapes": (16, 16), "num_timesteps": 3, **settings})
+
+
 def test_every_call_draws_anew_and_a_seed_repeats(tiny):
     def two(seed: int) -> list[bytes]:
         inferencer = inferencer_of(tiny, seed=seed)

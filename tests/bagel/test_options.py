@@ -21,6 +21,16 @@ def read(*flags: str) -> Config:
     return load_config(Config, presets=PRESETS, argv=[*TINY, *flags], default="small")
 
 
+@pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.yaml")))
+def test_presets_take_no_memory_for_nothing(preset):
+    """No second copy of a 7B in host memory while a checkpoint is written; no bf16 on a CPU, where it is no faster."""
+    config = load_config(Config, presets=PRESETS, argv=["--config", preset])
+    if preset.startswith("7b"):
+        assert not config.training.save_in_background or config.model.use_lora
+    else:
+        assert config.run.precision == "fp32"
+
+
 def records(config: Config, path) -> UnifiedGenerationDataset:
     return open_dataset(config, config.model, ByteTokenizer(), str(path))
 

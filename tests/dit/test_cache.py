@@ -114,6 +114,15 @@ def test_a_broken_picture_is_left_out_and_listed(own, capsys):
     assert "004.png" in capsys.readouterr().err
 
 
+def test_a_shard_whose_pictures_are_all_broken_is_empty(own):
+    data, folder, make, run = own
+    for number in range(8):
+        (data / f"{number:03d}.png").write_bytes(b"no picture")
+    make("--data.val_fraction", "0")
+    cached = CachedDataset(tiny(data={"cache_dir": str(folder)}))
+    assert len(cached) == 16 and cached.sample(0, 0)["image_id"] == "008.png"
+
+
 def test_training_needs_no_pictures(own):
     data, folder, make, run = own
     make()
@@ -150,6 +159,14 @@ def test_content_is_what_files_hold_and_not_where_they_lie(tmp_path):
     assert content_of(str(tmp_path / "one"), "vae") == content_of(str(tmp_path / "two" / "vae"))
     (tmp_path / "two" / "vae" / "weights.safetensors").write_bytes(b"Weights")
     assert content_of(str(tmp_path / "one"), "vae") != content_of(str(tmp_path / "two"), "vae")
+    for part in ("text_encoder", "tokenizer", "unet"):  # a pipeline: its parts decide, others do not
+        (tmp_path / "pipe" / part).mkdir(parents=True)
+        before = content_of(str(tmp_path / "pipe"), "text_encoder", "tokenizer")
+        (tmp_path / "pipe" / part / "model.safetensors").write_bytes(b"new")
+        assert (content_of(str(tmp_path / "pipe"), "text_encoder", "tokenizer") != before) is (part != "unet")
+    alone = content_of(str(tmp_path / "pipe" / "unet" / "model.safetensors"), "vae")  # and the config next to one file
+    (tmp_path / "pipe" / "unet" / "config.json").write_text('{"scaling_factor": 2}')
+    assert content_of(str(tmp_path / "pipe" / "unet" / "model.safetensors"), "vae") != alone
     assert content_of("nobody/nothing") is None and content_of("a b c/!!") is None
 
 

@@ -1,21 +1,25 @@
 """The frozen encoders with tiny random weights, the codecs, the colour meter and the distances."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from dit.modules.autoencoder import PatchAutoencoder
+from dit.modules.features import FeatureEncoder
 from dit.modules.text import HashTextEncoder, TextEncoder, make_text_encoder
 from dit.modules.vae import PixelCodec, PoolCodec, VAEEncoder
+from dit.plan import encoder_part
 from dit.weights.open import make_vae
 from shared.errors import UserError
 from shared.metrics import agreement, colour_shares, named_colours
 from tests.dit.golden import assert_close
-from tests.dit.small import tiny
+from tests.dit.small import encoder_folder, tiny
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +62,12 @@ def test_clip_masks_after_the_first_end_and_pools_there(clip):
 def test_a_long_caption_is_cut(clip):
     found = TextEncoder(str(clip), local_files_only=True).encode(["ab " * 100])
     assert found.mask.all() and torch.equal(found.pooled[0], found.states[0, 76])
+    with pytest.raises(UserError, match="--text-len 77"):
+        TextEncoder(str(clip), length=120, local_files_only=True)
+    assert encoder_part("clip", str(clip), tokens=1).parameters == sum(
+        weight.numel() for weight in CLIPTextModel.from_pretrained(clip).parameters()
+    )
+    assert encoder_part("clip", "openai/clip-vit-base-patch32", tokens=1) is None
 
 
 def test_hashed_text_repeats_and_tells_words_apart():
@@ -257,6 +267,29 @@ def test_one_file_is_a_vae_by_its_shapes_or_the_config_next_to_it(tmp_path):
         VAEEncoder(str(tmp_path / "other.safetensors"))
 
 
+def test_weights_that_lack_a_tensor_are_refused_and_not_filled_at_random(tmp_path, clip):
+    weights = tiny_vae(tmp_path / "vae") / "diffusion_pytorch_model.safetensors"
+    old = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}  # names of the first files
+    state = load_file(weights)
+    for new, name in old.items():
+        state = {key.replace(new, name): value for key, value in state.items()}
+    save_file(state, weights)
+    assert VAEEncoder(str(tmp_path / "vae")).factor == 8
+    shutil.copytree(clip, tmp_path / "clip")
+    encoder_folder(tmp_path / "dino")
+    for name, kind in {"vae": VAEEncoder, "clip": TextEncoder, "dino": FeatureEncoder}.items():
+        path = next((tmp_path / name).glob("*.safetensors"))
+        state = load_file(path)
+        del state[next(key for key in state if "norm" in key)]
+        save_file(state, path, metadata={"format": "pt"})
+        with pytest.raises(UserError, match="1 of its weights are missing"):
+            kind(str(tmp_path / name))
+    path = tiny_vae(tmp_path / "shift") / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "shift_factor": "x"}))
+    with pytest.raises(UserError, match="shift_factor"):
+        VAEEncoder(str(tmp_path / "shift"))
+
+
 def test_pictures_pass_the_vae_in_parts(tmp_path, monkeypatch):
     folder = tiny_vae(tmp_path / "vae")
     images = torch.rand(5, 3, 256, 256) * 2 - 1
@@ -299,6 +332,9 @@ def test_language_models_by_path_are_text_encoders(tmp_path, kind):
     models_of[kind]().save_pretrained(tmp_path / "text_encoder" if kind == "pipeline" else tmp_path)
     config = tiny(text={"type": "language", "pretrained_model_name": str(tmp_path)}, model={"text_len": 6})
     encoder = make_text_encoder(config)
+    planned = encoder_part("text", str(tmp_path), tokens=10)
+    assert planned.parameters == sum(weight.numel() for weight in encoder.model.parameters())
+    assert planned.bytes == 4 * planned.parameters and 0 < planned.flops < 20 * planned.parameters
     states, mask, pooled = encoder.encode(["a red bird", "", "a bird a bird a bird a bird"])
     assert states.shape == (3, 6, 16) and pooled.shape == (3, 16) and bool(mask.any(1).all())
     if kind == "qwen":  # transformers puts a tokenizer of its own in front of this one

@@ -37,6 +37,20 @@ def opened(root, *, num_classes=None, is_train=True, name="custom", **settings) 
         ("\u9752\u3044\u8eca\u304c\u3042\u308b", "cp932", "cp932"),
         ("\u9752\u3044\u8eca\u304c\u3042\u308b", "euc_jp", "euc_jp"),
         ("\u0441\u0438\u043d\u044f\u044f \u043c\u0430\u0448\u0438\u043d\u0430", "cp1251", "cp1251"),
+        ("\u0441\u0438\u043d\u044f\u044f \u043c\u0430\u0448\u0438\u043d\u0430", "koi8-r", "koi8-r"),
+        ("\u0434\u043e\u043c \u0443 \u0440\u0435\u043a\u0438".upper(), "cp1251", "cp1251"),
+        (
+            "\u03ad\u03bd\u03b1 \u03ba\u03cc\u03ba\u03ba\u03b9\u03bd\u03bf \u03c0\u03bf\u03c5\u03bb\u03af",
+            "cp1253",
+            "cp1253",
+        ),
+        ("d\u00f3\u0142 jest \u017c\u00f3\u0142ty", "cp1250", "cp1250"),
+        ("k\u0131rm\u0131z\u0131 bir ku\u015f", "cp1254", "cp1254"),
+        ("the dog\u2019s caf\u00e9 \u2014 red", "mac_roman", "mac_roman"),
+        ("\ube68\uac04 \uc790\ub3d9\ucc28", "cp949", "cp949"),
+        ("\ube68\uac04 \uc790\ub3d9\ucc28", "utf-16-be", "utf-16-be"),
+        ("\u85cd\u8272\u7684\u8c93\u5750\u5728\u6a39\u4e0a", "big5", "big5"),
+        ("\u6ce8\u518c\u3002", "gb18030", "gb18030"),  # by its bytes nearly UTF-8
     ],
 )
 def test_captions_of_any_encoding_are_read(tmp_path, capsys, text, encoding, guessed):
@@ -47,6 +61,19 @@ def test_captions_of_any_encoding_are_read(tmp_path, capsys, text, encoding, gue
     assert ("not UTF-8" in capsys.readouterr().err) is (guessed is not None)
 
 
+@pytest.mark.parametrize(
+    ("data", "kept"),
+    [
+        ("une fen\u00eatre \u00e0 c\u00f4t\u00e9 \u00e9".encode()[:-1], "une fen\u00eatre \u00e0 c\u00f4t\u00e9"),
+        (b"caf\xc3\xa9 \xc3\xa0 c\xc3\xb4t\xc3\xa9\xff", "caf\u00e9 \u00e0 c\u00f4t\u00e9"),
+        ("\u4e00\u53ea\u84dd\u8272\u7684\u732b".encode()[:-1], "\u4e00\u53ea\u84dd\u8272\u7684"),
+        ("a red bird".encode("utf-16") + b"\0", "a red bird"),
+    ],
+)  # fmt: skip
+def test_a_damaged_place_costs_its_own_sign(data, kept):
+    assert clean_captions(decode_text(data)[0]) == (kept,)
+
+
 def test_captions_end_where_lines_end_and_hold_no_control_characters():
     texts = TextFiles()
     lines = {name: clean_captions(texts.decode(data, name).split("\n")) for name, data in {
@@ -54,6 +81,7 @@ def test_captions_end_where_lines_end_and_hold_no_control_characters():
     }.items()}  # fmt: skip
     assert lines["crlf"] == lines["cr"] == ("one", "two")
     assert lines["nul"] == ("a bird",) and lines["tab"] == ("one two three",)
+    assert clean_captions("half \ud83d sign") == ("half sign",)  # JSON may hold one, no file can
     assert clean_captions(["", "a"]) == ("a",) and clean_captions([" \n"]) == ("",) and clean_captions(None) == ()
 
 
@@ -77,6 +105,40 @@ def test_sidecars_of_every_suffix_and_no_stray_folders(tmp_path):
     data = opened(tmp_path)
     assert len(data) == 6 and all(item.captions == ("a square",) for item in data.items)
     assert [name for name, _ in data.skipped] == ["photo.heic"]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('File_Name, Text\n0.png, "hello, you"\n', [("hello, you",)]),
+        ("file_name,text\n0.png,hello, you\n0.png,two\n", [("two",)]),
+        ('file_name,text\n0.png,one\n\n0.png,"two\nlines"\n', [("one",), ("two lines",)]),
+        ("0.png,hello\n", "must name the columns"),
+        ("", "must name the columns"),
+        ('file_name,text\n0.png,"hello\n0.png,two\n', "metadata.csv:2: .*quote"),
+        ('file_name,text\n0.png,one\n0.png,"hello' + "\n0.png,word" * 20_000, "metadata.csv:3: .*quote"),
+    ],
+)
+def test_tables_are_read_as_meant_or_named_by_line(tmp_path, text, found):
+    picture(tmp_path / "0.png")
+    (tmp_path / "metadata.csv").write_text(text)
+    if isinstance(found, str):
+        with pytest.raises(UserError, match=found):
+            opened(tmp_path)
+        return
+    data = opened(tmp_path)
+    assert [item.captions for item in data.items] == found
+    assert len(data.skipped) == text.count("hello, you\n0")  # more cells than columns: nothing is cut off in silence
+
+
+def test_names_that_no_file_can_have_and_labels_that_are_none_are_left_out(tmp_path):
+    picture(tmp_path / "0.png")
+    rows = [{"file_name": "0.png", "label": 2.0}, {"file_name": "\ud83d.png", "label": 1}]
+    rows += [{"file_name": "0.png", "label": value} for value in (-1, "cat", True, None, "1.0")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = opened(tmp_path, num_classes=3)
+    assert [item.label for item in data.items] == [2, 1] and len(data.skipped) == 5
+    assert sum("no class" in reason for _, reason in data.skipped) == 4
 
 
 @pytest.mark.parametrize("name", ["brace {new}", "star*", "brackets [a]", "dot.tar.d"])
@@ -121,7 +183,8 @@ def test_parquet_rows_are_pictures(tmp_path):
 def test_stray_folders_are_no_classes_and_too_many_are_refused(tmp_path, capsys):
     for name in ("n01", "n02", "n10"):
         picture(tmp_path / name / "0.JPEG")
-    picture(tmp_path / ".ipynb_checkpoints" / "x.png")
+    for stray in (".ipynb_checkpoints", "$RECYCLE.BIN", "#recycle", "lost+found", "__pycache__"):
+        picture(tmp_path / stray / "x.png")
     for empty in ("__MACOSX", "empty"):
         (tmp_path / empty).mkdir()
     assert [item.label for item in opened(tmp_path, num_classes=3).items] == [0, 1, 2]
@@ -129,6 +192,11 @@ def test_stray_folders_are_no_classes_and_too_many_are_refused(tmp_path, capsys)
     assert "3 folders hold pictures" in capsys.readouterr().err
     with pytest.raises(UserError, match="--num-classes 3"):
         opened(tmp_path, num_classes=2)
+    picture(tmp_path / "deep" / "n01" / "images" / "0.png")
+    with pytest.raises(UserError, match="no folder with pictures directly in it"):
+        opened(tmp_path / "deep", num_classes=1)
+    with pytest.raises(UserError, match="is a file"):
+        opened(tmp_path / "n01" / "0.JPEG")
 
 
 def test_an_imagenet_root_has_its_split_and_one_numbering(tmp_path):
@@ -147,7 +215,7 @@ def test_shards_may_hold_classes(tmp_path):
     buffer = io.BytesIO()
     Image.new("RGB", (40, 40)).save(buffer, "JPEG")
     members = [("0.jpg", buffer.getvalue()), ("0.cls", b"7\n"), ("1.jpg", buffer.getvalue()),
-               ("1.json", b'{"label": 3}'), ("2.jpg", buffer.getvalue())]  # fmt: skip
+               ("1.json", b'{"label": 3, "text": "caf\xe9"}'), ("2.jpg", buffer.getvalue())]  # fmt: skip
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         for name, data in members:
             info = tarfile.TarInfo(name)
@@ -160,9 +228,9 @@ def test_shards_may_hold_classes(tmp_path):
 
 
 def test_coco_with_names_for_numbers_and_a_chosen_year(tmp_path):
-    for year, key in ((2014, "img_a"), (2017, "img_b")):
+    for year, key in ((2014, "7"), (2017, "img_b")):
         picture(tmp_path / f"train{year}" / "x.jpg")
-        notes = [{"id": key, "image_id": key, "caption": str(year)}]
+        notes = [{"id": key, "image_id": int(key) if key == "7" else key, "caption": str(year)}]
         (tmp_path / "annotations").mkdir(exist_ok=True)
         (tmp_path / "annotations" / f"captions_train{year}.json").write_text(
             json.dumps({"images": [{"id": key, "file_name": "x.jpg"}], "annotations": notes})
@@ -221,6 +289,14 @@ def test_very_wide_pictures_are_cut_before_they_are_scaled(size):
     square, (top, left, height, width) = to_square(image, 64)
     assert square.size == (64, 64) and np.ptp(np.asarray(square)[..., 1]) == 0
     assert min(height, width) == 64 and abs((width - 64) // 2 - left) <= 1 and abs((height - 64) // 2 - top) <= 1
+
+
+def test_squares_are_kept_in_memory_and_not_the_pictures_they_were_cut_from(tmp_path):
+    picture(tmp_path / "0.png", size=(400, 300))
+    (tmp_path / "0.txt").write_text("a square")
+    data = opened(tmp_path, keep_in_memory=True, flip=0.0)
+    first = data.sample(0, 0)["image"]
+    assert data._memory[0][0].size == (32, 32) and data.sample(0, 3)["image"].equal(first)
 
 
 def test_packed_items_are_what_was_packed():

@@ -1,6 +1,7 @@
 """Training as a whole: draws, resume, accumulation, ranks, the cache, drawing and measuring, and the messages."""
 
 import errno
+import re
 import shutil
 
 import pytest
@@ -364,6 +365,8 @@ def test_plan_prints_exact_parameters_and_flops(capsys):
     train.main(["--config", "default", "--dry-run", "--gpu", "h100", "--data-root", "x"])
     text = capsys.readouterr().out
     assert "211,815,184" in text and "37.51 G multiply-adds" in text
+    frozen = float(re.search(r"frozen encoders +([0-9.]+) GB", text)[1])
+    assert 1.0 < frozen < 1.6  # the VAE's working memory, 8 pictures at a time, is the larger part
 
 
 @pytest.mark.slow

@@ -15,13 +15,13 @@ from torch import nn
 from torch.distributed.run import get_args_parser
 from torch.utils.data import DataLoader
 
-from dit import generate, metrics, train
+from dit import generate, metrics, precompute, train
 from dit.config import Config, GenerateOptions, MetricsOptions, PrecomputeOptions, refuse_unused
 from dit.dataset import TextImageDataset
 from dit.evaluation.figures import Extractor, Pictures, figures, inception_score, reference_of, ssim
 from dit.model import DiTModel
 from dit.modules.vae import PoolCodec
-from dit.objective import Trainer
+from dit.objective import NoiseObjective, Trainer
 from dit.weights.convert import load_pretrained
 from dit.weights.open import build_model
 from shared.config import save_config
@@ -253,11 +253,41 @@ def test_a_run_goes_on_when_the_weights_it_began_with_are_gone(tmp_path, capsys)
         ({"model": {"mlp": "swiglu", "mlp_ratio": 3.0}}, "model.mlp_ratio"),
         ({"data": {"dataset_name": "custom", "use_bbox": True}}, "data.use_bbox"),
         ({"flow": {"contrastive": 0.05}, "training": {"batch_size": 3}}, "training.batch_size"),
+        ({"training": {"muon_learning_rate": 0.1}}, "training.muon_learning_rate"),
+        ({"model": {"route_start": 1}}, "model.route_start"),
+        ({"model": {"class_dropout": 0.3}}, "model.class_dropout"),
+        ({"vae": {"pretrained_model_name": "dit"}}, "vae.pretrained_model_name dit is not read by vae.type pool"),
+        ({"text": {"pretrained_model_name": "dit"}}, "text.pretrained_model_name dit .* set it to clip or language"),
+        ({"data": {"dataset_name": "custom", "buckets": True, "crop": "resize"}}, "data.crop resize"),
     ],
 )
 def test_settings_that_would_change_nothing_are_refused(sections, name):
     with pytest.raises(UserError, match=name):
         refuse_unused(tiny(**sections))
+
+
+def test_a_null_condition_that_was_never_trained_is_not_led_away_from():
+    classes = {"text_conditioning": "none", "num_classes": 3}
+    assert not tiny(model=classes, diffusion={"cfg_dropout": 0.0}).can_guide
+    assert not tiny(diffusion={"cfg_dropout": 0.0, "null_text": "learned"}).can_guide
+    assert tiny(model={**classes, "pretrained_path": "x"}, diffusion={"cfg_dropout": 0.0}).can_guide
+    assert tiny(model=classes).can_guide and tiny(diffusion={"cfg_dropout": 0.0}).can_guide
+
+
+def test_a_cache_of_buckets_is_refused_before_anything_is_read(tmp_path, capsys):
+    save_config(tiny(data={"dataset_name": "custom", "dataset_path": "nowhere", "buckets": True}), tmp_path / "x.yaml")
+    with pytest.raises(SystemExit):
+        precompute.main(["--config", str(tmp_path / "x.yaml"), "--out", str(tmp_path / "cache")])
+    assert "data.buckets=false" in capsys.readouterr().err and not (tmp_path / "cache").exists()
+
+
+def test_the_noise_table_goes_to_the_device_once():
+    objective = NoiseObjective(Config().diffusion)
+    at = torch.zeros(2, dtype=torch.long, device="meta")
+    objective._alphas(at)
+    table = objective.alphas_cumprod
+    objective._alphas(at)
+    assert table.device.type == "meta" and objective.alphas_cumprod is table
 
 
 def test_huber_is_the_squared_error_near_zero_and_linear_beyond():

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 class Site:
     """files: path -> bytes. cut: bytes after which every connection is cut; reset: hard, as a broken network does.
-    answers: status codes given before the first file.
+    answers: status codes given before the first file; raw: what is sent as it is, before that.
     """
 
     def __init__(self) -> None:
@@ -22,6 +22,7 @@ class Site:
         self.ranges = True
         self.etag: str | None = '"one"'
         self.answers: list[tuple[int, dict[str, str]]] = []
+        self.raw: list[bytes] = []
         self.requests: list[tuple[str, str | None]] = []
         self.url = ""
 
@@ -34,6 +35,10 @@ def _handler(site: Site) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:  # noqa: N802
             path = self.path.partition("?")[0].lstrip("/")
             site.requests.append((path, self.headers.get("Range")))
+            if site.raw:
+                self.wfile.write(site.raw.pop(0))
+                self.close_connection = True
+                return None
             if site.answers:
                 status, headers = site.answers.pop(0)
                 return self._plain(status, headers)

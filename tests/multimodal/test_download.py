@@ -124,6 +124,47 @@ def test_a_busy_server_is_waited_for(
         fetch(site.url + "a", tmp_path / "b", policy=Policy(2, 5, 1.0))
 
 
+OK, GONE = "HTTP/1.1 200 OK\r\n", "HTTP/1.1 302 Found\r\n"
+
+
+@pytest.mark.parametrize(
+    "answer,right",
+    [
+        (OK + "Content-Length: abc\r\n\r\nDATA", True),
+        (OK + "Content-Length: -5\r\n\r\nDATA", True),
+        (OK + "Content-Length: \xb2\r\n\r\nDATA", True),
+        ("HTTP/1.1 503 Busy\r\nRetry-After: \xb2\r\n\r\n", True),
+        ("HTTP/1.1 503 Busy\r\nRetry-After: soon\r\n\r\n", True),
+        (GONE + "Location: http://[::1/x\r\n\r\n", True),
+        (GONE + "Location: file:///etc/hostname\r\n\r\n", False),
+        ("\0\1\2", True),
+        (OK + "Content-Encoding: gzip\r\n\r\nDATA", False),
+        (OK + "Content-Length: 0\r\n\r\n", True),
+        (OK + "Transfer-Encoding: chunked\r\n\r\nzz\r\nab", True),
+    ],
+)
+def test_what_a_broken_server_says_is_no_crash_and_no_wrong_file(site: Site, tmp_path: Path, answer: str, right: bool):
+    site.files["a"] = b"DATA"
+    site.raw = [answer.encode("latin-1")]
+    if right:
+        assert fetch(site.url + "a", tmp_path / "a", policy=QUICK).read_bytes() == b"DATA"
+        return
+    with pytest.raises(DownloadError) as caught:
+        fetch(site.url + "a", tmp_path / "a", policy=QUICK)
+    assert "\n" not in str(caught.value) and not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    "facts", ["[]", "3", '{"total": 9}', '{"validator": 5, "total": 9}', '{"validator": "a\\r\\nb: c"}']
+)
+def test_damaged_notes_of_an_earlier_part_are_passed_over(site: Site, tmp_path: Path, facts: str):
+    data = site.files["a"] = content(5000)
+    (tmp_path / "a.part").write_bytes(data[:2000])
+    (tmp_path / "a.part.json").write_text(facts)
+    fetch(site.url + "a", tmp_path / "a", checksum=sha(data), policy=QUICK)
+    assert (tmp_path / "a").read_bytes() == data and site.requests[0][1] == "bytes=2000-"
+
+
 def test_a_full_disk_keeps_what_was_received(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     data = site.files["a"] = content(400_000)
     monkeypatch.setattr(fetching, "CHUNK", 65536)
@@ -192,6 +233,48 @@ def test_a_damaged_archive_leaves_nothing(tmp_path: Path):
     with pytest.raises(ArchiveError, match="damaged"):
         unpack(archive, tmp_path / "data", expected_bytes=5000)
     assert not list((tmp_path / "data").iterdir())
+
+
+def damaged_archive(folder: Path, kind: str) -> Path:
+    """An archive of one member whose bytes, or whose names, are no good."""
+    path, data = folder / f"x.{kind.split()[0]}", np.random.default_rng(0).integers(0, 50, 60000, np.uint8).tobytes()
+    names = {"file in file": ("a", "a/b"), "no name": (".",), "long name": ("n" * 300,)}.get(
+        kind.partition(" ")[2], ("d/a",)
+    )
+    if path.suffix == ".zip":
+        method = {"lzma": zipfile.ZIP_LZMA, "bz2": zipfile.ZIP_BZIP2}.get(kind.split()[-1], zipfile.ZIP_DEFLATED)
+        with zipfile.ZipFile(path, "w", method) as archive:
+            for name in names:
+                archive.writestr(name, data)
+    elif path.suffix == ".7z":
+        import py7zr
+
+        with py7zr.SevenZipFile(path, "w", password="x" if "locked" in kind else None) as archive:
+            archive.writestr(data, names[0])
+    else:
+        with tarfile.open(path, f"w:{path.suffix[1:]}".removesuffix("tar")) as archive:
+            for name in names:
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    if names == ("d/a",) and "locked" not in kind:
+        spoiled = bytearray(path.read_bytes())
+        middle = slice(len(spoiled) * 3 // 10, len(spoiled) * 3 // 10 + 40)
+        spoiled[middle] = bytes(value ^ 0x5A for value in spoiled[middle])
+        path.write_bytes(spoiled)
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [*("zip deflate", "zip lzma", "zip bz2", "tar.gz", "tar.xz", "tar.bz2", "7z", "7z locked")]
+    + [f"{form} {names}" for form in ("zip", "tar") for names in ("file in file", "no name", "long name")],
+)
+def test_archives_that_cannot_be_unpacked_are_damaged_whatever_their_decompressor_raises(tmp_path: Path, kind: str):
+    archive = damaged_archive(tmp_path, kind)
+    with pytest.raises(ArchiveError, match="damaged") as caught:
+        unpack(archive, tmp_path / "data", expected_bytes=10**6)
+    assert not list((tmp_path / "data").iterdir()) and "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
 def test_unpacking_fills_up_folders_and_keeps_the_users_files(tmp_path: Path):

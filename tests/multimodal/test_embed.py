@@ -1,7 +1,9 @@
 """Embedding folders with breaks, indexes in both formats, the search page; what metrics say of training data."""
 
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -95,14 +97,16 @@ def test_files_that_cannot_be_read_are_left_out_and_listed(out, tmp_path, capsys
     folder.mkdir()
     Image.new("RGB", (8, 8)).save(folder / "good.png")
     (folder / "bad.png").write_bytes(b"no")
+    shutil.copy(folder / "good.png", os.fsencode(folder) + b"/caf\xe9.png")  # a name of another encoding
     (folder / "._good.png").write_bytes(b"what a Mac leaves beside a file")
     command = ["encode", "--checkpoint", str(out), "--images", str(folder), "--output", str(tmp_path / "e.parquet")]
     embed.main(command)
     assert embed.read_index(tmp_path / "e.parquet").ids == [str(folder / "good.png")]
-    assert "bad.png" in (tmp_path / "e.parquet.bad.jsonl").read_text() and "1 files left out" in capsys.readouterr().out
+    assert "bad.png" in (tmp_path / "e.parquet.bad.jsonl").read_text() and "2 files left out" in capsys.readouterr().out
     (folder / "good.png").unlink()
-    assert "none of 1 files" in failing(capsys, embed, *command[:-1], str(tmp_path / "f.parquet"))
-    assert not list(tmp_path.glob("f.*")) and not list(tmp_path.glob(".f.*"))
+    assert "none of 2 files" in failing(capsys, embed, *command[:-1], str(tmp_path / "f.parquet"))
+    assert "is a folder" in failing(capsys, embed, *command[:-1], str(tmp_path))
+    assert not list(tmp_path.glob("f.*")) and not list(tmp_path.glob(".*"))
 
 
 def test_an_index_of_many_ids(out, tmp_path, monkeypatch):

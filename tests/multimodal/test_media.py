@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from multimodal.data.audio import read_audio
-from multimodal.data.image import read_image
+from multimodal.data.image import center_crop, read_image
 from multimodal.data.records import ListRecords, Record
 from multimodal.data.text import PAD, SPECIAL_TOKENS, TextTokenizer
 from multimodal.objective import hard_negatives
@@ -79,6 +79,32 @@ def test_a_wav_under_the_name_of_another_container_is_read(tmp_path):
         (tmp_path / "b.wav").write_bytes(data)
         with pytest.raises(BadSample, match="b.wav"):
             read_audio(tmp_path / "b.wav")
+
+
+@pytest.mark.parametrize("rate", [1, 40, 2**31 - 1])
+def test_a_rate_that_no_recording_has_is_a_bad_sample(tmp_path, rate):
+    header = bytearray(wav(tmp_path / "a.wav").read_bytes())
+    header[24:28] = rate.to_bytes(4, "little")
+    (tmp_path / "a.wav").write_bytes(header)
+    with pytest.raises(BadSample, match=f"{rate} samples a second"):
+        read_audio(tmp_path / "a.wav")
+
+
+def test_folders_links_and_numbers_beyond_all_sound_are_bad_samples(tmp_path):
+    (tmp_path / "folder.wav").mkdir()
+    (tmp_path / "link.wav").symlink_to(tmp_path / "link.wav")
+    soundfile.write(tmp_path / "loud.wav", np.full(900, 1e25), 44100, subtype="FLOAT")
+    for name in ("folder.wav", "link.wav", "loud.wav", "gone.wav"):
+        with pytest.raises(BadSample, match=name):
+            read_audio(tmp_path / name)
+
+
+@pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000)])
+def test_a_line_of_pixels_is_not_blown_up(size):
+    line = Image.new("RGB", size, 9)
+    line.paste((200, 0, 0), (size[0] // 2 - 1, size[1] // 2 - 1, size[0] // 2 + 1, size[1] // 2 + 1))
+    square = center_crop(line, 224)
+    assert square.size == (224, 224) and square.getpixel((112, 112))[0] > 150
 
 
 @pytest.mark.parametrize("suffix", ["tif", "tiff", "avif", "jfif", "gif", "bmp", "webp"])

@@ -124,6 +124,13 @@ def coco(folder: Path, images: list, annotations: list, files: tuple[str, ...] =
             "1.jpg",
             ("a",),
         ),
+        (
+            {"id": float("inf"), "file_name": "1.jpg"},
+            {"image_id": float("inf"), "caption": "a dog"},
+            "1.jpg",
+            ("a dog",),
+        ),
+        ({"id": 1.5, "file_name": "1.jpg"}, {"image_id": 1.5, "caption": "a dog"}, "1.jpg", ("a dog",)),
         ({"id": 1, "file_name": "1.jpg"}, {"image_id": 1, "caption": ["a", None, "b"]}, "1.jpg", ("a", "b")),
         ({"id": 1}, {"image_id": 1, "caption": "a"}, "000000000001.jpg", ("a",)),
         ({"id": 1, "file_name": "sub/1.jpg"}, {"image_id": 1, "caption": "a"}, "sub/1.jpg", ("a",)),
@@ -185,6 +192,7 @@ def test_instances_with_unknown_and_with_too_many_categories(tmp_path):
         "{}",
         '{"images": [1 2], "annotations": []}',
         "\xff",
+        '{"images": ' + "[" * 100_000,
     ],
 )
 def test_files_that_are_no_coco_json_are_named(tmp_path, text):
@@ -262,6 +270,34 @@ def test_tables_with_semicolons_short_rows_and_other_encodings(tmp_path):
     assert read_records("clotho", tmp_path, "train").records[0].captions == ("café",)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "file_name\tcaption_1\tcaption_2\na.wav\tone, two\tthree\n",
+        "file_name|caption_1|caption_2\na.wav|one, two|three\n",
+        'File_Name, CAPTION_1 ,caption_2\r\na.wav,"one, two", three\r\n',
+        'file_name,caption_1,caption_2\na.wav,"one,\ntwo",three\n',
+    ],
+)
+def test_tables_between_whose_columns_stand_other_signs(tmp_path, text):
+    touch(tmp_path / "development" / "a.wav")
+    (tmp_path / "clotho_captions_development.csv").write_text(text, newline="")
+    assert read_records("clotho", tmp_path, "train").records[0].captions == ("one, two", "three")
+
+
+def test_a_quotation_mark_that_stays_open_takes_no_rows_with_it_unsaid(tmp_path):
+    for number in range(9):
+        touch(tmp_path / "development" / f"{number}.wav")
+    rows = [f"{number}.wav,a sound,another" for number in range(9)]
+    rows[3] = '3.wav,"a sound,another'
+    rows[6] = '6.wav,"a sound",another'
+    (tmp_path / "clotho_captions_development.csv").write_text(
+        "\n".join(["file_name,caption_1,caption_2", *rows]) + "\n"
+    )
+    with pytest.raises(UserError, match="row 5 opens a quotation mark"):
+        read_records("clotho", tmp_path, "train")
+
+
 # --- further sets -----------------------------------------------------------------------------------------------------
 
 
@@ -302,6 +338,79 @@ def test_esc50_fsd50k_and_audioset(tmp_path):
     assert found.records[0].labels == (0, 73)
 
 
+def esc50(folder: Path, *rows: str) -> None:
+    for name in "abcdef":
+        touch(folder / "audio" / f"{name}.wav")
+    touch(folder / "meta" / "esc50.csv", "\n".join(["filename,fold,target,category", *rows]).encode())
+
+
+def test_a_fold_or_split_that_is_none_is_no_training_data(tmp_path):
+    esc50(tmp_path, "a.wav,1,0,dog", "b.wav,4.0,1.0,cat", "c.wav, 5 ,2,cow", "d.wav,,3,hen")
+    found = {split: read_records("esc50", tmp_path, split) for split in ("train", "val", "test")}
+    assert [[record.labels for record in part.records] for part in found.values()] == [[(0,)], [(1,)], [(2,)]]
+    assert found["train"].bad == ["d.wav: fold '' and target '3', 1 to 5 and 0 to 49 wanted"]
+    esc50(tmp_path, "a.wav,1,0,dog", "b.wav,7,1,cat", "c.wav,x,2,cow")
+    with pytest.raises(UserError, match="fold '7'"):
+        read_records("esc50", tmp_path, "train")
+
+    touch(tmp_path / "FSD50K.dev_audio" / "1.wav")
+    table = tmp_path / "FSD50K.ground_truth" / "dev.csv"
+    touch(table, b"fname,labels,split\n1.wav,Cat, Validation\n1,Dog,trian\n")
+    found = read_records("fsd50k", tmp_path, "val")
+    assert len(found.records) == 1 and found.bad == ["1: split 'trian' is none of train, val and test"]
+    touch(tmp_path / "0.png")
+    touch(tmp_path / "validation.jsonl", b'{"file": "0.png", "caption": "x"}')
+    assert len(read_records("jsonl", tmp_path, "val").records) == 1
+    touch(table, b"fname,labels\n1,Cat\n")
+    with pytest.raises(UserError, match="no column split"):
+        read_records("fsd50k", tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    "change,captions,bad",
+    [
+        ({"split": "Train "}, ("a dog",), 0),
+        ({"split": "restval"}, ("a dog",), 0),
+        ({"split": "trian"}, None, 1),
+        ({"split": None}, None, 1),
+        ({"cocoid": "9"}, ("a dog",), 0),
+        ({"cocoid": "9.0"}, ("a dog",), 0),
+        ({"cocoid": float("inf")}, ("a dog",), 0),
+        ({"cocoid": None}, None, 1),
+        ({"sentences": [{"raw": None}, {"raw": "a cat"}]}, ("a cat",), 0),
+        ({"sentences": None}, None, 0),
+        ({"sentences": [{"tokens": ["a"]}]}, None, 1),
+    ],
+)
+def test_karpathys_list_in_the_forms_that_people_write(tmp_path, change, captions, bad):
+    touch(tmp_path / "train2014" / "a.jpg")
+    sound = {
+        "split": "train",
+        "cocoid": 1,
+        "filepath": "train2014",
+        "filename": "a.jpg",
+        "sentences": [{"raw": "a dog"}],
+    }
+    touch(tmp_path / "dataset_coco.json", json.dumps({"images": [sound, {**sound, **change}]}).encode())
+    found = read_records("coco", tmp_path, "train", karpathy=True)
+    assert [record.captions for record in found.records[1:]] == ([captions] if captions else [])
+    assert len(found.bad) == bad
+
+
+def test_audioset_says_what_its_lists_lack(tmp_path):
+    touch(tmp_path / "audio" / "Yx_1.000_11.000.wav")
+    touch(tmp_path / "balanced_train_segments.csv", b"x\t1.000\t11.000\t/m/0\n")
+    with pytest.raises(MissingData, match="class_labels_indices.csv, which names the classes"):
+        read_records("audioset", tmp_path, "train")
+    touch(tmp_path / "class_labels_indices.csv", b"index,mid,display_name\n0,/m/0,Dog\nx,/m/1,Cat\n")
+    found = read_records("audioset", tmp_path, "train")
+    assert found.records[0].captions == ("the sound of dog",) and "index 'x'" in found.bad[0]
+    for name in ("balanced_train_segments.csv", "results_20130124.token"):
+        touch(tmp_path / name, "# caf\xe9, 1, 2, 3\n".encode("latin-1"))
+        with pytest.raises(UserError, match=f"{name}: not readable as text.*iconv"):
+            read_records("flickr30k" if name.endswith("token") else "audioset", tmp_path, "train")
+
+
 @pytest.mark.parametrize(
     "name,text",
     [
@@ -311,6 +420,8 @@ def test_esc50_fsd50k_and_audioset(tmp_path):
             "image_name| comment_number| comment\n1.jpg| 0| A dog , runs .\n1.jpg| 1| A cat\n2.jpg| 0| gone\n",
         ),
         ("captions.txt", 'image,caption\n1.jpg,"A dog , runs ."\n1.jpg,A cat\n2.jpg,gone\n'),
+        ("captions.txt", "image;caption\n1.jpg;A dog , runs .\n1.jpg;A cat\n2.jpg;gone\n"),
+        ("results.csv", '"a","b","c"\n"1.jpg","0","A dog , runs ."\n"1.jpg","1","A cat"\n"2.jpg","0","gone"\n'),
     ],
 )
 def test_flickr30k_lists(tmp_path, name, text):
@@ -370,6 +481,7 @@ def test_one_bad_line_among_good_ones_is_counted_and_many_stop(tmp_path):
         '{"file": "a.png"',
         "{}",
         '{"file": "a.png", "caption": 3}',
+        "[" * 100_000,
     ):
         (tmp_path / "train.jsonl").write_text(good * 3 + bad + "\n")
         found = read_records("jsonl", tmp_path, "train")

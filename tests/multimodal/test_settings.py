@@ -76,6 +76,7 @@ def test_a_file_leaves_what_it_does_not_name_at_the_guides_defaults(tmp_path, te
     [
         ({"model": {"siz": "base"}}, "did you mean size"),
         ({"paths": {"data": "x"}}, "paths.data"),
+        ({"paths": ["data"]}, "paths: a section"),
         ({"training": {"stages": [4]}}, "1, 2, 3"),
         ({"data": {"audio_frames": 100}}, "multiple of 16"),
         ({"model": {"num_classes": 12}}, "num_classes 80"),

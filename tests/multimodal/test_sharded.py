@@ -113,6 +113,15 @@ def test_incomplete_samples_are_left_out_and_counted(tmp_path):
         read_records("shards", folder, "train")
 
 
+def test_names_of_another_encoding_are_names(tmp_path):
+    members = {name.replace("k001", "caf\udce9"): data for name, data in pictures(0, 2).items()}
+    records = read_records("shards", write_shard(tmp_path / "train.tar", members), "train").records
+    assert [record.captions for record in readable(records)] == [("picture 0",), ("picture 1",)]
+    assert len(set(records.names())) == 2 and open_data(
+        Config(data={"paths": {"shards": str(tmp_path)}, "datasets": ["shards"]})
+    )
+
+
 @pytest.mark.parametrize(
     "texts,captions",
     [
@@ -125,6 +134,7 @@ def test_incomplete_samples_are_left_out_and_counted(tmp_path):
         ({"json": b'{"status": "success"}', "txt": b"a bell"}, ("a bell",)),
         ({"json": b'{"caption": null}', "txt": b"a bell"}, ("a bell",)),
         ({"json": b"[1, 2]", "txt": b"a bell"}, ("a bell",)),
+        ({"json": b"[" * 100_000, "txt": b"a bell"}, ("a bell",)),
         ({"json": b'{"captions": "a bell"}'}, ("a bell",)),
         ({"text": b"a bell"}, ("a bell",)),
         ({"txt": "un caf\u00e9".encode("latin-1")}, ("un caf\u00e9",)),
@@ -139,7 +149,14 @@ def test_the_shards_of_others_are_read(tmp_path, texts, captions, media):
 
 
 @pytest.mark.parametrize(
-    "names", [("train/0.tar", "valid/0.tar"), ("train-000.tar", "val-000.tar"), ("TRAIN.tar", "VAL.tar")]
+    "names",
+    [
+        ("train/0.tar", "valid/0.tar"),
+        ("train-000.tar", "val-000.tar"),
+        ("TRAIN.tar", "VAL.tar"),
+        ("cc3m-train-0000.tar", "cc3m-validation-0000.tar"),
+        ("0_training.tar", "0_valid.tar"),
+    ],
 )
 def test_splits_of_shards_by_file_and_by_folder(tmp_path, names):
     for number, name in enumerate(names):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from multimodal import embed, generate, metrics, train
+from multimodal.config import ITEMS
 from multimodal.data.sources import SAMPLE_DATA, read_records
 from multimodal.data.synthetic import synthetic_records
 from multimodal.model import create_model
@@ -16,9 +17,10 @@ from multimodal.weights.open import Embedder
 from shared.engine.checkpoint import load_strict
 from shared.errors import UserError
 from tests.launching import final_tensors, losses, same_bits
-from tests.multimodal.files import write_shard
+from tests.multimodal.files import picture, wav, write_shard
 from tests.multimodal.small import run
 
+KIND = {"png": "image", "wav": "audio"}
 STAGES = ("stage1_single", "stage2_align", "stage3_finetune")
 WHOLE = ("--grad-accum", "2", "--dropout", "0.1", "--epochs", "3")
 
@@ -285,6 +287,26 @@ def test_a_list_of_which_no_picture_can_be_read_is_said_before_a_file_is_made(tm
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("split", ["training", "validation"])
+@pytest.mark.parametrize("suffix", ["png", "wav"])
+def test_a_list_of_which_nothing_can_be_read_ends_with_2_and_leaves_nothing(tmp_path, capsys, split, suffix):
+    for name in ("train", "val"):
+        rows = [{"file": f"{name}{number}.{suffix}", "caption": f"a thing {number}"} for number in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for row in rows:
+            make = picture if suffix == "png" else wav
+            (tmp_path / row["file"]).write_bytes(b"no media") if split.startswith(name) else make(
+                tmp_path / row["file"]
+            )
+    with pytest.raises(SystemExit) as leaving:
+        run(
+            tmp_path / "out", "--set", f"data.paths={{jsonl: {tmp_path}}}", "--datasets", "jsonl", "--label-set", "none"
+        )
+    error = capsys.readouterr().err
+    assert leaving.value.code == 2 and f"none of 20 {ITEMS[KIND[suffix]]}s of the {split} split can be read" in error
+    assert f"{split[:3]}" in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
 def test_other_settings_are_refused_before_anything_is_written(whole, tmp_path, capsys):
     folder = tmp_path / "out"
     shutil.copytree(whole, folder)
@@ -300,10 +322,13 @@ def test_odd_texts_and_sets_are_named(whole, tmp_path, capsys):
     (tmp_path / "texts.txt").write_bytes(b"caf\xe9\n")
     (tmp_path / "meta").mkdir()
     (tmp_path / "meta" / "esc50.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "empty" / "meta").mkdir(parents=True)
+    (tmp_path / "empty" / "meta" / "esc50.csv").write_text("filename,category\n")
     cases = [
         (embed, ("encode", "--texts", str(tmp_path / "texts.txt")), "not a UTF-8 text file"),
         (metrics, ("--zeroshot", "coco80"), "measured on coco"),
         (metrics, ("--zeroshot", str(tmp_path)), "no column filename"),
+        (metrics, ("--zeroshot", str(tmp_path / "empty")), "esc50.csv lists no sound"),
     ]
     for command, flags, message in cases:
         with pytest.raises(SystemExit) as leaving:

@@ -517,3 +517,27 @@ def test_tags_are_part_of_what_a_feature_was_made_from_where_they_choose(tmp_pat
         paths = part_paths("dataset1"), damaged(tmp_path, change)
         old, new = (OpenS2VAdapterDataset(*place, **more).sample(0, 0) for place in paths)
         assert differ == (content_of("clip", old) != content_of("clip", new))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "3",
+        '[{"image_similarity": "high"}]',
+        "[null]",
+        '{"clip0001": 5}',
+        '[{"image_similarity": 0.7, "cur_id": 1}]',
+    ],
+)
+def test_a_damaged_file_of_pairs_is_a_bad_sample_of_its_clips(tmp_path, text):
+    """One cluster of many; a table of all clusters that is none stops before the first sample."""
+    (tmp_path / "clip0001.json").write_text(text)
+    data = dataset(is_cross_frame=True, cross_frames_base_path=tmp_path)
+    with pytest.raises(BadSample, match="clip0001"):
+        data.sample(0, 0)
+    (tmp_path / "all.json").write_text("[1]")
+    for name in ("cross_frames_base_path", "cross_frames_cluster_path"):
+        paths = {"cross_frames_base_path": tmp_path, name: tmp_path / "all.json"}
+        with pytest.raises(UserError, match="all.json: holds list, an object by cluster is needed"):
+            dataset(is_cross_frame=True, **paths)

@@ -167,11 +167,14 @@ def test_files_that_name_former_settings_are_read(tmp_path):
     assert np.isfinite(validation_set(config).sample(0, 0)["ref_pixels"]).all()
 
 
-def test_drawn_clips_move_as_the_training_clips_do():
+def test_drawn_clips_move_as_the_training_clips_do(tmp_path):
     """24 frames a second, every third of them; and as the settings say where they say it."""
     assert video_rate(train.parse(QUICK)) == 8.0
     assert video_rate(train.parse([*QUICK, "--sample-stride", "2"])) == 12.0
     assert video_rate(train.parse([*QUICK, "--target-fps", "10"])) == 10.0
+    for rate in (1e30, -5, 0, float("nan"), float("inf"), "fast", None, [24]):  # no rate that a file can state
+        odd = part(tmp_path, lambda metadata, rate=rate: metadata.update(fps=rate))
+        assert video_rate(train.parse([*QUICK, *odd])) == 16.0, rate
     nowhere = train.parse(QUICK)
     nowhere.data = nowhere.data.model_copy(update={"json_paths": ["nowhere.json"]})
     assert video_rate(nowhere) == 16.0

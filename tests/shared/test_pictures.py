@@ -57,6 +57,14 @@ def test_a_dark_picture_of_16_bits_stays_dark():
     assert dark.mode == "I;16" and np.asarray(as_rgb(dark)).max() <= 1
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_pixel_that_is_no_number_decides_no_scale(value):
+    values = np.full((4, 4), 0.25, dtype=np.float32)
+    values[0, 0] = value
+    found = np.asarray(as_rgb(Image.fromarray(values)))
+    assert (found[1:] == 64).all() and (found[0, 0] == 0).all()
+
+
 def test_a_picture_too_large_to_decode_is_refused_by_every_system(tmp_path):
     """From its header: 12,000 x 12,000 in one bit a pixel are 18 kB, and half a GB once decoded."""
     from bagel.data.sources import ImageFault, load_image
