@@ -100,8 +100,6 @@ def encode(options: EncodeOptions) -> Path:
     given = [name for name in KINDS if getattr(options, name) is not None]
     if len(given) != 1:
         raise UserError(f"give one of --images, --texts and --audio; found {' and '.join(given) or 'none'}")
-    if output.is_dir():
-        raise UserError(f"--output {output}: is a folder; name a file, such as {output / 'index.safetensors'}")
     kind, place = given[0], str(getattr(options, given[0]))
     misnamed = []
     if kind == "texts":

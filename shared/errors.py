@@ -165,10 +165,10 @@ def check_output(
     if not str(path).strip():
         raise UserError(f"{flag} is empty; name a {'folder for the run' if folder else 'file'}")
     path = Path(path)
-    if kinds and path.suffix.lower() not in kinds:
-        raise UserError(f"{flag} {path}: unknown kind; give a name that ends in {' or '.join(filter(None, kinds))}")
     if not folder and path.is_dir():
         raise UserError(f"{flag} {path}: a folder; give the name of a file")
+    if kinds and path.suffix.lower() not in kinds:
+        raise UserError(f"{flag} {path}: unknown kind; give a name that ends in {' or '.join(filter(None, kinds))}")
     place = path if folder else path.parent
     while not place.exists() and not place.is_symlink() and place != place.parent:
         place = place.parent
