@@ -360,6 +360,8 @@ def prepare(options: PrepareOptions) -> Path:
     if root.is_file() and root.suffix.lower() not in VIDEO_SUFFIXES:
         raise UserError(f"--data-root {root}: no video ({', '.join(VIDEO_SUFFIXES)}); give one, or a folder of videos")
     check_output(folder, flag="--output-dir", folder=True)
+    if options.min_seconds > options.max_seconds:
+        raise UserError(f"--min-seconds {options.min_seconds:g}: above --max-seconds {options.max_seconds:g}")
     YuNet(options.face_detector)  # says what is missing before anything is read
     sources = [s for s in find_sources(root) if folder.resolve() not in Path(s.video).resolve().parents]
     jobs, results, started = [(source, options, str(folder)) for source in sources], [], time.monotonic()

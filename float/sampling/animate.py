@@ -28,18 +28,21 @@ from float.weights.open import Autoencoder, load_autoencoder, load_generator, ma
 from shared.config import load_saved
 from shared.engine.checkpoint import open_run
 from shared.errors import UserError
+from shared.flow import check_solver
 
 FRAMING_CLIPS, FRAMING_SIDE = 8, 256  # how many clips a run's framing is measured on, in which size
 
 
 def sampling_options(config: Config, **changes: Any) -> SamplingOptions:
-    """The sampler's settings of a run, with the changes that are not None."""
+    """The sampler's settings of a run, with the changes that are not None. UserError for an unknown solver."""
     model = config.model
     same = ("nfe", "a_cfg_scale", "r_cfg_scale", "e_cfg_scale", "reference_guidance")
     chosen: dict[str, Any] = {name: model[name] for name in same}
     chosen |= {"method": model.ode_method, "atol": model.ode_atol, "rtol": model.ode_rtol}
     chosen["noise_scale"] = config.training.sigma_max  # where the path that was trained begins
-    return SamplingOptions(**chosen | {name: value for name, value in changes.items() if value is not None})
+    options = SamplingOptions(**chosen | {name: value for name, value in changes.items() if value is not None})
+    check_solver(options.method)
+    return options
 
 
 @dataclass

@@ -89,6 +89,7 @@ os.fsync = fsync
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.timeout(600)
 def test_a_save_that_takes_longer_than_thirty_seconds_survives_the_schedulers_signal(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "disk" / "sitecustomize.py").write_text(SLOW_DISK)
@@ -100,12 +101,13 @@ def test_a_save_that_takes_longer_than_thirty_seconds_survives_the_schedulers_si
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not ((out / "metrics.jsonl").exists() and len(losses(out)) > 20):
         time.sleep(0.2)
-    began, step = time.monotonic(), max(losses(out))
-    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)  # whatever was reached: nothing may go on behind the test
     process.wait(timeout=200)
+    step = max(losses(out))
     assert time.monotonic() - began > 30, "the save was not slow enough to show anything"
     assert json.loads((newest(out) / "manifest.json").read_text())["step"] >= step
 
