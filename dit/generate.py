@@ -181,7 +181,9 @@ class Drawer:
         if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
             raise UserError(f"--cfg-interval {interval}: give two noise levels, low and high, between 0 and 1")
         if (options.cfg_channels or 0) > config.model.in_channels:
-            raise UserError(f"--cfg-channels {options.cfg_channels}: the latents have {config.model.in_channels} channels")
+            raise UserError(
+                f"--cfg-channels {options.cfg_channels}: the latents have {config.model.in_channels} channels"
+            )
         self.drawing = Drawing(
             options.sampler if options.sampler != "auto" else config.sample.sampler,
             options.steps or config.sample.steps,

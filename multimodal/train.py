@@ -46,7 +46,6 @@ from multimodal.trainer import (
     parameter_groups,
 )
 from multimodal.weights.files import NAMES, load_start, put, read_payload, unpack_training
-from shared.data import check_readable
 from shared.engine.checkpoint import CheckpointStore, find_checkpoint, frozen_digest
 from shared.engine.dist import barrier, init_distributed, shutdown
 from shared.engine.preflight import preflight
@@ -98,10 +97,6 @@ class Run:
     def train(self) -> dict[int, FitResult]:
         """All stages that are not done; the report is written however this ends."""
         began, reason, results = time.time(), "finished", {}
-        for dataset in make_datasets(
-            self.config, self.data.train, self.tokenizer, stage=min(self.epochs), training=True
-        ).values():
-            check_readable(dataset)
         state = self._initial_weights() if self.start is None else self.start["model_state_dict"]
         if self.info.is_main:
             self.output_dir.mkdir(parents=True, exist_ok=True)

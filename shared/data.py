@@ -185,13 +185,6 @@ class _KeyedDataset(Dataset):
         raise UserError(f"{SUBSTITUTES} samples in a row cannot be read; the last: {last}; check the data folder")
 
 
-def check_readable(dataset: Any) -> None:
-    """UserError where none of SUBSTITUTES samples of a set can be read: called before a run makes files or trains a
-    part that comes first.
-    """
-    _KeyedDataset(dataset, 0)._fetch(SampleKey(index=0, epoch=0, slot=0))
-
-
 class _Collate:
     """The system's collate, plus the slots and the list of broken samples."""
 
