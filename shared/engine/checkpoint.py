@@ -544,8 +544,10 @@ def read_weights_file(path: Path) -> Any:
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+    except OSError as error:
+        if error.filename is not None:  # the file is not there, or is nobody's to read
+            raise
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); download or copy it again") from None
     except pickle.UnpicklingError:  # torch's own sentence advises to switch the protection off
         with open(path, "rb") as file:
             if file.read(2) not in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):

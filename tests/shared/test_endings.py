@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from shared.data import BadSamples, check_shared_memory
 from shared.engine.checkpoint import load_weights
@@ -150,6 +151,18 @@ def test_a_file_of_python_objects_is_refused_without_the_advice_to_trust_it(tmp_
         load_weights(tmp_path / "words.pt")
 
 
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_a_file_of_weights_that_is_cut_anywhere_is_a_sentence(tmp_path, kind):
+    weights = {f"block.{number}.weight": torch.ones(40, 40) for number in range(8)}
+    path = tmp_path / f"cut.{kind}"
+    (torch.save if kind == "pt" else save_file)(weights, path)
+    whole = path.read_bytes()
+    for length in (0, 1, 4, 100, 5000, 20000, len(whole) - 1000, len(whole) - 100, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            load_weights(path)
+
+
 class Thing:
     pass
 
@@ -231,7 +244,7 @@ def test_a_damaged_folder_of_a_public_model_is_a_sentence_in_every_system(tmp_pa
 def test_a_public_model_that_lacks_weights_is_not_filled_with_random_numbers(tmp_path):
     """transformers and diffusers only warn: a run would train on a frozen encoder of noise."""
     from diffusers import AutoencoderKL
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
     from transformers import CLIPTextModel, Wav2Vec2Model
 
     from dit.modules.text import TextEncoder
