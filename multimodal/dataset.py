@@ -113,12 +113,16 @@ class CaptionedDataset:
         return item
 
     def _vary(self, ids: list[int], generator: torch.Generator | None) -> list[int]:
-        """Some tokens left out, so that each word learns to stand for itself."""
+        """Some tokens left out, so that each word learns to stand for itself; one at least stays: a text of no word has
+        no direction, and one such pair would outweigh a batch (its gradient is 1e10 times that of the others).
+        """
         rate = self.augmentation.caption_drop if self.augmentation and generator else 0.0
         if not rate:
             return ids
         draws = torch.rand(len(ids), generator=generator).tolist()
-        return [number for number, draw in zip(ids, draws, strict=True) if number < SPECIAL_TOKENS or draw >= rate]
+        words = [draw for number, draw in zip(ids, draws, strict=True) if number >= SPECIAL_TOKENS]
+        least = min(rate, max(words, default=rate))
+        return [number for number, draw in zip(ids, draws, strict=True) if number < SPECIAL_TOKENS or draw >= least]
 
     # --- pictures -----------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """Items and batches: augmentation is keyed, texts are cut and padded, labels and broken files are dealt with."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,6 +45,13 @@ def test_caption_drop_leaves_tokens_out_and_keeps_the_ends(tokenizer):
         rest = iter(whole)
         assert ids[0] == whole[0] and ids[-1] == whole[-1] and all(number in rest for number in ids)  # in their order
     assert short[0]["input_ids"] == tokenizer.encode(short[0]["caption"])
+
+
+def test_caption_drop_leaves_one_word_of_the_shortest_caption(tokenizer):
+    records = ListRecords(replace(record, captions=("dog",)) for record in synthetic_records("train", 8).records)
+    short = dataset(records, tokenizer, augmentation=Augmentation(caption_drop=0.9))
+    whole = tokenizer.encode("dog")
+    assert all(short.sample(index, epoch)["input_ids"] == whole for index in range(8) for epoch in range(8))
 
 
 def test_the_mel_cache_gives_the_same_features(tmp_path, tokenizer):
