@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from shared.loop import FitResult
 
 VALIDATED = {f"val/{name}" for name in ("loss", "psnr", "psnr_copy", "psnr_mouth", "psnr_mouth_copy")}
+OF_PHASE_ONE = ("input_size", "dim_w", "dim_m", "channels", "autoencoder")  # of the section model
 VALIDATION_FRAMES = 48  # of each held-out clip, evenly spaced
 
 
@@ -207,9 +208,15 @@ class AutoencoderTrainer:
 @command
 def main(argv: list[str] | None = None) -> "FitResult | None":
     """Read the settings, train."""
+    given: set[str] = set()
     config = load_config(
-        AutoencoderConfig, presets=AUTOENCODER_PRESETS, argv=argv, default="small", description=__doc__
+        AutoencoderConfig, presets=AUTOENCODER_PRESETS, argv=argv, default="small", description=__doc__, given=given
     )
+    idle = sorted(given & {f"model.{name}" for name in type(config.model).model_fields if name not in OF_PHASE_ONE})
+    if idle:
+        raise UserError(
+            f"{', '.join(idle)}: no part of phase 1, where it would change nothing; give it to float/train.py"
+        )
     from float.plan import print_autoencoder_plan
     from shared.engine.dist import init_distributed, shutdown
     from shared.engine.preflight import preflight

@@ -98,6 +98,14 @@ def test_phase_one_resumes_bit_for_bit(tmp_path, clips, changes):
     assert list((Path(whole) / "samples").glob("*.png"))
 
 
+def test_a_setting_that_changes_nothing_in_phase_one_is_refused(tmp_path, capsys):
+    for flags in (["--num-heads", "4"], ["--set", "model.nfe=5"], ["--dim-h", "64", "--autoencoder-path", "x"]):
+        with pytest.raises(SystemExit) as leaving:
+            train_autoencoder([*flags, "--output-dir", str(tmp_path / "out")])
+        assert leaving.value.code == 2 and "no part of phase 1" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_released_network_trains_in_phase_one(tmp_path, clips):
     output = tmp_path / "run"
     result = train_autoencoder(
