@@ -44,21 +44,8 @@ from shared.metrics import colour_caption
 from shared.rng import keyed_generator
 
 _DRAW = 41  # random stream
-OTHER_KINDS = (
-    ".jpg",
-    ".jpeg",
-    ".gif",
-    ".webp",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".svg",
-    ".pdf",
-    ".mp4",
-    ".npz",
-    ".txt",
-    ".json",
-)
+# a folder's name may hold dots, but what ends so is a file of another kind
+OTHER_KINDS = ".jpg .jpeg .gif .webp .bmp .tif .tiff .svg .pdf .mp4 .npz .txt .json".split()
 LARGEST_GRID = 1024  # pictures in one .png
 
 

@@ -205,9 +205,8 @@ def continue_text(
 
 def _drawn(logits_BV: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
     """One token a row, where a uniform number falls among the summed probabilities; the logits stay on their device."""
-    logits_BV = logits_BV - logits_BV.amax(
-        dim=-1, keepdim=True
-    )  # 0 and below: no overflow, however low the temperature
+    # 0 and below, so that no temperature, however low, overflows
+    logits_BV = logits_BV - logits_BV.amax(dim=-1, keepdim=True)
     sums_BV = torch.softmax(logits_BV / temperature, dim=-1).double().cumsum(-1)
     uniform = torch.rand(len(logits_BV), 1, generator=generator, dtype=torch.float64).to(logits_BV.device)
     return torch.searchsorted(sums_BV, uniform * sums_BV[:, -1:]).squeeze(1).clamp_max(logits_BV.shape[1] - 1)
