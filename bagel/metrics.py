@@ -20,15 +20,27 @@ from shared.errors import UserError, check_output, command, write_text
 
 
 def check_given(options: MetricsOptions) -> None:
-    """What is named for a metric must be there: only what is not given leaves a metric out."""
+    """What is named for a metric must be of use, and is opened once before anything is drawn: only what is not given
+    leaves a metric out.
+    """
+    from bagel.evaluation.pictures import ClipScorer
+    from bagel.evaluation.text import Unavailable, bert_score
     from shared.engine.preflight import check_folder
+    from shared.media.inception import inception
 
     for name in ("bertscore_model", "clip_model"):
         check_folder(name, getattr(options, name))
     if options.nltk_data is not None and not Path(options.nltk_data).is_dir():
         raise UserError(f"--nltk-data {options.nltk_data}: no such folder; give the one that holds corpora/wordnet")
-    if options.fid_weights is not None and not Path(options.fid_weights).is_file():
-        raise UserError(f"--fid-weights {options.fid_weights}: no such file; give the Inception weights")
+    if options.fid_weights is not None:
+        inception(options.fid_weights)
+    try:
+        if options.bertscore_model is not None:
+            bert_score(["a"], ["a"], options.bertscore_model, options.bertscore_layer)
+        if options.clip_model is not None:
+            ClipScorer(options.clip_model)
+    except Unavailable as reason:
+        raise UserError(str(reason)) from None
 
 
 @command

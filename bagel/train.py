@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from bagel.config import PRESETS, SAMPLE_DATA, Config, ModelConfig
 from shared.config import load_config, load_saved
 from shared.errors import UserError, command
+from shared.media.folders import files_in
 
 if TYPE_CHECKING:
     from bagel.dataset import UnifiedGenerationDataset
@@ -159,7 +160,7 @@ def complete(config: Config, argv: list[str] | None = None) -> Config:
 
 
 def _holds_weights(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json"))
+    return bool(files_in(folder, "*.safetensors", "*.safetensors.index.json"))
 
 
 def _deepspeed_strategy(path: Path, given: str | None) -> Literal["zero1", "zero2", "zero3"]:

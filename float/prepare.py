@@ -32,6 +32,7 @@ if not __package__:
 
 from shared.config import Section, load_config, setting
 from shared.errors import BadSample, UserError, check_output, command, write_text
+from shared.media.folders import is_junk
 
 if TYPE_CHECKING:
     import numpy as np
@@ -95,13 +96,13 @@ def is_raw(root: Path) -> bool:
         return _is_video(root)
     if not root.is_dir() or (root / "metadata.csv").is_file() or any((root / name).is_dir() for name in SPLITS):
         return False
-    return any(_is_video(path) for path in root.rglob("*"))
+    return any(_is_video(path, root) for path in root.rglob("*"))
 
 
-def _is_video(path: Path) -> bool:
+def _is_video(path: Path, below: Path | None = None) -> bool:
     from float.data.media import VIDEO_SUFFIXES
 
-    return path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith(".")
+    return path.suffix.lower() in VIDEO_SUFFIXES and not is_junk(path, below)
 
 
 def find_sources(root: Path) -> list[Source]:
@@ -127,7 +128,7 @@ def find_sources(root: Path) -> list[Source]:
             )
     else:
         base = root.parent if root.is_file() else root
-        for path in [root] if root.is_file() else sorted(path for path in root.rglob("*") if _is_video(path)):
+        for path in [root] if root.is_file() else sorted(path for path in root.rglob("*") if _is_video(path, root)):
             inside = path.relative_to(base)
             split = SPLITS.get(inside.parts[0].lower()) if len(inside.parts) > 1 else None
             name, sound = str(inside.with_suffix("")), sound_beside(path)

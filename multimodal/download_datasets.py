@@ -25,6 +25,7 @@ from multimodal.download.catalogue import AUDIOCAPS_2, SETS, ManualFile, RemoteF
 from multimodal.download.fetch import DownloadError, Policy, digest, fetch  # noqa: E402
 from shared.config import Section, load_config, setting  # noqa: E402
 from shared.errors import UserError, check_output, command, write_text, written_aside  # noqa: E402
+from shared.media.folders import is_junk
 
 MARKER = ".complete.json"
 FAILED, MANUAL = 3, 4
@@ -248,7 +249,7 @@ def wanted(found: RemoteSet, options: Options) -> list[RemoteFile]:
 
 def visible_names(folder: Path) -> list[str]:
     """What a folder holds, hidden names left out."""
-    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    return sorted(path.name for path in folder.iterdir() if not is_junk(path))
 
 
 def is_right(path: Path, file: RemoteFile) -> bool:

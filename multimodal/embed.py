@@ -117,6 +117,7 @@ def encode(options: EncodeOptions) -> Path:
     parts = output.with_name(f".{output.name}.parts")
     if parts.is_dir() and (not (parts / "plan.json").exists() or (parts / "plan.json").read_text() != plan):
         shutil.rmtree(parts)  # left by another command with this --output, stopped in the middle
+    made = [folder for folder in parts.parents if not folder.exists()]
     parts.mkdir(parents=True, exist_ok=True)
     write_text(parts / "plan.json", plan)
     dtype = float16 if options.dtype == "fp16" else float32
@@ -146,6 +147,8 @@ def encode(options: EncodeOptions) -> Path:
     bad = misnamed + [sentence for part in facts for sentence in json.loads(part["bad"])]
     if not ids:
         shutil.rmtree(parts)
+        for folder in made:
+            folder.rmdir()
         raise UserError(f"none of {len(bad)} files can be read; the first: {bad[0]}")
     write_index(output, cat([load_file(path)["embeddings"] for path in paths]), ids, kind, mark)
     if bad:

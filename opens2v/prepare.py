@@ -25,6 +25,7 @@ from typing import Any
 
 from shared.config import Section, load_config, setting
 from shared.errors import BadSample, UserError, command, load_whole, opening, write_text, written_aside
+from shared.media.folders import is_junk
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 
@@ -390,7 +391,7 @@ def check(options: PrepareOptions) -> list[Path]:
         value = getattr(options, name)
         if value is not None and not Path(value).exists():
             raise UserError(f"--{name} {value}: not found")
-    videos = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
+    videos = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in SUFFIXES and not is_junk(p)]
     if not videos:
         raise UserError(f"--videos {folder}: holds no video ({', '.join(SUFFIXES)}); folders in it are not looked into")
     for one, other in pairwise(sorted(videos, key=lambda path: path.stem)):

@@ -91,7 +91,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         schema = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError):
-        raise UserError(f"{options.schema}: no such class; give MODULE:CLASS, for example dit.config:Config") from None
+        schema = None
+    if not (isinstance(schema, type) and issubclass(schema, BaseModel)):
+        raise UserError(f"{options.schema}: no settings class; give MODULE:CLASS, for example dit.config:Config")
     text = reference(options.schema.partition(".")[0], schema)
     if options.output:
         options.output.write_text(text, encoding="utf-8")

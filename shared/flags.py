@@ -215,12 +215,18 @@ def accepts_bool(annotation: Any) -> bool:
 def from_text(value: Any, annotation: Any) -> Any:
     """A flag's raw text for pydantic.
 
-    None for none/null where the field is optional, a list for lists, YAML for mappings, the text itself otherwise.
+    One of the choices, None for none/null where the field is optional, a list for lists, YAML for mappings, else the
+    text itself.
     """
     kinds = _kinds(annotation)
     if isinstance(value, list) and len(value) != 1:
         return value
     text = value[0] if isinstance(value, list) else value
+    choices = {
+        str(choice): choice for kind in kinds if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)
+    }
+    if text in choices:  # before null: `none` is a strategy of its own
+        return choices[text]
     if type(None) in kinds and text.lower() in ("none", "null"):
         return None
     if _is_list(kinds):
@@ -229,8 +235,7 @@ def from_text(value: Any, annotation: Any) -> Any:
         return [item.strip() for item in text.strip("[] ").split(",") if item.strip()]
     if any(typing.get_origin(kind) is dict or kind is dict for kind in kinds):
         return _from_yaml(text)
-    choices = [choice for kind in kinds if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)]
-    return next((choice for choice in choices if str(choice) == text), text)
+    return text
 
 
 def _is_list(kinds: tuple) -> bool:

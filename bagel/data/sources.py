@@ -23,6 +23,7 @@ from torch import Tensor
 
 from bagel.data.records import FORMATS
 from shared.errors import BadSample, UserError, written_aside
+from shared.media.folders import is_junk
 from shared.media.pictures import MOST_PIXELS, as_rgb
 
 DEFAULT_MAX_PIXELS = 14 * 14 * 9 * 1024
@@ -599,8 +600,7 @@ def _shards_of(folder: Path) -> list[Path]:
     for files in (folder.iterdir(), folder.rglob("*")):
         by_kind: dict[str, list[Path]] = {}
         for file in files:
-            is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-            if file.suffix.lower() in KINDS and file.is_file() and not is_hidden:
+            if file.suffix.lower() in KINDS and file.is_file() and not is_junk(file, folder):
                 by_kind.setdefault(file.suffix.lower(), []).append(file)
         if by_kind.keys() <= {".json"} and any(folder.glob("*.arrow")):
             raise UserError(f"{folder}: its shards are .arrow files; write them as .parquet")

@@ -54,13 +54,8 @@ def fid(
 
 
 def inception_features(path: str) -> Features:
-    """Features of the public FID weights, or of a TorchScript file."""
-    if not Path(path).is_file():
-        raise Unavailable(f"FID: {path} is not a file")
-    try:
-        network = inception(path)
-    except UserError as reason:
-        raise Unavailable(str(reason)) from None
+    """Features of the public FID weights, or of a TorchScript file. UserError when it is neither."""
+    network = inception(path)
 
     def features(pictures: Sequence[Image.Image]) -> Tensor:
         rows = [np.asarray(picture.convert("RGB")) for picture in pictures]

@@ -20,15 +20,12 @@ import numpy as np
 from dit.config import DataConfig
 from dit.data.texts import TextFiles, clean_captions
 from shared.errors import BadSample, UserError
+from shared.media.folders import files_in, is_junk
 from shared.media.shards import Shards
 from shared.rng import keyed_seed
 
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif",
-)  # fmt: skip
-_JUNK = (  # left behind by archives, file servers, editors and waste baskets
-    "__MACOSX", "@eaDir", "Thumbs.db", "$RECYCLE.BIN", "#recycle", "lost+found", "System Volume Information",
-    "__pycache__",
 )  # fmt: skip
 UNREAD_SUFFIXES = (".heic", ".heif", ".jxl", ".psd", ".svg", ".cr2", ".nef", ".arw", ".dng", ".raw", ".eps")
 IMAGE_KEYS = ("file_name", "file", "image", "image_path")
@@ -377,7 +374,7 @@ def is_pattern(root: Path) -> bool:
 
 def is_sharded(root: Path) -> bool:
     """Whether a path names tar files: one, a pattern, or a folder that holds some."""
-    return root.suffix == ".tar" or is_pattern(root) or (root.is_dir() and any(root.glob("*.tar")))
+    return root.suffix == ".tar" or is_pattern(root) or (root.is_dir() and bool(files_in(root, "*.tar")))
 
 
 def _custom(reading: Reading) -> Listed:
@@ -501,12 +498,12 @@ def _sidecars(root: Path, texts: TextFiles) -> Listed:
     """Pictures with text files next to them, at any depth, without hidden folders and what archives leave behind."""
     items, skipped, unread = [], [], []
     for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not _is_junk(name))
+        folders[:] = sorted(name for name in folders if not is_junk(name))
         notes = {Path(name).stem: name for name in sorted(names) if Path(name).suffix.lower() == ".caption"}
         notes |= {Path(name).stem: name for name in sorted(names, reverse=True) if Path(name).suffix.lower() == ".txt"}
         for name in sorted(names):
             path, suffix = Path(folder) / name, Path(name).suffix.lower()
-            if _is_junk(name):
+            if is_junk(name):
                 continue
             if suffix in IMAGE_SUFFIXES:
                 note = notes.get(Path(name).stem)
@@ -554,7 +551,7 @@ def _class_folders(root: Path, class_root: Path, num_classes: int) -> Listed:
         [
             Item(f"{name}/{path.name}", path, (name.replace("_", " "),), label=label)
             for label, name in enumerate(names)
-            for path in sorted((root / name).glob("[!.]*") if (root / name).is_dir() else ())
+            for path in files_in(root / name, "*")
             if path.suffix.lower() in IMAGE_SUFFIXES
         ],
         [],
@@ -567,16 +564,12 @@ def _some(names: list[str]) -> str:
 
 def _folders(root: Path) -> list[Path]:
     """Sub-folders by name, without hidden ones and what archives leave behind."""
-    return sorted(path for path in root.iterdir() if path.is_dir() and not _is_junk(path.name)) if root.is_dir() else []
+    return sorted(path for path in root.iterdir() if path.is_dir() and not is_junk(path.name)) if root.is_dir() else []
 
 
 def _has_pictures(folder: Path) -> bool:
     with os.scandir(folder) as entries:
-        return any(Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and not _is_junk(entry.name) for entry in entries)
-
-
-def _is_junk(name: str) -> bool:
-    return name.startswith(".") or name in _JUNK
+        return any(Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and not is_junk(entry.name) for entry in entries)
 
 
 # --- shards: webdataset tar files and parquet, whose items are read when asked for -----------------------------------
@@ -744,7 +737,7 @@ def parquet_files(root: Path) -> list[Path]:
         return [root]
     if not root.is_dir() or _listing(root) is not None:
         return []
-    return sorted(root.glob("*.parquet")) or sorted((root / "data").glob("*.parquet"))
+    return files_in(root, "*.parquet") or files_in(root / "data", "*.parquet")
 
 
 def _is_held_out_file(path: Path) -> bool:
@@ -754,7 +747,7 @@ def _is_held_out_file(path: Path) -> bool:
 def tar_files(root: Path) -> list[Path]:
     """The tar files of a folder, of a * pattern, or of a brace range such as data-{000..009}.tar."""
     if root.is_dir():
-        return sorted(root.glob("*.tar"))
+        return files_in(root, "*.tar")
     name = root.name
     if not root.exists() and "{" in name and ".." in name:
         before, inside = name.split("{", 1)
@@ -764,7 +757,7 @@ def tar_files(root: Path) -> list[Path]:
             raise UserError(f"data.dataset_path {root}: a range of shards is written as data-{{000..009}}.tar")
         return [root.parent / f"{before}{number:0{len(first)}d}{after}" for number in range(int(first), int(last) + 1)]
     if not root.exists() and "*" in name:
-        found = sorted(root.parent.glob(name))
+        found = files_in(root.parent, name)
         if not found:
             raise UserError(f"data.dataset_path {root}: no file fits this pattern")
         return found

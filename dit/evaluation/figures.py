@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from shared.engine.checkpoint import read_weights_file
 from shared.engine.dist import DistInfo, gather_objects
 from shared.errors import UserError
+from shared.media.folders import is_junk
 from shared.media.inception import SIDE, FIDInception, inception
 from shared.metrics import frechet_gaussians, gaussian_of, kernel_distance, precision_recall
 from shared.rng import keyed_generator
@@ -67,7 +68,7 @@ class Pictures:
             self.files = sorted(
                 file
                 for file in path.iterdir()
-                if file.suffix.lower() in kinds and file.stem != "grid" and not file.name.startswith(".")
+                if file.suffix.lower() in kinds and file.stem != "grid" and not is_junk(file)
             )
             if not self.files:
                 raise UserError(f"{path}: holds no pictures; {', '.join(kinds)} are read")

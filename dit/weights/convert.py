@@ -19,6 +19,7 @@ from dit.model import DiTModel, timestep_sinusoid
 from dit.modules.prx import PRXModel
 from shared.engine.checkpoint import load_weights
 from shared.errors import UserError
+from shared.media.folders import files_in
 
 State = dict[str, Tensor]
 BLOCK_PARTS = {
@@ -144,8 +145,8 @@ def read_state(path: Path) -> State:
     if path.is_dir() and not (path / "manifest.json").exists() and not (path / "checkpoints").is_dir():
         places = [path / "transformer", path]
         found = [
-            file for place in places for file in sorted(place.glob("diffusion_pytorch_model*.safetensors"))
-        ] or sorted(path.glob("*.safetensors"))
+            file for place in places for file in files_in(place, "diffusion_pytorch_model*.safetensors")
+        ] or files_in(path, "*.safetensors")
         if not found:
             raise UserError(f"{path}: holds neither a run, nor a checkpoint, nor .safetensors files")
         return {name: value for file in found for name, value in load_file(file).items()}

@@ -8,6 +8,7 @@ from pathlib import Path
 from float.data.media import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from float.modules.emotion import MEAD_CLASSES, ravdess_emotion
 from shared.errors import UserError
+from shared.media.folders import is_junk
 
 # the same split under the names in use
 SPLIT_NAMES = {"test": ("test", "val"), "val": ("val", "test")}
@@ -92,7 +93,7 @@ def _from_folders(root: Path, splits: tuple[str, ...]) -> list[Clip]:
         return clips
     folders: dict[Path, dict[str, Path]] = {}
     for video in sorted(folder.rglob("*")):
-        if video.suffix.lower() not in VIDEO_SUFFIXES or video.name.startswith("."):
+        if video.suffix.lower() not in VIDEO_SUFFIXES or is_junk(video, folder):
             continue
         inside = video.relative_to(folder)
         if video.parent not in folders:

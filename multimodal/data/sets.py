@@ -32,6 +32,7 @@ from multimodal.data.records import (
     text_lines,
 )
 from shared.errors import UserError
+from shared.media.folders import files_in
 
 CLOTHO_SPLITS = {"train": "development", "val": "validation", "test": "evaluation"}
 VOX_SPLITS = {1: "train", 2: "val", 3: "test"}
@@ -264,8 +265,8 @@ def clips_below(
     found: dict[Clip, Path] = {}
     for top in CLIP_FOLDERS:
         for place in (folder / top / split, *([folder / top] if top else [])):
-            for file in sorted(place.iterdir()) if place.is_dir() else ():
-                if file.suffix.lower() in AUDIO_SUFFIXES and not file.name.startswith("._"):
+            for file in files_in(place, "*"):
+                if file.suffix.lower() in AUDIO_SUFFIXES:
                     own = _clip_of(file.name.removesuffix(file.suffix), starts) or (numbers or {}).get(file.stem)
                     if own is not None and file.stat().st_size:
                         found.setdefault(own, file)
@@ -415,7 +416,7 @@ def read_voxceleb(folder: Path, split: str) -> Found:
     speakers = {name: rank for rank, name in enumerate(sorted(people))}
     listed, packer = _identification_split(folder / "iden_split.txt"), Packer("voxceleb")
     for root, videos in roots:
-        for file in sorted(path for path in root.glob("*/*/*") if path.suffix.lower() in AUDIO_SUFFIXES):
+        for file in (path for path in files_in(root, "*/*/*") if path.suffix.lower() in AUDIO_SUFFIXES):
             name = file.relative_to(root).as_posix()
             by_list = listed if root.name == "wav" else {}
             own = by_list.get(name, "train") if by_list else ("val" if _is_held_out(file.parent) else "train")

@@ -33,6 +33,7 @@ from multimodal.data.records import (
 )
 from multimodal.data.sets import no_file
 from shared.errors import BadSample, UserError
+from shared.media.folders import files_in
 from shared.media.shards import Shards
 
 MEDIA: dict[str, Kind] = {suffix[1:]: kind_of(suffix) for suffix in IMAGE_SUFFIXES + AUDIO_SUFFIXES}
@@ -129,9 +130,9 @@ def shard_paths(folder: Path, split: str) -> list[Path]:
     """{split}*.tar, *-{split}-*.tar, or {split}/*.tar; where no shard names a split (img2dataset: 00000.tar), all are
     for training.
     """
-    shards = {path: _split_in(path.stem.lower()) for path in sorted(folder.glob("*.tar"))}
+    shards = {path: _split_in(path.stem.lower()) for path in files_in(folder, "*.tar")}
     found = [path for path, own in shards.items() if own == split]
-    found = found or sorted(path for name in SPLIT_NAMES[split] for path in (folder / name).glob("*.tar"))
+    found = found or files_in(folder, *(f"{name}/*.tar" for name in SPLIT_NAMES[split]))
     if not found and split == "train":
         found = [path for path, own in shards.items() if own is None]
     return found

@@ -16,6 +16,7 @@ from multimodal.data.records import Folder, Kind, clean, read_csv
 from multimodal.evaluation.retrieval import mean_average_precision
 from multimodal.weights.open import Embedder
 from shared.errors import UserError
+from shared.media.folders import is_junk
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "image": (
@@ -78,12 +79,12 @@ def labelled_files(folder: Path) -> tuple[list[Path], list[int], list[str], Kind
         names, audio = sorted(set(classes)), Folder(folder / "audio")
         places = [audio.find(row["filename"]) or folder / "audio" / row["filename"] for row in rows]
         return places, [names.index(name) for name in classes], names, "audio"
-    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not is_junk(path))
     files = [
         (path, place)
         for place, own in enumerate(folders)
         for path in sorted(own.rglob("*"))
-        if path.suffix.lower() in (*IMAGE_SUFFIXES, *AUDIO_SUFFIXES)
+        if path.suffix.lower() in (*IMAGE_SUFFIXES, *AUDIO_SUFFIXES) and not is_junk(path, own)
     ]
     kinds: set[Kind] = {"image" if path.suffix.lower() in IMAGE_SUFFIXES else "audio" for path, _ in files}
     if len(kinds) != 1:

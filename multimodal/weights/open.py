@@ -23,6 +23,7 @@ from shared.config import validate
 from shared.data import to_device
 from shared.engine.dist import DistInfo, init_distributed
 from shared.errors import UserError
+from shared.media.folders import is_junk
 
 _FILES = "files"  # the data set that single files are read as
 
@@ -156,7 +157,7 @@ def files_below(folder: str, kind: Kind) -> list[Path]:
     found = sorted(
         path
         for path in root.rglob("*")
-        if path.suffix.lower() in suffixes and path.is_file() and not path.name.startswith(".")
+        if path.suffix.lower() in suffixes and path.is_file() and not is_junk(path, root)
     )
     if not found:
         raise UserError(f"{folder}: holds no file that ends in {', '.join(suffixes)}")

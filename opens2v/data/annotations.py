@@ -26,6 +26,7 @@ import numpy as np
 
 from shared.config import Section, load_config, setting
 from shared.errors import UserError, command, written_aside
+from shared.media.folders import files_in
 
 INDEX_ABOVE_BYTES = 512 << 20  # larger files get an index file by themselves
 _CHUNK = 8 << 20
@@ -50,7 +51,7 @@ class Annotations:
             index_path = Path(index_dir) / index_name(self.path)
         if not self.path.exists():
             raise UserError(f"annotation file {self.path}: not found; check opens2v.json_paths")
-        self.files = sorted(self.path.glob("*.json")) if self.path.is_dir() else None
+        self.files = files_in(self.path, "*.json") if self.path.is_dir() else None
         if self.files is not None:
             if not self.files:
                 raise UserError(f"annotation folder {self.path}: holds no .json file")

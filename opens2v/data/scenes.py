@@ -17,6 +17,7 @@ from opens2v.config import Config, pixel_count
 from opens2v.data.augment import WHITE
 from opens2v.data.subjects import BROKEN_PICTURE, picture_tensors
 from shared.errors import UserError
+from shared.media.folders import is_junk
 from shared.media.scenes import MOTIONS, SHIFT, Drawing, Scene, Scenes, cut_out
 from shared.rng import keyed_seed
 
@@ -35,7 +36,7 @@ def read_drawings(path: str | Path) -> list[Drawing]:
     path = Path(path)
     if path.is_dir():
         kinds = (".png", ".webp", ".jpg", ".jpeg")
-        files = sorted(f for f in path.iterdir() if f.suffix.lower() in kinds and not f.name.startswith("."))
+        files = sorted(f for f in path.iterdir() if f.suffix.lower() in kinds and not is_junk(f))
         found = []
         for file in files:
             try:

@@ -13,6 +13,7 @@ from opens2v.weights.wan import read_tensors_file, strip_wrappers, to_diffusers_
 from shared.config import load_saved
 from shared.engine.checkpoint import find_checkpoint, load_weights, read_weights_file
 from shared.errors import CheckpointError, UserError
+from shared.media.folders import files_in
 
 FORMAT = "opens2v-1"
 
@@ -97,7 +98,7 @@ def _adapters_of(path: Path) -> tuple[dict[str, Tensor], float | None]:
             folder = find_checkpoint(path)
             adapter = load_saved(Config, folder / "config.yaml").adapter
             return load_weights(folder), None if adapter is None else adapter.lora_alpha
-        files = [one for one in sorted(path.iterdir()) if one.suffix in (".safetensors", ".bin", ".pt", ".pth")]
+        files = files_in(path, "*.safetensors", "*.bin", "*.pt", "*.pth")
         if not files:
             raise UserError(f"init_from {path}: holds no checkpoint and no weights file; give a run or a file of it")
     tensors: dict[str, Tensor] = {}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from opens2v.model import RefWanTransformer3DModel, is_reference_name
 from shared.engine.checkpoint import load_strict, read_weights_file
 from shared.errors import CheckpointError, UserError
+from shared.media.folders import files_in
 
 # Original (Wan, Self-Forcing, LongLive) -> diffusers. norm3 of the original is norm2 of diffusers: the numbers swap.
 _NAMES = (  # beginnings of names: original, diffusers
@@ -173,8 +174,8 @@ def _files_of(folder: Path) -> list[Path]:
     """The weights files of a folder: all shards of an index, else the only file; UserError names what is unclear."""
     for candidate in (folder / "transformer", folder):
         for suffix in (".safetensors", ".bin"):
-            index = sorted(candidate.glob(f"*{suffix}.index.json"))
-            files = sorted(candidate.glob(f"*{suffix}"))
+            index = files_in(candidate, f"*{suffix}.index.json")
+            files = files_in(candidate, f"*{suffix}")
             if index:
                 names = sorted(set(json.loads(index[0].read_text())["weight_map"].values()))
                 files = [candidate / name for name in names]
@@ -186,7 +187,7 @@ def _files_of(folder: Path) -> list[Path]:
                     )
             if files:
                 return files
-        files = sorted([*candidate.glob("*.pt"), *candidate.glob("*.pth")])
+        files = files_in(candidate, "*.pt", "*.pth")
         files = [file for file in files if file.name not in _NO_GENERATORS and not file.name.startswith("models_")]
         if len(files) > 1:
             raise UserError(

@@ -20,6 +20,7 @@ from shared.engine.parallel import check_strategy
 from shared.engine.state import code_digest, versions
 from shared.engine.strategy import choose_precision
 from shared.errors import UserError, at_end, check_output, in_command
+from shared.media.folders import files_in
 
 LEAST_FREE = 1_000_000  # bytes: with less not even the log of a run fits
 WORKERS_PER_CORE = 16
@@ -160,7 +161,7 @@ def check_folder(name: str, folder: str | Path | None) -> None:
         return
     if not (path / "config.json").is_file():
         raise UserError(f"{flag} {path}: config.json is missing; download the folder completely")
-    weights = [item for suffix in ("*.safetensors", "*.bin", "*.pt", "*.pth") for item in path.glob(suffix)]
+    weights = files_in(path, "*.safetensors", "*.bin", "*.pt", "*.pth")
     if not weights or not all(item.stat().st_size for item in weights):
         raise UserError(f"{flag} {path}: the weights (.safetensors or .bin) are missing or empty; download them again")
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from bagel.config import MetricsOptions
 from bagel.evaluation.pictures import (
     ClipScorer,
     clip_score,
@@ -18,6 +19,8 @@ from bagel.evaluation.pictures import (
     named_colour_agreement,
 )
 from bagel.evaluation.text import NGram, Unavailable, bert_score, bleu, guarded, meteor, rouge, words
+from bagel.metrics import check_given
+from shared.errors import UserError
 
 
 def test_words_and_chinese_characters():
@@ -79,6 +82,16 @@ def test_a_folder_that_holds_no_clip_model_is_named(tmp_path):
             ClipScorer(folder and str(folder))
 
 
+def test_what_is_given_for_a_metric_is_opened_before_anything_is_drawn(tmp_path):
+    """A file of other weights left FID out with a note in the figures, after all pictures were drawn."""
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "model.safetensors").write_bytes(b"cut")
+    for given in ("fid_weights", "bertscore_model", "clip_model"):
+        place = tmp_path / "model.safetensors" if given == "fid_weights" else tmp_path
+        with pytest.raises(UserError, match="not the FID Inception weights|holds no such model"):
+            check_given(MetricsOptions(**{given: str(place)}))
+
+
 def test_ngrams_count():
     model = NGram([[1, 2, 1, 2], [1, 2]], 2, 4)
     assert model.probability([1], 2) > 0.7 and model.nats([[1, 2]]) < NGram([[1, 2, 1, 2]], 1, 4).nats([[1, 2]])
@@ -119,11 +132,12 @@ def test_fid_with_given_features_and_a_torchscript_file(tmp_path):
     assert "2048" in fid([RED, BLUE], [GREEN, RED], features=features)["fid_warning"]
     for given, message in (
         (dict(weights=None), "--fid-weights"),
-        (dict(weights="none.pt"), "not a file"),
         (dict(features=features), "two or more"),
     ):
         with pytest.raises(Unavailable, match=message):
             fid([RED], [RED], **given)
+    with pytest.raises(UserError, match="no such file"):
+        fid([RED], [RED], "none.pt")
 
     class Mean(torch.nn.Module):
         def forward(self, x):

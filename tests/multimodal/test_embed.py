@@ -105,8 +105,9 @@ def test_files_that_cannot_be_read_are_left_out_and_listed(out, tmp_path, capsys
     assert "bad.png" in (tmp_path / "e.parquet.bad.jsonl").read_text() and "2 files left out" in capsys.readouterr().out
     (folder / "good.png").unlink()
     assert "none of 2 files" in failing(capsys, embed, *command[:-1], str(tmp_path / "f.parquet"))
+    assert "none of 2 files" in failing(capsys, embed, *command[:-1], str(tmp_path / "new" / "er" / "f.parquet"))
     assert ": a folder; give the name of a file" in failing(capsys, embed, *command[:-1], str(tmp_path))
-    assert not list(tmp_path.glob("f.*")) and not list(tmp_path.glob(".*"))
+    assert not [*tmp_path.glob("f.*"), *tmp_path.glob("new")] and not list(tmp_path.glob(".*"))
 
 
 def test_an_index_of_many_ids(out, tmp_path, monkeypatch):

@@ -98,6 +98,11 @@ def test_every_spelling_of_a_flag_is_one_setting(flag):
     assert load(f"{flag}=7").training.batch_size == 7
 
 
+def test_none_is_a_strategy_and_not_the_default():
+    """Two ranks with --strategy none trained under ddp, as if nothing had been said."""
+    assert load("--strategy", "none").run.strategy == "none" and load("--strategy", "null").run.strategy is None
+
+
 def test_further_names_work_in_flags_and_yaml(presets):
     assert load("--lr", "0.5").training.learning_rate == 0.5
     assert load("--hidden_size", "8").model.width == load("--hidden-size", "8").model.width == 8

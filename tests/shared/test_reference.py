@@ -58,5 +58,6 @@ def test_a_wrong_name_is_refused():
     with pytest.raises(SystemExit) as stopped:
         main(["dit.config:Nothing"])
     assert stopped.value.code == 2
-    with pytest.raises(UserError, match="MODULE:CLASS"):
-        main.__wrapped__(["nowhere"])
+    for given in ("nowhere", "dit.config:PRESETS", "dit.config:Literal"):
+        with pytest.raises(UserError, match="MODULE:CLASS"):
+            main.__wrapped__([given])
