@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dit.config import POWER_LENGTHS
-from shared.engine.checkpoint import read_manifest
+from shared.engine.checkpoint import read_manifest, read_weights_file
 from shared.errors import UserError, written_aside
 
 FOLDER, RUNNING = "averages", "averages.safetensors"  # in the run's output, and in each of its checkpoints
@@ -95,7 +95,7 @@ class PowerAverages:
             return
         for folder in sorted((self.output_dir / "checkpoints").glob("*")):
             if (folder / RUNNING).is_file() and read_manifest(folder)["step"] == step:
-                stored = load_file(folder / RUNNING)
+                stored = read_weights_file(folder / RUNNING)
                 for row, values in enumerate(self.values):
                     for name, value in values.items():
                         value.copy_(stored[f"{row}.{name}"])
@@ -138,7 +138,7 @@ def averaged_to(length: float, folder: Path, run: Path) -> dict[str, Tensor]:
     factors = iter(combination(stored, length, last))
     found: dict[str, Tensor] = {}
     for _, powers, path in files:
-        tensors = load_file(path)
+        tensors = read_weights_file(path)
         for row in range(len(powers)):
             factor = float(next(factors))
             for name in [name for name in tensors if name.startswith(f"{row}.")]:

@@ -12,12 +12,11 @@ from typing import NamedTuple
 
 import torch
 import yaml
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dit.model import DiTModel, timestep_sinusoid
 from dit.modules.prx import PRXModel
-from shared.engine.checkpoint import load_weights
+from shared.engine.checkpoint import load_weights, read_weights_file
 from shared.errors import UserError
 from shared.media.folders import files_in
 
@@ -149,7 +148,7 @@ def read_state(path: Path) -> State:
         ] or files_in(path, "*.safetensors")
         if not found:
             raise UserError(f"{path}: holds neither a run, nor a checkpoint, nor .safetensors files")
-        return {name: value for file in found for name, value in load_file(file).items()}
+        return {name: value for file in found for name, value in read_weights_file(file).items()}
     if path.suffix in (".pt", ".pth", ".bin"):
         with torch.serialization.safe_globals(
             [argparse.Namespace]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dit.config import Config, DrawOptions
@@ -147,7 +147,7 @@ def load_codec(codec: Codec, path: Path) -> None:
         raise UserError(
             f"{path}: no such file; it is written by training beside the checkpoints; copy it along with them"
         )
-    load_strict(codec, load_file(path), what=str(path))
+    load_strict(codec, load_weights(path), what=str(path))
 
 
 def saved_settings(path: Path, find: Callable[[Path], Path] = find_checkpoint) -> tuple[Config, Path]:

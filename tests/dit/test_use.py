@@ -22,8 +22,8 @@ from dit.evaluation.figures import Extractor, Pictures, figures, inception_score
 from dit.model import DiTModel
 from dit.modules.vae import PoolCodec
 from dit.objective import NoiseObjective, Trainer
-from dit.weights.convert import load_pretrained
-from dit.weights.open import build_model
+from dit.weights.convert import load_pretrained, read_state
+from dit.weights.open import build_model, load_codec
 from shared.config import save_config
 from shared.engine.dist import DistInfo
 from shared.errors import UserError
@@ -487,3 +487,12 @@ def test_a_killed_drawing_leaves_what_it_drew(trained, tmp_path):
 def test_weights_helper_compares(trained):
     step = trained / "checkpoints" / "checkpoint-step-4"
     assert same_weights(step, step) and weights_of(step) and read_metrics(trained / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("content", [b"", b"no weights", b"\x10\x00\x00\x00\x00\x00\x00\x00{}"])
+def test_a_damaged_file_of_a_codec_or_of_weights_is_named(tmp_path, content):
+    place = tmp_path / "diffusion_pytorch_model.safetensors"
+    place.write_bytes(content)
+    for read in (lambda: load_codec(PoolCodec(), place), lambda: read_state(tmp_path)):
+        with pytest.raises(UserError, match=f"{place}: cannot be read as weights"):
+            read()
