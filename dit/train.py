@@ -7,8 +7,6 @@
 The same command again resumes. `--config configs/train_config.yaml` reads the guide's form of the settings.
 """
 
-import contextlib
-import io
 import json
 import sys
 from pathlib import Path
@@ -39,14 +37,16 @@ from dit.data.cache import (
 )
 from dit.dataset import BucketPlan, TextImageDataset, collate, spread, unit
 from dit.evaluation.held_out import HeldOut, prepare, prepare_cached, readable
+from dit.model import DiTModel
 from dit.modules.autoencoder import Codec
+from dit.modules.prx import PRXModel
 from dit.modules.text import CaptionEncoder, make_text_encoder, warn_of_cut
 from dit.modules.vae import CODEC_FILE
 from dit.objective import Trainer
 from dit.plan import workload
 from dit.sampling.drawing import grid, to_uint8
 from dit.weights.autoencoder import prepare_codec
-from dit.weights.convert import load_pretrained, read_state
+from dit.weights.convert import load_pretrained
 from dit.weights.guide import is_guide_folder
 from dit.weights.open import build_model, cached_codec, make_vae
 from shared.data import BatchPlan, MapStream
@@ -126,15 +126,14 @@ def _keep_pretrained(config: Config, folder: Path) -> None:
     config.model.pretrained_path = began_with
 
 
-def _check_pretrained(config: Config) -> None:
-    """Refuse weights that cannot be read or do not fit before a codec is fitted; their report comes later."""
-    path = str(config.model.pretrained_path)
-    if config.model.type == "prx":
-        read_state(Path(path))
-        return
-    scale = config.flow.time_scale if config.diffusion.objective == "flow" else None
-    with torch.device("meta"), contextlib.redirect_stderr(io.StringIO()):
-        load_pretrained(build_model(config), path, time_scale=scale)
+def _first_model(config: Config, *, begins: bool) -> DiTModel | PRXModel:
+    """The network with its first weights, the same on every rank; of a run that begins, with those of --pretrained."""
+    seed_everything(config.run.seed)
+    model = build_model(config)
+    if begins and config.model.pretrained_path:
+        scale = config.flow.time_scale if config.diffusion.objective == "flow" else None
+        load_pretrained(model, config.model.pretrained_path, time_scale=scale)
+    return model
 
 
 class Parts(NamedTuple):
@@ -217,11 +216,11 @@ def main(argv: list[str] | None = None) -> None:
     # a folder in the guide's form becomes a checkpoint of ours later, and is looked at then
     preflight(config, info, metrics=VALIDATED, checks_resume=not is_guide_folder(Path(config.run.resume)))
     output_dir = Path(config.run.output_dir)
-    going_on = from_main(_checkpoint_to_resume(config) if info.is_main else None)
+    going_on, model = from_main(_checkpoint_to_resume(config) if info.is_main else None), None
     if going_on is not None:
         _keep_pretrained(config, going_on)
-    elif config.model.pretrained_path:
-        _check_pretrained(config)
+    elif config.model.pretrained_path:  # read once, and before a codec is fitted: they may not fit
+        model = _first_model(config, begins=True)
     if config.data.cache_dir is not None:
         parts = _from_cache(config, sets, info)
     else:
@@ -251,15 +250,10 @@ def main(argv: list[str] | None = None) -> None:
         bad_samples=output_dir / "bad_samples.jsonl",
     )
     _steps_from_epochs(config, order.steps_per_epoch)
-    seed_everything(config.run.seed)  # the same first weights on every rank
-    model = build_model(config)
-    if config.model.pretrained_path and going_on is None:
-        scale = config.flow.time_scale if config.diffusion.objective == "flow" else None
-        load_pretrained(model, config.model.pretrained_path, time_scale=scale)
     if info.is_main:
         _save_inputs(parts.training_set, output_dir / "samples")
     trainer = Trainer(
-        model,
+        model or _first_model(config, begins=False),
         parts.codec,
         parts.encoder,
         stream,

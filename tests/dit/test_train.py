@@ -17,11 +17,14 @@ from dit.evaluation.held_out import errors, prepare
 from dit.modules.text import HashTextEncoder
 from dit.modules.vae import PoolCodec
 from dit.train import Trainer
+from dit.weights import convert
 from dit.weights.open import build_model
 from shared.config import load_config, save_config
+from shared.engine.checkpoint import newest_checkpoint
 from shared.engine.dist import DistInfo
 from shared.log import read_metrics
 from shared.metrics import paired_p
+from shared.rng import seed_everything
 from tests import launching
 from tests.dit.small import tiny
 
@@ -301,6 +304,25 @@ def test_weights_to_start_from_are_read_before_a_codec_is_fitted(tmp_path, capsy
             train.main(["--config", "small", "--device", "cpu", *out])
         assert left.value.code == 2 and message in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("codec", [{"type": "pool"}, {"type": "patches", "patch": 8, "decoder_steps": 0}])
+def test_weights_to_start_from_are_read_once_and_the_rest_begins_as_without_a_codec(
+    settings, tmp_path, monkeypatch, codec
+):
+    """Names that the file lacks get the weights that the seed gives, whatever was fitted in between."""
+    words = settings(vae=codec, training={"total_steps": 1, "learning_rate": 0.0})
+    config = load_config(Config, argv=words, presets=PRESETS)
+    seed_everything(config.run.seed)
+    wanted = build_model(config).state_dict()
+    wanted["x_embedder.proj.weight"] = torch.full_like(wanted["x_embedder.proj.weight"], 0.25)
+    save_file({"x_embedder.proj.weight": wanted["x_embedder.proj.weight"]}, tmp_path / "some.safetensors")
+    read, times = convert.read_state, []
+    monkeypatch.setattr(convert, "read_state", lambda path: times.append(path) or read(path))
+    train.main([*words, "--pretrained-path", str(tmp_path / "some.safetensors")])
+    found = load_file(newest_checkpoint(tmp_path / "out") / "model.safetensors")
+    assert len(times) == 1
+    assert all(torch.equal(found[name], wanted[name]) for name in found if not name.startswith("null_text"))
 
 
 def test_an_unknown_key_names_the_nearest(tmp_path, capsys):
