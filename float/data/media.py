@@ -23,14 +23,16 @@ from float.modules.audio import SAMPLE_RATE
 from shared.errors import BadSample
 from shared.media.pictures import as_rgb
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".mpg", ".mpeg", ".webm", ".m4v", ".ts", ".flv", ".wmv", ".mts")
-AUDIO_SUFFIXES = (".wav", ".m4a", ".mp3", ".flac", ".ogg", ".opus", ".aac")
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".mpg", ".mpeg", ".webm", ".m4v", ".ts", ".flv", ".wmv", ".mts",
+                  ".m2ts", ".3gp", ".3g2", ".ogv", ".vob", ".mxf", ".asf")  # fmt: skip
+AUDIO_SUFFIXES = (".wav", ".m4a", ".mp3", ".flac", ".ogg", ".opus", ".aac", ".oga", ".aif", ".aiff", ".wma", ".caf")
 SILENCE = 1e-4  # peak below which a sound counts as silent
 AUDIO_CHUNK = 1024
 AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000)
 VIDEO_CRF = "18"
 ROUNDING = 5e-4  # seconds: Matroska rounds timestamps to a millisecond
 GAP = 0.03  # seconds of missing sound that count as a gap and not as jitter of the timestamps
+MOST_MIXED = 8  # channels of which two can be made; more have no common order
 RESET = 1.0  # a sound that jumps back by more has broken timestamps: its samples are taken as they come
 MAX_BROKEN = 0.2  # share of packets that may be damaged
 EXACT_HEADS = ("mov,mp4", "matroska")  # containers whose heads give the exact length
@@ -53,7 +55,8 @@ def _opened(path: Path | str, kind: str, source: Any = None) -> Iterator[av.cont
     try:
         # of a sound that is still coming in little is looked at first, else seconds of it
         look = {} if source is None else {"probesize": "8192", "analyzeduration": "100000"}
-        with av.open(str(path) if source is None else source, options=look) as container:
+        # titles and the like are not read: they need not be UTF-8
+        with av.open(str(path) if source is None else source, options=look, metadata_errors="ignore") as container:
             yield container
     except FileNotFoundError:
         raise BadSample(f"{path}: no such file") from None
@@ -194,14 +197,19 @@ def _timed(
 
 
 def _upright(frame: av.VideoFrame, stream: av.VideoStream) -> np.ndarray:
-    """Pixels as a player shows them: turned by the display matrix, square."""
+    """Pixels as a player shows them: square, turned and mirrored by the display matrix."""
     picture = frame.to_ndarray(format="rgb24")
     aspect = stream.sample_aspect_ratio
     if aspect and aspect != 1:
         width = max(1, round(picture.shape[1] * aspect))
         picture = np.asarray(Image.fromarray(picture).resize((width, picture.shape[0]), Image.Resampling.BILINEAR))
-    turns = round(frame.rotation / 90) % 4  # counter-clockwise, as np.rot90 counts
-    return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is not None:  # a pixel at x, y is shown at a x + c y, b x + d y
+        a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].astype(np.int64)
+        if abs(b) + abs(c) > abs(a) + abs(d):
+            picture, a, d = picture.swapaxes(0, 1), c, b
+        picture = np.ascontiguousarray(picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+    return picture
 
 
 def count_frames(path: Path | str, fps: float) -> int:
@@ -277,13 +285,13 @@ def _audio_stream(container: av.container.InputContainer, path: Path | str) -> a
 
 
 def sound_of_file(path: Path | str, *, rate: int | None = None, mono: bool = False) -> Sound:
-    """The first sound track of any file. rate None: its own; mono False: mono stays mono, all else becomes stereo.
+    """The first sound track of any file. rate None: its own; mono False: mono stays mono, up to 7.1 becomes stereo.
     BadSample when there is no track, or it is broken.
     """
     with _opened(path, "sound") as container:
         stream = _audio_stream(container, path)
         own, channels = stream.rate, stream.channels
-    layout = "mono" if mono or channels == 1 else "stereo"
+    layout = "mono" if mono or channels == 1 or channels > MOST_MIXED else "stereo"
     rate = rate or (own if own in AAC_RATES else 48000)
     return Sound(rate, layout, sound_pieces(path, rate, layout))
 
@@ -294,42 +302,54 @@ def sound_of_wave(wave: np.ndarray) -> Sound:
 
 
 def sound_pieces(path: Path | str, rate: int, layout: str, source: Any = None) -> Iterator[np.ndarray]:
-    """A file's sound, or that of a file object `source`, resampled; pieces (channels, n) as they are decoded."""
+    """A file's sound, or that of a file object `source`, resampled; pieces (channels, n) as they are decoded.
+
+    Mono is the mean of all channels, and nothing is louder for having been mixed.
+    """
     with _opened(path, "sound", source) as container:
         stream, zero = _audio_stream(container, path), _zero(container)
-        resampler, written, heard, begun = av.AudioResampler("fltp", layout, rate), 0, 0.0, False
-        channels, lost = 1 if layout == "mono" else 2, [0.0]
+        resampler, form, written, heard, lost = None, None, 0, 0.0, [0.0]
+        timed = container.format.name != "aac"  # bare AAC has no timestamps, and the counted ones know one rate only
         for frame in _decoded(container, stream, path, "sound", lost):
             assert isinstance(frame, av.AudioFrame)
             # heard: where the next sample should lie
-            gap = 0.0 if frame.time is None else frame.time - zero + sum(lost) - heard
-            samples = frame.samples / frame.sample_rate
-            if gap > (GAP if begun else 1e-4):  # silence where nothing was recorded
-                rest = _planes(resampler.resample(None))
-                resampler, heard = av.AudioResampler("fltp", layout, rate), heard + gap
-                silence = np.zeros((channels, max(0, round(heard * rate) - written - rest.shape[1])), np.float32)
-                yield from (rest, silence)
-                written += rest.shape[1] + silence.shape[1]
-            elif -RESET < gap < -GAP:  # said twice
-                heard += max(0.0, samples + gap)
-                if samples + gap <= 0:
-                    continue
-                piece = _planes(resampler.resample(frame))[:, round(-gap * rate) :]
-                written += piece.shape[1]
-                begun = True
-                yield piece
+            gap = 0.0 if frame.time is None or not timed else frame.time - zero + sum(lost) - heard
+            samples, begun = frame.samples / frame.sample_rate, form is not None
+            hole = max(0.0, gap) if gap > (GAP if begun else 1e-4) else 0.0  # silence where nothing was recorded
+            now = frame.format.name, frame.layout.name, frame.sample_rate  # joined files change it on the way
+            if hole or now != form:
+                rest = _mixed([] if resampler is None else resampler.resample(None), layout)
+                resampler, form, heard = _resampler(frame, layout, rate), now, heard + hole
+                silence = max(0, round(heard * rate) - written - rest.shape[1]) if hole else 0
+                rest = np.pad(rest, ((0, 0), (0, silence)))
+                written += rest.shape[1]
+                yield rest
+            assert resampler is not None, "made for the first frame"
+            twice = -gap if -RESET < gap < -GAP else 0.0  # what is said a second time
+            heard += max(0.0, samples - twice)
+            if twice >= samples:
                 continue
-            begun, heard = True, heard + samples
-            piece = _planes(resampler.resample(frame))
+            piece = _mixed(resampler.resample(frame), layout)[:, round(twice * rate) :]
             written += piece.shape[1]
             yield piece
-        if begun:
-            yield _planes(resampler.resample(None))
+        if resampler is not None:
+            yield _mixed(resampler.resample(None), layout)
 
 
-def _planes(frames: list[av.AudioFrame]) -> np.ndarray:
-    parts = [frame.to_ndarray() for frame in frames]
-    return np.concatenate(parts, 1) if parts else np.zeros((1, 0), np.float32)
+def _resampler(frame: av.AudioFrame, layout: str, rate: int) -> av.AudioResampler:
+    """To a rate; to mono only in _mixed, and to stereo by whole numbers, whose sum of many channels stays in range."""
+    many = layout == "stereo" and frame.layout.nb_channels > 2
+    return av.AudioResampler("s32" if many else "flt", frame.layout if layout == "mono" else layout, rate)
+
+
+def _mixed(frames: list[av.AudioFrame], layout: str) -> np.ndarray:
+    """Resampled frames joined, float32 (channels, n)."""
+    channels = 1 if layout == "mono" else 2
+    if not frames:
+        return np.zeros((channels, 0), np.float32)
+    packed = np.concatenate([frame.to_ndarray().reshape(-1, frame.layout.nb_channels) for frame in frames])
+    values = packed if packed.dtype == np.float32 else (packed / 2.0**31).astype(np.float32)
+    return (values.mean(1, keepdims=True) if values.shape[1] > channels else values).T
 
 
 def read_audio(path: Path | str) -> np.ndarray:

@@ -152,18 +152,49 @@ def test_pixels_that_are_not_square_are_made_so(tmp_path):
     assert next(iterate_frames(path, 25)).shape == (32, 96, 3)
 
 
-@pytest.mark.parametrize("degrees, turned", [(90, 1), (-90, -1), (180, 2)])
-def test_a_phones_video_is_turned_upright(tmp_path, degrees, turned):
-    """By its display matrix, which stands in the head of its track."""
-    path = write(tmp_path / "a.mp4", every(25, 0.4))
+MATRICES = {  # a, b, c, d: a pixel at x, y is shown at a x + c y, b x + d y
+    "counter-clockwise": ((0, -1, 1, 0), lambda p: np.rot90(p, 1)),
+    "clockwise": ((0, 1, -1, 0), lambda p: np.rot90(p, -1)),
+    "upside down": ((-1, 0, 0, -1), lambda p: np.rot90(p, 2)),
+    "mirrored": ((-1, 0, 0, 1), lambda p: p[:, ::-1]),
+    "mirrored upside down": ((1, 0, 0, -1), lambda p: p[::-1]),
+    "mirrored and turned": ((0, 1, 1, 0), lambda p: p.swapaxes(0, 1)),
+    "mirrored and turned back": ((0, -1, -1, 0), lambda p: np.rot90(p, 2).swapaxes(0, 1)),
+    "empty": ((0, 0, 0, 0), lambda p: p),
+}
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_a_phones_video_is_turned_upright(tmp_path, matrix):
+    """By its display matrix, which stands in the head of its track; a front camera's is a mirror's."""
+    (a, b, c, d), turned = MATRICES[matrix]
+    path = tmp_path / "a.mp4"
+    marked = np.full((32, 48, 3), 40, np.uint8)
+    marked[:8, :16] = 220
+    with VideoWriter(path, fps=25) as video:
+        video.add(marked)
     plain = next(iterate_frames(path, 25))
     data, place = bytearray(path.read_bytes()), path.read_bytes().index(b"tkhd") + 4 + 4 + 20 + 16
-    cosine, sine = round(np.cos(np.radians(degrees))), round(np.sin(np.radians(degrees)))
-    matrix = [cosine << 16, -sine << 16, 0, sine << 16, cosine << 16, 0, 0, 0, 1 << 30]
-    data[place : place + 36] = b"".join(value.to_bytes(4, "big", signed=True) for value in matrix)
+    values = [a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30]
+    data[place : place + 36] = b"".join(value.to_bytes(4, "big", signed=True) for value in values)
     path.write_bytes(data)
-    assert np.array_equal(next(iterate_frames(path, 25)), np.rot90(plain, turned))
-    assert np.array_equal(read_image(path), np.rot90(plain, turned))
+    assert np.array_equal(next(iterate_frames(path, 25)), turned(plain))
+    assert np.array_equal(read_image(path), turned(plain))
+
+
+def test_titles_need_not_be_utf_8(tmp_path):
+    """Old cameras, AVI and MP3 files have them in the code page of a country."""
+    path = tmp_path / "a.avi"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "caf**"
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for time in every(25, 0.2):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(ramp(time), format="rgb24")))
+        container.mux(stream.encode())
+    assert b"caf**" in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(b"caf**", b"caf\xe9s"))
+    assert len(list(iterate_frames(path, 25))) == 5 and count_frames(path, 25) == 5
 
 
 def test_damage_in_the_middle_of_a_sound_costs_that_part_only(tmp_path):
@@ -212,6 +243,40 @@ def test_the_sound_of_a_written_video_is_as_it_came_in(tmp_path, rate, channels)
         assert stream.rate == (rate if rate <= 96000 else 48000) and stream.channels == min(channels, 2)
         assert abs(float(stream.duration * stream.time_base) - 1.4) < 0.1
     assert abs(np.abs(read_audio(tmp_path / "a.mp4")).argmax() / 16000 - 0.52) < 0.03
+
+
+@pytest.mark.parametrize("rate, channels, kind", [(44100, 2, "PCM_16"), (48000, 6, "FLOAT"), (16000, 8, "FLOAT"),
+                                                  (8000, 9, "PCM_16"), (22050, 2, "FLOAT")])  # fmt: skip
+def test_loud_sound_of_any_layout_and_length_is_neither_clipped_nor_lost(tmp_path, rate, channels, kind):
+    """The writer asks for more than a sound holds that does not end with a frame."""
+    wave = 0.9 * np.sin(2 * np.pi * 220 * np.arange(round(0.333 * rate)) / rate)
+    soundfile.write(tmp_path / "in.wav", np.stack([wave] * channels, 1), rate, subtype=kind)
+    mono = read_audio(tmp_path / "in.wav")
+    assert abs(np.abs(mono).max() - 0.9) < 0.05 and abs(len(mono) - 0.333 * 16000) < 40
+    with VideoWriter(tmp_path / "a.mp4", fps=25, sound=sound_of_file(tmp_path / "in.wav")) as video:
+        for time in every(25, 0.48):
+            video.add(ramp(time))
+    written = read_audio(tmp_path / "a.mp4")[: round(0.32 * 16000)]
+    assert 0.85 < np.abs(written).max() < 1.05 and abs(np.std(written) - 0.9 / np.sqrt(2)) < 0.03
+
+
+def test_a_sound_may_change_its_rate_and_channels_on_the_way(tmp_path):
+    """Joined files, as podcasts and broadcasts are."""
+    parts = [(22050, "mono"), (44100, "stereo")]
+    for number, (rate, layout) in enumerate(parts):
+        wave = np.stack([click_at(0.5, 1.0, rate)] * (1 + number))
+        with av.open(str(tmp_path / f"{number}.mp3"), "w") as container:
+            stream = container.add_stream("mp3", rate=rate, layout=layout)
+            for start in range(0, wave.shape[1], 1152):
+                part = np.ascontiguousarray(wave[:, start : start + 1152])
+                frame = av.AudioFrame.from_ndarray(part, format="fltp", layout=layout)
+                frame.sample_rate, frame.pts = rate, start
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+    (tmp_path / "a.mp3").write_bytes(b"".join((tmp_path / f"{k}.mp3").read_bytes() for k in (0, 1)))
+    wave = np.abs(read_audio(tmp_path / "a.mp3"))
+    first, second = wave[:16000].argmax() / 16000, 1 + wave[16000:].argmax() / 16000
+    assert abs(first - 0.52) < 0.05 and abs(second - 1.6) < 0.15 and 2.0 <= len(wave) / 16000 < 2.3
 
 
 def test_a_long_sound_is_read_in_the_memory_that_it_fills(tmp_path):
