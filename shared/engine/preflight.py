@@ -23,8 +23,6 @@ from shared.errors import UserError, at_end, check_output, in_command
 
 LEAST_FREE = 1_000_000  # bytes: with less not even the log of a run fits
 WORKERS_PER_CORE = 16
-MOST_SAMPLES = 1_000_000  # of one micro-step, and micro-steps of one optimizer step
-MOST_STEPS, MOST_RATE = 10**12, 100.0  # above them a digit or a sign has slipped
 LOCK = ".lock"
 _held: dict[str, tuple[int, int]] = {}  # real path -> (open file, how often it is held)
 
@@ -71,8 +69,7 @@ def _check(
     choose_precision(run.precision, info.device)
     check_strategy(run, info.world)
     for phase in phases:
-        _check_batch(phase.training, info.world)
-        _check_steps(phase.training)
+        accumulation_steps(phase.training, info.world)
         _check_workers(phase.training.num_workers)
         check_shared_memory(phase.training.num_workers)
     if training.keep_products and not training.gradient_checkpointing:
@@ -92,23 +89,6 @@ def _check(
         check_folder(name, folder)
     if info.is_main:
         _check_output(config)
-
-
-def _check_batch(training: Any, world: int) -> None:
-    accumulation = accumulation_steps(training, world)
-    if training.batch_size > MOST_SAMPLES or accumulation > MOST_SAMPLES:
-        raise UserError(
-            f"--batch-size {training.batch_size} with {accumulation} micro-steps: no machine takes that; use at most "
-            f"{MOST_SAMPLES:,} of each"
-        )
-
-
-def _check_steps(training: Any) -> None:
-    for flag, steps in (("--total-steps", training.total_steps), ("--warmup-steps", training.warmup_steps)):
-        if (steps or 0) > MOST_STEPS:
-            raise UserError(f"{flag} {steps}: nobody waits so long; at most {MOST_STEPS:,}")
-    if training.learning_rate > MOST_RATE:
-        raise UserError(f"--learning-rate {training.learning_rate:g}: at most {MOST_RATE:g}; 1e-5 to 1e-2 are usual")
 
 
 def _check_workers(count: int) -> None:

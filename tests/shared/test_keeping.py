@@ -465,10 +465,6 @@ FAULTS = [
     ({"run": {"output_dir": "  "}}, "--output-dir is empty"),
     ({"run": {"output_dir": "/proc/self/status/x"}}, "is not a folder"),
     ({"training": {"global_batch_size": 7, "batch_size": 2}}, "global_batch_size 7 is not divisible"),
-    ({"training": {"batch_size": 10**20}}, "--batch-size 100000000000000000000 with 1 micro-steps"),
-    ({"training": {"gradient_accumulation_steps": 10**9}}, "with 1000000000 micro-steps"),
-    ({"training": {"total_steps": 10**30}}, "nobody waits so long"),
-    ({"training": {"learning_rate": 1e300}}, "--learning-rate 1e.300: at most 100"),
     ({"training": {"num_workers": 100_000}}, "--num-workers 100000: this machine has"),
     ({"training": {"best_metric": "val/los"}}, "--best-metric val/los: no validation gives it; did you mean val/loss"),
 ]
