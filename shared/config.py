@@ -242,6 +242,9 @@ class TrainingSection(Section):
         False, "with gradient_checkpointing: keep what matrix products and attention gave; more memory, less time"
     )
     compile: bool = setting(False, "torch.compile each block", "torch_compile")
+    float8: bool = setting(
+        False, "with compile and bf16: the blocks' linear layers multiply in float8 (torchao; H100, L40S, RTX 4090)"
+    )
 
 
 def accumulation_steps(training: TrainingSection, world: int) -> int:

@@ -17,6 +17,7 @@ from shared.data import check_shared_memory
 from shared.engine.checkpoint import attempt, find_checkpoint
 from shared.engine.dist import DistInfo, StopFlag, raise_together, same_settings_on_all_ranks
 from shared.engine.parallel import check_strategy
+from shared.engine.recompute import check_float8
 from shared.engine.state import code_digest, versions
 from shared.engine.strategy import choose_precision
 from shared.errors import UserError, at_end, check_output, in_command
@@ -76,6 +77,8 @@ def _check(
         raise UserError("--keep-products says what --gradient-checkpointing keeps: give that too")
     if training.keep_products and training.compile:
         raise UserError("--keep-products looks into the blocks that --compile closes: give one of them")
+    if training.float8:
+        check_float8(choose_precision(run.precision, info.device), info.device, run.strategy, training.compile)
     if training.total_steps is None and training.num_epochs is None:
         raise UserError("neither total_steps nor num_epochs is set; give --total-steps N or --num-epochs N")
     _check_loggers(run)

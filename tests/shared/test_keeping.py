@@ -460,6 +460,7 @@ FAULTS = [
         {"training": {"keep_products": True, "gradient_checkpointing": True, "compile": True}},
         "--keep-products looks into the blocks that --compile closes",
     ),
+    ({"training": {"float8": True}}, "--float8 needs a GPU that multiplies in float8 .* found cpu"),
     ({"run": {"fsdp_replicas": 2, "strategy": "fsdp"}}, "--fsdp-replicas 2: 1 ranks cannot be dealt"),
     ({"run": {"resume": "/nowhere/checkpoint"}}, "/nowhere/checkpoint: no such checkpoint"),
     ({"run": {"output_dir": "  "}}, "--output-dir is empty"),
