@@ -269,7 +269,7 @@ class VaeConfig(Section):
         None, "safetensors with mean and std per channel in place of the single factor", fixed=True
     )
     patch: int = setting(8, "patches, conv: pixels per latent cell side", fixed=True, ge=1)
-    codec_steps: int = setting(2000, "conv: optimizer steps of its own training", fixed=True, ge=1)
+    codec_steps: int = setting(2000, "conv: optimizer steps of its own training", fixed=True, ge=1, le=10**12)
     width: int = setting(32, "conv: channels at half the picture's size; doubled with every halving", fixed=True, ge=4)
     decoder_steps: int = setting(
         300, "patches: training steps of the decoder; 0: the linear decoder alone", fixed=True, ge=0
@@ -401,7 +401,9 @@ class FlowConfig(Section):
 class TrainingConfig(TrainingSection):
     """The loop; the guide's names are accepted beside."""
 
-    learning_rate: float = setting(1e-4, "peak learning rate; 2e-4 for small models, 5e-5 for large", "lr", ge=0)
+    learning_rate: float = setting(
+        1e-4, "peak learning rate; 2e-4 for small models, 5e-5 for large", "lr", ge=0, le=100
+    )
     lr_scheduler_type: Literal["constant", "linear", "cosine", "wsd"] = setting(
         "constant", "shape after the warm-up", "lr_scheduler"
     )
@@ -423,7 +425,7 @@ class TrainingConfig(TrainingSection):
     optimizer: Literal["adamw", "muon"] = setting(  # type: ignore[assignment]  # wider than the loop's
         "adamw", "muon: matrices of the blocks by Muon (Jordan et al. 2024), the rest by AdamW", fixed=True
     )
-    muon_learning_rate: float = setting(0.02, "muon: peak learning rate of the matrices", ge=0)
+    muon_learning_rate: float = setting(0.02, "muon: peak learning rate of the matrices", ge=0, le=100)
     keep_epochs: bool = setting(True, "keep the checkpoints of save_every_n_epochs next to the keep_last newest")
     gradient_checkpointing: bool | int = setting(  # type: ignore[assignment]  # wider than the loop's, which hands it on
         False, "recompute blocks in the backward pass to save memory: all, or with a number every so-manieth"

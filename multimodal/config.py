@@ -105,10 +105,10 @@ class DataConfig(Section):
 class TrainingConfig(TrainingSection):
     """The loop and the three stages."""
 
-    batch_size: int = setting(8, "pairs of each kind per rank and micro-step", ge=1)
-    num_epochs: int | None = setting(100, "passes over the image data, all stages together", "epochs", ge=1)
-    gradient_accumulation_steps: int = setting(4, "micro-steps of one optimizer step", "grad_accum", ge=1)
-    learning_rate: float = setting(1e-4, "peak learning rate of each stage", "lr", ge=0)
+    batch_size: int = setting(8, "pairs of each kind per rank and micro-step", ge=1, le=10**6)
+    num_epochs: int | None = setting(100, "passes over the image data, all stages together", "epochs", ge=1, le=10**6)
+    gradient_accumulation_steps: int = setting(4, "micro-steps of one optimizer step", "grad_accum", ge=1, le=10**6)
+    learning_rate: float = setting(1e-4, "peak learning rate of each stage", "lr", ge=0, le=100)
     # Null stands for a value of each stage's own; the stages' settings, which shared/ reads, hold numbers.
     weight_decay: float | None = setting(None, "null: 0.05, 0.1, 0.05 in stages 1, 2, 3", ge=0)  # type: ignore[assignment]
     adam_beta1: float | None = setting(None, "AdamW beta 1; null: 0.9", "beta1", ge=0, lt=1)  # type: ignore[assignment]
@@ -129,7 +129,7 @@ class TrainingConfig(TrainingSection):
     max_logit_scale: float = setting(100.0, "bound of both temperatures (as the factor on cosines)", gt=1)
     lr_scheduler_type: Literal["cosine", "constant", "linear", "wsd"] = setting("cosine", "shape after the warm-up")
     warmup_ratio: float = setting(0.05, "warm-up as a share of a stage, at most 2000 steps", ge=0, le=1)
-    warmup_steps: int = setting(0, "warm-up steps of each stage; 0: warmup_ratio decides", ge=0)
+    warmup_steps: int = setting(0, "warm-up steps of each stage; 0: warmup_ratio decides", ge=0, le=10**12)
     stages: list[int] | None = setting(None, "which stages to run; null: 1 2 3, or 3 alone with one epoch")
     stage_fractions: list[float] = setting([0.2, 0.4, 0.4], "share of the epochs for each of the three stages")
     stage_epochs: list[int] | None = setting(None, "epochs of each of the three stages; null: stage_fractions")

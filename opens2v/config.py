@@ -226,7 +226,7 @@ class AdapterConfig(Section):
     lora_dropout: float = setting(0.0, "dropout in front of the LoRA layers", "dropout", ge=0, lt=1)
     target_modules: list[str] = setting(ATTENTION, "adapted layers of the attention")
     scope: list[Literal["attn1", "attn2"]] = setting(["attn1", "attn2"], "self-attention, cross-attention")
-    adapter_lr: float | None = setting(None, "learning rate of the LoRA layers; null: that of the rest", gt=0)
+    adapter_lr: float | None = setting(None, "learning rate of the LoRA layers; null: that of the rest", gt=0, le=100)
 
     @model_validator(mode="after")
     def _some_layers(self) -> "AdapterConfig":
@@ -249,16 +249,16 @@ def lora_pattern(target_modules: Sequence[str], scope: Sequence[str]) -> str:
 class TrainingConfig(TrainingSection):
     """The loop's settings and the objective's."""
 
-    batch_size: int = setting(1, "samples per rank and micro-step", ge=1)
-    total_steps: int | None = setting(10000, "optimizer steps of the run", "max_iters", ge=1)
-    num_epochs: int | None = setting(None, "passes over the data, when total_steps is null", ge=1)
-    learning_rate: float = setting(1e-4, "peak learning rate", "lr", ge=0)
+    batch_size: int = setting(1, "samples per rank and micro-step", ge=1, le=10**6)
+    total_steps: int | None = setting(10000, "optimizer steps of the run", "max_iters", ge=1, le=10**12)
+    num_epochs: int | None = setting(None, "passes over the data, when total_steps is null", ge=1, le=10**6)
+    learning_rate: float = setting(1e-4, "peak learning rate", "lr", ge=0, le=100)
     weight_decay: float = setting(0.01, "decoupled weight decay of matrices", ge=0)
     adam_epsilon: float = setting(1e-8, "AdamW epsilon", "eps", "adam_eps", gt=0)
     lr_scheduler_type: Literal["constant", "linear", "cosine", "wsd"] = setting(
         "constant", "shape after the warm-up", "lr_scheduler"
     )
-    warmup_steps: int = setting(200, "steps of linear warm-up", ge=0)
+    warmup_steps: int = setting(200, "steps of linear warm-up", ge=0, le=10**12)
     ema_decay: float = setting(0.0, "decay of the trained weights' moving average; 0: off", "ema_weight", ge=0, lt=1)
     logging_steps: int = setting(10, "optimizer steps between log lines", "print_iters", ge=1)
     save_steps: int | None = setting(500, "optimizer steps between checkpoints", "log_iters", ge=1)
@@ -287,17 +287,17 @@ class TrainingConfig(TrainingSection):
     val_batches: int = setting(4, "batches of a validation", ge=1)
     negative_prompt: str = setting(NEGATIVE_PROMPT, "what samples are guided away from")
     base_steps: int = setting(
-        0, "steps of the small base that is trained first when generator_ckpt is null; 0: none", ge=0
+        0, "steps of the small base that is trained first when generator_ckpt is null; 0: none", ge=0, le=10**12
     )
     base_batch_size: int = setting(
-        16, "samples per rank and step of the base; with global_batch_size: of all ranks", ge=1
+        16, "samples per rank and step of the base; with global_batch_size: of all ranks", ge=1, le=10**6
     )
-    base_learning_rate: float = setting(1e-3, "peak learning rate of the base", gt=0)
+    base_learning_rate: float = setting(1e-3, "peak learning rate of the base", gt=0, le=100)
     base_with_references: bool = setting(
         False, "train the small base together with the reference modules; it is frozen afterwards and they go on"
     )
     codec_steps: int | None = setting(
-        None, "steps of the convolutional auto-encoder that is trained first; null: base_steps", ge=1
+        None, "steps of the convolutional auto-encoder that is trained first; null: base_steps", ge=1, le=10**12
     )
 
     @model_validator(mode="after")

@@ -19,8 +19,7 @@ CLIP_PARAMETERS, CLIP_TOKENS = 630_766_080, 257
 UMT5_PARAMETERS, UMT5_EMBEDDING = 5_680_910_336, 256_384 * 4096
 VAE_PARAMETERS = 126_892_531
 # Bytes that Wan's VAE needs beside its weights for each pixel of a frame, whatever the number of frames (81 at most):
-# counted on fake tensors, float32. Encoding comes before the forward pass, decoding (of sample videos) after a step, so
-# that adding them to the activations plans for more than is ever held at once.
+# counted on fake tensors, float32. Encoding comes before the forward pass, decoding (of sample videos) after a step.
 VAE_ENCODE_BYTES, VAE_DECODE_BYTES = 15_100, 20_500
 
 
@@ -48,7 +47,7 @@ def workload(config: Config) -> Workload:
     size = f"{pixel_frames(config)} frames of {config.data.pixel_height} x {config.data.pixel_width}"
     checkpointing = "on" if config.training.gradient_checkpointing else "off"
     title = f"opens2v, {size}" + ("" if config.run.plan_table else f", checkpointing {checkpointing}")
-    return Workload(title, build, step, (RefWanBlock,), frozen_parts)
+    return Workload(title, build, step, (RefWanBlock,), frozen_parts, built_in_fp32=True)
 
 
 def symbolic_loss(config: Config, model: nn.Module) -> Tensor:
@@ -85,13 +84,17 @@ def frozen_parts(config: Config) -> list[FrozenPart]:
         per_pixel = VAE_DECODE_BYTES if draws else 0 if data.use_cached_latents else VAE_ENCODE_BYTES
         workspace = per_pixel * data.pixel_height * data.pixel_width
         name = f"Wan VAE, fp32, with workspace to {'draw samples' if draws else 'encode'}"
-        parts.append(FrozenPart(name, VAE_PARAMETERS, 4 * VAE_PARAMETERS + workspace, flops))
+        parts.append(FrozenPart(name, VAE_PARAMETERS, 4 * VAE_PARAMETERS, flops, workspace))
     if model.image_encoder == "clip" and model.clip_path != "off" and not data.use_cached_clip:
         flops = 2.0 * CLIP_PARAMETERS * CLIP_TOKENS * batch * data.max_subjects_per_sample
         parts.append(FrozenPart("CLIP ViT-H/14, bf16", CLIP_PARAMETERS, 2 * CLIP_PARAMETERS, flops))
-    if model.text_encoder == "umt5" and not data.use_cached_text and not model.text_encoder_cpu_offload:
+    if model.text_encoder == "umt5" and not data.use_cached_text:
         flops = 2.0 * (UMT5_PARAMETERS - UMT5_EMBEDDING) * model.text_rows * batch
-        parts.append(FrozenPart("UMT5-XXL encoder, bf16", UMT5_PARAMETERS, 2 * UMT5_PARAMETERS, flops))
+        of_card = FrozenPart("UMT5-XXL encoder, bf16", UMT5_PARAMETERS, 2 * UMT5_PARAMETERS, flops)
+        of_host = FrozenPart(
+            "UMT5-XXL encoder, bf16, in host memory", UMT5_PARAMETERS, 0, host_bytes=2 * UMT5_PARAMETERS
+        )
+        parts.append(of_host if model.text_encoder_cpu_offload else of_card)
     return parts
 
 

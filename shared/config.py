@@ -161,12 +161,12 @@ class RunSection(Section):
 class TrainingSection(Section):
     """The loop's settings; each system subclasses it to set its defaults and add its own."""
 
-    batch_size: int = setting(32, "samples per rank and micro-step", ge=1)
+    batch_size: int = setting(32, "samples per rank and micro-step", ge=1, le=10**6)
     global_batch_size: int | None = setting(
-        None, "samples of one optimizer step over all ranks; fixes the accumulation", ge=1
+        None, "samples of one optimizer step over all ranks; fixes the accumulation", ge=1, le=10**7
     )
     gradient_accumulation_steps: int = setting(
-        1, "micro-steps of one optimizer step when global_batch_size is null", "grad_accum", ge=1
+        1, "micro-steps of one optimizer step when global_batch_size is null", "grad_accum", ge=1, le=10**6
     )
     reduce_each_micro_step: bool = setting(
         False,
@@ -180,13 +180,14 @@ class TrainingSection(Section):
         "num_train_epochs",
         instead_of=("total_steps",),
         ge=1,
+        le=10**6,
     )
     total_steps: int | None = setting(
-        None, "planned optimizer steps, the length of the schedule; null: num_epochs", ge=1
+        None, "planned optimizer steps, the length of the schedule; null: num_epochs", ge=1, le=10**12
     )
     max_steps: int | None = setting(None, "stop after this many optimizer steps; does not bend the schedule", ge=1)
     optimizer: Literal["adamw"] = setting("adamw", "optimizer", fixed=True)
-    learning_rate: float = setting(1e-4, "peak learning rate", "lr", ge=0)
+    learning_rate: float = setting(1e-4, "peak learning rate", "lr", ge=0, le=100)
     weight_decay: float = setting(0.0, "decoupled weight decay of matrices", ge=0)
     adam_beta1: float = setting(0.9, "AdamW beta 1", "beta1", ge=0, lt=1)
     adam_beta2: float = setting(0.999, "AdamW beta 2", "beta2", ge=0, lt=1)
@@ -194,7 +195,7 @@ class TrainingSection(Section):
     lr_scheduler_type: Literal["constant", "linear", "cosine", "wsd"] = setting(
         "cosine", "shape after the warm-up; wsd: constant, then linear to the minimum in the last fifth", "lr_scheduler"
     )
-    warmup_steps: int = setting(0, "steps of linear warm-up", "num_warmup_steps", ge=0)
+    warmup_steps: int = setting(0, "steps of linear warm-up", "num_warmup_steps", ge=0, le=10**12)
     min_lr_ratio: float = setting(0.0, "last learning rate as a share of the peak", ge=0, le=1)
     max_grad_norm: float | None = setting(1.0, "clip the gradient norm to this; null: no clipping", "grad_clip", ge=0)
     ema_decay: float = setting(0.0, "decay of the weights' moving average; 0: off", ge=0, lt=1)
@@ -241,6 +242,9 @@ class TrainingSection(Section):
         False, "with gradient_checkpointing: keep what matrix products and attention gave; more memory, less time"
     )
     compile: bool = setting(False, "torch.compile each block", "torch_compile")
+    float8: bool = setting(
+        False, "with compile and bf16: the blocks' linear layers multiply in float8 (torchao; H100, L40S, RTX 4090)"
+    )
 
 
 def accumulation_steps(training: TrainingSection, world: int) -> int:

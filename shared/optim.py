@@ -157,6 +157,9 @@ def lr_at(step: int, training: TrainingSection, total_steps: int) -> float:
     return peak * (training.min_lr_ratio + (1 - training.min_lr_ratio) * shape)
 
 
+ZERO_STAYS_GATHERED = 10**9  # numbers of a model that ZeRO-3 keeps from the forward to the backward
+
+
 def zero_bucket(trainable: int) -> int:
     """Numbers that ZeRO reduces, or gathers, at a time: even, as DeepSpeed wants them."""
     return min(trainable + trainable % 2, 50_000_000)

@@ -190,7 +190,7 @@ def train_codec(config: Config, info: DistInfo, path: Path) -> None:
     steps = config.training.codec_steps or config.training.base_steps
     config = base_config(
         config, info.world, total_steps=steps, learning_rate=CODEC_LEARNING_RATE, ema_decay=0.0,
-        weight_decay=0.0, adam_beta2=0.99,
+        weight_decay=0.0, adam_beta2=0.99, compile=False,
     )  # fmt: skip
     if config.training.max_steps is not None:
         steps = min(steps, config.training.max_steps)

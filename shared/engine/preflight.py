@@ -17,6 +17,7 @@ from shared.data import check_shared_memory
 from shared.engine.checkpoint import attempt, find_checkpoint
 from shared.engine.dist import DistInfo, StopFlag, raise_together, same_settings_on_all_ranks
 from shared.engine.parallel import check_strategy
+from shared.engine.recompute import check_float8
 from shared.engine.state import code_digest, versions
 from shared.engine.strategy import choose_precision
 from shared.errors import UserError, at_end, check_output, in_command
@@ -24,8 +25,6 @@ from shared.media.folders import files_in
 
 LEAST_FREE = 1_000_000  # bytes: with less not even the log of a run fits
 WORKERS_PER_CORE = 16
-MOST_SAMPLES = 1_000_000  # of one micro-step, and micro-steps of one optimizer step
-MOST_STEPS, MOST_RATE = 10**12, 100.0  # above them a digit or a sign has slipped
 LOCK = ".lock"
 _held: dict[str, tuple[int, int]] = {}  # real path -> (open file, how often it is held)
 
@@ -72,14 +71,15 @@ def _check(
     choose_precision(run.precision, info.device)
     check_strategy(run, info.world)
     for phase in phases:
-        _check_batch(phase.training, info.world)
-        _check_steps(phase.training)
+        accumulation_steps(phase.training, info.world)
         _check_workers(phase.training.num_workers)
         check_shared_memory(phase.training.num_workers)
     if training.keep_products and not training.gradient_checkpointing:
         raise UserError("--keep-products says what --gradient-checkpointing keeps: give that too")
     if training.keep_products and training.compile:
         raise UserError("--keep-products looks into the blocks that --compile closes: give one of them")
+    if training.float8:
+        check_float8(choose_precision(run.precision, info.device), info.device, run.strategy, training.compile)
     if training.total_steps is None and training.num_epochs is None:
         raise UserError("neither total_steps nor num_epochs is set; give --total-steps N or --num-epochs N")
     _check_loggers(run)
@@ -93,23 +93,6 @@ def _check(
         check_folder(name, folder)
     if info.is_main:
         _check_output(config)
-
-
-def _check_batch(training: Any, world: int) -> None:
-    accumulation = accumulation_steps(training, world)
-    if training.batch_size > MOST_SAMPLES or accumulation > MOST_SAMPLES:
-        raise UserError(
-            f"--batch-size {training.batch_size} with {accumulation} micro-steps: no machine takes that; use at most "
-            f"{MOST_SAMPLES:,} of each"
-        )
-
-
-def _check_steps(training: Any) -> None:
-    for flag, steps in (("--total-steps", training.total_steps), ("--warmup-steps", training.warmup_steps)):
-        if (steps or 0) > MOST_STEPS:
-            raise UserError(f"{flag} {steps}: nobody waits so long; at most {MOST_STEPS:,}")
-    if training.learning_rate > MOST_RATE:
-        raise UserError(f"--learning-rate {training.learning_rate:g}: at most {MOST_RATE:g}; 1e-5 to 1e-2 are usual")
 
 
 def _check_workers(count: int) -> None:

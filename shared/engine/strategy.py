@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from shared.config import TrainingSection
 from shared.engine.checkpoint import frozen_digest
 from shared.engine.dist import DistInfo, gather_objects, use_tf32
-from shared.engine.recompute import keep_products
+from shared.engine.recompute import keep_products, use_float8
 from shared.errors import UserError
 from shared.optim import FusedOptimizer, adamw
 
@@ -97,6 +97,8 @@ class Strategy:
         self.module = model
         use_tf32(self.training.allow_tf32)
         keep_products(self.training.keep_products)
+        if self.training.float8 and self.training.compile:  # phases that train a codec compile nothing
+            use_float8(blocks_of(model, wrap_classes))
         buffers = [name for name, buffer in model.named_buffers() if buffer.is_meta]
         self._place(wrap_classes)
         if first_values is not None:

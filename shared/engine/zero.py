@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from shared.engine.strategy import MOMENTS, StepInfo, Strategy
 from shared.errors import UserError
-from shared.optim import adamw, zero_bucket
+from shared.optim import ZERO_STAYS_GATHERED, adamw, zero_bucket
 
 
 def import_deepspeed():
@@ -60,6 +60,7 @@ class Zero(Strategy):
 
     def _settings(self) -> dict:
         bucket = zero_bucket(sum(p.numel() for p in self.parameters.values()))
+        stays = sum(p.numel() for p in self.module.parameters()) <= ZERO_STAYS_GATHERED
         settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,  # the loop owns the micro-steps, see micro_step
@@ -68,6 +69,10 @@ class Zero(Strategy):
                 "stage": self.stage,
                 "stage3_param_persistence_threshold": 0,
                 "overlap_comm": False,
+                # DeepSpeed's linear layer lets go of the weights between forward and backward, where there are too many
+                # to stay; for that it holds the inputs of frozen layers, which no gradient needs.
+                "stage3_max_live_parameters": ZERO_STAYS_GATHERED,
+                "memory_efficient_linear": not stays,
                 "reduce_bucket_size": bucket,  # memory of this size is taken; DeepSpeed's own is 2 GB in fp32
                 "allgather_bucket_size": bucket,
             },

@@ -8,6 +8,7 @@ import re
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from shared.config import RunSection, TrainingSection, accumulation_steps, checkpoint_bytes, writes_shards
 from shared.engine.strategy import units_of
 from shared.errors import UserError
-from shared.optim import zero_bucket
+from shared.optim import ZERO_STAYS_GATHERED, zero_bucket
 
 ASSUMED_UTILISATION = 0.40  # share of the matrix peak that a well-fed transformer step reaches; printed with the time
 
@@ -89,7 +90,7 @@ class FrozenPart:
     """A frozen encoder that runs before the model: parameters, bytes on the device, FLOPs for one micro-batch.
 
     activations: the most bytes that live at one time while it encodes, besides its weights. precision: what it computes
-    in, where that is not the run's.
+    in, where that is not the run's. host_bytes: of its weights where every rank keeps them in host memory.
     """
 
     name: str
@@ -98,6 +99,7 @@ class FrozenPart:
     flops: float = 0.0
     activations: int = 0
     precision: str | None = None
+    host_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ class Measured:
     unit: int = 0  # parameters of the largest unit that fsdp and zero3 gather
     in_units: int = 0  # parameters that are in units
     gathered: int = 0  # the same, as often as a forward pass calls each unit
+    astray: int = 0  # parameters that fsdp gathers in the backward for nothing
     root: int = 0  # parameters that are in no unit
     block_bytes: int = 0  # of both
     recomputed_flops: float = 0.0  # of step_flops
@@ -141,9 +144,10 @@ class Measured:
     def sharded_bytes(self, share: float, width: int, *, kept: bool = False) -> int:
         """The same under FSDP2, with the weights gathered at that time in `width` bytes a number.
 
-        As counted on CPU ranks: what lies in no unit is there throughout; a unit and the next one, which comes flat and
-        is then cut apart; the unit's whole gradients, and when the last one has come a flat copy of them, from which
-        each rank gets its share. kept: whole gradients of earlier micro-steps stay.
+        As counted on CPU ranks: what lies in no unit is there throughout; a unit, the next one, which comes flat and is
+        then cut apart, and the flat copy of what the forward gathered last; the unit's whole gradients, and when the
+        last one has come a flat copy of them, from which each rank gets its share. kept: whole gradients of earlier
+        micro-steps stay.
         """
         most, whole = 0.0, 4 * self.trainable
         for moment in self.live:
@@ -151,7 +155,7 @@ class Measured:
             during = moment.others + gradients + 3 * width * self.unit
             scattering = moment.then + gradients + (1 + share) * moment.flat + 2 * width * self.unit
             most = max(most, during, scattering)
-        return math.ceil(most) + width * self.root
+        return math.ceil(most) + width * self.root * (1 if self.unit else 2)
 
 
 @dataclass
@@ -172,6 +176,7 @@ class Plan:
     replicas: int = 1  # fsdp: copies of the sharded model
     ddp_bf16: bool = False
     starts_in_parts: bool = False
+    built_in_fp32: bool = False
     tf32: bool = True
     gpus_per_node: int = 8
     memory: dict[str, int] = field(default_factory=dict)
@@ -333,8 +338,14 @@ def measure(
                 parameter.register_post_accumulate_grad_hook(memory.note_gradient)
         counter = _Counter()
         autocast = torch.autocast("cpu", dtype=half or torch.bfloat16, enabled=half is not None)
-        gathered: list[int] = []
-        calls = [unit.register_forward_pre_hook(lambda own, _: gathered.append(_numbers(own))) for unit in units]
+        gathered: list[
+            tuple[int, bool]
+        ] = []  # at each call of a unit: its parameters, and whether gradients are wanted
+
+        def note(unit: nn.Module, _: object) -> None:
+            gathered.append((_numbers(unit), torch.is_grad_enabled()))
+
+        calls = [unit.register_forward_pre_hook(note) for unit in units]
         with memory:  # apart from the counting, which keeps tensors alive
             with autocast:
                 loss = step(model)
@@ -362,7 +373,9 @@ def measure(
             live=live,
             unit=max(map(_numbers, units), default=0),
             in_units=sum(map(_numbers, units)),
-            gathered=sum(gathered),
+            gathered=sum(count for count, _ in gathered),
+            # before the backward is through with a unit FSDP2 gathers the one that the forward called before it
+            astray=next((one for (one, wanted), (_, next_) in pairwise(gathered) if next_ and not wanted), 0),
             root=sum(p.numel() for p in root),
             block_bytes=sum(map(_bytes, root)) + max((sum(map(_bytes, u.parameters())) for u in units), default=0),
             recomputed_flops=float(counter.recomputed),
@@ -380,6 +393,7 @@ def make_plan(
     gpu: str | None = None,
     frozen_parts: list[FrozenPart] | None = None,
     starts_in_parts: bool = False,
+    built_in_fp32: bool = False,
 ) -> Plan:
     """Memory, traffic and time of one optimizer step from the measured micro-step."""
     world = world or run.world_size or 1
@@ -408,6 +422,7 @@ def make_plan(
         math.gcd(run.fsdp_replicas, world) if strategy == "fsdp" else 1,
         run.ddp_bf16,
         starts_in_parts and strategy == "fsdp",
+        built_in_fp32,
         training.allow_tf32,
         run.gpus_per_node,
     )
@@ -482,25 +497,28 @@ def _memory(plan: Plan, has_ema: bool) -> dict[str, int]:
 
 
 def _stays_gathered(found: Measured) -> bool:
-    """Whether ZeRO-3 keeps the weights of the forward until the backward: stage3_max_live_parameters."""
-    return found.trainable + found.frozen <= 10**9
+    """Whether ZeRO-3 keeps the weights of the forward until the backward."""
+    return found.trainable + found.frozen <= ZERO_STAYS_GATHERED
 
 
 def _startup(plan: Plan, save_in_background: bool, writers: int) -> tuple[int, int]:
     """Bytes of a card while the weights are placed, and of a node's host memory while it starts or saves.
 
     fsdp moves and shards one unit after another, so that a card holds its shards and one whole unit; the other
-    strategies move the whole model. Every rank of a node builds the model in host memory first, but where it reads
-    its parts alone. A background save keeps what it writes in host memory until it is on the disk: all of it on the
-    node of rank 0, or every rank its shards.
+    strategies move the whole model. Every rank of a node builds the model in host memory first, in fp32 where a frozen
+    base is cast once its weights are in, but where it reads its parts alone. A background save keeps what it writes in
+    host memory until it is on the disk: all of it on the node of rank 0, or every rank its shards.
     """
     found, local = plan.measured, min(plan.world, plan.gpus_per_node)
     whole = found.trainable_bytes + found.frozen_bytes
     placed = math.ceil(whole / plan.shards) + found.block_bytes if plan.strategy == "fsdp" else whole
     staging = plan.checkpoint_bytes // writers * min(writers, local) if save_in_background else 0
     offloaded = (whole + 12 * found.trainable) // plan.shards * local if plan.cpu_offload else 0
-    built = 0 if plan.starts_in_parts else whole * local
-    return 0 if plan.cpu_offload else placed, max(built, staging + offloaded)
+    built = (
+        0 if plan.starts_in_parts else (4 * (found.trainable + found.frozen) if plan.built_in_fp32 else whole) * local
+    )
+    encoders = sum(part.host_bytes for part in plan.frozen_parts) * local
+    return 0 if plan.cpu_offload else placed, encoders + max(built, staging + offloaded)
 
 
 def _traffic(plan: Plan) -> tuple[float, float]:
@@ -521,7 +539,7 @@ def _traffic(plan: Plan) -> tuple[float, float]:
         # ZeRO-1 and 2 all-reduce their buckets and keep a part; ZeRO-3 keeps a small model gathered for the backward
         "zero1": 3 * weight * found.trainable,
         "zero2": (2 * weight * plan.accumulation + weight) * found.trainable,
-        "fsdp": 4 * found.trainable * scatters + gathers - kept,
+        "fsdp": 4 * found.trainable * scatters + gathers - kept + weight * plan.accumulation * found.astray,
         "zero3": weight * found.trainable * plan.accumulation + (once if _stays_gathered(found) else gathers),
     }
     return share * moved[plan.strategy], over_copies

@@ -20,7 +20,8 @@ class Workload:
 
     build(config) -> model; step(config) -> (model -> loss of one micro-batch); frozen_parts(config) of one micro-batch.
     blocks: the classes, and names of further modules, that fsdp and zero3 gather one at a time. starts_in_parts: under
-    fsdp a rank reads its rows of the weights, and no model is built in host memory.
+    fsdp a rank reads its rows of the weights, and no model is built in host memory. built_in_fp32: elsewhere, one whose
+    frozen weights then lie in bf16.
     """
 
     title: str
@@ -29,6 +30,7 @@ class Workload:
     blocks: tuple[type | str, ...] = ()
     frozen_parts: Callable[[Any], list[FrozenPart]] = lambda config: []
     starts_in_parts: bool = False
+    built_in_fp32: bool = False
 
     def measure(self, config: Any) -> Measured:
         """Parameters, FLOPs and memory of a micro-step with these settings."""
@@ -45,6 +47,7 @@ class Workload:
             training=config.training,
             frozen_parts=parts,
             starts_in_parts=self.starts_in_parts,
+            built_in_fp32=self.built_in_fp32,
         )
 
 

@@ -229,6 +229,13 @@ def test_mappings_are_read_as_yaml():
     ("argv", "parts"),
     [
         (["--batch-size", "0"], ["command line: training.batch_size:", "greater than or equal to 1", "'0'"]),
+        (["--batch-size", f"{10**20}"], ["command line: training.batch_size:", "less than or equal to 1000000"]),
+        (["--grad-accum", f"{10**9}"], ["training.gradient_accumulation_steps:", "less than or equal to 1000000"]),
+        (
+            ["--total-steps", f"{10**30}"],
+            ["training.total_steps:", "less than or equal to 1000000000000", f"'{10**30}'"],
+        ),
+        (["--lr", "1e300"], ["training.learning_rate:", "less than or equal to 100", "'1e300'"]),
         (["--batch-size", "x"], ["training.batch_size:", "valid integer", "'x'"]),
         (["--batch-size", "16.5"], ["training.batch_size:", "'16.5'"]),
         (["--size", "huge"], ["model.size:", "'tiny' or 'small'", "'huge'"]),

@@ -10,7 +10,7 @@ from torch.nn import functional
 from shared.config import RunSection, TrainingSection
 from shared.engine.recompute import checkpoint, keep_products
 from shared.errors import UserError
-from shared.plan.measure import GPUS, FrozenPart, describe, gpu_named, make_plan, measure
+from shared.plan.measure import GPUS, FrozenPart, Moment, describe, gpu_named, make_plan, measure
 
 B, L, D, H, V, LAYERS = 2, 32, 64, 4, 100, 3
 BLOCK = (D * 3 * D + 3 * D) + (D * D + D) + (D * 4 * D + 4 * D) + (4 * D * D + D) + 4 * D  # two norms
@@ -187,6 +187,18 @@ def test_memory_parts_by_strategy(measured):
 PARTS = ("weights", "gradients", "Adam moments", "moving average")
 
 
+def test_encoders_and_a_cast_base_take_host_memory(measured):
+    """Every rank of the node builds in fp32 what is then cast, and keeps an encoder that stays off the card."""
+    encoder = FrozenPart("encoder", 10, 0, host_bytes=7)
+    found = dataclasses.replace(measured, frozen_bytes=2 * measured.trainable, frozen=measured.trainable)
+    run, training = RunSection(gpus_per_node=2), TrainingSection(save_in_background=False)
+    for in_fp32, size in ((False, 4 + 2), (True, 4 + 4)):
+        parts = {"frozen_parts": [encoder], "built_in_fp32": in_fp32}
+        plan = make_plan("toy", found, run=run, training=training, strategy="ddp", world=4, **parts)
+        assert plan.host_bytes == 2 * (size * PARAMETERS + 7) and "frozen encoders" not in plan.memory
+        assert plan.startup_bytes == 6 * PARAMETERS
+
+
 def test_no_average_and_no_frozen_parts_take_no_memory(measured):
     assert "moving average" not in plan_of(measured).memory and "frozen encoders" not in plan_of(measured).memory
     part = FrozenPart("encoder", 10, 1234, 5e6)
@@ -205,6 +217,32 @@ def test_traffic_of_a_ring(measured):
     sharded = plan_of(measured, "fsdp", 2, gradient_accumulation_steps=3)
     assert 0 < measured.root < PARAMETERS and sharded.traffic_bytes == (4 * PARAMETERS + gathers - kept) / 2
     assert plan_of(measured, "ddp", 8).traffic_bytes > plan_of(measured, "ddp", 2).traffic_bytes
+
+
+def test_fsdp_holds_the_flat_copy_of_what_the_forward_gathered_last():
+    """Counted on two CPU ranks: without units that is the whole model, twice (FLOAT's phase 1)."""
+    peak = (Moment(0, 0, 0, 0, 1000),)
+    found = dataclasses.replace(measure(lambda: nn.Linear(1, 1), one_product, "fp32"), live=peak, root=10)
+    assert found.sharded_bytes(0.5, 4) == 1000 + 2 * 4 * 10
+    assert dataclasses.replace(found, unit=5).sharded_bytes(0.5, 4) == 1000 + 3 * 4 * 5 + 4 * 10
+
+
+def one_product(model):
+    return model(torch.randn(1, 1)).sum()
+
+
+def test_blocks_that_ran_before_without_gradients_are_gathered_once_more(measured):
+    """FSDP2 fetches ahead what the forward called before, which is the last block of the pass without gradients."""
+
+    def twice(model):
+        with torch.no_grad():
+            step(model)
+        return step(model)
+
+    found = measure(Net, twice, "fp32", (Block,))
+    assert (measured.astray, found.astray) == (0, BLOCK)
+    more = plan_of(found, "fsdp", 2).traffic_bytes - plan_of(measured, "fsdp", 2).traffic_bytes
+    assert more == 4 * (LAYERS * BLOCK + BLOCK) / 2
 
 
 def test_copies_of_a_sharded_model_gather_among_fewer_ranks(measured):

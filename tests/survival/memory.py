@@ -2,9 +2,10 @@
 
   python -m tests.survival.memory [--systems dit bagel] [--presets default --batch-size 1]
   torchrun --standalone --nproc_per_node=4 tests/survival/memory.py --strategies ddp fsdp
-Presets (`small` of every system where none is named) on CPU ranks in fp32, without frozen encoders: an optimizer step
-under the profiler, which adds up what torch's allocator gives and takes. Weights, moments, the moving average and DDP's
-buckets are there before and are counted by their sizes. Traffic is what its collectives carry, as a ring sends it.
+Presets (`small` of every system where none is named) on CPU ranks in fp32, without frozen encoders; further flags are
+the systems' own and make a large one small. The third optimizer step runs under the profiler, which adds up what
+torch's allocator gives and takes; what is there before it, weights, moments, averages and buffers, is what all tensors
+of the process hold, and DDP's buckets. Traffic is what the step's collectives carry, as a ring sends it.
 """
 
 import argparse
@@ -20,8 +21,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -90,8 +90,11 @@ class Traffic(TorchDispatchMode):
         return function(*arguments, **(named or {}))
 
 
-def local_bytes(value: Tensor) -> int:
-    return value.to_local().nbytes if isinstance(value, DTensor) else value.nbytes
+def held_bytes() -> int:
+    """What all tensors of this process hold now; a sharded one counts by the part that is here."""
+    gc.collect()
+    tensors = [found for found in gc.get_objects() if type(found) in (Tensor, nn.Parameter) and not found.is_meta]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def compare(
@@ -102,6 +105,7 @@ def compare(
     config.training.global_batch_size = None
     work = replace(workload(config), frozen_parts=lambda config: [])
     plan = work.plan(config)
+    others = held_bytes()
     model = work.build(config).train()
     strategy = make_strategy(config.run, info, "fp32", config.training)
     strategy.prepare(model, decay_groups(model, 0.0), work.blocks)
@@ -117,17 +121,9 @@ def compare(
         if ema:
             ema.update()
 
-    for _ in range(2):  # the optimizer makes its moments, DDP its buckets
+    for _ in range(2):  # the optimizer makes its moments, DDP its buckets, which no tensor of Python holds
         step()
-    trainable = sum(local_bytes(value) for value in strategy.parameters.values())
-    before = sum(map(local_bytes, [*model.parameters(), *model.buffers()])) + 2 * trainable  # with the moments
-    if name.startswith("zero"):  # fp32 shards of weights and moments, and the weights to compute with
-        numbers = sum(math.prod(strategy.shape(own)) for own in strategy.parameters)
-        before = sum(map(local_bytes, model.buffers())) + 4 * strategy.frozen_count() // (
-            info.world if "3" in name else 1
-        )
-        before += 12 * numbers // info.world + 4 * numbers // (info.world if "3" in name else 1)
-    before += trainable * (name == "ddp") + sum(v.nbytes for v in (ema.values.values() if ema else ()))
+    before = held_bytes() - others + 4 * sum(map(math.prod, map(strategy.shape, strategy.parameters))) * (name == "ddp")
     with traffic:
         measured = max_over_ranks(float(before + allocated(step)))
     return plan.peak_memory, measured, plan.traffic_bytes, traffic.sent
@@ -138,8 +134,7 @@ def main() -> None:
     parser.add_argument("--systems", nargs="+", help="names, default: all")
     parser.add_argument("--strategies", nargs="+", default=["none"], help="none, ddp, fsdp")
     parser.add_argument("--presets", nargs="+", default=["small"])
-    parser.add_argument("--batch-size", type=int, help="in place of the preset's")
-    options = parser.parse_args()
+    options, others = parser.parse_known_args()
     info = init_distributed("cpu")
     torch.set_num_threads(1)
     if info.is_main:
@@ -151,8 +146,7 @@ def main() -> None:
     for name, (schema, folder, workload) in chosen.items():
         for preset in (name for name in options.presets if (folder / f"{name}.yaml").is_file()):
             for strategy in options.strategies:
-                config = load_config(schema, presets=folder, argv=["--config", preset])
-                config.training.batch_size = options.batch_size or config.training.batch_size
+                config = load_config(schema, presets=folder, argv=["--config", preset, *others])
                 torch.manual_seed(0)
                 planned, measured, carried, sent = compare(config, workload, strategy, info)
                 cells = [f"{planned / 1e6:.1f}", f"{measured / 1e6:.1f}", f"{planned / measured:.3f}"]
