@@ -1,5 +1,6 @@
 """Pictures with captions as training samples. Everything random about a sample follows from (seed, epoch, index)."""
 
+import contextlib
 import copy
 import hashlib
 import io
@@ -250,6 +251,16 @@ def spread(dataset: Any, count: int) -> list[int]:
         return list(range(len(dataset)))
     digests = [hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8] for name in dataset.names()]
     return sorted(range(len(dataset)), key=digests.__getitem__)
+
+
+def spread_captions(dataset: Any, count: int) -> list[tuple[str, ...]]:
+    """The captions of up to `count` items that can be read, chosen as by spread(), in the set's order."""
+    found: dict[int, tuple[str, ...]] = {}
+    for index in spread(dataset, count):
+        if len(found) < count:
+            with contextlib.suppress(BadSample):
+                found[index] = dataset.items[index].captions
+    return [found[index] for index in sorted(found)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,8 +33,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dit.config import Config, DataConfig
+from dit.data.cache import readable_items
 from dit.data.readers import read
-from dit.dataset import TextImageDataset, spread
+from dit.dataset import TextImageDataset, spread_captions
 from dit.modules.text import condition_of
 from dit.sampling.drawing import Drawing, draw_latents, grid, to_uint8
 from dit.weights.open import Trained, load_asked, saved_settings
@@ -80,6 +81,11 @@ def requests(options: GenerateOptions, config: Config) -> list[Request]:
         wanted = [(f"class {label}", label) for label in labels]
     else:
         wanted = [(text, None) for text in _texts(options)]
+    for text in (*(text for text, _ in wanted), options.negative or ""):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"the caption {text!r} is not UTF-8 text, half of a sign stands in it; mend it") from None
     if not wanted:
         raise UserError("there is nothing to draw: --prompts and --captions name no caption; give --prompt TEXT")
     if options.count is not None and options.count > len(wanted):
@@ -99,8 +105,7 @@ def held_out_captions(config: Config) -> list[str]:
     held_out = TextImageDataset.from_config(config, is_train=False)
     if len(held_out) == 0:
         raise UserError("the run's data have no held-out captions; say what to draw with --prompt")
-    chosen = sorted(spread(held_out, config.sample.count)[: config.sample.count])
-    return [colour_caption(held_out.items[index].captions) for index in chosen]
+    return [colour_caption(captions) for captions in spread_captions(held_out, config.sample.count)]
 
 
 def _texts(options: GenerateOptions) -> list[str]:
@@ -120,7 +125,10 @@ def _texts(options: GenerateOptions) -> list[str]:
         if not len(found) and name == "custom":
             print(f"--captions {options.captions}: there is no held-out split, all captions are taken", file=sys.stderr)
             found = read(settings, Path(path), is_train=True).items
-        return [item.captions[0] for item in found]
+        texts = [item.captions[0] for item in readable_items(found)]
+        if len(texts) < len(found):
+            print(f"--captions {options.captions}: {len(found) - len(texts)} samples are left out", file=sys.stderr)
+        return texts
     assert options.prompts is not None  # one of the three is given
     return _prompts_of(Path(options.prompts))
 

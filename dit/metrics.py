@@ -31,9 +31,9 @@ from torch import Tensor
 
 from dit.data.cache import key_of
 from dit.data.scenes import SceneDataset
-from dit.dataset import TextImageDataset, spread, unit
+from dit.dataset import TextImageDataset, spread, spread_captions, unit
 from dit.evaluation.figures import Extractor, Pictures, figures, psnr, reference_of, ssim
-from dit.evaluation.held_out import errors, held_out_noise, prepare
+from dit.evaluation.held_out import errors, held_out_noise, prepare, readable
 from dit.evaluation.scenes import scene_bars, scene_figures, scene_grid, scene_headline
 from dit.generate import Drawer, Request, batches_of, draw_folder, guidance
 from dit.sampling.drawing import grid, to_uint8
@@ -141,9 +141,7 @@ class Measurement:
 
     def memory(self) -> dict:
         """Distance of drawn pictures to the nearest training picture; far below that of held-out ones: memorised."""
-        count = min(len(self.training_set), 2048)
-        samples = [self.training_set.sample(index, 0, flip=False)["image"] for index in range(count)]
-        seen = unit(torch.stack(samples)).flatten(1)
+        seen = unit(torch.stack([sample["image"] for sample in readable(self.training_set, 2048)])).flatten(1)
         seen = torch.cat([seen, seen.unflatten(1, self.held.images.shape[1:]).flip(3).flatten(1)])
         drawn = torch.from_numpy(self.drawn).permute(0, 3, 1, 2).float().flatten(1) / 127.5 - 1
         scale = seen.shape[1] ** 0.5
@@ -303,8 +301,7 @@ def _requests(options: MetricsOptions, trained: Trained) -> list[Request]:
     if trained.text_encoder is None:
         return [Request(number, "", None, options.seed + number) for number in numbers]
     dataset = _measured(options, trained)
-    chosen = sorted(spread(dataset, options.count)[: options.count])
-    captions = [colour_caption(dataset.items[index].captions) for index in chosen]
+    captions = [colour_caption(texts) for texts in spread_captions(dataset, options.count)]
     return [Request(number, captions[number % len(captions)], None, options.seed + number) for number in numbers]
 
 

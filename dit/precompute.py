@@ -279,6 +279,10 @@ def main(argv: list[str] | None = None) -> None:
     if not options.cache.out:
         raise UserError("--out is not set; give the folder that receives the cache")
     refuse_unused(options)
+    if options.data.dataset_name == "scenes":
+        raise UserError(
+            "data.dataset_name scenes: they are composed anew in every epoch, and a cache would hold one; train without"
+        )
     if options.data.buckets:
         raise UserError(
             "data.buckets: a cache holds squares; give --set data.buckets=false here and to the run that reads it"

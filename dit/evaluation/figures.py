@@ -7,8 +7,11 @@ al. 2018 (KID). Shapes: N pictures, F features, H W pixels.
 """
 
 import hashlib
+import re
 import zipfile
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +20,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from dit.data.readers import IMAGE_SUFFIXES
+from dit.dataset import decode
 from shared.engine.checkpoint import read_weights_file
 from shared.engine.dist import DistInfo, gather_objects
-from shared.errors import UserError
+from shared.errors import BadSample, UserError
 from shared.media.folders import is_junk
 from shared.media.inception import SIDE, FIDInception, inception
 from shared.metrics import frechet_gaussians, gaussian_of, kernel_distance, precision_recall
@@ -64,14 +69,11 @@ class Pictures:
         self.files: list[Path] = []
         path = Path(self.name)
         if self.array is None and path.is_dir():
-            kinds = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
             self.files = sorted(
                 file
                 for file in path.iterdir()
-                if file.suffix.lower() in kinds and file.stem != "grid" and not is_junk(file)
+                if file.suffix.lower() in IMAGE_SUFFIXES and file.stem != "grid" and not is_junk(file)
             )
-            if not self.files:
-                raise UserError(f"{path}: holds no pictures; {', '.join(kinds)} are read")
         elif self.array is None:
             self.array = _array_of(path)
         if self.array is not None and (
@@ -80,6 +82,11 @@ class Pictures:
             raise UserError(
                 f"{self.name}: pictures uint8 (N, H, W, 3) are expected, found {self.array.dtype} {self.array.shape}"
             )
+        if not self.files and (self.array is None or 0 in self.array.shape):
+            raise UserError(
+                f"{self.name}: holds no pictures; an .npz, or a folder with {', '.join(IMAGE_SUFFIXES)} directly in "
+                "it, is expected"
+            )
 
     def __len__(self) -> int:
         return len(self.files) if self.array is None else len(self.array)
@@ -87,10 +94,10 @@ class Pictures:
     def __getitem__(self, index: int) -> np.ndarray:
         if self.array is not None:
             return np.asarray(self.array[index])
-        try:
-            return np.asarray(Image.open(self.files[index]).convert("RGB"))
-        except (OSError, ValueError, SyntaxError) as error:
-            raise UserError(f"{self.files[index]}: not a readable picture ({error}); remove or draw it again") from None
+        try:  # as training reads them
+            return np.asarray(decode(self.files[index].read_bytes(), str(self.files[index])))
+        except (OSError, BadSample) as error:
+            raise UserError(f"{error}; remove or draw it again") from None
 
     def digest(self) -> str:
         """SHA-256 over all pictures, so that a report names its sets exactly."""
@@ -100,9 +107,23 @@ class Pictures:
         return digest.hexdigest()
 
 
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What a damaged archive raises, as one sentence."""
+    try:
+        yield
+    except KeyError as error:
+        name = re.search("arr_0|sigma_s|sigma|mu_s|mu|$", str(error))
+        raise UserError(
+            f"{path}: holds no {name and name[0]}; an .npz of pictures, or of ADM's statistics, is expected"
+        ) from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"{path}: cannot be read as a folder of pictures or an .npz ({error})") from None
+
+
 def _array_of(path: Path) -> np.ndarray:
     """arr_0 of an .npz: mapped from the disk where it is stored as it is, else read whole."""
-    try:
+    with _reading(path):
         with zipfile.ZipFile(path) as archive:
             member = archive.getinfo("arr_0.npy")
             if member.compress_type != zipfile.ZIP_STORED:
@@ -118,11 +139,27 @@ def _array_of(path: Path) -> np.ndarray:
         offset = member.header_offset + 30 + name_size + extra_size + header
         if dtype.hasobject or is_fortran:
             raise ValueError("a plain array in C order is expected")
+        if 0 in shape:
+            return np.empty(shape, dtype)
         return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
-    except KeyError:
-        raise UserError(f"{path}: holds no arr_0; an .npz of pictures, or of ADM's statistics, is expected") from None
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: cannot be read as a folder of pictures or an .npz ({error})") from None
+
+
+def _statistics_of(path: Path) -> dict[str, np.ndarray]:
+    """mu, sigma, mu_s and sigma_s of an .npz, those that are there, checked; none for one of pictures alone."""
+    with _reading(path), zipfile.ZipFile(path) as archive:
+        names = {name.removesuffix(".npy") for name in archive.namelist()}
+        found = {}
+        for mean, spread in (("mu", "sigma"), ("mu_s", "sigma_s")):
+            if not names & {mean, spread}:
+                continue
+            held = np.load(path)
+            found[mean], found[spread] = held[mean], held[spread]
+            size = found[mean].size
+            if found[mean].shape != (size,) or found[spread].shape != (size, size):
+                raise ValueError(f"{mean} {found[mean].shape} and {spread} {found[spread].shape} do not fit each other")
+            if not (np.isfinite(found[mean]).all() and np.isfinite(found[spread]).all()):
+                raise ValueError(f"{mean} or {spread} holds numbers that are not finite")
+        return found
 
 
 # --- features ---------------------------------------------------------------------------------------------------------
@@ -245,28 +282,34 @@ class Reference(NamedTuple):
 def reference_of(source: str | Path | Pictures, extractor: Extractor, info: DistInfo) -> Reference:
     """A folder or .npz of pictures, or ADM's reference .npz, which holds mu, sigma, mu_s, sigma_s and some pictures."""
     if not isinstance(source, Pictures) and Path(source).suffix == ".npz" and Path(source).is_file():
-        held = np.load(source)
+        held = _statistics_of(Path(source))
         if "mu" in held:
+            with zipfile.ZipFile(source) as archive:
+                has_pictures = "arr_0.npy" in archive.namelist()
+            features = extractor.all(Pictures(source), info).pooled if has_pictures else None
             spatial = (held["mu_s"], held["sigma_s"]) if "mu_s" in held else None
-            features = extractor.all(Pictures(source), info).pooled if "arr_0" in held else None
             return Reference(str(source), (held["mu"], held["sigma"]), spatial, features, None)
     pictures = source if isinstance(source, Pictures) else Pictures(source)
     found = extractor.all(pictures, info)
-    moments = None if found.spatial is None else gaussian_of(found.spatial)
-    return Reference(pictures.name, gaussian_of(found.pooled), moments, found.pooled, len(pictures))
+    moments = None if found.spatial is None else _gaussian(found.spatial, pictures.name)
+    return Reference(pictures.name, _gaussian(found.pooled, pictures.name), moments, found.pooled, len(pictures))
+
+
+def _gaussian(features: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        return gaussian_of(features)
+    except ValueError as error:
+        raise UserError(f"{name}: a Frechet distance cannot be taken: {error}; give more pictures") from None
 
 
 def figures(made: Features, reference: Reference) -> dict[str, Any]:
     """FID, sFID, KID, precision, recall and the Inception score of made pictures; those whose parts are there."""
-    try:
-        pooled = gaussian_of(made.pooled)
-    except ValueError as error:
-        raise UserError(f"a Frechet distance cannot be taken: {error}; give more pictures") from None
-    if len(pooled[0]) != len(reference.pooled[0]):
-        raise UserError(
-            f"{reference.name}: holds statistics of {len(reference.pooled[0])} features, the network gives "
-            f"{len(pooled[0])}"
-        )
+    pooled = _gaussian(made.pooled, "the made pictures")
+    for features, held in ((made.pooled, reference.pooled), (made.spatial, reference.spatial)):
+        if features is not None and held is not None and features.shape[1] != len(held[0]):
+            raise UserError(
+                f"{reference.name}: holds statistics of {len(held[0])} features, the network gives {features.shape[1]}"
+            )
     found: dict[str, Any] = {"fid": frechet_gaussians(*pooled, *reference.pooled)}
     if made.spatial is not None and reference.spatial is not None:
         found["sfid"] = frechet_gaussians(*gaussian_of(made.spatial), *reference.spatial)

@@ -78,7 +78,22 @@ def read_guide_weights(folder: Path, model: nn.Module) -> None:
     state = read_weights_file(folder / MODEL)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{folder / MODEL}: a state dict, names to tensors, is expected")
-    load_strict(model, {name.removeprefix("module."): value for name, value in state.items()}, what=str(folder / MODEL))
+    state = {name.removeprefix("_orig_mod.").removeprefix("module."): value for name, value in state.items()}
+    for name, own in model.state_dict().items():
+        if name in state and own.is_floating_point() and not _is_finite(state[name]):
+            raise UserError(f"{folder / MODEL}: {name} holds numbers that are no finite decimal ones; copy it again")
+    load_strict(model, state, what=str(folder / MODEL))
+
+
+def _is_finite(value: Tensor) -> bool:
+    return value.is_floating_point() and bool(value.isfinite().all())
+
+
+def refuse_unfit(folder: Path, model: nn.Module) -> None:
+    """UserError for a folder that adopt() would refuse; leaves its weights in the model."""
+    read_guide_weights(folder, model)
+    _state(folder, 1)
+    _moments(folder, model)
 
 
 def adopt(folder: Path, config: Config, model: nn.Module, stream: MapStream, info: DistInfo) -> Path:
@@ -87,13 +102,11 @@ def adopt(folder: Path, config: Config, model: nn.Module, stream: MapStream, inf
     What is absent starts anew, which is said. UserError: files that are damaged or belong to another model.
     """
     read_guide_weights(folder, model)
-    names = trained_names(model)
-    parameters = dict(model.named_parameters())
     state = _state(folder, stream.plan.steps_per_epoch)
-    optimizer = read_weights_file(folder / OPTIMIZER) if (folder / OPTIMIZER).is_file() else None
-    if optimizer is None and info.is_main:
-        print(f"warning: {folder} holds no {OPTIMIZER}; the optimizer starts anew", file=sys.stderr)
-    moments, taken = _moments(folder, optimizer, names, parameters)
+    moments, taken = _moments(folder, model)
+    for name, what in ((STATE, "the run starts at step 0"), (OPTIMIZER, "the optimizer starts anew")):
+        if info.is_main and not (folder / name).is_file():
+            print(f"warning: {folder} holds no {name}; {what}", file=sys.stderr)
     run_state = RunState(
         step=state["global_step"],
         samples_seen=state["global_step"] * stream.samples_per_step,
@@ -112,7 +125,8 @@ def adopt(folder: Path, config: Config, model: nn.Module, stream: MapStream, inf
         "fixed_settings": fixed_settings(config),
     }
     buffers = persistent_buffers(model)
-    weights = [(name, parameters[name].detach()) for name in names] + list(buffers.items())
+    parameters = dict(model.named_parameters())
+    weights = [(name, parameters[name].detach()) for name in trained_names(model)] + list(buffers.items())
     tensors = {"model.safetensors": weights, "optimizer.safetensors": list(moments.items())}
     store = CheckpointStore(Path(config.run.output_dir) / "checkpoints", info, keep_last=1_000_000)
     return store.save(
@@ -131,26 +145,24 @@ def _state(folder: Path, steps_per_epoch: int) -> dict[str, int]:
     """epoch and global_step; epoch counts those that are complete."""
     path = folder / STATE
     if not path.is_file():
-        print(f"warning: {folder} holds no {STATE}; the run starts at step 0", file=sys.stderr)
         return {"global_step": 0}
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         step = tree.get("global_step", tree.get("epoch", 0) * steps_per_epoch)
-        if not isinstance(step, int) or step < 0:
+        if type(step) is not int or step < 0:
             raise ValueError(f"global_step is {step!r}")
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: epoch and global_step, whole numbers, are expected ({error})") from None
     return {"global_step": step}
 
 
-def _moments(
-    folder: Path, optimizer: Any, names: list[str], parameters: dict[str, nn.Parameter]
-) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """AdamW's moments by name, and the steps that each parameter has taken."""
+def _moments(folder: Path, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """AdamW's moments by name, and the steps that each parameter has taken; none where the folder has no optimizer."""
     moments: dict[str, Tensor] = {}
     taken: dict[str, int] = {}
-    if optimizer is None:
+    if not (folder / OPTIMIZER).is_file():
         return moments, taken
+    optimizer, names = read_weights_file(folder / OPTIMIZER), trained_names(model)
     try:
         order = [number for group in optimizer["param_groups"] for number in group["params"]]
         held = optimizer["state"]
@@ -158,13 +170,16 @@ def _moments(
             if number not in held:
                 continue
             taken[name] = int(held[number]["step"])
+            if taken[name] < 0:
+                raise ValueError(f"{name} has taken {taken[name]} steps")
             for kind in MOMENTS:
-                value = held[number][kind]
-                wanted = tuple(parameters[name].shape)
+                value, wanted = held[number][kind], tuple(model.get_parameter(name).shape)
                 if tuple(value.shape) != wanted:
                     raise ValueError(f"{kind} of {name} is {tuple(value.shape)}, {wanted} is wanted")
+                if not _is_finite(value):
+                    raise ValueError(f"{kind} of {name} holds numbers that are no finite decimal ones")
                 moments[f"{name}.{kind}"] = value.float()
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         raise UserError(
             f"{folder / OPTIMIZER}: not the state of an AdamW over this model's {len(names)} parameters ({error}); "
             "remove the file to start the optimizer anew"

@@ -1,10 +1,13 @@
 """Drawing at scale, figures of pictures, the guide's objects and files, and the ends that runs used to come to."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -23,6 +26,7 @@ from dit.model import DiTModel
 from dit.modules.vae import PoolCodec
 from dit.objective import NoiseObjective, Trainer
 from dit.weights.convert import load_pretrained, read_state
+from dit.weights.guide import refuse_unfit
 from dit.weights.open import build_model, load_codec
 from shared.config import save_config
 from shared.engine.dist import DistInfo
@@ -150,6 +154,58 @@ def test_figures_come_from_folders_npz_files_and_adms_statistics_alike(tmp_path)
     assert halves[0].shape == (40, 64)
 
 
+REAL = np.random.default_rng(1).integers(0, 256, (8, 24, 24, 3), dtype=np.uint8)
+ODD_ARCHIVES = {  # what a file given as --reference holds: arrays, or bytes
+    "nothing": b"",
+    "a page": b"<html>404</html>",
+    "no arr_0": {"images": REAL},
+    "no pictures": {"arr_0": REAL[:0]},
+    "one picture": {"arr_0": REAL[:1]},
+    "objects": {"mu": np.array([0, None], dtype=object), "sigma": np.eye(2)},
+    "no sigma": {"mu": np.zeros(64)},
+    "no sigma_s": {"mu": np.zeros(64), "sigma": np.eye(64), "mu_s": np.zeros(112)},
+    "other widths": {"mu": np.zeros(64), "sigma": np.eye(63)},
+    "another network": {"mu": np.zeros(64), "sigma": np.eye(64), "mu_s": np.zeros(5), "sigma_s": np.eye(5)},
+    "a row": {"mu": np.zeros((1, 64)), "sigma": np.eye(64)},
+    "not a number": {"mu": np.full(64, np.nan), "sigma": np.eye(64)},
+}
+
+
+@pytest.mark.parametrize("name", ODD_ARCHIVES)
+def test_an_archive_that_is_no_reference_is_named(tmp_path, capsys, name):
+    held, path = ODD_ARCHIVES[name], tmp_path / "reference.npz"
+    path.write_bytes(held) if isinstance(held, bytes) else np.savez_compressed(path, **held)
+    np.savez(tmp_path / "made.npz", arr_0=REAL)
+    with pytest.raises(SystemExit) as left:
+        metrics.main(["--pictures", str(tmp_path / "made.npz"), "--reference", str(path), "--features", "random",
+                      "--output", str(tmp_path / "found.json")])  # fmt: skip
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and str(path) in error and not (tmp_path / "found.json").exists()
+    assert not name.startswith("no ") or f"holds {name}" in error
+
+
+def test_damage_anywhere_in_an_archive_is_named(tmp_path):
+    np.savez_compressed(tmp_path / "whole.npz", mu=np.zeros(64), sigma=np.random.default_rng(0).normal(size=(64, 64)))
+    whole, extractor = (tmp_path / "whole.npz").read_bytes(), Extractor(None, device=CPU, random=True)
+    for place in range(0, len(whole) - 64, len(whole) // 24):
+        (tmp_path / "hurt.npz").write_bytes(whole[:place] + bytes(60) + whole[place + 60 :])
+        with contextlib.suppress(UserError):  # nothing else comes out
+            reference_of(tmp_path / "hurt.npz", extractor, DistInfo())
+
+
+def test_a_folder_of_pictures_is_read_whole_and_as_training_reads_it(tmp_path):
+    kinds = ("png", "tif", "gif", "avif", "jfif")
+    for number, kind in enumerate(kinds):
+        format = {"tif": "TIFF", "jfif": "JPEG"}.get(kind, kind.upper())
+        Image.fromarray(REAL[number]).save(tmp_path / f"{number}.{kind}", format)
+    Image.fromarray(np.full((24, 24), 10_000, np.uint16)).save(tmp_path / "9.png")
+    found = Pictures(tmp_path)
+    assert len(found) == 6 and found[5].shape == (24, 24, 3) and found[5].max() == 39
+    (tmp_path / "9.png").write_bytes((tmp_path / "3.avif").read_bytes()[:-200])
+    with pytest.raises(UserError, match="9.png: not a readable picture"):
+        found[5]
+
+
 def test_clean_resizing_is_pillows_antialiased_bicubic():
     from dit.evaluation.figures import _resized_cleanly
 
@@ -221,6 +277,31 @@ def test_epoch_checkpoints_stay(tmp_path):
     assert tiny(training={"keep_last": None}).training.keep_last > 1000
 
 
+def test_a_sample_without_a_caption_among_many_ends_neither_drawing_nor_measuring(tmp_path, capsys):
+    data = picture(tmp_path / "0.png").read_bytes()
+
+    def write(missing: tuple[int, ...]) -> None:
+        with tarfile.open(tmp_path / "0.tar", "w") as archive:
+            for number in range(12):
+                for kind, held in (("png", data), ("txt", b"a square"))[: 1 if number in missing else 2]:
+                    member = tarfile.TarInfo(f"{number:02d}.{kind}")
+                    member.size = len(held)
+                    archive.addfile(member, io.BytesIO(held))
+
+    write(())
+    sections = {"dataset_name": "custom", "dataset_path": str(tmp_path / "0.tar"), "val_fraction": 0.5}
+    out = trained_run(tmp_path, data=sections, training={"batch_size": 2, "total_steps": 1, "eval_samples": 2})
+    write((1, 5, 8))
+    words = ["--checkpoint", str(out), "--steps", "1"]
+    metrics.main([*words, "--count", "3", "--metrics", "memory"])
+    generate.main([*words, "--captions", f"custom:{tmp_path / '0.tar'}", "--output", str(tmp_path / "a")])
+    assert "3 samples are left out" in capsys.readouterr().err and len(list((tmp_path / "a").glob("*.png"))) == 9
+    generate.main([*words, "--output", str(tmp_path / "b.png")])
+    with pytest.raises(SystemExit):
+        generate.main([*words, "--prompt", "half \ud800", "--output", str(tmp_path / "c")])
+    assert "not UTF-8 text" in capsys.readouterr().err and not (tmp_path / "c").exists()
+
+
 def test_prompts_are_drawn_without_held_out_pictures(tmp_path):
     picture(tmp_path / "data" / "0.png")
     (tmp_path / "data" / "0.txt").write_text("a square")
@@ -274,11 +355,18 @@ def test_a_null_condition_that_was_never_trained_is_not_led_away_from():
     assert tiny(model=classes).can_guide and tiny(diffusion={"cfg_dropout": 0.0}).can_guide
 
 
-def test_a_cache_of_buckets_is_refused_before_anything_is_read(tmp_path, capsys):
-    save_config(tiny(data={"dataset_name": "custom", "dataset_path": "nowhere", "buckets": True}), tmp_path / "x.yaml")
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"dataset_name": "custom", "dataset_path": "nowhere", "buckets": True}, "data.buckets=false"),
+        ({"dataset_name": "scenes", "flip_guard": True, "keep_in_memory": False}, "composed anew in every epoch"),
+    ],
+)
+def test_what_no_cache_can_hold_is_refused_before_anything_is_read(tmp_path, capsys, data, message):
+    save_config(tiny(data={**data, "flip": 0}), tmp_path / "x.yaml")
     with pytest.raises(SystemExit):
         precompute.main(["--config", str(tmp_path / "x.yaml"), "--out", str(tmp_path / "cache")])
-    assert "data.buckets=false" in capsys.readouterr().err and not (tmp_path / "cache").exists()
+    assert message in capsys.readouterr().err and not (tmp_path / "cache").exists()
 
 
 def test_the_noise_table_goes_to_the_device_once():
@@ -434,9 +522,24 @@ def test_the_guides_four_files_are_written_and_resumed_from(tmp_path):
     last = [tmp_path / name / "checkpoints" / "checkpoint-step-4" for name in ("out", "again")]
     one, two = (load_file(place / "model.safetensors") for place in last)
     assert all(torch.equal(one[name], two[name]) for name in one)
+    kept = torch.load(alone / "optimizer.pt", weights_only=True)
     (alone / "optimizer.pt").write_bytes(b"nothing")
     with pytest.raises(SystemExit):
         train.main([*base, "--resume", str(alone), "--output-dir", str(tmp_path / "bad")])
+    assert not (tmp_path / "bad").exists()
+    for change in ({"step": torch.tensor(-3.0)}, {"exp_avg": torch.full_like(kept["state"][0]["exp_avg"], torch.nan)}):
+        state = {**kept["state"], 0: {**kept["state"][0], **change}}
+        torch.save({**kept, "state": state}, alone / "optimizer.pt")
+        with pytest.raises(UserError, match=r"optimizer.pt: not the state of an AdamW"):
+            refuse_unfit(alone, model)
+    (alone / "optimizer.pt").unlink()
+    weights = torch.load(alone / "model.pt", weights_only=True)
+    torch.save({f"_orig_mod.{name}": value for name, value in weights.items()}, alone / "model.pt")  # as compiled
+    refuse_unfit(alone, model)
+    torch.save({name: value.to(torch.complex64) for name, value in weights.items()}, alone / "model.pt")
+    with pytest.raises(UserError, match=r"model.pt: .* no finite decimal"):
+        refuse_unfit(alone, model)
+    torch.save(weights, alone / "model.pt")
     trainer = Trainer(build_model(config), PoolCodec(), None, None, config)
     trainer.load_checkpoint(alone)
     trainer.save_checkpoint(tmp_path / "saved")
