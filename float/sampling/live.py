@@ -30,10 +30,14 @@ def is_live(path: str) -> bool:
     found = os.stat(path)
     if stat.S_ISFIFO(found.st_mode) or stat.S_ISSOCK(found.st_mode):
         return True
-    if time.time() - found.st_mtime > STILL_SECONDS:
-        return False
-    time.sleep(4 * POLL_SECONDS)
-    return os.stat(path).st_size > found.st_size
+    # recorders write by the half second or second
+    waiting = STILL_SECONDS - max(0.0, time.time() - found.st_mtime)
+    while waiting > 0:
+        time.sleep(POLL_SECONDS)
+        waiting -= POLL_SECONDS
+        if os.stat(path).st_size > found.st_size:
+            return True
+    return False
 
 
 class Incoming:
