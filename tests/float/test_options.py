@@ -2,17 +2,21 @@
 
 import os
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
 from float.config import PRESETS, Config
 from float.dataset import FLOATDataset, collate_windows
 from float.generate import main as generate
+from float.modules.audio import SAMPLE_RATE, LogMelEncoder
 from float.rectified_flow import FlowMatchingTrainer
-from float.sampling.live import is_live
+from float.sampling.live import LiveSound, is_live
 from float.train import main as train
 from float.weights.open import load_generator, make_generator
 from shared.config import load_config
+from shared.errors import BadSample
 from tests.launching import newest
 
 TINY = "--config small --dim-h 32 --fmt-depth 1 --num-heads 2 --batch-size 4 --device cpu --precision fp32".split()
@@ -74,3 +78,11 @@ def test_a_recording_that_is_written_by_the_second_is_live_and_a_whole_file_is_n
     assert not is_live(str(path))
     os.utime(path, (0, 0))
     assert not is_live(str(path))
+
+
+def test_a_pipe_that_brings_no_sound_is_said_to_bring_none(tmp_path, monkeypatch):
+    monkeypatch.setattr("float.sampling.live.STILL_SECONDS", 0.0)
+    soundfile.write(tmp_path / "a.wav", np.zeros(0, np.float32), SAMPLE_RATE)
+    live = LiveSound(str(tmp_path / "a.wav"), LogMelEncoder(), fps=25.0, length=16)
+    with pytest.raises(BadSample, match=r"a\.wav: the sound track is empty"):
+        next(live.windows())
