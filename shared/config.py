@@ -284,7 +284,10 @@ def checkpoint_bytes(training: TrainingSection, trainable: int) -> int:
 def read_yaml(path: Path) -> dict:
     """The mapping in a YAML file; a UserError names the file and line of what cannot be read."""
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)  # noqa: S506  (a SafeLoader)
+        text = path.read_text(encoding="utf-8")
+        if path.suffix.lower() == ".json":  # YAML knows neither tabs between values nor the escaped slash
+            text = re.sub(r"(\\.)|\t", lambda found: {None: " ", "\\/": "/"}.get(found[1], found[0]), text)
+        tree = yaml.load(text, StrictLoader)  # noqa: S506  (a SafeLoader)
     except RecursionError:
         raise UserError(f"{path}: not readable as YAML: nested too deeply") from None
     except FileNotFoundError:
@@ -426,7 +429,7 @@ def check_resume(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
 
 
 def _preset_path(chosen: str, presets: Path) -> Path:
-    if chosen.endswith((".yaml", ".yml")) or os.sep in chosen:
+    if chosen.lower().endswith((".yaml", ".yml", ".json")) or os.sep in chosen:
         path = Path(chosen)
         return path if path.exists() or not (presets / path.name).exists() or os.sep in chosen else presets / path.name
     path = presets / f"{chosen}.yaml"

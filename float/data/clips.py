@@ -50,17 +50,30 @@ def find_clips(root: Path, split: str, *, required: bool = True) -> list[Clip]:
 
 
 def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
-    """The rows of a csv file in UTF-8; UserError when it is not one, or lacks one of the columns."""
+    """The rows of a csv file in UTF-8 that hold anything; UserError when it is not one, lacks one of the columns, or
+    what one of them should name (but a split).
+    """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             lacking = sorted(set(columns) - set(reader.fieldnames or ()))
-            rows = list(reader)
+            lines = [(reader.line_num, row) for row in reader if any(row.values())]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not a table in UTF-8 ({error}); save it as CSV UTF-8") from None
     if lacking:
         raise UserError(f"{path}: columns {', '.join(lacking)} are missing")
-    return rows
+    for line, row in lines:
+        if empty := [name for name in columns if not row[name] and name != "split"]:
+            raise UserError(f"{path}, line {line}: {empty[0]} is empty; fill it in, or remove the line")
+    return [row for _, row in lines]
+
+
+def emotion_of_row(path: Path, row: dict[str, str]) -> int | None:
+    """The class that a row names; UserError where it is none."""
+    index = row.get("emotion_index") or ""
+    if index and index not in tuple("0123456"):
+        raise UserError(f"{path}: {row['video']}: emotion_index {index!r} is not 0 to 6")
+    return int(index) if index else None
 
 
 def _from_table(root: Path, splits: tuple[str, ...]) -> list[Clip]:
@@ -70,16 +83,14 @@ def _from_table(root: Path, splits: tuple[str, ...]) -> list[Clip]:
     for row in rows:
         if row["split"] != chosen:
             continue
-        index, motion = row.get("emotion_index"), row.get("motion")
-        if index not in (None, "") and index not in tuple("0123456"):
-            raise UserError(f"{path}: clip {row['clip_id']}: emotion_index {index!r} is not 0 to 6")
+        motion = row.get("motion")
         clips.append(
             Clip(
                 clip_id=row["clip_id"],
                 video=root / row["video"],
                 audio=root / (row.get("audio") or row["video"]),
                 identity=row.get("identity") or row["clip_id"],
-                emotion=int(index) if index not in (None, "") else None,
+                emotion=emotion_of_row(path, row),
                 motion=root / motion if motion else None,
             )
         )

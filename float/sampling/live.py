@@ -16,6 +16,7 @@ from torch import Tensor
 
 from float.data.media import Sound, sound_pieces
 from float.modules.audio import SAMPLE_RATE, AudioEncoder, LogMelEncoder, frames_of
+from shared.errors import BadSample
 
 STDIN = "-"
 LOOK_AHEAD, MEMORY_SECONDS = 0.2, 8.0  # seconds of sound after a window, and before it, that its features are made of
@@ -30,10 +31,14 @@ def is_live(path: str) -> bool:
     found = os.stat(path)
     if stat.S_ISFIFO(found.st_mode) or stat.S_ISSOCK(found.st_mode):
         return True
-    if time.time() - found.st_mtime > STILL_SECONDS:
-        return False
-    time.sleep(4 * POLL_SECONDS)
-    return os.stat(path).st_size > found.st_size
+    # recorders write by the half second or second
+    waiting = STILL_SECONDS - max(0.0, time.time() - found.st_mtime)
+    while waiting > 0:
+        time.sleep(POLL_SECONDS)
+        waiting -= POLL_SECONDS
+        if os.stat(path).st_size > found.st_size:
+            return True
+    return False
 
 
 class Incoming:
@@ -67,7 +72,8 @@ class LiveSound:
 
     def __init__(self, path: str, encoder: AudioEncoder | LogMelEncoder, *, fps: float, length: int):
         self.encoder, self.fps, self.length = encoder, fps, length
-        self.source = sound_pieces(path if path != STDIN else "standard input", SAMPLE_RATE, "mono", Incoming(path))
+        self.path = path if path != STDIN else "standard input"
+        self.source = sound_pieces(self.path, SAMPLE_RATE, "mono", Incoming(path))
         self.queue: deque[np.ndarray] = deque()
         self.received = 0  # samples
         self.total: int | None = None  # frames, known at the end
@@ -93,6 +99,8 @@ class LiveSound:
             while not ended and self.received < wanted:
                 piece = next(self.source, None)
                 if piece is None:
+                    if not self.received:
+                        raise BadSample(f"{self.path}: the sound track is empty; nothing came in")
                     ended = True
                     self.total = frames_of(self.received, self.fps)
                     break

@@ -149,6 +149,14 @@ def test_folder_layouts_of_the_public_sets(tmp_path):
             ),
             "metadata.csv: not a table in UTF-8",
         ),
+        (
+            lambda root: (root.mkdir(), (root / "metadata.csv").write_text("clip_id,video,split\na,,train\n")),
+            "line 2: video is empty",
+        ),
+        (
+            lambda root: (root.mkdir(), (root / "metadata.csv").write_text("clip_id,split,video\n,,\na,train\n")),
+            "line 3: video is empty",
+        ),
     ],
 )
 def test_faulty_data_folders_are_explained(tmp_path, make, words):

@@ -1,14 +1,22 @@
-"""Settings that no preset gives: each one is seen to act."""
+"""Settings that no preset gives: each one is seen to act, or is refused with a reason."""
 
+import os
+
+import numpy as np
 import pytest
+import soundfile
 import torch
 
 from float.config import PRESETS, Config
 from float.dataset import FLOATDataset, collate_windows
+from float.generate import main as generate
+from float.modules.audio import SAMPLE_RATE, LogMelEncoder
 from float.rectified_flow import FlowMatchingTrainer
+from float.sampling.live import LiveSound, is_live
 from float.train import main as train
 from float.weights.open import load_generator, make_generator
 from shared.config import load_config
+from shared.errors import BadSample
 from tests.launching import newest
 
 TINY = "--config small --dim-h 32 --fmt-depth 1 --num-heads 2 --batch-size 4 --device cpu --precision fp32".split()
@@ -36,3 +44,45 @@ def test_relative_motion_trains_on_what_the_reference_is_taken_off(tmp_path, fla
     trainer = FlowMatchingTrainer(config, generator, dataset)
     one, other = (next(trainer.losses(generator, [given], 0))[0].item() for given in (batch, moved))
     assert (abs(one - other) < 1e-4 * one) == centred
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--aud-path {talk} --output {talk}", "is --aud-path itself and would be overwritten"),
+        ("--ref-path {talk} --aud-path {talk} --output {here}/x/../talk.mp4", "is --ref-path itself"),
+        ("--set-direction 3=nan", "direction '3=nan': K=VALUE expected"),
+        ("--shift-direction 3=-inf", "direction '3=-inf': K=VALUE expected"),
+    ],
+)
+def test_what_generation_refuses_before_it_loads_anything(tmp_path, flags, words, capsys):
+    (tmp_path / "talk.mp4").write_bytes(b"sound")
+    (tmp_path / "x").mkdir()
+    with pytest.raises(SystemExit) as stopped:
+        generate(["--checkpoint", "run", *flags.format(talk=tmp_path / "talk.mp4", here=tmp_path).split()])
+    assert stopped.value.code == 2 and words in capsys.readouterr().err
+    assert (tmp_path / "talk.mp4").read_bytes() == b"sound"
+
+
+def test_a_recording_that_is_written_by_the_second_is_live_and_a_whole_file_is_not(tmp_path, monkeypatch):
+    path, clock = tmp_path / "a.wav", iter(range(100))
+    path.write_bytes(bytes(32))
+
+    def sleep(seconds: float) -> None:
+        if next(clock) * seconds > 1.0 and path.stat().st_size == 32:
+            path.write_bytes(bytes(64))
+
+    monkeypatch.setattr("float.sampling.live.time.sleep", sleep)
+    assert is_live(str(path))
+    monkeypatch.setattr("float.sampling.live.time.sleep", lambda seconds: None)
+    assert not is_live(str(path))
+    os.utime(path, (0, 0))
+    assert not is_live(str(path))
+
+
+def test_a_pipe_that_brings_no_sound_is_said_to_bring_none(tmp_path, monkeypatch):
+    monkeypatch.setattr("float.sampling.live.STILL_SECONDS", 0.0)
+    soundfile.write(tmp_path / "a.wav", np.zeros(0, np.float32), SAMPLE_RATE)
+    live = LiveSound(str(tmp_path / "a.wav"), LogMelEncoder(), fps=25.0, length=16)
+    with pytest.raises(BadSample, match=r"a\.wav: the sound track is empty"):
+        next(live.windows())

@@ -163,6 +163,41 @@ def test_no_two_videos_write_the_same_clip(tmp_path):
     assert all((folder / row["video"]).is_file() for row in rows) and any("甲" in row["video"] for row in rows)
 
 
+@pytest.mark.parametrize(
+    "table, words",
+    [
+        ("video,identity\n,x\n", "line 2: video is empty"),
+        ("identity,video\nx\n", "line 2: video is empty"),
+        ("video,identity,emotion_index\na.mp4,y,9\n", "emotion_index '9' is not 0 to 6"),
+        ("video,identity,emotion_index\na.mp4,y,²\n", "emotion_index '²' is not 0 to 6"),
+        ("video,identity\na.mp4,x\na.mp4,y\n", "a.mp4 is listed twice"),
+        ("video,identity\na.mp4,x\na.mp4,x\n,\n", None),
+    ],
+)
+def test_a_faulty_list_of_raw_videos_is_explained(tmp_path, table, words):
+    (tmp_path / "metadata.csv").write_text(table)
+    if words is None:
+        assert [source.name for source in find_sources(tmp_path)] == ["a"]
+        return
+    with pytest.raises(UserError, match=words):
+        find_sources(tmp_path)
+
+
+def test_a_name_that_is_not_utf_8_stops_no_folder(tmp_path):
+    place = os.fsencode(tmp_path / "s1") + b"/caf\xe9.MP4"
+    (tmp_path / "s1").mkdir()
+    Path(os.fsdecode(place)).write_bytes(b"")
+    with pytest.raises(UserError, match="no clip came out of 1 videos"):
+        prepare(PrepareOptions(data_root=str(tmp_path), output_dir=str(tmp_path / "clips"), size=64))
+    assert rows_of(tmp_path / "clips", "rejected.csv")[0]["source"] == "s1/caf\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize("kind", [".3gp", ".m2ts", ".VOB"])
+def test_videos_of_cameras_and_discs_are_found(tmp_path, kind):
+    (tmp_path / f"a{kind}").write_bytes(b"")
+    assert is_raw(tmp_path) and [source.name for source in find_sources(tmp_path)] == ["a"]
+
+
 def test_people_are_held_out_whole_and_stay_where_they_are():
     rows = [{"identity": f"p{k % 5}", "clip_id": f"c{k}", "split": ""} for k in range(20)]
     assert "16 clips to train on, 4 held out by person" in divide(rows, 0.2)

@@ -164,6 +164,14 @@ def test_a_file_is_read_in_place_of_a_preset(presets, tmp_path):
     assert load_config(Config, argv=["--seed", "3"], presets=None, default="small").run.seed == 3
 
 
+def test_any_json_is_read_also_by_its_bare_name(presets, tmp_path, monkeypatch):
+    text = '{\n\t"model": {\n\t\t"table": {"a\\/b": 1, "c\\\\/d": 2},\n\t\t"width":\t96\n\t}\n}\n'
+    (tmp_path / "mine.json").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    config = load_config(Config, presets=presets, argv=["--config", "mine.json"])
+    assert config.model.width == 96 and config.model.table == {"a/b": 1, "c\\/d": 2}
+
+
 def test_no_setting_leaks_from_one_config_into_the_next():
     first = load("--sizes", "1")
     first.training.batch_size = 1
