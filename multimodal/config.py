@@ -106,7 +106,9 @@ class TrainingConfig(TrainingSection):
     """The loop and the three stages."""
 
     batch_size: int = setting(8, "pairs of each kind per rank and micro-step", ge=1, le=10**6)
-    num_epochs: int | None = setting(100, "passes over the image data, all stages together", "epochs", ge=1, le=10**6)
+    num_epochs: int | None = setting(
+        100, "passes over the image data, all stages together; stage_epochs goes before it", "epochs", ge=1, le=10**6
+    )
     gradient_accumulation_steps: int = setting(4, "micro-steps of one optimizer step", "grad_accum", ge=1, le=10**6)
     learning_rate: float = setting(1e-4, "peak learning rate of each stage", "lr", ge=0, le=100)
     # Null stands for a value of each stage's own; the stages' settings, which shared/ reads, hold numbers.
@@ -130,7 +132,9 @@ class TrainingConfig(TrainingSection):
     lr_scheduler_type: Literal["cosine", "constant", "linear", "wsd"] = setting("cosine", "shape after the warm-up")
     warmup_ratio: float = setting(0.05, "warm-up as a share of a stage, at most 2000 steps", ge=0, le=1)
     warmup_steps: int = setting(0, "warm-up steps of each stage; 0: warmup_ratio decides", ge=0, le=10**12)
-    stages: list[int] | None = setting(None, "which stages to run; null: 1 2 3, or 3 alone with one epoch")
+    stages: list[int] | None = setting(
+        None, "which stages to run; null: those with a share, or the last of them with one epoch"
+    )
     stage_fractions: list[float] = setting([0.2, 0.4, 0.4], "share of the epochs for each of the three stages")
     stage_epochs: list[int] | None = setting(None, "epochs of each of the three stages; null: stage_fractions")
     contrastive_loss: Literal["infonce", "siglip"] = setting("infonce", "softmax or sigmoid loss", fixed=True)
@@ -230,15 +234,15 @@ class Config(Section):
 
 
 def stage_epochs(training: TrainingConfig) -> dict[int, int]:
-    """Epochs of each stage that runs, in order; every stage has at least one when there are three epochs or more."""
-    total = training.num_epochs or 1
-    wanted = training.stages or ([1, 2, 3] if total > 1 else [3])
+    """Epochs of each stage that runs, in order; every stage with a share has at least one where they suffice."""
+    total, asked = training.num_epochs or 1, training.stages or [1, 2, 3]
     if training.stage_epochs is not None:
-        planned = {stage: training.stage_epochs[stage - 1] for stage in sorted(set(wanted))}
+        planned = {stage: training.stage_epochs[stage - 1] for stage in sorted(set(asked))}
         if not any(planned.values()):
             raise ValueError(f"stages {list(planned)} have no epochs in stage_epochs {training.stage_epochs}")
         return {stage: number for stage, number in planned.items() if number}
-    wanted = sorted(set(wanted))
+    wanted = [stage for stage in sorted(set(asked)) if training.stages or training.stage_fractions[stage - 1]]
+    wanted = wanted[-1:] if total == 1 and not training.stages else wanted
     share = sum(training.stage_fractions[stage - 1] for stage in wanted)
     if not share:
         raise ValueError(f"stages {wanted} have no share of the epochs in stage_fractions {training.stage_fractions}")

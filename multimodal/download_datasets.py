@@ -73,6 +73,12 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--datasets is needed: some of {', '.join(SETS)}, or all")
     names = list(SETS) if "all" in options.datasets else list(dict.fromkeys(options.datasets))
     sets = [AUDIOCAPS_2 if name == "audiocaps" and options.audiocaps_version == "2.0" else SETS[name] for name in names]
+    for found in sets:
+        if found.files and not wanted(found, options):
+            parts = ", ".join(dict.fromkeys(file.split for file in found.files))
+            raise UserError(
+                f"--splits {' '.join(options.splits)}: {found.name} has {parts}; name one of them, or leave it out"
+            )
     bases = read_bases(options.base_url)
     root = check_output(options.data_root, flag="--data-root", folder=True)
     todo = [found for found in sets if not (options.skip_existing and is_complete(root / found.name, found, options))]

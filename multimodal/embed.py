@@ -12,6 +12,7 @@ import hashlib
 import html
 import io
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ from shared.errors import UserError, check_output, command, write_text, written_
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from multimodal.data.records import Kind
     from multimodal.weights.open import Embedder
 
 KINDS = ("images", "texts", "audio")
@@ -111,7 +113,12 @@ def encode(options: EncodeOptions) -> Path:
         print("".join(f"left out: {sentence}\n" for sentence in misnamed), end="", file=sys.stderr, flush=True)
     embedder = Embedder.load(options.checkpoint, device=options.device, batch_size=options.batch_size)
 
-    names = hashlib.sha256("\n".join(items).encode()).hexdigest()
+    states = (
+        items
+        if kind == "texts"
+        else [f"{name} {(facts := os.stat(name)).st_size} {facts.st_mtime_ns}" for name in items]
+    )
+    names = hashlib.sha256("\n".join(states).encode()).hexdigest()  # of a file that was replaced no part is kept
     mark = weights_mark(embedder)
     plan = json.dumps({"kind": kind, "dtype": options.dtype, "model": mark, "part": options.part_size, "items": names})
     parts = output.with_name(f".{output.name}.parts")
@@ -251,13 +258,12 @@ def _read_safetensors(path: Path) -> Index:
 
 
 def read_lines(path: str) -> list[str]:
-    """The non-empty lines of a text file."""
+    """The lines of a text file, in UTF-8 or UTF-16, that hold a word."""
+    from multimodal.data.records import clean, text_lines
+
     if not Path(path).is_file():
         raise UserError(f"--texts {path}: no such file")
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise UserError(f"--texts {path}: not a UTF-8 text file") from None
+    lines = [line.strip() for _, line in text_lines(Path(path)) if clean(line)]
     if not lines:
         raise UserError(f"--texts {path}: holds no text")
     return lines
@@ -285,10 +291,13 @@ def search(options: SearchOptions) -> list[tuple[str, float]]:
         raise UserError(f"--index {options.index}: made with other weights than {options.checkpoint}; encode it again")
     if options.query_text is not None:
         query = embedder.texts([options.query_text])[0]
-    elif options.query_image is not None:
-        query = embedder.images(files_below(options.query_image, "image"))[0][0]
     else:
-        query = embedder.sounds(files_below(str(options.query_audio), "audio"))[0][0]
+        kind: Kind = "image" if options.query_image is not None else "audio"
+        place = str(options.query_image or options.query_audio)
+        files = files_below(place, kind)
+        if len(files) > 1:
+            raise UserError(f"--query-{kind} {place}: holds {len(files)} files; give one of them")
+        query = (embedder.images if kind == "image" else embedder.sounds)(files)[0][0]
     scores = index.vectors.float() @ query
     best = scores.argsort(descending=True, stable=True)[: options.top_k].tolist()
     found = [(index.ids[place], float(scores[place])) for place in best]
@@ -318,7 +327,7 @@ def page(options: PageOptions) -> Path:
         vectors.append(index.vectors[places].float())
     whole = torch.cat(vectors)
     scaled = (whole / whole.abs().amax(1, keepdim=True) * 127).round().to(torch.int8)  # only their direction counts
-    data = json.dumps(items, ensure_ascii=True).replace("</", "<\\/")
+    data = json.dumps(items, ensure_ascii=True).replace("<", "\\u003c")  # no name ends the script, or begins a comment
     names = ", ".join(f"{sum(item['kind'] == kind for item in items)} {kind}" for kind in KINDS)
     body = (
         f"<p>{html.escape(names)}. Choose an item, or write words of a text "

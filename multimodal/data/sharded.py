@@ -87,7 +87,7 @@ class ShardRecords(Records):
                 raise BadSample(f"{where}: {error}") from None
         for name in ("txt", "text", "caption"):
             if not captions and name in sample:
-                captions = tuple(filter(None, map(clean, decoded(sample[name]).splitlines())))
+                captions = tuple(filter(None, map(clean, re.split("[\r\n]+", decoded(sample[name])))))
         if not captions:
             found = ", ".join(sorted(extensions))
             raise BadSample(f"{where} has no caption{fault}; its members are {found}, a .txt or a .json is wanted")

@@ -12,7 +12,7 @@ from torch import Tensor
 from multimodal.config import Config
 from multimodal.data.audio import AUDIO_SUFFIXES
 from multimodal.data.image import IMAGE_SUFFIXES
-from multimodal.data.records import Kind, ListRecords, Record, Records
+from multimodal.data.records import Kind, ListRecords, Record, Records, clean
 from multimodal.data.sources import model_inputs
 from multimodal.data.text import TextTokenizer
 from multimodal.dataset import CaptionedDataset
@@ -94,9 +94,11 @@ class Embedder:
         )
 
     def texts(self, texts: list[str]) -> Tensor:
-        """(n, E) unit vectors, fp32, on the CPU."""
-        found = []
-        for own in batches(texts, 2 * self.batch_size):
+        """(n, E) unit vectors, fp32, on the CPU; UserError for a text without a word."""
+        found, words = [], [clean(text) for text in texts]
+        if not all(words):
+            raise UserError(f"the text {texts[words.index('')]!r} holds no word; give one that does")
+        for own in batches(words, 2 * self.batch_size):
             input_ids, mask = to_device(self.tokenizer.batch(own), self.info.device)
             outputs = self.encode({"image": {"input_ids": input_ids, "attention_mask": mask}})
             found.append(finite(outputs["imagetext_embeds"].cpu()))

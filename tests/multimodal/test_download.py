@@ -496,6 +496,8 @@ def test_a_damaged_archive_is_named_in_one_line(tmp_path: Path):
         (("--datasets", "cocoa"), "cocoa"),
         (("--datasets", "coco", "--base-url", "coco"), "NAME=URL"),
         (("--datasets", "coco", "--base-url", "coco=file:///etc"), "http"),
+        (("--datasets", "audiocaps", "--splits", "karpathy"), "audiocaps has train, val, test"),
+        (("--datasets", "coco", "clotho", "--splits", "test2017", "karpathy"), "clotho has train, val, test"),
     ],
 )
 def test_bad_arguments_end_with_2(flags: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture):

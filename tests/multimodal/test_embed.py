@@ -92,6 +92,23 @@ def test_a_stopped_encode_goes_on_where_it_was(out, data, tmp_path, monkeypatch)
     )
 
 
+def test_a_file_that_was_replaced_after_a_stop_is_read_again(out, tmp_path, monkeypatch):
+    for name in "ab":
+        Image.new("RGB", (64, 64), "red").save(tmp_path / f"{name}.png")
+    command = ["encode", "--checkpoint", str(out), "--images", str(tmp_path), "--part-size", "1", "--output"]
+    own = Embedder.files
+    monkeypatch.setattr(
+        Embedder, "files", lambda self, paths, *rest: 1 / 0 if "b.png" in str(paths) else own(self, paths, *rest)
+    )
+    with pytest.raises(ZeroDivisionError):
+        embed.main([*command, str(tmp_path / "e.safetensors")])
+    monkeypatch.undo()
+    Image.new("RGB", (64, 64), "green").save(tmp_path / "a.png")
+    embed.main([*command, str(tmp_path / "e.safetensors")])
+    embed.main([*command, str(tmp_path / "w.safetensors")])
+    assert torch.equal(*(embed.read_index(tmp_path / f"{name}.safetensors").vectors for name in "ew"))
+
+
 def test_files_that_cannot_be_read_are_left_out_and_listed(out, tmp_path, capsys):
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -108,6 +125,24 @@ def test_files_that_cannot_be_read_are_left_out_and_listed(out, tmp_path, capsys
     assert "none of 2 files" in failing(capsys, embed, *command[:-1], str(tmp_path / "new" / "er" / "f.parquet"))
     assert ": a folder; give the name of a file" in failing(capsys, embed, *command[:-1], str(tmp_path))
     assert not [*tmp_path.glob("f.*"), *tmp_path.glob("new")] and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_text_is_a_line_whatever_it_holds_and_how_it_is_encoded(tmp_path, encoding):
+    texts = ["a dog", "two\u2028parts of one line\x85here", "un café\x0cnoir"]
+    (tmp_path / "t.txt").write_bytes("\r\n".join([*texts, "\x00", " ", ""]).encode(encoding))
+    assert embed.read_lines(str(tmp_path / "t.txt")) == texts
+
+
+def test_a_query_is_one_file_or_a_text_with_a_word(out, data, tmp_path, capsys):
+    vectors = torch.nn.functional.normalize(torch.randn(2, 32), dim=1)
+    embed.write_index(tmp_path / "i.parquet", vectors, ["x", "y"], "texts", embed.weights_mark(Embedder.load(str(out))))
+    command = ["search", "--checkpoint", str(out), "--index", str(tmp_path / "i.parquet")]
+    for query in ("", " ", "\x00"):
+        assert "holds no word" in failing(capsys, embed, *command, "--query-text", query)
+    embed.main([*command, "--query-text", os.fsdecode(b"caf\xe9")])  # typed in another encoding
+    assert "holds 24 files; give one" in failing(capsys, embed, *command, "--query-image", str(data / "jsonl"))
+    assert "holds 24 files; give one" in failing(capsys, embed, *command, "--query-audio", str(data / "jsonl"))
 
 
 def test_an_index_of_many_ids(out, tmp_path, monkeypatch):
@@ -139,12 +174,12 @@ def test_the_page_holds_everything_and_its_vectors_find_the_same(out, data, tmp_
     for kind in ("images", "audio"):
         indexes.append(str(tmp_path / f"{kind}.safetensors"))
         embed.main(["encode", "--checkpoint", str(out), f"--{kind}", str(data / "jsonl"), "--output", indexes[-1]])
-    (tmp_path / "t.txt").write_text("a </script> dog\nthing 3\n")
+    (tmp_path / "t.txt").write_text("a </script> dog\nthing 3 <!-- <script>\n")
     indexes.append(str(tmp_path / "t.safetensors"))
     embed.main(["encode", "--checkpoint", str(out), "--texts", str(tmp_path / "t.txt"), "--output", indexes[-1]])
     embed.main(["page", "--index", *indexes, "--output", str(tmp_path / "p.html"), "--limit", "10"])
     text = (tmp_path / "p.html").read_text()
-    assert text.count("</script>") == 1 and not re.search(r"(?:src|href)=['\"]?https?:", text)
+    assert text.count("</script>") == 1 and "<!--" not in text and not re.search(r"(?:src|href)=['\"]?https?:", text)
     items = json.loads(re.search(r"const items=(\[.*?\]);const width", text)[1])
     assert [sum(item["kind"] == kind for item in items) for kind in ("images", "audio", "texts")] == [10, 10, 2]
     assert all(item["shown"].startswith("data:") for item in items[:20]) and items[20]["name"] == "a </script> dog"

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from multimodal.config import Config, TrainingConfig, stage_epochs
+from multimodal.config import PRESETS, Config, TrainingConfig, stage_epochs
 from multimodal.evaluation.retrieval import (
     average_precision_at,
     chance_recall,
@@ -31,6 +31,25 @@ from shared.errors import UserError
 )
 def test_stage_epochs(epochs, stages, expected):
     assert stage_epochs(TrainingConfig(num_epochs=epochs, stages=stages)) == expected
+
+
+@pytest.mark.parametrize(
+    "flags,expected",
+    [
+        ("--config small", {1: 6, 2: 36, 3: 4}),
+        ("--config small --epochs 92", {1: 12, 2: 72, 3: 8}),
+        ("--config small --epochs 10 --stage-fractions 0.2 0.4 0.4", {1: 2, 2: 4, 3: 4}),
+        ("--config few_samples", {2: 8}),
+        ("--config few_samples --epochs 20", {2: 20}),
+        ("--config few_samples --epochs 1", {2: 1}),
+        ("--config few_samples --stage-epochs 1 2 3", {1: 1, 2: 2, 3: 3}),
+        ("--epochs 1 --stage-epochs 1 2 3", {1: 1, 2: 2, 3: 3}),
+    ],
+)
+def test_epochs_act_under_every_preset(flags, expected):
+    assert (
+        stage_epochs(load_config(Config, presets=PRESETS, argv=flags.split(), default="default").training) == expected
+    )
 
 
 def test_stages_without_epochs_are_refused():

@@ -31,6 +31,16 @@ def pictures(first: int, count: int, text: str = "picture") -> dict[str, bytes]:
     }
 
 
+def test_a_line_of_a_text_member_is_a_caption_whatever_it_holds(tmp_path):
+    texts = {"k0": "one \u2028 whole line\r\ntwo".encode(), "k1": b"caf\xe9 \x85 noir"}  # utf-8; cp1252
+    members = {
+        f"{k}.{part}": data for k, text in texts.items() for part, data in (("png", PIXELS.getvalue()), ("txt", text))
+    }
+    folder = write_shard(tmp_path / "train-0.tar", members)
+    found = [record.captions for record in read_records("shards", folder, "train").records]
+    assert found == [("one whole line", "two"), ("café noir",)]
+
+
 def test_opening_reads_one_caption_and_training_reads_the_rest(tmp_path, monkeypatch):
     folder = write_shard(tmp_path / "train-0.tar", pictures(0, 40))
     write_shard(tmp_path / "train-1.tar", pictures(40, 20))

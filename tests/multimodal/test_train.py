@@ -312,7 +312,7 @@ def test_odd_texts_and_sets_are_named(whole, tmp_path, capsys):
     (tmp_path / "empty" / "meta").mkdir(parents=True)
     (tmp_path / "empty" / "meta" / "esc50.csv").write_text("filename,category\n")
     cases = [
-        (embed, ("encode", "--texts", str(tmp_path / "texts.txt")), "not a UTF-8 text file"),
+        (embed, ("encode", "--texts", str(tmp_path / "texts.txt")), "convert it to UTF-8"),
         (metrics, ("--zeroshot", "coco80"), "measured on coco"),
         (metrics, ("--zeroshot", str(tmp_path)), "no column filename"),
         (metrics, ("--zeroshot", str(tmp_path / "empty")), "esc50.csv lists no sound"),
