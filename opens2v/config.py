@@ -49,7 +49,8 @@ class DataConfig(Section):
     background_base_paths: list[str] = setting([], "folders of background pictures (called `foreground`), one per part")
     scenes: str | None = setting(
         None,
-        "without json_paths: scenes composed on the fly from drawings (`sample`, the .json of a sheet, or a folder)",
+        "drawings (`sample`, the .json of a sheet, or a folder): without json_paths scenes are composed of them, with "
+        "json_paths see other_subject_probability",
         fixed=True,
     )
     val_json_paths: list[str] = setting(
@@ -106,6 +107,9 @@ class DataConfig(Section):
     other_scene_probability: float = setting(
         0.0, "share of samples whose subject is shown in front of another clip's background (still cameras)", ge=0, le=1
     )
+    other_subject_probability: float = setting(
+        0.0, "share of samples whose subject gives its place to a drawing of `scenes` (still cameras)", ge=0, le=1
+    )
     generic_caption_probability: float = setting(
         0.0, "share of samples whose caption calls the subject `subject`", ge=0, le=1
     )
@@ -135,8 +139,9 @@ OF_CLIPS = (
     "sample_stride", "target_fps", "subject_selection", "is_cross_frame", "cross_frames_cluster_path",
     "cross_frames_base_path", "cross_min_similarity", "cross_max_similarity", "min_gme_score", "min_aes_score",
     "min_crop_ratio", "max_crop_ratio", "subject_tag_groups", "dedup_iou", "use_bbox", "ref_augment", "caption_key",
-    "load_background", "recolour_probability", "other_scene_probability", "generic_caption_probability", "only_keys",
-    "without_keys", "val_json_paths", "val_video_base_paths", "background_base_paths", "video_base_paths",
+    "load_background", "recolour_probability", "other_scene_probability", "other_subject_probability",
+    "generic_caption_probability", "only_keys", "without_keys", "val_json_paths", "val_video_base_paths",
+    "background_base_paths", "video_base_paths",
 )  # fmt: skip
 
 
@@ -509,6 +514,8 @@ def check_sizes(config: Config) -> None:
                 f"{', '.join(idle)}: for clips alone; composed scenes (data.scenes) have no such choice; give "
                 "json_paths or leave it out"
             )
+    if data.other_subject_probability and data.scenes is None:
+        raise ValueError("other_subject_probability needs drawings: give scenes (`sample`, a sheet or a folder)")
     if len(data.val_json_paths) != len(data.val_video_base_paths):
         raise ValueError(
             f"val_json_paths and val_video_base_paths must be equally long, they have {len(data.val_json_paths)} and "
