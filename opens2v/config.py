@@ -67,6 +67,10 @@ class DataConfig(Section):
     pixel_width: int = setting(832, "width of the video, pixels", "width", ge=16, le=8192, fixed=True)
     ref_height: int = setting(256, "height of a subject picture for the VAE path, pixels", ge=8, le=8192, fixed=True)
     ref_width: int = setting(256, "width of a subject picture for the VAE path, pixels", ge=8, le=8192, fixed=True)
+    ref_place: Literal["canvas", "frame"] = setting(
+        "canvas", "a subject picture for the VAE path fills its canvas, or lies in it as large and as high as in the "
+        "annotated frame; a picture that is of no frame fills it", fixed=True
+    )  # fmt: skip
     ref_clip_size: int = setting(224, "side of a subject picture for the image encoder, pixels", ge=16, fixed=True)
     sample_stride: int = setting(3, "frames from one training frame to the next", ge=1, fixed=True)
     target_fps: float | None = setting(
@@ -138,7 +142,8 @@ class DataConfig(Section):
 OF_CLIPS = (
     "sample_stride", "target_fps", "subject_selection", "is_cross_frame", "cross_frames_cluster_path",
     "cross_frames_base_path", "cross_min_similarity", "cross_max_similarity", "min_gme_score", "min_aes_score",
-    "min_crop_ratio", "max_crop_ratio", "subject_tag_groups", "dedup_iou", "use_bbox", "ref_augment", "caption_key",
+    "min_crop_ratio", "max_crop_ratio", "subject_tag_groups", "dedup_iou", "use_bbox", "ref_augment", "ref_place",
+    "caption_key",
     "load_background", "recolour_probability", "other_scene_probability", "other_subject_probability",
     "generic_caption_probability", "only_keys", "without_keys", "val_json_paths", "val_video_base_paths",
     "background_base_paths", "video_base_paths",

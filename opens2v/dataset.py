@@ -33,7 +33,15 @@ from opens2v.data.clips import (
 )
 from opens2v.data.cross_frames import CrossFramePairs
 from opens2v.data.scenes import UNSEEN, SceneDataset, read_drawings, scene_set
-from opens2v.data.subjects import CLIP_SIZE, SELECTIONS, Subject, SubjectFilter, reference_tensors, select_subjects
+from opens2v.data.subjects import (
+    CLIP_SIZE,
+    SELECTIONS,
+    Subject,
+    SubjectFilter,
+    height_in_frame,
+    reference_tensors,
+    select_subjects,
+)
 from opens2v.data.video import cover_resize, fit_frame, normalise
 from shared.errors import BadSample, UserError
 from shared.media.pictures import as_rgb
@@ -171,6 +179,7 @@ class OpenS2VAdapterDataset(Dataset):
             kept = self.filter.apply(self._subjects(position, key, entry), entry.get("word_tags") or {})
             chosen = select_subjects(kept, self.selection, self.max_subjects, rng)
         images = [self._image(key, subject, rng, sources) for subject in chosen]
+        places = [height_in_frame(subject.mask, self.size) for subject in chosen]
 
         noun = ""  # another than the clip's own
         # Changes that keep a small set from being learned by heart. The draws are made in this order whatever is
@@ -182,7 +191,8 @@ class OpenS2VAdapterDataset(Dataset):
                 scene = fit_frame(background, *self.size)
                 shown = in_its_place(where, scene, drawing.rgba)
             if shown is not None:
-                frames, where, chosen, noun = shown, foreground_mask(shown, scene), chosen[:1], "subject"
+                frames, places = shown[0], [shown[1]]
+                where, chosen, noun = foreground_mask(frames, scene), chosen[:1], "subject"
                 images = [as_rgb(Image.fromarray(drawing.rgba))] * len(chosen)
                 for name in class_names(entry):
                     caption = generic_caption(caption, name)
@@ -204,6 +214,7 @@ class OpenS2VAdapterDataset(Dataset):
             item |= reference_tensors(
                 chosen, images, rng if options.ref_augment else None,
                 count=self.max_subjects, size=self.reference_size, clip_size=options.ref_clip_size,
+                places=places if options.ref_place == "frame" else None,
             )  # fmt: skip
         item["meta"] = {
             "fps": metadata.get("fps"),
@@ -551,6 +562,7 @@ class SampleOptions:
     use_bbox: bool = False
     ref_augment: bool = True
     ref_clip_size: int = CLIP_SIZE
+    ref_place: str = "canvas"
     caption_key: str = "face_cap_qwen"
     max_retries: int = 10
     strict: bool = False
