@@ -49,7 +49,8 @@ class DataConfig(Section):
     background_base_paths: list[str] = setting([], "folders of background pictures (called `foreground`), one per part")
     scenes: str | None = setting(
         None,
-        "without json_paths: scenes composed on the fly from drawings (`sample`, the .json of a sheet, or a folder)",
+        "drawings (`sample`, the .json of a sheet, or a folder): without json_paths scenes are composed of them, with "
+        "json_paths see other_subject_probability",
         fixed=True,
     )
     val_json_paths: list[str] = setting(
@@ -66,6 +67,10 @@ class DataConfig(Section):
     pixel_width: int = setting(832, "width of the video, pixels", "width", ge=16, le=8192, fixed=True)
     ref_height: int = setting(256, "height of a subject picture for the VAE path, pixels", ge=8, le=8192, fixed=True)
     ref_width: int = setting(256, "width of a subject picture for the VAE path, pixels", ge=8, le=8192, fixed=True)
+    ref_place: Literal["canvas", "frame"] = setting(
+        "canvas", "a subject picture for the VAE path fills its canvas, or lies in it as large and as high as in the "
+        "annotated frame; a picture that is of no frame fills it", fixed=True
+    )  # fmt: skip
     ref_clip_size: int = setting(224, "side of a subject picture for the image encoder, pixels", ge=16, fixed=True)
     sample_stride: int = setting(3, "frames from one training frame to the next", ge=1, fixed=True)
     target_fps: float | None = setting(
@@ -106,6 +111,9 @@ class DataConfig(Section):
     other_scene_probability: float = setting(
         0.0, "share of samples whose subject is shown in front of another clip's background (still cameras)", ge=0, le=1
     )
+    other_subject_probability: float = setting(
+        0.0, "share of samples whose subject gives its place to a drawing of `scenes` (still cameras)", ge=0, le=1
+    )
     generic_caption_probability: float = setting(
         0.0, "share of samples whose caption calls the subject `subject`", ge=0, le=1
     )
@@ -134,9 +142,11 @@ class DataConfig(Section):
 OF_CLIPS = (
     "sample_stride", "target_fps", "subject_selection", "is_cross_frame", "cross_frames_cluster_path",
     "cross_frames_base_path", "cross_min_similarity", "cross_max_similarity", "min_gme_score", "min_aes_score",
-    "min_crop_ratio", "max_crop_ratio", "subject_tag_groups", "dedup_iou", "use_bbox", "ref_augment", "caption_key",
-    "load_background", "recolour_probability", "other_scene_probability", "generic_caption_probability", "only_keys",
-    "without_keys", "val_json_paths", "val_video_base_paths", "background_base_paths", "video_base_paths",
+    "min_crop_ratio", "max_crop_ratio", "subject_tag_groups", "dedup_iou", "use_bbox", "ref_augment", "ref_place",
+    "caption_key",
+    "load_background", "recolour_probability", "other_scene_probability", "other_subject_probability",
+    "generic_caption_probability", "only_keys", "without_keys", "val_json_paths", "val_video_base_paths",
+    "background_base_paths", "video_base_paths",
 )  # fmt: skip
 
 
@@ -509,6 +519,8 @@ def check_sizes(config: Config) -> None:
                 f"{', '.join(idle)}: for clips alone; composed scenes (data.scenes) have no such choice; give "
                 "json_paths or leave it out"
             )
+    if data.other_subject_probability and data.scenes is None:
+        raise ValueError("other_subject_probability needs drawings: give scenes (`sample`, a sheet or a folder)")
     if len(data.val_json_paths) != len(data.val_video_base_paths):
         raise ValueError(
             f"val_json_paths and val_video_base_paths must be equally long, they have {len(data.val_json_paths)} and "

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_co
 
 from opens2v.config import Config, pixel_count
 from opens2v.data.annotations import Annotations
-from opens2v.data.augment import NO_CHANGES, foreground_mask, recolour_subject, show_in_scene
+from opens2v.data.augment import NO_CHANGES, foreground_mask, in_its_place, recolour_subject, show_in_scene
 from opens2v.data.clips import (
     UNUSABLE,
     Part,
@@ -32,10 +32,19 @@ from opens2v.data.clips import (
     usable_range,
 )
 from opens2v.data.cross_frames import CrossFramePairs
-from opens2v.data.scenes import SceneDataset, scene_set
-from opens2v.data.subjects import CLIP_SIZE, SELECTIONS, Subject, SubjectFilter, reference_tensors, select_subjects
+from opens2v.data.scenes import UNSEEN, SceneDataset, read_drawings, scene_set
+from opens2v.data.subjects import (
+    CLIP_SIZE,
+    SELECTIONS,
+    Subject,
+    SubjectFilter,
+    height_in_frame,
+    reference_tensors,
+    select_subjects,
+)
 from opens2v.data.video import cover_resize, fit_frame, normalise
 from shared.errors import BadSample, UserError
+from shared.media.pictures import as_rgb
 from shared.rng import keyed_seed
 
 _SAMPLE = 501  # random stream
@@ -94,6 +103,8 @@ class OpenS2VAdapterDataset(Dataset):
         self.parts: dict[str, Part] = {self.part.name: self.part}
         self.positions = chosen_positions(self.part.annotations, self.options)
         self.fingerprint = f"{self.part.annotations.digest()}-{len(self)}"
+        wants_drawings = self.options.other_subject_probability > 0
+        self.drawings = read_drawings(str(self.options.scenes))[:-UNSEEN] if wants_drawings else []
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # loader processes see set_epoch
         self._warned: set[str] = set()
 
@@ -149,7 +160,7 @@ class OpenS2VAdapterDataset(Dataset):
         indices, cut = self._frame_indices(metadata, rng)
 
         # Pixels. What changes them needs whole grey levels; else each frame is scaled as it comes from the decoder.
-        changes = options.recolour_probability or options.other_scene_probability
+        changes = options.recolour_probability or options.other_scene_probability or options.other_subject_probability
         background = self._background(position, key, entry) if options.load_background or changes else None
         frames = None
         if options.load_frames or changes:
@@ -168,15 +179,29 @@ class OpenS2VAdapterDataset(Dataset):
             kept = self.filter.apply(self._subjects(position, key, entry), entry.get("word_tags") or {})
             chosen = select_subjects(kept, self.selection, self.max_subjects, rng)
         images = [self._image(key, subject, rng, sources) for subject in chosen]
+        places = [height_in_frame(subject.mask, self.size) for subject in chosen]
 
+        noun = ""  # another than the clip's own
         # Changes that keep a small set from being learned by heart. The draws are made in this order whatever is
         # loaded, so that a sample with and without its frames is the same sample.
+        if options.other_subject_probability and rng.random() < options.other_subject_probability:
+            drawing, shown = rng.choice(self.drawings), None
+            if where is not None:
+                assert background is not None  # as `where` was made from it
+                scene = fit_frame(background, *self.size)
+                shown = in_its_place(where, scene, drawing.rgba)
+            if shown is not None:
+                frames, places = shown[0], [shown[1]]
+                where, chosen, noun = foreground_mask(frames, scene), chosen[:1], "subject"
+                images = [as_rgb(Image.fromarray(drawing.rgba))] * len(chosen)
+                for name in class_names(entry):
+                    caption = generic_caption(caption, name)
         if options.recolour_probability and rng.random() < options.recolour_probability and where is not None:
             assert frames is not None  # as `where` was made from them
             frames, images = recolour_subject(frames, images, where, rng)
         if options.other_scene_probability and rng.random() < options.other_scene_probability and where is not None:
             assert frames is not None
-            frames, caption = self._in_other_scene(frames, where, caption, entry, rng, sources)
+            frames, caption = self._in_other_scene(frames, where, caption, noun or class_names(entry)[0], rng, sources)
         if options.generic_caption_probability and rng.random() < options.generic_caption_probability:
             for name in class_names(entry):
                 caption = generic_caption(caption, name)
@@ -189,6 +214,7 @@ class OpenS2VAdapterDataset(Dataset):
             item |= reference_tensors(
                 chosen, images, rng if options.ref_augment else None,
                 count=self.max_subjects, size=self.reference_size, clip_size=options.ref_clip_size,
+                places=places if options.ref_place == "frame" else None,
             )  # fmt: skip
         item["meta"] = {
             "fps": metadata.get("fps"),
@@ -214,7 +240,7 @@ class OpenS2VAdapterDataset(Dataset):
         return item
 
     def _in_other_scene(
-        self, frames: np.ndarray, where: np.ndarray, caption: str, entry: dict, rng: random.Random, sources: list[str]
+        self, frames: np.ndarray, where: np.ndarray, caption: str, noun: str, rng: random.Random, sources: list[str]
     ) -> tuple[np.ndarray, str]:
         """Frames and caption of the subject (the pixels `where`) in the scene of another clip, where that suits."""
         place = rng.randrange(len(self))
@@ -228,7 +254,7 @@ class OpenS2VAdapterDataset(Dataset):
             sources.append(self.part.content(key, other, background=True))
         caption = caption_of(other["metadata"], self.options.caption_key)
         for name in class_names(other):
-            caption = generic_caption(caption, name, class_names(entry)[0])
+            caption = generic_caption(caption, name, noun)
         return shown, caption
 
     def _frame_indices(self, metadata: dict, rng: random.Random) -> tuple[list[int], tuple[int, int]]:
@@ -536,6 +562,7 @@ class SampleOptions:
     use_bbox: bool = False
     ref_augment: bool = True
     ref_clip_size: int = CLIP_SIZE
+    ref_place: str = "canvas"
     caption_key: str = "face_cap_qwen"
     max_retries: int = 10
     strict: bool = False
@@ -548,6 +575,8 @@ class SampleOptions:
     cross_max_similarity: float = 0.98
     recolour_probability: float = 0.0
     other_scene_probability: float = 0.0
+    other_subject_probability: float = 0.0
+    scenes: str | None = None
     generic_caption_probability: float = 0.0
     time_range: tuple[float, float] = (0.0, 1.0)
     only_keys: tuple[str, ...] = ()

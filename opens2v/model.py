@@ -13,6 +13,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel, WanTransformerBlock
 from torch import Tensor, nn
+from torch.nn import functional
 
 from opens2v.modules.adapter import (
     DualPathCrossAttention,
@@ -87,7 +88,7 @@ class RefWanBlock(WanTransformerBlock):
         parts = (self.scale_shift_table.float() + temb.float()).unbind(-2)
         shift1, scale1, gate1, shift2, scale2, gate2 = (per_token(part, hidden_states.shape[1]) for part in parts)
 
-        normed = (self.norm1(hidden_states.float()) * (1 + scale1)).add_(shift1).type_as(hidden_states)
+        normed = modulated(self.norm1, hidden_states, shift1, scale1)
         if features is not None:
             features.append(normed)
         attended = self_attention(
@@ -99,8 +100,19 @@ class RefWanBlock(WanTransformerBlock):
         normed = self.norm2(hidden_states.float()).type_as(hidden_states)
         hidden_states = hidden_states + self.attn2(normed, encoder_hidden_states, references, self.layer, text_bias)
 
-        normed = (self.norm3(hidden_states.float()) * (1 + scale2)).add_(shift2).type_as(hidden_states)
+        normed = modulated(self.norm3, hidden_states, shift2, scale2)
         return (self.ffn(normed).float() * gate2).add_(hidden_states.float()).type_as(hidden_states)
+
+
+def modulated(norm: nn.LayerNorm, x_BLD: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """norm(x) (1 + scale) + shift in float32, as x's type; shift, scale (B, 1, D) or (B, L, D).
+
+    One sample's modulation is handed to the norm as weights of its own: one pass over the tokens in place of three.
+    """
+    if scale.shape[:2] == (1, 1):
+        scaled = functional.layer_norm(x_BLD.float(), norm.normalized_shape, 1 + scale[0, 0], shift[0, 0], norm.eps)
+        return scaled.type_as(x_BLD)
+    return (norm(x_BLD.float()) * (1 + scale)).add_(shift).type_as(x_BLD)
 
 
 def per_token(value: Tensor, tokens: int) -> Tensor:
@@ -389,7 +401,7 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
     def _head(self, x_BLD: Tensor, temb: Tensor) -> Tensor:
         shift, scale = (self.scale_shift_table.float() + temb.float().unsqueeze(-2)).unbind(-2)
         shift, scale = per_token(shift, x_BLD.shape[1]), per_token(scale, x_BLD.shape[1])
-        return self.proj_out((self.norm_out(x_BLD.float()) * (1 + scale) + shift).type_as(x_BLD))
+        return self.proj_out(modulated(self.norm_out, x_BLD, shift, scale))
 
     def _unpatchify(self, x_BLP: Tensor, frames: int, grid: tuple[int, int]) -> Tensor:
         patch_f, patch_h, patch_w = self.patch_size

@@ -57,7 +57,7 @@ def parse(argv: list[str] | None) -> PrecomputeConfig:
     if "clip" in config.what and config.model.clip_path == "off":
         raise UserError("--what clip: the configuration has clip_path off, there is nothing to store")
     config.data = with_sample_data(config.data)
-    if config.data.scenes is not None:
+    if not config.data.json_paths:
         raise UserError("data.scenes: composed scenes are not stored, they never repeat; give --json-paths")
     return config
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from shared.config import Section, load_config, setting
 from shared.errors import BadSample, UserError, command, load_whole, opening, write_text, written_aside
-from shared.media.folders import is_junk
+from shared.media.folders import files_in
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 
@@ -65,6 +65,7 @@ class Found:
 def read_captions(options: PrepareOptions, videos: list[Path]) -> dict[str, tuple[str, str | None]]:
     """(caption, subject or None) by file name; UserError names what is missing or cannot be read."""
     import csv
+    import io
 
     found: dict[str, tuple[str, str | None]] = {}
     if options.captions is None:
@@ -74,13 +75,17 @@ def read_captions(options: PrepareOptions, videos: list[Path]) -> dict[str, tupl
                 found[video.name] = (beside.read_text(encoding="utf-8-sig", errors="replace").strip(), None)
     else:
         path = Path(options.captions)
-        if path.suffix not in (".csv", ".jsonl"):
+        if path.suffix.lower() not in (".csv", ".jsonl"):
             raise UserError(f"--captions {path}: a .csv or .jsonl is needed")
         try:
             text = path.read_text(encoding="utf-8-sig")
-            lines = list(csv.DictReader(text.splitlines())) if path.suffix == ".csv" else []
-            lines = lines or [json.loads(line) for line in text.splitlines() if line.strip()]
+            if path.suffix.lower() == ".csv":  # a caption in quotes may hold line breaks
+                lines = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+            else:  # which other signs of a new line may stand in
+                lines = [json.loads(line) for line in text.split("\n") if line.strip()]
             for row in lines:
+                if None in row:
+                    raise ValueError(f"more values than columns for {row['file']}: commas in a caption need quotes")
                 caption, subject = row["caption"], row.get("subject") or None
                 if not isinstance(caption, str) or not isinstance(subject, str | None):
                     raise ValueError(f"caption {caption!r} and subject {subject!r} of {row['file']} must be texts")
@@ -391,7 +396,8 @@ def check(options: PrepareOptions) -> list[Path]:
         value = getattr(options, name)
         if value is not None and not Path(value).exists():
             raise UserError(f"--{name} {value}: not found")
-    videos = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in SUFFIXES and not is_junk(p)]
+    files = [path for path in files_in(folder, "*") if path.is_file()]
+    videos = [path for path in files if path.suffix.lower() in SUFFIXES]
     if not videos:
         raise UserError(f"--videos {folder}: holds no video ({', '.join(SUFFIXES)}); folders in it are not looked into")
     for one, other in pairwise(sorted(videos, key=lambda path: path.stem)):

@@ -73,7 +73,7 @@ GUIDE_NAMES = {"distributed": "run.strategy", "mixed_precision": "run.precision"
 
 def with_sample_data(data: DataConfig) -> DataConfig:
     """The data section with the shipped data where none is given: the drawings of composed scenes, or the clips."""
-    if data.json_paths:
+    if data.json_paths and not data.other_subject_probability:
         return data.model_copy(update={"scenes": None})  # clips that are given win over the preset's scenes
     if data.scenes is None:
         return data.model_copy(update=sample_paths())
@@ -115,6 +115,8 @@ def begins(config: Config) -> bool:
 
 def check_inputs(config: Config) -> None:
     """UserError for paths that are not there, before anything is loaded."""
+    from opens2v.data.augment import NO_CHANGES
+
     model = config.model
     for name, path in (
         ("generator_ckpt", model.generator_ckpt),
@@ -124,6 +126,12 @@ def check_inputs(config: Config) -> None:
     ):
         if path is not None and not Path(path).exists():
             raise UserError(f"{name} {path}: not found; check the path")
+    changes = [name for name in NO_CHANGES if name.startswith(("recolour", "other")) and config.data[name]]
+    if changes and config.data.json_paths and not config.data.background_base_paths:
+        raise UserError(
+            f"data.{changes[0]}: a subject is told from its scene by the scene's picture without it; give "
+            "background_base_paths (folders called `foreground`, one per part), or leave it out"
+        )
     if model.generator_ckpt is None and config.training.base_steps == 0:
         raise UserError(
             "generator_ckpt is not set; give the folder or file of Wan2.1-T2V-1.3B (--generator-ckpt), or train a "

@@ -16,6 +16,7 @@ NO_CHANGES = {  # options of a data set whose samples are as they are
     "ref_augment": False,
     "recolour_probability": 0.0,
     "other_scene_probability": 0.0,
+    "other_subject_probability": 0.0,
     "generic_caption_probability": 0.0,
 }
 WHITE = (255, 255, 255)
@@ -83,3 +84,27 @@ def show_in_scene(frames: np.ndarray, where: np.ndarray, background: np.ndarray)
     if background.shape != frames.shape[1:] or where.mean() > LARGEST_FOREGROUND:
         return None
     return np.where(where[..., None], frames, background)
+
+
+def in_its_place(
+    where: np.ndarray, background: np.ndarray, drawing: np.ndarray
+) -> tuple[np.ndarray, tuple[int, int]] | None:
+    """uint8 (F, H, W, 3): a drawing (uint8 RGBA, square) in place of the subject (the pixels `where`), as large as that
+    is in the first frame, on the same floor, moving along with it; and its upper row and height there.
+
+    None where a frame shows no subject, or where the difference is the camera's motion.
+    """
+    if where.mean() > LARGEST_FOREGROUND or not where.any((1, 2)).all():
+        return None
+    frames, sprite, place = [], Image.new("RGBA", (0, 0)), (0, 0)
+    for mask in where:
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        if not frames:
+            side = int(max(np.ptp(rows), np.ptp(columns))) + 1
+            place = int(rows[-1]) + 1 - side, side
+            sprite = Image.fromarray(drawing).resize((side, side), Image.Resampling.LANCZOS)
+        picture = Image.fromarray(background)
+        left, top = round((columns[0] + columns[-1] + 1 - sprite.width) / 2), int(rows[-1]) + 1 - sprite.height
+        picture.paste(sprite, (left, top), sprite)
+        frames.append(np.array(picture))
+    return np.stack(frames), place

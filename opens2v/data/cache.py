@@ -27,14 +27,14 @@ _SAMPLE = (
     *_CLIP, "train_share", "max_subjects_per_sample", "subject_selection", "use_bbox", "min_gme_score", "min_aes_score",
     "min_crop_ratio", "max_crop_ratio", "subject_tag_groups", "dedup_iou", "is_cross_frame", "cross_min_similarity",
     "cross_max_similarity", "ref_augment", "ref_clip_size", "caption_key", "recolour_probability",
-    "other_scene_probability", "generic_caption_probability",
+    "other_scene_probability", "other_subject_probability", "scenes", "generic_caption_probability",
 )  # fmt: skip
 
 
 def cache_settings(config: Any, kind: str, split: str) -> dict[str, Any]:
     """What the features of a kind depend on. Kinds that no random change reaches depend on less and are kept longer."""
     data, model = config.data, config.model
-    moves = bool(data.other_scene_probability)
+    moves = bool(data.other_scene_probability or data.other_subject_probability)
     fields: Sequence[str] = _SAMPLE
     if kind == "text" and not moves and not data.generic_caption_probability:
         fields = ("caption_key",)

@@ -1,6 +1,7 @@
 """Subject pictures: cut out of the annotated frame by masks, filtered, chosen, brought to the two input forms."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,12 +163,28 @@ def select_subjects(subjects: list[Subject], strategy: str, count: int, rng: ran
 # --- the two input forms ----------------------------------------------------------------------------------------------
 
 
-def reference_pixels(image: Image.Image, height: int, width: int, scale: float = 1.0) -> Tensor:
-    """float32 (3, height, width) in [-1, 1]: fitted inside the canvas (Lanczos, aspect kept), centred on white."""
-    factor = scale * min(height / image.height, width / image.width)
+Place = tuple[float, float] | None  # upper row and height of a subject in a training frame, pixels
+
+
+def height_in_frame(mask: np.ndarray, size: tuple[int, int]) -> Place:
+    """Where a subject (mask (H, W) of the cropped frame) stands when the frame covers `size`; None: nowhere."""
+    if not mask.any():
+        return None
+    factor = max(size[0] / mask.shape[0], size[1] / mask.shape[1])
+    top, bottom = _tight_box(mask)[:2]
+    return top * factor - (mask.shape[0] * factor - size[0]) / 2, (bottom + 1 - top) * factor
+
+
+def reference_pixels(image: Image.Image, height: int, width: int, scale: float = 1.0, place: Place = None) -> Tensor:
+    """float32 (3, height, width) in [-1, 1] on white: fitted inside the canvas (Lanczos, aspect kept) and centred, or
+    with a place as large and as high as that, as far as the canvas goes.
+    """
+    factor = min(height / image.height, width / image.width)
+    factor = scale * (factor if place is None else min(factor, place[1] / image.height))
     size = (min(width, max(1, round(image.width * factor))), min(height, max(1, round(image.height * factor))))
     canvas = Image.new("RGB", (width, height), WHITE)
-    canvas.paste(image.resize(size, Image.Resampling.LANCZOS), ((width - size[0]) // 2, (height - size[1]) // 2))
+    top = (height - size[1]) // 2 if place is None else min(max(0, round(place[0])), height - size[1])
+    canvas.paste(image.resize(size, Image.Resampling.LANCZOS), ((width - size[0]) // 2, top))
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).float() / 127.5 - 1
 
 
@@ -186,16 +203,22 @@ def normalise_clip(pixels: Tensor) -> Tensor:
 
 
 def picture_tensors(
-    images: list[Image.Image], count: int, size: tuple[int, int], clip_size: int, scales: list[float] | None = None
+    images: list[Image.Image],
+    count: int,
+    size: tuple[int, int],
+    clip_size: int,
+    scales: list[float] | None = None,
+    places: Sequence[Place] | None = None,
 ) -> dict[str, Tensor]:
     """ref_pixels (count, 3, *size), ref_clip_pixels (count, 3, clip_size, clip_size) and ref_mask (count,) of pictures.
 
-    Slots behind the last picture are white and False in the mask. scales: see reference_pixels.
+    Slots behind the last picture are white and False in the mask. scales, places: see reference_pixels.
     """
     pixels = torch.ones(count, 3, *size)
     features = normalise_clip(torch.ones(3, clip_size, clip_size)).repeat(count, 1, 1, 1)
     for slot, image in enumerate(images):
-        pixels[slot] = reference_pixels(image, *size, scale=1.0 if scales is None else scales[slot])
+        scale, place = 1.0 if scales is None else scales[slot], None if places is None else places[slot]
+        pixels[slot] = reference_pixels(image, *size, scale=scale, place=place)
         features[slot] = clip_pixels(image, clip_size)
     return {"ref_pixels": pixels, "ref_clip_pixels": features, "ref_mask": torch.arange(count) < len(images)}
 
@@ -208,11 +231,12 @@ def reference_tensors(
     count: int,
     size: tuple[int, int],
     clip_size: int = CLIP_SIZE,
+    places: Sequence[Place] | None = None,
 ) -> dict[str, Any]:
     """What a sample holds of its subjects, in `count` slots; empty slots are white, without name, with NaN scores.
 
     images: the pictures of `subjects`. rng: augments them; None leaves them as they are. size: of ref_pixels;
-    clip_size: side of ref_clip_pixels.
+    clip_size: side of ref_clip_pixels. places: see reference_pixels.
     """
     shown = [(image, 1.0) if rng is None else augment(image, rng) for image in images]
     scores = torch.full((count, 2), torch.nan)
@@ -222,7 +246,7 @@ def reference_tensors(
                 scores[slot, column] = score
     names = [subject.class_name for subject in subjects]
     return {
-        **picture_tensors([image for image, _ in shown], count, size, clip_size, [scale for _, scale in shown]),
+        **picture_tensors([image for image, _ in shown], count, size, clip_size, [s for _, s in shown], places),
         "subject_names": names + [""] * (count - len(names)),
         "subject_scores": scores,
     }

@@ -175,9 +175,10 @@ class DualPathCrossAttention(WanAttention):
         """
         q = self.norm_q(self.to_q(x_BLD))
         out = attend(q, self.norm_k(self.to_k(text_BSD)), self.to_v(text_BSD), self.heads, text_bias).type_as(q)
-        if references is not None:
-            for key, value, mask in self._keys_values(references, layer):
-                out = out + attend(q, key, value, self.heads, mask)
+        paths = [] if references is None else self._keys_values(references, layer)
+        for place, (key, value, mask) in enumerate(paths):
+            path = attend(q, key, value, self.heads, mask)
+            out = out.add_(path) if place else out + path  # the first sum is ours, what was added keeps its memory
         return self.to_out[0](out)
 
     def _keys_values(self, references: ReferenceTokens, layer: int) -> list[Path]:

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from opens2v.config import Config
@@ -68,6 +69,7 @@ def load_trained(model: nn.Module, weights: dict[str, Tensor], source: str) -> N
 
 
 _LORA_SIDE = re.compile(r"(?P<layer>.+)\.lora[_.](?P<side>A|B|down|up)(\.\w+)?$")
+_KNOWN_OF_LAYER = re.compile(r"(\.base_layer)?\.(weight|bias|alpha)|\.lora[_.](A|B|down|up)(\.default)?(\.weight)?")
 _INSIDE = ("generator", "generator_lora", "model", "state_dict")  # where files of other programs keep their tensors
 
 
@@ -108,7 +110,9 @@ def _adapters_of(path: Path) -> tuple[dict[str, Tensor], float | None]:
             settings = (state.get("ref_config") or {}).get("adapter") or {}
             return read_trained(file), float(settings.get("lora_alpha", 1))
         for part in (state, *(state[name] for name in _INSIDE if isinstance(state.get(name), dict))):
-            tensors |= {name: value for name, value in part.items() if isinstance(value, Tensor)}
+            for name, value in part.items():
+                if isinstance(value, Tensor):
+                    _put(tensors, strip_wrappers(name), value)
     return tensors, None
 
 
@@ -123,6 +127,9 @@ def _with_strength(model: nn.Module, given: dict[str, Tensor], alpha: float | No
     named = {strip_wrappers(name): value for name, value in given.items()}
     found: dict[str, Tensor] = {}
     for name, value in named.items():
+        layer = next((name[:end] for end in _dots(name) if name[:end] in own), "")
+        if layer and not _KNOWN_OF_LAYER.fullmatch(name[len(layer) :]):
+            raise UserError(f"init_from: {name} is no part of plain LoRA, and its effect would be lost; merge it first")
         side = _LORA_SIDE.match(name.removesuffix(".weight"))
         if side is None:
             if is_reference_name(to_diffusers_name(name)):
@@ -130,12 +137,24 @@ def _with_strength(model: nn.Module, given: dict[str, Tensor], alpha: float | No
             continue
         layer, strength = own.get(side["layer"], (side["layer"], 1.0))
         if side["side"] in ("A", "down"):
-            found[f"{layer}.lora_A.default.weight"] = value
+            _put(found, f"{layer}.lora_A.default.weight", value)
             continue
         rank = value.shape[1]
         theirs = float(named.get(f"{side['layer']}.alpha", rank if alpha is None else alpha)) / rank
-        found[f"{layer}.lora_B.default.weight"] = value if theirs == strength else value * (theirs / strength)
+        value = value if theirs == strength else value * (theirs / strength)
+        _put(found, f"{layer}.lora_B.default.weight", value)
     return found
+
+
+def _dots(name: str) -> list[int]:
+    return [place for place, letter in enumerate(name) if letter == "."]
+
+
+def _put(found: dict[str, Tensor], name: str, value: Tensor) -> None:
+    """Two files of a folder may hold one LoRA in two spellings, and not two of them."""
+    if name in found and (found[name].shape != value.shape or not torch.allclose(found[name], value, rtol=1e-3)):
+        raise UserError(f"init_from: holds two different tensors for {name}; give the file that is meant")
+    found[name] = value
 
 
 def _fitting(model: nn.Module, weights: dict[str, Tensor], source: str, advice: str) -> dict[str, Tensor]:

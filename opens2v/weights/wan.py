@@ -112,7 +112,13 @@ def read_generator_state(path: str | Path, *, use_ema: bool = False) -> dict[str
         )
     state: dict[str, Tensor] = {}
     for file in _files_of(path) if path.is_dir() else [path]:
-        state |= _unwrapped(read_tensors_file(file), file, use_ema)
+        part = _unwrapped(read_tensors_file(file), file, use_ema)
+        twice = next((name for name in part if name in state), None)
+        if twice is not None:
+            raise UserError(
+                f"generator_ckpt {path}: {twice} lies in {file.name} and in another of its files; name the one meant"
+            )
+        state |= part
     return normalise_state(state)
 
 
@@ -175,9 +181,16 @@ def _files_of(folder: Path) -> list[Path]:
     for candidate in (folder / "transformer", folder):
         for suffix in (".safetensors", ".bin"):
             index = files_in(candidate, f"*{suffix}.index.json")
-            files = files_in(candidate, f"*{suffix}")
+            usual = candidate / f"diffusion_pytorch_model{suffix}"  # others beside it are its variants
+            files = [usual] if usual.exists() else files_in(candidate, f"*{suffix}")
             if index:
-                names = sorted(set(json.loads(index[0].read_text())["weight_map"].values()))
+                try:
+                    names = sorted({str(name) for name in json.loads(index[0].read_bytes())["weight_map"].values()})
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    raise UserError(
+                        f"generator_ckpt {folder}: the weight index {index[0].name} cannot be read "
+                        f"({type(error).__name__}: {error}); download the folder again"
+                    ) from None
                 files = [candidate / name for name in names]
                 missing = [str(file) for file in files if not file.exists()]
                 if missing:

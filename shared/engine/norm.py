@@ -17,10 +17,10 @@ class ScaledNorm(torch.autograd.Function):
     @staticmethod
     def backward(context, grad: Tensor):
         normed, inverse, weight = context.saved_tensors
-        grad_weight = (grad * normed).flatten(0, -2).sum(0)
+        grad_weight = (grad * normed).flatten(0, -2).sum(0) if context.needs_input_grad[1] else None
         grad = grad * weight
         along = torch.linalg.vecdot(grad, normed).div_(normed.shape[-1]).unsqueeze(-1)
-        return torch.addcmul(grad, normed, along, value=-1).mul_(inverse), grad_weight, None
+        return grad.addcmul_(normed, along, value=-1).mul_(inverse), grad_weight, None
 
 
 def is_plain_fp32(x: Tensor, weight: Tensor) -> bool:

@@ -14,11 +14,18 @@ import torch
 from PIL import Image
 
 from opens2v.config import SAMPLE_DATA, Config
-from opens2v.data.augment import recolour
+from opens2v.data.augment import in_its_place, recolour
 from opens2v.data.cache import content_of
 from opens2v.data.clips import frame_indices, generic_caption, usable_range
 from opens2v.data.cross_frames import cluster_of
-from opens2v.data.subjects import SubjectFilter, decode_rle, encode_rle, open_picture, select_subjects
+from opens2v.data.subjects import (
+    SubjectFilter,
+    decode_rle,
+    encode_rle,
+    height_in_frame,
+    open_picture,
+    select_subjects,
+)
 from opens2v.data.video import cover_resize, crop_window, read_frames, to_uint8, write_video
 from opens2v.dataset import (
     MultiPartOpenS2VAdapterDataset,
@@ -217,6 +224,61 @@ def test_a_subject_moves_to_another_scene_with_its_name():
     night = sample.sample(1 - monkey, 0)["background_pixels"]
     share_of_scene = (item["frames"] - night[:, None]).abs().amax(0).lt(1e-3).float().mean()
     assert 0.6 < share_of_scene < 0.95, "the night stands behind, the monkey before it"
+
+
+def test_a_drawing_takes_the_subjects_place_in_clip_and_picture():
+    folder = [SAMPLE_DATA / path.format("dataset1") for path in SAMPLE_PATHS]
+    settings: dict = dict(
+        num_frames=5, height=64, width=96, ref_height=48, ref_width=48, ref_augment=False, load_background=True,
+        only_keys=["anim_monkey"], scenes=str(SAMPLE_DATA / "drawings.json"),
+    )  # fmt: skip
+    plain = OpenS2VAdapterDataset(*folder, **settings)
+    drawn = OpenS2VAdapterDataset(*folder, **settings, other_subject_probability=1.0)
+    seen = set()
+    for epoch in range(4):
+        truth, item = plain.sample(0, epoch), drawn.sample(0, epoch)
+        assert torch.equal(truth["frame_indices"], item["frame_indices"]) and item["prompts"].startswith("A subject ")
+        seen.add(item["ref_pixels"].numpy().tobytes())
+        scene = truth["background_pixels"][:, None]
+        places = [(clip["frames"] - scene).abs().amax(0).gt(0.2) for clip in (truth, item)]
+        bottoms = [[int(mask.any(1).nonzero().max()) for mask in place] for place in places]
+        assert max(abs(a - b) for a, b in zip(*bottoms, strict=True)) <= 4, "on the monkey's floor, in every frame"
+        outside = torch.nn.functional.max_pool2d(places[0].float(), 15, 1, 7) == 0
+        assert (item["frames"] - scene).abs().amax(0)[outside].lt(0.05).float().mean() > 0.97, "the clip's own ground"
+    assert len(seen) > 1, "another drawing in another epoch"
+    assert torch.equal(drawn.sample(0, 0)["frames"], drawn.sample(0, 0)["frames"])
+
+
+def test_a_subject_picture_stands_as_in_the_frame_where_wanted():
+    """The annotated frame is the clip's first; both sizes of frame, of another shape than the clip's."""
+    folder = [SAMPLE_DATA / path.format("dataset1") for path in SAMPLE_PATHS]
+    for height, width in ((72, 128), (64, 96)):
+        part = OpenS2VAdapterDataset(
+            *folder, num_frames=1, height=height, width=width, ref_height=height, ref_width=64, ref_augment=False,
+            load_background=True, ref_place="frame", only_keys=["anim_monkey", "anim_penguin", "anim_racing_car"],
+        )  # fmt: skip
+        for index in range(len(part)):
+            assert part.positions is not None
+            subject = part.part.subjects(*part.part.entry(part.positions[index]))[0]
+            place = height_in_frame(subject.mask, (height, width))
+            assert place is not None and subject.mask.shape == (144, 256)
+            factor = max(height / 144, width / 256)
+            rows = (part.sample(index, 0)["ref_pixels"][0] < 0.9).any(0).any(1).nonzero().flatten()
+            bottom = (np.flatnonzero(subject.mask.any(1))[-1] + 1 - 72) * factor + height / 2
+            assert abs(int(rows[-1]) + 1 - bottom) <= 1.5 and abs(len(rows) - place[1]) <= 2
+    assert height_in_frame(np.zeros((4, 4), np.uint8), (8, 8)) is None
+
+
+def test_a_drawing_replaces_nothing_where_the_camera_moves_or_a_frame_is_empty():
+    ground, drawing = np.zeros((8, 8, 3), np.uint8), np.full((5, 5, 4), 255, np.uint8)
+    where = np.zeros((2, 8, 8), bool)
+    assert in_its_place(where, ground, drawing) is None
+    where[:, 2:4, 3:5] = True
+    shown = in_its_place(where, ground, drawing)
+    assert shown is not None and np.array_equal(shown[0].any(-1), where), "as large as the subject, at its place"
+    assert shown[1] == (2, 2)
+    for none in (~where, where & [[[1]], [[0]]]):
+        assert in_its_place(none, ground, drawing) is None
 
 
 def test_captions_lose_the_subjects_noun():

@@ -185,6 +185,31 @@ def test_what_holds_no_adapters_is_refused_as_a_start(tmp_path):
             load_init(adapted(2.0), path)
 
 
+@pytest.mark.parametrize(
+    "more", ["dora_scale", "lora_magnitude_vector.weight", "diff_b", "lora_B.bias", "lora_mid.weight"]
+)
+@pytest.mark.parametrize("form", ["diffusers", "kohya", "comfyui"])
+def test_an_adapter_that_is_more_than_lora_is_refused(tmp_path, form, more):
+    layer_name, sides, _ = LORA_FORMS[form]
+    model = adapted(2.0)
+    lora = {n.replace(".default.weight", ""): v.clone() for n, v in model.state_dict().items() if "lora_" in n}
+    named = spelled(lora, layer_name, sides)
+    save_file({**named, f"{layer_name('blocks.0.attn1.to_q')}.{more}": torch.ones(64)}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="is no part of plain LoRA"):
+        load_init(model, tmp_path / "a.safetensors")
+
+
+def test_a_folder_of_two_adapters_is_refused_and_one_in_two_spellings_taken(tmp_path):
+    model = adapted(2.0)
+    lora = {n.replace(".default.weight", ""): v + 0.5 for n, v in model.state_dict().items() if "lora_" in n}
+    for number, form in enumerate(("diffusers", "peft")):
+        save_file(spelled(lora, *LORA_FORMS[form][:2]), tmp_path / f"{number}.safetensors")
+    load_init(model, tmp_path)
+    save_file(spelled({n: v + 1 for n, v in lora.items()}, *LORA_FORMS["peft"][:2]), tmp_path / "1.safetensors")
+    with pytest.raises(UserError, match="holds two different tensors for blocks."):
+        load_init(model, tmp_path)
+
+
 def test_an_own_full_model_pt_with_lora_is_a_base_with_lora_merged(tmp_path, recwarn):
     folder = tmp_path / "out"
     lora = ["--r", "2", "--lora-alpha", "8", "--ema-decay", "0"]
@@ -255,6 +280,26 @@ def test_base_weights_from_everywhere(tmp_path, form):
 def tiny_state() -> dict[str, torch.Tensor]:
     """The recorded tiny base under diffusers names."""
     return {name: value for name, value in tiny_model().state_dict().items() if not is_reference_name(name)}
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"weight_map": []}', "[]", '{"metadata": {}}', "\ud800"])
+def test_a_damaged_weight_index_is_named(tmp_path, text):
+    save_file(tiny_state(), tmp_path / "model-00001-of-00001.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(UserError, match="the weight index model.safetensors.index.json cannot be read"):
+        read_generator_state(tmp_path)
+
+
+def test_two_bases_in_a_folder_are_told_apart(tmp_path):
+    """The file that diffusers writes is meant, whatever lies beside it; of two others neither."""
+    halved = {name: value / 2 for name, value in tiny_state().items()}
+    save_file(tiny_state(), tmp_path / "diffusion_pytorch_model.safetensors")
+    for name in ("aa.safetensors", "zz.safetensors"):
+        save_file(halved, tmp_path / name)
+    assert all(torch.equal(value, tiny_state()[name]) for name, value in read_generator_state(tmp_path).items())
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UserError, match="lies in zz.safetensors and in another of its files; name the one meant"):
+        read_generator_state(tmp_path)
 
 
 def test_several_files_in_a_folder_are_named(tmp_path):

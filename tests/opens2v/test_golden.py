@@ -49,6 +49,22 @@ def test_bidirectional_output_loss_and_gradients():
         torch.testing.assert_close(model.get_parameter(name).grad, case[f"grad_diffusers.{name}"], atol=1e-6, rtol=1e-4)
 
 
+def test_a_sample_alone_gives_what_it_gives_in_a_batch():
+    case, model = tensors("tiny_noncausal"), tiny_model()
+    outputs, grads = [], []
+    for repeats in (1, 2):
+        x, t, text = (case[name][:1].repeat_interleave(repeats, 0) for name in ("x", "t", "context"))
+        model.zero_grad()
+        output = model(x, t, text).sample
+        output.square().mean().backward()
+        outputs.append(output[0])
+        grads.append({name: value.grad for name, value in model.named_parameters() if value.grad is not None})
+    torch.testing.assert_close(*outputs, atol=1e-6, rtol=1e-5)
+    assert any("scale_shift_table" in name for name in grads[0])
+    for name, value in grads[0].items():
+        torch.testing.assert_close(value, grads[1][name], atol=1e-6, rtol=1e-4, msg=name)
+
+
 @pytest.mark.parametrize(
     "output, options, clean, augmented",
     [

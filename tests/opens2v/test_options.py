@@ -22,6 +22,7 @@ from shared.config import load_saved
 from shared.errors import UserError
 from tests.opens2v.cases import QUICK, tiny_model
 
+CLIPS = QUICK[QUICK.index("--json-paths") :]
 CHANGES_OFF = "--recolour-probability 0 --other-scene-probability 0 --generic-caption-probability 0".split()
 
 
@@ -186,3 +187,19 @@ def test_samples_of_a_run_are_drawn_as_generate_draws():
     names = ("sampler", "shift", "guidance", "guidance_scale", "img_guidance_scale", "ref_scale", "seed")
     said = sampler_settings(config, steps=unsaid.steps, **{name: getattr(unsaid, name) for name in names})
     assert said == sampler_settings(config)
+
+
+@pytest.mark.parametrize("name", ["recolour_probability", "other_scene_probability", "other_subject_probability"])
+def test_a_change_of_the_subject_without_its_scene_is_refused_before_anything_is_made(tmp_path, name, capsys):
+    bare = [*CLIPS[: CLIPS.index("--background-base-paths")], "--output-dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--config", "small", *bare, f"--{name}", "0.5"])
+    assert f"data.{name}: " in (told := capsys.readouterr().err) and "give background_base_paths" in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_subjects_come_from_drawings_that_are_given():
+    with pytest.raises(UserError, match="other_subject_probability needs drawings: give scenes"):
+        train.parse(["--config", "default", *CLIPS, "--generator-ckpt", "wan.pt", "--other-subject-probability", "0.5"])
+    config = train.parse(["--config", "small", *CLIPS, "--other-subject-probability", "0.5"])
+    assert config.data.scenes == str(SAMPLE_DATA / "drawings.json")

@@ -1,5 +1,6 @@
 """From a folder of videos to the annotation file: shots, times, masks, pictures, found subjects, resuming."""
 
+import csv
 import json
 import struct
 from fractions import Fraction
@@ -270,6 +271,8 @@ def test_a_file_belongs_to_the_video_with_the_longest_name_that_fits(tmp_path):
         ("a.csv", "file;caption\nsteady.mp4;x", "file and caption are needed"),
         ("a.csv", "file,caption\nsteady.mp4", "caption None"),
         ("a.csv", "file,caption\nsteady.mp4,\udce4", "as UTF-8"),
+        ("a.csv", "file,caption\nsteady.mp4,a red square, sliding", "more values than columns for steady.mp4"),
+        ("a.CSV", 'file,caption\nsteady.mp4,"a red square', "unexpected end of data"),
     ],
 )
 def test_a_table_that_holds_no_captions_says_so(tmp_path, table, text, message):
@@ -278,6 +281,26 @@ def test_a_table_that_holds_no_captions_says_so(tmp_path, table, text, message):
     options = ["--videos", str(tmp_path), "--output", str(tmp_path), "--masks", str(tmp_path)]
     with pytest.raises(UserError, match=message):
         prepare.main.__wrapped__([*options, "--captions", str(tmp_path / table)])
+
+
+@pytest.mark.parametrize(
+    "caption", ["a dog,\nit runs", "a dog\r\nruns", "a dog\u2028runs", "a\x85dog\x0bruns", 'a "dog"']
+)
+@pytest.mark.parametrize("table", ["a.csv", "a.jsonl", "B.JSONL"])
+def test_captions_are_read_as_they_were_written(tmp_path, table, caption):
+    (tmp_path / "clip.mp4").write_bytes(b"")
+    (tmp_path / "folder.mp4").mkdir()
+    with open(tmp_path / table, "w", encoding="utf-8", newline="") as file:
+        if table == "a.csv":
+            writer = csv.writer(file)
+            writer.writerows([("file", "caption"), ("clip.mp4", caption)])
+        else:
+            file.write(json.dumps({"file": "clip.mp4", "caption": caption}, ensure_ascii=False) + "\n")
+    options = dict(videos=str(tmp_path), output=str(tmp_path), masks=str(tmp_path), captions=str(tmp_path / table))
+    given = prepare.PrepareOptions(**options)
+    videos = prepare.check(given)
+    assert [path.name for path in videos] == ["clip.mp4"]
+    assert prepare.read_captions(given, videos) == {"clip.mp4": (caption.replace("\r\n", "\n"), None)}
 
 
 def test_two_videos_of_one_name_are_refused(tmp_path):

@@ -27,3 +27,12 @@ def test_values_and_gradients_are_torch_s(shape):
 def test_other_precisions_take_torch_s_kernel():
     norm, x = RMSNorm(8, eps=1e-6).bfloat16(), torch.randn(3, 8, dtype=torch.bfloat16)
     assert torch.equal(norm(x), torch.nn.functional.rms_norm(x, (8,), norm.weight, 1e-6))
+
+
+def test_a_frozen_weight_gets_no_gradient_and_the_input_the_same():
+    trained, frozen = RMSNorm(8, eps=1e-6), RMSNorm(8, eps=1e-6)
+    frozen.weight.requires_grad_(False)
+    inputs = [torch.linspace(-1, 1, 24).reshape(3, 8).requires_grad_() for _ in range(2)]
+    for module, value in zip((trained, frozen), inputs, strict=True):
+        module(value).square().sum().backward()
+    assert torch.equal(inputs[0].grad, inputs[1].grad) and frozen.weight.grad is None
