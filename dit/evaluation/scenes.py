@@ -56,7 +56,7 @@ def scene_grid(dataset: SceneDataset, drawn: np.ndarray, path: Path) -> Sample:
     rows = min(ROWS, len(drawn) // columns)
     true = np.stack([dataset.scenes.picture(dataset.truth(index)) for index in range(rows * columns)])
     pairs = [pictures[row * columns :][:columns] for row in range(rows) for pictures in (true, drawn)]
-    grid(np.concatenate(pairs), columns=columns, enlarge=max(1, 96 // true.shape[1])).save(path)
+    grid(np.concatenate(pairs), columns=columns, enlarge=max(1, round(96 / true.shape[1]))).save(path)
     sentences = "; ".join(dataset.items[index].captions[0] for index in range(columns))
     caption = (
         f"rows in turn: true scenes of {which(dataset)}, and what was drawn from their sentences alone. First row: "

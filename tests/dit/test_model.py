@@ -142,7 +142,7 @@ def test_presets_have_their_stated_parameters():
         "large": 520_338_192,
         "xl": 674_834_720,
         "small": 916_200,
-        "showcase": 920_832,
+        "showcase": 2_334_496,
         "small_cub": 2_338_224,
     }
     for name, count in wanted.items():
