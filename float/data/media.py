@@ -198,14 +198,14 @@ def _timed(
 
 def _upright(frame: av.VideoFrame, stream: av.VideoStream) -> np.ndarray:
     """Pixels as a player shows them: square, turned and mirrored by the display matrix."""
-    picture = frame.to_ndarray(format="rgb24")
+    picture: np.ndarray = frame.to_ndarray(format="rgb24")
     aspect = stream.sample_aspect_ratio
     if aspect and aspect != 1:
         width = max(1, round(picture.shape[1] * aspect))
         picture = np.asarray(Image.fromarray(picture).resize((width, picture.shape[0]), Image.Resampling.BILINEAR))
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is not None:  # a pixel at x, y is shown at a x + c y, b x + d y
-        a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].astype(np.int64)
+    notes: Any = frame.side_data  # whose stubs know motion vectors only
+    if "DISPLAYMATRIX" in notes:  # a pixel at x, y is shown at a x + c y, b x + d y
+        a, b, _, c, d = np.frombuffer(bytes(notes["DISPLAYMATRIX"]), np.int32)[:5].astype(np.int64)
         if abs(b) + abs(c) > abs(a) + abs(d):
             picture, a, d = picture.swapaxes(0, 1), c, b
         picture = np.ascontiguousarray(picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
