@@ -96,7 +96,8 @@ def in_its_place(
     """
     if where.mean() > LARGEST_FOREGROUND or not where.any((1, 2)).all():
         return None
-    frames, sprite, place = [], Image.new("RGBA", (0, 0)), (0, 0)
+    frames: list[np.ndarray] = []
+    sprite, place = Image.new("RGBA", (0, 0)), (0, 0)
     for mask in where:
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         if not frames:
