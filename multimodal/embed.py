@@ -312,6 +312,9 @@ def page(options: PageOptions) -> Path:
 
     from shared.report.page import html_page
 
+    output = check_output(options.output, (".html", ".htm"))
+    if not options.index:
+        raise UserError("--index names no file; give some that embed.py encode wrote")
     indexes = [(name, read_index(Path(name))) for name in options.index]
     other = next((name for name, index in indexes if index.model != indexes[0][1].model), None)
     if other is not None:
@@ -335,9 +338,9 @@ def page(options: PageOptions) -> Path:
         f"<script>const items={data};const width={whole.shape[1]};"
         f"const packed='{base64.b64encode(scaled.numpy().tobytes()).decode()}';{_SCRIPT}</script>"
     )
-    write_text(Path(options.output), html_page("Pictures, texts and sounds that find each other", body))
-    print(options.output)
-    return Path(options.output)
+    write_text(output, html_page("Pictures, texts and sounds that find each other", body))
+    print(output)
+    return output
 
 
 def _shown(index: Index, place: int) -> str:
