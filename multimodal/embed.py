@@ -113,12 +113,9 @@ def encode(options: EncodeOptions) -> Path:
         print("".join(f"left out: {sentence}\n" for sentence in misnamed), end="", file=sys.stderr, flush=True)
     embedder = Embedder.load(options.checkpoint, device=options.device, batch_size=options.batch_size)
 
-    states = (
-        items
-        if kind == "texts"
-        else [f"{name} {(facts := os.stat(name)).st_size} {facts.st_mtime_ns}" for name in items]
-    )
-    names = hashlib.sha256("\n".join(states).encode()).hexdigest()  # of a file that was replaced no part is kept
+    stats = [] if kind == "texts" else [os.stat(name) for name in items]  # of a file that was replaced no part is kept
+    states = [*items, *(f"{own.st_size} {own.st_mtime_ns}" for own in stats)]
+    names = hashlib.sha256("\n".join(states).encode()).hexdigest()
     mark = weights_mark(embedder)
     plan = json.dumps({"kind": kind, "dtype": options.dtype, "model": mark, "part": options.part_size, "items": names})
     parts = output.with_name(f".{output.name}.parts")
