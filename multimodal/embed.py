@@ -113,12 +113,9 @@ def encode(options: EncodeOptions) -> Path:
         print("".join(f"left out: {sentence}\n" for sentence in misnamed), end="", file=sys.stderr, flush=True)
     embedder = Embedder.load(options.checkpoint, device=options.device, batch_size=options.batch_size)
 
-    states = (
-        items
-        if kind == "texts"
-        else [f"{name} {(facts := os.stat(name)).st_size} {facts.st_mtime_ns}" for name in items]
-    )
-    names = hashlib.sha256("\n".join(states).encode()).hexdigest()  # of a file that was replaced no part is kept
+    stats = [] if kind == "texts" else [os.stat(name) for name in items]  # of a file that was replaced no part is kept
+    states = [*items, *(f"{own.st_size} {own.st_mtime_ns}" for own in stats)]
+    names = hashlib.sha256("\n".join(states).encode()).hexdigest()
     mark = weights_mark(embedder)
     plan = json.dumps({"kind": kind, "dtype": options.dtype, "model": mark, "part": options.part_size, "items": names})
     parts = output.with_name(f".{output.name}.parts")
@@ -315,6 +312,9 @@ def page(options: PageOptions) -> Path:
 
     from shared.report.page import html_page
 
+    output = check_output(options.output, (".html", ".htm"))
+    if not options.index:
+        raise UserError("--index names no file; give some that embed.py encode wrote")
     indexes = [(name, read_index(Path(name))) for name in options.index]
     other = next((name for name, index in indexes if index.model != indexes[0][1].model), None)
     if other is not None:
@@ -338,9 +338,9 @@ def page(options: PageOptions) -> Path:
         f"<script>const items={data};const width={whole.shape[1]};"
         f"const packed='{base64.b64encode(scaled.numpy().tobytes()).decode()}';{_SCRIPT}</script>"
     )
-    write_text(Path(options.output), html_page("Pictures, texts and sounds that find each other", body))
-    print(options.output)
-    return Path(options.output)
+    write_text(output, html_page("Pictures, texts and sounds that find each other", body))
+    print(output)
+    return output
 
 
 def _shown(index: Index, place: int) -> str:

@@ -6,6 +6,7 @@ E embedding.
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -404,7 +405,10 @@ GRID, COLOURS, COLOUR_ZONES = 8, 4, (1, 2, 3)  # pixels a side; levels of a chan
 BINS, EDGE_ZONES = 8, (2, 4, 8)  # directions of an edge; zones a side of the edges
 IMAGE_FEATURES = 3 * GRID**2 + COLOURS**3 * sum(n**2 for n in COLOUR_ZONES) + BINS * sum(n**2 for n in EDGE_ZONES)
 SPANS, GROUPS = 8, 16  # stretches of a clip, groups of bands
-AUDIO_FEATURES = 4 * MEL_BANDS + SPANS * GROUPS
+RHYTHM_GROUPS, FRAMES_A_SECOND = 8, 100
+RHYTHM_EDGES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 18, 22, 26, 32, 38, 46, 56, 68, 83, 100)  # in 1 / 2.56 Hz
+LEVELS = 16  # loudness and rises of loudness, each sorted, in so many steps
+AUDIO_FEATURES = 4 * MEL_BANDS + SPANS * GROUPS + RHYTHM_GROUPS * (len(RHYTHM_EDGES) - 1) + 2 * LEVELS
 
 
 class LinearPath(nn.Module):
@@ -449,16 +453,28 @@ def picture_statistics(images_BCHW: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sound_statistics(audio_BTM: Tensor, audio_mask_BT: Tensor | None) -> Tensor:
-    """(B, AUDIO_FEATURES) of log-mel frames: mean, spread, maximum and change of each band, and their course."""
+    """(B, AUDIO_FEATURES) of log-mel frames: mean, spread, maximum and change of each band, their course; how strongly
+    groups of them rise and fall at 0.4 to 39 Hz (rhythm patterns, Pampalk et al. 2002); how long it is how loud; and
+    the steepest quarter of its rises.
+    """
     audio = audio_BTM.float()
     valid = torch.ones_like(audio[..., :1]) if audio_mask_BT is None else audio_mask_BT.unsqueeze(-1).float()
     count = valid.sum(1).clamp_min(1)
     mean = (audio * valid).sum(1) / count
-    spread = (((audio - mean.unsqueeze(1)).square() * valid).sum(1) / count).sqrt()
+    varying = (audio - mean.unsqueeze(1)) * valid
+    spread = (varying.square().sum(1) / count).sqrt()
     highest = audio.masked_fill(valid == 0, -1.5).amax(1)
     change = ((audio[:, 1:] - audio[:, :-1]).abs() * valid[:, 1:]).sum(1) / count
     course = functional.adaptive_avg_pool2d((audio * valid).unsqueeze(1), (SPANS, GROUPS)).flatten(1)
-    return torch.cat([mean, 2 * spread, highest, 8 * change, course], 1)
+    frames = audio.shape[1]
+    groups = varying.unflatten(2, (RHYTHM_GROUPS, -1)).mean(3) * torch.hann_window(frames, device=audio.device)[:, None]
+    waves = torch.fft.rfft(groups, dim=1).abs() / count.sqrt().unsqueeze(1)
+    edges = [min(round(edge * frames / 2.56 / FRAMES_A_SECOND), waves.shape[1] - 1) for edge in RHYTHM_EDGES]
+    rhythm = [waves[:, low : max(high, low + 1)].mean(1) for low, high in pairwise(edges)]
+    loudness = audio.masked_fill(valid == 0, -1.5).mean(2)
+    rises = loudness.diff(dim=1).clamp_min(0).sort(1)[0][:, -max(1, frames // 4) :]
+    levels = [functional.adaptive_avg_pool1d(own, LEVELS) for own in (loudness.sort(1)[0], 8 * rises)]
+    return torch.cat([mean, 2 * spread, highest, 8 * change, course, 3 * torch.cat(rhythm, 1), *levels], 1)
 
 
 # --- small parts ------------------------------------------------------------------------------------------------------

@@ -200,6 +200,12 @@ def test_indexes_of_other_weights_do_not_share_a_page(out, data, tmp_path, capsy
     assert not (tmp_path / "p.html").exists()
 
 
+def test_a_page_of_nothing_or_in_place_of_a_folder_is_refused(tmp_path, capsys):
+    assert "--index names no file" in failing(capsys, embed, "page", "--index", "--output", str(tmp_path / "p.html"))
+    assert "give the name of a file" in failing(capsys, embed, "page", "--index", "x", "--output", str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
