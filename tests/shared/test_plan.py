@@ -193,8 +193,16 @@ def test_encoders_and_a_cast_base_take_host_memory(measured):
     found = dataclasses.replace(measured, frozen_bytes=2 * measured.trainable, frozen=measured.trainable)
     run, training = RunSection(gpus_per_node=2), TrainingSection(save_in_background=False)
     for in_fp32, size in ((False, 4 + 2), (True, 4 + 4)):
-        parts = {"frozen_parts": [encoder], "built_in_fp32": in_fp32}
-        plan = make_plan("toy", found, run=run, training=training, strategy="ddp", world=4, **parts)
+        plan = make_plan(
+            "toy",
+            found,
+            run=run,
+            training=training,
+            strategy="ddp",
+            world=4,
+            frozen_parts=[encoder],
+            built_in_fp32=in_fp32,
+        )
         assert plan.host_bytes == 2 * (size * PARAMETERS + 7) and "frozen encoders" not in plan.memory
         assert plan.startup_bytes == 6 * PARAMETERS
 

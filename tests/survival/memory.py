@@ -44,8 +44,15 @@ def cases() -> dict[str, tuple[type, Path, Callable[[Any], Workload]]]:
     from float import plan as float_plan
     from multimodal import config as multimodal_config
     from multimodal import plan as multimodal_plan
+    from multimodal.trainer import adamw_of
     from opens2v import config as opens2v_config
     from opens2v import plan as opens2v_plan
+
+    def alignment(config: Any) -> Workload:  # AdamW's settings are those of the stage
+        config.training = config.training.model_copy(
+            update=adamw_of(config.training, max(multimodal_config.stage_epochs(config.training)))
+        )
+        return multimodal_plan.workload(config)
 
     pictures = float_config.AutoencoderConfig, float_config.AUTOENCODER_PRESETS, float_plan.autoencoder_workload
     return {
@@ -54,7 +61,7 @@ def cases() -> dict[str, tuple[type, Path, Callable[[Any], Workload]]]:
         "float phase 2": (float_config.Config, float_config.PRESETS, float_plan.workload),
         "bagel": (bagel_config.Config, bagel_config.PRESETS, bagel_plan.workload),
         "opens2v": (opens2v_config.Config, opens2v_config.PRESETS, opens2v_plan.workload),
-        "multimodal": (multimodal_config.Config, multimodal_config.PRESETS, multimodal_plan.workload),
+        "multimodal": (multimodal_config.Config, multimodal_config.PRESETS, alignment),
     }
 
 
