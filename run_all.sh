@@ -10,7 +10,8 @@ usage: bash run_all.sh [options]
 
 Without options: makes the environment (.venv), trains the `small` preset of every system on the small real data in the repository,
 resumes it, generates, evaluates, and writes outputs/index.html, which shows from the start what is going on and fills as results
-come. A second run continues where the first one ended. On a GPU, systems that have a preset `showcase` train that.
+come. A second run continues where the first one ended. On a GPU, systems that have a preset `showcase` train that (not under fsdp
+and ZeRO).
 
   --only NAME        one of float, opens2v, bagel, dit, multimodal; repeatable
   --preset NAME      preset of every system that has it; showcase: the others train small
@@ -35,7 +36,7 @@ fail() {
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then fail "bash 4.4 or newer is needed, this is $BASH_VERSION"; fi
 all=(float opens2v bagel dit multimodal)
 only=() preset="" output=outputs offline=false skip_download=false pipeline=false data_root="" datasets=()
-launch=() train=() multimodal=() jobs=""
+launch=() train=() multimodal=() jobs="" strategy=""
 while (($#)); do
     case "$1" in
     --only | --preset | --gpus | --strategy | --output-dir | --max-steps | --jobs | --model-size | --batch-size | --epochs | --lr | --data-root | --resume)
@@ -51,7 +52,10 @@ while (($#)); do
             [[ "$2" =~ ^[1-9][0-9]*$ ]] || fail "--jobs $2: a number from 1 is wanted"
             jobs="$2"
             ;;
-        --strategy | --max-steps) train+=("$1" "$2") ;;
+        --strategy | --max-steps)
+            train+=("$1" "$2")
+            [[ "$1" == --max-steps ]] || strategy="$2"
+            ;;
         --output-dir) output="$2" ;;
         --data-root)
             data_root="$2"
@@ -99,7 +103,8 @@ if nvidia-smi -L >/dev/null 2>&1; then gpu=true; fi
 # The preset that a system trains: the one that was asked for; showcase where there is one, when asked for or on a GPU.
 preset_of() {
     local wanted="$preset"
-    if [[ -z "$wanted" && "$gpu" == true ]]; then wanted=showcase; fi
+    # Muon, by which showcase trains, needs whole matrices, which these strategies deal to the ranks
+    if [[ -z "$wanted" && "$gpu" == true && ! "$strategy" =~ ^(fsdp|zero) ]]; then wanted=showcase; fi
     if [[ -f "$1/configs/${wanted:-small}.yaml" ]]; then
         echo "${wanted:-small}"
     elif [[ "$wanted" == showcase ]]; then
