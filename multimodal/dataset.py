@@ -249,7 +249,7 @@ def read_frame(path: Path) -> Any:
     import av
 
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="ignore") as container:
             return next(container.decode(video=0)).to_image().convert("RGB")
     except Exception as error:  # PyAV raises many kinds for broken files
         raise BadSample(f"{path}: no frame can be read ({error})") from None

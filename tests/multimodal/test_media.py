@@ -62,6 +62,23 @@ def test_every_container_is_as_loud_as_the_wav(tmp_path, name, codec, form, chan
     assert np.abs(found[middle]).max() < np.abs(expected[middle]).max() * 1.05  # the codec rings at a clip's ends
 
 
+def test_titles_need_not_be_utf_8(tmp_path):
+    path = encoded(tmp_path / "a.mkv", stereo(), "aac", "matroska")
+    plain = read_audio(path)
+    with av.open(str(tmp_path / "titled.mkv"), "w", format="matroska") as container:
+        container.metadata["title"] = "caf**"
+        with av.open(str(path)) as given:
+            stream = container.add_stream_from_template(given.streams.audio[0])
+            for packet in given.demux(audio=0):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    container.mux(packet)
+    data = (tmp_path / "titled.mkv").read_bytes()
+    assert b"caf**" in data
+    (tmp_path / "titled.mkv").write_bytes(data.replace(b"caf**", b"caf\xe9s"))
+    assert np.array_equal(read_audio(tmp_path / "titled.mkv"), plain)
+
+
 @pytest.mark.parametrize("name,codec,form", FORMS[:2])
 @pytest.mark.parametrize("called", ["b.wav", "b.flac", "b.mp3", "b.ogg", "b.m4a"])
 def test_a_sound_is_what_its_first_bytes_say(tmp_path, name, codec, form, called):
