@@ -93,7 +93,7 @@ def _read_by_av(source: Path | bytes, seconds: float | None, position: float) ->
     import av
 
     opened = io.BytesIO(source) if isinstance(source, bytes) else str(source)
-    with av.open(opened, metadata_errors="ignore") as container:  # a title may be of any encoding
+    with av.open(opened, "r", metadata_errors="ignore") as container:  # a title may be of any encoding
         if not container.streams.audio:
             raise BadSample(f"{source if isinstance(source, Path) else 'audio bytes'}: holds no sound track")
         # To floats alone: swresample's own mix to mono is sqrt(2) louder than the mean of the channels.
