@@ -338,9 +338,7 @@ def measure(
                 parameter.register_post_accumulate_grad_hook(memory.note_gradient)
         counter = _Counter()
         autocast = torch.autocast("cpu", dtype=half or torch.bfloat16, enabled=half is not None)
-        gathered: list[
-            tuple[int, bool]
-        ] = []  # at each call of a unit: its parameters, and whether gradients are wanted
+        gathered: list[tuple[int, bool]] = []  # at each call of a unit: its parameters, whether gradients are wanted
 
         def note(unit: nn.Module, _: object) -> None:
             gathered.append((_numbers(unit), torch.is_grad_enabled()))
@@ -514,9 +512,8 @@ def _startup(plan: Plan, save_in_background: bool, writers: int) -> tuple[int, i
     placed = math.ceil(whole / plan.shards) + found.block_bytes if plan.strategy == "fsdp" else whole
     staging = plan.checkpoint_bytes // writers * min(writers, local) if save_in_background else 0
     offloaded = (whole + 12 * found.trainable) // plan.shards * local if plan.cpu_offload else 0
-    built = (
-        0 if plan.starts_in_parts else (4 * (found.trainable + found.frozen) if plan.built_in_fp32 else whole) * local
-    )
+    by_rank = 4 * (found.trainable + found.frozen) if plan.built_in_fp32 else whole
+    built = 0 if plan.starts_in_parts else by_rank * local
     encoders = sum(part.host_bytes for part in plan.frozen_parts) * local
     return 0 if plan.cpu_offload else placed, encoders + max(built, staging + offloaded)
 

@@ -37,7 +37,7 @@ def test_a_rendered_clip_is_a_data_folder(tmp_path):
     "row, words",
     [
         ("one,a.wav,id09,happy,1", "identity 'id09'"),
-        ("one,,id01,happy,1", "audio missing"),
+        ("one,,id01,happy,1", "line 2: audio is empty"),
         ("one,a.wav,id01,happy,x", "line 2: seed 'x' is not a whole number"),
         ("one,a.wav,id01,happy,1", "3 samples of sound are shorter than a frame"),
     ],

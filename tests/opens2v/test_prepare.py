@@ -300,7 +300,8 @@ def test_captions_are_read_as_they_were_written(tmp_path, table, caption):
     given = prepare.PrepareOptions(**options)
     videos = prepare.check(given)
     assert [path.name for path in videos] == ["clip.mp4"]
-    assert prepare.read_captions(given, videos) == {"clip.mp4": (caption.replace("\r\n", "\n"), None)}
+    wanted = caption.replace("\r\n", "\n") if table == "a.csv" else caption  # what JSON escapes is the text's own
+    assert prepare.read_captions(given, videos) == {"clip.mp4": (wanted, None)}
 
 
 def test_two_videos_of_one_name_are_refused(tmp_path):
