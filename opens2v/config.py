@@ -68,8 +68,8 @@ class DataConfig(Section):
     ref_height: int = setting(256, "height of a subject picture for the VAE path, pixels", ge=8, le=8192, fixed=True)
     ref_width: int = setting(256, "width of a subject picture for the VAE path, pixels", ge=8, le=8192, fixed=True)
     ref_place: Literal["canvas", "frame"] = setting(
-        "canvas", "a subject picture for the VAE path fills its canvas, or lies in it as large and as high as in the "
-        "annotated frame; a picture that is of no frame fills it", fixed=True
+        "canvas", "a subject picture for the VAE path fills its canvas, or lies in it as in the annotated frame, over "
+        "whose middle the canvas is; a picture that is of no frame fills it", fixed=True
     )  # fmt: skip
     ref_clip_size: int = setting(224, "side of a subject picture for the image encoder, pixels", ge=16, fixed=True)
     sample_stride: int = setting(3, "frames from one training frame to the next", ge=1, fixed=True)

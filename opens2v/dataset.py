@@ -38,7 +38,7 @@ from opens2v.data.subjects import (
     SELECTIONS,
     Subject,
     SubjectFilter,
-    height_in_frame,
+    place_in_frame,
     reference_tensors,
     select_subjects,
 )
@@ -179,7 +179,7 @@ class OpenS2VAdapterDataset(Dataset):
             kept = self.filter.apply(self._subjects(position, key, entry), entry.get("word_tags") or {})
             chosen = select_subjects(kept, self.selection, self.max_subjects, rng)
         images = [self._image(key, subject, rng, sources) for subject in chosen]
-        places = [height_in_frame(subject.mask, self.size) for subject in chosen]
+        places = [place_in_frame(subject.mask, self.size) for subject in chosen]
 
         noun = ""  # another than the clip's own
         # Changes that keep a small set from being learned by heart. The draws are made in this order whatever is

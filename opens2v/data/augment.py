@@ -88,21 +88,21 @@ def show_in_scene(frames: np.ndarray, where: np.ndarray, background: np.ndarray)
 
 def in_its_place(
     where: np.ndarray, background: np.ndarray, drawing: np.ndarray
-) -> tuple[np.ndarray, tuple[int, int]] | None:
+) -> tuple[np.ndarray, tuple[float, float, float]] | None:
     """uint8 (F, H, W, 3): a drawing (uint8 RGBA, square) in place of the subject (the pixels `where`), as large as that
-    is in the first frame, on the same floor, moving along with it; and its upper row and height there.
+    is in the first frame, on the same floor, moving along with it; and its place there (see subjects.Place).
 
     None where a frame shows no subject, or where the difference is the camera's motion.
     """
     if where.mean() > LARGEST_FOREGROUND or not where.any((1, 2)).all():
         return None
     frames: list[np.ndarray] = []
-    sprite, place = Image.new("RGBA", (0, 0)), (0, 0)
+    sprite, place = Image.new("RGBA", (0, 0)), (0.0, 0.0, 0.0)
     for mask in where:
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         if not frames:
             side = int(max(np.ptp(rows), np.ptp(columns))) + 1
-            place = int(rows[-1]) + 1 - side, side
+            place = int(rows[-1]) + 1 - side, side, (columns[0] + columns[-1] + 1 - where.shape[2]) / 2
             sprite = Image.fromarray(drawing).resize((side, side), Image.Resampling.LANCZOS)
         picture = Image.fromarray(background)
         left, top = round((columns[0] + columns[-1] + 1 - sprite.width) / 2), int(rows[-1]) + 1 - sprite.height

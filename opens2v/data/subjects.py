@@ -163,28 +163,33 @@ def select_subjects(subjects: list[Subject], strategy: str, count: int, rng: ran
 # --- the two input forms ----------------------------------------------------------------------------------------------
 
 
-Place = tuple[float, float] | None  # upper row and height of a subject in a training frame, pixels
+# Of a subject in a training frame, pixels: upper row, height, how far right of the frame's middle its own middle is.
+Place = tuple[float, float, float] | None
 
 
-def height_in_frame(mask: np.ndarray, size: tuple[int, int]) -> Place:
+def place_in_frame(mask: np.ndarray, size: tuple[int, int]) -> Place:
     """Where a subject (mask (H, W) of the cropped frame) stands when the frame covers `size`; None: nowhere."""
     if not mask.any():
         return None
     factor = max(size[0] / mask.shape[0], size[1] / mask.shape[1])
-    top, bottom = _tight_box(mask)[:2]
-    return top * factor - (mask.shape[0] * factor - size[0]) / 2, (bottom + 1 - top) * factor
+    top, bottom, left, right = _tight_box(mask)
+    upper = top * factor - (mask.shape[0] * factor - size[0]) / 2
+    return upper, (bottom + 1 - top) * factor, (left + right + 1 - mask.shape[1]) / 2 * factor
 
 
 def reference_pixels(image: Image.Image, height: int, width: int, scale: float = 1.0, place: Place = None) -> Tensor:
     """float32 (3, height, width) in [-1, 1] on white: fitted inside the canvas (Lanczos, aspect kept) and centred, or
-    with a place as large and as high as that, as far as the canvas goes.
+    with a place as it is in the frame, the canvas over the frame's middle, as far as the canvas goes.
     """
     factor = min(height / image.height, width / image.width)
     factor = scale * (factor if place is None else min(factor, place[1] / image.height))
     size = (min(width, max(1, round(image.width * factor))), min(height, max(1, round(image.height * factor))))
     canvas = Image.new("RGB", (width, height), WHITE)
-    top = (height - size[1]) // 2 if place is None else min(max(0, round(place[0])), height - size[1])
-    canvas.paste(image.resize(size, Image.Resampling.LANCZOS), ((width - size[0]) // 2, top))
+    left, top = (width - size[0]) // 2, (height - size[1]) // 2
+    if place is not None:
+        left = min(max(0, round((width - size[0]) / 2 + place[2])), width - size[0])
+        top = min(max(0, round(place[0])), height - size[1])
+    canvas.paste(image.resize(size, Image.Resampling.LANCZOS), (left, top))
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).float() / 127.5 - 1
 
 

@@ -22,8 +22,8 @@ from opens2v.data.subjects import (
     SubjectFilter,
     decode_rle,
     encode_rle,
-    height_in_frame,
     open_picture,
+    place_in_frame,
     select_subjects,
 )
 from opens2v.data.video import cover_resize, crop_window, read_frames, to_uint8, write_video
@@ -254,19 +254,23 @@ def test_a_subject_picture_stands_as_in_the_frame_where_wanted():
     folder = [SAMPLE_DATA / path.format("dataset1") for path in SAMPLE_PATHS]
     for height, width in ((72, 128), (64, 96)):
         part = OpenS2VAdapterDataset(
-            *folder, num_frames=1, height=height, width=width, ref_height=height, ref_width=64, ref_augment=False,
+            *folder, num_frames=1, height=height, width=width, ref_height=height, ref_width=width, ref_augment=False,
             load_background=True, ref_place="frame", only_keys=["anim_monkey", "anim_penguin", "anim_racing_car"],
         )  # fmt: skip
         for index in range(len(part)):
             assert part.positions is not None
             subject = part.part.subjects(*part.part.entry(part.positions[index]))[0]
-            place = height_in_frame(subject.mask, (height, width))
+            place = place_in_frame(subject.mask, (height, width))
             assert place is not None and subject.mask.shape == (144, 256)
             factor = max(height / 144, width / 256)
-            rows = (part.sample(index, 0)["ref_pixels"][0] < 0.9).any(0).any(1).nonzero().flatten()
+            shown = (part.sample(index, 0)["ref_pixels"][0] < 0.9).any(0)
+            rows, columns = shown.any(1).nonzero().flatten(), shown.any(0).nonzero().flatten()
             bottom = (np.flatnonzero(subject.mask.any(1))[-1] + 1 - 72) * factor + height / 2
             assert abs(int(rows[-1]) + 1 - bottom) <= 1.5 and abs(len(rows) - place[1]) <= 2
-    assert height_in_frame(np.zeros((4, 4), np.uint8), (8, 8)) is None
+            found = np.flatnonzero(subject.mask.any(0))
+            middle = ((found[0] + found[-1] + 1) / 2 - 128) * factor + width / 2
+            assert abs(int(columns[0] + columns[-1] + 1) / 2 - middle) <= 1.5
+    assert place_in_frame(np.zeros((4, 4), np.uint8), (8, 8)) is None
 
 
 def test_a_drawing_replaces_nothing_where_the_camera_moves_or_a_frame_is_empty():
@@ -276,7 +280,7 @@ def test_a_drawing_replaces_nothing_where_the_camera_moves_or_a_frame_is_empty()
     where[:, 2:4, 3:5] = True
     shown = in_its_place(where, ground, drawing)
     assert shown is not None and np.array_equal(shown[0].any(-1), where), "as large as the subject, at its place"
-    assert shown[1] == (2, 2)
+    assert shown[1] == (2, 2, 0)
     for none in (~where, where & [[[1]], [[0]]]):
         assert in_its_place(none, ground, drawing) is None
 
