@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from opens2v.config import ModelConfig
-from opens2v.model import RefWanTransformer3DModel, is_reference_name
+from opens2v.model import RefWanTransformer3DModel, is_reference_name, tanh_gelu
 from opens2v.modules.causal import KeyValueCache, attention_runs, causal_frame_mask, frame_blocks
 from opens2v.modules.conditions import Conditions, text_length
 from opens2v.modules.lora import add_lora, enable_trainable, lora_pattern, merge_lora, scale_lora
@@ -396,3 +396,16 @@ def test_pictures_in_self_attention_train_alone_and_recomputation_changes_nothin
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys() and any("k_ref" in name for name in gradients[0])
     assert all(torch.allclose(gradients[0][name], gradients[1][name], atol=1e-7) for name in gradients[0])
+
+
+def test_the_activation_by_hand_is_torchs():
+    x = torch.cat([torch.linspace(-30, 30, 4001), torch.randn(95) * 3]).reshape(1, 8, 512)
+    wide = x.double().requires_grad_()
+    wanted = torch.nn.functional.gelu(wide, approximate="tanh")
+    grad = torch.autograd.grad(wanted.sum(), wide)[0]
+    for values in (x, x.repeat(2, 1, 1)):  # one sample alone; a batch, in torch's own way
+        values = values.clone().requires_grad_()
+        found = tanh_gelu(values)
+        assert ("Sigmoid" in type(found.grad_fn).__name__) == (len(values) == 1)
+        assert torch.allclose(found.double(), wanted, rtol=1e-6, atol=1e-6)
+        assert torch.allclose(torch.autograd.grad(found.sum(), values)[0].double(), grad, rtol=1e-6, atol=2e-6)
