@@ -103,7 +103,7 @@ class RefWanBlock(WanTransformerBlock):
         hidden_states = hidden_states + self.attn2(normed, encoder_hidden_states, references, self.layer, text_bias)
 
         normed = modulated(self.norm3, hidden_states, shift2, scale2)
-        fed = self.ffn.net[2](tanh_gelu(self.ffn.net[0].proj(normed)))
+        fed = self.ffn.net[2](tanh_gelu(self.ffn.get_submodule("net.0.proj")(normed)))
         return (fed.float() * gate2).add_(hidden_states.float()).type_as(hidden_states)
 
 
