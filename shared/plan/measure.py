@@ -177,6 +177,7 @@ class Plan:
     ddp_bf16: bool = False
     starts_in_parts: bool = False
     built_in_fp32: bool = False
+    built_once: bool = False
     tf32: bool = True
     gpus_per_node: int = 8
     memory: dict[str, int] = field(default_factory=dict)
@@ -392,6 +393,7 @@ def make_plan(
     frozen_parts: list[FrozenPart] | None = None,
     starts_in_parts: bool = False,
     built_in_fp32: bool = False,
+    built_once: bool = False,
 ) -> Plan:
     """Memory, traffic and time of one optimizer step from the measured micro-step."""
     world = world or run.world_size or 1
@@ -421,6 +423,7 @@ def make_plan(
         run.ddp_bf16,
         starts_in_parts and strategy == "fsdp",
         built_in_fp32,
+        built_once and strategy == "fsdp",
         training.allow_tf32,
         run.gpus_per_node,
     )
@@ -504,8 +507,9 @@ def _startup(plan: Plan, save_in_background: bool, writers: int) -> tuple[int, i
 
     fsdp moves and shards one unit after another, so that a card holds its shards and one whole unit; the other
     strategies move the whole model. Every rank of a node builds the model in host memory first, in fp32 where a frozen
-    base is cast once its weights are in, but where it reads its parts alone. A background save keeps what it writes in
-    host memory until it is on the disk: all of it on the node of rank 0, or every rank its shards.
+    base is cast once its weights are in, but where it reads its parts alone or rank 0 builds for all. A background save
+    keeps what it writes in host memory until it is on the disk: all of it on the node of rank 0, or every rank its
+    shards.
     """
     found, local = plan.measured, min(plan.world, plan.gpus_per_node)
     whole = found.trainable_bytes + found.frozen_bytes
@@ -513,7 +517,7 @@ def _startup(plan: Plan, save_in_background: bool, writers: int) -> tuple[int, i
     staging = plan.checkpoint_bytes // writers * min(writers, local) if save_in_background else 0
     offloaded = (whole + 12 * found.trainable) // plan.shards * local if plan.cpu_offload else 0
     by_rank = 4 * (found.trainable + found.frozen) if plan.built_in_fp32 else whole
-    built = 0 if plan.starts_in_parts else by_rank * local
+    built = 0 if plan.starts_in_parts else by_rank * (1 if plan.built_once else local)
     encoders = sum(part.host_bytes for part in plan.frozen_parts) * local
     return 0 if plan.cpu_offload else placed, encoders + max(built, staging + offloaded)
 
