@@ -47,7 +47,7 @@ def workload(config: Config) -> Workload:
     size = f"{pixel_frames(config)} frames of {config.data.pixel_height} x {config.data.pixel_width}"
     checkpointing = "on" if config.training.gradient_checkpointing else "off"
     title = f"opens2v, {size}" + ("" if config.run.plan_table else f", checkpointing {checkpointing}")
-    return Workload(title, build, step, (RefWanBlock,), frozen_parts, built_in_fp32=True)
+    return Workload(title, build, step, (RefWanBlock,), frozen_parts, built_in_fp32=True, built_once=True)
 
 
 def symbolic_loss(config: Config, model: nn.Module) -> Tensor:
