@@ -23,6 +23,7 @@ from shared.errors import UserError
 from shared.optim import ZERO_STAYS_GATHERED, zero_bucket
 
 ASSUMED_UTILISATION = 0.40  # share of the matrix peak that a well-fed transformer step reaches; printed with the time
+ZERO_PREFETCHED = 50_000_000  # numbers that DeepSpeed gathers at once
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,17 @@ class Measured:
             scattering = moment.then + gradients + (1 + share) * moment.flat + 2 * width * self.unit
             most = max(most, during, scattering)
         return math.ceil(most) + width * self.root * (1 if self.unit else 2)
+
+    def zero3_bytes(self, width: int) -> int:
+        """The same under ZeRO-3 with weights that stay gathered, without gradients, whose shards are there throughout.
+
+        As counted on CPU ranks: weights come in flat pieces, are cut apart, and the pieces last as long as the forward;
+        a weight goes when its gradient has come.
+        """
+        numbers = self.trainable + self.frozen
+        pieces = width * min(numbers, ZERO_PREFETCHED)
+        during = (m.others - width / 4 * m.gradients + (0 if m.gradients else pieces) for m in self.live)
+        return math.ceil(width * numbers + max(during, default=0))
 
 
 @dataclass
@@ -472,15 +484,15 @@ def _memory(plan: Plan, has_ema: bool) -> dict[str, int]:
     if plan.strategy == "fsdp" and plan.accumulation > 1 and not plan.reduce_each_micro_step:
         gradient_share = 1.0  # FSDP2 keeps them whole, in fp32, until the last micro-step scatters their sum
     gradients = 4 * found.trainable * gradient_share
-    # DDP's buckets, and the sum of earlier micro-steps, are there from the beginning of a backward
-    whole = plan.strategy == "ddp" or plan.accumulation > 1
+    # DDP's buckets, ZeRO-3's shards and the sum of earlier micro-steps are there from the beginning of a backward
+    whole = plan.strategy in ("ddp", "zero3") or plan.accumulation > 1
     activations = found.live_bytes(0.0) if whole else max(0.0, found.live_bytes(gradient_share) - gradients)
     # the frozen encoders run before the model, and what they held is free again when it starts
     activations = max([activations, *(part.activations for part in plan.frozen_parts)])
     kept = plan.accumulation > 1 and not plan.reduce_each_micro_step
     gathered = max(0.0, found.sharded_bytes(1 / world, width, kept=kept) - gradients - activations)
     if plan.strategy == "zero3" and _stays_gathered(found):
-        gathered = width * (found.trainable + found.frozen)
+        gathered = max(0, found.zero3_bytes(width) - activations)
     parts = {
         "weights": weights + found.frozen_bytes / (world if weights_sharded else 1),
         "gathered units": gathered if weights_sharded else 0,
