@@ -221,7 +221,8 @@ class Bagel(nn.Module):
     def _seen_tokens(self, pack: dict[str, Any]) -> Tensor:
         """Pictures as the vision tower sees them, (patches, D)."""
         cells = pack["packed_vit_position_ids"]
-        features = self.connector(self.vit_model(pack["packed_vit_tokens"], cells, pack["vit_token_seqlens"]))
+        flex = self.backend(cells.device) == "flex"
+        features = self.connector(self.vit_model(pack["packed_vit_tokens"], cells, pack["vit_token_seqlens"], flex))
         return features + self.vit_pos_embed(cells).to(features.dtype)
 
     def _latent_tokens(self, pack: dict[str, Any], latents_NC: Tensor, t_N: Tensor) -> Tensor:

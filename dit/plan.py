@@ -66,8 +66,8 @@ def workload(config: Config) -> Workload:
     if model.type == "prx":
         from diffusers.models.transformers.transformer_prx import PRXBlock
 
-        return Workload(title.replace("DiT", "PRX"), build_model, step, (PRXBlock,), frozen_parts)
-    return Workload(title, build_model, step, (DiTBlock,), frozen_parts)
+        return Workload(title.replace("DiT", "PRX"), build_model, step, (PRXBlock,), frozen_parts, built_once=True)
+    return Workload(title, build_model, step, (DiTBlock,), frozen_parts, built_once=True)
 
 
 def encoder_part(title: str, name: str, *, tokens: int) -> FrozenPart | None:

@@ -52,6 +52,7 @@ from dit.weights.open import build_model, cached_codec, make_vae
 from shared.data import BatchPlan, MapStream
 from shared.engine.checkpoint import find_checkpoint, newest_checkpoint
 from shared.engine.dist import DistInfo, from_main, init_distributed, raise_together, shutdown
+from shared.engine.parallel import built_once
 from shared.engine.preflight import preflight
 from shared.errors import write_text, written_aside
 from shared.plan.table import plan_run
@@ -256,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
     if info.is_main:
         _save_inputs(parts.training_set, output_dir / "samples")
     trainer = Trainer(
-        model or _first_model(config, begins=False),
+        model or built_once(lambda: _first_model(config, begins=False), config.run, info),
         parts.codec,
         parts.encoder,
         stream,

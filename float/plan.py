@@ -48,7 +48,7 @@ def workload(config: Config) -> "Workload":
 
         return loss
 
-    return Workload("FLOAT phase 2, motion flow", build, step, (FMTBlock,))
+    return Workload("FLOAT phase 2, motion flow", build, step, (FMTBlock,), built_once=True)
 
 
 def print_plan(config: Config) -> None:

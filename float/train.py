@@ -24,6 +24,7 @@ from shared.errors import UserError, check_output, command, write_text
 
 if TYPE_CHECKING:
     from float.dataset import FLOATDataset
+    from float.model import MotionGenerator
     from float.weights.open import Autoencoder
     from shared.engine.dist import DistInfo
     from shared.loop import FitResult
@@ -194,6 +195,7 @@ def run(config: Config, info: "DistInfo", *, batch_given: bool = False) -> "FitR
     from float.evaluation.preview import make_sampler
     from float.rectified_flow import FlowMatchingTrainer
     from float.weights.open import load_generator, make_generator
+    from shared.engine.parallel import built_once
     from shared.rng import seed_everything
 
     autoencoder, clips = None, None
@@ -210,14 +212,20 @@ def run(config: Config, info: "DistInfo", *, batch_given: bool = False) -> "FitR
                 return result
         autoencoder, clips = prepare_features(config, info, path)
     train_set, val_set = datasets(config, clips)
-    seed_everything(config.run.seed, 2)
-    generator = make_generator(config.model, config.data, gradient_checkpointing=config.training.gradient_checkpointing)
-    if config.model.fmt_path is not None:
-        load_generator(generator, config.model.fmt_path)
-    elif config.model.whiten_motion:
-        # what tells people apart is no motion: where it falls out, it must not set the scale either
-        spread = train_set.all_motion(centred=True) if config.model.relative_motion else None
-        generator.set_motion_statistics(train_set.all_motion(), spread_TD=spread)
+
+    def first_generator() -> "MotionGenerator":
+        seed_everything(config.run.seed, 2)
+        checkpointing = config.training.gradient_checkpointing
+        generator = make_generator(config.model, config.data, gradient_checkpointing=checkpointing)
+        if config.model.fmt_path is not None:
+            load_generator(generator, config.model.fmt_path)
+        elif config.model.whiten_motion:
+            # what tells people apart is no motion: where it falls out, it must not set the scale either
+            spread = train_set.all_motion(centred=True) if config.model.relative_motion else None
+            generator.set_motion_statistics(train_set.all_motion(), spread_TD=spread)
+        return generator
+
+    generator = built_once(first_generator, config.run, info)
     sampler = None if autoencoder is None else make_sampler(config, generator, autoencoder, info)
     return FlowMatchingTrainer(config, generator, train_set, val_set, info=info, sampler=sampler).train()
 

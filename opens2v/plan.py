@@ -31,14 +31,14 @@ def workload(config: Config) -> Workload:
         with unset_fake_temporarily(), torch.device("meta"):
             model = RefWanTransformer3DModel(**transformer_settings(config))
             prepare_generator(config, model, precision=config.run.precision or "bf16")
-        for module in model.modules():
+        for module in model.modules():  # numbers that a step can be run with, where they are not fake
             for name, tensor in module._parameters.items():
                 if tensor is not None:
-                    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
-                    module._parameters[name] = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+                    value = torch.empty(tensor.shape, dtype=tensor.dtype).uniform_(-0.05, 0.05)
+                    module._parameters[name] = nn.Parameter(value, requires_grad=tensor.requires_grad)
             for name, tensor in module._buffers.items():
                 if tensor is not None:
-                    module._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    module._buffers[name] = torch.ones(tensor.shape, dtype=tensor.dtype)
         return model
 
     def step(config: Config) -> Callable[[nn.Module], Tensor]:
@@ -47,7 +47,7 @@ def workload(config: Config) -> Workload:
     size = f"{pixel_frames(config)} frames of {config.data.pixel_height} x {config.data.pixel_width}"
     checkpointing = "on" if config.training.gradient_checkpointing else "off"
     title = f"opens2v, {size}" + ("" if config.run.plan_table else f", checkpointing {checkpointing}")
-    return Workload(title, build, step, (RefWanBlock,), frozen_parts, built_in_fp32=True)
+    return Workload(title, build, step, (RefWanBlock,), frozen_parts, built_in_fp32=True, built_once=True)
 
 
 def symbolic_loss(config: Config, model: nn.Module) -> Tensor:

@@ -175,6 +175,7 @@ class OpenS2VTrainer:
         from opens2v.weights.base import ensure_base, load_generator
         from opens2v.weights.export import load_init
         from shared.engine.dist import init_distributed
+        from shared.engine.parallel import built_once
         from shared.engine.preflight import preflight
         from shared.engine.strategy import choose_precision
 
@@ -190,9 +191,14 @@ class OpenS2VTrainer:
         self.base = ensure_base(config, self.info)
         self.encoders = load_encoders(config, self.base.parent)
         precision = choose_precision(config.run.precision, self.info.device)
-        self.model, self.trainable = load_generator(config, self.base, precision=precision)
-        if config.model.init_from is not None and begins(config):
-            load_init(self.model, Path(config.model.init_from))
+
+        def first_model() -> Any:
+            model, self.trainable = load_generator(config, self.base, precision=precision)
+            if config.model.init_from is not None and begins(config):
+                load_init(model, Path(config.model.init_from))
+            return model
+
+        self.model = built_once(first_model, config.run, self.info)
         self.encoders.to(self.info.device)
         self.objective = RefImageFlowMatching(config, self.encoders)
         self.preview = Preview(config, self.encoders, self.objective.scheduler, self.info)

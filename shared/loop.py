@@ -159,6 +159,7 @@ def fit(
     """
     run, training = config.run, config.training
     output_dir = Path(output_dir or run.output_dir)
+    first_values = first_values or vars(model).pop("first_values", None)  # of built_once
     # Ranks that started with other settings, data or weights would train diverging replicas without an error.
     compare_ranks(config, info)
     same_on_all_ranks(stream.fingerprint, "samples")

@@ -283,7 +283,7 @@ def flex_kernel(is_compiled: bool) -> Any:
     return torch.compile(flex_attention, dynamic=False) if is_compiled else flex_attention
 
 
-def _flex(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout) -> Tensor:
+def flex_of_pack(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout) -> Tensor:
     """Flex attention with a block mask of 128, compiled on CUDA, with the layer where that is compiled; the pack is
     padded inside this call only.
     """
@@ -367,7 +367,7 @@ class PackedAttention:
     def __call__(self, layer: int, query: Pair, key: Pair, value: Pair) -> Pair:
         if self.backend == "flex":
             joined = (self.rows.join(query), self.rows.join(key), self.rows.join(value))
-            return self.rows.part(_flex(*joined, self.layout))
+            return self.rows.part(flex_of_pack(*joined, self.layout))
         return self._by_samples(query, key, value)
 
     @torch.compiler.disable  # lengths of samples change with every pack: compiled layers call this as it is
@@ -375,7 +375,7 @@ class PackedAttention:
         query_LHK, key_LHK, value_LHK = (self.rows.join(pair) for pair in (query, key, value))
         if self.backend == "dense":
             return self.rows.part(padded_attention(query_LHK, key_LHK, value_LHK, self.layout))
-        return self.rows.part(_flex(query_LHK, key_LHK, value_LHK, self.layout))
+        return self.rows.part(flex_of_pack(query_LHK, key_LHK, value_LHK, self.layout))
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------

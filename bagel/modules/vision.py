@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bagel.config import AutoencoderConfig, VisionConfig
+from bagel.modules.transformer import FULL, PackLayout, flex_block_mask, flex_of_pack
 from shared.engine.recompute import checkpoint
 
 
@@ -44,13 +45,24 @@ class SelfAttention(nn.Module):
 
 
 class WithinImages:
-    """Attention within each image; images of equal length that stand side by side are one batch."""
+    """Attention within each image; images of equal length that stand side by side are one batch.
 
-    def __init__(self, lengths: Sequence[int]):
+    flex: the device for whose compiled layers flex attention is made ready, in whose graph lengths are no constants.
+    """
+
+    def __init__(self, lengths: Sequence[int], flex: torch.device | None = None):
         self.runs = _runs(lengths)
+        self.layout = PackLayout(lengths, lengths, [FULL] * len(lengths))
+        if flex is not None:
+            self.layout.block_mask = flex_block_mask(self.layout, flex)
+
+    def __call__(self, query_NHK: Tensor, key_NHK: Tensor, value_NHK: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and self.layout.block_mask is not None:
+            return flex_of_pack(query_NHK, key_NHK, value_NHK, self.layout)
+        return self._by_runs(query_NHK, key_NHK, value_NHK)
 
     @torch.compiler.disable  # the number and the sizes of images change with every pack
-    def __call__(self, query_NHK: Tensor, key_NHK: Tensor, value_NHK: Tensor) -> Tensor:
+    def _by_runs(self, query_NHK: Tensor, key_NHK: Tensor, value_NHK: Tensor) -> Tensor:
         outputs, start = [], 0
         for length, images in self.runs:
             stop = start + length * images
@@ -122,8 +134,8 @@ class VisionTransformer(nn.Module):
         self.rope_width = config.hidden_size // config.num_attention_heads if config.rope else None
         self.gradient_checkpointing = False
 
-    def forward(self, patches: Tensor, position_N: Tensor, lengths: Sequence[int]) -> Tensor:
-        x, attend = self.embeddings(patches, position_N), WithinImages(lengths)
+    def forward(self, patches: Tensor, position_N: Tensor, lengths: Sequence[int], flex: bool = False) -> Tensor:
+        x, attend = self.embeddings(patches, position_N), WithinImages(lengths, patches.device if flex else None)
         angles = None if self.rope_width is None else grid_angles(position_N, self.side, self.rope_width)
         for layer in self.encoder.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -140,8 +152,8 @@ class VisionModel(nn.Module):
         super().__init__()
         self.vision_model = VisionTransformer(config)
 
-    def forward(self, patches: Tensor, position_N: Tensor, lengths: Sequence[int]) -> Tensor:
-        return self.vision_model(patches, position_N, lengths)
+    def forward(self, patches: Tensor, position_N: Tensor, lengths: Sequence[int], flex: bool = False) -> Tensor:
+        return self.vision_model(patches, position_N, lengths, flex)
 
 
 def grid_angles(position_N: Tensor, side: int, head_width: int) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,15 @@
 """ddp and fsdp (FSDP2) behind the interface of strategy.py, and the choice of a strategy by its name."""
 
 import contextlib
+import copy
 import importlib.util
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -21,10 +23,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from shared.config import RunSection, TrainingSection
-from shared.engine.dist import DistInfo
+from shared.engine.checkpoint import StoredTensors, attempt, write_safetensors
+from shared.engine.dist import DistInfo, barrier, from_main, raise_together
 from shared.engine.strategy import Strategy, ensure_group, give_memory, rows_of, units_of
 from shared.errors import UserError
 from shared.optim import adamw
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class DDP(Strategy):
@@ -186,3 +191,29 @@ def make_strategy(run: RunSection, info: DistInfo, precision: str, training: Tra
     from shared.engine.zero import Zero  # DeepSpeed takes a second to import: only where it is used
 
     return Zero(name, info, precision, training, run.cpu_offload)
+
+
+def built_once(build: Callable[[], Model], run: RunSection, info: DistInfo) -> Model:
+    """What `build` makes, to be given to fit(). Under fsdp on several ranks rank 0 alone makes it and writes its
+    parameters; every rank gets it with its buffers and its parameters on the meta device, and fit() fills in the rows
+    that a rank keeps. The file is gone as soon as all have opened it. A collective.
+    """
+    if run.strategy != "fsdp" or info.world == 1:
+        return build()
+    path, made = Path(run.output_dir) / "first_weights.safetensors", []
+
+    def make() -> None:
+        model = build()
+        values = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_safetensors(path, [(name, tuple(v.shape), v.dtype) for name, v in values.items()], iter(values.values()))
+        on_meta = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+        made.append(copy.deepcopy(model, on_meta))  # tied parameters stay tied
+
+    raise_together(attempt(make) if info.is_main else None)
+    model = from_main(made[0] if made else None)
+    model.first_values = StoredTensors(path).__getitem__
+    barrier()
+    if info.is_main:
+        path.unlink()
+    return model

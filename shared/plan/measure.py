@@ -23,6 +23,7 @@ from shared.errors import UserError
 from shared.optim import ZERO_STAYS_GATHERED, zero_bucket
 
 ASSUMED_UTILISATION = 0.40  # share of the matrix peak that a well-fed transformer step reaches; printed with the time
+ZERO_PREFETCHED = 50_000_000  # numbers that DeepSpeed gathers at once
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,17 @@ class Measured:
             most = max(most, during, scattering)
         return math.ceil(most) + width * self.root * (1 if self.unit else 2)
 
+    def zero3_bytes(self, width: int) -> int:
+        """The same under ZeRO-3 with weights that stay gathered, without gradients, whose shards are there throughout.
+
+        As counted on CPU ranks: weights come in flat pieces, are cut apart, and the pieces last as long as the forward;
+        a weight goes when its gradient has come.
+        """
+        numbers = self.trainable + self.frozen
+        pieces = width * min(numbers, ZERO_PREFETCHED)
+        during = (m.others - width / 4 * m.gradients + (0 if m.gradients else pieces) for m in self.live)
+        return math.ceil(width * numbers + max(during, default=0))
+
 
 @dataclass
 class Plan:
@@ -177,6 +189,7 @@ class Plan:
     ddp_bf16: bool = False
     starts_in_parts: bool = False
     built_in_fp32: bool = False
+    built_once: bool = False
     tf32: bool = True
     gpus_per_node: int = 8
     memory: dict[str, int] = field(default_factory=dict)
@@ -392,6 +405,7 @@ def make_plan(
     frozen_parts: list[FrozenPart] | None = None,
     starts_in_parts: bool = False,
     built_in_fp32: bool = False,
+    built_once: bool = False,
 ) -> Plan:
     """Memory, traffic and time of one optimizer step from the measured micro-step."""
     world = world or run.world_size or 1
@@ -421,6 +435,7 @@ def make_plan(
         run.ddp_bf16,
         starts_in_parts and strategy == "fsdp",
         built_in_fp32,
+        built_once and strategy == "fsdp",
         training.allow_tf32,
         run.gpus_per_node,
     )
@@ -469,15 +484,15 @@ def _memory(plan: Plan, has_ema: bool) -> dict[str, int]:
     if plan.strategy == "fsdp" and plan.accumulation > 1 and not plan.reduce_each_micro_step:
         gradient_share = 1.0  # FSDP2 keeps them whole, in fp32, until the last micro-step scatters their sum
     gradients = 4 * found.trainable * gradient_share
-    # DDP's buckets, and the sum of earlier micro-steps, are there from the beginning of a backward
-    whole = plan.strategy == "ddp" or plan.accumulation > 1
+    # DDP's buckets, ZeRO-3's shards and the sum of earlier micro-steps are there from the beginning of a backward
+    whole = plan.strategy in ("ddp", "zero3") or plan.accumulation > 1
     activations = found.live_bytes(0.0) if whole else max(0.0, found.live_bytes(gradient_share) - gradients)
     # the frozen encoders run before the model, and what they held is free again when it starts
     activations = max([activations, *(part.activations for part in plan.frozen_parts)])
     kept = plan.accumulation > 1 and not plan.reduce_each_micro_step
     gathered = max(0.0, found.sharded_bytes(1 / world, width, kept=kept) - gradients - activations)
     if plan.strategy == "zero3" and _stays_gathered(found):
-        gathered = width * (found.trainable + found.frozen)
+        gathered = max(0, found.zero3_bytes(width) - activations)
     parts = {
         "weights": weights + found.frozen_bytes / (world if weights_sharded else 1),
         "gathered units": gathered if weights_sharded else 0,
@@ -504,8 +519,9 @@ def _startup(plan: Plan, save_in_background: bool, writers: int) -> tuple[int, i
 
     fsdp moves and shards one unit after another, so that a card holds its shards and one whole unit; the other
     strategies move the whole model. Every rank of a node builds the model in host memory first, in fp32 where a frozen
-    base is cast once its weights are in, but where it reads its parts alone. A background save keeps what it writes in
-    host memory until it is on the disk: all of it on the node of rank 0, or every rank its shards.
+    base is cast once its weights are in, but where it reads its parts alone or rank 0 builds for all. A background save
+    keeps what it writes in host memory until it is on the disk: all of it on the node of rank 0, or every rank its
+    shards.
     """
     found, local = plan.measured, min(plan.world, plan.gpus_per_node)
     whole = found.trainable_bytes + found.frozen_bytes
@@ -513,7 +529,7 @@ def _startup(plan: Plan, save_in_background: bool, writers: int) -> tuple[int, i
     staging = plan.checkpoint_bytes // writers * min(writers, local) if save_in_background else 0
     offloaded = (whole + 12 * found.trainable) // plan.shards * local if plan.cpu_offload else 0
     by_rank = 4 * (found.trainable + found.frozen) if plan.built_in_fp32 else whole
-    built = 0 if plan.starts_in_parts else by_rank * local
+    built = 0 if plan.starts_in_parts else by_rank * (1 if plan.built_once else local)
     encoders = sum(part.host_bytes for part in plan.frozen_parts) * local
     return 0 if plan.cpu_offload else placed, encoders + max(built, staging + offloaded)
 

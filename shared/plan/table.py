@@ -21,7 +21,7 @@ class Workload:
     build(config) -> model; step(config) -> (model -> loss of one micro-batch); frozen_parts(config) of one micro-batch.
     blocks: the classes, and names of further modules, that fsdp and zero3 gather one at a time. starts_in_parts: under
     fsdp a rank reads its rows of the weights, and no model is built in host memory. built_in_fp32: elsewhere, one whose
-    frozen weights then lie in bf16.
+    frozen weights then lie in bf16. built_once: under fsdp rank 0 alone builds it, and the others read their rows.
     """
 
     title: str
@@ -31,6 +31,7 @@ class Workload:
     frozen_parts: Callable[[Any], list[FrozenPart]] = lambda config: []
     starts_in_parts: bool = False
     built_in_fp32: bool = False
+    built_once: bool = False
 
     def measure(self, config: Any) -> Measured:
         """Parameters, FLOPs and memory of a micro-step with these settings."""
@@ -48,6 +49,7 @@ class Workload:
             frozen_parts=parts,
             starts_in_parts=self.starts_in_parts,
             built_in_fp32=self.built_in_fp32,
+            built_once=self.built_once,
         )
 
 

@@ -1,8 +1,8 @@
 """torch.compile of each block: one whole graph, and none compiled again after the second step.
 
-Counted by dynamo with the eager backend, which needs no compiler. Of BAGEL the layer with flex attention, as on a GPU,
-and its forward pass alone: flex attention has no backward on a CPU. Its kernels by samples, which are for a CPU, and
-the vision tower's attention stand outside of the graphs.
+Counted by dynamo with the eager backend, which needs no compiler. Of BAGEL a language layer and a layer of the vision
+tower with flex attention, as on a GPU, and their forward pass alone: flex attention has no backward on a CPU. The
+kernels by samples and by images, which are for a CPU, stand outside of the graphs.
 """
 
 import importlib
@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from bagel.config import LanguageConfig
+from bagel.config import LanguageConfig, VisionConfig
 from bagel.modules.transformer import MoTDecoderLayer, PackedAttention, PackLayout, Rows
+from bagel.modules.vision import EncoderLayer, WithinImages
 from shared.engine.strategy import blocks_of
 
 
@@ -50,8 +51,8 @@ PACKS = [  # lengths of samples, of their splits, and modes: 110 tokens at most,
 
 
 @pytest.mark.slow
-def test_a_layer_of_bagel_is_one_graph_with_its_flex_attention(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "assume_static_by_default", False)  # as UnifiedTrainer sets it
+@torch._dynamo.config.patch(assume_static_by_default=False)  # as UnifiedTrainer sets it
+def test_a_layer_of_bagel_is_one_graph_with_its_flex_attention():
     torch._dynamo.reset()
     counters.clear()
     torch.manual_seed(0)
@@ -69,4 +70,23 @@ def test_a_layer_of_bagel_is_one_graph_with_its_flex_attention(monkeypatch):
         graphs.append(counters["stats"]["unique_graphs"])
         for one, other in zip(found, plain(und, gen, angles, PackedAttention(layout, rows, "dense"), 0), strict=True):
             torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    assert not counters["graph_break"] and graphs[0] > 0 and graphs[1] == graphs[3], graphs
+
+
+@pytest.mark.slow
+@torch._dynamo.config.patch(assume_static_by_default=False)
+def test_a_layer_of_bagels_vision_tower_is_one_graph():
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    layer = EncoderLayer(VisionConfig(hidden_size=64, intermediate_size=96, num_attention_heads=4, patch_size=14))
+    layer.requires_grad_(False)
+    plain, graphs = layer.forward, []
+    layer.compile(fullgraph=True, backend="eager")
+    for lengths in ([16, 16], [9, 150, 16], [4, 4, 9], [300, 2, 20]):  # pictures of a pack
+        x = torch.randn(sum(lengths), 64)
+        angles = tuple(torch.randn(2, len(x), 16))
+        found = layer(x, WithinImages(lengths, flex=x.device), angles)
+        graphs.append(counters["stats"]["unique_graphs"])
+        torch.testing.assert_close(found, plain(x, WithinImages(lengths), angles), atol=1e-6, rtol=1e-6)
     assert not counters["graph_break"] and graphs[0] > 0 and graphs[1] == graphs[3], graphs

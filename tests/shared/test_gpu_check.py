@@ -1,5 +1,6 @@
 """scripts/gpu_check.sh at toy size on the CPU: right steps, a table, going on, and what it refuses."""
 
+import importlib
 import json
 
 import pytest
@@ -79,3 +80,16 @@ def test_what_cannot_be_checked_is_said(words, sentence, capsys, tmp_path):
         check.main([*words, "--output", str(tmp_path / "out")])
     assert left.value.code == 2 and sentence in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("system", ["bagel", "dit", "float", "multimodal", "opens2v"])
+def test_the_model_of_a_check_has_finite_weights(system):
+    bench = importlib.import_module(f"scripts.bench.{system}")
+    config = bench.settings("small")
+    torch.use_deterministic_algorithms(True)  # memory without values is filled with NaN
+    try:
+        model = bench.workload(config).build(config)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    values = [*model.named_parameters(), *model.named_buffers()]
+    assert [name for name, value in values if not value.isfinite().all()] == []

@@ -22,6 +22,7 @@ VARIANTS = {
     "tied": ({"tied": True}, 4, 1e-8),
     "smooth": ({}, 1, 1e-3),
     "meta": ({"meta": True, "tied": True}, 1, 1e-8),  # the model comes without memory and is filled part by part
+    "once": ({"once": True, "tied": True}, 1, 1e-8),  # under fsdp rank 0 alone builds it
 }
 
 

@@ -21,6 +21,7 @@ from shared.config import RunSection, Section, TrainingSection, accumulation_ste
 from shared.data import BatchPlan, MapStream
 from shared.engine import checkpoint, preflight
 from shared.engine.dist import init_distributed
+from shared.engine.parallel import built_once
 from shared.engine.strategy import ensure_group
 from shared.errors import UserError, command
 from shared.loop import fit
@@ -130,6 +131,11 @@ def run_case(case, info):
     torch.manual_seed(3)
     kind = (case.get("dropout", 0.0), case.get("tied", False), case.get("branches"))
     model, values = Toy(*kind), None
+    if case.get("once"):
+        place = RunSection(strategy=case.get("strategy"), output_dir=case["output_dir"])
+        if info.rank and place.strategy == "fsdp":
+            next(model.parameters()).data.add_(1)  # which nobody asks for
+        model = built_once(lambda first=model: first, place, info)
     if case.get("meta"):
         values = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}.__getitem__
         with torch.device("meta"):
