@@ -174,6 +174,8 @@ def generator_loss(generator: nn.Module, config: Config, audio: torch.Tensor, mo
 
 def peers(bench: Bench) -> None:
     """The transformer against its plain form, and the small preset's step from the cache and from frames."""
+    beside = bench.options.peer
+    old = None if beside is None else old_model(Path(beside) / "float" / "model.py")
     step = transformer_step()
     sizes = f"depth 4, width 256, batch 2, 50 + 10 frames, {step.parameters:,} parameters"
     plain = transformer_step(kind=PlainTransformer)
@@ -184,8 +186,7 @@ def peers(bench: Bench) -> None:
     note = "L 50, P 10, raw sound of 9,216 features, 3 steps of the solver, guidance by sound and emotion"
     windows = [guided_window(official, plain=plain) for plain in (False, True)]
     bench.pair("guided window, official size", *windows, peer=peer, bar=0.70, note=note)
-    if bench.options.peer is not None:
-        old = old_model(Path(bench.options.peer) / "float" / "model.py")
+    if old is not None:
         name, theirs = "8a67d66, whose time is {} of the official code's", old.FlowMatchingTransformer
         bench.pair(
             "transformer step, official", step, transformer_step(kind=theirs), peer=name.format(OLD_STEP),
