@@ -5,7 +5,7 @@ emotions, h hidden. Module and parameter names follow the released checkpoint.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -77,12 +77,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x_BNh: Tensor, mask_NN: Tensor) -> Tensor:
-        """mask: 0 where a frame is seen, -inf elsewhere."""
+    def forward(self, x_BNh: Tensor, mask_MN: Tensor) -> Tensor:
+        """-> the last M frames, (B, M, h). mask: 0 where a frame is seen, -inf elsewhere."""
         qkv = rearrange(self.qkv(x_BNh), "b n (three heads k) -> b n three heads k", three=3, heads=self.heads)
         # unbound where they lie, so that their gradients are stacked in the order of memory
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_NN.to(q.dtype))
+        q = q[:, :, -len(mask_MN) :]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_MN.to(q.dtype))
         return self.proj(rearrange(out, "b heads n k -> b n (heads k)"))
 
 
@@ -126,11 +127,16 @@ class FMTBlock(nn.Module):
         self.mlp = FeedForward(width, int(width * mlp_ratio))
         self.adaLN_modulation = _adaptive(width, 6)
 
-    def forward(self, x: Tensor, activated: Tensor, mask_NN: Tensor, rows: Tensor | None = None) -> Tensor:
-        """activated: the condition behind adaLN_modulation's SiLU, which all blocks share; rows: see _modulation."""
+    def forward(self, x: Tensor, activated: Tensor, mask_MN: Tensor, rows: Tensor | None = None) -> Tensor:
+        """(B, N, h) -> (B, M, h): frames for which the mask has no row are only seen by the others, and come first.
+
+        activated: the condition behind adaLN_modulation's SiLU, which all blocks share; rows: see _modulation.
+        """
         modulation = _modulation(self.adaLN_modulation[1], activated, rows)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, -1)
-        x = x + gate_a * self.attn(modulated_norm(x, shift_a, scale_a), mask_NN)
+        shift_a, scale_a, *parts = modulation.chunk(6, -1)
+        kept = slice(x.shape[1] - len(mask_MN), None)
+        gate_a, shift_m, scale_m, gate_m = (part[:, kept] for part in parts)
+        x = x[:, kept] + gate_a * self.attn(modulated_norm(x, shift_a, scale_a), mask_MN)
         return x + gate_m * self.mlp(modulated_norm(x, shift_m, scale_m))
 
 
@@ -213,33 +219,43 @@ class FlowMatchingTransformer(nn.Module):
         picture; we: emotion probabilities. prev_*: the P frames before the window; None means zeros, unless x and wa
         hold all N frames already.
         """
-        x, wa = self._with_previous(x_BLd, prev_x_BPd), self._with_previous(wa_BLa, prev_wa_BPa)
         first = self._first_frames(window_only)
-        x, wa = x[:, first[0] :], wa[:, first[0] :]
-
+        x = self._with_previous(x_BLd, prev_x_BPd, first[0])
+        wa = self._with_previous(wa_BLa, prev_wa_BPa, first[0])
         # one condition a frame; every block and the decoder begin with the same SiLU of it, so it is taken once
-        tokens = x.shape[1]
-        condition = torch.cat([wr_Bd[:, None].expand(-1, tokens, -1), wa, we_B1E.expand(-1, tokens, -1)], -1)
-        activated = F.silu(self.c_embedder(condition) + self.t_embedder(t_B)[:, None])
+        start, reference, sound, emotion = self._condition(t_B, wr_Bd, wa, we_B1E)
+        activated = F.silu(sound + (start + reference + emotion))
         x = self.x_embedder(x) + self.pos_embed[:, first[0] :]
-
-        # added to the attention scores; as a bool mask it would be turned into this in every block
-        mask_NN = x.new_zeros(tokens, tokens).masked_fill_(self.alignment_mask[first[0] :, first[0] :], float("-inf"))
-        for block, (now, later) in zip(self.blocks, pairwise(first), strict=True):
+        for block, mask_MN, dropped in self._masked_blocks(first, x):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, activated, mask_NN)
+                x = checkpoint(block, x, activated, mask_MN)
             else:
-                x = block(x, activated, mask_NN)
-            if later > now:
-                dropped = later - now
-                x, activated, mask_NN = x[:, dropped:], activated[:, dropped:], mask_NN[dropped:, dropped:].contiguous()
+                x = block(x, activated, mask_MN)
+            activated = activated[:, dropped:].contiguous()
         return self.decoder(x, activated)
+
+    def _condition(self, t_B: Tensor, wr_Bd: Tensor, wa_BNa: Tensor, we_B1E: Tensor) -> tuple[Tensor, ...]:
+        """The condition is a sum, of which only the sound differs by frame: time (B, 1, h), reference (B, 1, h),
+        sound (B, N, h) and emotion (B, 1, h), each projected once.
+        """
+        weight_r, weight_a, weight_e = self.c_embedder.weight.split([self.dim_w, self.dim_a, we_B1E.shape[-1]], 1)
+        start = (self.c_embedder.bias + self.t_embedder(t_B))[:, None]
+        return start, F.linear(wr_Bd, weight_r)[:, None], F.linear(wa_BNa, weight_a), F.linear(we_B1E, weight_e)
+
+    def _masked_blocks(self, first: list[int], like: Tensor) -> Iterator[tuple[nn.Module, Tensor, int]]:
+        """Each block with its mask (M, N) of the frames that it takes and keeps, and how many it leaves out."""
+        # added to the attention scores; as a bool mask it would be turned into this in every block
+        mask_NN = torch.zeros_like(self.alignment_mask, dtype=like.dtype)
+        mask_NN.masked_fill_(self.alignment_mask, float("-inf"))
+        for block, (now, later) in zip(self.blocks, pairwise(first), strict=True):
+            yield block, mask_NN[later:, now:].contiguous(), later - now
 
     def _first_frames(self, window_only: bool) -> list[int]:
         """The first frame that each block takes, and the decoder.
 
         Only the window's velocity is wanted as a rule. A frame sees `attention_window` frames back in each block, so
-        with k blocks to go those further back than k times as many no longer reach it: they are left out on the way.
+        with k blocks to go those further back than k times as many no longer reach it: they are left out on the way,
+        in the block where they are seen last.
         """
         if not window_only:
             return [0] * (len(self.blocks) + 1)
@@ -271,10 +287,7 @@ class FlowMatchingTransformer(nn.Module):
         batch, count, tokens = len(x_BLd), len(passes), before + length
         wa = torch.cat([prev_wa_BPa[:, first[0] :], wa_BLa], 1)
 
-        # the condition is a sum: of the reference, the sound and the emotion, each projected once
-        weight_r, weight_a, weight_e = self.c_embedder.weight.split([self.dim_w, self.dim_a, we_B1E.shape[-1]], 1)
-        reference, sound, emotion = wr_Bd[:, None] @ weight_r.T, wa @ weight_a.T, we_B1E @ weight_e.T
-        start = self.c_embedder.bias + self.t_embedder(t_B)[:, None]
+        start, reference, sound, emotion = self._condition(t_B, wr_Bd, wa, we_B1E)
 
         # parts: the different conditions; rows: which of them each frame of each pass has
         parts: list[Tensor] = []
@@ -299,23 +312,21 @@ class FlowMatchingTransformer(nn.Module):
 
         x = self.x_embedder(torch.cat([prev_x_BPd[:, first[0] :], x_BLd], 1)) + self.pos_embed[:, first[0] :]
         x = x[:, None].expand(-1, count, -1, -1).reshape(batch * count, tokens, -1)
-        mask_NN = x.new_zeros(tokens, tokens).masked_fill_(self.alignment_mask[first[0] :, first[0] :], float("-inf"))
-        for block, (now, later) in zip(self.blocks, pairwise(first), strict=True):
-            x = block(x, activated, mask_NN, rows_N)
-            if later > now:
-                dropped = later - now
-                x, rows_N, mask_NN = x[:, dropped:], rows_N[:, dropped:], mask_NN[dropped:, dropped:].contiguous()
+        for block, mask_MN, dropped in self._masked_blocks(first, x):
+            x = block(x, activated, mask_MN, rows_N)
+            rows_N = rows_N[:, dropped:]
         return rearrange(self.decoder(x, activated, rows_N), "(b passes) n d -> passes b n d", passes=count)
 
-    def _with_previous(self, current: Tensor, previous: Tensor | None) -> Tensor:
+    def _with_previous(self, current: Tensor, previous: Tensor | None, first: int) -> Tensor:
+        """The frames from `first` on."""
+        expected = self.num_frames + self.num_prev_frames
         if previous is None:
-            if current.shape[1] == self.num_frames + self.num_prev_frames:
-                return current
+            if current.shape[1] == expected:
+                return current[:, first:]
             previous = current.new_zeros(len(current), self.num_prev_frames, current.shape[-1])
-        frames = torch.cat([previous, current], 1)
-        if frames.shape[1] != self.num_frames + self.num_prev_frames:
-            raise ValueError(f"{frames.shape[1]} frames, {self.num_frames + self.num_prev_frames} expected")
-        return frames
+        if (given := previous.shape[1] + current.shape[1]) != expected:
+            raise ValueError(f"{given} frames, {expected} expected")
+        return torch.cat([previous[:, first:], current], 1)
 
 
 class AudioProjection(nn.Module):

@@ -49,6 +49,7 @@ class BenchOptions(Section):
     output: str | None = setting(None, "folder for bench.json and bench.md; null: a new one that is named at the end")
     gpu: bool = setting(False, "utilisation of a GPU in place of the table for the CPU")
     record: bool = setting(False, "also write the table to scripts/BENCHMARKS.md")
+    peer: str | None = setting(None, "float: a checkout of commit 8a67d66, stands in for the official code; null: none")
 
 
 @dataclass

@@ -2,23 +2,26 @@
 written out, training from the cache and from frames, a second of talking portrait, the loader, scaling.
 
     python scripts/bench/float.py [--parts peers precision use start loader scaling] [--rounds 5] [--output DIR]
+    python scripts/bench/float.py --parts peers --peer CHECKOUT    (git worktree add CHECKOUT 8a67d66)
     bash scripts/bench.sh --system float
 """
 
 import sys
 from pathlib import Path
+from types import ModuleType
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from scripts.bench.bench import Bench, BenchOptions, Job, Row, planned_step, run_benchmark, training_step
 from shared.config import load_config
-from shared.errors import command
+from shared.errors import UserError, command
 
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
     load_config(BenchOptions, description=__doc__)
 
 import contextlib
+import importlib.util
 import io
 import tempfile
 
@@ -43,6 +46,7 @@ from shared.data import BatchPlan, MapStream
 from shared.engine.dist import DistInfo
 
 PHASE_1_CLIPS = 4  # decoded for the loader of phase 1
+OLD_STEP, OLD_WINDOW = 0.921, 1.007  # times of 8a67d66 over the official code's, side by side
 
 
 def settings(*words: str) -> Config:
@@ -122,6 +126,41 @@ def guided_window(config: Config, *, plain: bool, steps: int = 3) -> Job:
     return window
 
 
+def old_model(path: Path) -> ModuleType:
+    """float/model.py of another checkout, beside ours."""
+    spec = importlib.util.spec_from_file_location("old_float_model", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise UserError(f"--peer: {path} is no file; give a checkout of commit 8a67d66")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def old_window(old: ModuleType, config: Config, steps: int = 3) -> Job:
+    """The guided window as 8a67d66 makes it: three passes in a batch, the sound projected in every step."""
+    data, model = config.data, config.model
+    plain = make_generator(model, data)
+    width = plain.audio_encoder.audio_projection[0].in_features
+    shape = {name: getattr(model, name) for name in ("dim_w", "dim_h", "num_heads", "mlp_ratio", "attention_window")}
+    frames = {"num_frames": data.sequence_length, "num_prev_frames": data.prev_frames}
+    generator = old.MotionGenerator(old.FlowMatchingTransformer(**shape, **frames, depth=model.fmt_depth), width).eval()
+    generator.load_state_dict(plain.state_dict())
+    sizes = ((data.sequence_length, model.dim_w), (data.sequence_length, width), (model.dim_w,), (1, 7))
+    start, *given = (torch.randn(1, *size).repeat(3, *[1] * len(size)) for size in sizes)
+    before = [torch.randn(1, data.prev_frames, size).repeat(3, 1, 1) for size in (model.dim_w, width)]
+    chosen = {"null_audio_B": torch.tensor([True, False, False]), "has_previous_B": torch.ones(3, dtype=torch.bool)}
+
+    @torch.no_grad()
+    def window() -> None:
+        x = start
+        for step in range(steps):
+            t_B = torch.full((3,), step / steps)
+            without, full, sound = generator(t_B, x, *given, *before, **chosen, window_only=True).chunk(3)
+            x = x + (without + 2 * (sound - without) + (full - sound)) / steps
+
+    return window
+
+
 def generator_loss(generator: nn.Module, config: Config, audio: torch.Tensor, motion: torch.Tensor) -> torch.Tensor:
     """Mean square of the velocity for raw sound (B, P + L, F) and motion latents (B, P + L, D)."""
     before, batch = config.data.prev_frames, len(audio)
@@ -135,6 +174,8 @@ def generator_loss(generator: nn.Module, config: Config, audio: torch.Tensor, mo
 
 def peers(bench: Bench) -> None:
     """The transformer against its plain form, and the small preset's step from the cache and from frames."""
+    beside = bench.options.peer
+    old = None if beside is None else old_model(Path(beside) / "float" / "model.py")
     step = transformer_step()
     sizes = f"depth 4, width 256, batch 2, 50 + 10 frames, {step.parameters:,} parameters"
     plain = transformer_step(kind=PlainTransformer)
@@ -145,6 +186,16 @@ def peers(bench: Bench) -> None:
     note = "L 50, P 10, raw sound of 9,216 features, 3 steps of the solver, guidance by sound and emotion"
     windows = [guided_window(official, plain=plain) for plain in (False, True)]
     bench.pair("guided window, official size", *windows, peer=peer, bar=0.70, note=note)
+    if old is not None:
+        name, theirs = "8a67d66, whose time is {} of the official code's", old.FlowMatchingTransformer
+        bench.pair(
+            "transformer step, official", step, transformer_step(kind=theirs), peer=name.format(OLD_STEP),
+            bar=0.85, scale=1 / OLD_STEP, note=sizes,
+        )  # fmt: skip
+        bench.pair(
+            "guided window, official", windows[0], old_window(old, official), peer=name.format(OLD_WINDOW),
+            bar=0.70, scale=1 / OLD_WINDOW, note=note,
+        )  # fmt: skip
     config = settings("small")
     generator, autoencoder = make_generator(config.model, config.data), make_autoencoder(config.model).eval()
     batch, frames = config.training.batch_size, config.data.sequence_length + config.data.prev_frames
