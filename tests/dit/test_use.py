@@ -25,8 +25,9 @@ from dit.evaluation.figures import Extractor, Pictures, figures, inception_score
 from dit.model import DiTModel
 from dit.modules.vae import PoolCodec
 from dit.objective import NoiseObjective, Trainer
+from dit.weights import guide
 from dit.weights.convert import load_pretrained, read_state
-from dit.weights.guide import refuse_unfit
+from dit.weights.guide import read_guide_folder
 from dit.weights.open import build_model, load_codec
 from shared.config import save_config
 from shared.engine.dist import DistInfo
@@ -501,7 +502,7 @@ def test_the_guides_objects_train(tmp_path):
         Trainer(build_model(config), PoolCodec(), nn.Linear(2, 2), loader, config)
 
 
-def test_the_guides_four_files_are_written_and_resumed_from(tmp_path):
+def test_the_guides_four_files_are_written_and_resumed_from(tmp_path, monkeypatch):
     config = guide_config(tmp_path)
     save_config(config, tmp_path / "guide.yaml")
     base = ["--config", str(tmp_path / "guide.yaml")]
@@ -518,7 +519,10 @@ def test_the_guides_four_files_are_written_and_resumed_from(tmp_path):
     alone.mkdir()
     for name in names:
         shutil.copy(folder / name, alone / name)
+    opened, read = [], guide.read_weights_file
+    monkeypatch.setattr(guide, "read_weights_file", lambda path: opened.append(path.name) or read(path))
     train.main([*base, "--resume", str(alone), "--output-dir", str(tmp_path / "again"), "--ema-decay", "0"])
+    assert opened == ["model.pt", "optimizer.pt"]  # each once: they may be gigabytes
     last = [tmp_path / name / "checkpoints" / "checkpoint-step-4" for name in ("out", "again")]
     one, two = (load_file(place / "model.safetensors") for place in last)
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -531,14 +535,14 @@ def test_the_guides_four_files_are_written_and_resumed_from(tmp_path):
         state = {**kept["state"], 0: {**kept["state"][0], **change}}
         torch.save({**kept, "state": state}, alone / "optimizer.pt")
         with pytest.raises(UserError, match=r"optimizer.pt: not the state of an AdamW"):
-            refuse_unfit(alone, model)
+            read_guide_folder(alone, model)
     (alone / "optimizer.pt").unlink()
     weights = torch.load(alone / "model.pt", weights_only=True)
     torch.save({f"_orig_mod.{name}": value for name, value in weights.items()}, alone / "model.pt")  # as compiled
-    refuse_unfit(alone, model)
+    read_guide_folder(alone, model)
     torch.save({name: value.to(torch.complex64) for name, value in weights.items()}, alone / "model.pt")
     with pytest.raises(UserError, match=r"model.pt: .* no finite decimal"):
-        refuse_unfit(alone, model)
+        read_guide_folder(alone, model)
     torch.save(weights, alone / "model.pt")
     trainer = Trainer(build_model(config), PoolCodec(), None, None, config)
     trainer.load_checkpoint(alone)
