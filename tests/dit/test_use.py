@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from dit import generate, metrics, precompute, train
 from dit.config import Config, GenerateOptions, MetricsOptions, PrecomputeOptions, refuse_unused
 from dit.dataset import TextImageDataset
-from dit.evaluation.figures import Extractor, Pictures, figures, inception_score, reference_of, ssim
+from dit.evaluation.figures import Extractor, Pictures, RandomFeatures, figures, inception_score, reference_of, ssim
 from dit.model import DiTModel
 from dit.modules.vae import PoolCodec
 from dit.objective import NoiseObjective, Trainer
@@ -138,7 +138,7 @@ def test_figures_come_from_folders_npz_files_and_adms_statistics_alike(tmp_path)
     (tmp_path / "made" / "._000000.png").write_bytes(b"what a Mac leaves beside a file")
     np.savez(tmp_path / "made.npz", arr_0=made)
     np.savez_compressed(tmp_path / "real.npz", arr_0=real)
-    extractor, info = Extractor(None, device=CPU, random=True), DistInfo()
+    extractor, info = Extractor(RandomFeatures(), device=CPU), DistInfo()
     sets = [Pictures(tmp_path / "made"), Pictures(tmp_path / "made.npz"), Pictures(made)]
     assert isinstance(sets[1].array, np.memmap) and len({one.digest() for one in sets}) == 1
     reference = reference_of(tmp_path / "real.npz", extractor, info)
@@ -187,7 +187,7 @@ def test_an_archive_that_is_no_reference_is_named(tmp_path, capsys, name):
 
 def test_damage_anywhere_in_an_archive_is_named(tmp_path):
     np.savez_compressed(tmp_path / "whole.npz", mu=np.zeros(64), sigma=np.random.default_rng(0).normal(size=(64, 64)))
-    whole, extractor = (tmp_path / "whole.npz").read_bytes(), Extractor(None, device=CPU, random=True)
+    whole, extractor = (tmp_path / "whole.npz").read_bytes(), Extractor(RandomFeatures(), device=CPU)
     for place in range(0, len(whole) - 64, len(whole) // 24):
         (tmp_path / "hurt.npz").write_bytes(whole[:place] + bytes(60) + whole[place + 60 :])
         with contextlib.suppress(UserError):  # nothing else comes out
@@ -231,6 +231,24 @@ def test_what_cannot_be_measured_is_refused_at_once(tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit) as left:
         metrics.main(arguments)
     assert left.value.code == 2 and message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_what_is_measured_is_opened_once(trained, tmp_path, monkeypatch):
+    """Weights of the FID network were read three times, the held-out pictures four."""
+    from shared.media import inception as media
+
+    weights = {**media.FIDInception().state_dict(), "fc.weight": torch.zeros(1008, 2048)}
+    torch.save(weights, tmp_path / "inception.pth")
+    opened, read, make = [], media.read_weights_file, TextImageDataset.from_config
+    monkeypatch.setattr(media, "read_weights_file", lambda path: opened.append(path.name) or read(path))
+    monkeypatch.setattr(
+        TextImageDataset,
+        "from_config",
+        lambda *given, is_train: opened.append(is_train) or make(*given, is_train=is_train),
+    )
+    found = metrics.main(["--checkpoint", str(trained), "--metrics", "loss,fid", "--count", "2", "--steps", "1",
+                          "--inception-weights", str(tmp_path / "inception.pth")])  # fmt: skip
+    assert opened == ["inception.pth", False, True] and found["fid"]["inception_score"] == pytest.approx(1)
 
 
 def test_an_unconditional_model_is_measured_by_what_applies(tmp_path):
