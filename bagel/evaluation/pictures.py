@@ -22,15 +22,6 @@ from shared.media.inception import inception
 Features = Callable[[Sequence[Image.Image]], Tensor]  # pictures -> (N, D)
 
 
-def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """The Frechet distance of two sets of features (N, D), in float64 (Heusel et al. 2017, eq. 6)."""
-    if min(len(first), len(second)) < 2:
-        raise Unavailable(
-            f"a Frechet distance needs two or more pictures on each side, found {len(first)} and {len(second)}"
-        )
-    return metrics.frechet_distance(first, second)
-
-
 def fid(
     generated: Sequence[Image.Image], real: Sequence[Image.Image], features: Features | None
 ) -> dict[str, float | int | str]:
@@ -40,7 +31,7 @@ def fid(
     if min(len(generated), len(real)) < 2:
         raise Unavailable(f"FID needs two or more pictures on each side, found {len(generated)} and {len(real)}")
     result: dict[str, float | int | str] = {
-        "fid": frechet_distance(features(generated), features(real)),
+        "fid": metrics.frechet_distance(features(generated), features(real)),
         "fid_pictures": len(generated),
     }
     if min(len(generated), len(real)) < 2048:

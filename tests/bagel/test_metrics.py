@@ -14,13 +14,13 @@ from bagel.evaluation.pictures import (
     consistency,
     fid,
     foreground_colour,
-    frechet_distance,
     inception_features,
     named_colour_agreement,
     open_judges,
 )
 from bagel.evaluation.text import BertScorer, NGram, Unavailable, bert_score, bleu, guarded, meteor, rouge, words
 from shared.errors import UserError
+from shared.metrics import frechet_distance
 
 
 def test_words_and_chinese_characters():
