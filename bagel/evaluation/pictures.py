@@ -72,10 +72,11 @@ def open_judges(options: MetricsOptions) -> Judges:
         check_folder(name, getattr(options, name))
     if options.nltk_data is not None and not Path(options.nltk_data).is_dir():
         raise UserError(f"--nltk-data {options.nltk_data}: no such folder; give the one that holds corpora/wordnet")
+    weights, clip, bert = options.fid_weights, options.clip_model, options.bertscore_model
     return Judges(
-        options.fid_weights and inception_features(options.fid_weights),
-        options.clip_model and metrics.ClipScorer(options.clip_model),
-        options.bertscore_model and BertScorer(options.bertscore_model, options.bertscore_layer),
+        None if weights is None else inception_features(weights),
+        None if clip is None else metrics.ClipScorer(clip),
+        None if bert is None else BertScorer(bert, options.bertscore_layer),
     )
 
 
