@@ -17,6 +17,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import json
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from shared.config import Section, load_config, setting
@@ -172,17 +173,8 @@ def draw_all(
     from bagel.evaluation.validation import grid
     from bagel.sampling.generation import Guidance
 
-    given = settings_of(options, shape)
-    names = (
-        "cfg_text_scale",
-        "cfg_img_scale",
-        "cfg_interval",
-        "cfg_renorm_min",
-        "cfg_renorm_type",
-        "num_timesteps",
-        "timestep_shift",
-    )
-    guidance = Guidance(**{name: given[name] for name in names if name in given})
+    given, names = settings_of(options, shape), {field.name for field in fields(Guidance)}
+    guidance = Guidance(**{name: value for name, value in given.items() if name in names})
     pictures = inferencer.draw_batch([[prompt] for prompt in prompts], guidance, shape)
     return grid(pictures, columns=min(4, len(pictures)), scale=max(1, 128 // max(shape)))
 

@@ -16,31 +16,7 @@ import json
 
 from bagel.config import MetricsOptions
 from shared.config import load_config
-from shared.errors import UserError, check_output, command, write_text
-
-
-def check_given(options: MetricsOptions) -> None:
-    """What is named for a metric must be of use, and is opened once before anything is drawn: only what is not given
-    leaves a metric out.
-    """
-    from bagel.evaluation.pictures import ClipScorer
-    from bagel.evaluation.text import Unavailable, bert_score
-    from shared.engine.preflight import check_folder
-    from shared.media.inception import inception
-
-    for name in ("bertscore_model", "clip_model"):
-        check_folder(name, getattr(options, name))
-    if options.nltk_data is not None and not Path(options.nltk_data).is_dir():
-        raise UserError(f"--nltk-data {options.nltk_data}: no such folder; give the one that holds corpora/wordnet")
-    if options.fid_weights is not None:
-        inception(options.fid_weights)
-    try:
-        if options.bertscore_model is not None:
-            bert_score(["a"], ["a"], options.bertscore_model, options.bertscore_layer)
-        if options.clip_model is not None:
-            ClipScorer(options.clip_model)
-    except Unavailable as reason:
-        raise UserError(str(reason)) from None
+from shared.errors import check_output, command, write_text
 
 
 @command
@@ -48,12 +24,13 @@ def main(argv: list[str] | None = None) -> None:
     """Read the options, evaluate, write the figures and the report."""
     options = load_config(MetricsOptions, argv=argv, description=__doc__)
     output = check_output(options.output or Path(options.checkpoint) / "metrics.json", (".json",))
-    check_given(options)
     from bagel.evaluation.figures import evaluate, write_bagel_report
+    from bagel.evaluation.pictures import open_judges
     from bagel.weights.open import open_model
 
+    judges = open_judges(options)
     opened = open_model(options.checkpoint, model_path=options.base, prefer_ema=options.ema, device=options.device)
-    figures, samples = evaluate(opened, options, output.parent / "report_samples")
+    figures, samples = evaluate(opened, options, judges, output.parent / "report_samples")
     write_text(output, json.dumps(figures, ensure_ascii=False, indent=1) + "\n")
     write_bagel_report(output.parent, figures, samples, " ".join(["python bagel/metrics.py", *(argv or sys.argv[1:])]))
     for name, value in figures.items():

@@ -9,9 +9,11 @@ scenes, loss, caption, recon, vae, colour and memory need no download; scenes co
 provide. Under torchrun the work is shared.
 """
 
+import functools
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from torch import Tensor
 from dit.data.cache import key_of
 from dit.data.scenes import SceneDataset
 from dit.dataset import TextImageDataset, spread, spread_captions, unit
-from dit.evaluation.figures import Extractor, Pictures, figures, psnr, reference_of, ssim
+from dit.evaluation.figures import Extractor, Pictures, RandomFeatures, figures, psnr, reference_of, ssim
 from dit.evaluation.held_out import errors, held_out_noise, prepare, readable
 from dit.evaluation.scenes import scene_bars, scene_figures, scene_grid, scene_headline
 from dit.generate import Drawer, Request, batches_of, draw_folder, guidance
@@ -40,7 +42,7 @@ from dit.sampling.drawing import grid, to_uint8
 from dit.weights.open import Trained, load_asked, run_of
 from shared.engine.dist import DistInfo, gather_objects, init_distributed, shutdown
 from shared.errors import write_text
-from shared.media.inception import inception
+from shared.media.inception import FIDInception, ScriptedFeatures, inception
 from shared.metrics import agreement, clip_score, colour_caption, paired_p
 from shared.report.page import Bar, Sample, write_report
 
@@ -51,12 +53,9 @@ OF_SCENES = ["scenes", "loss", "caption", "recon", "vae"]
 class Measurement:
     """One evaluation: the held-out pictures, the drawn ones (made when first wanted), and a method for every metric."""
 
-    def __init__(self, trained: Trained, options: MetricsOptions, info: DistInfo) -> None:
+    def __init__(self, trained: Trained, measured: TextImageDataset, options: MetricsOptions, info: DistInfo) -> None:
         self.trained, self.options, self.info = trained, options, info
-        measured = _measured(options, trained)
-        self.training_set = (
-            measured if options.split == "train" else _measured(options.model_copy(update={"split": "train"}), trained)
-        )
+        self.training_set = measured if options.split == "train" else measured_set(options, trained, "train")
         self.measured: Any = measured  # a SceneDataset has the same methods
         self.held = prepare(
             measured, self.training_set, trained.codec, trained.text_encoder, count=options.count, device=info.device
@@ -258,13 +257,17 @@ class HeldOutPictures(Pictures):
         return self.dataset.sample(self.indices[index], 0, flip=False)["image"].permute(1, 2, 0).numpy()
 
 
-def paper_figures(options: MetricsOptions, trained: Trained | None, info: DistInfo) -> dict:
+def paper_figures(
+    options: MetricsOptions,
+    extractor: Extractor,
+    trained: Trained | None,
+    measured: Callable[[], TextImageDataset],
+    info: DistInfo,
+) -> dict:
     """FID and its relatives of a folder, an .npz or a checkpoint's pictures, in flat memory and shared over the ranks.
 
     A checkpoint's pictures are drawn into the run's folder first: the same command again draws what is missing.
     """
-    random = options.features == "random"
-    extractor = Extractor(options.inception_weights, device=info.device, resize=options.resize, random=random)
     about: dict = {}
     if options.pictures is not None:
         made = Pictures(options.pictures)
@@ -273,13 +276,12 @@ def paper_figures(options: MetricsOptions, trained: Trained | None, info: DistIn
         drawer = drawer_of(trained, options, info)
         key = key_of([drawer.settings(), options.count, options.seed, options.split, options.data_root])
         folder = run_of(trained.folder) / f"drawn_{key}"
-        draw_folder(drawer, _requests(options, trained), folder, info)
+        draw_folder(drawer, _requests(options, trained, measured), folder, info)
         made, about = Pictures(folder), {"folder": str(folder), **drawer.settings()}
     if options.reference is not None:
         reference = reference_of(options.reference, extractor, info)
     else:
-        assert trained is not None
-        reference = reference_of(HeldOutPictures(_measured(options, trained), options.count), extractor, info)
+        reference = reference_of(HeldOutPictures(measured(), options.count), extractor, info)
     found = figures(extractor.all(made, info), reference)
     return {
         **found,
@@ -292,7 +294,7 @@ def paper_figures(options: MetricsOptions, trained: Trained | None, info: DistIn
     }
 
 
-def _requests(options: MetricsOptions, trained: Trained) -> list[Request]:
+def _requests(options: MetricsOptions, trained: Trained, measured: Callable[[], TextImageDataset]) -> list[Request]:
     """`count` pictures: evenly over the classes, or for the captions in turn, each with the seed of its number."""
     classes, numbers = trained.config.model.num_classes, range(options.count)
     if classes is not None:
@@ -300,21 +302,20 @@ def _requests(options: MetricsOptions, trained: Trained) -> list[Request]:
         return [Request(n, f"class {label}", label, options.seed + n) for n, label in zip(numbers, labels, strict=True)]
     if trained.text_encoder is None:
         return [Request(number, "", None, options.seed + number) for number in numbers]
-    dataset = _measured(options, trained)
-    captions = [colour_caption(texts) for texts in spread_captions(dataset, options.count)]
+    captions = [colour_caption(texts) for texts in spread_captions(measured(), options.count)]
     return [Request(number, captions[number % len(captions)], None, options.seed + number) for number in numbers]
 
 
-def _measured(options: MetricsOptions, trained: Trained) -> TextImageDataset:
-    """The pictures that a run is measured on."""
+def measured_set(options: MetricsOptions, trained: Trained | None, split: str) -> TextImageDataset:
+    """The pictures of a split that a run is measured on, or compared with."""
+    assert trained is not None  # --pictures without --checkpoint comes with a --reference
     config = trained.config
     place = options.data_root or config.data.dataset_path
     data = config.data.model_copy(update={"dataset_path": place, "cache_dir": None, "buckets": False})  # all square
-    dataset = TextImageDataset.from_config(config.model_copy(update={"data": data}), is_train=options.split == "train")
+    dataset = TextImageDataset.from_config(config.model_copy(update={"data": data}), is_train=split == "train")
     if len(dataset) < 2:
         raise UserError(
-            f"--split {options.split}: {len(dataset)} pictures; set data.val_fraction when training, or use "
-            "--split train"
+            f"--split {split}: {len(dataset)} pictures; set data.val_fraction when training, or use --split train"
         )
     return dataset
 
@@ -344,8 +345,8 @@ def _asked_for(options: MetricsOptions) -> list[str]:
     return [] if names == ["auto"] else names
 
 
-def _check(options: MetricsOptions) -> None:
-    """Refuse what cannot be measured, before anything is computed."""
+def _check(options: MetricsOptions) -> RandomFeatures | FIDInception | ScriptedFeatures | None:
+    """Refuse what cannot be measured, before anything is computed. Returns the network of fid, None without fid."""
     wanted = _asked_for(options)
     if options.output:
         check_output(options.output)
@@ -355,28 +356,37 @@ def _check(options: MetricsOptions) -> None:
         raise UserError("--checkpoint is not set; give the folder of a training run, or --pictures for fid alone")
     if not options.checkpoint and (options.reference is None or wanted not in ([], ["fid"])):
         raise UserError("--pictures without --checkpoint measures fid alone, and needs --reference; give both")
-    if "fid" in wanted or not options.checkpoint:
-        if options.features == "inception":
-            inception(options.inception_weights)
-        for name, place in (("pictures", options.pictures), ("reference", options.reference)):
-            if place is not None and not Path(place).exists():
-                raise UserError(f"--{name} {place}: no such folder or file")
+    if "fid" not in wanted and options.checkpoint:
+        return None
+    network = RandomFeatures() if options.features == "random" else inception(options.inception_weights)
+    for name, place in (("pictures", options.pictures), ("reference", options.reference)):
+        if place is not None and not Path(place).exists():
+            raise UserError(f"--{name} {place}: no such folder or file")
+    return network
 
 
 @command
 def main(argv: list[str] | None = None) -> dict:
     """The command; see the head of the file."""
     options = load_config(MetricsOptions, argv=argv, description=__doc__)
-    _check(options)
+    network = _check(options)
     info = init_distributed(options.device)
     trained = None
     if options.checkpoint:
         trained = load_asked(options, info.device)
         guidance(trained.config, options.cfg_scale)
     wanted, found = _wanted(options, trained), {}
-    measurement = Measurement(trained, options, info) if trained is not None and set(wanted) - {"fid"} else None
+    measured = functools.cache(lambda: measured_set(options, trained, options.split))  # fid may need none
+    measurement = None
+    if trained is not None and set(wanted) - {"fid"}:
+        measurement = Measurement(trained, measured(), options, info)
     for name in wanted:
-        found[name] = paper_figures(options, trained, info) if name == "fid" else getattr(measurement, name)()
+        if name == "fid":
+            assert network is not None  # of _check()
+            extractor = Extractor(network, device=info.device, resize=options.resize)
+            found[name] = paper_figures(options, extractor, trained, measured, info)
+        else:
+            found[name] = getattr(measurement, name)()
     if measurement is not None:
         drawn = measurement.drawn  # by all ranks; the report shows some
         found = {name: found[name] for name in wanted} if len(drawn) else found

@@ -30,7 +30,14 @@ from dit.sampling.drawing import Drawing, draw_latents, grid, to_uint8
 from dit.sampling.gaussian import GaussianDiffusion, Target
 from dit.sampling.samplers import Draw, Model, check_sampler, sample_flow, sample_noise, training_scheduler
 from dit.weights.averages import RUNNING, PowerAverages
-from dit.weights.guide import adopt, is_guide_folder, read_guide_weights, write_guide_files, write_guide_folder
+from dit.weights.guide import (
+    GuideState,
+    adopt,
+    is_guide_folder,
+    read_guide_folder,
+    write_guide_files,
+    write_guide_folder,
+)
 from shared.config import accumulation_steps, save_config
 from shared.data import BatchPlan, MapStream
 from shared.engine.checkpoint import load_strict, load_weights
@@ -301,8 +308,11 @@ class Trainer:
         info: DistInfo | None = None,
         held_out: HeldOut | None = None,
         null_condition: tuple[Tensor, Tensor, Tensor] | None = None,
+        guide_state: GuideState | None = None,
     ) -> None:
-        """null_condition: states, mask and pooled vector of the empty caption, where no text encoder is given."""
+        """null_condition: states, mask and pooled vector of the empty caption, where no text encoder is given.
+        guide_state: of a folder in the guide's form that run.resume names, where it is read already.
+        """
         self.model, self.config, self.held_out = model, config, held_out
         self.info = info or DistInfo()
         self.device, self.train_dataloader = self.info.device, train_dataloader
@@ -315,7 +325,7 @@ class Trainer:
         )
         self.noise_scheduler = self.objective.noise_scheduler
         self.criterion = self.objective.error
-        self.resume = config.run.resume
+        self.resume, self.guide_state = config.run.resume, guide_state
         self.global_step = 0
         self.averages: PowerAverages | None = None
         self.feature_encoder: FeatureEncoder | None = None
@@ -325,7 +335,7 @@ class Trainer:
             if null_condition is None and self.text_encoder is not None:
                 states, mask, pooled = self.text_encoder.encode([""])
                 null_condition = (states[0], mask[0], pooled[0])
-            if null_condition is not None:
+            if null_condition is not None and guide_state is None:  # else the folder's is in the model
                 model.set_null_text(*(part.cpu() for part in null_condition))
 
     @property
@@ -431,7 +441,9 @@ class Trainer:
             raise UserError("the Trainer was made without train_dataloader; give one to train")
         self.config.run.resume = self.resume
         if is_guide_folder(Path(self.resume)):
-            self.config.run.resume = str(adopt(Path(self.resume), self.config, self.model, self.stream, self.info))
+            found = self.guide_state or read_guide_folder(Path(self.resume), self.model)
+            self.config.run.resume = str(adopt(found, self.config, self.model, self.stream, self.info))
+            self.guide_state = None  # its moments are the optimizer's now
         draws = self.held_out is not None or bool(self.config.training.sample_prompts)
         if self.config.training.power_ema:
             self.config.training.save_in_background = False  # the averages would move on while they are written
@@ -480,12 +492,12 @@ class Trainer:
         """Load the weights of save_checkpoint's folder, or of one in the guide's form; a checkpoint of the loop, or of
         the guide, is resumed from by train().
         """
-        folder = Path(path)
+        folder, self.guide_state = Path(path), None
         own = folder / "model.safetensors"
         if own.exists() and not (folder / "manifest.json").exists():
             load_strict(self.model, load_weights(own), what=str(own))
         elif is_guide_folder(folder):
-            read_guide_weights(folder, self.model)
+            self.guide_state = read_guide_folder(folder, self.model)
             self.resume = str(folder)
         else:
             load_strict(self.model, load_weights(folder, prefer_ema=False), what=str(folder))

@@ -47,7 +47,7 @@ from dit.plan import workload
 from dit.sampling.drawing import grid, to_uint8
 from dit.weights.autoencoder import prepare_codec
 from dit.weights.convert import load_pretrained
-from dit.weights.guide import is_guide_folder, refuse_unfit
+from dit.weights.guide import is_guide_folder, read_guide_folder
 from dit.weights.open import build_model, cached_codec, make_vae
 from shared.data import BatchPlan, MapStream
 from shared.engine.checkpoint import find_checkpoint, newest_checkpoint
@@ -222,9 +222,10 @@ def main(argv: list[str] | None = None) -> None:
         _keep_pretrained(config, going_on)
     elif config.model.pretrained_path:  # read once, and before a codec is fitted: they may not fit
         model = _first_model(config, begins=True)
-    if is_guide_folder(Path(config.run.resume)):
+    guide_state = None
+    if is_guide_folder(Path(config.run.resume)):  # likewise
         model = model or _first_model(config, begins=False)
-        refuse_unfit(Path(config.run.resume), model)
+        guide_state = read_guide_folder(Path(config.run.resume), model)
     if config.data.cache_dir is not None:
         parts = _from_cache(config, sets, info)
     else:
@@ -265,6 +266,7 @@ def main(argv: list[str] | None = None) -> None:
         info=info,
         held_out=parts.held_out,
         null_condition=parts.null,
+        guide_state=guide_state,
     )
     try:
         trainer.train()

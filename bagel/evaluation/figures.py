@@ -16,7 +16,7 @@ from bagel.config import Config, MetricsOptions
 from bagel.data.scenes import SceneFile
 from bagel.dataset import UnifiedGenerationDataset, open_dataset
 from bagel.evaluation.pictures import (
-    ClipScorer,
+    Judges,
     clip_score,
     colour_agreement,
     consistency,
@@ -24,7 +24,7 @@ from bagel.evaluation.pictures import (
     named_colour_agreement,
 )
 from bagel.evaluation.scenes import scene_bars, scene_figures, scene_headline
-from bagel.evaluation.text import Unavailable, bert_score, bleu, guarded, meteor, ngram_baselines, rouge
+from bagel.evaluation.text import bert_score, bleu, guarded, meteor, ngram_baselines, rouge
 from bagel.evaluation.validation import Conversation, conversations, fixed_pack, grid, held_out_packs
 from bagel.objective import with_latents
 from bagel.packing import Draws, Dropout, Pack, PackBuilder, PlanItem
@@ -43,7 +43,7 @@ Figures = dict[str, Any]  # by name; what cannot be computed is None, with the r
 SampleFiles = list[tuple[Path, str, str]]  # (file, caption, group)
 
 
-def evaluate(opened: Opened, options: MetricsOptions, folder: Path) -> tuple[Figures, SampleFiles]:
+def evaluate(opened: Opened, options: MetricsOptions, judges: Judges, folder: Path) -> tuple[Figures, SampleFiles]:
     """Everything that these records allow. Files go into `folder`. At most max_records of each set are used."""
     held_out, train = _datasets(opened, options)
     figures: Figures = {
@@ -61,12 +61,12 @@ def evaluate(opened: Opened, options: MetricsOptions, folder: Path) -> tuple[Fig
         figures |= ranking_figures(opened, train, None, options.max_records)
         ranked = ranking_figures(opened, held_out, train, options.max_records)
         figures |= {f"held_out_{name}": value for name, value in ranked.items()}
-    figures |= answer_figures(opened, held_out, options, folder, samples)
+    figures |= answer_figures(opened, held_out, options, judges, folder, samples)
     sets = [("held_out", held_out)] + ([("train", train)] if train is not None else [])
     for name, dataset in sets:
         figures |= {
             f"{name}_{key}": value
-            for key, value in picture_figures(opened, dataset, options, folder, name, samples).items()
+            for key, value in picture_figures(opened, dataset, options, judges, folder, name, samples).items()
         }
     return figures, samples
 
@@ -257,6 +257,7 @@ def answer_figures(
     opened: Opened,
     dataset: UnifiedGenerationDataset,
     options: MetricsOptions,
+    judges: Judges,
     folder: Path,
     samples: SampleFiles,
 ) -> Figures:
@@ -279,7 +280,7 @@ def answer_figures(
         **guarded(lambda: bleu(answers, true), "bleu"),
         **guarded(lambda: rouge(answers, true), "rouge"),
         **guarded(lambda: meteor(answers, true, options.nltk_data), "meteor"),
-        **guarded(lambda: bert_score(answers, true, options.bertscore_model, options.bertscore_layer), "bertscore_f1"),
+        **guarded(lambda: bert_score(answers, true, judges.bert), "bertscore_f1"),
         **guarded(
             lambda: {f"caption_{name}": value for name, value in named_colour_agreement(answers, true).items()},
             "caption_colour_named",
@@ -294,6 +295,7 @@ def picture_figures(
     opened: Opened,
     dataset: UnifiedGenerationDataset,
     options: MetricsOptions,
+    judges: Judges,
     folder: Path,
     name: str,
     samples: SampleFiles,
@@ -313,18 +315,12 @@ def picture_figures(
     samples.append(
         (path, "drawn and true, in pairs: " + "; ".join(texts), f"pictures for {name.replace('_', '-')} prompts")
     )
-    scorer, figures = None, Figures()
-    try:
-        scorer = ClipScorer(options.clip_model)
-        figures |= clip_score(texts, drawn, scorer)
-    except Unavailable as reason:
-        figures |= {"clip_score": None, "clip_score_reason": str(reason)}
     described = opened.inferencer(seed=options.seed).answer_batch([[picture] for picture in drawn], options.max_length)
     return {
-        **figures,
+        **guarded(lambda: clip_score(texts, drawn, judges.clip), "clip_score"),
         **guarded(lambda: colour_agreement(drawn, true), "colour_agreement"),
-        **guarded(lambda: fid(drawn, true, options.fid_weights), "fid"),
-        **consistency(texts, drawn, described, [], scorer, described),
+        **guarded(lambda: fid(drawn, true, judges.features), "fid"),
+        **consistency(texts, drawn, described, [], judges.clip, described),
     }
 
 

@@ -5,47 +5,33 @@ Pictures are uint8 RGB (PIL). Models come from local paths only.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from bagel.evaluation.text import Unavailable, rouge
+from bagel.config import MetricsOptions
+from bagel.evaluation.text import BertScorer, Unavailable, rouge
 from shared import metrics
+from shared.engine.preflight import check_folder
 from shared.errors import UserError
 from shared.media.inception import inception
 
 Features = Callable[[Sequence[Image.Image]], Tensor]  # pictures -> (N, D)
 
 
-def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """The Frechet distance of two sets of features (N, D), in float64 (Heusel et al. 2017, eq. 6)."""
-    if min(len(first), len(second)) < 2:
-        raise Unavailable(
-            f"a Frechet distance needs two or more pictures on each side, found {len(first)} and {len(second)}"
-        )
-    return metrics.frechet_distance(first, second)
-
-
 def fid(
-    generated: Sequence[Image.Image],
-    real: Sequence[Image.Image],
-    weights: str | None = None,
-    features: Features | None = None,
+    generated: Sequence[Image.Image], real: Sequence[Image.Image], features: Features | None
 ) -> dict[str, float | int | str]:
-    """FID with the features of a TorchScript Inception file (`weights`), or of any `features`."""
+    """FID with the features of inception_features(), or any others."""
     if features is None:
-        if weights is None:
-            raise Unavailable(
-                "FID needs local weights: --fid-weights FILE, the public Inception weights or TorchScript"
-            )
-        features = inception_features(weights)
+        raise Unavailable("FID needs local weights: --fid-weights FILE, the public Inception weights or TorchScript")
     if min(len(generated), len(real)) < 2:
         raise Unavailable(f"FID needs two or more pictures on each side, found {len(generated)} and {len(real)}")
     result: dict[str, float | int | str] = {
-        "fid": frechet_distance(features(generated), features(real)),
+        "fid": metrics.frechet_distance(features(generated), features(real)),
         "fid_pictures": len(generated),
     }
     if min(len(generated), len(real)) < 2048:
@@ -72,21 +58,32 @@ class Cosines(Protocol):
         ...
 
 
-class ClipScorer(metrics.ClipScorer):
-    """Cosines of texts and pictures under a CLIP model in a local folder; nothing is downloaded."""
+class Judges(NamedTuple):
+    """The models that metrics are taken with; None: it was not given, and its metric is left out."""
 
-    def __init__(self, folder: str | None):
-        if folder is None or not Path(folder).is_dir():
-            found = "" if folder is None else f", {folder} is not a folder"
-            raise Unavailable(f"CLIP score needs a local model: --clip-model FOLDER{found}")
-        try:
-            super().__init__(folder)
-        except UserError as reason:
-            raise Unavailable(f"CLIP score: {folder} holds no such model ({reason})") from None
+    features: Features | None = None  # of FID
+    clip: Cosines | None = None
+    bert: BertScorer | None = None
 
 
-def clip_score(texts: Sequence[str], pictures: Sequence[Image.Image], scorer: Cosines) -> dict[str, float]:
+def open_judges(options: MetricsOptions) -> Judges:
+    """What is named for a metric, each opened once. UserError: it is of no use."""
+    for name in ("bertscore_model", "clip_model"):
+        check_folder(name, getattr(options, name))
+    if options.nltk_data is not None and not Path(options.nltk_data).is_dir():
+        raise UserError(f"--nltk-data {options.nltk_data}: no such folder; give the one that holds corpora/wordnet")
+    weights, clip, bert = options.fid_weights, options.clip_model, options.bertscore_model
+    return Judges(
+        None if weights is None else inception_features(weights),
+        None if clip is None else metrics.ClipScorer(clip),
+        None if bert is None else BertScorer(bert, options.bertscore_layer),
+    )
+
+
+def clip_score(texts: Sequence[str], pictures: Sequence[Image.Image], scorer: Cosines | None) -> dict[str, float]:
     """100 * max(cosine, 0), mean over pairs (Hessel et al. 2021 without its 2.5)."""
+    if scorer is None:
+        raise Unavailable("CLIP score needs a local model: --clip-model FOLDER")
     cosines = scorer.cosines(texts, pictures)
     return {"clip_score": 100 * sum(max(value, 0.0) for value in cosines) / len(cosines)}
 

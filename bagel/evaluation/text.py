@@ -8,34 +8,15 @@ with the reason, which the report shows beside a null.
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
+
+import torch
 
 from shared.errors import UserError, load_whole, opening
 
 
 class Unavailable(Exception):
     """A metric that cannot be computed here, and why."""
-
-
-def from_folder(metric: str, folder: str | None, option: str, *kinds: str) -> list[Any]:
-    """Classes of transformers (by name), each read from a local folder; makes no download."""
-    if folder is None:
-        raise Unavailable(f"{metric} needs a local model: {option} FOLDER")
-    if not Path(folder).is_dir():
-        raise Unavailable(f"{metric}: {folder} is not a folder")
-    import transformers
-
-    try:
-        with opening(f"{metric}: {folder} holds no such model", "give another folder"):
-            return [
-                getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
-                if kind.endswith(("Tokenizer", "Processor"))
-                else load_whole(getattr(transformers, kind), folder, local_files_only=True)
-                for kind in kinds
-            ]
-    except UserError as error:
-        raise Unavailable(str(error)) from None
 
 
 def is_cjk(character: str) -> bool:
@@ -129,35 +110,43 @@ class _NoWordNet:
         return []
 
 
-def bert_score(
-    hypotheses: Sequence[str], references: Sequence[str], model: str | None, layer: int | None = None
-) -> dict[str, float]:
-    """Mean F1 of greedy cosine matching of contextual embeddings (Zhang et al. 2020), from a local model folder.
+class BertScorer:
+    """An encoder in a local folder, and which of its layers' states are compared; null: the last. Never downloads.
 
-    layer: hidden layer whose states are compared; null: the last. Needs no download and never makes one.
+    UserError: the folder holds no encoder, or it has no such layer.
     """
-    import torch
 
-    tokenizer, encoder = from_folder("BERTScore", model, "--bertscore-model", "AutoTokenizer", "AutoModel")
-    encoder.eval()
+    def __init__(self, folder: str, layer: int | None = None) -> None:
+        from transformers import AutoModel, AutoTokenizer
+
+        with opening(f"--bertscore-model {folder}", "the folder holds no such model; give another"):
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self.encoder: Any = load_whole(AutoModel, folder, local_files_only=True).eval()
+        self.layer, count = -1 if layer is None else layer, len(self._states("a"))
+        if not -count <= self.layer < count:
+            raise UserError(f"--bertscore-layer {layer}: {folder} has none such; give 0 to {count - 1}")
+
+    def embed(self, text: str) -> torch.Tensor:
+        """Unit vectors (tokens, D) of a text."""
+        return torch.nn.functional.normalize(self._states(text)[self.layer][0], dim=-1)
+
+    @torch.no_grad()
+    def _states(self, text: str) -> tuple[torch.Tensor, ...]:
+        inputs = self.tokenizer(text, return_tensors="pt", truncation=True)
+        return self.encoder(**inputs, output_hidden_states=True).hidden_states
+
+
+def bert_score(hypotheses: Sequence[str], references: Sequence[str], scorer: BertScorer | None) -> dict[str, float]:
+    """Mean F1 of greedy cosine matching of contextual embeddings (Zhang et al. 2020)."""
+    if scorer is None:
+        raise Unavailable("BERTScore needs a local model: --bertscore-model FOLDER")
     checked(hypotheses, references)
-
-    def embed(text: str) -> torch.Tensor:
-        with torch.no_grad():
-            states = encoder(
-                **tokenizer(text, return_tensors="pt", truncation=True), output_hidden_states=True
-            ).hidden_states
-        chosen = -1 if layer is None else layer
-        if not -len(states) <= chosen < len(states):
-            raise Unavailable(f"BERTScore: {model} has no layer {layer}; give 0 to {len(states) - 1}")
-        return torch.nn.functional.normalize(states[chosen][0], dim=-1)
-
     scores = []
     for hypothesis, reference in zip(hypotheses, references, strict=True):
         if not hypothesis.strip():
             scores.append(0.0)
             continue
-        similarity = embed(hypothesis) @ embed(reference).T
+        similarity = scorer.embed(hypothesis) @ scorer.embed(reference).T
         precision, recall = similarity.amax(dim=1).mean().item(), similarity.amax(dim=0).mean().item()
         scores.append(2 * precision * recall / max(1e-12, precision + recall))
     return {"bertscore_f1": sum(scores) / len(scores)}

@@ -22,11 +22,10 @@ from torch import Tensor, nn
 
 from dit.data.readers import IMAGE_SUFFIXES
 from dit.dataset import decode
-from shared.engine.checkpoint import read_weights_file
 from shared.engine.dist import DistInfo, gather_objects
 from shared.errors import BadSample, UserError
 from shared.media.folders import is_junk
-from shared.media.inception import SIDE, FIDInception, inception
+from shared.media.inception import SIDE, FIDInception, ScriptedFeatures
 from shared.metrics import frechet_gaussians, gaussian_of, kernel_distance, precision_recall
 from shared.rng import keyed_generator
 
@@ -198,27 +197,23 @@ class Features(NamedTuple):
 
 
 class Extractor:
-    """Features of pictures by the FID network of a weights file, or by the random one.
+    """Features of pictures by a FID network, or by the random one.
 
     resize: legacy is TensorFlow 1's bilinear rule, as in the FID of papers; clean is Pillow's antialiased bicubic
     (Parmar et al. 2022), whose figures compare with its own kind only.
     """
 
     def __init__(
-        self, weights: str | None, *, device: torch.device, resize: str = "legacy", random: bool = False
+        self, network: RandomFeatures | FIDInception | ScriptedFeatures, *, device: torch.device, resize: str = "legacy"
     ) -> None:
-        self.network: nn.Module = RandomFeatures() if random else inception(weights)
-        self.device, self.resize = device, resize
-        self.name = "RANDOM, for tests only" if random else f"Inception of 2015-12-05, 299 pixels, {resize} resizing"
-        self.network.to(device).eval()
-        self.classes: Tensor | None = self.network.classes if isinstance(self.network, RandomFeatures) else None
+        self.network, self.device, self.resize = network.to(device).eval(), device, resize
+        is_random = isinstance(network, RandomFeatures)
+        self.name = "RANDOM, for tests only" if is_random else f"Inception of 2015-12-05, 299 pixels, {resize} resizing"
+        self.classes = None if network.classes is None else network.classes.float().to(device)
         self._spatial: Tensor | None = None
-        if isinstance(self.network, FIDInception):
-            assert weights is not None
-            state = read_weights_file(Path(weights))
-            self.classes = state["fc.weight"].to(device) if "fc.weight" in state else None
+        if isinstance(network, FIDInception):
             # mixed_6/conv of TensorFlow's graph: the first branch of this block, 17 x 17
-            self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
+            network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
 
     def _keep(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
         self._spatial = output[:, :SPATIAL]
@@ -233,7 +228,7 @@ class Extractor:
         pooled = self.network(batch.permute(0, 3, 1, 2).contiguous().to(self.device)).flatten(1).float()
         spatial = self.network.spatial if isinstance(self.network, RandomFeatures) else self._spatial
         # without the bias, as in ADM's suite and torch-fidelity
-        classes = None if self.classes is None else (pooled @ self.classes.float().T).softmax(1)
+        classes = None if self.classes is None else (pooled @ self.classes.T).softmax(1)
         rows = None if spatial is None else spatial.permute(0, 2, 3, 1).flatten(1).float()
         return Features(*(None if part is None else part.cpu().numpy() for part in (pooled, rows, classes)))  # type: ignore[arg-type]  # pooled is there
 

@@ -7,7 +7,7 @@ any strategy and number of ranks resumes from. Everything is read with weights_o
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -89,35 +89,43 @@ def _is_finite(value: Tensor) -> bool:
     return value.is_floating_point() and bool(value.isfinite().all())
 
 
-def refuse_unfit(folder: Path, model: nn.Module) -> None:
-    """UserError for a folder that adopt() would refuse; leaves its weights in the model."""
-    read_guide_weights(folder, model)
-    _state(folder, 1)
-    _moments(folder, model)
-
-
-def adopt(folder: Path, config: Config, model: nn.Module, stream: MapStream, info: DistInfo) -> Path:
-    """Turn a folder of the guide into a checkpoint of ours in the run's folder; all ranks call it. Returns its place.
-
-    What is absent starts anew, which is said. UserError: files that are damaged or belong to another model.
+class GuideState(NamedTuple):
+    """What a folder of the guide holds beside its weights: AdamW's moments by name, the steps that each parameter has
+    taken, and how far the run is, in steps or, where the file tells no more, in complete epochs.
     """
+
+    folder: Path
+    moments: dict[str, Tensor]
+    taken: dict[str, int]
+    steps: int
+    epochs: int
+
+
+def read_guide_folder(folder: Path, model: nn.Module) -> GuideState:
+    """Put the weights into the model and return the rest. UserError: files that are damaged or of another model."""
     read_guide_weights(folder, model)
-    state = _state(folder, stream.plan.steps_per_epoch)
-    moments, taken = _moments(folder, model)
+    return GuideState(folder, *_moments(folder, model), *_steps_and_epochs(folder / STATE))
+
+
+def adopt(found: GuideState, config: Config, model: nn.Module, stream: MapStream, info: DistInfo) -> Path:
+    """Turn what read_guide_folder() found, with the weights that it left in the model, into a checkpoint of ours in the
+    run's folder; all ranks call it. Returns its place. What is absent starts anew, which is said.
+    """
+    folder, step = found.folder, found.steps + found.epochs * stream.plan.steps_per_epoch
     for name, what in ((STATE, "the run starts at step 0"), (OPTIMIZER, "the optimizer starts anew")):
         if info.is_main and not (folder / name).is_file():
             print(f"warning: {folder} holds no {name}; {what}", file=sys.stderr)
     run_state = RunState(
-        step=state["global_step"],
-        samples_seen=state["global_step"] * stream.samples_per_step,
-        data_step=state["global_step"],
+        step=step,
+        samples_seen=step * stream.samples_per_step,
+        data_step=step,
         fingerprint=stream.fingerprint,
         global_batch=stream.samples_per_step,
     )
     training = config.training
     group = {"lr": training.learning_rate, "betas": [training.adam_beta1, training.adam_beta2]}
     trainer = {
-        "optimizer_steps": taken,
+        "optimizer_steps": found.taken,
         "parameter_groups": [{**group, "eps": training.adam_epsilon, "weight_decay": training.weight_decay}],
         "loss_scale": {"value": 1.0, "good_steps": 0},
         "ema_updates": 0,
@@ -127,7 +135,7 @@ def adopt(folder: Path, config: Config, model: nn.Module, stream: MapStream, inf
     buffers = persistent_buffers(model)
     parameters = dict(model.named_parameters())
     weights = [(name, parameters[name].detach()) for name in trained_names(model)] + list(buffers.items())
-    tensors = {"model.safetensors": weights, "optimizer.safetensors": list(moments.items())}
+    tensors = {"model.safetensors": weights, "optimizer.safetensors": list(found.moments.items())}
     store = CheckpointStore(Path(config.run.output_dir) / "checkpoints", info, keep_last=1_000_000)
     return store.save(
         f"{folder.name}-of-the-guide",
@@ -141,19 +149,19 @@ def adopt(folder: Path, config: Config, model: nn.Module, stream: MapStream, inf
     )
 
 
-def _state(folder: Path, steps_per_epoch: int) -> dict[str, int]:
-    """epoch and global_step; epoch counts those that are complete."""
-    path = folder / STATE
+def _steps_and_epochs(path: Path) -> tuple[int, int]:
+    """global_step, or 0 and the complete epochs where a training_state.json has none."""
     if not path.is_file():
-        return {"global_step": 0}
+        return 0, 0
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        step = tree.get("global_step", tree.get("epoch", 0) * steps_per_epoch)
-        if type(step) is not int or step < 0:
-            raise ValueError(f"global_step is {step!r}")
+        name = "global_step" if "global_step" in tree else "epoch"
+        count = tree.get(name, 0)
+        if type(count) is not int or count < 0:
+            raise ValueError(f"{name} is {count!r}")
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: epoch and global_step, whole numbers, are expected ({error})") from None
-    return {"global_step": step}
+    return (count, 0) if name == "global_step" else (0, count)
 
 
 def _moments(folder: Path, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, int]]:

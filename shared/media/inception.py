@@ -145,7 +145,12 @@ class BlockE(nn.Module):
 
 
 class FIDInception(nn.Module):
-    """Pictures uint8 (B, 3, H, W) of any size -> pooled features (B, 2048); names as in the public weights."""
+    """Pictures uint8 (B, 3, H, W) of any size -> pooled features (B, 2048); names as in the public weights.
+
+    classes: the classifier's rows (1008, 2048) without its bias, where the file has them.
+    """
+
+    classes: Tensor | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -176,6 +181,8 @@ class ScriptedFeatures(nn.Module):
     uint8 (B, 3, 299, 299).
     """
 
+    classes = None
+
     def __init__(self, module: torch.jit.ScriptModule) -> None:
         super().__init__()
         self.module = module.eval()
@@ -191,7 +198,7 @@ class ScriptedFeatures(nn.Module):
         return self.module(pictures_BCHW).flatten(1).float()
 
 
-def inception(weights: str | None) -> nn.Module:
+def inception(weights: str | None) -> FIDInception | ScriptedFeatures:
     """The network of --inception-weights: the public FID weights, or a TorchScript file; nothing is downloaded.
 
     UserError: no file is given, it is not there, or it holds something else.
@@ -206,14 +213,15 @@ def inception(weights: str | None) -> nn.Module:
             return ScriptedFeatures(torch.jit.load(weights, map_location="cpu"))
         state = read_weights_file(Path(weights))
         network = FIDInception()
-        unused = ("fc.", "AuxLogits.")  # the classifier, which FID does not use
+        unused = ("fc.", "AuxLogits.")  # the classifiers, which FID does not use
         network.load_state_dict({name: value for name, value in state.items() if not name.startswith(unused)})
+        network.classes = state.get("fc.weight")
     except (RuntimeError, KeyError, ValueError, AttributeError, EOFError, CheckpointError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(
             f"--inception-weights {weights}: not the FID Inception weights ({reason}); give {give}"
         ) from None
-    return network.eval()
+    return network
 
 
 def resize_as_tensorflow1(x_BCHW: Tensor, side: int) -> Tensor:

@@ -4,12 +4,14 @@ import json
 import shutil
 
 import pytest
+import torch
 from PIL import Image
 
 from bagel import check_data, generate, metrics
 from bagel.train import main as train
 from bagel.weights.open import open_model
 from shared.errors import UserError
+from shared.media import inception
 from tests.bagel.conftest import SAMPLE, TINY
 from tests.launching import run
 
@@ -150,7 +152,14 @@ def test_mistakes_of_generate(flags, message, trained, tmp_path, capsys):
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_metrics_write_figures_and_a_report(trained, tmp_path):
+def test_metrics_write_figures_and_a_report(trained, tmp_path, monkeypatch):
+    class Mean(torch.nn.Module):
+        def forward(self, x):
+            return x.float().mean((2, 3))
+
+    torch.jit.script(Mean()).save(str(tmp_path / "mean.pt"))
+    opened, look = [], inception._is_torchscript
+    monkeypatch.setattr(inception, "_is_torchscript", lambda path: opened.append(path) or look(path))
     output = tmp_path / "metrics.json"
     metrics.main(
         [
@@ -166,8 +175,11 @@ def test_metrics_write_figures_and_a_report(trained, tmp_path):
             "4",
             "--device",
             "cpu",
+            "--fid-weights",
+            str(tmp_path / "mean.pt"),
         ]
     )
+    assert len(opened) == 1  # it was opened to be refused early, and again for held-out and training pictures
     figures = json.loads(output.read_text())
     for name in (
         "text_loss",
@@ -178,9 +190,10 @@ def test_metrics_write_figures_and_a_report(trained, tmp_path):
         "bleu",
         "rougeL",
         "train_colour_agreement",
+        "train_fid",
     ):
         assert isinstance(figures[name], float), name
-    for name in ("train_fid", "train_clip_score", "bertscore_f1"):
+    for name in ("train_clip_score", "bertscore_f1"):
         assert figures[name] is None and figures[f"{name}_reason"]
     for name in ("report.json", "report.md", "report.html"):
         assert (tmp_path / name).stat().st_size > 500

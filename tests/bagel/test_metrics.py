@@ -8,19 +8,19 @@ from PIL import Image
 
 from bagel.config import MetricsOptions
 from bagel.evaluation.pictures import (
-    ClipScorer,
     clip_score,
     colour_agreement,
     colours_named,
     consistency,
     fid,
     foreground_colour,
-    frechet_distance,
+    inception_features,
     named_colour_agreement,
+    open_judges,
 )
-from bagel.evaluation.text import NGram, Unavailable, bert_score, bleu, guarded, meteor, rouge, words
-from bagel.metrics import check_given
+from bagel.evaluation.text import BertScorer, NGram, Unavailable, bert_score, bleu, guarded, meteor, rouge, words
 from shared.errors import UserError
+from shared.metrics import frechet_distance
 
 
 def test_words_and_chinese_characters():
@@ -67,19 +67,22 @@ def test_bertscore_with_a_tiny_local_model(tmp_path):
     BertModel(
         BertConfig(vocab_size=5, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     ).save_pretrained(tmp_path)
-    assert bert_score(["a cat"], ["a cat"], str(tmp_path))["bertscore_f1"] == pytest.approx(1, abs=1e-5)
-    assert bert_score(["a cat", ""], ["a dog", "a"], str(tmp_path), 0)["bertscore_f1"] < 0.5
-    with pytest.raises(Unavailable, match="no layer 2"):
-        bert_score(["a cat"], ["a cat"], str(tmp_path), 2)
+    judges = open_judges(MetricsOptions(bertscore_model=str(tmp_path)))
+    assert bert_score(["a cat"], ["a cat"], judges.bert)["bertscore_f1"] == pytest.approx(1, abs=1e-5)
+    assert bert_score(["a cat", ""], ["a dog", "a"], BertScorer(str(tmp_path), 0))["bertscore_f1"] < 0.5
+    with pytest.raises(UserError, match="--bertscore-layer 2"):
+        BertScorer(str(tmp_path), 2)
     (tmp_path / "model.safetensors").write_bytes(b"cut")
-    with pytest.raises(Unavailable, match="holds no such model"):
-        bert_score(["a cat"], ["a cat"], str(tmp_path))
+    with pytest.raises(UserError, match="holds no such model"):
+        BertScorer(str(tmp_path))
 
 
 def test_a_folder_that_holds_no_clip_model_is_named(tmp_path):
-    for folder, message in ((None, "--clip-model"), (tmp_path / "none", "not a folder"), (tmp_path, "no such model")):
-        with pytest.raises(Unavailable, match=message):
-            ClipScorer(folder and str(folder))
+    with pytest.raises(Unavailable, match="--clip-model FOLDER"):
+        clip_score(["a"], [RED], None)
+    for folder, message in ((tmp_path / "none", "--clip-model .*none: no such folder"), (tmp_path, "config.json")):
+        with pytest.raises(UserError, match=message):
+            open_judges(MetricsOptions(clip_model=str(folder)))
 
 
 def test_what_is_given_for_a_metric_is_opened_before_anything_is_drawn(tmp_path):
@@ -88,8 +91,8 @@ def test_what_is_given_for_a_metric_is_opened_before_anything_is_drawn(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"cut")
     for given in ("fid_weights", "bertscore_model", "clip_model"):
         place = tmp_path / "model.safetensors" if given == "fid_weights" else tmp_path
-        with pytest.raises(UserError, match="not the FID Inception weights|holds no such model"):
-            check_given(MetricsOptions(**{given: str(place)}))
+        with pytest.raises(UserError, match="not the FID Inception weights|holds no (such|CLIP) model"):
+            open_judges(MetricsOptions(**{given: str(place)}))
 
 
 def test_ngrams_count():
@@ -131,20 +134,22 @@ def test_fid_with_given_features_and_a_torchscript_file(tmp_path):
     assert fid([RED, BLUE], [RED, BLUE], features=features)["fid"] == pytest.approx(0, abs=1e-9)
     assert "2048" in fid([RED, BLUE], [GREEN, RED], features=features)["fid_warning"]
     for given, message in (
-        (dict(weights=None), "--fid-weights"),
+        (dict(features=None), "--fid-weights"),
         (dict(features=features), "two or more"),
     ):
         with pytest.raises(Unavailable, match=message):
             fid([RED], [RED], **given)
     with pytest.raises(UserError, match="no such file"):
-        fid([RED], [RED], "none.pt")
+        inception_features("none.pt")
 
     class Mean(torch.nn.Module):
         def forward(self, x):
             return x.float().mean((2, 3))
 
     torch.jit.script(Mean()).save(str(tmp_path / "mean.pt"))
-    assert fid([RED, BLUE], [RED, BLUE], str(tmp_path / "mean.pt"))["fid"] == pytest.approx(0, abs=1e-6)
+    assert fid([RED, BLUE], [RED, BLUE], inception_features(str(tmp_path / "mean.pt")))["fid"] == pytest.approx(
+        0, abs=1e-6
+    )
 
 
 class Stub:

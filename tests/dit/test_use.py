@@ -21,12 +21,13 @@ from torch.utils.data import DataLoader
 from dit import generate, metrics, precompute, train
 from dit.config import Config, GenerateOptions, MetricsOptions, PrecomputeOptions, refuse_unused
 from dit.dataset import TextImageDataset
-from dit.evaluation.figures import Extractor, Pictures, figures, inception_score, reference_of, ssim
+from dit.evaluation.figures import Extractor, Pictures, RandomFeatures, figures, inception_score, reference_of, ssim
 from dit.model import DiTModel
 from dit.modules.vae import PoolCodec
 from dit.objective import NoiseObjective, Trainer
+from dit.weights import guide
 from dit.weights.convert import load_pretrained, read_state
-from dit.weights.guide import refuse_unfit
+from dit.weights.guide import read_guide_folder
 from dit.weights.open import build_model, load_codec
 from shared.config import save_config
 from shared.engine.dist import DistInfo
@@ -137,7 +138,7 @@ def test_figures_come_from_folders_npz_files_and_adms_statistics_alike(tmp_path)
     (tmp_path / "made" / "._000000.png").write_bytes(b"what a Mac leaves beside a file")
     np.savez(tmp_path / "made.npz", arr_0=made)
     np.savez_compressed(tmp_path / "real.npz", arr_0=real)
-    extractor, info = Extractor(None, device=CPU, random=True), DistInfo()
+    extractor, info = Extractor(RandomFeatures(), device=CPU), DistInfo()
     sets = [Pictures(tmp_path / "made"), Pictures(tmp_path / "made.npz"), Pictures(made)]
     assert isinstance(sets[1].array, np.memmap) and len({one.digest() for one in sets}) == 1
     reference = reference_of(tmp_path / "real.npz", extractor, info)
@@ -186,7 +187,7 @@ def test_an_archive_that_is_no_reference_is_named(tmp_path, capsys, name):
 
 def test_damage_anywhere_in_an_archive_is_named(tmp_path):
     np.savez_compressed(tmp_path / "whole.npz", mu=np.zeros(64), sigma=np.random.default_rng(0).normal(size=(64, 64)))
-    whole, extractor = (tmp_path / "whole.npz").read_bytes(), Extractor(None, device=CPU, random=True)
+    whole, extractor = (tmp_path / "whole.npz").read_bytes(), Extractor(RandomFeatures(), device=CPU)
     for place in range(0, len(whole) - 64, len(whole) // 24):
         (tmp_path / "hurt.npz").write_bytes(whole[:place] + bytes(60) + whole[place + 60 :])
         with contextlib.suppress(UserError):  # nothing else comes out
@@ -230,6 +231,28 @@ def test_what_cannot_be_measured_is_refused_at_once(tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit) as left:
         metrics.main(arguments)
     assert left.value.code == 2 and message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_what_is_measured_is_opened_once(trained, tmp_path, monkeypatch):
+    """The file of the FID network was opened twice, the held-out pictures four times."""
+    from shared.media import inception as media
+
+    class Mean(nn.Module):
+        def forward(self, x):
+            return x.float().mean((2, 3))
+
+    torch.jit.script(Mean()).save(str(tmp_path / "mean.pt"))
+    opened, look, make = [], media._is_torchscript, TextImageDataset.from_config
+    monkeypatch.setattr(media, "_is_torchscript", lambda path: opened.append("weights") or look(path))
+
+    def counted(*given, is_train):
+        opened.append("train" if is_train else "val")
+        return make(*given, is_train=is_train)
+
+    monkeypatch.setattr(TextImageDataset, "from_config", counted)
+    found = metrics.main(["--checkpoint", str(trained), "--metrics", "loss,fid", "--count", "2", "--steps", "1",
+                          "--inception-weights", str(tmp_path / "mean.pt")])  # fmt: skip
+    assert opened == ["weights", "val", "train"] and found["fid"]["fid"] >= 0
 
 
 def test_an_unconditional_model_is_measured_by_what_applies(tmp_path):
@@ -501,7 +524,7 @@ def test_the_guides_objects_train(tmp_path):
         Trainer(build_model(config), PoolCodec(), nn.Linear(2, 2), loader, config)
 
 
-def test_the_guides_four_files_are_written_and_resumed_from(tmp_path):
+def test_the_guides_four_files_are_written_and_resumed_from(tmp_path, monkeypatch):
     config = guide_config(tmp_path)
     save_config(config, tmp_path / "guide.yaml")
     base = ["--config", str(tmp_path / "guide.yaml")]
@@ -518,7 +541,10 @@ def test_the_guides_four_files_are_written_and_resumed_from(tmp_path):
     alone.mkdir()
     for name in names:
         shutil.copy(folder / name, alone / name)
+    opened, read = [], guide.read_weights_file
+    monkeypatch.setattr(guide, "read_weights_file", lambda path: opened.append(path.name) or read(path))
     train.main([*base, "--resume", str(alone), "--output-dir", str(tmp_path / "again"), "--ema-decay", "0"])
+    assert opened == ["model.pt", "optimizer.pt"]  # each once: they may be gigabytes
     last = [tmp_path / name / "checkpoints" / "checkpoint-step-4" for name in ("out", "again")]
     one, two = (load_file(place / "model.safetensors") for place in last)
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -531,14 +557,14 @@ def test_the_guides_four_files_are_written_and_resumed_from(tmp_path):
         state = {**kept["state"], 0: {**kept["state"][0], **change}}
         torch.save({**kept, "state": state}, alone / "optimizer.pt")
         with pytest.raises(UserError, match=r"optimizer.pt: not the state of an AdamW"):
-            refuse_unfit(alone, model)
+            read_guide_folder(alone, model)
     (alone / "optimizer.pt").unlink()
     weights = torch.load(alone / "model.pt", weights_only=True)
     torch.save({f"_orig_mod.{name}": value for name, value in weights.items()}, alone / "model.pt")  # as compiled
-    refuse_unfit(alone, model)
+    read_guide_folder(alone, model)
     torch.save({name: value.to(torch.complex64) for name, value in weights.items()}, alone / "model.pt")
     with pytest.raises(UserError, match=r"model.pt: .* no finite decimal"):
-        refuse_unfit(alone, model)
+        read_guide_folder(alone, model)
     torch.save(weights, alone / "model.pt")
     trainer = Trainer(build_model(config), PoolCodec(), None, None, config)
     trainer.load_checkpoint(alone)

@@ -28,6 +28,7 @@ def test_the_public_file_loads_strictly_and_gives_2048_features(tmp_path):
     path = tmp_path / "weights.pth"
     torch.save({**state, "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}, path)
     network = inception(str(path))
+    assert network.classes is not None and network.classes.shape == (1008, 2048)  # for the Inception score
     pictures = torch.randint(0, 256, (2, 3, 40, 56), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     both = network(pictures)
     assert both.shape == (2, 2048) and both.isfinite().all() and both.std() > 0.01
