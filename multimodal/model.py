@@ -120,8 +120,9 @@ class MultimodalModel(nn.Module):
         towers = {"image": widths.image[0], "text": widths.text[0], "audio": widths.audio[0]}
         self.embed = nn.ModuleDict({name: nn.Linear(width, embed_dim, bias=False) for name, width in towers.items()})
         if self.config["linear_path"]:
-            counts = {"image": IMAGE_FEATURES, "text": widths.word, "audio": AUDIO_FEATURES}
+            counts = {"image": IMAGE_FEATURES, "audio": AUDIO_FEATURES}
             self.linear = nn.ModuleDict({name: LinearPath(count, embed_dim) for name, count in counts.items()})
+            self.linear["text"] = nn.Embedding(self.config["vocabulary"], embed_dim)
         self.to_fusion = nn.ModuleDict({name: nn.Linear(width, fusion) for name, width in towers.items()})
         self.modality_vectors = nn.ParameterDict({name: nn.Parameter(torch.zeros(fusion)) for name in MODALITIES})
         self.fuse_token = nn.Parameter(torch.zeros(1, 1, fusion))
@@ -161,6 +162,8 @@ class MultimodalModel(nn.Module):
             *self.modality_vectors.values(),
         ):
             nn.init.normal_(vector, std=0.02)
+        if self.config["linear_path"]:
+            nn.init.zeros_(self.linear["text"].weight)
         nn.init.normal_(self.words.weight, std=std)
         self.words.weight[PAD] = 0
         last = self._linear(self.classifier[1])
@@ -262,47 +265,42 @@ class MultimodalModel(nn.Module):
         first = self.audio_class.expand(len(tokens), -1, -1)
         return self.audio_tower(torch.cat([first.to(tokens.dtype), tokens], 1), mask_BN, first_only), mask_BN
 
-    def embedding(self, name: str, tokens_BND: Tensor, features_BF: Tensor | None, normalize: bool = True) -> Tensor:
-        """(B, E) from the first token, and where there is a linear path from its features; L2 norm in fp32."""
+    def embedding(self, name: str, tokens_BND: Tensor, path_BE: Tensor | None, normalize: bool = True) -> Tensor:
+        """(B, E) from the first token, and where there is a linear path from that too; L2 norm in fp32."""
         projected = self.embed[name](tokens_BND[:, 0]).float()
-        if features_BF is not None:
-            projected = projected + self.linear[name](features_BF).float()
+        if path_BE is not None:
+            projected = functional.normalize(projected, dim=-1) + PATH_SHARE * path_BE
         return functional.normalize(projected, dim=-1) if normalize else projected
 
-    def path_embedding(self, name: str, features_BF: Tensor) -> Tensor:
-        """(B, E) of the linear path alone, of unit length."""
-        return functional.normalize(self.linear[name](features_BF).float(), dim=-1)
+    # What the linear path alone makes of pictures, texts and sounds, (B, E) of unit length; None without one.
 
-    def image_features(self, images_BCHW: Tensor) -> Tensor | None:
-        """What the linear path sees of pictures, None without one."""
-        return picture_statistics(images_BCHW) if self.config["linear_path"] else None
+    def image_path(self, images_BCHW: Tensor) -> Tensor | None:
+        return self.linear["image"](picture_statistics(images_BCHW)) if self.config["linear_path"] else None
 
-    def text_features(self, input_ids_BL: Tensor, mask_BL: Tensor) -> Tensor | None:
-        """What it sees of texts: the mean of their word vectors, the ends left out."""
+    def text_path(self, input_ids_BL: Tensor, mask_BL: Tensor) -> Tensor | None:
         if not self.config["linear_path"]:
             return None
         words_BL = (mask_BL & (input_ids_BL > MASK_TOKEN)).unsqueeze(-1)
-        return (self.words(input_ids_BL) * words_BL).sum(1) / words_BL.sum(1).clamp_min(1)
+        return functional.normalize((self.linear["text"](input_ids_BL).float() * words_BL).sum(1), dim=-1)
 
-    def audio_features(self, audio_BTM: Tensor, audio_mask_BT: Tensor | None) -> Tensor | None:
-        """What it sees of sounds."""
-        return sound_statistics(audio_BTM, audio_mask_BT) if self.config["linear_path"] else None
+    def audio_path(self, audio_BTM: Tensor, audio_mask_BT: Tensor | None) -> Tensor | None:
+        return self.linear["audio"](sound_statistics(audio_BTM, audio_mask_BT)) if self.config["linear_path"] else None
 
     def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
         """(B, E) of pictures (B, 3, H, W), normalised with the mean and std of multimodal/data/image.py."""
         tokens = self.image_tokens(images, first_only=True)
-        return self.embedding("image", tokens, self.image_features(images), normalize)
+        return self.embedding("image", tokens, self.image_path(images), normalize)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None, normalize: bool = True) -> Tensor:
         """(B, E) of token ids (B, L); without a mask every id but [PAD] counts."""
         mask = _text_mask(input_ids, attention_mask)
         tokens = self.text_tokens(input_ids, mask, first_only=True)
-        return self.embedding("text", tokens, self.text_features(input_ids, mask), normalize)
+        return self.embedding("text", tokens, self.text_path(input_ids, mask), normalize)
 
     def encode_audio(self, audio: Tensor, audio_mask: Tensor | None = None, normalize: bool = True) -> Tensor:
         """(B, E) of log-mel frames (B, T, 80)."""
         tokens, _ = self.audio_tokens(audio, audio_mask, first_only=True)
-        return self.embedding("audio", tokens, self.audio_features(audio, audio_mask), normalize)
+        return self.embedding("audio", tokens, self.audio_path(audio, audio_mask), normalize)
 
     # --- fusion -------------------------------------------------------------------------------------------------------
 
@@ -371,22 +369,22 @@ class MultimodalModel(nn.Module):
         )
         tokens: dict[str, Tensor] = {}
         masks: dict[str, Tensor | None] = {}
-        features: dict[str, Tensor | None] = {}
+        paths: dict[str, Tensor | None] = {}
         # Each tower by itself. An embedding reads the first token alone; only fusion needs the others.
         first_only = not (fuse or return_tokens)
         if images is not None:
             tokens["image"] = self.image_tokens(images, first_only=first_only)
-            features["image"] = self.image_features(images)
+            paths["image"] = self.image_path(images)
         if input_ids is not None:
             masks["text"] = mask = _text_mask(input_ids, attention_mask)
             tokens["text"] = self.text_tokens(input_ids, mask, first_only=first_only)
-            features["text"] = self.text_features(input_ids, mask)
+            paths["text"] = self.text_path(input_ids, mask)
         if audio is not None:
             tokens["audio"], masks["audio"] = self.audio_tokens(audio, audio_mask, first_only=first_only)
-            features["audio"] = self.audio_features(audio, audio_mask)
+            paths["audio"] = self.audio_path(audio, audio_mask)
         # Into the common space, where cosines compare what came from different towers.
         found: dict[str, Any] = {
-            f"{name}_embeds": self.embedding(name, value, features[name]) for name, value in tokens.items()
+            f"{name}_embeds": self.embedding(name, value, paths[name]) for name, value in tokens.items()
         }
         found.update(self.scales())
         # One sequence of all tokens: what is absent is left out of it, not filled with zeros.
@@ -400,6 +398,7 @@ class MultimodalModel(nn.Module):
 
 # --- the linear path --------------------------------------------------------------------------------------------------
 
+PATH_SHARE = 3.0  # length of what the path gives, next to 1 of the tower
 SIDE = 64  # pixels: what these features see of a larger picture
 GRID, COLOURS, COLOUR_ZONES = 8, 4, (1, 2, 3)  # pixels a side; levels of a channel; zones a side of the colours
 BINS, EDGE_ZONES = 8, (2, 4, 8)  # directions of an edge; zones a side of the edges
@@ -412,17 +411,24 @@ AUDIO_FEATURES = 4 * MEL_BANDS + SPANS * GROUPS + RHYTHM_GROUPS * (len(RHYTHM_ED
 
 
 class LinearPath(nn.Module):
-    """Features to the common space: what a few hundred samples can teach, next to a tower that needs many."""
+    """Features to the common space: what a few hundred samples can teach, next to a tower that needs many. Zero until
+    modules/linear_path.py fits it in closed form; no gradient changes it.
+    """
 
     def __init__(self, features: int, embed_dim: int):
         super().__init__()
-        self.norm = nn.LayerNorm(features)
-        self.project = nn.Linear(features, embed_dim, bias=False)
-        nn.init.normal_(self.project.weight, std=features**-0.5)
+        self.project = nn.Linear(features, embed_dim)
+        nn.init.zeros_(self.project.weight)
+        nn.init.zeros_(self.project.bias)
 
     def forward(self, features_BF: Tensor) -> Tensor:
-        """(B, E)."""
-        return self.project(self.norm(features_BF))
+        """(B, E) of unit length."""
+        return functional.normalize(self.project(standardised(features_BF)).float(), dim=-1)
+
+
+def standardised(features_BF: Tensor) -> Tensor:
+    """Each sample's features with mean 0 and variance 1."""
+    return functional.layer_norm(features_BF, features_BF.shape[-1:])
 
 
 @torch.no_grad()
