@@ -216,8 +216,8 @@ class MultimodalModel(nn.Module):
         first_only, here and below: the first token alone (B, 1, D), all that an embedding needs.
         """
         check_image(images_BCHW, self.image_patch)
-        patches = self.image_patches(images_BCHW)
-        tokens = rearrange(patches, "B D h w -> B (h w) D") + self._image_grid(patches.shape[2], patches.shape[3])
+        rows, columns = (side // self.image_patch for side in images_BCHW.shape[2:])
+        tokens = cut_patches(self.image_patches, images_BCHW) + self._image_grid(rows, columns)
         tokens = pick_tokens(tokens, keep_BK)
         first = (self.image_class + self.image_positions[:, :1]).expand(len(tokens), -1, -1)
         return self.image_tower(torch.cat([first.to(tokens.dtype), tokens], 1), first_only=first_only)
@@ -251,11 +251,10 @@ class MultimodalModel(nn.Module):
         A patch is valid when any of its 16 frames is.
         """
         audio_BTM, audio_mask_BT = _pad_frames(audio_BTM, audio_mask_BT)
-        patches = self.audio_patches(audio_BTM.unsqueeze(1))
-        columns = patches.shape[2]
-        time_code = sinusoids(columns, patches.shape[1], patches.device)
+        patches = cut_patches(self.audio_patches, audio_BTM.unsqueeze(1))
+        time_code = sinusoids(audio_BTM.shape[1] // AUDIO_PATCH, patches.shape[2], patches.device)
         code = rearrange(time_code, "t D -> t 1 D") + self.audio_bands
-        tokens = rearrange(patches, "B D t f -> B (t f) D") + rearrange(code, "t f D -> (t f) D")
+        tokens = patches + rearrange(code, "t f D -> (t f) D")
         mask_BN = None
         if audio_mask_BT is not None:
             valid = rearrange(audio_mask_BT, "B (t p) -> B t p", p=AUDIO_PATCH).any(-1)
@@ -398,7 +397,7 @@ class MultimodalModel(nn.Module):
 
 # --- the linear path --------------------------------------------------------------------------------------------------
 
-PATH_SHARE = 3.0  # length of what the path gives, next to 1 of the tower
+PATH_SHARE = 6.0  # length of what the path gives, next to 1 of the tower
 SIDE = 64  # pixels: what these features see of a larger picture
 GRID, COLOURS, COLOUR_ZONES = 8, 4, (1, 2, 3)  # pixels a side; levels of a channel; zones a side of the colours
 BINS, EDGE_ZONES = 8, (2, 4, 8)  # directions of an edge; zones a side of the edges
@@ -492,6 +491,13 @@ def sinusoids(length: int, width: int, device: torch.device) -> Tensor:
     frequency = torch.exp(-math.log(10000.0) * torch.arange(half, device=device, dtype=torch.float32) / half)
     angle = torch.arange(length, device=device, dtype=torch.float32).unsqueeze(1) * frequency
     return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+def cut_patches(layer: nn.Conv2d, values_BCHW: Tensor) -> Tensor:
+    """(B, patches, D), row by row: a convolution whose stride is its kernel, as one product."""
+    p, q = layer.kernel_size
+    patches = rearrange(values_BCHW, "B C (h p) (w q) -> B (h w) (C p q)", p=p, q=q)
+    return functional.linear(patches, layer.weight.flatten(1), layer.bias)
 
 
 def pick_tokens(tokens_BND: Tensor, keep_BK: Tensor | None) -> Tensor:
