@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from shared.config import RunSection, Section, TrainingSection, setting
+from shared.config import MAX_BATCH, MAX_EPOCHS, MAX_STEPS, RunSection, Section, TrainingSection, setting
 
 PRESETS = Path(__file__).resolve().parent / "configs"
 SAMPLE_DATA = Path(__file__).resolve().parent / "sample_data"
@@ -88,7 +88,7 @@ class AutoencoderConfig(Section):
     num_res_blocks: int = setting(2, "residual blocks a level (flux)", ge=1)
     z_channels: int = setting(16, "latent channels; pixel: 3 x downsample^2", ge=1)
     downsample: int = setting(8, "pixels of a latent cell's side; flux: 2^(levels - 1); conv: 2, 4, 8, ...", ge=1)
-    steps: int = setting(1400, "training steps of 16 pictures (conv)", ge=1, le=10**12)
+    steps: int = setting(1400, "training steps of 16 pictures (conv)", ge=1, le=MAX_STEPS)
     scale_factor: float = setting(0.3611, "latent = scale_factor * (z - shift_factor)", gt=0)
     shift_factor: float = setting(0.1159, "see scale_factor")
 
@@ -311,9 +311,9 @@ class DataConfig(Section):
 class TrainingConfig(TrainingSection):
     """The guide's names and defaults over those of the loop."""
 
-    batch_size: int = setting(1, "packs per rank and micro-step; with packing=samples: samples", ge=1, le=10**6)
-    gradient_accumulation_steps: int = setting(8, "micro-steps of one optimizer step", "grad_accum", ge=1, le=10**6)
-    num_epochs: int | None = setting(3, "passes over the data", "epochs", "num_train_epochs", ge=1, le=10**6)
+    batch_size: int = setting(1, "packs per rank and micro-step; with packing=samples: samples", ge=1, le=MAX_BATCH)
+    gradient_accumulation_steps: int = setting(8, "micro-steps of one optimizer step", "grad_accum", ge=1, le=MAX_BATCH)
+    num_epochs: int | None = setting(3, "passes over the data", "epochs", "num_train_epochs", ge=1, le=MAX_EPOCHS)
     learning_rate: float = setting(2e-5, "peak learning rate", "lr", ge=0, le=100)
     adam_beta2: float = setting(0.95, "AdamW beta 2", "beta2", ge=0, lt=1)
     adam_epsilon: float = setting(1e-15, "AdamW epsilon", "eps", gt=0)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import field_validator, model_validator
 
-from shared.config import RunSection, Section, TrainingSection, setting
+from shared.config import MAX_STEPS, RunSection, Section, TrainingSection, setting
 from shared.errors import UserError
 
 PRESETS = Path(__file__).parent / "configs"
@@ -269,7 +269,7 @@ class VaeConfig(Section):
         None, "safetensors with mean and std per channel in place of the single factor", fixed=True
     )
     patch: int = setting(8, "patches, conv: pixels per latent cell side", fixed=True, ge=1)
-    codec_steps: int = setting(2000, "conv: optimizer steps of its own training", fixed=True, ge=1, le=10**12)
+    codec_steps: int = setting(2000, "conv: optimizer steps of its own training", fixed=True, ge=1, le=MAX_STEPS)
     width: int = setting(32, "conv: channels at half the picture's size; doubled with every halving", fixed=True, ge=4)
     decoder_steps: int = setting(
         300, "patches: training steps of the decoder; 0: the linear decoder alone", fixed=True, ge=0

@@ -6,7 +6,18 @@ from typing import Any, Literal
 
 from pydantic import ValidationInfo, field_validator, model_validator
 
-from shared.config import RunSection, Section, TrainingSection, load_saved, save_config, setting, validate
+from shared.config import (
+    MAX_BATCH,
+    MAX_EPOCHS,
+    MAX_STEPS,
+    RunSection,
+    Section,
+    TrainingSection,
+    load_saved,
+    save_config,
+    setting,
+    validate,
+)
 from shared.errors import write_text
 from shared.flags import leaves_of, section_of
 
@@ -184,13 +195,13 @@ class _GuideNames(TrainingSection):
         "num_warmup_steps",
         instead_of=("lr_warmup_epochs",),
         ge=0,
-        le=10**12,
+        le=MAX_STEPS,
     )
     min_lr_ratio: float | None = setting(  # type: ignore[assignment]  # a number once settle() has run
         None, "last learning rate as a share of the peak; null: lr_min, else 0", instead_of=("lr_min",), ge=0, le=1
     )
     lr_warmup_epochs: float | None = setting(
-        None, "epochs of warm-up, where warmup_steps is null", instead_of=("warmup_steps",), ge=0, le=10**6
+        None, "epochs of warm-up, where warmup_steps is null", instead_of=("warmup_steps",), ge=0, le=MAX_EPOCHS
     )
     lr_min: float | None = setting(
         None, "last learning rate, where min_lr_ratio is null", instead_of=("min_lr_ratio",), ge=0
@@ -207,9 +218,9 @@ class _GuideNames(TrainingSection):
 class TrainingConfig(_GuideNames):
     """Phase 2: rectified flow on motion latents."""
 
-    batch_size: int = setting(8, "windows per rank and micro-step", ge=1, le=10**6)
+    batch_size: int = setting(8, "windows per rank and micro-step", ge=1, le=MAX_BATCH)
     lr_warmup_epochs: float | None = setting(
-        5.0, "epochs of warm-up, where warmup_steps is null", instead_of=("warmup_steps",), ge=0, le=10**6
+        5.0, "epochs of warm-up, where warmup_steps is null", instead_of=("warmup_steps",), ge=0, le=MAX_EPOCHS
     )
     lr_min: float | None = setting(
         1e-6, "last learning rate, where min_lr_ratio is null", instead_of=("min_lr_ratio",), ge=0
@@ -245,7 +256,7 @@ class TrainingConfig(_GuideNames):
 class AutoencoderTrainingConfig(_GuideNames):
     """Phase 1: the motion auto-encoder. A term with weight 0 is off."""
 
-    batch_size: int = setting(8, "frame pairs per rank and micro-step", ge=1, le=10**6)
+    batch_size: int = setting(8, "frame pairs per rank and micro-step", ge=1, le=MAX_BATCH)
     learning_rate: float = setting(2e-4, "peak learning rate", "lr", ge=0, le=100)
     lambda_l1: float = setting(1.0, "weight of the mean absolute difference", fixed=True, ge=0)
     lambda_l2: float = setting(0.0, "weight of the mean squared difference", fixed=True, ge=0)

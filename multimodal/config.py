@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import field_validator, model_validator
 
-from shared.config import RunSection, Section, TrainingSection, setting
+from shared.config import MAX_BATCH, MAX_EPOCHS, MAX_STEPS, RunSection, Section, TrainingSection, setting
 
 PRESETS = Path(__file__).parent / "configs"
 SAMPLE_DATA = Path(__file__).parent / "sample_data"
@@ -105,11 +105,15 @@ class DataConfig(Section):
 class TrainingConfig(TrainingSection):
     """The loop and the three stages."""
 
-    batch_size: int = setting(8, "pairs of each kind per rank and micro-step", ge=1, le=10**6)
+    batch_size: int = setting(8, "pairs of each kind per rank and micro-step", ge=1, le=MAX_BATCH)
     num_epochs: int | None = setting(
-        100, "passes over the image data, all stages together; stage_epochs goes before it", "epochs", ge=1, le=10**6
+        100,
+        "passes over the image data, all stages together; stage_epochs goes before it",
+        "epochs",
+        ge=1,
+        le=MAX_EPOCHS,
     )
-    gradient_accumulation_steps: int = setting(4, "micro-steps of one optimizer step", "grad_accum", ge=1, le=10**6)
+    gradient_accumulation_steps: int = setting(4, "micro-steps of one optimizer step", "grad_accum", ge=1, le=MAX_BATCH)
     learning_rate: float = setting(1e-4, "peak learning rate of each stage", "lr", ge=0, le=100)
     # Null stands for a value of each stage's own; the stages' settings, which shared/ reads, hold numbers.
     weight_decay: float | None = setting(None, "null: 0.05, 0.1, 0.05 in stages 1, 2, 3", ge=0)  # type: ignore[assignment]
@@ -131,7 +135,7 @@ class TrainingConfig(TrainingSection):
     max_logit_scale: float = setting(100.0, "bound of both temperatures (as the factor on cosines)", gt=1)
     lr_scheduler_type: Literal["cosine", "constant", "linear", "wsd"] = setting("cosine", "shape after the warm-up")
     warmup_ratio: float = setting(0.05, "warm-up as a share of a stage, at most 2000 steps", ge=0, le=1)
-    warmup_steps: int = setting(0, "warm-up steps of each stage; 0: warmup_ratio decides", ge=0, le=10**12)
+    warmup_steps: int = setting(0, "warm-up steps of each stage; 0: warmup_ratio decides", ge=0, le=MAX_STEPS)
     stages: list[int] | None = setting(
         None, "which stages to run; null: those with a share, or the last of them with one epoch"
     )

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from shared.config import RunSection, Section, TrainingSection, extra_of, setting
+from shared.config import MAX_BATCH, MAX_EPOCHS, MAX_STEPS, RunSection, Section, TrainingSection, extra_of, setting
 from shared.errors import UserError
 
 PRESETS = Path(__file__).parent / "configs"
@@ -259,16 +259,16 @@ def lora_pattern(target_modules: Sequence[str], scope: Sequence[str]) -> str:
 class TrainingConfig(TrainingSection):
     """The loop's settings and the objective's."""
 
-    batch_size: int = setting(1, "samples per rank and micro-step", ge=1, le=10**6)
-    total_steps: int | None = setting(10000, "optimizer steps of the run", "max_iters", ge=1, le=10**12)
-    num_epochs: int | None = setting(None, "passes over the data, when total_steps is null", ge=1, le=10**6)
+    batch_size: int = setting(1, "samples per rank and micro-step", ge=1, le=MAX_BATCH)
+    total_steps: int | None = setting(10000, "optimizer steps of the run", "max_iters", ge=1, le=MAX_STEPS)
+    num_epochs: int | None = setting(None, "passes over the data, when total_steps is null", ge=1, le=MAX_EPOCHS)
     learning_rate: float = setting(1e-4, "peak learning rate", "lr", ge=0, le=100)
     weight_decay: float = setting(0.01, "decoupled weight decay of matrices", ge=0)
     adam_epsilon: float = setting(1e-8, "AdamW epsilon", "eps", "adam_eps", gt=0)
     lr_scheduler_type: Literal["constant", "linear", "cosine", "wsd"] = setting(
         "constant", "shape after the warm-up", "lr_scheduler"
     )
-    warmup_steps: int = setting(200, "steps of linear warm-up", ge=0, le=10**12)
+    warmup_steps: int = setting(200, "steps of linear warm-up", ge=0, le=MAX_STEPS)
     ema_decay: float = setting(0.0, "decay of the trained weights' moving average; 0: off", "ema_weight", ge=0, lt=1)
     logging_steps: int = setting(10, "optimizer steps between log lines", "print_iters", ge=1)
     save_steps: int | None = setting(500, "optimizer steps between checkpoints", "log_iters", ge=1)
@@ -297,17 +297,17 @@ class TrainingConfig(TrainingSection):
     val_batches: int = setting(4, "batches of a validation", ge=1)
     negative_prompt: str = setting(NEGATIVE_PROMPT, "what samples are guided away from")
     base_steps: int = setting(
-        0, "steps of the small base that is trained first when generator_ckpt is null; 0: none", ge=0, le=10**12
+        0, "steps of the small base that is trained first when generator_ckpt is null; 0: none", ge=0, le=MAX_STEPS
     )
     base_batch_size: int = setting(
-        16, "samples per rank and step of the base; with global_batch_size: of all ranks", ge=1, le=10**6
+        16, "samples per rank and step of the base; with global_batch_size: of all ranks", ge=1, le=MAX_BATCH
     )
     base_learning_rate: float = setting(1e-3, "peak learning rate of the base", gt=0, le=100)
     base_with_references: bool = setting(
         False, "train the small base together with the reference modules; it is frozen afterwards and they go on"
     )
     codec_steps: int | None = setting(
-        None, "steps of the convolutional auto-encoder that is trained first; null: base_steps", ge=1, le=10**12
+        None, "steps of the convolutional auto-encoder that is trained first; null: base_steps", ge=1, le=MAX_STEPS
     )
 
     @model_validator(mode="after")

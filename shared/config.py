@@ -37,6 +37,9 @@ from shared.flags import (
 T = TypeVar("T", bound=BaseModel)
 _PLACE = re.compile(r"(?:^|[._])(?:device|paths?|dirs?|root|folder|file|ckpt|cache|images?_root)$")
 _ABSENT = object()
+# The largest values that a batch, a count of epochs and one of steps may have: above these a plan's integers overflow
+# or its time is spent on counting, so a slip of the keyboard is refused with the setting's name.
+MAX_BATCH, MAX_EPOCHS, MAX_STEPS = 10**6, 10**6, 10**12
 STRATEGIES = ("none", "ddp", "fsdp", "zero1", "zero2", "zero3")
 
 
@@ -161,12 +164,12 @@ class RunSection(Section):
 class TrainingSection(Section):
     """The loop's settings; each system subclasses it to set its defaults and add its own."""
 
-    batch_size: int = setting(32, "samples per rank and micro-step", ge=1, le=10**6)
+    batch_size: int = setting(32, "samples per rank and micro-step", ge=1, le=MAX_BATCH)
     global_batch_size: int | None = setting(
         None, "samples of one optimizer step over all ranks; fixes the accumulation", ge=1, le=10**7
     )
     gradient_accumulation_steps: int = setting(
-        1, "micro-steps of one optimizer step when global_batch_size is null", "grad_accum", ge=1, le=10**6
+        1, "micro-steps of one optimizer step when global_batch_size is null", "grad_accum", ge=1, le=MAX_BATCH
     )
     reduce_each_micro_step: bool = setting(
         False,
@@ -180,10 +183,10 @@ class TrainingSection(Section):
         "num_train_epochs",
         instead_of=("total_steps",),
         ge=1,
-        le=10**6,
+        le=MAX_EPOCHS,
     )
     total_steps: int | None = setting(
-        None, "planned optimizer steps, the length of the schedule; null: num_epochs", ge=1, le=10**12
+        None, "planned optimizer steps, the length of the schedule; null: num_epochs", ge=1, le=MAX_STEPS
     )
     max_steps: int | None = setting(None, "stop after this many optimizer steps; does not bend the schedule", ge=1)
     optimizer: Literal["adamw"] = setting("adamw", "optimizer", fixed=True)
@@ -195,7 +198,7 @@ class TrainingSection(Section):
     lr_scheduler_type: Literal["constant", "linear", "cosine", "wsd"] = setting(
         "cosine", "shape after the warm-up; wsd: constant, then linear to the minimum in the last fifth", "lr_scheduler"
     )
-    warmup_steps: int = setting(0, "steps of linear warm-up", "num_warmup_steps", ge=0, le=10**12)
+    warmup_steps: int = setting(0, "steps of linear warm-up", "num_warmup_steps", ge=0, le=MAX_STEPS)
     min_lr_ratio: float = setting(0.0, "last learning rate as a share of the peak", ge=0, le=1)
     max_grad_norm: float | None = setting(1.0, "clip the gradient norm to this; null: no clipping", "grad_clip", ge=0)
     ema_decay: float = setting(0.0, "decay of the weights' moving average; 0: off", ge=0, lt=1)
