@@ -163,7 +163,7 @@ class MultimodalModel(nn.Module):
         ):
             nn.init.normal_(vector, std=0.02)
         if self.config["linear_path"]:
-            nn.init.zeros_(self.linear["text"].weight)
+            nn.init.zeros_(self.get_parameter("linear.text.weight"))
         nn.init.normal_(self.words.weight, std=std)
         self.words.weight[PAD] = 0
         last = self._linear(self.classifier[1])
