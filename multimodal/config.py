@@ -45,7 +45,7 @@ class ModelConfig(Section):
         0.02, "standard deviation of the towers' initial weights; at width 192 a short run learns from 0.07 only", gt=0
     )
     linear_path: bool = setting(
-        False, "add a linear map of colours, edges, words, bands and rhythm to each embedding; learns from few samples"
+        False, "add a linear map of colours, edges, words, bands and rhythm to each embedding, fitted in closed form"
     )
     attention: Literal["auto", "sdpa", "chunked"] = setting(
         "auto", "sdpa: fused kernels; chunked: query chunks, exact; auto: chunked where no fused kernel fits"

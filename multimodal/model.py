@@ -120,8 +120,9 @@ class MultimodalModel(nn.Module):
         towers = {"image": widths.image[0], "text": widths.text[0], "audio": widths.audio[0]}
         self.embed = nn.ModuleDict({name: nn.Linear(width, embed_dim, bias=False) for name, width in towers.items()})
         if self.config["linear_path"]:
-            counts = {"image": IMAGE_FEATURES, "text": widths.word, "audio": AUDIO_FEATURES}
+            counts = {"image": IMAGE_FEATURES, "audio": AUDIO_FEATURES}
             self.linear = nn.ModuleDict({name: LinearPath(count, embed_dim) for name, count in counts.items()})
+            self.linear["text"] = nn.Embedding(self.config["vocabulary"], embed_dim)
         self.to_fusion = nn.ModuleDict({name: nn.Linear(width, fusion) for name, width in towers.items()})
         self.modality_vectors = nn.ParameterDict({name: nn.Parameter(torch.zeros(fusion)) for name in MODALITIES})
         self.fuse_token = nn.Parameter(torch.zeros(1, 1, fusion))
@@ -161,6 +162,8 @@ class MultimodalModel(nn.Module):
             *self.modality_vectors.values(),
         ):
             nn.init.normal_(vector, std=0.02)
+        if self.config["linear_path"]:
+            nn.init.zeros_(self.get_parameter("linear.text.weight"))
         nn.init.normal_(self.words.weight, std=std)
         self.words.weight[PAD] = 0
         last = self._linear(self.classifier[1])
@@ -213,8 +216,8 @@ class MultimodalModel(nn.Module):
         first_only, here and below: the first token alone (B, 1, D), all that an embedding needs.
         """
         check_image(images_BCHW, self.image_patch)
-        patches = self.image_patches(images_BCHW)
-        tokens = rearrange(patches, "B D h w -> B (h w) D") + self._image_grid(patches.shape[2], patches.shape[3])
+        rows, columns = (side // self.image_patch for side in images_BCHW.shape[2:])
+        tokens = cut_patches(self.image_patches, images_BCHW) + self._image_grid(rows, columns)
         tokens = pick_tokens(tokens, keep_BK)
         first = (self.image_class + self.image_positions[:, :1]).expand(len(tokens), -1, -1)
         return self.image_tower(torch.cat([first.to(tokens.dtype), tokens], 1), first_only=first_only)
@@ -248,11 +251,10 @@ class MultimodalModel(nn.Module):
         A patch is valid when any of its 16 frames is.
         """
         audio_BTM, audio_mask_BT = _pad_frames(audio_BTM, audio_mask_BT)
-        patches = self.audio_patches(audio_BTM.unsqueeze(1))
-        columns = patches.shape[2]
-        time_code = sinusoids(columns, patches.shape[1], patches.device)
+        patches = cut_patches(self.audio_patches, audio_BTM.unsqueeze(1))
+        time_code = sinusoids(audio_BTM.shape[1] // AUDIO_PATCH, patches.shape[2], patches.device)
         code = rearrange(time_code, "t D -> t 1 D") + self.audio_bands
-        tokens = rearrange(patches, "B D t f -> B (t f) D") + rearrange(code, "t f D -> (t f) D")
+        tokens = patches + rearrange(code, "t f D -> (t f) D")
         mask_BN = None
         if audio_mask_BT is not None:
             valid = rearrange(audio_mask_BT, "B (t p) -> B t p", p=AUDIO_PATCH).any(-1)
@@ -262,47 +264,42 @@ class MultimodalModel(nn.Module):
         first = self.audio_class.expand(len(tokens), -1, -1)
         return self.audio_tower(torch.cat([first.to(tokens.dtype), tokens], 1), mask_BN, first_only), mask_BN
 
-    def embedding(self, name: str, tokens_BND: Tensor, features_BF: Tensor | None, normalize: bool = True) -> Tensor:
-        """(B, E) from the first token, and where there is a linear path from its features; L2 norm in fp32."""
+    def embedding(self, name: str, tokens_BND: Tensor, path_BE: Tensor | None, normalize: bool = True) -> Tensor:
+        """(B, E) from the first token, and where there is a linear path from that too; L2 norm in fp32."""
         projected = self.embed[name](tokens_BND[:, 0]).float()
-        if features_BF is not None:
-            projected = projected + self.linear[name](features_BF).float()
+        if path_BE is not None:
+            projected = functional.normalize(projected, dim=-1) + PATH_SHARE * path_BE
         return functional.normalize(projected, dim=-1) if normalize else projected
 
-    def path_embedding(self, name: str, features_BF: Tensor) -> Tensor:
-        """(B, E) of the linear path alone, of unit length."""
-        return functional.normalize(self.linear[name](features_BF).float(), dim=-1)
+    # What the linear path alone makes of pictures, texts and sounds, (B, E) of unit length; None without one.
 
-    def image_features(self, images_BCHW: Tensor) -> Tensor | None:
-        """What the linear path sees of pictures, None without one."""
-        return picture_statistics(images_BCHW) if self.config["linear_path"] else None
+    def image_path(self, images_BCHW: Tensor) -> Tensor | None:
+        return self.linear["image"](picture_statistics(images_BCHW)) if self.config["linear_path"] else None
 
-    def text_features(self, input_ids_BL: Tensor, mask_BL: Tensor) -> Tensor | None:
-        """What it sees of texts: the mean of their word vectors, the ends left out."""
+    def text_path(self, input_ids_BL: Tensor, mask_BL: Tensor) -> Tensor | None:
         if not self.config["linear_path"]:
             return None
         words_BL = (mask_BL & (input_ids_BL > MASK_TOKEN)).unsqueeze(-1)
-        return (self.words(input_ids_BL) * words_BL).sum(1) / words_BL.sum(1).clamp_min(1)
+        return functional.normalize((self.linear["text"](input_ids_BL).float() * words_BL).sum(1), dim=-1)
 
-    def audio_features(self, audio_BTM: Tensor, audio_mask_BT: Tensor | None) -> Tensor | None:
-        """What it sees of sounds."""
-        return sound_statistics(audio_BTM, audio_mask_BT) if self.config["linear_path"] else None
+    def audio_path(self, audio_BTM: Tensor, audio_mask_BT: Tensor | None) -> Tensor | None:
+        return self.linear["audio"](sound_statistics(audio_BTM, audio_mask_BT)) if self.config["linear_path"] else None
 
     def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
         """(B, E) of pictures (B, 3, H, W), normalised with the mean and std of multimodal/data/image.py."""
         tokens = self.image_tokens(images, first_only=True)
-        return self.embedding("image", tokens, self.image_features(images), normalize)
+        return self.embedding("image", tokens, self.image_path(images), normalize)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None, normalize: bool = True) -> Tensor:
         """(B, E) of token ids (B, L); without a mask every id but [PAD] counts."""
         mask = _text_mask(input_ids, attention_mask)
         tokens = self.text_tokens(input_ids, mask, first_only=True)
-        return self.embedding("text", tokens, self.text_features(input_ids, mask), normalize)
+        return self.embedding("text", tokens, self.text_path(input_ids, mask), normalize)
 
     def encode_audio(self, audio: Tensor, audio_mask: Tensor | None = None, normalize: bool = True) -> Tensor:
         """(B, E) of log-mel frames (B, T, 80)."""
         tokens, _ = self.audio_tokens(audio, audio_mask, first_only=True)
-        return self.embedding("audio", tokens, self.audio_features(audio, audio_mask), normalize)
+        return self.embedding("audio", tokens, self.audio_path(audio, audio_mask), normalize)
 
     # --- fusion -------------------------------------------------------------------------------------------------------
 
@@ -371,22 +368,22 @@ class MultimodalModel(nn.Module):
         )
         tokens: dict[str, Tensor] = {}
         masks: dict[str, Tensor | None] = {}
-        features: dict[str, Tensor | None] = {}
+        paths: dict[str, Tensor | None] = {}
         # Each tower by itself. An embedding reads the first token alone; only fusion needs the others.
         first_only = not (fuse or return_tokens)
         if images is not None:
             tokens["image"] = self.image_tokens(images, first_only=first_only)
-            features["image"] = self.image_features(images)
+            paths["image"] = self.image_path(images)
         if input_ids is not None:
             masks["text"] = mask = _text_mask(input_ids, attention_mask)
             tokens["text"] = self.text_tokens(input_ids, mask, first_only=first_only)
-            features["text"] = self.text_features(input_ids, mask)
+            paths["text"] = self.text_path(input_ids, mask)
         if audio is not None:
             tokens["audio"], masks["audio"] = self.audio_tokens(audio, audio_mask, first_only=first_only)
-            features["audio"] = self.audio_features(audio, audio_mask)
+            paths["audio"] = self.audio_path(audio, audio_mask)
         # Into the common space, where cosines compare what came from different towers.
         found: dict[str, Any] = {
-            f"{name}_embeds": self.embedding(name, value, features[name]) for name, value in tokens.items()
+            f"{name}_embeds": self.embedding(name, value, paths[name]) for name, value in tokens.items()
         }
         found.update(self.scales())
         # One sequence of all tokens: what is absent is left out of it, not filled with zeros.
@@ -400,6 +397,7 @@ class MultimodalModel(nn.Module):
 
 # --- the linear path --------------------------------------------------------------------------------------------------
 
+PATH_SHARE = 6.0  # length of what the path gives, next to 1 of the tower
 SIDE = 64  # pixels: what these features see of a larger picture
 GRID, COLOURS, COLOUR_ZONES = 8, 4, (1, 2, 3)  # pixels a side; levels of a channel; zones a side of the colours
 BINS, EDGE_ZONES = 8, (2, 4, 8)  # directions of an edge; zones a side of the edges
@@ -412,17 +410,24 @@ AUDIO_FEATURES = 4 * MEL_BANDS + SPANS * GROUPS + RHYTHM_GROUPS * (len(RHYTHM_ED
 
 
 class LinearPath(nn.Module):
-    """Features to the common space: what a few hundred samples can teach, next to a tower that needs many."""
+    """Features to the common space: what a few hundred samples can teach, next to a tower that needs many. Zero until
+    modules/linear_path.py fits it in closed form; no gradient changes it.
+    """
 
     def __init__(self, features: int, embed_dim: int):
         super().__init__()
-        self.norm = nn.LayerNorm(features)
-        self.project = nn.Linear(features, embed_dim, bias=False)
-        nn.init.normal_(self.project.weight, std=features**-0.5)
+        self.project = nn.Linear(features, embed_dim)
+        nn.init.zeros_(self.project.weight)
+        nn.init.zeros_(self.project.bias)
 
     def forward(self, features_BF: Tensor) -> Tensor:
-        """(B, E)."""
-        return self.project(self.norm(features_BF))
+        """(B, E) of unit length."""
+        return functional.normalize(self.project(standardised(features_BF)).float(), dim=-1)
+
+
+def standardised(features_BF: Tensor) -> Tensor:
+    """Each sample's features with mean 0 and variance 1."""
+    return functional.layer_norm(features_BF, features_BF.shape[-1:])
 
 
 @torch.no_grad()
@@ -486,6 +491,13 @@ def sinusoids(length: int, width: int, device: torch.device) -> Tensor:
     frequency = torch.exp(-math.log(10000.0) * torch.arange(half, device=device, dtype=torch.float32) / half)
     angle = torch.arange(length, device=device, dtype=torch.float32).unsqueeze(1) * frequency
     return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+def cut_patches(layer: nn.Conv2d, values_BCHW: Tensor) -> Tensor:
+    """(B, patches, D), row by row: a convolution whose stride is its kernel, as one product."""
+    p, q = layer.kernel_size
+    patches = rearrange(values_BCHW, "B C (h p) (w q) -> B (h w) (C p q)", p=p, q=q)
+    return functional.linear(patches, layer.weight.flatten(1), layer.bias)
 
 
 def pick_tokens(tokens_BND: Tensor, keep_BK: Tensor | None) -> Tensor:

@@ -191,8 +191,7 @@ class AlignModel(StageModule):
         """batch: image {images, input_ids, attention_mask}, audio {audio, audio_mask, input_ids, ...}, voice {images,
         audio}; every field may be absent. draws: uniform numbers for training, None for evaluation.
 
-        Returns image_embeds, imagetext_embeds, audio_embeds, audiotext_embeds, voice_embeds, frame_embeds (B, E); in
-        training, where there is a linear path, also image_path and so on, what it gives alone.
+        Returns image_embeds, imagetext_embeds, audio_embeds, audiotext_embeds, voice_embeds, frame_embeds (B, E).
         """
         found, _ = self._encode(batch, draws)
         return found
@@ -201,7 +200,7 @@ class AlignModel(StageModule):
         """Embeddings, and the tokens and masks by part."""
         network = self.network
         tokens: dict[str, dict[str, Tensor]] = {part: {} for part in batch}
-        features: dict[str, dict[str, Tensor | None]] = {part: {} for part in batch}
+        paths: dict[str, dict[str, Tensor | None]] = {part: {} for part in batch}
         masks: dict[str, dict[str, Tensor | None]] = {part: {} for part in batch}
         for part, inputs in batch.items():
             keep = {} if draws is None or part not in draws else draws[part]
@@ -211,16 +210,16 @@ class AlignModel(StageModule):
                     self._keep(keep.get("patches"), self.image_keep, part == "image"),
                     first_only=self.first_only,
                 )
-                features[part]["image"] = network.image_features(inputs["images"])
+                paths[part]["image"] = network.image_path(inputs["images"])
             if "audio" in inputs:
-                features[part]["audio"] = network.audio_features(inputs["audio"], inputs.get("audio_mask"))
+                paths[part]["audio"] = network.audio_path(inputs["audio"], inputs.get("audio_mask"))
                 tokens[part]["audio"], masks[part]["audio"] = network.audio_tokens(
                     inputs["audio"],
                     inputs.get("audio_mask"),
                     self._keep(keep.get("patches"), self.audio_keep, part == "audio"),
                     first_only=self.first_only,
                 )
-        self._encode_texts(batch, tokens, masks, features)
+        self._encode_texts(batch, tokens, masks, paths)
         names = {
             ("image", "image"): "image",
             ("image", "text"): "imagetext",
@@ -232,17 +231,14 @@ class AlignModel(StageModule):
         found: Part = {}
         for part, own in tokens.items():
             for name, value in own.items():
-                seen = features[part][name]
-                found[f"{names[part, name]}_embeds"] = network.embedding(name, value, seen)
-                if draws is not None and seen is not None:
-                    found[f"{names[part, name]}_path"] = network.path_embedding(name, seen)
+                found[f"{names[part, name]}_embeds"] = network.embedding(name, value, paths[part][name])
         found |= network.scales()
         return found, {part: Encoded(tokens[part], masks[part]) for part in batch}
 
     def _keep(self, draws_BN: Tensor | None, share: float, wanted: bool) -> Tensor | None:
         return split_by_mask(draws_BN, 1 - share)[0] if wanted and share < 1 and draws_BN is not None else None
 
-    def _encode_texts(self, batch: dict[str, Part], tokens: dict, masks: dict, features: dict) -> None:
+    def _encode_texts(self, batch: dict[str, Part], tokens: dict, masks: dict, paths: dict) -> None:
         """All captions of a step go through the text tower together."""
         parts = [part for part in batch if "input_ids" in batch[part]]
         if not parts:
@@ -260,7 +256,7 @@ class AlignModel(StageModule):
         for part, value, own in zip(parts, encoded, mask.split(sizes), strict=True):
             tokens[part]["text"], masks[part]["text"] = value, own
             width = batch[part]["input_ids"].shape[1]
-            features[part]["text"] = self.network.text_features(batch[part]["input_ids"], own[:, :width])
+            paths[part]["text"] = self.network.text_path(batch[part]["input_ids"], own[:, :width])
 
 
 class FinetuneModel(AlignModel):

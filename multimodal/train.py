@@ -28,7 +28,9 @@ import torch
 from multimodal.data.sources import Data, PairedStream, data_folder, make_datasets, open_data
 from multimodal.data.text import TextTokenizer, find_glove, load_word_vectors
 from multimodal.evaluation.report import write_reports
+from multimodal.model import MultimodalModel
 from multimodal.modules.blocks import Block
+from multimodal.modules.linear_path import fit_linear_path
 from multimodal.objective import StageModule
 from multimodal.plan import print_plan
 from multimodal.trainer import (
@@ -47,7 +49,7 @@ from multimodal.trainer import (
 )
 from multimodal.weights.files import NAMES, load_start, put, read_payload, unpack_training
 from shared.engine.checkpoint import CheckpointStore, find_checkpoint, frozen_digest
-from shared.engine.dist import barrier, init_distributed, shutdown
+from shared.engine.dist import barrier, from_main, init_distributed, shutdown
 from shared.engine.preflight import preflight
 from shared.log import Board
 from shared.loop import FitResult, finished_checkpoint, fit, is_done
@@ -157,6 +159,8 @@ class Run:
         datasets = make_datasets(self.config, self.data.train, self.tokenizer, stage=stage, training=True)
         val = make_datasets(self.config, self.data.val, self.tokenizer, stage=stage, training=False)
         val = {kind: dataset for kind, dataset in val.items() if kind in datasets}
+        if stage > 1 and self.config.model.linear_path:
+            self._set_linear_path(network, stage, resume)
         classify = self.classify and stage == 3
         choose_trainable(module, self.config, stage, list(datasets), classify=classify, framed=self.data.framed)
         stream = PairedStream(datasets, self.config, self.info, folder / "bad_samples.jsonl")
@@ -216,6 +220,16 @@ class Run:
         )
         board.close()
         return result
+
+    def _set_linear_path(self, network: MultimodalModel, stage: int, resume: str) -> None:
+        """That of the checkpoint a stage goes on from; else one that is zero yet is fitted to the training data."""
+        before = self._resumed_from(stage, resume) if resume != CARRIED else None
+        if before is not None:
+            network.load_state_dict(read_payload(before)[0]["model_state_dict"])
+        elif not network.linear.state_dict()["text.weight"].any():
+            plain = make_datasets(self.config, self.data.train, self.tokenizer, stage=stage, training=False)
+            fitted = fit_linear_path(network, plain) if self.info.is_main else None
+            network.linear.load_state_dict(from_main(fitted))
 
     def _stage_config(self, stage: int, epochs: int, stream: PairedStream, resume: str) -> Config:
         training: TrainingConfig = self.config.training

@@ -99,7 +99,7 @@ def choose_trainable(
             name for name, present in (("image", has_image), ("text", has_text), ("audio", has_audio)) if present
         ]
         trained += (text if stage == 3 or config.training.train_words else text[1:]) if has_text else []
-        trained += [f"{part}.{name}" for name in modalities for part in ("embed", "linear")]
+        trained += [f"embed.{name}" for name in modalities]
         sigmoid = config.training.contrastive_loss == "siglip"
         trained += ["log_scale", *["bias"] * sigmoid] if "image" in kinds else []
         sounds = "audio" in kinds or ("voice" in kinds and framed)
@@ -218,13 +218,6 @@ class Trainer:
             found.append(Pairing("audio_embeds", "audiotext_embeds", *sound, "audio", 1.0))
         if "voice" in datasets and datasets["voice"].records[0].video is not None:
             found.append(Pairing("voice_embeds", "frame_embeds", *sound, "voice", 0.5))
-        if self.config.model.linear_path:
-            # The towers soon know a small set by heart, and then the common loss teaches the path nothing: it has its
-            # own as well.
-            found += [
-                pair._replace(first=pair.first.replace("embeds", "path"), second=pair.second.replace("embeds", "path"))
-                for pair in found
-            ]
         return found
 
     # --- a step -------------------------------------------------------------------------------------------------------

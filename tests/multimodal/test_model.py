@@ -1,11 +1,14 @@
 """The network: exact sizes, any subset of modalities, masks, exact attention in chunks, recomputation."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from multimodal import model
 from multimodal.config import Config
+from multimodal.data.text import TextTokenizer
 from multimodal.model import (
     AUDIO_FEATURES,
     IMAGE_FEATURES,
@@ -13,14 +16,17 @@ from multimodal.model import (
     RHYTHM_EDGES,
     RHYTHM_GROUPS,
     SIZES,
+    LinearPath,
     create_model,
     picture_statistics,
     sound_statistics,
 )
+from multimodal.modules import linear_path
 from multimodal.modules.blocks import Attention, Block, Tower
-from multimodal.objective import AlignModel
+from multimodal.modules.linear_path import fit_linear_path
 from multimodal.trainer import choose_trainable, make_stage_module, parameter_groups
 from scripts.bench import multimodal as benchmark
+from shared.errors import BadSample
 
 TOTALS = {"tiny": 14_784_789, "small": 35_593_493, "base": 80_128_597, "large": 200_918_869}
 BASE_PARTS = {
@@ -355,13 +361,41 @@ def test_the_linear_path_hears_how_often_a_sound_is_struck(frames):
     assert torch.equal(sound_statistics(hidden, mask[None]), sound_statistics(sound, mask[None]))
 
 
-def test_the_linear_path_is_shown_alone_while_training():
-    network = create_model("mini", 7, embed_dim=64, image_size=32, image_patch=8, linear_path=True)
-    batch = {"image": {"images": torch.randn(2, 3, 32, 32), "input_ids": torch.tensor([[1, 9, 2, 0], [1, 8, 7, 2]])}}
-    batch["image"]["attention_mask"] = batch["image"]["input_ids"] > 0
-    module = AlignModel(network)
-    found = module(batch, {"image": {}})
-    assert {"image_path", "imagetext_path"} <= found.keys() and "image_path" not in module(batch)
-    (found["image_path"] @ found["imagetext_path"].T).sum().backward()
-    assert network.linear["image"].project.weight.grad.abs().sum() > 0
-    assert all(parameter.grad is None for parameter in network.image_tower.parameters())
+class Captioned(list):
+    """Pictures with captions, as fit_linear_path reads them."""
+
+    def __init__(self, pictures: torch.Tensor, captions: list[tuple[str, ...]]):
+        super().__init__({"images": picture} for picture in pictures)
+        self.records = [SimpleNamespace(captions=own) for own in captions]
+        self.tokenizer = TextTokenizer()
+
+    def __getitem__(self, index):
+        if index == 3:
+            raise BadSample("3.png: broken")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("items", [24, 2000])  # fewer than features, and more
+def test_the_linear_path_finds_pictures_by_words_that_training_paired(items, monkeypatch):
+    """Pictures of one colour and texts that name it: other pictures of these colours are found, ridge as defined."""
+    generator = torch.Generator().manual_seed(0)
+    names = ("red", "green", "blue", "yellow")
+    colours = torch.tensor([[1.5, -1, -1], [-1, 1.5, -1], [-1, -1, 1.5], [1.5, 1.5, -1]])
+    which = torch.arange(items + 8) % 4
+    pictures = colours[which][:, :, None, None] + 0.1 * torch.randn(items + 8, 3, 8, 8, generator=generator)
+    captions = [(f"a {names[n]} square", f"{names[n]}, and nothing else") for n in which.tolist()]
+    if items > 24:  # few features in place of 1,760, so that items outnumber them
+        monkeypatch.setattr(linear_path, "picture_statistics", lambda x: picture_statistics(x)[:, :192])
+    network = create_model("mini", 7, embed_dim=16, image_size=32, image_patch=8, linear_path=True)
+    assert torch.equal(network.image_path(pictures), torch.zeros(items + 8, 16))
+    if items > 24:
+        network.linear["image"] = LinearPath(192, 16)
+        monkeypatch.setattr(model, "picture_statistics", linear_path.picture_statistics)
+    data = Captioned(pictures[:items], captions[:items])
+    network.linear.load_state_dict(fit_linear_path(network, {"image": data}))
+    ids, mask = data.tokenizer.batch([f"a {name} picture" for name in names])
+    found = network.text_path(ids, mask) @ network.image_path(pictures[items:]).T
+    assert torch.equal(found.argmax(0), which[items:])
+    again = fit_linear_path(network, {"image": data})
+    assert all(torch.equal(again[name], value) for name, value in network.linear.state_dict().items())
+    assert fit_linear_path(network, {"image": Captioned(pictures[:0], [])})["text.weight"].count_nonzero() == 0

@@ -12,7 +12,7 @@ from multimodal.config import ITEMS
 from multimodal.data.sources import SAMPLE_DATA, read_records
 from multimodal.data.synthetic import synthetic_records
 from multimodal.model import create_model
-from multimodal.weights.files import load_model
+from multimodal.weights.files import load_model, read_payload
 from multimodal.weights.open import Embedder
 from shared.engine.checkpoint import load_strict
 from shared.errors import UserError
@@ -94,6 +94,23 @@ def test_a_run_continued_inside_a_stage_is_the_same(whole, tmp_path, stage):
     run(folder, *WHOLE, "--stages", *map(str, range(1, stage + 1)))
     assert losses(folder / STAGES[stage - 1]) == losses(whole / STAGES[stage - 1])
     assert same_bits(final_tensors(folder / STAGES[stage - 1]), final_tensors(whole / STAGES[stage - 1]))
+
+
+def test_a_fitted_path_stays_as_it_is_until_the_end(tmp_path, monkeypatch):
+    """Fitted once, in the first stage that aligns; a run that is continued takes it from its checkpoint."""
+    flags = ("--linear-path", "--stage-epochs", "0", "1", "1", "--stages", "2", "3", "--label-set", "none")
+    whole, parts = run(tmp_path / "whole", *flags), tmp_path / "parts"
+    run(parts, *flags, "--max-steps", "2")
+
+    def fit_again(*_):
+        raise AssertionError("fitted twice")
+
+    monkeypatch.setattr(train, "fit_linear_path", fit_again)
+    run(parts, *flags)
+    a, b = (read_payload(own / "checkpoints" / "final_model.pt")[0]["model_state_dict"] for own in (whole, parts))
+    path = {name for name in a if name.startswith("linear.")}
+    assert len(path) == 5 and all(a[name].any() for name in path)
+    assert all(torch.equal(a[name], b[name]) for name in path)
 
 
 def test_a_run_over_shards_continued_is_the_same(tmp_path):
