@@ -13,7 +13,7 @@ from multimodal.dataset import CaptionedDataset
 from multimodal.model import MASK_TOKEN, MultimodalModel, picture_statistics, sound_statistics, standardised
 from shared.errors import BadSample
 
-RIDGE = 0.5  # added to the diagonal of X^T X / F
+RIDGE = {"image": 0.5, "audio": 0.1}  # added to the diagonal of X^T X / F; chosen by folds, see NOTES.md
 RARITY = 0.5  # power of log(items / items with the word), a word's weight in a caption
 MOST_ITEMS = 20_000  # of each kind, evenly spaced: many more than F features need
 
@@ -38,7 +38,7 @@ def fit_linear_path(network: MultimodalModel, datasets: dict) -> dict[str, Tenso
         return state
     count = torch.tensor([float(items_with[word]) for word in column], dtype=torch.float64)
     weight_V = ((sum(map(len, captions.values())) + 1) / (count + 1)).log() ** RARITY
-    found = {k: _regression(datasets[k], places[k], captions[k], column, weight_V) for k in kinds}
+    found = {k: _regression(datasets[k], places[k], captions[k], column, weight_V, RIDGE[k]) for k in kinds}
     parts = {kind: both for kind, both in found.items() if both is not None}
     if not parts:
         return state
@@ -70,7 +70,12 @@ def _words(dataset: CaptionedDataset, index: int) -> list[list[int]]:
 
 
 def _regression(
-    dataset: CaptionedDataset, places: range, captions: list[list[list[int]]], column: dict[int, int], weight_V: Tensor
+    dataset: CaptionedDataset,
+    places: range,
+    captions: list[list[list[int]]],
+    column: dict[int, int],
+    weight_V: Tensor,
+    ridge: float,
 ) -> tuple[Tensor, Tensor] | None:
     """B (F, V) and the mean of the features (F,), in double precision; None where no item can be read."""
     xs, rows = [], []
@@ -98,7 +103,7 @@ def _regression(
     mean_F = x_nF.mean(0)
     x_nF = x_nF - mean_F
     n, features = x_nF.shape
-    ridge = RIDGE * torch.eye(min(n, features), dtype=torch.float64)
+    diagonal = ridge * torch.eye(min(n, features), dtype=torch.float64)
     if n < features:  # the same, by (X X^T / F + r I)
-        return x_nF.T @ torch.linalg.solve(x_nF @ x_nF.T / features + ridge, y_nV) / features, mean_F
-    return torch.linalg.solve(x_nF.T @ x_nF / features + ridge, x_nF.T @ y_nV / features), mean_F
+        return x_nF.T @ torch.linalg.solve(x_nF @ x_nF.T / features + diagonal, y_nV) / features, mean_F
+    return torch.linalg.solve(x_nF.T @ x_nF / features + diagonal, x_nF.T @ y_nV / features), mean_F
