@@ -23,10 +23,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from shared.config import RunSection, TrainingSection
-from shared.engine.checkpoint import StoredTensors, attempt, write_safetensors
-from shared.engine.dist import DistInfo, barrier, from_main, raise_together
+from shared.engine.checkpoint import Spec, StoredTensors, attempt, write_safetensors
+from shared.engine.dist import DistInfo, from_main, gather_objects, raise_together
 from shared.engine.strategy import Strategy, ensure_group, give_memory, rows_of, units_of
-from shared.errors import UserError
+from shared.errors import UserError, own_folder
 from shared.optim import adamw
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -196,24 +196,26 @@ def make_strategy(run: RunSection, info: DistInfo, precision: str, training: Tra
 def built_once(build: Callable[[], Model], run: RunSection, info: DistInfo) -> Model:
     """What `build` makes, to be given to fit(). Under fsdp on several ranks rank 0 alone makes it and writes its
     parameters; every rank gets it with its buffers and its parameters on the meta device, and fit() fills in the rows
-    that a rank keeps. The file is gone as soon as all have opened it. A collective.
+    that a rank keeps. The file is gone as soon as all have opened it. Where nodes do not share --output-dir, every
+    rank builds as under the other strategies. A collective.
     """
     if run.strategy != "fsdp" or info.world == 1:
         return build()
-    path, made = Path(run.output_dir) / "first_weights.safetensors", []
+    with contextlib.ExitStack() as stack:
+        made: list[tuple[Model, Path]] = []
 
-    def make() -> None:
-        model = build()
-        values = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_safetensors(path, [(name, tuple(v.shape), v.dtype) for name, v in values.items()], iter(values.values()))
-        on_meta = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
-        made.append(copy.deepcopy(model, on_meta))  # tied parameters stay tied
+        def make() -> None:
+            model = build()
+            path = stack.enter_context(own_folder(run.output_dir, "first_weights")) / "weights.safetensors"
+            values = {name: parameter.detach() for name, parameter in model.named_parameters()}
+            specs: list[Spec] = [(name, tuple(value.shape), value.dtype) for name, value in values.items()]
+            write_safetensors(path, specs, iter(values.values()))
+            on_meta = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+            made.append((copy.deepcopy(model, on_meta), path))  # tied parameters stay tied
 
-    raise_together(attempt(make) if info.is_main else None)
-    model = from_main(made[0] if made else None)
-    model.first_values = StoredTensors(path).__getitem__
-    barrier()
-    if info.is_main:
-        path.unlink()
-    return model
+        raise_together(attempt(make) if info.is_main else None)
+        model, path = from_main(made[0] if made else None)
+        if not all(gather_objects(path.exists())):
+            return build()
+        raise_together(attempt(lambda: setattr(model, "first_values", StoredTensors(path).__getitem__)))
+        return model

@@ -23,6 +23,7 @@ VARIANTS = {
     "smooth": ({}, 1, 1e-3),
     "meta": ({"meta": True, "tied": True}, 1, 1e-8),  # the model comes without memory and is filled part by part
     "once": ({"once": True, "tied": True}, 1, 1e-8),  # under fsdp rank 0 alone builds it
+    "apart": ({"once": "apart", "tied": True}, 1, 1e-8),  # but where the ranks do not share a folder
 }
 
 

@@ -132,10 +132,13 @@ def run_case(case, info):
     kind = (case.get("dropout", 0.0), case.get("tied", False), case.get("branches"))
     model, values = Toy(*kind), None
     if case.get("once"):
-        place = RunSection(strategy=case.get("strategy"), output_dir=case["output_dir"])
-        if info.rank and place.strategy == "fsdp":
+        apart = case["once"] == "apart"  # nodes that do not share a disk: each builds its own
+        folder = Path(case["output_dir"]) / f"disk{info.rank if apart else 0}"
+        place = RunSection(strategy=case.get("strategy"), output_dir=str(folder))
+        if info.rank and place.strategy == "fsdp" and not apart:
             next(model.parameters()).data.add_(1)  # which nobody asks for
         model = built_once(lambda first=model: first, place, info)
+        assert info.rank or not folder.exists() or not any(folder.iterdir()), "the first weights were left behind"
     if case.get("meta"):
         values = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}.__getitem__
         with torch.device("meta"):
