@@ -152,7 +152,8 @@ for system in "${only[@]}"; do
 done
 
 mkdir -p "$output/logs"
-cores="$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)"
+# nproc answers with OMP_NUM_THREADS where that is set, and then systems would run one after another
+cores="$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)"
 if [[ -z "$jobs" ]]; then
     jobs=1
     if ((cores >= 2)) && [[ "$gpu" == false ]]; then jobs=2; fi

@@ -121,6 +121,12 @@ def test_mistakes_end_with_code_2_and_a_sentence(arguments, message):
     assert done.returncode == 2 and message in done.stderr
 
 
+def test_threads_of_a_process_are_not_taken_for_cores():
+    counting = next(line for line in (ROOT / "run_all.sh").read_text().splitlines() if line.startswith("cores="))
+    done = bash("-c", f'{counting}; echo "$cores"', OMP_NUM_THREADS="1")
+    assert int(done.stdout) == len(os.sched_getaffinity(0))
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
