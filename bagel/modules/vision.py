@@ -52,12 +52,13 @@ class WithinImages:
 
     def __init__(self, lengths: Sequence[int], flex: torch.device | None = None):
         self.runs = _runs(lengths)
-        self.layout = PackLayout(lengths, lengths, [FULL] * len(lengths))
+        self.layout: PackLayout | None = None
         if flex is not None:
+            self.layout = PackLayout(lengths, lengths, [FULL] * len(lengths))
             self.layout.block_mask = flex_block_mask(self.layout, flex)
 
     def __call__(self, query_NHK: Tensor, key_NHK: Tensor, value_NHK: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() and self.layout.block_mask is not None:
+        if torch.compiler.is_compiling() and self.layout is not None:
             return flex_of_pack(query_NHK, key_NHK, value_NHK, self.layout)
         return self._by_runs(query_NHK, key_NHK, value_NHK)
 
