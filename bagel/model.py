@@ -18,6 +18,7 @@ from bagel.config import ModelConfig
 from bagel.modules.transformer import LanguageModel, PackedAttention, PackLayout, Pair, Rows
 from bagel.modules.vision import VisionModel
 from bagel.sampling.context import CachedAttention, TextCache
+from shared.engine.products import use_fast_products
 from shared.errors import UserError
 from shared.flow import linear_path
 
@@ -119,6 +120,7 @@ class Bagel(nn.Module):
         self.time_embedder = TimestepEmbedder(width)
         self.vae2llm = nn.Linear(config.latent_width, width)
         self.llm2vae = nn.Linear(width, config.latent_width)
+        use_fast_products(self)
 
     def initialize(self, only: str = "") -> "Bagel":
         """Random weights, of the modules whose names begin with `only`: matrices normal, biases 0, norms 1, and a zero

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
+from shared.engine.products import use_fast_products
 from shared.engine.recompute import checkpoint
 
 EPS = 1e-6
@@ -471,6 +472,7 @@ class DiTModel(NullText):
                 nn.Linear(align_hidden, align_width),
             )
         self.initialize_weights()
+        use_fast_products(self)
 
     def forward(
         self,

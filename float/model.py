@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from shared.engine.products import linear, use_fast_products
 from shared.engine.recompute import checkpoint
 
 TIME_FREQUENCIES = 256
@@ -187,6 +188,7 @@ class FlowMatchingTransformer(nn.Module):
         self.decoder = Decoder(dim_h, dim_w)
         self.register_buffer("alignment_mask", band_mask(tokens, attention_window))
         self._initialise()
+        use_fast_products(self)
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -240,7 +242,7 @@ class FlowMatchingTransformer(nn.Module):
         """
         weight_r, weight_a, weight_e = self.c_embedder.weight.split([self.dim_w, self.dim_a, we_B1E.shape[-1]], 1)
         start = (self.c_embedder.bias + self.t_embedder(t_B))[:, None]
-        return start, F.linear(wr_Bd, weight_r)[:, None], F.linear(wa_BNa, weight_a), F.linear(we_B1E, weight_e)
+        return start, linear(wr_Bd, weight_r)[:, None], linear(wa_BNa, weight_a), linear(we_B1E, weight_e)
 
     def _masked_blocks(self, first: list[int], like: Tensor) -> Iterator[tuple[nn.Module, Tensor, int]]:
         """Each block with its mask (M, N) of the frames that it takes and keeps, and how many it leaves out."""
@@ -364,6 +366,7 @@ class MotionGenerator(nn.Module):
         width = motion_width or fmt.dim_w
         self.fmt, self.relative = fmt, relative
         self.audio_encoder = AudioProjection(raw_audio_dim, fmt.dim_a)
+        use_fast_products(self)
         self.register_buffer("motion_mean", torch.zeros(width))
         self.register_buffer("motion_whiten", torch.eye(width, fmt.dim_w))
         self.register_buffer("motion_unwhiten", torch.eye(fmt.dim_w, width))

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from multimodal.modules.blocks import Tower, small_normal_
+from shared.engine.products import linear, use_fast_products
 
 VOCABULARY = 16384
 PAD, MASK_TOKEN = 0, 3  # ids up to this one stand for no word
@@ -111,6 +112,7 @@ class MultimodalModel(nn.Module):
 
         self._add_fusion(widths, options)
         self._initialise()
+        use_fast_products(self)
 
     # --- set-up -------------------------------------------------------------------------------------------------------
 
@@ -497,7 +499,7 @@ def cut_patches(layer: nn.Conv2d, values_BCHW: Tensor) -> Tensor:
     """(B, patches, D), row by row: a convolution whose stride is its kernel, as one product."""
     p, q = layer.kernel_size
     patches = rearrange(values_BCHW, "B C (h p) (w q) -> B (h w) (C p q)", p=p, q=q)
-    return functional.linear(patches, layer.weight.flatten(1), layer.bias)
+    return linear(patches, layer.weight.flatten(1), layer.bias)
 
 
 def pick_tokens(tokens_BND: Tensor, keep_BK: Tensor | None) -> Tensor:

@@ -29,6 +29,7 @@ from opens2v.modules.adapter import (
 from opens2v.modules.causal import KeyValueCache, attention_runs, rotary_table, self_attention, with_turns
 from shared.data import sent
 from shared.engine.norm import RMSNorm, is_plain_fp32
+from shared.engine.products import use_fast_products
 from shared.errors import load_whole, opening
 
 WAN_1_3B = dict(
@@ -215,6 +216,7 @@ class RefWanTransformer3DModel(WanTransformer3DModel):
         self.vae_proj = nn.Linear(in_channels, dim)
         self.ref_in_self_attention, self.position_base = ref_in_self_attention, position_base
         self.reset_reference_parameters()
+        use_fast_products(self)
 
     def reset_reference_parameters(self) -> None:
         """Put the reference modules back to the values that leave the base's output unchanged."""

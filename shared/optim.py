@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.config import TrainingSection
+from shared.engine.products import linear
 
 
 def decay_groups(model: nn.Module, weight_decay: float, lr_scales: dict[str, float] | None = None) -> list[dict]:
@@ -102,8 +103,8 @@ def orthogonalised(matrix: Tensor, steps: int, coefficients: tuple[float, float,
     x = x.mT if matrix.shape[0] > matrix.shape[1] else x
     x = x / x.norm().clamp_min(1e-7)
     for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        gram = linear(x, x)  # symmetric, as is its square
+        x = a * x + linear(b * gram + c * linear(gram, gram), x.mT)
     return (x.mT if matrix.shape[0] > matrix.shape[1] else x).to(matrix.dtype)
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from bagel.config import ModelConfig
 from bagel.modules.quantization import QuantizedLinear, is_projection
+from shared.engine.products import linear
 
 
 class LoRALinear(nn.Module):
@@ -31,8 +32,8 @@ class LoRALinear(nn.Module):
         out = self.base(x)
         if self.merged:
             return out
-        narrow = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
-        return out + self.scale * F.linear(narrow, self.lora_B.to(narrow.dtype))
+        narrow = linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
+        return out + self.scale * linear(narrow, self.lora_B.to(narrow.dtype))
 
     def delta(self) -> Tensor:
         """What the adapter adds to the weight."""

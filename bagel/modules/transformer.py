@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from bagel.config import LanguageConfig
 from shared.data import sent
 from shared.engine.norm import ScaledNorm, is_plain_fp32
+from shared.engine.products import linear
 from shared.engine.recompute import checkpoint
 
 Pair = tuple[Tensor, Tensor]  # tokens of the understanding expert (text, then ViT), tokens of the generation expert
@@ -534,7 +535,7 @@ class Head(nn.Linear):
 
     def forward(self, x_ND: Tensor, labels_N: Tensor | None = None, chunk: int | None = None) -> Tensor:
         if labels_N is None:
-            return F.linear(x_ND, self.weight)
+            return linear(x_ND, self.weight)
         if chunk is None or len(x_ND) <= chunk:
             return self._losses(x_ND, labels_N)
         parts = zip(x_ND.split(chunk), labels_N.split(chunk), strict=True)
@@ -543,7 +544,7 @@ class Head(nn.Linear):
         return torch.cat([again(self._losses, x, labels, use_reentrant=False) for x, labels in parts])
 
     def _losses(self, x_ND: Tensor, labels_N: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(x_ND, self.weight).float(), labels_N, reduction="none")
+        return F.cross_entropy(linear(x_ND, self.weight).float(), labels_N, reduction="none")
 
 
 class LanguageModel(nn.Module):

@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
+from shared.engine.products import linear
 from shared.engine.recompute import checkpoint
 
 HEAD_WIDTH = 64
@@ -58,7 +59,7 @@ class QueryKeyValue(nn.Linear):
     ) -> Tensor | tuple[Tensor, ...]:
         """Queries, keys and values, each (B, N, D); with first_only what the first token gathers, (B, 1, D)."""
         if not first_only:
-            return functional.linear(x_BND, self.weight, self.bias).chunk(3, -1)
+            return linear(x_BND, self.weight, self.bias).chunk(3, -1)
         # One query a head: q (W_k x) = (q W_k) x, and the sum of p (W_v x) is W_v (the sum of p x). So neither keys nor
         # values of the other tokens are made. The keys' bias adds the same to all scores. fp32, as fused kernels sum.
         with torch.autocast(x_BND.device.type, enabled=False):
@@ -80,10 +81,7 @@ class AddedLinear(nn.Linear):
         """(B, N, D), without a residual the linear alone."""
         if residual_BND is None:
             return super().forward(x_BND)
-        if not x_BND.dtype == residual_BND.dtype == self.weight.dtype:  # autocast, which knows no addmm_
-            return residual_BND + super().forward(x_BND)
-        total = (residual_BND.flatten(0, 1) + self.bias).addmm_(x_BND.flatten(0, 1), self.weight.t())
-        return total.unflatten(0, residual_BND.shape[:2])
+        return residual_BND + linear(x_BND, self.weight, self.bias)
 
 
 class Attention(nn.Module):
@@ -168,9 +166,9 @@ class Tower(nn.Module):
         """Linears truncated normal; the outputs of attention and MLP std / sqrt(2 depth)."""
         for block in self.blocks:
             assert isinstance(block, Block)
-            for linear in (block.attention.qkv, block.attention.output, block.expand, block.contract):
-                is_output = linear is block.attention.output or linear is block.contract
-                small_normal_(linear, std / (2 * self.depth) ** 0.5 if is_output else std)
+            for layer in (block.attention.qkv, block.attention.output, block.expand, block.contract):
+                is_output = layer is block.attention.output or layer is block.contract
+                small_normal_(layer, std / (2 * self.depth) ** 0.5 if is_output else std)
 
 
 @torch.no_grad()

@@ -7,7 +7,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 KINDS = (  # part of a kernel's or operator's name -> what it does; the first that fits counts
-    ("matrix products", ("gemm", "gemv", "cutlass", "cublas", "nvjet", "aten::mm", "aten::addmm", "bmm", "matmul")),
+    (
+        "matrix products",
+        ("gemm", "gemv", "cutlass", "cublas", "nvjet", "aten::mm", "aten::addmm", "bmm", "matmul", "mkldnn::_linear"),
+    ),
     ("attention", ("flash", "fmha", "attention", "attn")),
     ("convolutions", ("conv",)),
     ("optimizer", ("adam", "lerp", "multi_tensor", "_foreach")),

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+from shared.engine.products import Linear
 from shared.errors import UserError
 
 aten = torch.ops.aten
@@ -19,7 +20,7 @@ PRODUCTS = {
     aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.linear.default,
     aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default, aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.higher_order.flex_attention,
+    torch.ops.higher_order.flex_attention, torch.ops.mkldnn._linear_pointwise.default,
 }  # fmt: skip
 _keeps_products = False
 
@@ -67,7 +68,9 @@ def use_float8(blocks: list[nn.Module], **settings: Any) -> None:
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     def fits(layer: nn.Module, _: str) -> bool:
-        fit = type(layer) is nn.Linear and not (layer.in_features % 16 or layer.out_features % 16)
+        if not isinstance(layer, nn.Linear) or type(layer) not in (nn.Linear, Linear):
+            return False
+        fit = not (layer.in_features % 16 or layer.out_features % 16)
         count.append(fit)
         return fit
 
