@@ -1,7 +1,5 @@
 """Parameter groups by name, AdamW and Muon."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -137,15 +135,6 @@ def adamw(groups: list[dict], parameters: dict[str, nn.Parameter], training: Tra
         eps=training.adam_epsilon,
         fused=True,
     )
-
-
-def __getattr__(name: str) -> Any:
-    """`from shared.optim import lr_at`: it stands beside the loop that sets the rate."""
-    if name == "lr_at":
-        from shared.loop import lr_at
-
-        return lr_at
-    raise AttributeError(name)
 
 
 ZERO_STAYS_GATHERED = 10**9  # numbers of a model that ZeRO-3 keeps from the forward to the backward
