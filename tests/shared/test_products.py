@@ -12,8 +12,12 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from shared.config import TrainingSection
 from shared.engine import products, recompute
+from shared.engine.dist import DistInfo
 from shared.engine.products import Linear, linear, use_fast_products
+from shared.engine.strategy import Strategy
+from shared.optim import decay_groups
 
 
 @pytest.fixture
@@ -212,3 +216,11 @@ def test_only_where_mkl_leaves_half_of_the_processor_unused(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     assert not products.onednn_is_faster()
     products.onednn_is_faster.cache_clear()
+
+
+def test_a_training_gives_its_layers_the_fast_forward():
+    """Also those of an objective around the model, such as a decoder of masked patches: a quarter of that step."""
+    objective = nn.ModuleDict({"model": nn.Linear(3, 4), "decoder": nn.Sequential(nn.Linear(4, 3))})
+    strategy = Strategy("none", DistInfo(), "fp32", TrainingSection())
+    strategy.prepare(objective, decay_groups(objective, 0.0))
+    assert all(type(layer) is Linear for layer in (objective["model"], objective["decoder"][0]))
