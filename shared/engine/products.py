@@ -37,7 +37,9 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(x, weight_NK)
+        by_x, by_weight, _ = ctx.needs_input_grad
+        ctx.shape = x.shape  # a frozen layer holds no input, as torch's does not
+        ctx.save_for_backward(x if by_weight else None, weight_NK if by_x else None)
         return _multiply(x, weight_NK, bias_N)
 
     @staticmethod
@@ -45,7 +47,7 @@ class _Product(torch.autograd.Function):
         x, weight_NK = ctx.saved_tensors
         by_x, by_weight, by_bias = ctx.needs_input_grad
         return (
-            _rows(gradient_MN, weight_NK.t(), None).view(x.shape) if by_x else None,
+            _rows(gradient_MN, weight_NK.t(), None).view(ctx.shape) if by_x else None,
             _weight_gradient(gradient_MN, x.reshape(-1, x.shape[-1])) if by_weight else None,
             gradient_MN.sum(0) if by_bias else None,
         )

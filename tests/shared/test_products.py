@@ -188,6 +188,15 @@ def test_recomputed_blocks(calls, monkeypatch, keeps, products_taken):
     assert executed.products == products_taken
 
 
+def test_a_frozen_layer_holds_no_input_and_a_first_layer_no_weight(calls):
+    x, weight, _ = inputs(512, 128)
+    for frozen, place in ((weight, 0), (x, 1)):
+        held = linear(*(value.detach() if value is frozen else value for value in (x, weight))).grad_fn.saved_tensors
+        assert [value is None for value in held] == [place == 0, place == 1]
+    linear(x, weight.detach()).sum().backward()
+    torch.testing.assert_close(x.grad, weight.detach().sum(0).expand(512, 128), rtol=1e-4, atol=1e-4)
+
+
 def test_two_threads_at_once(calls):
     tensors = inputs(512, 128)
     with ThreadPoolExecutor(2) as pool:
