@@ -81,7 +81,8 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     compiled, transformed, sharded or cast. oneDNN would read a bias with gaps, or on meta, as if it lay there whole.
     """
     return bool(
-        not torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        not torch.compiler.is_compiling()  # first: dynamo would watch the rest, sizes too, and compile again
+        and not torch.jit.is_tracing()  # type: ignore[no-untyped-call]
         and x.dtype is torch.float32 is weight.dtype
         and x.numel() * len(weight) >= SMALLEST
         and x.numel() >= FEWEST_ROWS * x.shape[-1]
@@ -94,7 +95,6 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and (bias is None or (type(bias) in (Tensor, nn.Parameter) and bias.shape == weight.shape[:1]))
         and (bias is None or bias.is_contiguous())
         and torch.backends.mkldnn.enabled
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
