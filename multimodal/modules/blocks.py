@@ -79,9 +79,8 @@ class AddedLinear(nn.Linear):
 
     def forward(self, x_BND: Tensor, residual_BND: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """(B, N, D), without a residual the linear alone."""
-        if residual_BND is None:
-            return super().forward(x_BND)
-        return residual_BND + linear(x_BND, self.weight, self.bias)
+        product_BND = linear(x_BND, self.weight, self.bias)
+        return product_BND if residual_BND is None else residual_BND + product_BND
 
 
 class Attention(nn.Module):

@@ -149,7 +149,7 @@ class Bench:
         if chosen == "bf16":
             self.pair(label, in_bf16(ours), theirs, peer=peer, bar=0.70, note="ours in bf16, the peer in fp32")
             return
-        reason = f"no bf16 arithmetic here, so fp32 is the default; both do the same matrix products; {spent(ours)}"
+        reason = f"no bf16 arithmetic here, so fp32 is the default; {spent(ours)}"
         self.add(Row(self.part, label, fp32.ratio, 0.70, "at most", fp32.ours, fp32.unit, fp32.theirs, peer, reason))
 
     def precision(self, name: str, step: Job) -> None:

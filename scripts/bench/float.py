@@ -9,6 +9,7 @@ written out, training from the cache and from frames, a second of talking portra
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -44,6 +45,7 @@ from float.sampling.motion import SamplingOptions, guided_velocity
 from float.weights.open import make_autoencoder, make_generator
 from shared.data import BatchPlan, MapStream
 from shared.engine.dist import DistInfo
+from shared.engine.products import Linear
 
 PHASE_1_CLIPS = 4  # decoded for the loader of phase 1
 OLD_STEP, OLD_WINDOW = 0.921, 1.007  # times of 8a67d66 over the official code's, side by side
@@ -72,8 +74,19 @@ def transformer_step(
     return step
 
 
+def use_plain_products(model: nn.Module) -> None:
+    """Linear layers as torch multiplies them, as in every other peer; the reverse of use_fast_products()."""
+    for layer in model.modules():
+        if type(layer) is Linear:
+            layer.__class__ = nn.Linear
+
+
 class PlainTransformer(FlowMatchingTransformer):
     """The same network and weights with the paper's formulas written out: the peer of every step and every window."""
+
+    def __init__(self, **sizes: Any):
+        super().__init__(**sizes)
+        use_plain_products(self)
 
     def forward(self, t_B, x_BLd, wa_BLa, wr_Bd, we_B1E, prev_x_BPd, prev_wa_BPa, **_):
         """Velocity of all frames, (B, P + L, d)."""
@@ -101,6 +114,7 @@ def guided_window(config: Config, *, plain: bool, steps: int = 3) -> Job:
     generator, data = make_generator(config.model, config.data).eval(), config.data
     if plain:
         generator.fmt.__class__ = PlainTransformer
+        use_plain_products(generator)
     width = generator.audio_encoder.audio_projection[0].in_features
     raw, before = torch.randn(1, data.sequence_length, width), torch.randn(1, data.prev_frames, width)
     wr, we, motion = torch.randn(1, generator.fmt.dim_w), torch.rand(1, 1, 7), generator.fmt.dim_w

@@ -31,6 +31,8 @@ def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     import torch
 
+    from shared.engine.products import onednn_is_faster
+
     name = next(
         (line.partition(":")[2].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")),
         platform.processor() or platform.machine(),
@@ -41,6 +43,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": 1,  # which every benchmark sets
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "products": "oneDNN" if onednn_is_faster() else "MKL",
         "bf16": bf16,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
@@ -65,7 +68,7 @@ def markdown(about: dict[str, Any], systems: dict[str, list[dict]], minutes: flo
         "# Benchmarks",
         "",
         f"{about['processor']}, {about['cores']} cores, {about['threads']} thread used, {about['instructions']}, "
-        f"{bf16} bf16 arithmetic"
+        f"{bf16} bf16 arithmetic; fp32 linear layers by {about['products']}, peers' by MKL"
         + (f"; {about['gpu']}" if about["gpu"] else "")
         + f"; torch {about['torch']}; commit {about['commit']}; {about['date']}"
         + ("" if minutes is None else f"; {minutes:.1f} minutes"),

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.config import RunSection, TrainingSection
 from shared.engine.checkpoint import Spec, StoredTensors, attempt, write_safetensors
@@ -193,11 +195,34 @@ def make_strategy(run: RunSection, info: DistInfo, precision: str, training: Tra
     return Zero(name, info, precision, training, run.cpu_offload)
 
 
+class _OnDisk(TorchDispatchMode):
+    """New tensors of a CPU from 1 MB on lie in files of a folder, under no name: the system takes their pages out of
+    memory when it needs it. Parameters are such, temporary results are not.
+    """
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.path = folder / "tensor"
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        made = function(*arguments, **(named or {}))
+        plain = function is torch.ops.aten.empty.memory_format and made.is_contiguous()
+        if not plain or made.device.type != "cpu" or made.nbytes < 2**20:
+            return made
+        try:
+            with open(self.path, "wb") as file:  # a full disk is an error here, and would be a signal later
+                os.posix_fallocate(file.fileno(), 0, made.nbytes)
+            flat = torch.from_file(str(self.path), shared=True, size=made.numel(), dtype=made.dtype)
+        finally:
+            self.path.unlink(missing_ok=True)
+        return flat.view(made.shape)
+
+
 def built_once(build: Callable[[], Model], run: RunSection, info: DistInfo) -> Model:
-    """What `build` makes, to be given to fit(). Under fsdp on several ranks rank 0 alone makes it and writes its
-    parameters; every rank gets it with its buffers and its parameters on the meta device, and fit() fills in the rows
-    that a rank keeps. The file is gone as soon as all have opened it. Where nodes do not share --output-dir, every
-    rank builds as under the other strategies. A collective.
+    """What `build` makes, to be given to fit(). Under fsdp on several ranks rank 0 alone makes it, on its disk, and
+    writes its parameters; every rank gets it with its buffers and its parameters on the meta device, and fit() fills in
+    the rows that a rank keeps. The file is gone as soon as all have opened it. Where nodes do not share --output-dir,
+    every rank builds as under the other strategies. A collective.
     """
     if run.strategy != "fsdp" or info.world == 1:
         return build()
@@ -205,8 +230,10 @@ def built_once(build: Callable[[], Model], run: RunSection, info: DistInfo) -> M
         made: list[tuple[Model, Path]] = []
 
         def make() -> None:
-            model = build()
-            path = stack.enter_context(own_folder(run.output_dir, "first_weights")) / "weights.safetensors"
+            folder = stack.enter_context(own_folder(run.output_dir, "first_weights"))
+            with _OnDisk(folder):
+                model = build()
+            path = folder / "weights.safetensors"
             values = {name: parameter.detach() for name, parameter in model.named_parameters()}
             specs: list[Spec] = [(name, tuple(value.shape), value.dtype) for name, value in values.items()]
             write_safetensors(path, specs, iter(values.values()))

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from shared.config import TrainingSection
 from shared.engine.checkpoint import frozen_digest
 from shared.engine.dist import DistInfo, gather_objects, use_tf32
+from shared.engine.products import use_fast_products
 from shared.engine.recompute import keep_products, use_float8
 from shared.errors import UserError
 from shared.optim import FusedOptimizer, adamw
@@ -95,6 +96,7 @@ class Strategy:
         of which fsdp reads the rows that a rank holds. Buffers that are not on meta stay.
         """
         self.module = model
+        use_fast_products(model)
         use_tf32(self.training.allow_tf32)
         keep_products(self.training.keep_products)
         if self.training.float8 and self.training.compile:  # phases that train a codec compile nothing

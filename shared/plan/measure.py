@@ -529,7 +529,10 @@ def _startup(plan: Plan, save_in_background: bool, writers: int) -> tuple[int, i
     staging = plan.checkpoint_bytes // writers * min(writers, local) if save_in_background else 0
     offloaded = (whole + 12 * found.trainable) // plan.shards * local if plan.cpu_offload else 0
     by_rank = 4 * (found.trainable + found.frozen) if plan.built_in_fp32 else whole
-    built = 0 if plan.starts_in_parts else by_rank * (1 if plan.built_once else local)
+    if plan.built_once:  # by one rank on its disk, but for what it reads to put into place
+        built = by_rank if plan.built_in_fp32 else found.block_bytes
+    else:
+        built = 0 if plan.starts_in_parts else by_rank * local
     encoders = sum(part.host_bytes for part in plan.frozen_parts) * local
     return 0 if plan.cpu_offload else placed, encoders + max(built, staging + offloaded)
 

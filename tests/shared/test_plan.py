@@ -291,7 +291,7 @@ def test_a_start_holds_one_whole_unit_of_a_sharded_model_and_every_rank_s_model_
     once = make_plan(
         "toy", measured, run=RunSection(), training=TrainingSection(), strategy="fsdp", world=16, built_once=True
     )
-    assert once.host_bytes == max(whole, once.checkpoint_bytes)  # rank 0's model, then the staging
+    assert once.host_bytes == max(measured.block_bytes, once.checkpoint_bytes)  # on rank 0's disk, then the staging
     assert plans["ddp"].host_bytes == max(8 * whole, 16 * PARAMETERS)  # eight ranks of a node; one checkpoint
 
 

@@ -1,20 +1,25 @@
 """Checkpoints that every rank writes and reads its own rows of: any strategy and number of ranks goes on from them."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from shared.engine import convert
 from shared.engine.checkpoint import StoredTensors, load_tensors, load_weights, read_manifest, verify, write_safetensors
+from shared.engine.parallel import _OnDisk
 from shared.engine.strategy import rows_of
 from shared.errors import CheckpointError
 from tests.launching import losses, newest, run, same_bits
 from tests.shared.toy import error_file
+from tests.survival.sharded import Peak
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 TOY = Path(__file__).parent / "toy.py"
@@ -23,6 +28,28 @@ MOVES = {  # ranks of the second half -> strategies of the first half, on 4 rank
     1: [("fsdp", "none")],
     2: [("fsdp", "fsdp"), ("fsdp", "zero3"), ("fsdp", "ddp"), ("zero3", "fsdp"), ("zero1", "zero2"), ("ddp", "zero1")],
 }
+
+
+def test_a_model_is_built_on_the_disk_with_the_same_bits(tmp_path, monkeypatch):
+    """Rank 0 under fsdp holds no whole model (131 MB before): what it makes are pages of files without a name."""
+
+    def build():
+        torch.manual_seed(3)
+        return nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(32)))
+
+    with Peak() as peak, _OnDisk(tmp_path):
+        model = build()
+    assert peak.peak < 2**25 and not list(tmp_path.iterdir())
+    plain = build().state_dict()
+    assert all(torch.equal(value, plain[name]) for name, value in model.state_dict().items())
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"), _OnDisk(tmp_path):
+        build()
+    assert not list(tmp_path.iterdir())
 
 
 def toy(folder: Path, world: int, cases: list[dict]) -> None:
