@@ -61,11 +61,20 @@ class ModelConfig(Section):
         "apart in a new auto-encoder's motion falls out; the released model is absolute",
         fixed=True,
     )
+    pose_condition: bool = setting(
+        False,
+        "phase 2 is also given the head's pose, six values a frame against the reference picture's (turn, nod, tilt, "
+        "x, y, size), so that generate.py --pose can hold the head or take its movement from a video",
+        fixed=True,
+    )
     audio_dropout_prob: float = setting(0.1, "training: share of samples without sound", ge=0, le=1)
     ref_dropout_prob: float = setting(0.1, "training: share of samples without reference motion", ge=0, le=1)
     emotion_dropout_prob: float = setting(0.1, "training: share of samples without emotion", ge=0, le=1)
     prev_frame_dropout_prob: float = setting(
         0.5, "training: share without previous motion, and, drawn apart, previous sound", ge=0, le=1
+    )
+    pose_dropout_prob: float = setting(
+        0.5, "pose_condition: share of training samples without the pose, from which a free head is learned", ge=0, le=1
     )
     ode_method: str = setting("euler", "euler, midpoint, heun, rk4, or a torchdiffeq method", "torchdiffeq_ode_method")
     nfe: int = setting(10, "time points of the sampler; one more than its steps", ge=2)

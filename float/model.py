@@ -173,6 +173,7 @@ class FlowMatchingTransformer(nn.Module):
         num_frames: int = 50,
         num_prev_frames: int = 10,
         gradient_checkpointing: bool = False,
+        pose_width: int = 0,
     ):
         super().__init__()
         if dim_h % num_heads:
@@ -184,6 +185,8 @@ class FlowMatchingTransformer(nn.Module):
         self.pos_embed = nn.Parameter(sinusoid_positions(tokens, dim_h), requires_grad=False)
         self.t_embedder = TimestepEmbedder(dim_h)
         self.c_embedder = nn.Linear(dim_w + dim_a + dim_e, dim_h)
+        # what says nothing is a row of zeros, here too: no bias
+        self.p_embedder = nn.Linear(pose_width, dim_h, bias=False) if pose_width else None
         self.blocks = nn.ModuleList(FMTBlock(dim_h, num_heads, mlp_ratio) for _ in range(depth))
         self.decoder = Decoder(dim_h, dim_w)
         self.register_buffer("alignment_mask", band_mask(tokens, attention_window))
@@ -192,11 +195,13 @@ class FlowMatchingTransformer(nn.Module):
 
     def _initialise(self) -> None:
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and module is not self.p_embedder:
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         # zero gates: every block starts as the identity and the whole network as the constant 0
         nn.init.zeros_(self.decoder.linear.weight)
+        if self.p_embedder is not None:
+            nn.init.zeros_(self.p_embedder.weight)
         for name, parameter in self.named_parameters():
             if name.startswith("t_embedder.mlp.") and name.endswith("weight"):
                 nn.init.normal_(parameter, std=0.02)
@@ -213,12 +218,14 @@ class FlowMatchingTransformer(nn.Module):
         prev_x_BPd: Tensor | None = None,
         prev_wa_BPa: Tensor | None = None,
         *,
+        pose_BN7: Tensor | None = None,
         window_only: bool = False,
     ) -> Tensor:
         """-> velocity (B, N, d), whose last L frames are the window's; with window_only these alone, (B, L, d).
 
         t: (B,) in [0, 1], 0 is noise; x: noisy motion; wa: projected audio features; wr: motion latent of the reference
-        picture; we: emotion probabilities. prev_*: the P frames before the window; None means zeros, unless x and wa
+        picture; we: emotion probabilities; pose: of the head in all N frames (float/data/pose.py). prev_*: the P frames
+        before the window; None means zeros, unless x and wa
         hold all N frames already.
         """
         first = self._first_frames(window_only)
@@ -226,7 +233,7 @@ class FlowMatchingTransformer(nn.Module):
         wa = self._with_previous(wa_BLa, prev_wa_BPa, first[0])
         # one condition a frame; every block and the decoder begin with the same SiLU of it, so it is taken once
         start, reference, sound, emotion = self._condition(t_B, wr_Bd, wa, we_B1E)
-        activated = F.silu(sound + (start + reference + emotion))
+        activated = F.silu(sound + self._with_pose(start + reference + emotion, pose_BN7, first[0]))
         x = self.x_embedder(x) + self.pos_embed[:, first[0] :]
         for block, mask_MN, dropped in self._masked_blocks(first, x):
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -243,6 +250,14 @@ class FlowMatchingTransformer(nn.Module):
         weight_r, weight_a, weight_e = self.c_embedder.weight.split([self.dim_w, self.dim_a, we_B1E.shape[-1]], 1)
         start = (self.c_embedder.bias + self.t_embedder(t_B))[:, None]
         return start, linear(wr_Bd, weight_r)[:, None], linear(wa_BNa, weight_a), linear(we_B1E, weight_e)
+
+    def _with_pose(self, common_B1h: Tensor, pose_BN7: Tensor | None, first: int) -> Tensor:
+        """The part of the condition that frames share, and what their pose adds from frame `first` on."""
+        if pose_BN7 is None:
+            return common_B1h
+        if self.p_embedder is None:
+            raise ValueError("a pose is given to a transformer without a pose condition")
+        return common_B1h + self.p_embedder(pose_BN7[:, first:])
 
     def _masked_blocks(self, first: list[int], like: Tensor) -> Iterator[tuple[nn.Module, Tensor, int]]:
         """Each block with its mask (M, N) of the frames that it takes and keeps, and how many it leaves out."""
@@ -275,14 +290,15 @@ class FlowMatchingTransformer(nn.Module):
         prev_wa_BPa: Tensor,
         *,
         passes: Sequence[Pass],
+        pose_BN7: Tensor | None = None,
         window_only: bool = False,
     ) -> Tensor:
         """Velocity under several choices of conditions at once: (passes, B, N, d), (passes, B, L, d) with window_only.
 
         For guidance. passes: (with sound, with reference, with emotion); what is left out is zero, in the window's
-        frames. The same as forward for each, but what passes have in common is computed once: the embedded motion, the
-        parts of the condition, and the modulation of all frames that have one condition, such as a whole window
-        without sound.
+        frames; the pose is given in every pass. The same as forward for each, but what passes have in common is
+        computed once: the embedded motion, the parts of the condition, and the modulation of all frames that have one
+        condition, such as a whole window without sound.
         """
         first = self._first_frames(window_only)
         before, length = self.num_prev_frames - first[0], self.num_frames
@@ -304,9 +320,10 @@ class FlowMatchingTransformer(nn.Module):
             return places[key].expand(frames)
 
         for with_sound, with_reference, with_emotion in passes:
-            common = start + reference * with_reference + emotion * with_emotion
-            previous = place((with_reference, with_emotion), common + sound[:, :before], before) if before else None
-            current = common + sound[:, before:] if with_sound else common
+            common = self._with_pose(start + reference * with_reference + emotion * with_emotion, pose_BN7, first[0])
+            earlier, now = (common, common) if pose_BN7 is None else common.split([before, length], 1)
+            previous = place((with_reference, with_emotion), earlier + sound[:, :before], before) if before else None
+            current = now + sound[:, before:] if with_sound else now
             window = place((with_sound, with_reference, with_emotion), current, length)
             rows.append(window if previous is None else torch.cat([previous, window]))
         rows_N = torch.stack(rows)  # (passes, tokens)
@@ -409,6 +426,7 @@ class MotionGenerator(nn.Module):
         *,
         drop_B5: Tensor | None = None,
         has_previous_B: Tensor | None = None,
+        pose_BN7: Tensor | None = None,
         window_only: bool = False,
         passes: Sequence[Pass] | None = None,
     ) -> Tensor:
@@ -426,7 +444,7 @@ class MotionGenerator(nn.Module):
         assert wr_Bd is not None and we_B1E is not None and prev_x_BPd is not None and prev_audio_BPF is not None
         if passes is not None:
             inputs = t_B, x_BLd, audio_BLF, wr_Bd, we_B1E, prev_x_BPd, prev_audio_BPF
-            return self.fmt.velocities(*inputs, passes=passes, window_only=True)
+            return self.fmt.velocities(*inputs, passes=passes, pose_BN7=pose_BN7, window_only=True)
 
         # the projection learns too, so it runs here and not in the cache
         wa, prev_wa = self.audio_encoder(audio_BLF), self.audio_encoder(prev_audio_BPF)
@@ -442,7 +460,7 @@ class MotionGenerator(nn.Module):
             wa, wr, we, prev_x, prev_wa = (
                 _zero_rows(condition, drop) for condition, drop in zip(conditions, drop_B5.unbind(1), strict=True)
             )
-        return self.fmt(t_B, x_BLd, wa, wr, we, prev_x, prev_wa, window_only=window_only)
+        return self.fmt(t_B, x_BLd, wa, wr, we, prev_x, prev_wa, pose_BN7=pose_BN7, window_only=window_only)
 
 
 def _zero_rows(condition: Tensor, drop_B: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from transformers import Wav2Vec2Model
 
 from float.config import PRESETS, Config, DataConfig, ModelConfig
 from float.data.media import to_uint8
+from float.data.pose import MIRRORED, _Level, clip_tracker, face_box
 from float.model import FlowMatchingTransformer, MotionGenerator
 from float.modules.audio import (
     SAMPLE_RATE,
@@ -26,7 +27,7 @@ from float.modules.discriminators import AutoencoderWithJudges
 from float.modules.emotion import Audio2Emotion
 from float.sampling.animate import Animator, audio_windows
 from float.sampling.motion import SamplingOptions, sample_motion
-from float.sampling.still import StillHead, fading, warped
+from float.sampling.still import StillHead, fading
 from float.weights.open import load_autoencoder, load_generator, make_autoencoder, make_generator, unsaved_names
 from float.weights.released import export_released_layout, load_released_checkpoint, released_state
 from shared.config import load_saved
@@ -177,6 +178,51 @@ def test_dropped_conditions_are_per_sample_and_leave_the_inputs_alone():
         rows = (generator(*arguments, drop_B5=drop) - full).abs().amax((1, 2)) > 1e-6
         assert rows.tolist() == [False, True, False]
     assert all(torch.equal(a, b) for a, b in zip(arguments, kept, strict=True))
+
+
+def test_the_pose_is_one_more_condition_in_every_way_of_calling():
+    """A row of zeros says nothing; frames see their own pose; several passes at once are single ones."""
+    torch.manual_seed(0)
+    small = {"dim_w": 5, "dim_a": 6, "dim_h": 16, "depth": 2, "num_heads": 2, "num_frames": 7, "num_prev_frames": 3}
+    plain, posed = FlowMatchingTransformer(**small), FlowMatchingTransformer(**small, pose_width=7)
+    for parameter in posed.parameters():
+        parameter.data.normal_(std=0.3)
+    plain.load_state_dict({name: value for name, value in posed.state_dict().items() if "p_embedder" not in name})
+    t, x, wa, wr, we = torch.rand(2), torch.randn(2, 7, 5), torch.randn(2, 7, 6), torch.randn(2, 5), torch.rand(2, 1, 7)
+    inputs = t, x, wa, wr, we, torch.randn(2, 3, 5), torch.randn(2, 3, 6)
+    pose = torch.randn(2, 10, 7)
+    for window_only in (False, True):
+        without = plain(*inputs, window_only=window_only)
+        assert torch.equal(posed(*inputs, window_only=window_only), without)
+        assert torch.allclose(posed(*inputs, pose_BN7=0 * pose, window_only=window_only), without, atol=1e-6)
+        given = posed(*inputs, pose_BN7=pose, window_only=window_only)
+        assert (given - without).abs().amax(2).min() > 1e-3
+        passes = [(False, True, False), (True, True, True)]
+        both = posed.velocities(*inputs, passes=passes, pose_BN7=pose, window_only=window_only)
+        silent = posed(t, x, 0 * wa, wr, 0 * we, *inputs[5:], pose_BN7=pose, window_only=window_only)
+        assert torch.allclose(both[0], silent, atol=1e-5) and torch.allclose(both[1], given, atol=1e-5)
+    with pytest.raises(ValueError, match="without a pose condition"):
+        plain(*inputs, pose_BN7=pose)
+
+
+def test_the_tracker_reads_how_a_head_turned_moved_and_grew():
+    """A face of our own, drawn as an ellipsoid under a known pose; a mirrored face has the mirrored pose."""
+    random, side = np.random.default_rng(3), 64
+    rough = torch.from_numpy(random.random((1, 3, 12, 12))).float()
+    rest = F.interpolate(rough, (side, side), mode="bicubic", align_corners=True).clamp(0, 1)[0] * 2 - 1
+    data = DataConfig()
+    tracker, fine = clip_tracker(to_uint8(rest), data), _Level(rest[None], face_box(data), data.mouth_box, side)
+    poses = torch.tensor(random.uniform(-0.12, 0.12, (6, 6)))
+    # a frame shows at places(p) what the other has: its inverse is found by a few rounds
+    places = fine.places(0 * poses)
+    for _ in range(20):
+        there = F.grid_sample(fine.places(poses).movedim(-1, 1), places, padding_mode="border", align_corners=False)
+        places = places + fine.places(0 * poses) - there.movedim(1, -1)
+    frames = F.grid_sample(rest.expand(6, -1, -1, -1), places.float(), padding_mode="border", align_corners=False)
+    found = tracker(frames).double()
+    assert (found - poses).abs().mean() < 0.015 < 0.05 < poses.abs().mean()
+    mirrored = clip_tracker(to_uint8(rest.flip(-1)), data)(frames.flip(-1))
+    assert torch.allclose(mirrored.double(), found * MIRRORED, atol=5e-3)
 
 
 def test_gradient_checkpointing_changes_no_gradient():
@@ -447,10 +493,11 @@ def test_only_the_lips_move_though_the_generated_head_turns_and_shifts():
     rest = F.interpolate(rough, (side, side), mode="bicubic", align_corners=True).clamp(0, 1)
     spoken = rest.clone()
     spoken[..., 40:44, 28:36] = 0
-    turn = torch.eye(3, dtype=torch.float64)
-    turn[:2] = torch.tensor([[0.98, -0.06, 0.06], [0.06, 0.98, -0.05]])  # 2 pixels, 3.5 degrees, 2 % smaller
+    turn = torch.tensor([[[0.98, -0.06, 0.06], [0.06, 0.98, -0.05]]])  # 2 pixels, 3.5 degrees, 2 % smaller
+    places = F.affine_grid(turn, [1, 3, side, side], align_corners=False)
+    shifted = F.grid_sample(spoken * 2 - 1, places, padding_mode="border", align_corners=False)
     picture, opened = to_uint8(rest[0] * 2 - 1), to_uint8(spoken[0] * 2 - 1)
-    frame = to_uint8(warped(spoken * 2 - 1, turn)[0] * 0.9)
+    frame = to_uint8(shifted[0] * 0.9)
     for moving, box in (("lips", data.mouth_box), ("face", [0.2, 0.3, 0.8, 0.82])):
         still = StillHead(picture, picture, moving, data, has_face=False)
         made = [still(frame) for _ in range(2)][1].astype(int)
@@ -460,4 +507,5 @@ def test_only_the_lips_move_though_the_generated_head_turns_and_shifts():
         assert np.abs(made - opened)[mouth].mean() < 25 < 60 < np.abs(picture.astype(int) - opened)[mouth].mean()
         assert np.abs(made - opened).mean() < 4 < np.abs(frame.astype(int) - opened).mean()
     nothing_alike = still(np.zeros_like(picture))  # cannot be aligned: laid on as it is
-    assert torch.equal(still.turn, torch.eye(3, dtype=torch.float64)) and nothing_alike.shape == picture.shape
+    black = -torch.ones(1, 3, side, side)
+    assert torch.equal(still.tracker.aligned(black), black) and nothing_alike.shape == picture.shape
