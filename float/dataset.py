@@ -232,6 +232,13 @@ class FLOATDataset:
                 parts.append(motion - motion.mean(0) if centred else motion)
         return torch.cat(parts)
 
+    def poses(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Motion latents (T, d) and head poses (T, 6) of each clip that has poses."""
+        for path in self.paths:
+            with FeatureFile(path) as file:
+                if "pose" in file:
+                    yield file.rows("motion").float(), file.rows("pose")
+
 
 def _around(file: FeatureFile, name: str, start: int, before: int, count: int) -> tuple[Tensor, Tensor]:
     """Rows start - before .. start and start .. start + count of a stored tensor, from one read.

@@ -223,6 +223,8 @@ def run(config: Config, info: "DistInfo", *, batch_given: bool = False) -> "FitR
             # what tells people apart is no motion: where it falls out, it must not set the scale either
             spread = train_set.all_motion(centred=True) if config.model.relative_motion else None
             generator.set_motion_statistics(train_set.all_motion(), spread_TD=spread)
+        if config.model.pose_condition:
+            generator.set_pose_statistics(train_set.poses())
         return generator
 
     generator = built_once(first_generator, config.run, info)

@@ -15,7 +15,7 @@ from float.data.media import to_tensor
 
 VALUES = 6  # yaw, pitch, roll, x, y, size
 POSE_WIDTH = VALUES + 1  # as a condition: the values, and 1 where they are known; a row of zeros says nothing
-POSE_GAIN = 10.0  # poses of a talking head are about a tenth
+GAINS = torch.tensor([15.0, 20, 30, 80, 80, 80])  # one over the deviations within clips of talking heads
 MIRRORED = torch.tensor([-1.0, 1, -1, -1, 1, 1])  # the pose of a mirrored frame is the pose times this
 SIDES, ROUNDS = (16, 32, 48), 8  # sizes in which frames are aligned, coarse to fine, and corrections in each
 EDGE = 0.35  # share of a part's half width over which its weight fades
@@ -41,7 +41,12 @@ def face_box(data: DataConfig) -> list[float]:
 
 def as_condition(pose: Tensor) -> Tensor:
     """Pose (..., 6) -> what the transformer is given of it, (..., 7)."""
-    return torch.cat([POSE_GAIN * pose, torch.ones_like(pose[..., :1])], -1)
+    return torch.cat([GAINS * pose, torch.ones_like(pose[..., :1])], -1)
+
+
+def from_condition(condition: Tensor) -> Tensor:
+    """The pose (..., 6) of such a row."""
+    return condition[..., :VALUES] / GAINS.to(condition.device)
 
 
 class HeadTracker:

@@ -7,7 +7,7 @@ import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, cycle, islice
+from itertools import count, cycle, islice, tee
 from pathlib import Path
 from typing import Any
 
@@ -117,20 +117,24 @@ class Animator:
         window. pose: what `poses` gives.
         """
         data, we = self.config.data, emotion
+        own_1d = self.generator.whiten(motion_1d)
+        given, wanted = (None, None) if pose is None else tee(pose)
         windows = sample_windows(
             self,
             # projected once a window, not in every step of the solver
             (self.call(None, None, window.to(self.device).float()) for window in audio_windows),
-            self.generator.whiten(motion_1d),
+            own_1d,
             we.to(self.device)[None, None]
             if isinstance(we, Tensor)
             else (one.to(self.device)[None, None] for one in we),
             num_frames=data.sequence_length,
             num_prev_frames=data.prev_frames,
             options=options,
-            pose_windows=pose,
+            pose_windows=given,
         )
         for window in windows:
+            if wanted is not None:
+                window = self.generator.with_pose(window, next(wanted), own_1d)
             yield self.generator.unwhiten(window, motion_1d)
 
     def poses(self, source: str) -> Iterator[Tensor] | None:

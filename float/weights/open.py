@@ -103,8 +103,10 @@ def load_generator(generator: MotionGenerator, path: str | Path, *, start: bool 
     if "fmt.pos_embed" in state and state["fmt.pos_embed"].shape != own:
         # a fixed table: other window lengths have their own
         state = {name: value for name, value in state.items() if name not in ("fmt.pos_embed", "fmt.alignment_mask")}
-    missing = ["fmt.p_embedder.weight"] if start else []
+    missing = ["fmt.p_embedder.weight", "motion_pose_"] if start else []
     missing += ["fmt.pos_embed", "fmt.alignment_mask", "motion_mean", "motion_whiten", "motion_unwhiten"]
+    if start and generator.fmt.p_embedder is not None:
+        nn.init.zeros_(generator.fmt.p_embedder.weight)
     load_strict(generator, state, what=f"motion generator of {path}", allow_missing=missing)
 
 

@@ -294,12 +294,12 @@ def test_poses_are_cached_where_they_are_a_condition(tmp_path, encoder):
     fixed = FLOATDataset(tmp_path / "windows", data, train=False)
     first, second = fixed[0]["pose"], fixed[1]["pose"]
     assert first.shape == (11, 7) and not first[:3].any() and second[:, 6].all()
-    assert second[:, 0].tolist() == [10.0 * frame for frame in range(5, 16)]
+    assert second[:, 0].tolist() == [15.0 * frame for frame in range(5, 16)]
     mirrored = FLOATDataset(
         tmp_path / "windows", data.model_copy(update={"horizontal_flip_prob": 1.0}), train=True, seed=1
     )
     given = collate_windows([mirrored.sample(0, epoch) for epoch in range(6)])["pose"][:, 3:, :6]
-    assert torch.equal(given[..., 0], -given[..., 1]) and given.diff(dim=1)[..., 1].eq(10).all()
+    assert torch.equal(20 * given[..., 0], -15 * given[..., 1]) and given.diff(dim=1)[..., 1].eq(20).all()
 
 
 def test_a_cache_for_two_data_folders_removes_and_replaces_nothing(tmp_path, encoder):

@@ -10,7 +10,7 @@ from transformers import Wav2Vec2Model
 
 from float.config import PRESETS, Config, DataConfig, ModelConfig
 from float.data.media import to_uint8
-from float.data.pose import MIRRORED, _Level, clip_tracker, face_box
+from float.data.pose import MIRRORED, _Level, as_condition, clip_tracker, face_box
 from float.model import FlowMatchingTransformer, MotionGenerator
 from float.modules.audio import (
     SAMPLE_RATE,
@@ -203,6 +203,27 @@ def test_the_pose_is_one_more_condition_in_every_way_of_calling():
         assert torch.allclose(both[0], silent, atol=1e-5) and torch.allclose(both[1], given, atol=1e-5)
     with pytest.raises(ValueError, match="without a pose condition"):
         plain(*inputs, pose_BN7=pose)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_given_pose_is_laid_into_the_motion_and_an_unknown_one_is_not(relative):
+    """What no pose explains stays; what is read off the motion afterwards, against the portrait's own, is the pose."""
+    torch.manual_seed(0)
+    generator = MotionGenerator(
+        FlowMatchingTransformer(dim_w=9, dim_h=8, num_heads=1, pose_width=7), 5, relative=relative
+    )
+    effect, people = torch.linalg.qr(torch.randn(9, 9))[0][:6], torch.randn(5, 1, 9)
+    poses = torch.randn(5, 40, 6) * torch.tensor([0.1, 0.1, 0.05, 0.02, 0.02, 0.02])
+    motions = poses @ effect + 0.01 * torch.randn(5, 40, 9)
+    generator.set_pose_statistics(zip(motions + people, poses, strict=True))
+    own, window = torch.randn(2, 9), torch.randn(2, 16, 9)
+    condition = as_condition(poses[:2, :16])
+    condition[:, 3] = 0
+    moved = generator.with_pose(window, condition, own)
+    read = (moved if relative else moved - own[:, None]) @ generator.motion_pose_read
+    assert torch.equal(moved[:, 3], window[:, 3])
+    assert torch.allclose(read[:, 4:], poses[:2, 4:16], atol=1e-4)
+    assert (moved - window)[:, 4:].abs().mean() > 0.1
 
 
 def test_the_tracker_reads_how_a_head_turned_moved_and_grew():
