@@ -83,6 +83,12 @@ class ModelConfig(Section):
     a_cfg_scale: float = setting(2.0, "guidance by sound")
     r_cfg_scale: float = setting(1.0, "guidance by reference motion; acts with reference_guidance only")
     e_cfg_scale: float = setting(1.0, "guidance by emotion")
+    reference_limit: float | None = setting(
+        None,
+        "with whiten_motion: sampling holds the portrait's own motion within so many deviations of the training "
+        "frames' and adds what lies beyond to the result: so faces unlike any known one speak; null: as it is",
+        gt=0,
+    )
     reference_guidance: bool = setting(False, "a further pass without reference motion")
     autoencoder_path: str | None = setting(
         None, "trained auto-encoder: a phase-1 run, a .safetensors file or float.pth; null: train one first"
@@ -103,6 +109,11 @@ class ModelConfig(Section):
             raise ValueError(f"input_size {self.input_size} is not a power of two")
         if self.dim_m > self.dim_w:
             raise ValueError(f"dim_m {self.dim_m} directions do not fit into dim_w {self.dim_w}")
+        if self.reference_limit is not None and not self.whiten_motion:
+            raise ValueError(
+                f"reference_limit {self.reference_limit} counts deviations of whitened motion; set whiten_motion, or "
+                "reference_limit null"
+            )
         sides = [2**exponent for exponent in range(2, self.input_size.bit_length())]
         missing = [side for side in sides if side not in self.channels]
         if missing:

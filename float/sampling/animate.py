@@ -117,13 +117,14 @@ class Animator:
         window. pose: what `poses` gives.
         """
         data, we = self.config.data, emotion
-        own_1d = self.generator.whiten(motion_1d)
+        own_1d, limit = self.generator.whiten(motion_1d), self.config.model.reference_limit
+        known_1d = own_1d if limit is None else own_1d.clamp(-limit, limit)
         given, wanted = (None, None) if pose is None else tee(pose)
         windows = sample_windows(
             self,
             # projected once a window, not in every step of the solver
             (self.call(None, None, window.to(self.device).float()) for window in audio_windows),
-            own_1d,
+            known_1d,
             we.to(self.device)[None, None]
             if isinstance(we, Tensor)
             else (one.to(self.device)[None, None] for one in we),
@@ -133,6 +134,8 @@ class Animator:
             pose_windows=given,
         )
         for window in windows:
+            if not self.generator.relative:
+                window = window + (own_1d - known_1d)[:, None]
             if wanted is not None:
                 window = self.generator.with_pose(window, next(wanted), own_1d)
             yield self.generator.unwhiten(window, motion_1d)

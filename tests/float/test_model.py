@@ -30,7 +30,7 @@ from float.sampling.motion import SamplingOptions, sample_motion
 from float.sampling.still import StillHead, fading
 from float.weights.open import load_autoencoder, load_generator, make_autoencoder, make_generator, unsaved_names
 from float.weights.released import export_released_layout, load_released_checkpoint, released_state
-from shared.config import load_saved
+from shared.config import load_config, load_saved
 from shared.errors import UserError
 from tests.float.golden import FOLDER, small_transformer
 
@@ -416,6 +416,23 @@ def test_a_clip_is_animated_as_its_windows_are_sampled_by_hand():
     sound, sizes = generator.audio_encoder(raw), {"num_frames": 6, "num_prev_frames": 2}
     expected = sample_motion(generator.fmt, sound, motion, emotion[None, None], options=options, **sizes)
     assert torch.allclose(torch.cat(list(windows), 1), expected, atol=1e-5)
+
+
+def test_a_portrait_beyond_the_known_ones_keeps_its_level_and_the_generator_sees_a_known_one():
+    model, data = tiny_settings(dim_w=8, dim_m=5)[0], DataConfig(sequence_length=6, prev_frames=2, wav2vec_sec=0.24)
+    model = model.model_copy(update={"whiten_motion": True, "reference_limit": 1.0})
+    generator = MotionGenerator(small_transformer(dim_w=5), 5, 8)
+    generator.set_motion_statistics(torch.randn(50, 8))
+    animator = Animator(generator, make_autoencoder(model), Config(model=model, data=data), torch.device("cpu"))
+    raw, emotion, options = torch.randn(6, 5)[None], torch.zeros(7), SamplingOptions(nfe=3)
+    known, far = torch.tensor([[1.0, -1, 0.5, 1, 0]]), torch.tensor([[3.0, -1.5, 0.5, 1, 0]])
+    made = [
+        next(animator.motion_windows(iter([raw]), generator.unwhiten(own), emotion, options)) for own in (known, far)
+    ]
+    moved = generator.whiten(made[1]) - generator.whiten(made[0])
+    assert torch.allclose(moved, (far - known).expand(1, 6, 5), atol=1e-4)
+    with pytest.raises(UserError, match="reference_limit 1.0 counts deviations of whitened motion; set whiten_motion"):
+        load_config(Config, presets=PRESETS, argv=["--reference-limit", "1"], default="official")
 
 
 def small_wav2vec2(norm: str = "group", **changes):
