@@ -21,8 +21,8 @@ from shared.data import to_device
 from shared.engine.dist import DistInfo, mean_over_ranks
 from shared.errors import UserError
 from shared.flow import Velocity, integrate, sample_times
-from shared.loop import FitResult, TrainedModel, fit, plan_steps
-from shared.optim import adamw, decay_groups, lr_at
+from shared.loop import FitResult, TrainedModel, fit, lr_at, plan_steps
+from shared.optim import adamw, decay_groups
 from shared.rng import keyed_rand, keyed_randn
 
 TIMES, NOISE, DROPS, HELD_OUT, POSE_DROPS = 321, 322, 323, 324, 325  # random streams
