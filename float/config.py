@@ -61,11 +61,20 @@ class ModelConfig(Section):
         "apart in a new auto-encoder's motion falls out; the released model is absolute",
         fixed=True,
     )
+    pose_condition: bool = setting(
+        False,
+        "phase 2 is also given the head's pose, six values a frame against the reference picture's (turn, nod, tilt, "
+        "x, y, size), so that generate.py --pose can hold the head or take its movement from a video",
+        fixed=True,
+    )
     audio_dropout_prob: float = setting(0.1, "training: share of samples without sound", ge=0, le=1)
     ref_dropout_prob: float = setting(0.1, "training: share of samples without reference motion", ge=0, le=1)
     emotion_dropout_prob: float = setting(0.1, "training: share of samples without emotion", ge=0, le=1)
     prev_frame_dropout_prob: float = setting(
         0.5, "training: share without previous motion, and, drawn apart, previous sound", ge=0, le=1
+    )
+    pose_dropout_prob: float = setting(
+        0.5, "pose_condition: share of training samples without the pose, from which a free head is learned", ge=0, le=1
     )
     ode_method: str = setting("euler", "euler, midpoint, heun, rk4, or a torchdiffeq method", "torchdiffeq_ode_method")
     nfe: int = setting(10, "time points of the sampler; one more than its steps", ge=2)
@@ -74,6 +83,12 @@ class ModelConfig(Section):
     a_cfg_scale: float = setting(2.0, "guidance by sound")
     r_cfg_scale: float = setting(1.0, "guidance by reference motion; acts with reference_guidance only")
     e_cfg_scale: float = setting(1.0, "guidance by emotion")
+    reference_limit: float | None = setting(
+        None,
+        "with whiten_motion: sampling holds the portrait's own motion within so many deviations of the training "
+        "frames' and adds what lies beyond to the result: so faces unlike any known one speak; null: as it is",
+        gt=0,
+    )
     reference_guidance: bool = setting(False, "a further pass without reference motion")
     autoencoder_path: str | None = setting(
         None, "trained auto-encoder: a phase-1 run, a .safetensors file or float.pth; null: train one first"
@@ -94,6 +109,11 @@ class ModelConfig(Section):
             raise ValueError(f"input_size {self.input_size} is not a power of two")
         if self.dim_m > self.dim_w:
             raise ValueError(f"dim_m {self.dim_m} directions do not fit into dim_w {self.dim_w}")
+        if self.reference_limit is not None and not self.whiten_motion:
+            raise ValueError(
+                f"reference_limit {self.reference_limit} counts deviations of whitened motion; set whiten_motion, or "
+                "reference_limit null"
+            )
         sides = [2**exponent for exponent in range(2, self.input_size.bit_length())]
         missing = [side for side in sides if side not in self.channels]
         if missing:

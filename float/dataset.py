@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from float.config import DataConfig
+from float.data.pose import MIRRORED, as_condition
 from shared.data import BatchPlan, MapStream
 from shared.engine.dist import DistInfo
 from shared.errors import BadSample, UserError
@@ -101,9 +102,10 @@ class FLOATDataset:
     An item: motion_latent_cur (L, d), motion_latent_prev (P, d), audio_cur (L, F), audio_prev (P, F), reference_motion
     (d), emotion_features (1, 7), has_previous (bool: False where the window starts the clip and previous values are
     zero), motion_latent_prev_clean (P, d: without the noise that augmentation adds to the previous motion), clip_id;
-    numbers are float32, but sample() leaves sound in the cache's type. A clip shorter than a window is filled up with
-    its last frame. `transforms`: callables item -> item, run at the end of every item. `clips`: the ids that are taken
-    from the folder; None: all.
+    numbers are float32, but sample() leaves sound in the cache's type. Where the cache holds poses, also pose
+    (P + L, 7), the head's against the reference frame (float/data/pose.py), zeros where there is no previous frame. A
+    clip shorter than a window is filled up with its last frame. `transforms`: callables item -> item, run at the end of
+    every item. `clips`: the ids that are taken from the folder; None: all.
     """
 
     def __init__(
@@ -200,7 +202,18 @@ class FLOATDataset:
         item["motion_latent_prev"], item["motion_latent_cur"] = _around(file, motion, start, before, length)
         item["motion_latent_prev_clean"] = item["motion_latent_prev"]
         item["audio_prev"], item["audio_cur"] = _around(file, "audio_raw", start, before, length)
+        if "pose" in file:
+            item["pose"] = self._pose(file, start, reference, mirrored=mirrored)
         return item
+
+    def _pose(self, file: FeatureFile, start: int, reference: int, *, mirrored: bool) -> Tensor:
+        length, before = self.data.sequence_length, self.data.prev_frames
+        own = file.rows("pose", reference, reference + 1)
+        previous, current = (
+            as_condition((rows - own) * (MIRRORED if mirrored else 1))
+            for rows in _around(file, "pose", start, before, length)
+        )
+        return torch.cat([previous * (start >= before), current])
 
     def _with_noise(self, item: dict[str, Any], index: int, epoch: int) -> dict[str, Any]:
         """Noise on the previous motion: in sampling it comes from the model itself and is never clean."""
@@ -218,6 +231,13 @@ class FLOATDataset:
                 motion = file.rows("motion").float()
                 parts.append(motion - motion.mean(0) if centred else motion)
         return torch.cat(parts)
+
+    def poses(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Motion latents (T, d) and head poses (T, 6) of each clip that has poses."""
+        for path in self.paths:
+            with FeatureFile(path) as file:
+                if "pose" in file:
+                    yield file.rows("motion").float(), file.rows("pose")
 
 
 def _around(file: FeatureFile, name: str, start: int, before: int, count: int) -> tuple[Tensor, Tensor]:
@@ -245,7 +265,7 @@ def collate_windows(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Stack a batch; clip ids stay a list."""
     return {
         name: [item[name] for item in items] if name == "clip_id" else default_collate([item[name] for item in items])
-        for name in BATCH_KEYS
+        for name in BATCH_KEYS + (("pose",) if all("pose" in item for item in items) else ())
     }
 
 

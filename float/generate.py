@@ -5,6 +5,7 @@ python float/generate.py --checkpoint outputs/float --output talk.mp4   the firs
 python float/generate.py --ckpt-path float.pth --ref-path face.png --aud-path speech.mp3 --emo happy --e-cfg-scale 5
 arecord -f S16_LE -r 16000 | python float/generate.py --checkpoint OUT --ref-path face.png --aud-path - --stream ...
 ... --moving lips            only the lips move; --moving face: the face moves and the head stays
+... --pose still             of a run trained with --pose-condition: the head stays; --pose nods.mp4: it moves like that
 ... --set-direction 3=1.5    every frame gets coefficient 1.5 along direction 3; --shift-direction 3=0.5 adds 0.5
 """
 
@@ -68,6 +69,11 @@ class GenerateOptions(Section):
     moving: Literal["all", "face", "lips"] = setting(
         "all", "face: the head stays where it is in the picture; lips: nothing but the mouth moves; with any checkpoint"
     )
+    pose: str = setting(
+        "free",
+        "of a run trained with --pose-condition: free, still (the head stays as in the picture), or a video, whose "
+        "head's movement is taken",
+    )
     set_direction: list[str] = setting([], "K=VALUE: fix the motion's coefficient along direction K")
     shift_direction: list[str] = setting([], "K=VALUE: add to it")
     wav2vec_model_path: str | None = setting(None, "folder of wav2vec2, in place of the checkpoint's")
@@ -99,12 +105,13 @@ def generate(options: GenerateOptions, animator: "Animator", portrait_path: str,
         wave, total = _sound(animator, sound_path)
         windows = audio_windows(animator.encoder, wave, fps=fps, length=length, stream=options.stream)
         emotion, sound = emotion_of(options, animator, wave), sound_of_file(sound_path)
+    pose = animator.poses(options.pose)
     edit = animator.editor(_directions(options.set_direction), _directions(options.shift_direction))
     chosen = {name: options[name] for name in SAMPLING}
     sampling = sampling_options(config, method=options.torchdiffeq_ode_method, **chosen)
     path = Path(options.output or Path(options.res_dir) / _name(options, sampling, portrait_path, sound_path))
     with VideoWriter(path, fps=fps, sound=sound, live=live is not None) as video:
-        for window in animator.motion_windows(windows, portrait.motion, emotion, sampling):
+        for window in animator.motion_windows(windows, portrait.motion, emotion, sampling, pose):
             # the last window of a live sound is known when it comes
             until = total or (live and live.total) or video.frames + length
             for frame in animator.frames(portrait, iter([window]), total=until - video.frames, edit=edit):
@@ -274,6 +281,8 @@ def _check(options: GenerateOptions) -> None:
         emotion_index(options.emo)
         if options.dynamic_emotion:
             raise UserError(f"--dynamic-emotion hears the emotion, --emo {options.emo} fixes it; give one of them")
+    if options.pose not in ("free", "still") and not Path(options.pose).is_file():
+        raise UserError(f"--pose {options.pose}: not free, not still, and no such file; give a video")
     _box(options.face_box)
     _directions(options.set_direction)
     _directions(options.shift_direction)

@@ -5,7 +5,7 @@ emotions, h hidden. Module and parameter names follow the released checkpoint.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from float.data.pose import VALUES, from_condition
 from shared.engine.products import linear, use_fast_products
 from shared.engine.recompute import checkpoint
 
 TIME_FREQUENCIES = 256
 Pass = tuple[bool, bool, bool]  # whether sound, reference motion and emotion are given
 NORM_EPSILON = 1e-6
+SINGULAR = 1e-6  # directions of less variance than this share of the largest say nothing of the pose
 
 
 def sinusoid_positions(length: int, width: int) -> Tensor:
@@ -173,6 +175,7 @@ class FlowMatchingTransformer(nn.Module):
         num_frames: int = 50,
         num_prev_frames: int = 10,
         gradient_checkpointing: bool = False,
+        pose_width: int = 0,
     ):
         super().__init__()
         if dim_h % num_heads:
@@ -184,6 +187,9 @@ class FlowMatchingTransformer(nn.Module):
         self.pos_embed = nn.Parameter(sinusoid_positions(tokens, dim_h), requires_grad=False)
         self.t_embedder = TimestepEmbedder(dim_h)
         self.c_embedder = nn.Linear(dim_w + dim_a + dim_e, dim_h)
+        # beside the motion, not in the modulation: a frame's motion is in great part linear in its pose. Without bias a
+        # row of zeros says nothing
+        self.p_embedder = nn.Linear(pose_width, dim_h, bias=False) if pose_width else None
         self.blocks = nn.ModuleList(FMTBlock(dim_h, num_heads, mlp_ratio) for _ in range(depth))
         self.decoder = Decoder(dim_h, dim_w)
         self.register_buffer("alignment_mask", band_mask(tokens, attention_window))
@@ -194,7 +200,8 @@ class FlowMatchingTransformer(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         # zero gates: every block starts as the identity and the whole network as the constant 0
         nn.init.zeros_(self.decoder.linear.weight)
         for name, parameter in self.named_parameters():
@@ -213,12 +220,14 @@ class FlowMatchingTransformer(nn.Module):
         prev_x_BPd: Tensor | None = None,
         prev_wa_BPa: Tensor | None = None,
         *,
+        pose_BN7: Tensor | None = None,
         window_only: bool = False,
     ) -> Tensor:
         """-> velocity (B, N, d), whose last L frames are the window's; with window_only these alone, (B, L, d).
 
         t: (B,) in [0, 1], 0 is noise; x: noisy motion; wa: projected audio features; wr: motion latent of the reference
-        picture; we: emotion probabilities. prev_*: the P frames before the window; None means zeros, unless x and wa
+        picture; we: emotion probabilities; pose: of the head in all N frames (float/data/pose.py). prev_*: the P frames
+        before the window; None means zeros, unless x and wa
         hold all N frames already.
         """
         first = self._first_frames(window_only)
@@ -227,7 +236,7 @@ class FlowMatchingTransformer(nn.Module):
         # one condition a frame; every block and the decoder begin with the same SiLU of it, so it is taken once
         start, reference, sound, emotion = self._condition(t_B, wr_Bd, wa, we_B1E)
         activated = F.silu(sound + (start + reference + emotion))
-        x = self.x_embedder(x) + self.pos_embed[:, first[0] :]
+        x = self._tokens(x, pose_BN7, first[0])
         for block, mask_MN, dropped in self._masked_blocks(first, x):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, activated, mask_MN)
@@ -243,6 +252,15 @@ class FlowMatchingTransformer(nn.Module):
         weight_r, weight_a, weight_e = self.c_embedder.weight.split([self.dim_w, self.dim_a, we_B1E.shape[-1]], 1)
         start = (self.c_embedder.bias + self.t_embedder(t_B))[:, None]
         return start, linear(wr_Bd, weight_r)[:, None], linear(wa_BNa, weight_a), linear(we_B1E, weight_e)
+
+    def _tokens(self, x_BNd: Tensor, pose_BN7: Tensor | None, first: int) -> Tensor:
+        """The motion of the frames from `first` on, their place, and their pose."""
+        tokens: Tensor = self.x_embedder(x_BNd) + self.pos_embed[:, first:]
+        if pose_BN7 is None:
+            return tokens
+        if self.p_embedder is None:
+            raise ValueError("a pose is given to a transformer without a pose condition")
+        return tokens + self.p_embedder(pose_BN7[:, first:])
 
     def _masked_blocks(self, first: list[int], like: Tensor) -> Iterator[tuple[nn.Module, Tensor, int]]:
         """Each block with its mask (M, N) of the frames that it takes and keeps, and how many it leaves out."""
@@ -275,14 +293,15 @@ class FlowMatchingTransformer(nn.Module):
         prev_wa_BPa: Tensor,
         *,
         passes: Sequence[Pass],
+        pose_BN7: Tensor | None = None,
         window_only: bool = False,
     ) -> Tensor:
         """Velocity under several choices of conditions at once: (passes, B, N, d), (passes, B, L, d) with window_only.
 
         For guidance. passes: (with sound, with reference, with emotion); what is left out is zero, in the window's
-        frames. The same as forward for each, but what passes have in common is computed once: the embedded motion, the
-        parts of the condition, and the modulation of all frames that have one condition, such as a whole window
-        without sound.
+        frames; the pose is given in every pass. The same as forward for each, but what passes have in common is
+        computed once: the embedded motion, the parts of the condition, and the modulation of all frames that have one
+        condition, such as a whole window without sound.
         """
         first = self._first_frames(window_only)
         before, length = self.num_prev_frames - first[0], self.num_frames
@@ -312,7 +331,7 @@ class FlowMatchingTransformer(nn.Module):
         rows_N = torch.stack(rows)  # (passes, tokens)
         activated = F.silu(torch.cat(parts, 1))
 
-        x = self.x_embedder(torch.cat([prev_x_BPd[:, first[0] :], x_BLd], 1)) + self.pos_embed[:, first[0] :]
+        x = self._tokens(torch.cat([prev_x_BPd[:, first[0] :], x_BLd], 1), pose_BN7, first[0])
         x = x[:, None].expand(-1, count, -1, -1).reshape(batch * count, tokens, -1)
         for block, mask_MN, dropped in self._masked_blocks(first, x):
             x = block(x, activated, mask_MN, rows_N)
@@ -353,6 +372,8 @@ class MotionGenerator(nn.Module):
     motion_mean: Tensor
     motion_whiten: Tensor
     motion_unwhiten: Tensor
+    motion_pose_read: Tensor
+    motion_pose_write: Tensor
 
     def __init__(
         self,
@@ -370,6 +391,9 @@ class MotionGenerator(nn.Module):
         self.register_buffer("motion_mean", torch.zeros(width))
         self.register_buffer("motion_whiten", torch.eye(width, fmt.dim_w))
         self.register_buffer("motion_unwhiten", torch.eye(fmt.dim_w, width))
+        if fmt.p_embedder is not None:
+            self.register_buffer("motion_pose_read", torch.zeros(fmt.dim_w, VALUES))
+            self.register_buffer("motion_pose_write", torch.zeros(VALUES, fmt.dim_w))
 
     def set_motion_statistics(self, motion_TD: Tensor, *, spread_TD: Tensor | None = None, floor: float = 0.05) -> None:
         """Whiten with the mean and the first d principal axes of many frames; spread: other frames for the axes.
@@ -384,6 +408,28 @@ class MotionGenerator(nn.Module):
         self.motion_mean.copy_(mean)
         self.motion_whiten.copy_(axes / deviation)
         self.motion_unwhiten.copy_((axes * deviation).T)
+
+    def set_pose_statistics(self, clips: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """How motion and head pose go together, linearly and within clips: (motion (T, D), pose (T, 6)) of each."""
+        width = self.fmt.dim_w
+        both = torch.zeros(width + VALUES, width + VALUES, dtype=torch.float64)
+        for motion_TD, pose_T6 in clips:
+            rows = torch.cat([motion_TD @ self.motion_whiten.cpu(), pose_T6], 1).double()
+            both += torch.cov(rows.T, correction=0) * len(rows)
+        motion, cross, pose = both[:width, :width], both[:width, width:], both[width:, width:]
+        read = torch.linalg.pinv(motion, rtol=SINGULAR, hermitian=True) @ cross
+        write = torch.linalg.pinv(pose, rtol=SINGULAR, hermitian=True) @ cross.T
+        # what is written is what is read afterwards
+        write = torch.linalg.pinv(write @ read, rtol=SINGULAR) @ write
+        self.motion_pose_read.copy_(read)
+        self.motion_pose_write.copy_(write)
+
+    def with_pose(self, motion_BLd: Tensor, pose_BL7: Tensor, own_Bd: Tensor) -> Tensor:
+        """Motion in the flow's space, moved until the pose that is read off it, against the portrait's own motion, is
+        the given one. The transformer is told the pose; sound that it knows by heart still turns the head.
+        """
+        there = (motion_BLd if self.relative else motion_BLd - own_Bd[:, None]) @ self.motion_pose_read
+        return motion_BLd + pose_BL7[..., VALUES:] * (from_condition(pose_BL7) - there) @ self.motion_pose_write
 
     def whiten(self, motion: Tensor, reference_Bd: Tensor | None = None) -> Tensor:
         """Motion latents (..., d) in the flow's space; where it is relative, (B, T, d) less the reference (B, d)."""
@@ -409,6 +455,7 @@ class MotionGenerator(nn.Module):
         *,
         drop_B5: Tensor | None = None,
         has_previous_B: Tensor | None = None,
+        pose_BN7: Tensor | None = None,
         window_only: bool = False,
         passes: Sequence[Pass] | None = None,
     ) -> Tensor:
@@ -426,7 +473,7 @@ class MotionGenerator(nn.Module):
         assert wr_Bd is not None and we_B1E is not None and prev_x_BPd is not None and prev_audio_BPF is not None
         if passes is not None:
             inputs = t_B, x_BLd, audio_BLF, wr_Bd, we_B1E, prev_x_BPd, prev_audio_BPF
-            return self.fmt.velocities(*inputs, passes=passes, window_only=True)
+            return self.fmt.velocities(*inputs, passes=passes, pose_BN7=pose_BN7, window_only=True)
 
         # the projection learns too, so it runs here and not in the cache
         wa, prev_wa = self.audio_encoder(audio_BLF), self.audio_encoder(prev_audio_BPF)
@@ -442,7 +489,7 @@ class MotionGenerator(nn.Module):
             wa, wr, we, prev_x, prev_wa = (
                 _zero_rows(condition, drop) for condition, drop in zip(conditions, drop_B5.unbind(1), strict=True)
             )
-        return self.fmt(t_B, x_BLd, wa, wr, we, prev_x, prev_wa, window_only=window_only)
+        return self.fmt(t_B, x_BLd, wa, wr, we, prev_x, prev_wa, pose_BN7=pose_BN7, window_only=window_only)
 
 
 def _zero_rows(condition: Tensor, drop_B: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ def workload(config: Config) -> "Workload":
                 torch.randn(batch, 1, model.dim_e),
                 torch.randn(batch, before, motion),
                 torch.randn(batch, before, width),
+                pose_BN7=torch.randn(batch, before + length, 7) if model.pose_condition else None,
                 window_only=config.training.window_only,
             )
             return output.float().square().mean()

@@ -19,12 +19,13 @@ from float.sampling.motion import solver_times
 from shared.config import accumulation_steps
 from shared.data import to_device
 from shared.engine.dist import DistInfo, mean_over_ranks
+from shared.errors import UserError
 from shared.flow import Velocity, integrate, sample_times
 from shared.loop import FitResult, TrainedModel, fit, lr_at, plan_steps
 from shared.optim import adamw, decay_groups
 from shared.rng import keyed_rand, keyed_randn
 
-TIMES, NOISE, DROPS, HELD_OUT = 321, 322, 323, 324  # random streams
+TIMES, NOISE, DROPS, HELD_OUT, POSE_DROPS = 321, 322, 323, 324, 325  # random streams
 VALIDATION_BATCH = 32
 HUBER_DELTA = 1.0
 # called at the end of every epoch with (trainer, epoch, metrics)
@@ -235,7 +236,8 @@ class FlowMatchingTrainer:
             t_B = self.flow.times(keyed_rand((), key=(seed, TIMES, step), slots=slots, device=device))
             noise = keyed_randn(self.shape, key=(seed, NOISE, step), slots=slots, device=device)
 
-            terms = self._terms(model, batch, t_B, noise, drop_B5, prev_share)
+            pose_BN7 = self._pose(batch, step)
+            terms = self._terms(model, batch, t_B, noise, drop_B5, prev_share, pose_BN7)
             loss_B = terms.pop("loss_B").detach()
             self.last_metrics = {name: value.detach() for name, value in terms.items()}
             metrics = {name: value for name, value in self.last_metrics.items() if name != "loss"}
@@ -247,6 +249,20 @@ class FlowMatchingTrainer:
         device = batch["motion_latent_cur"].device
         key = (self.config.run.seed, DROPS, step)
         return keyed_rand((5,), key=key, slots=batch["slot"], device=device) < self.drop_chances.to(device)
+
+    def _pose(self, batch: dict, step: int | None) -> Tensor | None:
+        """The head's pose as a condition, left out of some samples of a training step; None for a model without."""
+        model = self.config.model
+        if not model.pose_condition:
+            return None
+        if "pose" not in batch:
+            raise UserError("pose_condition: the cached clips hold no poses; run float/precompute.py --pose-condition")
+        pose_BN7: Tensor = batch["pose"]
+        if step is None:
+            return pose_BN7
+        key = (self.config.run.seed, POSE_DROPS, step)
+        kept_B = keyed_rand((), key=key, slots=batch["slot"], device=pose_BN7.device) >= model.pose_dropout_prob
+        return pose_BN7 * kept_B[:, None, None]
 
     def _share_of_valid_previous(self, batches: list[dict], drops: list[Tensor]) -> float | None:
         """Of all rows of the step, over micro-batches and ranks, so that their number does not change the loss; None
@@ -265,6 +281,7 @@ class FlowMatchingTrainer:
         noise: Tensor,
         drop_B5: Tensor | None,
         prev_share: float | None = None,
+        pose_BN7: Tensor | None = None,
     ) -> dict[str, Tensor]:
         whiten, has_previous_B, reference_Bd = self.model.whiten, batch["has_previous"], batch["reference_motion"]
         data = whiten(batch["motion_latent_cur"], reference_Bd)
@@ -281,6 +298,7 @@ class FlowMatchingTrainer:
             batch["audio_prev"].float(),
             drop_B5=drop_B5,
             has_previous_B=has_previous_B,
+            pose_BN7=pose_BN7,
             window_only=self.window_only,
         )
 
@@ -320,7 +338,7 @@ class FlowMatchingTrainer:
         seed, slots, device = self.config.run.seed, batch["slot"], batch["motion_latent_cur"].device
         t_B = keyed_rand((), key=(seed, HELD_OUT, 0), slots=slots, device=device)
         noise = keyed_randn(self.shape, key=(seed, HELD_OUT, 1), slots=slots, device=device)
-        terms = self._terms(model, batch, t_B, noise, None)
+        terms = self._terms(model, batch, t_B, noise, None, pose_BN7=self._pose(batch, None))
         return {name: value for name, value in terms.items() if name != "loss_B"}
 
     def after_step(self, module: nn.Module, step: int) -> None:

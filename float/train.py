@@ -64,7 +64,7 @@ def check(config: Config, world: int) -> None:
         if path is not None:
             check_weights(flag, path)
     if model.fmt_path is not None and model.autoencoder_path is None:  # read now as well: phase 1 comes first
-        load_generator(make_generator(model, data), model.fmt_path)
+        load_generator(make_generator(model, data), model.fmt_path, start=True)
     root = data_root(data)
     clips, _ = find_clips(root, data.train_split), find_clips(root, data.val_split)
     counts = [count_frames(clip.video, data.video_fps) for clip in clips]
@@ -218,11 +218,13 @@ def run(config: Config, info: "DistInfo", *, batch_given: bool = False) -> "FitR
         checkpointing = config.training.gradient_checkpointing
         generator = make_generator(config.model, config.data, gradient_checkpointing=checkpointing)
         if config.model.fmt_path is not None:
-            load_generator(generator, config.model.fmt_path)
+            load_generator(generator, config.model.fmt_path, start=True)
         elif config.model.whiten_motion:
             # what tells people apart is no motion: where it falls out, it must not set the scale either
             spread = train_set.all_motion(centred=True) if config.model.relative_motion else None
             generator.set_motion_statistics(train_set.all_motion(), spread_TD=spread)
+        if config.model.pose_condition:
+            generator.set_pose_statistics(train_set.poses())
         return generator
 
     generator = built_once(first_generator, config.run, info)

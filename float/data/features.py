@@ -1,13 +1,14 @@
 """Encoding clips with the frozen encoders, and the cache of what comes out.
 
-One safetensors file per clip: motion (T, d), motion_flipped (T, d) when mirrored versions are cached, audio_raw (T, F),
-emotion (7), has_emotion (1). The header's metadata names the clip, its material and the encoders; other encoders or
-other material under the same name mean: encode again. Nothing is removed, and no file that this program did not write
-is replaced.
+One safetensors file per clip: motion (T, d), motion_flipped (T, d) when mirrored versions are cached, pose (T, 6)
+against the first frame where it is a condition, audio_raw (T, F), emotion (7), has_emotion (1). The header's metadata
+names the clip, its material and the encoders; other encoders or other material under the same name mean: encode again.
+Nothing is removed, and no file that this program did not write is replaced.
 """
 
 import hashlib
 import json
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from torch import Tensor
 from float.config import DataConfig, ModelConfig
 from float.data.clips import Clip
 from float.data.face import FaceBox
-from float.data.frames import ClipReader
+from float.data.frames import ClipReader, in_batches
 from float.data.media import is_silent, to_tensor
+from float.data.pose import clip_tracker
 from float.modules.audio import SAMPLE_RATE, SPEECH_SPREAD, AudioEncoder, LogMelEncoder, make_audio_encoder
 from float.modules.emotion import EMOTIONS, Audio2Emotion, one_hot
 from float.weights.open import Autoencoder, weights_hash
@@ -55,6 +57,7 @@ class ClipEncoder:
         settings: list[Any] = [FORMAT, data.video_fps, data.face_crop, data.emotion_source, self.flipped]
         settings += [data.feature_dtype, model.input_size, model.audio_features, model.only_last_features]
         settings += [SPEECH_SPREAD] if isinstance(self.audio, LogMelEncoder) else []
+        settings += ["pose"] if model.pose_condition else []
         parts = [json.dumps(settings), weights_hash(self.autoencoder), weights_hash(self.audio)]
         parts += [weights_hash(self.recogniser)] if self.recogniser is not None else []
         return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
@@ -69,19 +72,18 @@ class ClipEncoder:
         wave = reader.sound(clip, first)
         if is_silent(wave):
             raise BadSample(f"{clip.audio}: is silent; there is nothing to learn from")
-        motion: list[Tensor] = []
-        flipped: list[Tensor] = []
-        waiting: list[np.ndarray] = []
-        for frame in reader.frames(clip, first):
-            waiting.append(frame)
-            if len(waiting) == ENCODE_BATCH:
-                self._encode_frames(waiting, motion, flipped)
-        self._encode_frames(waiting, motion, flipped)
-        if not motion:
+        parts: dict[str, list[Tensor]] = defaultdict(list)
+        tracker = None
+        for frames in in_batches(reader.frames(clip, first), ENCODE_BATCH):
+            parts["motion"].append(self.motion(frames))
+            if self.flipped:
+                parts["motion_flipped"].append(self.motion(frames[:, :, ::-1]))
+            if self.model.pose_condition:
+                tracker = tracker or clip_tracker(frames[0], self.data)
+                parts["pose"].append(tracker(to_tensor(frames)))
+        if not parts:
             raise BadSample(f"{clip.video}: holds no frame with sound")
-        tensors = {"motion": torch.cat(motion)}
-        if self.flipped:
-            tensors["motion_flipped"] = torch.cat(flipped)
+        tensors = {name: torch.cat(rows) for name, rows in parts.items()}
         count, wave = self._same_length(len(tensors["motion"]), wave, clip, reader.notes)
         tensors = {name: rows[:count] for name, rows in tensors.items()}
         tensors["audio_raw"] = self.audio_features(wave)[:count]
@@ -94,16 +96,6 @@ class ClipEncoder:
                     f"{clip.video}: encoding gave numbers that are not finite ({name}); check the encoder's weights"
                 )
         return tensors, reader.notes
-
-    def _encode_frames(self, waiting: list[np.ndarray], motion: list[Tensor], flipped: list[Tensor]) -> None:
-        """Add the motion of the frames that wait, and of their mirror images; none waits any more."""
-        if not waiting:
-            return
-        frames = np.stack(waiting)
-        waiting.clear()
-        motion.append(self.motion(frames))
-        if self.flipped:
-            flipped.append(self.motion(frames[:, :, ::-1]))
 
     def _same_length(self, frames: int, wave: np.ndarray, clip: Clip, notes: list[str]) -> tuple[int, np.ndarray]:
         """Cut the longer of picture and sound: -> frames, sound."""

@@ -5,6 +5,7 @@ A frame is uint8 (S, S, 3), cropped to the face and resized to the encoders' sid
 
 import math
 from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 import torch
@@ -107,6 +108,12 @@ class ClipReader:
         if not is_square:
             self.notes.append(f"{clip.clip_id}: {width} x {height} pixels, and {reason}; its centre square is taken")
         return None
+
+
+def in_batches(frames: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
+    """(n, S, S, 3), up to `count` frames at a time."""
+    while part := list(islice(frames, count)):
+        yield np.stack(part)
 
 
 class FrameStore:

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from float.config import Config, features_dir
 from float.data.clips import Clip
 from float.data.features import feature_path, write_features
+from float.data.pose import VALUES
 from float.modules.audio import raw_audio_width
 from float.modules.emotion import one_hot
 from shared.engine.dist import DistInfo, barrier
@@ -46,5 +48,8 @@ def write_synthetic_features(config: Config, info: DistInfo) -> None:
                 clip = Clip(f"synthetic{number:02d}", Path(), Path(), "nobody")
                 index = number + (1000 if split == "val" else 0)
                 tensors = synthetic_clip(index, model.dim_w, width, config.run.seed)
+                if model.pose_condition:  # the head turns with the first directions of motion
+                    turns = (tensors["motion"] - tensors["motion"][:1])[:, :VALUES] / 10
+                    tensors["pose"] = functional.pad(turns, (0, VALUES - turns.shape[1]))
                 write_features(feature_path(features_dir(config) / split, clip.clip_id), tensors, clip, "synthetic")
     barrier()

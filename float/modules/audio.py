@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shared.engine.products import use_fast_products
 from shared.errors import UserError, load_whole, opening
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class AudioEncoder(nn.Module):
     def __init__(self, wav2vec2: "Wav2Vec2Model", *, only_last_features: bool):
         super().__init__()
         wav2vec2.eval().requires_grad_(False)
+        use_fast_products(wav2vec2)
         self.wav2vec2, self.only_last_features = wav2vec2, only_last_features
         hidden, layers = wav2vec2.config.hidden_size, wav2vec2.config.num_hidden_layers
         self.feature_width = hidden if only_last_features else hidden * layers

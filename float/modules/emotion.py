@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from float.modules.audio import SAMPLE_RATE, config_of, convolved, moments, rename_weight_norm
+from shared.engine.products import use_fast_products
 from shared.errors import UserError
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class SpeechClassifier(nn.Module):
         super().__init__()
         self.wav2vec2 = wav2vec2
         self.classifier = ClassificationHead(wav2vec2.config.hidden_size)
+        use_fast_products(self)
 
     def forward(self, wave_Bn: Tensor, mean: Tensor | float = 0.0, deviation: Tensor | float = 1.0) -> Tensor:
         """mean, deviation: what normalises the sound. Sound of more than HEARD_SECONDS is heard in pieces of equal

@@ -7,6 +7,7 @@ import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count, cycle, islice, tee
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from torch import Tensor
 from float.config import PRESETS, Config, data_root
 from float.data.clips import Clip, find_clips
 from float.data.face import RELEASED, Framing, default_detector, read_boxes
-from float.data.frames import ClipReader
+from float.data.frames import ClipReader, in_batches
 from float.data.media import to_tensor, to_uint8
+from float.data.pose import VALUES, as_condition, clip_tracker
 from float.model import MotionGenerator, Pass
 from float.modules.audio import AudioEncoder, LogMelEncoder, frames_of, make_audio_encoder
 from float.modules.autoencoder import edit_motion
@@ -30,6 +32,8 @@ from shared.engine.checkpoint import open_run
 from shared.errors import UserError
 from shared.flow import check_solver
 
+FREE, STILL = "free", "still"  # what --pose says beside a video
+POSE_BATCH = 32  # frames whose pose is read at once
 FRAMING_CLIPS, FRAMING_SIDE = 8, 256  # how many clips a run's framing is measured on, in which size
 
 
@@ -94,9 +98,9 @@ class Animator:
         reader = ClipReader(self.config.model.input_size, self.config.data, read_boxes(data_root(self.config.data)))
         return next(reader.frames(clip, reader.first(clip)))
 
-    def velocities(self, t_B: Tensor, *inputs: Tensor, passes: Sequence[Pass]) -> Tensor:
+    def velocities(self, t_B: Tensor, *inputs: Tensor, passes: Sequence[Pass], **pose: Tensor) -> Tensor:
         """The generator as the sampler asks for it."""
-        return self.call(t_B, *inputs, passes=passes).float()
+        return self.call(t_B, *inputs, passes=passes, **pose).float()
 
     @torch.no_grad()
     def motion_windows(
@@ -105,27 +109,60 @@ class Animator:
         motion_1d: Tensor,
         emotion: Tensor | Iterator[Tensor],
         options: SamplingOptions,
+        pose: Iterator[Tensor] | None = None,
     ) -> Iterator[Tensor]:
         """Motion latents (1, L, d), window after window.
 
         audio_windows: raw features (1, n, F). motion: the portrait's own, (1, d). emotion: (7,), or one (7,) per
-        window.
+        window. pose: what `poses` gives.
         """
         data, we = self.config.data, emotion
+        own_1d, limit = self.generator.whiten(motion_1d), self.config.model.reference_limit
+        known_1d = own_1d if limit is None else own_1d.clamp(-limit, limit)
+        given, wanted = (None, None) if pose is None else tee(pose)
         windows = sample_windows(
             self,
             # projected once a window, not in every step of the solver
             (self.call(None, None, window.to(self.device).float()) for window in audio_windows),
-            self.generator.whiten(motion_1d),
+            known_1d,
             we.to(self.device)[None, None]
             if isinstance(we, Tensor)
             else (one.to(self.device)[None, None] for one in we),
             num_frames=data.sequence_length,
             num_prev_frames=data.prev_frames,
             options=options,
+            pose_windows=given,
         )
         for window in windows:
+            if not self.generator.relative:
+                window = window + (own_1d - known_1d)[:, None]
+            if wanted is not None:
+                window = self.generator.with_pose(window, next(wanted), own_1d)
             yield self.generator.unwhiten(window, motion_1d)
+
+    def poses(self, source: str) -> Iterator[Tensor] | None:
+        """Windows (1, L, 7) of the head's pose without end: FREE, STILL, or that of a video, whose frames are gone
+        through back and forth. UserError for a run that has not learned it.
+        """
+        if source == FREE:
+            return None
+        model, data = self.config.model, self.config.data
+        if not model.pose_condition:
+            raise UserError(
+                f"--pose {source}: this checkpoint was trained without the head's pose; train with --pose-condition, "
+                "or let the head stay with --moving face"
+            )
+        pose_T6 = torch.zeros(1, VALUES)
+        if source != STILL:
+            frames = ClipReader(model.input_size, data, {}).frames(Clip(source, Path(source), Path(source), "nobody"))
+            tracker, parts = None, []
+            for batch in in_batches(frames, POSE_BATCH):
+                tracker = tracker or clip_tracker(batch[0], data)
+                parts.append(tracker(to_tensor(batch)))
+            pose_T6 = torch.cat(parts)
+        there, length = range(len(pose_T6)), data.sequence_length
+        rows = cycle([*there, *there[-2:0:-1]])
+        return (as_condition(pose_T6[list(islice(rows, length))])[None].to(self.device) for _ in count())
 
     @torch.no_grad()
     def frames(
@@ -145,11 +182,10 @@ class Animator:
                 if not len(part):
                     return
                 part = part if edit is None else edit(part)
-                count = len(part)
-                features = [feature.expand(count, *feature.shape[1:]) for feature in portrait.features]
-                images = self.autoencoder.decode(portrait.identity.expand(count, -1), part, features)
+                features = [feature.expand(len(part), *feature.shape[1:]) for feature in portrait.features]
+                images = self.autoencoder.decode(portrait.identity.expand(len(part), -1), part, features)
                 yield from to_uint8(images)
-                made += count
+                made += len(part)
 
     def speak(
         self, portrait: Portrait, wave: np.ndarray, emotion: Tensor, options: SamplingOptions

@@ -23,7 +23,7 @@ VelocityModel = Callable[..., Tensor]
 class ModelOfPasses(Protocol):
     """A model that computes several choices of conditions at once; FlowMatchingTransformer is one."""
 
-    def velocities(self, t_B: Tensor, *inputs: Tensor, passes: Sequence[Pass]) -> Tensor:
+    def velocities(self, t_B: Tensor, *inputs: Tensor, passes: Sequence[Pass], **pose: Tensor) -> Tensor:
         """inputs as a VelocityModel's; -> (passes, B, L, d)."""
         ...
 
@@ -67,37 +67,45 @@ def guided_velocity(
     prev_wa: Tensor,
     options: SamplingOptions,
     has_emotion: bool = True,
+    pose: Tensor | None = None,
 ) -> Tensor:
     """Velocity of the window (or of the model's shape) under incremental guidance.
 
     v = v_0 + r (v_u - v_0) + a (v_a - v_u) + e (v_all - v_a), where v_u sees neither sound nor emotion, v_a the sound,
     v_all both, v_0 not even the reference; null is zero. Without reference_guidance r is 1, so that v_0 does not count.
-    has_emotion: False where the emotion is zero, so that v_all is v_a.
+    has_emotion: False where the emotion is zero, so that v_all is v_a. pose: (B, P + L, 7), in every pass, for a model
+    that has it as a condition.
     """
     a, r, e = options.a_cfg_scale, options.r_cfg_scale, options.e_cfg_scale
     r = r if options.reference_guidance else 1.0
     weights: dict[Pass, float] = {(False, False, False): 1 - r, (False, True, False): r - a}
     weights |= {(True, True, False): a - e, (True, True, True): e} if has_emotion else {(True, True, False): a}
     wanted = [(one, weight) for one, weight in weights.items() if weight]  # what would count nothing is not computed
-    made = _passes(model, [one for one, _ in wanted], t_B, x, wa, wr, we, prev_x, prev_wa)
+    made = _passes(model, [one for one, _ in wanted], t_B, x, wa, wr, we, prev_x, prev_wa, pose=pose)
     # numbers, not a tensor of them: that would be copied to the device, with a wait, in every evaluation of the ODE
     first, *others = (weight * velocity for velocity, (_, weight) in zip(made.unbind(0), wanted, strict=True))
     return sum(others, first)
 
 
 def _passes(
-    model: VelocityModel | ModelOfPasses, passes: list[Pass], t_B: Tensor, x: Tensor, *conditions: Tensor
+    model: VelocityModel | ModelOfPasses,
+    passes: list[Pass],
+    t_B: Tensor,
+    x: Tensor,
+    *conditions: Tensor,
+    pose: Tensor | None,
 ) -> Tensor:
     """(passes, B, ., d): in one call of a model that shares what passes have in common, else as one larger batch.
 
     conditions: wa, wr, we, prev_x, prev_wa.
     """
     if isinstance(model, ModelOfPasses):
-        return model.velocities(t_B, x, *conditions, passes=passes)
+        return model.velocities(t_B, x, *conditions, passes=passes, **({} if pose is None else {"pose_BN7": pose}))
     chosen = [[condition * given for condition, given in zip(conditions[:3], one, strict=True)] for one in passes]
     was, wrs, wes = (torch.cat(parts) for parts in zip(*chosen, strict=True))
     ts, xs, prev_xs, prev_was = (torch.cat([value] * len(passes)) for value in (t_B, x, *conditions[3:]))
-    return model(ts, xs, was, wrs, wes, prev_xs, prev_was).unflatten(0, (len(passes), len(x)))
+    poses = {} if pose is None else {"pose_BN7": torch.cat([pose] * len(passes))}
+    return model(ts, xs, was, wrs, wes, prev_xs, prev_was, **poses).unflatten(0, (len(passes), len(x)))
 
 
 def pad_frames(frames: Tensor, length: int) -> Tensor:
@@ -117,15 +125,18 @@ def sample_windows(
     num_prev_frames: int,
     options: SamplingOptions,
     noise: Iterator[Tensor] | None = None,
+    pose_windows: Iterator[Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """Motion (B, L, d) of one window after another; memory does not grow with the number of windows.
 
     wa_windows yields projected features (B, n, a) with n = L, less only in the last window, which is padded by its last
     frame. we: constant, or one (B, 1, E) per window. noise: start states (B, L, d); drawn from options.seed when None.
+    pose_windows: (B, L, 7) of every window, for a model that has the head's pose as a condition.
     Each window sees the last P frames of the sample before it and of that window's features; the first sees zeros.
     """
     noise = noise if noise is not None else _noise(wr_Bd, num_frames, options)
     previous: tuple[Tensor, Tensor] | None = None
+    pose: Tensor | None = None  # of the window and the frames before it
     for wa in wa_windows:
         wa = pad_frames(wa, num_frames)
         if previous is None:
@@ -133,9 +144,13 @@ def sample_windows(
             previous = no_motion, wa.new_zeros(len(wa), num_prev_frames, wa.shape[-1])
         prev_x, prev_wa = previous
         we = we_B1E if isinstance(we_B1E, Tensor) else next(we_B1E)
+        if pose_windows is not None:
+            now = next(pose_windows)
+            before = now.new_zeros(len(now), num_prev_frames, now.shape[-1]) if pose is None else pose
+            pose = torch.cat([before[:, before.shape[1] - num_prev_frames :], now], 1)
         ask = partial(
             guided_velocity, model, wa=wa, wr=wr_Bd, we=we, prev_x=prev_x, prev_wa=prev_wa, options=options,
-            has_emotion=bool(we.any()),
+            has_emotion=bool(we.any()), pose=pose,
         )  # fmt: skip
 
         def velocity(x: Tensor, t_B: Tensor, ask: Callable[..., Tensor] = ask) -> Tensor:

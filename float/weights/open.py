@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from float.config import DataConfig, ModelConfig
+from float.data.pose import POSE_WIDTH
 from float.model import FlowMatchingTransformer, MotionGenerator
 from float.modules.audio import raw_audio_width
 from float.modules.autoencoder import MotionAutoencoder
@@ -40,6 +41,7 @@ def make_transformer(
         num_frames=data.sequence_length,
         num_prev_frames=data.prev_frames,
         gradient_checkpointing=gradient_checkpointing,
+        pose_width=POSE_WIDTH if model.pose_condition else 0,
     )
 
 
@@ -87,8 +89,10 @@ def load_autoencoder(model: ModelConfig, path: str) -> Autoencoder:
     return autoencoder.eval().requires_grad_(False)
 
 
-def load_generator(generator: MotionGenerator, path: str | Path) -> None:
-    """Weights of a phase-2 run or checkpoint, or the transformer and projection of float.pth."""
+def load_generator(generator: MotionGenerator, path: str | Path, *, start: bool = False) -> None:
+    """Weights of a phase-2 run or checkpoint, or the transformer and projection of float.pth. start: training begins
+    with them, and a pose condition that they lack with zeros, which changes nothing at first.
+    """
     state = {
         name: value
         for name, value in read_weights(path).items()
@@ -99,7 +103,10 @@ def load_generator(generator: MotionGenerator, path: str | Path) -> None:
     if "fmt.pos_embed" in state and state["fmt.pos_embed"].shape != own:
         # a fixed table: other window lengths have their own
         state = {name: value for name, value in state.items() if name not in ("fmt.pos_embed", "fmt.alignment_mask")}
-    missing = ["fmt.pos_embed", "fmt.alignment_mask", "motion_mean", "motion_whiten", "motion_unwhiten"]
+    missing = ["fmt.p_embedder.weight", "motion_pose_"] if start else []
+    missing += ["fmt.pos_embed", "fmt.alignment_mask", "motion_mean", "motion_whiten", "motion_unwhiten"]
+    if start and generator.fmt.p_embedder is not None:
+        nn.init.zeros_(generator.fmt.p_embedder.weight)
     load_strict(generator, state, what=f"motion generator of {path}", allow_missing=missing)
 
 

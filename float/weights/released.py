@@ -101,6 +101,8 @@ def export_released_layout(path: str | Path, autoencoder: "Autoencoder", generat
 
     if len(generator.motion_mean) != generator.fmt.dim_w or bool(generator.motion_mean.any()):
         raise UserError("a run with whiten_motion has a flow space of its own, which the released layout cannot hold")
+    if generator.fmt.p_embedder is not None:
+        raise UserError("a run with pose_condition has a weight that the released layout does not know")
     path, state = Path(path), released_state(autoencoder, generator)
     with written_aside(path) as temporary:
         torch.save(state, temporary)

@@ -14,7 +14,7 @@ from float.data.face import Face, Framing, crop_centre, crop_to_box, prepare_por
 from float.data.features import ClipEncoder, cached_metadata, encode_clips
 from float.data.frames import ClipReader, FramePairs, FrameStore, collate_pairs, finished
 from float.data.media import is_silent, iterate_frames, read_audio, read_image, seek_frame, write_video
-from float.dataset import FLOATDataset, collate_windows, create_dataloader
+from float.dataset import FeatureFile, FLOATDataset, collate_windows, create_dataloader
 from float.modules.audio import frames_of
 from float.modules.emotion import emotion_index, ravdess_emotion
 from float.weights.open import make_autoencoder
@@ -275,6 +275,31 @@ def test_encoding_resumes_and_follows_the_encoders(tmp_path, encoder):
     other = ClipEncoder(model, data, make_autoencoder(model).eval(), torch.device("cpu"))
     assert cached_metadata(folder / "a__one.safetensors")["encoders"] == encoder.hash != other.hash
     assert encode_clips(other, clips, {}, folder).encoded == ["a__one", "b__two"]
+
+
+def test_poses_are_cached_where_they_are_a_condition(tmp_path, encoder):
+    """One row a frame, across batches; other settings, other cache. A window has them against its reference frame."""
+    write_clip(tmp_path / "train" / "a", "one", frames=40)
+    clips, folder = find_clips(tmp_path, "train"), tmp_path / "cache"
+    encode_clips(encoder, clips, {}, folder)
+    model = encoder.model.model_copy(update={"pose_condition": True})
+    posed = ClipEncoder(model, encoder.data, encoder.autoencoder, torch.device("cpu"))
+    assert encode_clips(posed, clips, {}, folder).encoded == ["a__one"]
+    with FeatureFile(folder / "a__one.safetensors") as file:
+        pose = file.rows("pose")
+    assert pose.shape == (40, 6) and pose[0].abs().max() < 1e-3 and torch.isfinite(pose).all()
+    rows = {"pose": torch.arange(30.0)[:, None].repeat(1, 6), "motion_flipped": torch.zeros(30, 5)}
+    write_feature_clip(tmp_path / "windows", "clip", 30, **rows)
+    data = DataConfig(sequence_length=8, prev_frames=3, wav2vec_sec=0.32)
+    fixed = FLOATDataset(tmp_path / "windows", data, train=False)
+    first, second = fixed[0]["pose"], fixed[1]["pose"]
+    assert first.shape == (11, 7) and not first[:3].any() and second[:, 6].all()
+    assert second[:, 0].tolist() == [15.0 * frame for frame in range(5, 16)]
+    mirrored = FLOATDataset(
+        tmp_path / "windows", data.model_copy(update={"horizontal_flip_prob": 1.0}), train=True, seed=1
+    )
+    given = collate_windows([mirrored.sample(0, epoch) for epoch in range(6)])["pose"][:, 3:, :6]
+    assert torch.equal(20 * given[..., 0], -15 * given[..., 1]) and given.diff(dim=1)[..., 1].eq(20).all()
 
 
 def test_a_cache_for_two_data_folders_removes_and_replaces_nothing(tmp_path, encoder):

@@ -10,6 +10,7 @@ from transformers import Wav2Vec2Model
 
 from float.config import PRESETS, Config, DataConfig, ModelConfig
 from float.data.media import to_uint8
+from float.data.pose import MIRRORED, _Level, as_condition, clip_tracker, face_box
 from float.model import FlowMatchingTransformer, MotionGenerator
 from float.modules.audio import (
     SAMPLE_RATE,
@@ -26,10 +27,10 @@ from float.modules.discriminators import AutoencoderWithJudges
 from float.modules.emotion import Audio2Emotion
 from float.sampling.animate import Animator, audio_windows
 from float.sampling.motion import SamplingOptions, sample_motion
-from float.sampling.still import StillHead, fading, warped
+from float.sampling.still import StillHead, fading
 from float.weights.open import load_autoencoder, load_generator, make_autoencoder, make_generator, unsaved_names
 from float.weights.released import export_released_layout, load_released_checkpoint, released_state
-from shared.config import load_saved
+from shared.config import load_config, load_saved
 from shared.errors import UserError
 from tests.float.golden import FOLDER, small_transformer
 
@@ -177,6 +178,72 @@ def test_dropped_conditions_are_per_sample_and_leave_the_inputs_alone():
         rows = (generator(*arguments, drop_B5=drop) - full).abs().amax((1, 2)) > 1e-6
         assert rows.tolist() == [False, True, False]
     assert all(torch.equal(a, b) for a, b in zip(arguments, kept, strict=True))
+
+
+def test_the_pose_is_one_more_condition_in_every_way_of_calling():
+    """A row of zeros says nothing; frames see their own pose; several passes at once are single ones."""
+    torch.manual_seed(0)
+    small = {"dim_w": 5, "dim_a": 6, "dim_h": 16, "depth": 2, "num_heads": 2, "num_frames": 7, "num_prev_frames": 3}
+    plain, posed = FlowMatchingTransformer(**small), FlowMatchingTransformer(**small, pose_width=7)
+    for parameter in posed.parameters():
+        parameter.data.normal_(std=0.3)
+    plain.load_state_dict({name: value for name, value in posed.state_dict().items() if "p_embedder" not in name})
+    t, x, wa, wr, we = torch.rand(2), torch.randn(2, 7, 5), torch.randn(2, 7, 6), torch.randn(2, 5), torch.rand(2, 1, 7)
+    inputs = t, x, wa, wr, we, torch.randn(2, 3, 5), torch.randn(2, 3, 6)
+    pose = torch.randn(2, 10, 7)
+    for window_only in (False, True):
+        without = plain(*inputs, window_only=window_only)
+        assert torch.equal(posed(*inputs, window_only=window_only), without)
+        assert torch.allclose(posed(*inputs, pose_BN7=0 * pose, window_only=window_only), without, atol=1e-6)
+        given = posed(*inputs, pose_BN7=pose, window_only=window_only)
+        assert (given - without).abs().amax(2).min() > 1e-3
+        passes = [(False, True, False), (True, True, True)]
+        both = posed.velocities(*inputs, passes=passes, pose_BN7=pose, window_only=window_only)
+        silent = posed(t, x, 0 * wa, wr, 0 * we, *inputs[5:], pose_BN7=pose, window_only=window_only)
+        assert torch.allclose(both[0], silent, atol=1e-5) and torch.allclose(both[1], given, atol=1e-5)
+    with pytest.raises(ValueError, match="without a pose condition"):
+        plain(*inputs, pose_BN7=pose)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_given_pose_is_laid_into_the_motion_and_an_unknown_one_is_not(relative):
+    """What no pose explains stays; what is read off the motion afterwards, against the portrait's own, is the pose."""
+    torch.manual_seed(0)
+    generator = MotionGenerator(
+        FlowMatchingTransformer(dim_w=9, dim_h=8, num_heads=1, pose_width=7), 5, relative=relative
+    )
+    effect, people = torch.linalg.qr(torch.randn(9, 9))[0][:6], torch.randn(5, 1, 9)
+    poses = torch.randn(5, 40, 6) * torch.tensor([0.1, 0.1, 0.05, 0.02, 0.02, 0.02])
+    motions = poses @ effect + 0.01 * torch.randn(5, 40, 9)
+    generator.set_pose_statistics(zip(motions + people, poses, strict=True))
+    own, window = torch.randn(2, 9), torch.randn(2, 16, 9)
+    condition = as_condition(poses[:2, :16])
+    condition[:, 3] = 0
+    moved = generator.with_pose(window, condition, own)
+    read = (moved if relative else moved - own[:, None]) @ generator.motion_pose_read
+    assert torch.equal(moved[:, 3], window[:, 3])
+    assert torch.allclose(read[:, 4:], poses[:2, 4:16], atol=1e-4)
+    assert (moved - window)[:, 4:].abs().mean() > 0.1
+
+
+def test_the_tracker_reads_how_a_head_turned_moved_and_grew():
+    """A face of our own, drawn as an ellipsoid under a known pose; a mirrored face has the mirrored pose."""
+    random, side = np.random.default_rng(3), 64
+    rough = torch.from_numpy(random.random((1, 3, 12, 12))).float()
+    rest = F.interpolate(rough, (side, side), mode="bicubic", align_corners=True).clamp(0, 1)[0] * 2 - 1
+    data = DataConfig()
+    tracker, fine = clip_tracker(to_uint8(rest), data), _Level(rest[None], face_box(data), data.mouth_box, side)
+    poses = torch.tensor(random.uniform(-0.12, 0.12, (6, 6)))
+    # a frame shows at places(p) what the other has: its inverse is found by a few rounds
+    places = fine.places(0 * poses)
+    for _ in range(20):
+        there = F.grid_sample(fine.places(poses).movedim(-1, 1), places, padding_mode="border", align_corners=False)
+        places = places + fine.places(0 * poses) - there.movedim(1, -1)
+    frames = F.grid_sample(rest.expand(6, -1, -1, -1), places.float(), padding_mode="border", align_corners=False)
+    found = tracker(frames).double()
+    assert (found - poses).abs().mean() < 0.015 < 0.05 < poses.abs().mean()
+    mirrored = clip_tracker(to_uint8(rest.flip(-1)), data)(frames.flip(-1))
+    assert torch.allclose(mirrored.double(), found * MIRRORED, atol=5e-3)
 
 
 def test_gradient_checkpointing_changes_no_gradient():
@@ -351,6 +418,23 @@ def test_a_clip_is_animated_as_its_windows_are_sampled_by_hand():
     assert torch.allclose(torch.cat(list(windows), 1), expected, atol=1e-5)
 
 
+def test_a_portrait_beyond_the_known_ones_keeps_its_level_and_the_generator_sees_a_known_one():
+    model, data = tiny_settings(dim_w=8, dim_m=5)[0], DataConfig(sequence_length=6, prev_frames=2, wav2vec_sec=0.24)
+    model = model.model_copy(update={"whiten_motion": True, "reference_limit": 1.0})
+    generator = MotionGenerator(small_transformer(dim_w=5), 5, 8)
+    generator.set_motion_statistics(torch.randn(50, 8))
+    animator = Animator(generator, make_autoencoder(model), Config(model=model, data=data), torch.device("cpu"))
+    raw, emotion, options = torch.randn(6, 5)[None], torch.zeros(7), SamplingOptions(nfe=3)
+    known, far = torch.tensor([[1.0, -1, 0.5, 1, 0]]), torch.tensor([[3.0, -1.5, 0.5, 1, 0]])
+    made = [
+        next(animator.motion_windows(iter([raw]), generator.unwhiten(own), emotion, options)) for own in (known, far)
+    ]
+    moved = generator.whiten(made[1]) - generator.whiten(made[0])
+    assert torch.allclose(moved, (far - known).expand(1, 6, 5), atol=1e-4)
+    with pytest.raises(UserError, match="reference_limit 1.0 counts deviations of whitened motion; set whiten_motion"):
+        load_config(Config, presets=PRESETS, argv=["--reference-limit", "1"], default="official")
+
+
 def small_wav2vec2(norm: str = "group", **changes):
     """A wav2vec2 of two convolutions and one layer, with random weights."""
     from transformers import Wav2Vec2Config
@@ -447,10 +531,11 @@ def test_only_the_lips_move_though_the_generated_head_turns_and_shifts():
     rest = F.interpolate(rough, (side, side), mode="bicubic", align_corners=True).clamp(0, 1)
     spoken = rest.clone()
     spoken[..., 40:44, 28:36] = 0
-    turn = torch.eye(3, dtype=torch.float64)
-    turn[:2] = torch.tensor([[0.98, -0.06, 0.06], [0.06, 0.98, -0.05]])  # 2 pixels, 3.5 degrees, 2 % smaller
+    turn = torch.tensor([[[0.98, -0.06, 0.06], [0.06, 0.98, -0.05]]])  # 2 pixels, 3.5 degrees, 2 % smaller
+    places = F.affine_grid(turn, [1, 3, side, side], align_corners=False)
+    shifted = F.grid_sample(spoken * 2 - 1, places, padding_mode="border", align_corners=False)
     picture, opened = to_uint8(rest[0] * 2 - 1), to_uint8(spoken[0] * 2 - 1)
-    frame = to_uint8(warped(spoken * 2 - 1, turn)[0] * 0.9)
+    frame = to_uint8(shifted[0] * 0.9)
     for moving, box in (("lips", data.mouth_box), ("face", [0.2, 0.3, 0.8, 0.82])):
         still = StillHead(picture, picture, moving, data, has_face=False)
         made = [still(frame) for _ in range(2)][1].astype(int)
@@ -460,4 +545,5 @@ def test_only_the_lips_move_though_the_generated_head_turns_and_shifts():
         assert np.abs(made - opened)[mouth].mean() < 25 < 60 < np.abs(picture.astype(int) - opened)[mouth].mean()
         assert np.abs(made - opened).mean() < 4 < np.abs(frame.astype(int) - opened).mean()
     nothing_alike = still(np.zeros_like(picture))  # cannot be aligned: laid on as it is
-    assert torch.equal(still.turn, torch.eye(3, dtype=torch.float64)) and nothing_alike.shape == picture.shape
+    black = -torch.ones(1, 3, side, side)
+    assert torch.equal(still.tracker.aligned(black), black) and nothing_alike.shape == picture.shape

@@ -1,6 +1,7 @@
 """Settings that no preset gives: each one is seen to act, or is refused with a reason."""
 
 import os
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -12,14 +13,27 @@ from float.dataset import FLOATDataset, collate_windows
 from float.generate import main as generate
 from float.modules.audio import SAMPLE_RATE, LogMelEncoder
 from float.rectified_flow import FlowMatchingTrainer
+from float.sampling.animate import Animator
 from float.sampling.live import LiveSound, is_live
+from float.sampling.motion import SamplingOptions
 from float.train import main as train
-from float.weights.open import load_generator, make_generator
+from float.weights.open import load_generator, make_autoencoder, make_generator
 from shared.config import load_config
-from shared.errors import BadSample
+from shared.errors import BadSample, UserError
+from tests.float.material import write_clip
 from tests.launching import newest
 
 TINY = "--config small --dim-h 32 --fmt-depth 1 --num-heads 2 --batch-size 4 --device cpu --precision fp32".split()
+TINY_PICTURES = [
+    "--input-size",
+    "32",
+    "--dim-w",
+    "12",
+    "--dim-m",
+    "4",
+    "--set",
+    "model.channels={4: 8, 8: 8, 16: 8, 32: 8}",
+]
 
 
 @pytest.mark.parametrize("flag", ["--relative-motion", "--no-relative-motion"])
@@ -46,12 +60,58 @@ def test_relative_motion_trains_on_what_the_reference_is_taken_off(tmp_path, fla
     assert (abs(one - other) < 1e-4 * one) == centred
 
 
+def test_a_pose_condition_trains_resumes_and_moves_the_head(tmp_path):
+    flags = [*TINY, *TINY_PICTURES, "--output-dir", str(tmp_path), "--pose-condition", "--synthetic"]
+    train([*flags, "--max-steps", "1"])
+    assert train([*flags, "--max-steps", "2"]).step == 2
+    config = load_config(Config, presets=PRESETS, argv=flags, default="small")
+    generator = make_generator(config.model, config.data)
+    load_generator(generator, newest(tmp_path))
+    for parameter in generator.fmt.parameters():
+        parameter.data.normal_(std=0.2)
+    dataset = FLOATDataset(tmp_path / "features" / "train", config.data, train=False)
+    batch = {**collate_windows([dataset[index] for index in range(4)]), "slot": torch.arange(4)}
+    trainer = FlowMatchingTrainer(config, generator, dataset)
+    given, none = trainer._pose(batch, None), trainer._pose({**batch, "pose": batch["pose"] + 1}, 7)
+    assert torch.equal(given, batch["pose"]) and 0 < none.any((1, 2)).float().mean() < 1  # some samples are left out
+    with pytest.raises(UserError, match="the cached clips hold no poses; run float/precompute.py --pose-condition"):
+        next(trainer.losses(generator, [{name: value for name, value in batch.items() if name != "pose"}], 0))
+
+    animator = Animator(generator, make_autoencoder(config.model), config, torch.device("cpu"))
+    raw, motion, emotion = torch.randn(2, 1, 16, 160), torch.randn(1, config.model.dim_w), torch.zeros(7)
+    write_clip(tmp_path, "nods", frames=21)
+    made = [
+        torch.cat(
+            list(animator.motion_windows(iter(raw), motion, emotion, SamplingOptions(nfe=2), animator.poses(how)))
+        )
+        for how in ("free", "still", str(tmp_path / "nods.mp4"))
+    ]
+    assert all((one - other).abs().max() > 1e-4 for one, other in combinations(made, 2))
+    windows = animator.poses(str(tmp_path / "nods.mp4"))
+    rows = torch.cat([next(windows)[0] for _ in range(3)])  # 21 frames, gone through back and forth
+    assert torch.equal(rows[21:41], rows[:20].flip(0))
+    config.model.pose_condition = False
+    with pytest.raises(UserError, match="--pose still: this checkpoint was trained without the head's pose"):
+        animator.poses("still")
+
+
+def test_training_with_a_pose_condition_may_start_from_weights_without_one(tmp_path):
+    flags = [*TINY, "--synthetic", "--max-steps", "1"]
+    train([*flags, "--output-dir", str(tmp_path / "plain")])
+    weights = str(newest(tmp_path / "plain"))
+    assert train([*flags, "--output-dir", str(tmp_path / "posed"), "--pose-condition", "--fmt-path", weights]).step == 1
+    config = load_config(Config, presets=PRESETS, argv=[*TINY, "--pose-condition"], default="small")
+    with pytest.raises(UserError, match="p_embedder"):
+        load_generator(make_generator(config.model, config.data), weights)
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
         ("--aud-path {talk} --output {talk}", "is --aud-path itself and would be overwritten"),
         ("--ref-path {talk} --aud-path {talk} --output {here}/x/../talk.mp4", "is --ref-path itself"),
         ("--set-direction 3=nan", "direction '3=nan': K=VALUE expected"),
+        ("--pose nods.mp4", "--pose nods.mp4: not free, not still, and no such file; give a video"),
         ("--shift-direction 3=-inf", "direction '3=-inf': K=VALUE expected"),
     ],
 )
