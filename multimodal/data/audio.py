@@ -48,13 +48,14 @@ def read_audio(source: Path | bytes, *, seconds: float | None = None, position: 
             raise BadSample(f"{name}: cannot be decoded as sound ({problem})")
     except OSError as error:  # of opening it: not there, a folder, a link to itself
         raise BadSample(f"{name}: {error.strerror}") from None
-    if samples.size == 0:
-        raise BadSample(f"{name}: holds no sound")
     if not RATES[0] <= rate <= RATES[1]:
         raise BadSample(f"{name}: its header says {rate} samples a second; {RATES[0]} to {RATES[1]:,} are read")
     if not (np.abs(samples) < LOUDEST).all():
         raise BadSample(f"{name}: holds numbers that are not finite, or beyond {LOUDEST:.0e}")
-    return resample(samples, rate)
+    found = resample(samples, rate)
+    if found.size == 0:  # less than one sample at 16 kHz
+        raise BadSample(f"{name}: holds no sound")
+    return found
 
 
 def resample(samples: np.ndarray, rate: int) -> np.ndarray:

@@ -476,7 +476,7 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> tuple[list[dict[str, str]]
             first = file.readline()
             file.seek(0)
             between = max(",;\t|", key=first.count)
-            reader = csv.DictReader(file, delimiter=between)
+            reader = csv.DictReader(file, delimiter=between, skipinitialspace=True)  # a, "b, c" is two columns
             names = reader.fieldnames = [name.strip().casefold() for name in reader.fieldnames or ()]
             absent = [name for name in columns if name not in names]
             if absent:

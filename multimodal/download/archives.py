@@ -111,7 +111,12 @@ def _members(archive: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
                 content = opened.extractfile(member)
                 assert content is not None, "a file has content"
                 yield member.name, member.size, content
-        while opened.fileobj is not None and opened.fileobj.read(BLOCK):  # its checksum stands at the end
+        # tarfile ends without a word at a header that it cannot read, as if the members behind were not there.
+        assert opened.fileobj is not None, "it is open"
+        opened.fileobj.seek(opened.offset)
+        if any(opened.fileobj.read(tarfile.BLOCKSIZE)):
+            raise damaged(archive, f"at byte {opened.offset:,} stands neither a member nor the end")
+        while opened.fileobj.read(BLOCK):  # its checksum stands at the end
             pass
 
 

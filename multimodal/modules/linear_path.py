@@ -37,7 +37,8 @@ def fit_linear_path(network: MultimodalModel, datasets: dict) -> dict[str, Tenso
     if not column:
         return state
     count = torch.tensor([float(items_with[word]) for word in column], dtype=torch.float64)
-    weight_V = ((sum(map(len, captions.values())) + 1) / (count + 1)).log() ** RARITY
+    # Of a word of every item 0 exactly: rounding can make it less, and its root would be no number.
+    weight_V = ((sum(map(len, captions.values())) + 1) / (count + 1)).log().clamp_min(0) ** RARITY
     found = {k: _regression(datasets[k], places[k], captions[k], column, weight_V, RIDGE[k]) for k in kinds}
     parts = {kind: both for kind, both in found.items() if both is not None}
     if not parts:
@@ -91,19 +92,19 @@ def _regression(
             xs.append(sound_statistics(item["audio"][None], None if mask is None else mask[None]))
         else:
             continue
-        rows.append(own)
+        y_V = torch.zeros_like(weight_V)
+        for caption in own:
+            counts = torch.bincount(torch.tensor([column[word] for word in caption]), minlength=len(y_V)) * weight_V
+            y_V += functional.normalize(counts, dim=0) / len(own)
+        rows.append((words := y_V.nonzero()[:, 0], y_V[words]))  # some fifty of 16,000: Y itself would take 2.6 GB
     if not rows:
         return None
     x_nF = standardised(torch.cat(xs)).double()
-    y_nV = torch.zeros(len(rows), len(weight_V), dtype=torch.float64)
-    for row, own in zip(y_nV, rows, strict=True):
-        for caption in own:
-            counts = torch.bincount(torch.tensor([column[word] for word in caption]), minlength=len(row)) * weight_V
-            row += functional.normalize(counts, dim=0) / len(own)
     mean_F = x_nF.mean(0)
-    x_nF = x_nF - mean_F
-    n, features = x_nF.shape
-    diagonal = ridge * torch.eye(min(n, features), dtype=torch.float64)
-    if n < features:  # the same, by (X X^T / F + r I)
-        return x_nF.T @ torch.linalg.solve(x_nF @ x_nF.T / features + diagonal, y_nV) / features, mean_F
-    return torch.linalg.solve(x_nF.T @ x_nF / features + diagonal, x_nF.T @ y_nV / features), mean_F
+    x_nF -= mean_F
+    size = len(mean_F)
+    yx_VF = torch.zeros(len(weight_V), size, dtype=torch.float64)
+    for x_F, (words, values) in zip(x_nF, rows, strict=True):
+        yx_VF[words] += torch.outer(values, x_F)
+    gram_FF = x_nF.T @ x_nF / size + ridge * torch.eye(size, dtype=torch.float64)
+    return torch.linalg.solve(gram_FF, yx_VF.T / size), mean_F

@@ -209,5 +209,9 @@ def _files(path: Path) -> Iterator[tuple[int, int, str]]:
                 if member.isfile():
                     yield member.offset_data, member.size, member.name
                 archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
+            assert archive.fileobj is not None, "it is open"
+            archive.fileobj.seek(archive.offset)  # tarfile ends without a word at a header that it cannot read
+            if any(archive.fileobj.read(tarfile.BLOCKSIZE)):
+                raise tarfile.ReadError(f"at byte {archive.offset:,} stands neither a member nor the end")
     except (tarfile.TarError, EOFError) as error:
         raise UserError(f"{path}: not a readable tar file ({error}); copy or make the shard again") from None

@@ -238,7 +238,7 @@ def test_a_damaged_archive_leaves_nothing(tmp_path: Path):
 def damaged_archive(folder: Path, kind: str) -> Path:
     """An archive of one member whose bytes, or whose names, are no good."""
     path, data = folder / f"x.{kind.split()[0]}", np.random.default_rng(0).integers(0, 50, 60000, np.uint8).tobytes()
-    names = {"file in file": ("a", "a/b"), "no name": (".",), "long name": ("n" * 300,)}.get(
+    names = {"file in file": ("a", "a/b"), "no name": (".",), "long name": ("n" * 300,), "one of two": ("a", "b")}.get(
         kind.partition(" ")[2], ("d/a",)
     )
     if path.suffix == ".zip":
@@ -257,6 +257,8 @@ def damaged_archive(folder: Path, kind: str) -> Path:
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 archive.addfile(info, io.BytesIO(data))
+    if names == ("a", "b"):
+        path.write_bytes(path.read_bytes().replace(b"b" + bytes(99), b"c" + bytes(99)))  # its header's sum is wrong
     if names == ("d/a",) and "locked" not in kind:
         spoiled = bytearray(path.read_bytes())
         middle = slice(len(spoiled) * 3 // 10, len(spoiled) * 3 // 10 + 40)
@@ -268,7 +270,8 @@ def damaged_archive(folder: Path, kind: str) -> Path:
 @pytest.mark.parametrize(
     "kind",
     [*("zip deflate", "zip lzma", "zip bz2", "tar.gz", "tar.xz", "tar.bz2", "7z", "7z locked")]
-    + [f"{form} {names}" for form in ("zip", "tar") for names in ("file in file", "no name", "long name")],
+    + [f"{form} {names}" for form in ("zip", "tar") for names in ("file in file", "no name", "long name")]
+    + ["tar one of two"],  # of which the first is whole
 )
 def test_archives_that_cannot_be_unpacked_are_damaged_whatever_their_decompressor_raises(tmp_path: Path, kind: str):
     archive = damaged_archive(tmp_path, kind)

@@ -111,7 +111,8 @@ def test_folders_links_and_numbers_beyond_all_sound_are_bad_samples(tmp_path):
     (tmp_path / "folder.wav").mkdir()
     (tmp_path / "link.wav").symlink_to(tmp_path / "link.wav")
     soundfile.write(tmp_path / "loud.wav", np.full(900, 1e25), 44100, subtype="FLOAT")
-    for name in ("folder.wav", "link.wav", "loud.wav", "gone.wav"):
+    soundfile.write(tmp_path / "short.wav", np.ones(1), 44100)  # not one sample at 16 kHz
+    for name in ("folder.wav", "link.wav", "loud.wav", "gone.wav", "short.wav"):
         with pytest.raises(BadSample, match=name):
             read_audio(tmp_path / name)
 

@@ -277,6 +277,7 @@ def test_tables_with_semicolons_short_rows_and_other_encodings(tmp_path):
         "file_name|caption_1|caption_2\na.wav|one, two|three\n",
         'File_Name, CAPTION_1 ,caption_2\r\na.wav,"one, two", three\r\n',
         'file_name,caption_1,caption_2\na.wav,"one,\ntwo",three\n',
+        'file_name, caption_1, caption_2\na.wav, "one, two", three\n',
     ],
 )
 def test_tables_between_whose_columns_stand_other_signs(tmp_path, text):

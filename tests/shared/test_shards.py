@@ -121,7 +121,7 @@ def test_headers_are_read_as_tarfile_reads_them(tmp_path, monkeypatch, archive_f
         assert all(np.array_equal(one, other) for one, other in zip(plain, expected, strict=True))
 
 
-@pytest.mark.parametrize("place", [0, 3, 100, 120, 130, 150])
+@pytest.mark.parametrize("place", [0, 3, 100, 120, 130, 150, 1024])  # 1024: of the second member
 def test_a_changed_header_is_not_taken_for_plain(tmp_path, place):
     path = make_shard(tmp_path / "one.tar", numbered(0, 5))
     assert headers._plain_files(path) is not None
