@@ -21,7 +21,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from shared.config import Section, load_config, setting
-from shared.errors import UserError, check_output, command, write_text, written_aside
+from shared.errors import UserError, check_output, command, read_lines, write_text, written_aside
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -134,17 +134,11 @@ def check(options: Options) -> list[str] | None:
         )
     if options.prompts is None:
         return None
-    if not Path(options.prompts).is_file():
-        raise UserError(f"--prompts {options.prompts}: no such file; give a text file with one prompt a line")
+    lines = [line for _, line in read_lines(options.prompts, "--prompts", "give a text file with one prompt a line")]
     if Path(options.prompts).suffix in (".json", ".jsonl", ".csv", ".yaml", ".parquet"):
         raise UserError(
             f"--prompts {options.prompts}: a text file with one prompt a line is read; this is no such file"
         )
-    try:
-        text = Path(options.prompts).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompts {options.prompts}: not UTF-8 ({error}); save it as UTF-8") from None
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines:
         raise UserError(f"--prompts {options.prompts}: no line with a prompt")
     return lines

@@ -40,7 +40,7 @@ from dit.modules.text import condition_of
 from dit.sampling.drawing import Drawing, draw_latents, grid, to_uint8
 from dit.weights.open import Trained, load_asked, saved_settings
 from shared.engine.dist import DistInfo, barrier, gather_objects, init_distributed, raise_together, shutdown
-from shared.errors import write_text, written_aside
+from shared.errors import read_lines, write_text, written_aside
 from shared.metrics import colour_caption
 from shared.rng import keyed_generator
 
@@ -135,19 +135,12 @@ def _texts(options: GenerateOptions) -> list[str]:
 
 def _prompts_of(path: Path) -> list[str]:
     """The captions of a .txt, one a line, or of a .jsonl."""
-    if not path.is_file():
-        raise UserError(f"--prompts {path}: no such file; give a .txt with one caption a line, or a .jsonl")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompts {path}: not UTF-8 ({error}); save it as UTF-8") from None
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    remedy = "give a .txt with one caption a line, or a .jsonl"
+    numbered = read_lines(path, "--prompts", remedy)
     if path.suffix in (".json", ".csv", ".yaml", ".parquet"):
-        raise UserError(
-            f"--prompts {path}: {path.suffix} is not read; give a .txt with one caption a line, or a .jsonl"
-        )
+        raise UserError(f"--prompts {path}: {path.suffix} is not read; {remedy}")
     if path.suffix != ".jsonl":
-        return [line.strip() for _, line in numbered]
+        return [line for _, line in numbered]
     found = []
     for number, line in numbered:
         try:

@@ -43,7 +43,7 @@ from dit.weights.open import Trained, load_asked, run_of
 from shared.engine.dist import DistInfo, gather_objects, init_distributed, shutdown
 from shared.errors import write_text
 from shared.media.inception import FIDInception, ScriptedFeatures, inception
-from shared.metrics import agreement, clip_score, colour_caption, paired_p
+from shared.metrics import ClipScorer, agreement, clip_score, colour_caption, paired_p
 from shared.report.page import Bar, Sample, write_report
 
 OF_PICTURES = ["loss", "caption", "recon", "vae", "colour", "memory"]  # what --metrics auto measures
@@ -53,8 +53,15 @@ OF_SCENES = ["scenes", "loss", "caption", "recon", "vae"]
 class Measurement:
     """One evaluation: the held-out pictures, the drawn ones (made when first wanted), and a method for every metric."""
 
-    def __init__(self, trained: Trained, measured: TextImageDataset, options: MetricsOptions, info: DistInfo) -> None:
-        self.trained, self.options, self.info = trained, options, info
+    def __init__(
+        self,
+        trained: Trained,
+        measured: TextImageDataset,
+        options: MetricsOptions,
+        info: DistInfo,
+        scorer: ClipScorer | None = None,
+    ) -> None:
+        self.trained, self.options, self.info, self.scorer = trained, options, info, scorer
         self.training_set = measured if options.split == "train" else measured_set(options, trained, "train")
         self.measured: Any = measured  # a SceneDataset has the same methods
         self.held = prepare(
@@ -152,7 +159,7 @@ class Measurement:
 
     def clip(self) -> dict:
         """Mean of max(100 cos(picture, caption), 0), and how often the right caption comes first of all."""
-        return clip_score(list(self.drawn), self.held.prompts, self.options.clip_path, device=self.info.device)
+        return clip_score(list(self.drawn), self.held.prompts, self.scorer, device=self.info.device)
 
     @property
     def drawn(self) -> np.ndarray:
@@ -371,6 +378,8 @@ def main(argv: list[str] | None = None) -> dict:
     options = load_config(MetricsOptions, argv=argv, description=__doc__)
     network = _check(options)
     info = init_distributed(options.device)
+    # opened first: a wrong --clip-path ends the command within seconds
+    scorer = ClipScorer(options.clip_path, device=info.device) if "clip" in _asked_for(options) else None
     trained = None
     if options.checkpoint:
         trained = load_asked(options, info.device)
@@ -379,7 +388,7 @@ def main(argv: list[str] | None = None) -> dict:
     measured = functools.cache(lambda: measured_set(options, trained, options.split))  # fid may need none
     measurement = None
     if trained is not None and set(wanted) - {"fid"}:
-        measurement = Measurement(trained, measured(), options, info)
+        measurement = Measurement(trained, measured(), options, info, scorer)
     for name in wanted:
         if name == "fid":
             assert network is not None  # of _check()

@@ -20,8 +20,8 @@ from shared.config import accumulation_steps
 from shared.data import to_device
 from shared.engine.dist import DistInfo, mean_over_ranks
 from shared.flow import Velocity, integrate, sample_times
-from shared.loop import FitResult, TrainedModel, fit, plan_steps
-from shared.optim import adamw, decay_groups, lr_at
+from shared.loop import FitResult, TrainedModel, fit, lr_at, plan_steps
+from shared.optim import adamw, decay_groups
 from shared.rng import keyed_rand, keyed_randn
 
 TIMES, NOISE, DROPS, HELD_OUT = 321, 322, 323, 324  # random streams

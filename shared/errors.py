@@ -282,6 +282,19 @@ def remove_parts(folder: Path | str) -> None:
             os.close(lock)
 
 
+def read_lines(path: Path | str, flag: str, remedy: str) -> list[tuple[int, str]]:
+    """The lines of a UTF-8 text that hold something, stripped, each with its number from 1. UserError where what the
+    flag names is no such file.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{flag} {path}: no such file; {remedy}")
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag} {path}: not UTF-8 ({error}); save it as UTF-8") from None
+    return [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
 def write_text(path: Path | str, text: str, *, sync: bool = False) -> None:
     """Atomic write of UTF-8 text. sync: it is on the disk, not in the system's memory, before the renaming."""
     with written_aside(path) as temporary, open(temporary, "w", encoding="utf-8") as file:

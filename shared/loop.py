@@ -3,7 +3,7 @@
 One optimizer step, in the order in which it happens:
   data.py             ReadAhead.next_step      micro-batches on the device; a thread reads two steps ahead
   engine/dist.py      max_over_ranks           all-reduce of one number: does any rank have to stop, or has it failed?
-  optim.py            lr_at                    the learning rate, a function of the step alone
+  lr_at               below                    the learning rate, a function of the step alone
   SYSTEM/objective    losses(model, ...)       one pre-weighted loss for each micro-batch; it calls
   SYSTEM/model.py     forward                  through TrainedModel below: the wrapped module under autocast
   engine/strategy.py  backward                 gradients; all-reduced over ranks in the last micro-step only
@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shared.config import checkpoint_bytes, save_config
+from shared.config import TrainingSection, checkpoint_bytes, save_config
 from shared.data import ReadAhead, Stream
 from shared.engine.checkpoint import CheckpointStore, attempt, frozen_digest, read_manifest, sampled_digest
 from shared.engine.dist import (
@@ -51,12 +51,31 @@ from shared.engine.state import RunState, checkpoint_folder_name, resume, save_a
 from shared.engine.strategy import EMA, StepInfo, Strategy, check_gradients_agree, choose_precision
 from shared.errors import UserError, write_text
 from shared.log import RunLog
-from shared.optim import decay_groups, lr_at
+from shared.optim import decay_groups
 from shared.rng import seed_everything
 
 MAX_SKIPPED = 20  # steps in a row whose gradient is not finite before the run stops
 GARBAGE_STEPS = 50  # steps between two collections where there are several ranks
 _STEP_STREAM = 103
+
+
+def lr_at(step: int, training: TrainingSection, total_steps: int) -> float:
+    """The learning rate of optimizer step `step`, counted from 0.
+
+    Warm-up: peak (step + 1) / warmup. Then, with p the share of the rest that is done: constant 1, linear 1 - p,
+    cosine (1 + cos pi p) / 2, wsd 1 until p = 0.8 and linear to 0 after it; scaled so that it ends at min_lr_ratio.
+    """
+    peak, warmup = training.learning_rate, training.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    shape = {
+        "constant": 1.0,
+        "linear": 1 - done,
+        "cosine": (1 + math.cos(math.pi * done)) / 2,
+        "wsd": min(1.0, (1 - done) / 0.2),
+    }[training.lr_scheduler_type]
+    return peak * (training.min_lr_ratio + (1 - training.min_lr_ratio) * shape)
 
 
 class TrainedModel:

@@ -288,14 +288,19 @@ class ClipScorer:
 
 
 def clip_score(
-    pictures: Sequence, captions: Sequence[str], model_path: str | None, *, device: torch.device, batch_size: int = 32
+    pictures: Sequence,
+    captions: Sequence[str],
+    model: str | ClipScorer | None,
+    *,
+    device: torch.device,
+    batch_size: int = 32,
 ) -> dict[str, float | int | str]:
     """Mean of max(100 cos, 0) over pairs (Hessel et al. 2021), and the share of pictures whose own caption fits best
-    of at most 100.
+    of at most 100. model: a CLIP by path or name, or opened already.
 
     Scores of different CLIP models do not compare; the model's name is part of the answer.
     """
-    scorer = ClipScorer(model_path, device=device)
+    scorer = model if isinstance(model, ClipScorer) else ClipScorer(model, device=device)
     images, texts = scorer.embed(pictures, captions, batch_size=batch_size)
     among = (images[:100] @ texts[:100].T).argmax(1)
     return {

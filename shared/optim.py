@@ -1,6 +1,6 @@
-"""Parameter groups by name, AdamW, and the learning rate as a pure function of the step."""
+"""Parameter groups by name, AdamW and Muon."""
 
-import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -139,23 +139,13 @@ def adamw(groups: list[dict], parameters: dict[str, nn.Parameter], training: Tra
     )
 
 
-def lr_at(step: int, training: TrainingSection, total_steps: int) -> float:
-    """The learning rate of optimizer step `step`, counted from 0.
+def __getattr__(name: str) -> Any:
+    """`from shared.optim import lr_at`: it stands beside the loop that sets the rate."""
+    if name == "lr_at":
+        from shared.loop import lr_at
 
-    Warm-up: peak (step + 1) / warmup. Then, with p the share of the rest that is done: constant 1, linear 1 - p,
-    cosine (1 + cos pi p) / 2, wsd 1 until p = 0.8 and linear to 0 after it; scaled so that it ends at min_lr_ratio.
-    """
-    peak, warmup = training.learning_rate, training.warmup_steps
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-    shape = {
-        "constant": 1.0,
-        "linear": 1 - done,
-        "cosine": (1 + math.cos(math.pi * done)) / 2,
-        "wsd": min(1.0, (1 - done) / 0.2),
-    }[training.lr_scheduler_type]
-    return peak * (training.min_lr_ratio + (1 - training.min_lr_ratio) * shape)
+        return lr_at
+    raise AttributeError(name)
 
 
 ZERO_STAYS_GATHERED = 10**9  # numbers of a model that ZeRO-3 keeps from the forward to the backward

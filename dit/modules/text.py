@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dit.config import Config
 from shared.data import sent
+from shared.engine.products import use_fast_products
 from shared.errors import UserError, load_whole, opening
 
 
@@ -110,6 +111,7 @@ class TextEncoder(CaptionEncoder):
         config = self.model.config
         self.length, self.width = length, getattr(config, "hidden_size", None) or config.encoder.hidden_size
         self.model.requires_grad_(False).eval()
+        use_fast_products(self.model)
 
     def train(self, mode: bool = True) -> "TextEncoder":
         """Stays in eval mode: it is frozen."""

@@ -36,7 +36,9 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
+        a_MK, b_NK, _ = inputs
+        by_a, by_b, _ = ctx.needs_input_grad  # what enters a frozen layer is not kept
+        ctx.save_for_backward(a_MK if by_b else None, b_NK if by_a else None)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -64,14 +66,14 @@ def _product(a_MK: Tensor, b_NK: Tensor, bias_N: Tensor | None) -> Tensor:
 def _fits(x: Tensor, weight: Tensor) -> bool:
     """Plain fp32 tensors of a CPU, large enough; nothing that is planned, traced, compiled, sharded or cast."""
     return bool(
-        x.dtype is torch.float32 is weight.dtype
+        not torch.compiler.is_compiling()  # first: dynamo would watch the rest, sizes too, and compile again
+        and x.dtype is torch.float32 is weight.dtype
         and x.device.type == "cpu"
         and type(x) is Tensor
         and type(weight) in (Tensor, nn.Parameter)
         and x.numel() * len(weight) >= SMALLEST
         and onednn_is_faster()
         and torch.backends.mkldnn.enabled
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
     )
 

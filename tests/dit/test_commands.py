@@ -168,3 +168,13 @@ def test_fid_without_weights_says_which_file(trained, capsys):
     with pytest.raises(SystemExit) as left:
         metrics.main(["--checkpoint", str(trained), "--metrics", "fid"])
     assert left.value.code == 2 and "inception-2015-12-05" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("clip", ["./nowhere", None])
+def test_a_wrong_clip_is_refused_before_the_run_is_opened(monkeypatch, tmp_path, capsys, clip):
+    monkeypatch.setattr(metrics, "load_asked", lambda *_: pytest.fail("the run was opened"))
+    with pytest.raises(SystemExit) as left:
+        metrics.main(
+            ["--checkpoint", str(tmp_path), "--metrics", "loss,clip", *(["--clip-path", clip] if clip else [])]
+        )
+    assert left.value.code == 2 and "--clip-path" in capsys.readouterr().err

@@ -13,8 +13,8 @@ from multimodal.data.image import center_crop, normalise
 from multimodal.data.text import TextTokenizer
 from multimodal.evaluation.retrieval import ranks_of_targets, summarise
 from multimodal.modules.contrastive import contrastive_loss
+from shared.loop import lr_at
 from shared.media.pictures import to_pixels
-from shared.optim import lr_at
 from tests.multimodal.golden import numbers, tensors
 
 

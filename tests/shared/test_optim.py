@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from shared.config import TrainingSection
-from shared.optim import adamw, decay_groups, lr_at
+from shared.loop import lr_at
+from shared.optim import adamw, decay_groups
 
 # (schedule, warm-up, least share, {step: rate as a share of the peak}) for 110 steps
 TABLE = [

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
@@ -68,6 +69,26 @@ def test_gradient_that_is_one_number_everywhere(calls):
     x, weight, bias = inputs(128, 128)
     linear(x, weight, bias).sum().backward()
     torch.testing.assert_close(x.grad, weight.sum(0).expand(128, 128), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("frozen, kept", [((), [0, 1]), ((1,), [1]), ((0,), [0]), ((0, 1), [])])
+def test_what_no_gradient_needs_is_not_kept(calls, frozen, kept):
+    """A frozen layer keeps its weight for the gradient of what comes before, and not what entered it."""
+    tensors, seen = inputs(128, 128), []
+    for number in frozen:
+        tensors[number].requires_grad_(False)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: seen.append(tensor) or tensor, lambda tensor: tensor):
+        linear(*tensors)
+    pointers = [tensor.data_ptr() for tensor in tensors[:2]]
+    assert sorted(pointers.index(tensor.data_ptr()) for tensor in seen) == kept and calls
+
+
+def test_compiled_once_whatever_the_size(calls):
+    counter = CompileCounter()
+    compiled = torch.compile(linear, backend=counter, fullgraph=True, dynamic=True)
+    for rows in (2, 60, 3000):
+        compiled(torch.randn(rows, 128), torch.randn(64, 128))
+    assert counter.frame_count == 1 and not calls
 
 
 def test_second_derivative(calls):
