@@ -179,6 +179,8 @@ class Finder:
     def __init__(self, detector: str, segmenter: str, device: str, threshold: float):
         from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor, SamModel, SamProcessor
 
+        from shared.engine.products import use_fast_products
+
         for name, path in (("--detector", detector), ("--segmenter", segmenter)):
             if not Path(path).is_dir():
                 raise UserError(f"{name} {path}: not a folder; give a local folder of the model")
@@ -189,7 +191,7 @@ class Finder:
             self.segmenter = load_whole(SamModel, segmenter, local_files_only=True)
         self.device, self.threshold = device, threshold
         for model in (self.detector, self.segmenter):
-            model.eval().to(device)
+            use_fast_products(model.eval().to(device))
 
     def boxes(self, frame: Any, noun: str) -> list[tuple[float, Any]]:
         """(score, box x1 y1 x2 y2 in pixels) of a noun in a frame (H, W, 3), best first."""

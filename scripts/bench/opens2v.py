@@ -37,6 +37,7 @@ from opens2v.train import parse, sample_paths
 from opens2v.weights.base import latent_shape, new_transformer
 from shared.data import BatchPlan, MapStream
 from shared.engine.dist import DistInfo
+from shared.engine.products import use_fast_products
 
 WAN_SMALL = dict(
     patch_size=(1, 2, 2), num_attention_heads=3, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=256,
@@ -113,6 +114,8 @@ def cached_pair(bench: Bench, frames: int = 21, height: int = 64, width: int = 9
     vae = AutoencoderKLWan().eval()
     clip = CLIPVisionModel(CLIPVisionConfig(**CLIP_VIT_H, num_hidden_layers=1)).eval()
     umt5 = UMT5EncoderModel(UMT5Config(**UMT5_XXL, num_layers=1)).eval()
+    for model in (clip, umt5):
+        use_fast_products(model)
     video, picture = torch.randn(1, 3, frames, height, width), torch.randn(1, 3, 1, 64, 64)
     seen, words = torch.randn(1, 3, 224, 224), torch.randint(32, (1, TEXT_ROWS))
     encoders: list[Job] = [
