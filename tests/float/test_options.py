@@ -74,6 +74,9 @@ def test_a_pose_condition_trains_resumes_and_moves_the_head(tmp_path):
     trainer = FlowMatchingTrainer(config, generator, dataset)
     given, none = trainer._pose(batch, None), trainer._pose({**batch, "pose": batch["pose"] + 1}, 7)
     assert torch.equal(given, batch["pose"]) and 0 < none.any((1, 2)).float().mean() < 1  # some samples are left out
+    trainer.config.model.pose_dropout_prob = 1.0
+    assert not trainer._pose(batch, 7).any()
+    trainer.config.model.pose_dropout_prob = 0.5
     with pytest.raises(UserError, match="the cached clips hold no poses; run float/precompute.py --pose-condition"):
         next(trainer.losses(generator, [{name: value for name, value in batch.items() if name != "pose"}], 0))
 
