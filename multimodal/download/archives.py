@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO
 
+from shared.media.shards import check_end
+
 BLOCK = 1 << 20
 MAX_GROWTH = 3  # an archive may unpack to so many times its expected size
 # What the system says of a member's name (too long, file and folder at once), or of bytes that do not decompress (None)
@@ -111,12 +113,8 @@ def _members(archive: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
                 content = opened.extractfile(member)
                 assert content is not None, "a file has content"
                 yield member.name, member.size, content
-        # tarfile ends without a word at a header that it cannot read, as if the members behind were not there.
-        assert opened.fileobj is not None, "it is open"
-        opened.fileobj.seek(opened.offset)
-        if any(opened.fileobj.read(tarfile.BLOCKSIZE)):
-            raise damaged(archive, f"at byte {opened.offset:,} stands neither a member nor the end")
-        while opened.fileobj.read(BLOCK):  # its checksum stands at the end
+        check_end(opened)
+        while opened.fileobj is not None and opened.fileobj.read(BLOCK):  # its checksum stands at the end
             pass
 
 

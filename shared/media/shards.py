@@ -201,6 +201,16 @@ def _sum_of_bytes(header: bytes) -> int:
     return (zlib.adler32(header) % 2**16 - 1) % _ADLER
 
 
+def check_end(archive: tarfile.TarFile) -> None:
+    """After the last member of an open archive: tarfile.ReadError where the archive goes on. tarfile ends without a
+    word at a header that it cannot read, as if the members behind were not there.
+    """
+    assert archive.fileobj is not None, "it is open"
+    archive.fileobj.seek(archive.offset)
+    if any(archive.fileobj.read(tarfile.BLOCKSIZE)):
+        raise tarfile.ReadError(f"at byte {archive.offset:,} stands neither a member nor the end")
+
+
 def _files(path: Path) -> Iterator[tuple[int, int, str]]:
     """The same by tarfile."""
     try:
@@ -209,9 +219,6 @@ def _files(path: Path) -> Iterator[tuple[int, int, str]]:
                 if member.isfile():
                     yield member.offset_data, member.size, member.name
                 archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
-            assert archive.fileobj is not None, "it is open"
-            archive.fileobj.seek(archive.offset)  # tarfile ends without a word at a header that it cannot read
-            if any(archive.fileobj.read(tarfile.BLOCKSIZE)):
-                raise tarfile.ReadError(f"at byte {archive.offset:,} stands neither a member nor the end")
+            check_end(archive)
     except (tarfile.TarError, EOFError) as error:
         raise UserError(f"{path}: not a readable tar file ({error}); copy or make the shard again") from None
