@@ -6,7 +6,7 @@ import re
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.data import DataLoader, Dataset
 
-from shared.engine.dist import DistInfo, gather_objects
+from shared.engine.dist import DistInfo, background_thread, gather_objects
 from shared.errors import BadSample, UserError
 from shared.rng import keyed_generator, keyed_seed
 
@@ -330,7 +330,7 @@ class ReadAhead:
         self.stream, self.device = stream, device
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._position = stream.state()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self._thread = background_thread("read-ahead")
         self._steps: deque[Future] = deque()
 
     def _read(self) -> tuple[list[Any], dict, torch.cuda.Event | None]:

@@ -23,7 +23,7 @@ import struct
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from shared.config import read_yaml
-from shared.engine.dist import DistInfo, from_main, gather_objects, new_gloo_group, raise_together
+from shared.engine.dist import (
+    DistInfo,
+    background_thread,
+    from_main,
+    gather_objects,
+    new_gloo_group,
+    raise_together,
+)
 from shared.errors import CheckpointError, UserError, reason_of, remove_parts, sync_file, write_text
 
 FORMAT = 1
@@ -53,7 +60,7 @@ class CheckpointStore:
     def __init__(self, root: Path, info: DistInfo, *, keep_last: int | None = 2, keep_every: int | None = None):
         self.root, self.info, self.keep_last, self.keep_every = Path(root), info, keep_last, keep_every
         self.identity = new_identity()
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writer = background_thread("checkpoint")
         self._pending: Future | None = None
         self._group: Any = None  # on which the writing threads of all ranks agree
         self._copied: dict[str, list[Tensor]] = {}  # kept from save to save: fresh memory costs more than the copying

@@ -1,14 +1,20 @@
 """What a user can cause on several ranks ends each with exit code 2, and only after it has left the group: gloo's
-threads, left to the end of the interpreter, abort one process in ten. And all ranks collect garbage together.
+threads, left to the end of the interpreter, abort one process in ten. All ranks collect
+garbage together, and threads beside the training leave it the cores.
 """
 
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
+from shared.data import ReadAhead
+from shared.engine.checkpoint import CheckpointStore
+from shared.engine.dist import DistInfo
 from tests.launching import ENVIRONMENT, ROOT
 
 REFUSED = f"""
@@ -84,3 +90,37 @@ def test_a_refusal_leaves_the_group_and_is_exit_code_two(tmp_path):
 def test_no_rank_collects_garbage_at_a_moment_of_its_own(tmp_path):
     for code, output, errors in on_two_ranks(LITTERING, tmp_path):
         assert code == 0 and output.splitlines()[-1] == "[49, 99] True", output + errors
+
+
+class Cores:
+    """A stream whose samples say on how many cores the thread that reads them calculates."""
+
+    def next_step(self):
+        return [torch.tensor(torch.get_num_threads())]
+
+    def state(self):
+        return {}
+
+    def close(self):
+        pass
+
+
+def test_what_runs_beside_the_training_calculates_on_one_core_and_leaves_it_the_others(tmp_path):
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        ahead = ReadAhead(Cores(), torch.device("cpu"))
+        store = CheckpointStore(tmp_path, DistInfo())
+        seen.append(int(ahead.next_step()[0]))
+        tensors = {"w.safetensors": ([("w", (3,), torch.float32)], [torch.zeros(3)])}
+        store.save(
+            "step_1", step=1, trainer={}, meta={}, tensors=tensors, background=True,
+            extra=lambda folder: seen.append(torch.get_num_threads()),
+        )  # fmt: skip
+        store.wait()
+        ahead.close()
+        with ThreadPoolExecutor(1) as later:
+            seen += [torch.get_num_threads(), later.submit(torch.get_num_threads).result()]
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 1, 2, 2]
