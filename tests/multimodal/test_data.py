@@ -11,11 +11,12 @@ import soundfile
 import torch
 from PIL import Image
 
-from multimodal.config import Config
+from multimodal.config import PRESETS, Config
 from multimodal.data.audio import compress, fit_frames, log_mel, read_audio, spec_augment
 from multimodal.data.image import read_image
 from multimodal.data.sources import open_data, read_records
 from multimodal.data.text import TextTokenizer
+from shared.config import load_config
 from shared.errors import BadSample, UserError
 from tests.multimodal.files import dataset, picture, wav
 
@@ -38,6 +39,19 @@ def test_the_sample_data(name, train, val, captions):
         found = read_records(name, SAMPLE / name, split)
         assert len(found.records) == count and found.missing == 0
         assert len(found.records[0].captions) == (5 if split == "val" else captions)
+
+
+def test_small_trains_on_all_of_the_sample_data_and_on_nothing_that_is_held_out():
+    data = open_data(load_config(Config, presets=PRESETS, argv=["--config", "small"]))
+    assert {kind: (len(data.train[kind]), len(data.val[kind])) for kind in data.kinds} == {
+        "image": (160, 40),
+        "audio": (96, 24),
+    }
+    train, val = (
+        [record.source.read_bytes() for records in part.values() for record in records]
+        for part in (data.train, data.val)
+    )
+    assert len({*train}) == len(train) == 256 and not {*train} & {*val}
 
 
 def test_coco_labels_skip_the_gaps_of_the_category_ids(tmp_path):
