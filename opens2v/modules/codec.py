@@ -46,11 +46,12 @@ class Pictures(nn.Module):
 
     def encode(self, pictures: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, C, h, w)."""
+        pictures = _channels_last(pictures)
         return self.to_components(pictures) + self.encoder(pictures)
 
     def decode(self, latents: Tensor) -> Tensor:
         """The inverse of encode, not clamped."""
-        return self.decoder(latents)
+        return self.decoder(_channels_last(latents))
 
 
 class Motion(nn.Module):
@@ -78,12 +79,12 @@ class Motion(nn.Module):
 
     def encode(self, window: Tensor) -> Tensor:
         """The known frame and the next four (B, 3, 5, H, W) -> (B, C, h, w)."""
-        latents = self.encoder(window.transpose(1, 2).flatten(1, 2))
+        latents = self.encoder(_channels_last(window.transpose(1, 2).flatten(1, 2)))
         return functional.pad(latents, (0, 0, 0, 0, 0, self.channels - self.used))
 
     def decode(self, source: Tensor, latents: Tensor) -> Tensor:
         """(B, 3, H, W) and (B, C, h, w) -> the next four frames (B, 3, 4, H, W)."""
-        parts = self.decoder(torch.cat([latents[:, : self.used], self.context(source)], 1)).float()
+        parts = self.decoder(_channels_last(torch.cat([latents[:, : self.used], self.context(source)], 1))).float()
         steady, parts = parts[:, None, :2], parts[:, 2:].unflatten(1, (self.frames, 6))
         # A steady motion that all frames share is found from the first, nearest one; alone, the last would be too far.
         count = torch.arange(1.0, self.frames + 1, device=source.device)[:, None, None, None]
@@ -98,6 +99,11 @@ class Motion(nn.Module):
             padding_mode="border", align_corners=False,
         )  # fmt: skip
         return torch.lerp(moved, paint, torch.sigmoid(mask - 2)).unflatten(0, (-1, self.frames)).transpose(1, 2)
+
+
+def _channels_last(pictures: Tensor) -> Tensor:
+    """The same values with a pixel's channels side by side: convolutions on a CPU then take a sixth less time."""
+    return pictures.contiguous(memory_format=torch.channels_last)
 
 
 def _start_small(*layers: nn.Module) -> None:

@@ -221,11 +221,11 @@ class HashText:
         """float32 (B, rows, dim)."""
         out = torch.zeros(len(texts), self.rows, self.dim)
         for row, text in enumerate(texts):
-            words = re.findall(r"\w+", text.lower())[: self.rows]
-            for place, word in enumerate(words):
-                out[row, place] = self._word(word)
-                if self.ordered and place:
-                    out[row, place] += 0.5 * self._word(words[place - 1]).flip(0)
+            if words := [self._word(word) for word in re.findall(r"\w+", text.lower())[: self.rows]]:
+                rows_SD = torch.stack(words)
+                out[row, : len(words)] = rows_SD
+                if self.ordered:
+                    out[row, 1 : len(words)] += 0.5 * rows_SD[:-1].flip(1)
         return out
 
     def _word(self, word: str) -> Tensor:
