@@ -424,11 +424,17 @@ class MotionGenerator(nn.Module):
         self.motion_pose_read.copy_(read)
         self.motion_pose_write.copy_(write)
 
-    def with_pose(self, motion_BLd: Tensor, pose_BL7: Tensor, own_Bd: Tensor) -> Tensor:
-        """Motion in the flow's space, moved until the pose that is read off it, against the portrait's own motion, is
-        the given one. The transformer is told the pose; sound that it knows by heart still turns the head.
+    def pose_constant(self, motion_BLd: Tensor, pose_BL7: Tensor) -> Tensor:
+        """(B, 1, 6): what motion in the flow's space reads beyond the pose that was asked for, in the mean. How motion
+        and pose go together is known within clips; between clips this constant is who is seen and how, not a pose.
         """
-        there = (motion_BLd if self.relative else motion_BLd - own_Bd[:, None]) @ self.motion_pose_read
+        return (motion_BLd @ self.motion_pose_read - from_condition(pose_BL7)).mean(1, keepdim=True)
+
+    def with_pose(self, motion_BLd: Tensor, pose_BL7: Tensor, constant_B16: Tensor) -> Tensor:
+        """Motion in the flow's space, moved until the pose that is read off it, less the constant, is the given one.
+        The transformer is told the pose; sound that it knows by heart still turns the head.
+        """
+        there = motion_BLd @ self.motion_pose_read - constant_B16
         return motion_BLd + pose_BL7[..., VALUES:] * (from_condition(pose_BL7) - there) @ self.motion_pose_write
 
     def whiten(self, motion: Tensor, reference_Bd: Tensor | None = None) -> Tensor:

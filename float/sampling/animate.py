@@ -120,6 +120,7 @@ class Animator:
         own_1d, limit = self.generator.whiten(motion_1d), self.config.model.reference_limit
         known_1d = own_1d if limit is None else own_1d.clamp(-limit, limit)
         given, wanted = (None, None) if pose is None else tee(pose)
+        constant: Tensor | None = None  # of the first window: whose motion it is
         windows = sample_windows(
             self,
             # projected once a window, not in every step of the solver
@@ -137,7 +138,9 @@ class Animator:
             if not self.generator.relative:
                 window = window + (own_1d - known_1d)[:, None]
             if wanted is not None:
-                window = self.generator.with_pose(window, next(wanted), own_1d)
+                asked = next(wanted)
+                constant = self.generator.pose_constant(window, asked) if constant is None else constant
+                window = self.generator.with_pose(window, asked, constant)
             yield self.generator.unwhiten(window, motion_1d)
 
     def poses(self, source: str) -> Iterator[Tensor] | None:

@@ -207,7 +207,7 @@ def test_the_pose_is_one_more_condition_in_every_way_of_calling():
 
 @pytest.mark.parametrize("relative", [False, True])
 def test_a_given_pose_is_laid_into_the_motion_and_an_unknown_one_is_not(relative):
-    """What no pose explains stays; what is read off the motion afterwards, against the portrait's own, is the pose."""
+    """What no pose explains stays, so does a constant of the first window; what is read off less it is the pose."""
     torch.manual_seed(0)
     generator = MotionGenerator(
         FlowMatchingTransformer(dim_w=9, dim_h=8, num_heads=1, pose_width=7), 5, relative=relative
@@ -216,13 +216,13 @@ def test_a_given_pose_is_laid_into_the_motion_and_an_unknown_one_is_not(relative
     poses = torch.randn(5, 40, 6) * torch.tensor([0.1, 0.1, 0.05, 0.02, 0.02, 0.02])
     motions = poses @ effect + 0.01 * torch.randn(5, 40, 9)
     generator.set_pose_statistics(zip(motions + people, poses, strict=True))
-    own, window = torch.randn(2, 9), torch.randn(2, 16, 9)
-    condition = as_condition(poses[:2, :16])
+    window, condition = 5 + torch.randn(2, 16, 9), as_condition(poses[:2, :16])
+    constant = generator.pose_constant(window, condition)
+    assert (generator.with_pose(window, condition, constant) - window).mean(1).abs().max() < 1e-4
     condition[:, 3] = 0
-    moved = generator.with_pose(window, condition, own)
-    read = (moved if relative else moved - own[:, None]) @ generator.motion_pose_read
+    moved = generator.with_pose(window, condition, constant)
     assert torch.equal(moved[:, 3], window[:, 3])
-    assert torch.allclose(read[:, 4:], poses[:2, 4:16], atol=1e-4)
+    assert torch.allclose((moved @ generator.motion_pose_read - constant)[:, 4:], poses[:2, 4:16], atol=1e-4)
     assert (moved - window)[:, 4:].abs().mean() > 0.1
 
 
