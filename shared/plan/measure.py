@@ -105,12 +105,14 @@ class FrozenPart:
 
 @dataclass(frozen=True)
 class Moment:
-    """Bytes after a gradient of the backward is complete, until the next one is: activations go as gradients come."""
+    """Bytes in the forward, or from the start of the backward or a gradient in it until the next one is complete:
+    activations go as gradients come.
+    """
 
     scattered: int  # gradients of the units that are through
     whole: int  # gradients of the unit at work and of what lies in no unit
     flat: int  # those of `whole` that would be scattered together, were this one the last of them
-    then: int  # other tensors when it came
+    then: int  # other tensors when it began
     others: int  # most other tensors until the next one
 
     @property
@@ -165,9 +167,10 @@ class Measured:
         a weight goes when its gradient has come.
         """
         numbers = self.trainable + self.frozen
+        forward, *backward = self.live or [Moment(0, 0, 0, 0, 0)]
         pieces = width * min(numbers, ZERO_PREFETCHED)
-        during = (m.others - width / 4 * m.gradients + (0 if m.gradients else pieces) for m in self.live)
-        return math.ceil(width * numbers + max(during, default=0))
+        during = (moment.others - width / 4 * moment.gradients for moment in backward)
+        return math.ceil(width * numbers + max([forward.others + pieces, *during]))
 
 
 @dataclass
@@ -267,6 +270,10 @@ class _LiveMemory(TorchDispatchMode):
         if self.live - last.gradients > last.others:
             self.moments[-1] = replace(last, others=self.live - last.gradients)
 
+    def note_backward(self) -> None:
+        """The forward is over."""
+        self.moments.append(Moment(0, 0, 0, self.live, self.live))
+
     def note_gradient(self, parameter: nn.Parameter) -> None:
         """The gradient of a parameter is complete: from now on it counts as such."""
         assert parameter.grad is not None
@@ -362,6 +369,7 @@ def measure(
                 loss = step(model)
             for call in calls:
                 call.remove()
+            memory.note_backward()
             loss.backward()
             del loss
         live = tuple(memory.moments)
@@ -529,10 +537,8 @@ def _startup(plan: Plan, save_in_background: bool, writers: int) -> tuple[int, i
     staging = plan.checkpoint_bytes // writers * min(writers, local) if save_in_background else 0
     offloaded = (whole + 12 * found.trainable) // plan.shards * local if plan.cpu_offload else 0
     by_rank = 4 * (found.trainable + found.frozen) if plan.built_in_fp32 else whole
-    if plan.built_once:  # by one rank on its disk, but for what it reads to put into place
-        built = by_rank if plan.built_in_fp32 else found.block_bytes
-    else:
-        built = 0 if plan.starts_in_parts else by_rank * local
+    # One rank builds on its disk, but for what it reads to put into place.
+    built = 0 if plan.starts_in_parts else found.block_bytes if plan.built_once else by_rank * local
     encoders = sum(part.host_bytes for part in plan.frozen_parts) * local
     return 0 if plan.cpu_offload else placed, encoders + max(built, staging + offloaded)
 

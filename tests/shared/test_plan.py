@@ -288,10 +288,12 @@ def test_a_start_holds_one_whole_unit_of_a_sharded_model_and_every_rank_s_model_
         "toy", measured, run=RunSection(), training=TrainingSection(), strategy="fsdp", world=16, starts_in_parts=True
     )
     assert plans["fsdp"].host_bytes == 8 * whole and in_parts.host_bytes == in_parts.checkpoint_bytes  # its staging
-    once = make_plan(
-        "toy", measured, run=RunSection(), training=TrainingSection(), strategy="fsdp", world=16, built_once=True
-    )
-    assert once.host_bytes == max(measured.block_bytes, once.checkpoint_bytes)  # on rank 0's disk, then the staging
+    for in_fp32 in (False, True):
+        once = make_plan(
+            "toy", measured, run=RunSection(), training=TrainingSection(), strategy="fsdp", world=16, built_once=True,
+            built_in_fp32=in_fp32,
+        )  # fmt: skip
+        assert once.host_bytes == max(measured.block_bytes, once.checkpoint_bytes)  # on rank 0's disk, then the staging
     assert plans["ddp"].host_bytes == max(8 * whole, 16 * PARAMETERS)  # eight ranks of a node; one checkpoint
 
 
