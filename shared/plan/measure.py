@@ -105,7 +105,7 @@ class FrozenPart:
 
 @dataclass(frozen=True)
 class Moment:
-    """Bytes in the forward, or from the start of the backward or a gradient in it until the next one is complete:
+    """Bytes until all weights were used, and from then or from a gradient that is complete until the next one is:
     activations go as gradients come.
     """
 
@@ -163,14 +163,14 @@ class Measured:
     def zero3_bytes(self, width: int) -> int:
         """The same under ZeRO-3 with weights that stay gathered, without gradients, whose shards are there throughout.
 
-        As counted on CPU ranks: weights come in flat pieces, are cut apart, and the pieces last as long as the forward;
-        a weight goes when its gradient has come.
+        As counted on CPU ranks: weights come in flat pieces, are cut apart when they are used, and the pieces last until
+        all are; a weight goes when its gradient has come.
         """
         numbers = self.trainable + self.frozen
-        forward, *backward = self.live or [Moment(0, 0, 0, 0, 0)]
+        first, *others = self.live or [Moment(0, 0, 0, 0, 0)]
         pieces = width * min(numbers, ZERO_PREFETCHED)
-        during = (moment.others - width / 4 * moment.gradients for moment in backward)
-        return math.ceil(width * numbers + max([forward.others + pieces, *during]))
+        during = (moment.others - width / 4 * moment.gradients for moment in others)
+        return math.ceil(width * numbers + max([first.others + pieces, *during]))
 
 
 @dataclass
@@ -270,9 +270,11 @@ class _LiveMemory(TorchDispatchMode):
         if self.live - last.gradients > last.others:
             self.moments[-1] = replace(last, others=self.live - last.gradients)
 
-    def note_backward(self) -> None:
-        """The forward is over."""
-        self.moments.append(Moment(0, 0, 0, self.live, self.live))
+    def note_use(self) -> None:
+        """Weights are used for the first time."""
+        first, *others = self.moments
+        most = max(moment.others for moment in self.moments)
+        self.moments = [replace(first, others=most), Moment(0, 0, 0, self.live, self.live)]
 
     def note_gradient(self, parameter: nn.Parameter) -> None:
         """The gradient of a parameter is complete: from now on it counts as such."""
@@ -363,13 +365,19 @@ def measure(
         def note(unit: nn.Module, _: object) -> None:
             gathered.append((_numbers(unit), torch.is_grad_enabled()))
 
+        def note_use(layer: nn.Module, _: object) -> None:
+            if layer in unused:
+                unused.remove(layer)
+                memory.note_use()
+
+        unused = {layer for layer in model.modules() if list(layer.parameters(recurse=False))}
         calls = [unit.register_forward_pre_hook(note) for unit in units]
+        calls += [layer.register_forward_pre_hook(note_use) for layer in unused]
         with memory:  # apart from the counting, which keeps tensors alive
             with autocast:
                 loss = step(model)
             for call in calls:
                 call.remove()
-            memory.note_backward()
             loss.backward()
             del loss
         live = tuple(memory.moments)
