@@ -24,7 +24,16 @@ from itertools import pairwise
 from typing import Any
 
 from shared.config import Section, load_config, setting
-from shared.errors import BadSample, UserError, command, load_whole, opening, write_text, written_aside
+from shared.errors import (
+    BadSample,
+    UserError,
+    check_columns,
+    command,
+    load_whole,
+    opening,
+    write_text,
+    written_aside,
+)
 from shared.media.folders import files_in
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
@@ -80,7 +89,9 @@ def read_captions(options: PrepareOptions, videos: list[Path]) -> dict[str, tupl
         try:
             text = path.read_text(encoding="utf-8-sig")
             if path.suffix.lower() == ".csv":  # a caption in quotes may hold line breaks
-                lines = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+                reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+                check_columns(f"--captions {path}", reader.fieldnames)
+                lines = list(reader)
             else:  # which other signs of a new line may stand in
                 lines = [json.loads(line) for line in text.split("\n") if line.strip()]
             for row in lines:

@@ -10,7 +10,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -293,6 +294,13 @@ def read_lines(path: Path | str, flag: str, remedy: str) -> list[tuple[int, str]
     except UnicodeDecodeError as error:
         raise UserError(f"{flag} {path}: not UTF-8 ({error}); save it as UTF-8") from None
     return [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def check_columns(table: Path | str, names: Iterable[str] | None) -> None:
+    """Refuse a table with two columns of one name: nobody can know which of them is meant."""
+    repeated = [name for name, count in Counter(names or ()).items() if name and count > 1]
+    if repeated:
+        raise UserError(f"{table}: column {repeated[0]!r} occurs twice in its first row; rename or remove one of them")
 
 
 def write_text(path: Path | str, text: str, *, sync: bool = False) -> None:

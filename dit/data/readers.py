@@ -19,7 +19,7 @@ import numpy as np
 
 from dit.config import DataConfig
 from dit.data.texts import TextFiles, clean_captions
-from shared.errors import BadSample, UserError
+from shared.errors import BadSample, UserError, check_columns
 from shared.media.folders import files_in, is_junk
 from shared.media.shards import Shards
 from shared.rng import keyed_seed
@@ -453,6 +453,7 @@ def _table_rows(listing: Path, text: str) -> list[tuple[int, Any]]:
         )
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     header = [cell.strip().lower() for cell in next(lines)]
+    check_columns(listing, header)
     rows: list[tuple[int, Any]] = []
     began = lines.line_num + 1
     try:

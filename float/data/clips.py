@@ -7,7 +7,7 @@ from pathlib import Path
 
 from float.data.media import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from float.modules.emotion import MEAD_CLASSES, ravdess_emotion
-from shared.errors import UserError
+from shared.errors import UserError, check_columns
 from shared.media.folders import is_junk
 
 # the same split under the names in use
@@ -56,6 +56,7 @@ def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
+            check_columns(path, reader.fieldnames)
             lacking = sorted(set(columns) - set(reader.fieldnames or ()))
             lines = [(reader.line_num, row) for row in reader if any(row.values())]
     except (UnicodeDecodeError, csv.Error) as error:

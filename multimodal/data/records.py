@@ -18,7 +18,7 @@ import numpy as np
 
 from multimodal.data.audio import AUDIO_SUFFIXES
 from multimodal.data.image import IMAGE_SUFFIXES
-from shared.errors import UserError
+from shared.errors import UserError, check_columns
 
 Kind = Literal["image", "audio", "voice"]
 KINDS: tuple[Kind, ...] = ("image", "audio", "voice")
@@ -478,6 +478,7 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> tuple[list[dict[str, str]]
             between = max(",;\t|", key=first.count)
             reader = csv.DictReader(file, delimiter=between, skipinitialspace=True)  # a, "b, c" is two columns
             names = reader.fieldnames = [name.strip().casefold() for name in reader.fieldnames or ()]
+            check_columns(path, names)
             absent = [name for name in columns if name not in names]
             if absent:
                 raise UserError(f"{path}: has no column {absent[0]}; its columns are {', '.join(names) or 'none'}")

@@ -182,7 +182,7 @@ def _refuse_links(archive: Path, folder: Path) -> None:
 
 def _move_into(source: Path, target: Path) -> None:
     """Rename into place. A folder that is there is filled up; a file that is there and differs is kept, renamed."""
-    if not target.exists():
+    if not os.path.lexists(target):  # a link that leads nowhere is somebody's too
         os.rename(source, target)
     elif source.is_dir() and target.is_dir() and not target.is_symlink():
         for child in sorted(source.iterdir()):

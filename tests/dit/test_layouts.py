@@ -115,6 +115,7 @@ def test_sidecars_of_every_suffix_and_no_stray_folders(tmp_path):
         ('file_name,text\n0.png,one\n\n0.png,"two\nlines"\n', [("one",), ("two lines",)]),
         ("0.png,hello\n", "must name the columns"),
         ("", "must name the columns"),
+        ("file_name,text,Text \n0.png,one,two\n", "metadata.csv: column 'text' occurs twice"),
         ('file_name,text\n0.png,"hello\n0.png,two\n', "metadata.csv:2: .*quote"),
         ('file_name,text\n0.png,one\n0.png,"hello' + "\n0.png,word" * 20_000, "metadata.csv:3: .*quote"),
     ],

@@ -127,6 +127,13 @@ def test_folder_layouts_of_the_public_sets(tmp_path):
         (
             lambda root: (
                 root.mkdir(),
+                (root / "metadata.csv").write_text("clip_id,video,video,split,,\na,b,c,train\n"),
+            ),
+            "column 'video' occurs twice",
+        ),
+        (
+            lambda root: (
+                root.mkdir(),
                 (root / "metadata.csv").write_text("clip_id,video,split,emotion_index\na,b,train,9\n"),
             ),
             "emotion_index '9'",

@@ -286,6 +286,13 @@ def test_tables_between_whose_columns_stand_other_signs(tmp_path, text):
     assert read_records("clotho", tmp_path, "train").records[0].captions == ("one, two", "three")
 
 
+def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path):
+    touch(tmp_path / "development" / "a.wav")
+    (tmp_path / "clotho_captions_development.csv").write_text("file_name,caption_1,Caption_1\na.wav,one,two\n")
+    with pytest.raises(UserError, match="column 'caption_1' occurs twice"):
+        read_records("clotho", tmp_path, "train")
+
+
 def test_a_quotation_mark_that_stays_open_takes_no_rows_with_it_unsaid(tmp_path):
     for number in range(9):
         touch(tmp_path / "development" / f"{number}.wav")

@@ -270,6 +270,7 @@ def test_a_file_belongs_to_the_video_with_the_longest_name_that_fits(tmp_path):
         ("a.jsonl", '["steady.mp4", "x"]', "cannot be read"),
         ("a.csv", "file;caption\nsteady.mp4;x", "file and caption are needed"),
         ("a.csv", "file,caption\nsteady.mp4", "caption None"),
+        ("a.csv", "file,caption,caption\nsteady.mp4,x,y", "column 'caption' occurs twice"),
         ("a.csv", "file,caption\nsteady.mp4,\udce4", "as UTF-8"),
         ("a.csv", "file,caption\nsteady.mp4,a red square, sliding", "more values than columns for steady.mp4"),
         ("a.CSV", 'file,caption\nsteady.mp4,"a red square', "unexpected end of data"),
