@@ -163,8 +163,8 @@ class Measured:
     def zero3_bytes(self, width: int) -> int:
         """The same under ZeRO-3 with weights that stay gathered, without gradients, whose shards are there throughout.
 
-        As counted on CPU ranks: weights come in flat pieces, are cut apart when they are used, and the pieces last until
-        all are; a weight goes when its gradient has come.
+        As counted on CPU ranks: weights come in flat pieces and are cut apart when they are used, and the pieces last
+        until all are; a weight goes when its gradient has come.
         """
         numbers = self.trainable + self.frozen
         first, *others = self.live or [Moment(0, 0, 0, 0, 0)]
