@@ -22,6 +22,7 @@ import shutil
 import struct
 import time
 import uuid
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -550,7 +551,8 @@ def read_weights_file(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        mapped = zipfile.is_zipfile(path)  # as load_file does: pages of the file, no copy; torch's old format cannot
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError as error:
         if error.filename is not None:  # the file is not there, or is nobody's to read
             raise

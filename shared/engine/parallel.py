@@ -197,18 +197,28 @@ def make_strategy(run: RunSection, info: DistInfo, precision: str, training: Tra
 
 class _OnDisk(TorchDispatchMode):
     """New tensors of a CPU from 1 MB on lie in files of a folder, under no name: the system takes their pages out of
-    memory when it needs it. Parameters are such, temporary results are not.
+    memory when it needs it. Parameters are such, empty or as copies (a base that is cast); other results are not.
     """
+
+    COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default)
 
     def __init__(self, folder: Path):
         super().__init__()
         self.path = folder / "tensor"
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
-        made = function(*arguments, **(named or {}))
-        plain = function is torch.ops.aten.empty.memory_format and made.is_contiguous()
-        if not plain or made.device.type != "cpu" or made.nbytes < 2**20:
-            return made
+        named, is_copy = named or {}, function in self.COPIES
+        if is_copy:
+            kind = {name: value for name, value in named.items() if name != "non_blocking"}
+            made = torch.empty_like(arguments[0], **kind)
+        else:
+            made = function(*arguments, **named)
+        plain = (is_copy or function is torch.ops.aten.empty.memory_format) and made.is_contiguous()
+        if plain and made.device.type == "cpu" and made.nbytes >= 2**20:
+            made = self._placed(made)
+        return made.copy_(arguments[0]) if is_copy else made
+
+    def _placed(self, made: Tensor) -> Tensor:
         try:
             with open(self.path, "wb") as file:  # a full disk is an error here, and would be a signal later
                 os.posix_fallocate(file.fileno(), 0, made.nbytes)

@@ -105,12 +105,14 @@ class FrozenPart:
 
 @dataclass(frozen=True)
 class Moment:
-    """Bytes after a gradient of the backward is complete, until the next one is: activations go as gradients come."""
+    """Bytes until all weights were used, and from then or from a gradient that is complete until the next one is:
+    activations go as gradients come.
+    """
 
     scattered: int  # gradients of the units that are through
     whole: int  # gradients of the unit at work and of what lies in no unit
     flat: int  # those of `whole` that would be scattered together, were this one the last of them
-    then: int  # other tensors when it came
+    then: int  # other tensors when it began
     others: int  # most other tensors until the next one
 
     @property
@@ -161,13 +163,14 @@ class Measured:
     def zero3_bytes(self, width: int) -> int:
         """The same under ZeRO-3 with weights that stay gathered, without gradients, whose shards are there throughout.
 
-        As counted on CPU ranks: weights come in flat pieces, are cut apart, and the pieces last as long as the forward;
-        a weight goes when its gradient has come.
+        As counted on CPU ranks: weights come in flat pieces and are cut apart when they are used, and the pieces last
+        until all are; a weight goes when its gradient has come.
         """
         numbers = self.trainable + self.frozen
+        first, *others = self.live or [Moment(0, 0, 0, 0, 0)]
         pieces = width * min(numbers, ZERO_PREFETCHED)
-        during = (m.others - width / 4 * m.gradients + (0 if m.gradients else pieces) for m in self.live)
-        return math.ceil(width * numbers + max(during, default=0))
+        during = (moment.others - width / 4 * moment.gradients for moment in others)
+        return math.ceil(width * numbers + max([first.others + pieces, *during]))
 
 
 @dataclass
@@ -267,6 +270,12 @@ class _LiveMemory(TorchDispatchMode):
         if self.live - last.gradients > last.others:
             self.moments[-1] = replace(last, others=self.live - last.gradients)
 
+    def note_use(self) -> None:
+        """Weights are used for the first time."""
+        first, *others = self.moments
+        most = max(moment.others for moment in self.moments)
+        self.moments = [replace(first, others=most), Moment(0, 0, 0, self.live, self.live)]
+
     def note_gradient(self, parameter: nn.Parameter) -> None:
         """The gradient of a parameter is complete: from now on it counts as such."""
         assert parameter.grad is not None
@@ -356,7 +365,14 @@ def measure(
         def note(unit: nn.Module, _: object) -> None:
             gathered.append((_numbers(unit), torch.is_grad_enabled()))
 
+        def note_use(layer: nn.Module, _: object) -> None:
+            if layer in unused:
+                unused.remove(layer)
+                memory.note_use()
+
+        unused = {layer for layer in model.modules() if list(layer.parameters(recurse=False))}
         calls = [unit.register_forward_pre_hook(note) for unit in units]
+        calls += [layer.register_forward_pre_hook(note_use) for layer in unused]
         with memory:  # apart from the counting, which keeps tensors alive
             with autocast:
                 loss = step(model)
@@ -529,10 +545,8 @@ def _startup(plan: Plan, save_in_background: bool, writers: int) -> tuple[int, i
     staging = plan.checkpoint_bytes // writers * min(writers, local) if save_in_background else 0
     offloaded = (whole + 12 * found.trainable) // plan.shards * local if plan.cpu_offload else 0
     by_rank = 4 * (found.trainable + found.frozen) if plan.built_in_fp32 else whole
-    if plan.built_once:  # by one rank on its disk, but for what it reads to put into place
-        built = by_rank if plan.built_in_fp32 else found.block_bytes
-    else:
-        built = 0 if plan.starts_in_parts else by_rank * local
+    # One rank builds on its disk, but for what it reads to put into place.
+    built = 0 if plan.starts_in_parts else found.block_bytes if plan.built_once else by_rank * local
     encoders = sum(part.host_bytes for part in plan.frozen_parts) * local
     return 0 if plan.cpu_offload else placed, encoders + max(built, staging + offloaded)
 

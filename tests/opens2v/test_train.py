@@ -6,19 +6,21 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from opens2v import generate, metrics, precompute, train
 from opens2v.config import Config
 from opens2v.data.video import read_frames
 from opens2v.model import is_reference_name
 from opens2v.plan import workload
-from opens2v.weights.base import base_path, load_generator
+from opens2v.weights.base import base_path, load_generator, new_transformer
 from opens2v.weights.open import load_trained_generator
 from shared.config import load_saved
+from shared.engine.parallel import _OnDisk
 from shared.errors import UserError
 from tests.launching import final_tensors, losses, run, same_bits
-from tests.opens2v.cases import QUICK
+from tests.opens2v.cases import QUICK, SCENES
+from tests.survival.sharded import Peak
 
 LORA = ["--adapter-type", "lora", "--r", "2", "--lora-alpha", "2", "--adapter-lr", "1e-3"]
 STEPS = ["--base-steps", "2", "--total-steps", "4", "--warmup-steps", "0"]
@@ -285,6 +287,22 @@ def test_the_24_gb_preset_fits_and_its_work_agrees_with_the_table():
     assert plan.measured.trainable == 143_689_758 and plan.peak_memory < 24e9
     assert plan.measured.forward_flops == pytest.approx(42.8e12, rel=0.03)  # 40.6 base + 0.4 CLIP + 1.8 VAE path
     assert plan.measured.step_flops == pytest.approx(147e12, rel=0.03)
+
+
+@pytest.mark.parametrize(("form", "precision"), [("safetensors", "bf16"), ("pt", "bf16"), ("pt", "fp32")])
+def test_rank_0_holds_no_base_while_it_builds_the_model(tmp_path, form, precision):
+    """Read from pages of its file and cast on the disk: one weight at a time is held (half of all or all before)."""
+    sizes = "--num-attention-heads 16 --attention-head-dim 64 --ffn-dim 2048 --num-layers 2 --base-dtype bf16"
+    config, path = train.parse([*SCENES, *sizes.split()]), tmp_path / f"base.{form}"
+    state = {name: value for name, value in new_transformer(config).state_dict().items() if not is_reference_name(name)}
+    save_file(state, path) if form == "safetensors" else torch.save({"generator": state}, path)
+    size = sum(value.nbytes for value in state.values())
+    del state
+    plain = load_generator(config, path, precision=precision)[0].state_dict()  # also imports what takes memory
+    with Peak() as peak, _OnDisk(tmp_path):
+        model, _ = load_generator(config, path, precision=precision)
+    assert peak.peak < size / 8
+    assert all(torch.equal(value, plain[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.slow

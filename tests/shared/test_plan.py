@@ -227,6 +227,26 @@ def test_traffic_of_a_ring(measured):
     assert plan_of(measured, "ddp", 8).traffic_bytes > plan_of(measured, "ddp", 2).traffic_bytes
 
 
+def test_zero3_holds_its_flat_pieces_until_all_weights_were_used():
+    """As counted on two ranks: multimodal, whose peak comes later, was planned at 1.06 of what was measured."""
+
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+
+        def forward(self, x_BD):
+            return self.last(self.first(x_BD)).repeat(100, 1).exp().square().sum()
+
+    found = measure(Late, lambda model: model(torch.randn(10, 8)), "fp32")
+    first, later, *_ = found.live
+    assert first.others < 4 * 3 * 10 * 8 < later.others and not later.gradients
+    size = 4 * 2 * 8 * 8
+    assert found.zero3_bytes(4) == size + max(moment.others - moment.gradients for moment in found.live[1:])
+    early = dataclasses.replace(found, live=(later, *found.live[1:]))
+    assert early.zero3_bytes(4) == 2 * size + later.others
+
+
 def test_fsdp_holds_the_flat_copy_of_what_the_forward_gathered_last():
     """Counted on two CPU ranks: without units that is the whole model, twice (FLOAT's phase 1)."""
     peak = (Moment(0, 0, 0, 0, 1000),)
@@ -288,10 +308,12 @@ def test_a_start_holds_one_whole_unit_of_a_sharded_model_and_every_rank_s_model_
         "toy", measured, run=RunSection(), training=TrainingSection(), strategy="fsdp", world=16, starts_in_parts=True
     )
     assert plans["fsdp"].host_bytes == 8 * whole and in_parts.host_bytes == in_parts.checkpoint_bytes  # its staging
-    once = make_plan(
-        "toy", measured, run=RunSection(), training=TrainingSection(), strategy="fsdp", world=16, built_once=True
-    )
-    assert once.host_bytes == max(measured.block_bytes, once.checkpoint_bytes)  # on rank 0's disk, then the staging
+    for in_fp32 in (False, True):
+        once = make_plan(
+            "toy", measured, run=RunSection(), training=TrainingSection(), strategy="fsdp", world=16, built_once=True,
+            built_in_fp32=in_fp32,
+        )  # fmt: skip
+        assert once.host_bytes == max(measured.block_bytes, once.checkpoint_bytes)  # on rank 0's disk, then the staging
     assert plans["ddp"].host_bytes == max(8 * whole, 16 * PARAMETERS)  # eight ranks of a node; one checkpoint
 
 

@@ -3,9 +3,10 @@
   python -m tests.survival.memory [--systems dit bagel] [--presets default --batch-size 1]
   torchrun --standalone --nproc_per_node=4 tests/survival/memory.py --strategies ddp fsdp
 Presets (`small` of every system where none is named) on CPU ranks in fp32, without frozen encoders; further flags are
-the systems' own and make a large one small. The third optimizer step runs under the profiler, which adds up what
-torch's allocator gives and takes; what is there before it, weights, moments, averages and buffers, is what all tensors
-of the process hold, and DDP's buckets. Traffic is what the step's collectives carry, as a ring sends it.
+the systems' own and make a large one small. After two steps, on one rank after one of a single sample, a step runs
+under the profiler, which adds up what torch's allocator gives and takes; what is there before it, weights, moments,
+averages and buffers, is what all tensors of the process hold, and DDP's buckets. Traffic is what the step's collectives
+carry, as a ring sends it.
 """
 
 import argparse
@@ -117,9 +118,10 @@ def compare(
     strategy = make_strategy(config.run, info, "fp32", config.training)
     strategy.prepare(model, decay_groups(model, 0.0), work.blocks)
     ema = EMA(strategy, 0.99) if config.training.ema_decay > 0 else None
-    loss, traffic = work.step(config), Traffic(info.world)
+    one = config.model_copy(update={"training": config.training.model_copy(update={"batch_size": 1})})
+    first, loss, traffic = work.step(one), work.step(config), Traffic(info.world)
 
-    def step() -> None:
+    def step(loss: Callable[[nn.Module], Tensor]) -> None:
         accumulation = config.training.gradient_accumulation_steps
         for micro in range(accumulation):
             with strategy.micro_step(is_last=micro == accumulation - 1):
@@ -128,11 +130,15 @@ def compare(
         if ema:
             ema.update()
 
-    for _ in range(2):  # the optimizer makes its moments, DDP its buckets, which no tensor of Python holds
-        step()
+    # The optimizer makes its moments, DDP its buckets, which no tensor of Python holds, ZeRO its order of modules.
+    if name == "none":
+        step(first)
+    if len(strategy.steps_taken()) < len(strategy.parameters):  # one sample does not need every module everywhere
+        step(loss)
+        step(loss)
     before = held_bytes() - others + 4 * sum(map(math.prod, map(strategy.shape, strategy.parameters))) * (name == "ddp")
     with traffic:
-        measured = max_over_ranks(float(before + allocated(step)))
+        measured = max_over_ranks(float(before + allocated(lambda: step(loss))))
     return plan.peak_memory, measured, plan.traffic_bytes, traffic.sent
 
 
