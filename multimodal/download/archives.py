@@ -191,7 +191,7 @@ def _move_into(source: Path, target: Path) -> None:
         source.unlink()
     else:
         number = 1
-        while (kept := target.with_name(f"{target.name}.kept-{number}")).exists():
+        while os.path.lexists(kept := target.with_name(f"{target.name}.kept-{number}")):
             number += 1
         os.rename(target, kept)
         os.rename(source, target)

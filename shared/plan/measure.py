@@ -272,9 +272,8 @@ class _LiveMemory(TorchDispatchMode):
 
     def note_use(self) -> None:
         """Weights are used for the first time."""
-        first, *others = self.moments
         most = max(moment.others for moment in self.moments)
-        self.moments = [replace(first, others=most), Moment(0, 0, 0, self.live, self.live)]
+        self.moments = [replace(self.moments[0], others=most), Moment(0, 0, 0, self.live, self.live)]
 
     def note_gradient(self, parameter: nn.Parameter) -> None:
         """The gradient of a parameter is complete: from now on it counts as such."""

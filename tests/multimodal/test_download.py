@@ -285,7 +285,8 @@ def test_unpacking_fills_up_folders_and_keeps_the_users_files(tmp_path: Path):
     folder.mkdir(parents=True)
     (folder / "own.txt").write_text("mine")
     (folder / "a.txt").write_text("mine too")
-    (folder / "b").symlink_to(tmp_path / "a disk that is not mounted")
+    for name in ("b", "b.kept-1"):  # the second from an earlier unpacking
+        (folder / name).symlink_to(tmp_path / "a disk that is not mounted" / name)
     counts = unpack(
         make_zip(tmp_path / "x.zip", {"train/a.txt": b"theirs", "train/b/c.txt": b"1"}),
         tmp_path / "data",
@@ -295,6 +296,7 @@ def test_unpacking_fills_up_folders_and_keeps_the_users_files(tmp_path: Path):
     assert (folder / "own.txt").read_text() == "mine" and (folder / "a.txt").read_text() == "theirs"
     assert (folder / "a.txt.kept-1").read_text() == "mine too" and (folder / "b" / "c.txt").exists()
     assert (folder / "b.kept-1").is_symlink()
+    assert (folder / "b.kept-1").readlink().name == "b.kept-1" and (folder / "b.kept-2").readlink().name == "b"
 
 
 def test_tar_archives(tmp_path: Path):
