@@ -5,6 +5,7 @@ E embedding.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -403,12 +404,33 @@ PATH_SHARE = 6.0  # length of what the path gives, next to 1 of the tower
 SIDE = 64  # pixels: what these features see of a larger picture
 GRID, COLOURS, COLOUR_ZONES = 8, 4, (1, 2, 3)  # pixels a side; levels of a channel; zones a side of the colours
 BINS, EDGE_ZONES = 8, (2, 4, 8)  # directions of an edge; zones a side of the edges
-IMAGE_FEATURES = 3 * GRID**2 + COLOURS**3 * sum(n**2 for n in COLOUR_ZONES) + BINS * sum(n**2 for n in EDGE_ZONES)
+HUES, BORDER_DISTANCE = 12, 0.15  # directions of a hue; from there on a colour counts as another than the border's
+PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # data/image.py's
+# How many features each part of them has, in order: the fit counts all parts alike.
+IMAGE_PARTS = (
+    3 * GRID**2 + BINS * sum(n**2 for n in EDGE_ZONES),
+    COLOURS**3 * sum(n**2 for n in COLOUR_ZONES),
+    COLOURS**3,
+    HUES + 5,
+)
+IMAGE_FEATURES = sum(IMAGE_PARTS)
 SPANS, GROUPS = 8, 16  # stretches of a clip, groups of bands
-RHYTHM_GROUPS, FRAMES_A_SECOND = 8, 100
-RHYTHM_EDGES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 18, 22, 26, 32, 38, 46, 56, 68, 83, 100)  # in 1 / 2.56 Hz
-LEVELS = 16  # loudness and rises of loudness, each sorted, in so many steps
-AUDIO_FEATURES = 4 * MEL_BANDS + SPANS * GROUPS + RHYTHM_GROUPS * (len(RHYTHM_EDGES) - 1) + 2 * LEVELS
+FRAMES_A_SECOND, RHYTHM_SECONDS = 100, 2.56  # edges of rates are in units of 1 / 2.56 Hz
+RHYTHM_GROUPS = 8
+RHYTHM_EDGES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 18, 22, 26, 32, 38, 46, 56, 68, 83, 100)
+GLIDE_EDGES = (1, 2, 3, 4, 6, 9, 13, 19, 28, 40, 60)
+RIPPLE_EDGES = (0, 1, 2, 3, 5, 8, 12, 20)  # cycles over all bands
+ONSET_EDGES = (0, 1, 2, 3, 4, 6, 8, 11, 15, 20, 26, 33, 41, 50, 60, 75, 90, 110, 130, 150, 180, 210, 240)  # frames
+AUDIO_PARTS = (
+    *(3 * [MEL_BANDS]),
+    SPANS * GROUPS,
+    RHYTHM_GROUPS * (len(RHYTHM_EDGES) - 1),
+    (len(GLIDE_EDGES) - 1) * (2 * (len(RIPPLE_EDGES) - 1) - 1),
+    len(ONSET_EDGES) - 1,
+    2 * (MEL_BANDS - 2),
+)
+AUDIO_FEATURES = sum(AUDIO_PARTS)
+SILENCE = 1e-3  # next to strengths of ripples, which are about 0.1 to 10
 
 
 class LinearPath(nn.Module):
@@ -424,18 +446,15 @@ class LinearPath(nn.Module):
 
     def forward(self, features_BF: Tensor) -> Tensor:
         """(B, E) of unit length."""
-        return functional.normalize(self.project(standardised(features_BF)).float(), dim=-1)
-
-
-def standardised(features_BF: Tensor) -> Tensor:
-    """Each sample's features with mean 0 and variance 1."""
-    return functional.layer_norm(features_BF, features_BF.shape[-1:])
+        return functional.normalize(self.project(features_BF).float(), dim=-1)
 
 
 @torch.no_grad()
 def picture_statistics(images_BCHW: Tensor) -> Tensor:
-    """(B, IMAGE_FEATURES) of normalised pictures: 8 x 8 pixels, histograms of 64 colours and of the edges in 8
-    directions, of the whole and of parts (a pyramid, Lazebnik et al. 2006); each part about of unit size.
+    """(B, IMAGE_FEATURES) of normalised pictures, the parts in the order of IMAGE_PARTS: 8 x 8 pixels and histograms of
+    the edges in 8 directions; histograms of 64 colours, of the whole and of zones (a pyramid, Lazebnik et al. 2006);
+    then of what differs from the colour of the border, mostly the thing itself: 64 colours; hues, mean colour,
+    brightness and saturation.
     """
     images = images_BCHW.float()
     if max(images.shape[2:]) > SIDE:
@@ -443,7 +462,6 @@ def picture_statistics(images_BCHW: Tensor) -> Tensor:
     small = functional.adaptive_avg_pool2d(images, GRID)
     levels = torch.linspace(-1.5, 1.8, COLOURS, device=images.device)
     near = (-7 * (images.unsqueeze(2) - levels[:, None, None]).square()).softmax(2)  # B C levels H W
-    each = torch.einsum("bihw,bjhw,bkhw->bijkhw", near[:, 0], near[:, 1], near[:, 2]).flatten(1, 3)
     grey = functional.pad(images.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
     across, down = grey[..., 1:-1, 2:] - grey[..., 1:-1, :-2], grey[..., 2:, 1:-1] - grey[..., :-2, 1:-1]
     strength = (across.square() + down.square() + 1e-8).sqrt()
@@ -455,33 +473,88 @@ def picture_statistics(images_BCHW: Tensor) -> Tensor:
         fine = functional.adaptive_avg_pool2d(values, math.lcm(*sides))  # of which the zones are whole squares
         return torch.cat([functional.adaptive_avg_pool2d(fine, side).flatten(1).sqrt() for side in sides], 1)
 
-    return torch.cat([small.flatten(1), 5 * zones(each, COLOUR_ZONES), 3 * zones(edges, EDGE_ZONES)], 1)
+    whole = zones(_colours(near), COLOUR_ZONES)
+    return torch.cat([small.flatten(1), zones(edges, EDGE_ZONES), whole, _of_the_thing(images)], 1)
+
+
+def _colours(near_BCLHW: Tensor) -> Tensor:
+    """(B, levels^3, H, W): how near each pixel is to each colour, of how near its channels are to the levels."""
+    red, green, blue = near_BCLHW.unbind(1)
+    return torch.einsum("bihw,bjhw,bkhw->bijkhw", red, green, blue).flatten(1, 3)
+
+
+def _of_the_thing(images_BCHW: Tensor) -> Tensor:
+    """(B, 64 + HUES + 5): what the pixels that differ from the border's median colour have in common."""
+    mean, std = (images_BCHW.new_tensor(own)[:, None, None] for own in (PIXEL_MEAN, PIXEL_STD))
+    rgb = (images_BCHW * std + mean).clamp(0, 1)
+    border_BCN = torch.cat([rgb[:, :, 0], rgb[:, :, -1], rgb[:, :, :, 0], rgb[:, :, :, -1]], 2).sort(2)[0]
+    border = border_BCN[:, :, (border_BCN.shape[2] - 1) // 2, None, None]  # CUDA's median is not deterministic
+    distance = (rgb - border).square().sum(1, keepdim=True).sqrt()
+    thing = (distance / BORDER_DISTANCE).clamp(0, 1)  # B 1 H W
+    levels = torch.linspace(0, 1, COLOURS, device=rgb.device)
+    near = (-40 * (rgb.unsqueeze(2) - levels[:, None, None]).square()).softmax(2)
+    highest, saturation = rgb.amax(1, keepdim=True), rgb.amax(1, keepdim=True) - rgb.amin(1, keepdim=True)
+    # The angle around the grey axis: red - green, and red + green - 2 blue, each of unit length.
+    red, green, blue = rgb.unbind(1)
+    hue = torch.atan2((red - green) / 2**0.5, (red + green - 2 * blue) / 6**0.5).unsqueeze(1)
+    centres = torch.arange(HUES, device=rgb.device)[:, None, None] * (2 * math.pi / HUES)
+    hues = saturation * (hue - centres).cos().clamp_min(0) ** 6
+
+    def mean_of(values: Tensor) -> Tensor:
+        return (values * thing).sum((2, 3)) / thing.sum((2, 3)).clamp_min(1)
+
+    colours = mean_of(_colours(near)).sqrt()
+    return torch.cat([colours, mean_of(hues).sqrt(), mean_of(torch.cat([rgb, highest, saturation], 1))], 1)
 
 
 @torch.no_grad()
 def sound_statistics(audio_BTM: Tensor, audio_mask_BT: Tensor | None) -> Tensor:
-    """(B, AUDIO_FEATURES) of log-mel frames: mean, spread, maximum and change of each band, their course; how strongly
-    groups of them rise and fall at 0.4 to 39 Hz (rhythm patterns, Pampalk et al. 2002); how long it is how loud; and
-    the steepest quarter of its rises.
+    """(B, AUDIO_FEATURES) of log-mel frames, the parts in the order of AUDIO_PARTS: mean, maximum and change of each
+    band; their course; how strongly groups of them rise and fall at 0.4 to 39 Hz (rhythm patterns, Pampalk et al.
+    2002); how strongly ripples across the bands glide up or down, by rate and width (spectro-temporal modulations, Chi
+    et al. 2005); how loud it is at times after its start; how much each band stands out between its neighbours.
     """
     audio = audio_BTM.float()
+    frames = audio.shape[1]
     valid = torch.ones_like(audio[..., :1]) if audio_mask_BT is None else audio_mask_BT.unsqueeze(-1).float()
     count = valid.sum(1).clamp_min(1)
     mean = (audio * valid).sum(1) / count
-    varying = (audio - mean.unsqueeze(1)) * valid
-    spread = (varying.square().sum(1) / count).sqrt()
-    highest = audio.masked_fill(valid == 0, -1.5).amax(1)
+    filled = audio.masked_fill(valid == 0, -1.5)
     change = ((audio[:, 1:] - audio[:, :-1]).abs() * valid[:, 1:]).sum(1) / count
     course = functional.adaptive_avg_pool2d((audio * valid).unsqueeze(1), (SPANS, GROUPS)).flatten(1)
-    frames = audio.shape[1]
-    groups = varying.unflatten(2, (RHYTHM_GROUPS, -1)).mean(3) * torch.hann_window(frames, device=audio.device)[:, None]
-    waves = torch.fft.rfft(groups, dim=1).abs() / count.sqrt().unsqueeze(1)
-    edges = [min(round(edge * frames / 2.56 / FRAMES_A_SECOND), waves.shape[1] - 1) for edge in RHYTHM_EDGES]
-    rhythm = [waves[:, low : max(high, low + 1)].mean(1) for low, high in pairwise(edges)]
-    loudness = audio.masked_fill(valid == 0, -1.5).mean(2)
-    rises = loudness.diff(dim=1).clamp_min(0).sort(1)[0][:, -max(1, frames // 4) :]
-    levels = [functional.adaptive_avg_pool1d(own, LEVELS) for own in (loudness.sort(1)[0], 8 * rises)]
-    return torch.cat([mean, 2 * spread, highest, 8 * change, course, 3 * torch.cat(rhythm, 1), *levels], 1)
+
+    window = torch.hann_window(frames, device=audio.device)[:, None]
+    varying = (audio - mean.unsqueeze(1)) * valid * window
+    waves = torch.fft.rfft(varying.unflatten(2, (RHYTHM_GROUPS, -1)).mean(3), dim=1).abs() / count.sqrt().unsqueeze(1)
+    rhythm = _means(waves, _rate_edges(RHYTHM_EDGES, frames), 1)
+    ripples = torch.fft.fft(torch.fft.rfft(varying, dim=1), dim=2).abs() / count.sqrt().unsqueeze(1)
+    ripples = _means(ripples, _rate_edges(GLIDE_EDGES, frames), 1)
+    # Bin k of the second transform and bin -k are ripples that glide down and up.
+    down = _means(ripples, RIPPLE_EDGES, 2)
+    up = _means(ripples.flip(2).roll(1, 2), RIPPLE_EDGES, 2)[..., 1:]
+    turn = (up - down[..., 1:]) / (up + down[..., 1:] + SILENCE)
+    glides = torch.cat([(down + SILENCE).log(), turn], 2)
+
+    loudness = filled.mean(2)
+    onset = _means(loudness, ONSET_EDGES, 1)
+    stands_out = (2 * audio[..., 1:-1] - audio[..., 2:] - audio[..., :-2]).clamp_min(0) * valid
+    above = (loudness.unsqueeze(2) - loudness.amin(1)[:, None, None]) * valid
+    loudest = (stands_out * above).sum(1) / above.sum(1).clamp_min(1e-6)
+    peaks = torch.cat([loudest, stands_out.sum(1) / count], 1)
+    parts = (mean, filled.amax(1), change, course, rhythm.flatten(1), glides.flatten(1), onset, peaks)
+    return torch.cat(parts, 1)
+
+
+def _rate_edges(edges: tuple[int, ...], frames: int) -> list[int]:
+    """Edges in bins of a transform of so many frames, for edges in units of 1 / RHYTHM_SECONDS Hz."""
+    return [min(round(edge * frames / RHYTHM_SECONDS / FRAMES_A_SECOND), frames // 2) for edge in edges]
+
+
+def _means(values: Tensor, edges: Sequence[int], dim: int) -> Tensor:
+    """Means over the stretches between edges along dim, in their order; a stretch has one place at least."""
+    last = values.shape[dim] - 1
+    starts = [(min(low, last), max(high, min(low, last) + 1)) for low, high in pairwise(edges)]
+    return torch.stack([values.narrow(dim, a, min(b, last + 1) - a).mean(dim) for a, b in starts], dim)
 
 
 # --- small parts ------------------------------------------------------------------------------------------------------

@@ -8,13 +8,17 @@ import torch
 
 from multimodal import model
 from multimodal.config import Config
+from multimodal.data.image import MEAN, STD, normalise
 from multimodal.data.text import TextTokenizer
 from multimodal.model import (
     AUDIO_FEATURES,
+    AUDIO_PARTS,
+    GLIDE_EDGES,
+    HUES,
     IMAGE_FEATURES,
-    LEVELS,
-    RHYTHM_EDGES,
+    IMAGE_PARTS,
     RHYTHM_GROUPS,
+    RIPPLE_EDGES,
     SIZES,
     LinearPath,
     create_model,
@@ -354,11 +358,39 @@ def test_the_linear_path_hears_how_often_a_sound_is_struck(frames):
     sound[:, ::25, 20:22] = 1.0
     features = sound_statistics(sound, None)
     assert features.shape == (1, AUDIO_FEATURES) and features.isfinite().all()
-    rhythm = features[0, -RHYTHM_GROUPS * (len(RHYTHM_EDGES) - 1) - 2 * LEVELS : -2 * LEVELS].view(-1, RHYTHM_GROUPS)
+    rhythm = features.split(AUDIO_PARTS, 1)[4].view(-1, RHYTHM_GROUPS)
     assert frames < 256 or (rhythm[5:].argmax(0)[2] == 4 and rhythm[:, 3].abs().max() == 0)
     mask = torch.arange(frames) < frames // 2
     hidden = sound.masked_fill(~mask[None, :, None], 0.7)  # what lies behind the mask does not count
     assert torch.equal(sound_statistics(hidden, mask[None]), sound_statistics(sound, mask[None]))
+
+
+@pytest.mark.parametrize("frames", [256, 1000])
+def test_the_linear_path_hears_whether_a_sound_glides_up_or_down(frames):
+    """One band after the other, once in 0.8 seconds: of the ripples that glide up and down the one kind is stronger."""
+    time, band = torch.arange(frames)[:, None], torch.arange(80)
+    rising = torch.where(((time - band) % 80) < 20, 1.0, -1.0)[None]
+    number = (len(GLIDE_EDGES) - 1, 2 * (len(RIPPLE_EDGES) - 1) - 1)
+    turns = [sound_statistics(one, None).split(AUDIO_PARTS, 1)[5].view(number)[:, len(RIPPLE_EDGES) - 1 :]
+             for one in (rising, rising.flip(2), rising[:, :1].expand_as(rising))]  # fmt: skip
+    assert turns[0][2, 0] > 0.8 and turns[1][2, 0] < -0.8  # 1.25 Hz, one cycle over all bands
+    assert turns[2].abs().max() < 1e-3  # neither
+
+
+def test_the_linear_path_sees_what_a_thing_looks_like_on_any_ground():
+    """A red disc: the parts of what differs from the border do not change with the ground, the others do."""
+    place = torch.linspace(-1, 1, 64)
+    disc = (place[:, None] ** 2 + place**2 < 0.4)[None]
+    grounds, red = torch.tensor([[1.0, 1, 1], [0, 0, 1], [0, 0, 0]]), torch.tensor([0.9, 0.1, 0.1])
+    pixels = torch.where(disc[:, None], red[:, None, None], grounds[:, :, None, None])
+    features = picture_statistics(normalise((255 * pixels).round().byte())).split(IMAGE_PARTS, 1)
+    assert all(torch.allclose(part[:1].expand(3, -1), part, atol=2e-3) for part in features[2:])
+    assert all((part[0] - part[1]).abs().max() > 0.3 for part in features[:2])
+    hues_H = features[3][0, :HUES]
+    assert hues_H.argmax() == torch.atan2(torch.tensor(1 / 2**0.5), torch.tensor(1 / 6**0.5)).div(math.pi / 6).round()
+    even = picture_statistics(normalise(torch.full((1, 3, 64, 64), 128, dtype=torch.uint8)))
+    assert even.isfinite().all() and not even.split(IMAGE_PARTS, 1)[2].any()  # nothing differs
+    assert (model.PIXEL_MEAN, model.PIXEL_STD) == (MEAN, STD)
 
 
 class Captioned(list):
@@ -384,8 +416,9 @@ def test_the_linear_path_finds_pictures_by_words_that_training_paired(items, mon
     which = torch.arange(items + 8) % 4
     pictures = colours[which][:, :, None, None] + 0.1 * torch.randn(items + 8, 3, 8, 8, generator=generator)
     captions = [(f"a {names[n]} square", f"{names[n]}, and nothing else") for n in which.tolist()]
-    if items > 48:  # few features in place of 1,760, so that items outnumber them
+    if items > 48:  # few features in place of 1,841, so that items outnumber them
         monkeypatch.setattr(linear_path, "picture_statistics", lambda x: picture_statistics(x)[:, :192])
+        monkeypatch.setattr(linear_path, "PARTS", {"image": (192,)})
     network = create_model("mini", 7, embed_dim=16, image_size=32, image_patch=8, linear_path=True)
     assert torch.equal(network.image_path(pictures), torch.zeros(items + 8, 16))
     if items > 48:
@@ -399,3 +432,33 @@ def test_the_linear_path_finds_pictures_by_words_that_training_paired(items, mon
     again = fit_linear_path(network, {"image": data})
     assert all(torch.equal(again[name], value) for name, value in network.linear.state_dict().items())
     assert fit_linear_path(network, {"image": Captioned(pictures[:0], [])})["text.weight"].count_nonzero() == 0
+
+
+def test_the_linear_path_is_the_ridge_regression_that_its_docstring_says(monkeypatch):
+    """Next to (X^T X + r I)^-1 X^T Y of plain loops, with the singular values halved on the two sides."""
+    generator = torch.Generator().manual_seed(0)
+    captions = [("a red square", "red, a square"), ("a blue square",), ("a red disc, a disc",), ("one green star",)] * 6
+    pictures = torch.randn(len(captions), 3, 8, 8, generator=generator)
+    data, network = Captioned(pictures, captions), create_model("mini", 7, embed_dim=64, linear_path=True)
+    monkeypatch.setattr(linear_path, "SINGULAR", 0.5)
+    network.linear.load_state_dict(fit_linear_path(network, {"image": data}))
+    seen = [n for n in range(len(captions)) if n != 3]  # the broken one
+    words = [[[w for w in data.tokenizer.encode(text) if w > 3] for text in captions[n]] for n in range(len(captions))]
+    known = sorted({w for own in words for text in own for w in text})
+    rare = [math.log((len(captions) + 1) / (sum(any(w in t for t in own) for own in words) + 1)) ** 0.35 for w in known]
+    weight_V, y_nV, mean_V = torch.tensor(rare).double(), torch.zeros(len(seen), len(known)).double(), 0.0
+    for row, n in zip(y_nV, seen, strict=True):
+        for text in words[n]:
+            counts = torch.tensor([float(text.count(w)) for w in known]).double()
+            row += torch.nn.functional.normalize(counts * weight_V, dim=0) / len(words[n])
+            mean_V = mean_V + counts * weight_V / len(text) / len(words[n]) / len(seen)
+    x_nF = picture_statistics(pictures[seen]).double()
+    x_nF -= x_nF.mean(0)
+    parts = x_nF.split(IMAGE_PARTS, 1)
+    spreads = [part.square().mean(0).sqrt() + 0.1 * part.square().mean().sqrt() for part in parts]
+    x_nF = torch.cat([p / s / (4 * p.shape[1]) ** 0.5 for p, s in zip(parts, spreads, strict=True)], 1)
+    inverse_nn = (x_nF @ x_nF.T + 2.0 * torch.eye(len(seen), dtype=torch.float64)).inverse()
+    b_FV = x_nF.T @ inverse_nn @ y_nV
+    expected = x_nF @ b_FV @ (torch.diag(weight_V) - mean_V[:, None]) / b_FV.norm()
+    found = network.linear["image"].project(picture_statistics(pictures[seen])) @ network.linear["text"].weight[known].T
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
