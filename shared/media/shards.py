@@ -203,12 +203,18 @@ def _sum_of_bytes(header: bytes) -> int:
 
 def check_end(archive: tarfile.TarFile) -> None:
     """After the last member of an open archive: tarfile.ReadError where the archive goes on. tarfile ends without a
-    word at a header that it cannot read, as if the members behind were not there.
+    word at a header that it cannot read, and at the end of the first of two archives that were joined by `cat`, as if
+    the members behind were not there.
     """
     assert archive.fileobj is not None, "it is open"
     archive.fileobj.seek(archive.offset)
     if any(archive.fileobj.read(tarfile.BLOCKSIZE)):
         raise tarfile.ReadError(f"at byte {archive.offset:,} stands neither a member nor the end")
+    while block := archive.fileobj.read(1 << 20):
+        if any(block):
+            raise tarfile.ReadError(
+                f"it goes on after its end at byte {archive.offset:,}, as if two were joined by cat"
+            )
 
 
 def _files(path: Path) -> Iterator[tuple[int, int, str]]:
