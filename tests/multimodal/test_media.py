@@ -10,6 +10,7 @@ import soundfile
 import torch
 from PIL import Image
 
+from multimodal.data import audio
 from multimodal.data.audio import read_audio
 from multimodal.data.image import center_crop, read_image
 from multimodal.data.records import ListRecords, Record
@@ -115,6 +116,41 @@ def test_folders_links_and_numbers_beyond_all_sound_are_bad_samples(tmp_path):
     for name in ("folder.wav", "link.wav", "loud.wav", "gone.wav", "short.wav"):
         with pytest.raises(BadSample, match=name):
             read_audio(tmp_path / name)
+
+
+def test_a_header_from_before_the_sound_was_written_hides_none(tmp_path):
+    """A recorder that was killed leaves a length of 0."""
+    data = bytearray(wav(tmp_path / "a.wav").read_bytes())
+    data[40:44] = bytes(4)
+    (tmp_path / "a.wav").write_bytes(data)
+    assert len(read_audio(tmp_path / "a.wav")) == 16000
+
+
+@pytest.mark.parametrize("name,codec,form", FORMS[:1] + FORMS[2:3])
+@pytest.mark.parametrize("position", [0.0, 0.4, 1.0])
+def test_of_a_long_sound_only_the_stretch_is_decoded(tmp_path, monkeypatch, name, codec, form, position):
+    time = np.arange(80 * RATE) / RATE
+    sweep = 0.5 * np.sin(2 * np.pi * (200 * time + 10 * time**2))  # 200 Hz at first, 20 more each second
+    path, counted, real = encoded(tmp_path / name, sweep[None], codec, form), [], audio._mono
+
+    def counting(frames):
+        counted.extend(kept := list(frames))
+        return real(kept)
+
+    monkeypatch.setattr(audio, "_mono", counting)
+    found = read_audio(path, seconds=2.0, position=position)
+    assert 31_000 < len(found) <= 32_000 and sum(frame.samples for frame in counted) < 4 * RATE
+    middle = found[8000:24000]
+    frequency = np.abs(np.fft.rfft(middle * np.hanning(len(middle)))).argmax()
+    assert frequency == pytest.approx(200 + 20 * (position * 78 + 1), abs=20)
+
+
+def test_a_length_that_only_the_header_has_is_not_waited_for(tmp_path, monkeypatch):
+    path = encoded(tmp_path / "a.m4a", stereo()[:1], "aac", "mp4")
+    whole = read_audio(path)
+    monkeypatch.setattr(audio, "LONG", -9.0)  # so that a stretch is asked for where there is nothing
+    monkeypatch.setattr(audio, "_stretch", lambda *given: (np.zeros(0, np.float32), RATE))
+    assert np.array_equal(read_audio(path, seconds=9.0), whole)
 
 
 @pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000)])
