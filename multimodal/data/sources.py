@@ -149,6 +149,11 @@ def _add(config: Config, data: Data, name: str) -> None:
             row = {"dataset": name, "split": split, "items": len(found.records), "missing": found.missing}
             data.counts.append({**row, "bad_rows": len(found.bad)})
             rows = f"; {len(found.bad)} rows cannot be used, the first: {found.bad[0]}" if found.bad else ""
+            if found.repeated:
+                rows += (
+                    f"; warning: {found.repeated} rows are of a file that an earlier row has: put all captions of a "
+                    "file into one row, or it counts as several"
+                )
             data.notes.append(f"{name} {split}: {len(found.records)} of {total} present{rows}")
     if parts["val"] and name != "synthetic" and (both := overlap(parts["train"], parts["val"])):
         data.notes.append(f"warning: {both} samples of {name} are in its training and its validation split")
