@@ -59,6 +59,12 @@ class ModelConfig(Section):
         return self
 
 
+def check_paths(paths: dict[str, str]) -> None:
+    """ValueError for a place of a data set that nobody knows."""
+    if unknown := sorted(set(paths) - set(DATASETS)):
+        raise ValueError(f"paths names no data set called {unknown[0]}; known are {', '.join(DATASETS)}")
+
+
 class DataConfig(Section):
     """What is read, and how it is turned into tensors."""
 
@@ -96,9 +102,7 @@ class DataConfig(Section):
             raise ValueError(f"audio_frames {self.audio_frames} is not a multiple of 16")
         if not self.datasets:
             raise ValueError(f"datasets is empty; name some of {', '.join(DATASETS)}")
-        unknown = sorted(set(self.paths) - set(DATASETS))
-        if unknown:
-            raise ValueError(f"paths names no data set called {unknown[0]}; known are {', '.join(DATASETS)}")
+        check_paths(self.paths)
         return self
 
 

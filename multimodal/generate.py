@@ -53,13 +53,14 @@ def main(argv: list[str] | None = None) -> None:
     records = ListRecords(record for record in records if record.kind == kind and record.captions)
     if not records:
         raise UserError(f"data set {name} has no captioned {options.split} samples to search")
-    if output.suffix == ".png" and kind != "image":
+    is_sheet = output.suffix.lower() == ".png"
+    if is_sheet and kind != "image":
         raise UserError(f"--output {output}: data set {name} holds sounds; give a .json file")
     split = with_prompts(embedder, embedder.split(records, kind), options.prompt)
     output.parent.mkdir(parents=True, exist_ok=True)
     from multimodal.evaluation.showing import best_items, picture_sheet, table
 
-    if output.suffix == ".png":
+    if is_sheet:
         picture_sheet(
             split, {record.id: record.source for record in records}, output, rows=len(options.prompt) or options.rows
         )

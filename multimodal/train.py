@@ -47,7 +47,7 @@ from multimodal.trainer import (
     metrics_of,
     parameter_groups,
 )
-from multimodal.weights.files import NAMES, load_start, put, read_payload, unpack_training
+from multimodal.weights.files import NAMES, load_start, missing_for_training, put, read_payload, unpack_training
 from shared.engine.checkpoint import CheckpointStore, find_checkpoint, frozen_digest
 from shared.engine.dist import barrier, from_main, init_distributed, shutdown
 from shared.engine.preflight import preflight
@@ -300,10 +300,13 @@ class Run:
             )
         if path.is_file():
             payload, _ = read_payload(path)
+            lacking = missing_for_training(payload)
             folder = path.resolve().parent.parent / str(payload.get("training_state"))
             own = (folder / "manifest.json").exists() and folder.is_relative_to(self.output_dir.resolve())
             point = str(folder) if own else CARRIED
-            if not own and "optimizer_state_dict" not in payload:
+            if not own and lacking and lacking[0] != "optimizer_state_dict":
+                raise UserError(f"--resume {path}: has no {', '.join(lacking)}, so it is damaged; copy it again")
+            if not own and lacking:
                 raise UserError(
                     f"--resume {path}: holds no optimizer state; only checkpoint_epoch_N.pt does. --init-from {path} "
                     "starts from its weights alone"

@@ -362,6 +362,22 @@ def test_damaged_or_foreign_checkpoints_are_refused(whole, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             load_model(tmp_path / name)
+    sizes = payload["model_config"]
+    of_others = {  # other systems' files have some of the names, with other contents
+        **{name: ({key: own for key, own in payload.items() if key != name}, f"its {name} is missing")
+           for name in ("config", "stage", "epoch", "tokenizer_sha256")},
+        "text": ({**payload, "config": "x"}, "its config is str, not dict"),
+        "size": ({**payload, "model_config": {**sizes, "size": "giant"}}, "size 'giant' is not known"),
+        "more": ({**payload, "model_config": {**sizes, "foo": 1}}, "describes no model of this version"),
+        "none": ({**payload, "model_config": {}}, "has no 'size'"),
+        "nine": ({**payload, "stage": 9}, "of stage 9"),
+        "list": ({**payload, "model_state_dict": {"a": [1]}}, "other things than named tensors"),
+        "unnamed": ({**payload, "tokenizer_sha256": None}, "its tokenizer_sha256 is NoneType"),
+    }  # fmt: skip
+    for name, (own, message) in of_others.items():
+        torch.save(own, tmp_path / f"{name}.pt")
+        with pytest.raises(UserError, match=f"{name}.pt: .*{message}"):
+            load_model(tmp_path / f"{name}.pt")
     payload["config"]["data"]["gone_setting"] = 1  # made by another version
     torch.save(payload, tmp_path / "settings.pt")
     with pytest.raises(UserError, match="data.gone_setting: unknown"):
