@@ -91,8 +91,8 @@ class DataConfig(Section):
     def _names(cls, value: Any) -> Any:
         """Take what the downloader takes: `all` stands for its sets, and glove holds no samples to train on."""
         names = [value] if isinstance(value, str) else value
-        if not isinstance(names, list):
-            return value
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            return value  # the field's own check says what is wrong with it
         spread = [own for name in names for own in (ALL if name == "all" else [name])]
         return list(dict.fromkeys(name for name in spread if name != "glove"))
 
@@ -197,6 +197,14 @@ class RunConfig(RunSection):
     tensorboard: bool = setting(True, "write TensorBoard event files to OUT/logs/tensorboard")
 
 
+def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """The section of a tree, made where it is not there; ValueError where something else has its name."""
+    found = values.setdefault(name, {})
+    if not isinstance(found, dict):
+        raise ValueError(f"{name}: expected a section with keys (got {found!r})")
+    return found
+
+
 class Config(Section):
     """A whole run."""
 
@@ -222,10 +230,10 @@ class Config(Section):
             section = {"data_root": "data", "output_dir": "run"}.get(key)
             if section is None:
                 raise ValueError(f"paths.{key}: unknown setting; known are data_root and output_dir")
-            values.setdefault(section, {}).setdefault(key, value)
+            _section(values, section).setdefault(key, value)
         model = values.get("model")
         if isinstance(model, dict) and "use_checkpoint" in model:
-            values.setdefault("training", {}).setdefault("use_checkpoint", model.pop("use_checkpoint"))
+            _section(values, "training").setdefault("use_checkpoint", model.pop("use_checkpoint"))
         return values
 
     @model_validator(mode="after")

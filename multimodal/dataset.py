@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from multimodal.config import DataConfig
-from multimodal.data.audio import SAMPLE_RATE, compress, fit_frames, log_power, read_audio, spec_augment
+from multimodal.data.audio import BANDS, SAMPLE_RATE, compress, fit_frames, log_power, read_audio, spec_augment
 from multimodal.data.image import center_crop, normalise, random_resized_crop, read_image
 from multimodal.data.records import Record, Records, Source
 from multimodal.data.text import SPECIAL_TOKENS, TextTokenizer, pad_ids
@@ -166,8 +166,11 @@ class CaptionedDataset:
 
     def _cached_power(self, source: Path | Source) -> Tensor:
         path = Path(self.data.mel_cache or ".") / f"{_content_key(source)}.npy"
-        if path.exists():
-            return torch.from_numpy(np.load(path)).float()
+        with suppress(OSError, ValueError, EOFError):  # not there yet, or damaged: it is made, as at first
+            stored = np.load(path)
+            is_whole = stored.ndim == 2 and stored.shape[1] == BANDS and stored.dtype == np.float16
+            if is_whole and np.isfinite(stored).all():
+                return torch.from_numpy(stored).float()
         power = log_power(_waveform(source)).half()
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_aside(path) as temporary, open(temporary, "wb") as file:

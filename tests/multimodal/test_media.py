@@ -168,6 +168,19 @@ def test_further_forms_of_pictures(tmp_path, suffix):
     assert read_image(path).size == (40, 30)
 
 
+@pytest.mark.parametrize("damage", [b"", b"x", b"cut", np.ones((5, 3), np.float16), np.full((5, 80), np.nan, "f2")])
+def test_a_damaged_spectrogram_of_the_cache_is_made_again(tmp_path, damage):
+    records = ListRecords([Record("a", wav(tmp_path / "a.wav"), ("x",), "jsonl", "audio")])
+    items = dataset(records, TextTokenizer(), data={"mel_cache": str(tmp_path / "cache")})
+    first = items[0]["audio"]
+    (stored,) = (tmp_path / "cache").glob("*.npy")
+    if isinstance(damage, bytes):
+        stored.write_bytes(stored.read_bytes()[:-100] if damage == b"cut" else damage)
+    else:
+        np.save(stored, damage)
+    assert torch.equal(items[0]["audio"], first) and np.load(stored).shape == (100, 80)
+
+
 def test_a_file_that_changes_is_not_served_from_the_cache(tmp_path):
     path = wav(tmp_path / "a.wav", 1.0)
     records = ListRecords([Record("a", path, ("x",), "jsonl", "audio")])
