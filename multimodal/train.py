@@ -25,7 +25,7 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
 
 import torch
 
-from multimodal.data.sources import Data, PairedStream, data_folder, make_datasets, open_data
+from multimodal.data.sources import Data, PairedStream, data_folder, fingerprint_of, make_datasets, open_data
 from multimodal.data.text import TextTokenizer, find_glove, load_word_vectors
 from multimodal.evaluation.report import write_reports
 from multimodal.model import MultimodalModel
@@ -312,6 +312,15 @@ class Run:
                     "starts from its weights alone"
                 )
         else:
+            if any((path / name).is_dir() for name in STAGE_NAMES.values()):
+                there = sorted(
+                    path.glob("checkpoints/checkpoint_epoch_*.pt"), key=lambda own: (len(own.name), own.name)
+                )
+                newest = f"one of its files, such as {there[-1]}" if there else "a checkpoint folder below its stages"
+                raise UserError(
+                    f"--resume {wish}: the folder of another run; give {newest}, or make it the --output-dir to go on "
+                    "in it"
+                )
             folder = find_checkpoint(path)
             payload, point = read_payload(folder)[0], str(folder)
         stage = payload["stage"]
@@ -380,6 +389,8 @@ class Run:
                     f"{what} was trained with other settings: {'; '.join(differing)}; use the same, or another "
                     "--output-dir"
                 )
+            if not is_over and not self.config.run.allow_data_change:
+                self._check_samples(stage, saved["run_state"]["fingerprint"], what)
             was = saved["run_state"]["global_batch"]
             if was not in (None, now) and not is_over:
                 raise UserError(
@@ -387,6 +398,15 @@ class Run:
                     f"could not be counted; use --global-batch-size {was}, or start another --output-dir with "
                     f"--init-from {what}"
                 )
+
+    def _check_samples(self, stage: int, was: str | None, what: Path) -> None:
+        """Refuse another list of samples than the one that a stage began with."""
+        datasets = make_datasets(self.config, self.data.train, self.tokenizer, stage=stage, training=False)
+        if was is not None and (now := fingerprint_of(datasets)) != was:
+            raise UserError(
+                f"{what} was trained on another list of samples (fingerprint {was}, now {now}); use the same data, or "
+                "--allow-data-change"
+            )
 
     def _grows(self, stage: int, epochs: int, done: Path) -> bool:
         """Whether a finished stage is now planned longer than it ran, and no later one has begun from it."""

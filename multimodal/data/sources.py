@@ -258,6 +258,11 @@ def make_datasets(
     }
 
 
+def fingerprint_of(datasets: dict[Kind, CaptionedDataset]) -> str:
+    """Stands for the lists of samples of all kinds."""
+    return "+".join(f"{kind}:{dataset.fingerprint}" for kind, dataset in datasets.items())
+
+
 class PairedStream:
     """One batch of every kind in each micro-step. The first kind sets the length of an epoch; the others go round.
 
@@ -284,7 +289,7 @@ class PairedStream:
         self.epoch_steps = first.plan.steps_per_epoch
         self.steps_per_epoch: int | None = self.epoch_steps
         self.samples_per_step = first.samples_per_step
-        self.fingerprint: str | None = "+".join(f"{kind}:{stream.fingerprint}" for kind, stream in self.streams.items())
+        self.fingerprint: str | None = fingerprint_of(datasets)
 
     def start(self, step: int, state: dict | None = None) -> None:
         """Go to the batches of `step`."""
