@@ -73,6 +73,8 @@ class Run:
             raise UserError(
                 "stage 1 trains on pictures and sounds with captions, none of the data sets has them; use --stages 3"
             )
+        if self.epochs.get(2) and not self.data.contrasted:
+            raise UserError("stage 2 compares voices with video frames, and there are none (mp4/); use --stages 3")
         self.start: dict[str, Any] | None = None  # of a checkpoint that --resume names
         self.resume = self._resume_points()
         self.info = init_distributed(config.run.device, 60 * config.run.timeout_minutes)
@@ -80,7 +82,7 @@ class Run:
         preflight(
             config,
             self.info,
-            metrics=metrics_of(config, self.data.val, classify=self.classify),
+            metrics=metrics_of(config, self.data.val, classify=self.classify, contrast=self.data.contrasted),
             checks_resume=not Path(config.run.resume).is_file(),  # a .pt of the guide: _resume_points has read it
         )
         self._check_batch()
@@ -234,7 +236,7 @@ class Run:
     def _stage_config(self, stage: int, epochs: int, stream: PairedStream, resume: str) -> Config:
         training: TrainingConfig = self.config.training
         steps = training.total_steps or epochs * stream.epoch_steps
-        metric, mode = best_metric_of(self.config, stage)
+        metric, mode = best_metric_of(self.config, stage, contrast=self.data.contrasted)
         before = self._resumed_from(stage, resume)
         if before is not None:
             # Scores of two metrics do not compare: a stage keeps the one that it began with.

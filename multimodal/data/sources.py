@@ -74,6 +74,11 @@ class Data:
         """Whether voices come with video frames."""
         return "voice" in self.train and self.train["voice"][0].video is not None
 
+    @property
+    def contrasted(self) -> bool:
+        """Whether there is anything to compare: voices alone, without frames, are not."""
+        return self.framed or self.train.keys() != {"voice"}
+
 
 def data_folder(config: Config, name: str) -> Path:
     """Where a data set lies."""
@@ -117,6 +122,11 @@ def open_data(config: Config) -> Data:
         get = f"python multimodal/download_datasets.py --datasets {fetched} --data-root {root} fills it, "
         raise UserError(
             f"--data-root {root}: no such folder; {get if fetched else ''}--config small trains on the sample data"
+        )
+    if unused := sorted(set(config.data.paths) - set(names)):
+        data.notes.append(
+            f"warning: data.paths names {', '.join(unused)}, which data.datasets ({', '.join(names)}) does not; it is "
+            "not read"
         )
     absent = []
     for name in names:
@@ -203,7 +213,7 @@ def _check_voice(config: Config, data: Data) -> None:
     elif config.training.label_set != "voxceleb1":
         sentence = (
             "voxceleb: no videos (mp4/) next to the sounds, so nothing to contrast the voices with; add the "
-            "mp4 files, or train speaker identification with --label-set voxceleb1 --num-classes 1251"
+            "mp4 files, or train speaker identification with --label-set voxceleb1 --num-classes 1251 --stages 3"
         )
         if len(data.train) == 1:
             raise UserError(sentence)

@@ -567,6 +567,12 @@ def test_a_line_with_a_picture_and_a_sound_is_one_of_each(tmp_path):
     assert read_records("jsonl", tmp_path, "train").missing == 1
 
 
+def test_a_place_that_is_not_read_is_said(tmp_path):
+    data = {"datasets": ["synthetic"], "paths": {"shards": "nowhere", "jsonl": str(tmp_path)}}
+    notes = open_data(Config(data=data)).notes
+    assert any("data.paths names jsonl, shards" in note and "not read" in note for note in notes)
+
+
 def test_a_file_in_several_lines_is_said(tmp_path):
     data = tmp_path / "jsonl"
     for name in ("a.png", "b.png"):

@@ -341,6 +341,26 @@ def test_odd_texts_and_sets_are_named(whole, tmp_path, capsys):
         assert not (tmp_path / "x.parquet").exists()
 
 
+def test_speakers_are_identified_from_voices_alone(tmp_path, capsys):
+    """As the sentence about missing videos says; nothing is compared with anything then."""
+    for place in (f"id1000{speaker}/v{video}/00001.wav" for speaker in range(4) for video in range(30)):
+        wav(tmp_path / "voxceleb" / "wav" / place, 0.5)
+    common = ("--datasets", "voxceleb", "--data-root", str(tmp_path), "--label-set", "voxceleb1", "--num-classes", "4")
+    folder = run(tmp_path / "out", *common, "--stages", "3", "--max-steps", "2")
+    best = read_payload(folder)[0]
+    assert best["best_metric"] == "val/loss" and best["stage"] == 3
+    metrics.main(["--checkpoint", str(folder), "--output", str(tmp_path / "m.json")])
+    found = json.loads((tmp_path / "m.json").read_text())
+    assert 0 <= found["classification"]["voxceleb"]["speaker_accuracy"] <= 1 and not found["retrieval"]
+    for stages, flags, said in (
+        ("2", (), "stage 2 compares voices with video frames"),
+        ("3", ("--best-metric", "val/retrieval"), "val/retrieval"),
+    ):
+        with pytest.raises(SystemExit):
+            run(tmp_path / "none", *common, "--stages", stages, *flags)
+        assert said in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
 def test_another_number_of_classes_needs_reset_head(whole, tmp_path, capsys):
     flags = ("--stages", "3", "--max-steps", "1", "--init-from", str(whole), "--num-classes", "20")
     with pytest.raises(SystemExit):
