@@ -56,6 +56,11 @@ def main(argv: list[str] | None = None) -> None:
     is_sheet = output.suffix.lower() == ".png"
     if is_sheet and kind != "image":
         raise UserError(f"--output {output}: data set {name} holds sounds; give a .json file")
+    if is_sheet and len(options.prompt) > len(records):
+        raise UserError(
+            f"--prompt: {len(options.prompt)} texts, and {len(records)} pictures are searched; a sheet has a row "
+            "for as many texts as pictures, so give fewer, or a .json file"
+        )
     split = with_prompts(embedder, embedder.split(records, kind), options.prompt)
     output.parent.mkdir(parents=True, exist_ok=True)
     from multimodal.evaluation.showing import best_items, picture_sheet, table
@@ -79,8 +84,13 @@ def with_prompts(embedder: Any, split: Any, prompts: list[str]) -> Any:
     """The split with the user's texts instead of its captions; no item is the true one then."""
     if not prompts:
         return split
+    from multimodal.evaluation.showing import spread
+
     split.captions_CE, split.caption_texts, split.owners = embedder.texts(prompts), prompts, [-1] * len(prompts)
-    split.first_captions = list(range(len(prompts)))
+    # The sheet goes by evenly spaced items and takes the first caption of each: here those are the texts in turn.
+    split.first_captions = [0] * len(split.items_IE)
+    for number, item in enumerate(spread(split, len(prompts))):
+        split.first_captions[item] = number
     return split
 
 

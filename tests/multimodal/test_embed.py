@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from multimodal import embed, generate, metrics, train
+from multimodal.evaluation import showing
 from multimodal.evaluation.held_out import Split
 from multimodal.evaluation.transfer import names_of, transfer
 from multimodal.weights.open import Embedder
@@ -354,6 +355,21 @@ def test_own_data_elsewhere_are_measured_and_shown(out, data, tmp_path):
     assert (out / "report.html").read_bytes() == shown  # which speaks of held-out data
     generate.main(["--checkpoint", str(out), "--set", place, "--output", str(tmp_path / "s.png")])
     assert (tmp_path / "s.png").stat().st_size > 1000
+
+
+def test_every_prompt_has_its_row_however_many_there_are(out, tmp_path, capsys, monkeypatch):
+    drawn, own = [], showing.best_items
+    monkeypatch.setattr(
+        showing, "best_items", lambda split, text, *more: (drawn.append(text), own(split, text, *more))[1]
+    )
+    for count in (1, 2, 5, 12):  # of 12 pictures
+        prompts = [f"thing {number}" for number in range(count)]
+        drawn.clear()
+        generate.main(["--checkpoint", str(out), "--output", str(tmp_path / "s.png"), "--prompt", *prompts])
+        assert drawn == list(range(count)) and Image.open(tmp_path / "s.png").height == count * showing.CELL
+    sheet = ("--checkpoint", str(out), "--output", str(tmp_path / "t.png"))
+    error = failing(capsys, generate, *sheet, "--prompt", *map(str, range(13)))
+    assert "13 texts, and 12 pictures are searched" in error and not (tmp_path / "t.png").exists()
 
 
 def test_options_of_measuring_are_looked_at_before_the_work(out, data, tmp_path, capsys, monkeypatch):
