@@ -17,7 +17,7 @@ from multimodal.config import DatasetName  # noqa: E402
 from multimodal.metrics import DataOptions, records_of  # noqa: E402
 from multimodal.metrics import Options as MetricsOptions  # noqa: E402
 from shared.config import Section, load_config, setting  # noqa: E402
-from shared.errors import UserError, check_output, command, write_text  # noqa: E402
+from shared.errors import UserError, check_output, command, own_folder, write_text  # noqa: E402
 
 
 class Options(Section):
@@ -66,9 +66,10 @@ def main(argv: list[str] | None = None) -> None:
     from multimodal.evaluation.showing import best_items, picture_sheet, table
 
     if is_sheet:
-        picture_sheet(
-            split, {record.id: record.source for record in records}, output, rows=len(options.prompt) or options.rows
-        )
+        sources = {record.id: record.source for record in records}
+        with own_folder(output.parent, output.name) as own:
+            sheet = picture_sheet(split, sources, own / "sheet.png", rows=len(options.prompt) or options.rows)
+            sheet.replace(output)
     elif options.prompt:
         rows: list[dict[str, Any]] = [
             {"query_text": text, "found_items": [split.ids[place] for place in best_items(split, index)]}

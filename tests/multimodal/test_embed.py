@@ -1,5 +1,6 @@
 """Embedding folders with breaks, indexes in both formats, the search page; what metrics say of training data."""
 
+import errno
 import json
 import os
 import re
@@ -355,6 +356,16 @@ def test_own_data_elsewhere_are_measured_and_shown(out, data, tmp_path):
     assert (out / "report.html").read_bytes() == shown  # which speaks of held-out data
     generate.main(["--checkpoint", str(out), "--set", place, "--output", str(tmp_path / "s.png")])
     assert (tmp_path / "s.png").stat().st_size > 1000
+
+
+def test_a_sheet_that_cannot_be_written_leaves_no_file(out, tmp_path, monkeypatch, capsys):
+    def full(self, target, *given, **named):
+        Path(target).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert "disk is full" in failing(capsys, generate, "--checkpoint", str(out), "--output", str(tmp_path / "s.png"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_prompt_has_its_row_however_many_there_are(out, tmp_path, capsys, monkeypatch):
