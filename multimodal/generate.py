@@ -17,7 +17,7 @@ from multimodal.config import DatasetName  # noqa: E402
 from multimodal.metrics import DataOptions, records_of  # noqa: E402
 from multimodal.metrics import Options as MetricsOptions  # noqa: E402
 from shared.config import Section, load_config, setting  # noqa: E402
-from shared.errors import UserError, check_output, command, own_folder, write_text  # noqa: E402
+from shared.errors import UserError, check_output, command, write_text, written_aside  # noqa: E402
 
 
 class Options(Section):
@@ -67,9 +67,9 @@ def main(argv: list[str] | None = None) -> None:
 
     if is_sheet:
         sources = {record.id: record.source for record in records}
-        with own_folder(output.parent, output.name) as own:
-            sheet = picture_sheet(split, sources, own / "sheet.png", rows=len(options.prompt) or options.rows)
-            sheet.replace(output)
+        with written_aside(output) as temporary:
+            own = temporary.with_name("sheet.png")  # Pillow goes by the suffix
+            picture_sheet(split, sources, own, rows=len(options.prompt) or options.rows).replace(temporary)
     elif options.prompt:
         rows: list[dict[str, Any]] = [
             {"query_text": text, "found_items": [split.ids[place] for place in best_items(split, index)]}

@@ -184,7 +184,10 @@ def _unpack_7z(archive: Path, aside: Path, limit: int) -> None:
             _check_total(archive, sum(entry.uncompressed or 0 for entry in listed), limit)
             opened.extractall(aside)
     elif program:
-        listing = subprocess.run([program, "l", "-slt", "-ba", str(archive)], capture_output=True, text=True)
+        no_input = subprocess.DEVNULL  # it would ask for a password, unseen
+        listing = subprocess.run(
+            [program, "l", "-slt", "-ba", str(archive)], stdin=no_input, capture_output=True, text=True
+        )
         if listing.returncode:
             raise damaged(archive, listing.stderr[:200])
         fields = [line.split(" = ", 1) for line in listing.stdout.splitlines() if " = " in line]
@@ -192,7 +195,9 @@ def _unpack_7z(archive: Path, aside: Path, limit: int) -> None:
             if key == "Path":
                 safe_name(archive, value)
         _check_total(archive, sum(int(value) for key, value in fields if key == "Size" and value.isdigit()), limit)
-        done = subprocess.run([program, "x", "-y", f"-o{aside}", str(archive)], capture_output=True, text=True)
+        done = subprocess.run(
+            [program, "x", "-y", f"-o{aside}", str(archive)], stdin=no_input, capture_output=True, text=True
+        )
         if done.returncode:
             raise ArchiveError(f"{archive}: cannot be unpacked ({done.stderr.strip()[:200]})")
     else:

@@ -298,6 +298,26 @@ def test_a_zip_with_a_password_says_so(tmp_path: Path):
         unpack(tmp_path / "x.zip", tmp_path / "data", expected_bytes=100)
 
 
+def test_a_program_that_asks_for_a_password_is_not_waited_for(tmp_path: Path):
+    program = tmp_path / "7z"
+    program.write_text("#!/bin/sh\nread password || { echo 'Break signaled' >&2; exit 255; }\n")
+    program.chmod(0o755)
+    (tmp_path / "x.7z").write_bytes(b"7z\xbc\xaf\x27\x1c" + bytes(100))
+    command = (
+        "import importlib.util, os, sys; from pathlib import Path; from multimodal.download import archives; "
+        "found = importlib.util.find_spec; "
+        "importlib.util.find_spec = lambda name, *more: None if name == 'py7zr' else found(name, *more); "
+        f"os.environ['PATH'] = {str(tmp_path)!r} + ':' + os.environ['PATH']; "
+        f"archives.unpack(Path({str(tmp_path / 'x.7z')!r}), Path({str(tmp_path / 'data')!r}), expected_bytes=100)"
+    )
+    waiting = subprocess.Popen([sys.executable, "-c", command], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        waiting.wait(30)  # nobody types anything
+    finally:
+        waiting.kill()
+    assert b"ArchiveError" in waiting.communicate()[1]
+
+
 def test_two_that_unpack_at_once_leave_each_other_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The second begins, in another process, while the first is half done."""
     archive, code = make_zip(tmp_path / "x.zip", {"a/1": b"1", "a/2": b"2"}), []
