@@ -59,8 +59,17 @@ class ModelConfig(Section):
         return self
 
 
+def not_blank(value: str | None) -> str | None:
+    """Itself; ValueError for a place without a name, as "$DATA" is where DATA is not set: it would pass for none."""
+    if value is not None and not value.strip():
+        raise ValueError("is empty; name a place, or leave the setting out")
+    return value
+
+
 def check_paths(paths: dict[str, str]) -> None:
-    """ValueError for a place of a data set that nobody knows."""
+    """ValueError for a place of a data set that nobody knows, or that has no name."""
+    for place in paths.values():
+        not_blank(place)
     if unknown := sorted(set(paths) - set(DATASETS)):
         raise ValueError(f"paths names no data set called {unknown[0]}; known are {', '.join(DATASETS)}")
 
@@ -85,6 +94,8 @@ class DataConfig(Section):
     mel_cache: str | None = setting(None, "folder for log-mel spectrograms as fp16 .npy, written at first use")
     keep_in_memory: bool = setting(False, "keep decoded pictures and spectrograms in memory (small sets)")
     synthetic_items: int = setting(256, "synthetic: pairs of each kind", ge=8)
+
+    _places = field_validator("data_root", "mel_cache")(not_blank)
 
     @field_validator("datasets", mode="before")
     @classmethod
@@ -177,6 +188,8 @@ class TrainingConfig(TrainingSection):
     keep_last: int = setting(3, "newest checkpoints kept; the best one is kept too", ge=2)
     num_workers: int = setting(4, "loader processes per rank and kind of data", "workers", ge=0)
 
+    _places = field_validator("init_from")(not_blank)
+
     @model_validator(mode="after")
     def _stages_fit(self) -> "TrainingConfig":
         if self.sample_steps is not None:
@@ -215,6 +228,8 @@ class Config(Section):
     tokenizer: str | None = setting(
         None, "tokenizers JSON file; null: the byte-level BPE of 16,384 tokens that ships here"
     )
+
+    _places = field_validator("tokenizer")(not_blank)
 
     @model_validator(mode="before")
     @classmethod

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pydantic import model_validator  # noqa: E402
+from pydantic import field_validator, model_validator  # noqa: E402
 
-from multimodal.config import ITEMS, Config, DatasetName, check_paths  # noqa: E402
+from multimodal.config import ITEMS, Config, DatasetName, check_paths, not_blank  # noqa: E402
 from shared.config import Section, load_config, setting  # noqa: E402
 from shared.errors import UserError, check_output, command, write_text  # noqa: E402
 
@@ -36,6 +36,8 @@ class DataOptions(Section):
 
     data_root: str | None = setting(None, "folder that holds them; null: the run's")
     paths: dict[str, str] = setting({}, "folder of a data set that lies elsewhere, by name: {jsonl: FOLDER}")
+
+    _places = field_validator("data_root")(not_blank)
 
     @model_validator(mode="after")
     def _known(self) -> "DataOptions":
