@@ -269,8 +269,8 @@ def make_datasets(
 
 
 def fingerprint_of(datasets: dict[Kind, CaptionedDataset]) -> str:
-    """Stands for the lists of samples of all kinds."""
-    return "+".join(f"{kind}:{dataset.fingerprint}" for kind, dataset in datasets.items())
+    """Stands for the lists of samples of all kinds; None in the place of what keeps no list, as in MapStream."""
+    return "+".join(f"{kind}:{getattr(dataset, 'fingerprint', None)}" for kind, dataset in datasets.items())
 
 
 class PairedStream:
