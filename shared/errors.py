@@ -313,6 +313,8 @@ def remove_parts(folder: Path | str) -> None:
                 left.unlink()  # of an earlier version
         elif left not in _OWN:
             try:
+                if not (left / "lock").exists() and any(left.iterdir()):
+                    continue  # of another program, or somebody's own: a writer of ours makes its lock first
                 lock = _take_lock(left, wait=False)
             except OSError:
                 continue
