@@ -98,11 +98,11 @@ def write_picture(path: Path, picture: "Image.Image") -> None:
 def write_result(path: Path, result: dict[str, Any], prompt: str) -> None:
     """The files of one result."""
     image, text = result["image"], result["text"]
-    if path.suffix == ".png":
+    if path.suffix.lower() == ".png":
         if image is None:
             raise UserError(f"--output {path}: task {result['task']} gives a text; use .txt or .json")
         write_picture(path, image)
-    elif path.suffix == ".txt":
+    elif path.suffix.lower() == ".txt":
         if text is None:
             raise UserError(f"--output {path}: task {result['task']} gives a picture; use .png or .json")
         write_text(path, text + "\n")
@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
         prompts = prompts or held_out_prompts(opened)
         write_picture(output, draw_all(inferencer, prompts, options, shape))
     else:
-        wanted: Literal["auto", "text"] = "text" if output.suffix == ".txt" and not images else "auto"
+        wanted: Literal["auto", "text"] = "text" if output.suffix.lower() == ".txt" and not images else "auto"
         result = inferencer.unified_generate(
             options.prompt, images, options.task, wanted, options.seed, **settings_of(options, shape)
         )

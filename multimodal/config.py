@@ -59,6 +59,21 @@ class ModelConfig(Section):
         return self
 
 
+def not_blank(value: str | None) -> str | None:
+    """Itself; ValueError for a place without a name, as "$DATA" is where DATA is not set: it would pass for none."""
+    if value is not None and not value.strip():
+        raise ValueError("is empty; name a place, or leave the setting out")
+    return value
+
+
+def check_paths(paths: dict[str, str]) -> None:
+    """ValueError for a place of a data set that nobody knows, or that has no name."""
+    for place in paths.values():
+        not_blank(place)
+    if unknown := sorted(set(paths) - set(DATASETS)):
+        raise ValueError(f"paths names no data set called {unknown[0]}; known are {', '.join(DATASETS)}")
+
+
 class DataConfig(Section):
     """What is read, and how it is turned into tensors."""
 
@@ -80,13 +95,15 @@ class DataConfig(Section):
     keep_in_memory: bool = setting(False, "keep decoded pictures and spectrograms in memory (small sets)")
     synthetic_items: int = setting(256, "synthetic: pairs of each kind", ge=8)
 
+    _places = field_validator("data_root", "mel_cache")(not_blank)
+
     @field_validator("datasets", mode="before")
     @classmethod
     def _names(cls, value: Any) -> Any:
         """Take what the downloader takes: `all` stands for its sets, and glove holds no samples to train on."""
         names = [value] if isinstance(value, str) else value
-        if not isinstance(names, list):
-            return value
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            return value  # the field's own check says what is wrong with it
         spread = [own for name in names for own in (ALL if name == "all" else [name])]
         return list(dict.fromkeys(name for name in spread if name != "glove"))
 
@@ -96,9 +113,7 @@ class DataConfig(Section):
             raise ValueError(f"audio_frames {self.audio_frames} is not a multiple of 16")
         if not self.datasets:
             raise ValueError(f"datasets is empty; name some of {', '.join(DATASETS)}")
-        unknown = sorted(set(self.paths) - set(DATASETS))
-        if unknown:
-            raise ValueError(f"paths names no data set called {unknown[0]}; known are {', '.join(DATASETS)}")
+        check_paths(self.paths)
         return self
 
 
@@ -173,6 +188,8 @@ class TrainingConfig(TrainingSection):
     keep_last: int = setting(3, "newest checkpoints kept; the best one is kept too", ge=2)
     num_workers: int = setting(4, "loader processes per rank and kind of data", "workers", ge=0)
 
+    _places = field_validator("init_from")(not_blank)
+
     @model_validator(mode="after")
     def _stages_fit(self) -> "TrainingConfig":
         if self.sample_steps is not None:
@@ -193,6 +210,14 @@ class RunConfig(RunSection):
     tensorboard: bool = setting(True, "write TensorBoard event files to OUT/logs/tensorboard")
 
 
+def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """The section of a tree, made where it is not there; ValueError where something else has its name."""
+    found = values.setdefault(name, {})
+    if not isinstance(found, dict):
+        raise ValueError(f"{name}: expected a section with keys (got {found!r})")
+    return found
+
+
 class Config(Section):
     """A whole run."""
 
@@ -203,6 +228,8 @@ class Config(Section):
     tokenizer: str | None = setting(
         None, "tokenizers JSON file; null: the byte-level BPE of 16,384 tokens that ships here"
     )
+
+    _places = field_validator("tokenizer")(not_blank)
 
     @model_validator(mode="before")
     @classmethod
@@ -218,10 +245,10 @@ class Config(Section):
             section = {"data_root": "data", "output_dir": "run"}.get(key)
             if section is None:
                 raise ValueError(f"paths.{key}: unknown setting; known are data_root and output_dir")
-            values.setdefault(section, {}).setdefault(key, value)
+            _section(values, section).setdefault(key, value)
         model = values.get("model")
         if isinstance(model, dict) and "use_checkpoint" in model:
-            values.setdefault("training", {}).setdefault("use_checkpoint", model.pop("use_checkpoint"))
+            _section(values, "training").setdefault("use_checkpoint", model.pop("use_checkpoint"))
         return values
 
     @model_validator(mode="after")

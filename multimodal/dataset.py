@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from multimodal.config import DataConfig
-from multimodal.data.audio import SAMPLE_RATE, compress, fit_frames, log_power, read_audio, spec_augment
+from multimodal.data.audio import BANDS, SAMPLE_RATE, compress, fit_frames, log_power, read_audio, spec_augment
 from multimodal.data.image import center_crop, normalise, random_resized_crop, read_image
 from multimodal.data.records import Record, Records, Source
 from multimodal.data.text import SPECIAL_TOKENS, TextTokenizer, pad_ids
@@ -128,7 +128,9 @@ class CaptionedDataset:
 
     def _image(self, source: Path | Source, generator: torch.Generator | None) -> Tensor:
         side = DECODED_SIDES * self.image_size
-        picture = self._remember(f"image {source}", lambda: read_image(_bytes_or_path(source), max_side=side))
+        picture = self._remember(
+            f"image {source}", lambda: read_image(_bytes_or_path(source), max_side=side, name=str(source))
+        )
         return self._crop(picture, generator)
 
     def _crop(self, picture: Any, generator: torch.Generator | None) -> Tensor:
@@ -159,17 +161,17 @@ class CaptionedDataset:
         if self.data.mel_cache:
             return self._remember(f"mel {source}", lambda: self._cached_power(source))
         if self.data.keep_in_memory:
-            return self._remember(
-                f"mel {source}", lambda: log_power(torch.from_numpy(read_audio(_bytes_or_path(source))))
-            )
-        seconds = frames * 160 / SAMPLE_RATE
-        return log_power(torch.from_numpy(read_audio(_bytes_or_path(source), seconds=seconds, position=position)))
+            return self._remember(f"mel {source}", lambda: log_power(_waveform(source)))
+        return log_power(_waveform(source, seconds=frames * 160 / SAMPLE_RATE, position=position))
 
     def _cached_power(self, source: Path | Source) -> Tensor:
         path = Path(self.data.mel_cache or ".") / f"{_content_key(source)}.npy"
-        if path.exists():
-            return torch.from_numpy(np.load(path)).float()
-        power = log_power(torch.from_numpy(read_audio(_bytes_or_path(source)))).half()
+        with suppress(OSError, ValueError, EOFError):  # not there yet, or damaged: it is made, as at first
+            stored = np.load(path)
+            is_whole = stored.ndim == 2 and stored.shape[1] == BANDS and stored.dtype == np.float16
+            if is_whole and np.isfinite(stored).all():
+                return torch.from_numpy(stored).float()
+        power = log_power(_waveform(source)).half()
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_aside(path) as temporary, open(temporary, "wb") as file:
             np.save(file, power.numpy())
@@ -264,6 +266,10 @@ def _content_key(source: Path | Source) -> str:
     else:
         mark += f" {hashlib.sha256(source.read()).hexdigest()}"
     return hashlib.sha256(mark.encode()).hexdigest()[:24]
+
+
+def _waveform(source: Path | Source, *, seconds: float | None = None, position: float = 0.0) -> Tensor:
+    return torch.from_numpy(read_audio(_bytes_or_path(source), seconds=seconds, position=position, name=str(source)))
 
 
 def _bytes_or_path(source: Path | Source) -> Path | bytes:

@@ -8,11 +8,15 @@ step by step. Exit code: 0 all is there, 2 bad arguments, 3 a download, checksum
 manual sets are missing.
 """
 
+import contextlib
 import datetime
+import fcntl
 import json
 import os
 import shutil
 import sys
+import urllib.parse
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -112,16 +116,20 @@ def main(argv: list[str] | None = None) -> None:
 def handle(found: RemoteSet, folder: Path, options: Options, bases: dict[str, str]) -> State:
     """Fetch, verify and unpack one set."""
     try:
-        for file in wanted(found, options):
-            entry, archive = take(found, file, folder, options, bases)
-            if entry["paths"]:
-                # Marked file by file, and before its archive goes: what fails or is killed later leaves this one done.
-                write_marker(folder, {file.name: entry})
-            if archive is not None:
-                archive.unlink()
-        manual = take_manual(found, folder, options)
-    except (DownloadError, ArchiveError) as error:
-        print(f"{found.name}: {error}", file=sys.stderr)
+        with alone(folder):
+            for file in wanted(found, options):
+                entry, archive = take(found, file, folder, options, bases)
+                if entry["paths"]:
+                    # Marked file by file, and before its archive goes: what fails or is killed later leaves this done.
+                    write_marker(folder, {file.name: entry})
+                if archive is not None:
+                    archive.unlink()
+            manual, lacking = take_manual(found, folder, options)
+            if found.name == "audiocaps":
+                say_missing_clips(folder, options)
+    except (DownloadError, ArchiveError, UserError) as error:
+        way = "; delete it and run the same command again" if isinstance(error, UserError) else ""  # a table
+        print(f"{found.name}: {error}{way}", file=sys.stderr)
         return State(found.name, "failed", *measure(folder), code=FAILED)
     except OSError as error:
         print(
@@ -130,19 +138,38 @@ def handle(found: RemoteSet, folder: Path, options: Options, bases: dict[str, st
             file=sys.stderr,
         )
         return State(found.name, "failed", *measure(folder), code=FAILED)
-    if found.name == "audiocaps":
-        say_missing_clips(folder, options)
-    if not manual:
+    if not manual or lacking:
         print(
             "\n".join(
                 [
-                    *found.steps,
+                    *(found.steps if not manual else ()),
+                    *lacking,
                     f"Its folder is {folder.resolve()}, which holds {', '.join(visible_names(folder)) or 'nothing'}.",
                 ]
             )
         )
         return State(found.name, "manual steps left", *measure(folder), code=MANUAL)
     return State(found.name, "complete" if options.extract else "fetched", *measure(folder))
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """The folder of a set, for this process alone: two that fetch one file would write into the same part."""
+    folder.mkdir(parents=True, exist_ok=True)
+    opened = os.open(folder, os.O_RDONLY)  # the folder itself is locked, so that no file stays behind
+    try:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DownloadError(
+                f"{folder}: another download_datasets.py is at work there; wait for its end, or give another "
+                "--data-root"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(opened)
 
 
 def take(
@@ -185,24 +212,38 @@ def take(
     return entry, target if own and not options.keep_archives else None
 
 
-def take_manual(found: RemoteSet, folder: Path, options: Options) -> bool:
-    """Whether the part that the user fetches is there. Each archive that lies in the folder is checked, joined and
-    unpacked, unless the marker says that this was done and its files are still there.
+def take_manual(found: RemoteSet, folder: Path, options: Options) -> tuple[bool, list[str]]:
+    """Whether any of the part that the user fetches is there, and sentences on archives of which some parts are
+    missing. Each archive that lies in the folder is checked, joined and unpacked, unless the marker says that this was
+    done and its files are still there.
     """
     if not found.steps:
-        return True
+        return True, []
+    lacking = []
     for file in found.manual:
         done = read_marker(folder).get(file.name)
         if not options.extract or (done and _still_there(folder, done)):
             continue
         before = (folder / file.name).exists()
         archive = joined(file, folder)
+        if archive is None and (sentence := missing_parts(file, folder)):
+            lacking.append(sentence)
         if archive is not None:
             paths = unpack(archive, folder, expected_bytes=2 * archive.stat().st_size)
             write_marker(folder, {file.name: {"bytes": archive.stat().st_size, "paths": paths}})
             if not before and not options.keep_archives:
                 archive.unlink()  # made of its parts by this command; the parts stay
-    return has_layout(found, folder)
+    return has_layout(found, folder), lacking
+
+
+def missing_parts(file: ManualFile, folder: Path) -> str:
+    """Which parts of an archive are not there, where others are; empty where all or none are."""
+    absent = [name for name, _ in file.parts if not (folder / name).exists()]
+    if (folder / file.name).exists() or len(absent) in (0, len(file.parts)):
+        return ""
+    return (
+        f"{file.name}: of its {len(file.parts)} parts {', '.join(absent)} is missing; lay all of them into the folder"
+    )
 
 
 def has_layout(found: RemoteSet, folder: Path) -> bool:
@@ -262,15 +303,23 @@ def is_right(path: Path, file: RemoteFile) -> bool:
     """Whether a file is the published one, as far as that can be told."""
     if file.size is not None and path.stat().st_size != file.size:
         return False
+    if file.other is not None and path.is_file() and digest(path, "sha256") == file.other:
+        return False
     return file.checksum is None or digest(path, file.checksum[0]) == file.checksum[1]
 
 
 def read_marker(folder: Path) -> dict[str, dict]:
-    """Entries of the marker by file name; empty where there is none."""
+    """Entries of the marker by file name; empty where there is none. What is damaged in it counts as not done."""
     try:
-        return json.loads((folder / MARKER).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        entries = json.loads((folder / MARKER).read_text())["files"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
+    return {name: entry for name, entry in entries if _is_entry(entry)}
+
+
+def _is_entry(entry: Any) -> bool:
+    paths = entry.get("paths") if isinstance(entry, dict) else None
+    return isinstance(paths, dict) and all(isinstance(count, int) for count in paths.values())
 
 
 def write_marker(folder: Path, record: dict[str, dict]) -> None:
@@ -293,8 +342,8 @@ def is_complete(folder: Path, found: RemoteSet, options: Options) -> bool:
 
 
 def is_waiting(file: ManualFile, folder: Path, entries: dict[str, dict]) -> bool:
-    """Whether an archive that the user laid there is still to be unpacked."""
-    here = (folder / file.name).exists() or (file.parts and all((folder / name).exists() for name, _ in file.parts))
+    """Whether an archive that the user laid there, or some of its parts, is still to be unpacked."""
+    here = (folder / file.name).exists() or any((folder / name).exists() for name, _ in file.parts)
     return bool(here) and not (file.name in entries and _still_there(folder, entries[file.name]))
 
 
@@ -334,7 +383,7 @@ def bytes_needed(found: RemoteSet, folder: Path, options: Options) -> int:
         )
         total += max(0, (file.size or file.estimate) - here) + (file.unpacked if options.extract else 0)
     for manual in found.manual if options.extract else ():
-        if is_waiting(manual, folder, entries):
+        if is_waiting(manual, folder, entries) and not missing_parts(manual, folder):
             whole = folder / manual.name
             parts = sum((folder / name).stat().st_size for name, _ in manual.parts if (folder / name).exists())
             # Joined from its parts first, then unpacked: sound does not shrink much in an archive.
@@ -364,12 +413,33 @@ def read_bases(values: list[str]) -> dict[str, str]:
     bases = {}
     for value in values:
         name, separator, url = value.partition("=")
-        if not separator or name not in SETS or not url.startswith(("http://", "https://")):
+        if not separator or name not in SETS or not is_address(url):
             raise UserError(
-                f"--base-url {value}: expected NAME=URL, NAME one of {', '.join(SETS)}, URL with http:// or https://"
+                f"--base-url {value}: expected NAME=URL, NAME one of {', '.join(SETS)}, URL with http:// or https://, "
+                "a host and a folder, to which the names of the files are added"
             )
-        bases[name] = url if url.endswith("/") else url + "/"
+        parts = urllib.parse.urlsplit(url)
+        # Blanks and letters beyond ASCII in a folder's name are written as %20 and the like, as browsers do.
+        path = urllib.parse.quote(parts.path.rstrip("/") + "/", safe="%/:=&~+!$,;'@()*")
+        bases[name] = urllib.parse.urlunsplit(parts._replace(path=path))
     return bases
+
+
+def is_address(url: str) -> bool:
+    """Whether a folder on a server can be meant: no query, and a port that is one."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        usable = parts.port is None or 0 < parts.port
+    except ValueError:
+        return False
+    host = parts.hostname or ""
+    return (
+        usable
+        and parts.scheme in ("http", "https")
+        and bool(host.strip())
+        and " " not in parts.netloc
+        and not (parts.query or parts.fragment)
+    )
 
 
 def address(found: RemoteSet, file: RemoteFile, bases: dict[str, str]) -> str:

@@ -128,7 +128,7 @@ def encode(options: EncodeOptions) -> Path:
     starts = range(0, len(items), options.part_size)
     for number, start in enumerate(starts):
         path = parts / f"{number:06d}.safetensors"
-        if path.exists():
+        if is_part(path):
             continue
         own = items[start : start + options.part_size]
         if kind == "texts":
@@ -172,6 +172,14 @@ def is_text(name: str) -> bool:
     return True
 
 
+def is_part(path: Path) -> bool:
+    """Whether a part is there and whole; one that a failing disk left half-written is made again."""
+    try:
+        return {"ids", "bad"} <= _facts(path).keys()
+    except Exception:  # of the library, for whatever it cannot read
+        return False
+
+
 def _facts(path: Path) -> dict[str, str]:
     import safetensors
 
@@ -190,7 +198,7 @@ def write_index(output: Path, vectors: "Tensor", ids: list[str], kind: str, mark
 
     facts = {"kind": kind, "model": mark}
     with written_aside(output) as temporary:
-        if output.suffix == ".parquet":
+        if output.suffix.lower() == ".parquet":
             import pyarrow
             import pyarrow.parquet
 
@@ -223,10 +231,26 @@ def read_index(path: Path) -> Index:
     if not path.is_file():
         raise UserError(f"--index {path}: no such file; make it with embed.py encode")
     try:
-        return _read_parquet(path) if path.suffix == ".parquet" else _read_safetensors(path)
+        index = _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_safetensors(path)
+        _check_index(index)
+        return index
     except Exception as error:  # the two libraries raise many kinds for what they cannot read
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"--index {path}: not an index that embed.py wrote ({reason})") from None
+        reason = f"has no {error}" if isinstance(error, KeyError) else reason
+        raise UserError(f"--index {path}: not an index that embed.py wrote ({reason}); encode it again") from None
+
+
+def _check_index(index: Index) -> None:
+    """ValueError for what other programs, or a damaged disk, may have made of an index."""
+    vectors, ids = index.vectors, index.ids
+    if vectors.ndim != 2 or not vectors.is_floating_point() or not vectors.numel():
+        raise ValueError(f"its vectors are {vectors.dtype} of shape {tuple(vectors.shape)}")
+    if not isinstance(ids, list) or len(ids) != len(vectors) or not all(isinstance(name, str) for name in ids):
+        raise ValueError(f"{len(vectors)} vectors need as many names")
+    if index.kind not in KINDS:
+        raise ValueError(f"it holds {index.kind}, not {', '.join(KINDS)}")
+    if not vectors.isfinite().all():
+        raise ValueError("some of its numbers are not finite")
 
 
 def _read_parquet(path: Path) -> Index:
@@ -284,7 +308,7 @@ def search(options: SearchOptions) -> list[tuple[str, float]]:
         raise UserError("give one of --query-text, --query-image and --query-audio")
     index = read_index(Path(options.index))
     embedder = Embedder.load(options.checkpoint, device=options.device, batch_size=options.batch_size)
-    if index.model != weights_mark(embedder):
+    if index.model != weights_mark(embedder) or index.vectors.shape[1] != embedder.config.model.embed_dim:
         raise UserError(f"--index {options.index}: made with other weights than {options.checkpoint}; encode it again")
     if options.query_text is not None:
         query = embedder.texts([options.query_text])[0]
@@ -316,7 +340,8 @@ def page(options: PageOptions) -> Path:
     if not options.index:
         raise UserError("--index names no file; give some that embed.py encode wrote")
     indexes = [(name, read_index(Path(name))) for name in options.index]
-    other = next((name for name, index in indexes if index.model != indexes[0][1].model), None)
+    made = [(index.model, index.vectors.shape[1]) for _, index in indexes]
+    other = next((name for (name, _), own in zip(indexes, made, strict=True) if own != made[0]), None)
     if other is not None:
         raise UserError(f"--index {other}: made with other weights than {options.index[0]}; encode both with one model")
     items, vectors = [], []
@@ -326,7 +351,9 @@ def page(options: PageOptions) -> Path:
         items += [{"kind": index.kind, "name": index.ids[place], "shown": _shown(index, place)} for place in places]
         vectors.append(index.vectors[places].float())
     whole = torch.cat(vectors)
-    scaled = (whole / whole.abs().amax(1, keepdim=True) * 127).round().to(torch.int8)  # only their direction counts
+    scaled = (
+        (whole / whole.abs().amax(1, keepdim=True).clamp_min(1e-12) * 127).round().to(torch.int8)
+    )  # only their direction counts
     data = json.dumps(items, ensure_ascii=True).replace("<", "\\u003c")  # no name ends the script, or begins a comment
     names = ", ".join(f"{sum(item['kind'] == kind for item in items)} {kind}" for kind in KINDS)
     body = (

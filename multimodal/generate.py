@@ -17,7 +17,7 @@ from multimodal.config import DatasetName  # noqa: E402
 from multimodal.metrics import DataOptions, records_of  # noqa: E402
 from multimodal.metrics import Options as MetricsOptions  # noqa: E402
 from shared.config import Section, load_config, setting  # noqa: E402
-from shared.errors import UserError, check_output, command, write_text  # noqa: E402
+from shared.errors import UserError, check_output, command, write_text, written_aside  # noqa: E402
 
 
 class Options(Section):
@@ -53,16 +53,23 @@ def main(argv: list[str] | None = None) -> None:
     records = ListRecords(record for record in records if record.kind == kind and record.captions)
     if not records:
         raise UserError(f"data set {name} has no captioned {options.split} samples to search")
-    if output.suffix == ".png" and kind != "image":
+    is_sheet = output.suffix.lower() == ".png"
+    if is_sheet and kind != "image":
         raise UserError(f"--output {output}: data set {name} holds sounds; give a .json file")
+    if is_sheet and len(options.prompt) > len(records):
+        raise UserError(
+            f"--prompt: {len(options.prompt)} texts, and {len(records)} pictures are searched; a sheet has a row "
+            "for as many texts as pictures, so give fewer, or a .json file"
+        )
     split = with_prompts(embedder, embedder.split(records, kind), options.prompt)
     output.parent.mkdir(parents=True, exist_ok=True)
     from multimodal.evaluation.showing import best_items, picture_sheet, table
 
-    if output.suffix == ".png":
-        picture_sheet(
-            split, {record.id: record.source for record in records}, output, rows=len(options.prompt) or options.rows
-        )
+    if is_sheet:
+        sources = {record.id: record.source for record in records}
+        with written_aside(output) as temporary:
+            own = temporary.with_name("sheet.png")  # Pillow goes by the suffix
+            picture_sheet(split, sources, own, rows=len(options.prompt) or options.rows).replace(temporary)
     elif options.prompt:
         rows: list[dict[str, Any]] = [
             {"query_text": text, "found_items": [split.ids[place] for place in best_items(split, index)]}
@@ -78,8 +85,13 @@ def with_prompts(embedder: Any, split: Any, prompts: list[str]) -> Any:
     """The split with the user's texts instead of its captions; no item is the true one then."""
     if not prompts:
         return split
+    from multimodal.evaluation.showing import spread
+
     split.captions_CE, split.caption_texts, split.owners = embedder.texts(prompts), prompts, [-1] * len(prompts)
-    split.first_captions = list(range(len(prompts)))
+    # The sheet goes by evenly spaced items and takes the first caption of each: here those are the texts in turn.
+    split.first_captions = [0] * len(split.items_IE)
+    for number, item in enumerate(spread(split, len(prompts))):
+        split.first_captions[item] = number
     return split
 
 

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from multimodal.config import ITEMS, Config, DatasetName  # noqa: E402
+from pydantic import field_validator, model_validator  # noqa: E402
+
+from multimodal.config import ITEMS, Config, DatasetName, check_paths, not_blank  # noqa: E402
 from shared.config import Section, load_config, setting  # noqa: E402
 from shared.errors import UserError, check_output, command, write_text  # noqa: E402
 
@@ -35,10 +37,19 @@ class DataOptions(Section):
     data_root: str | None = setting(None, "folder that holds them; null: the run's")
     paths: dict[str, str] = setting({}, "folder of a data set that lies elsewhere, by name: {jsonl: FOLDER}")
 
+    _places = field_validator("data_root")(not_blank)
+
+    @model_validator(mode="after")
+    def _known(self) -> "DataOptions":
+        check_paths(self.paths)
+        return self
+
     def over(self, config: Config) -> Config:
         """The run's settings with these places."""
         changes: dict[str, Any] = {}
         if self.data_root is not None:
+            if not Path(self.data_root).is_dir():
+                raise UserError(f"--data-root {self.data_root}: no such folder; give the one that holds the data sets")
             changes = {"data_root": self.data_root, "paths": {}}
         if self.paths:
             changes["paths"] = {**config.data.paths, **self.paths}
@@ -75,6 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure and write."""
     options = load_config(Options, argv=argv, description=__doc__)
     output = check_output(options.output)
+    check_options(options)
     from multimodal.weights.open import Embedder
 
     embedder = Embedder.load(
@@ -94,8 +106,6 @@ def main(argv: list[str] | None = None) -> None:
     if options.zeroshot is not None and options.zeroshot != "coco80":
         from multimodal.evaluation.zeroshot import classify_folder
 
-        if not Path(options.zeroshot).is_dir():
-            raise UserError(f"--zeroshot {options.zeroshot}: neither coco80 nor a folder")
         found["zeroshot"] = classify_folder(embedder, Path(options.zeroshot))
     else:
         splits, sources = measure_sets(embedder, options, found)
@@ -119,6 +129,49 @@ def main(argv: list[str] | None = None) -> None:
         print(f"report: {path.with_suffix('.html')}")
 
 
+def check_options(options: Options) -> None:
+    """Refuse what cannot be met, and say what is not used, before the model is opened."""
+    folder = options.zeroshot if options.zeroshot != "coco80" else None
+    if folder is not None and (not folder.strip() or not Path(folder).is_dir()):
+        raise UserError(f"--zeroshot {folder or '(empty)'}: neither coco80 nor a folder")
+    plain = Options()
+    names = ("datasets", "data", "split", "protocol", "audio_crops")
+    given = [name for name in names if getattr(options, name) != getattr(plain, name)]
+    if folder is not None and given:
+        flags = ", ".join("--data-root or --paths" if name == "data" else f"--{name}" for name in given)
+        print(
+            f"warning: --zeroshot {folder} measures that folder alone, whole: {flags.replace('_', '-')} is not used",
+            file=sys.stderr,
+        )
+    if options.zeroshot == "coco80" and options.datasets is not None and "coco" not in options.datasets:
+        raise UserError(f"{NEEDS_COCO}; add coco to --datasets {' '.join(options.datasets)}")
+    if options.protocol == "karpathy" and options.split == "train":
+        raise UserError("--protocol karpathy measures his test split; leave --split train out")
+
+
+NEEDS_COCO = "--zeroshot coco80 is measured on coco"
+
+
+def check_records(embedder: "Embedder", options: Options, found: dict[str, "Records"]) -> None:
+    """The same for what the data must hold, before anything is embedded."""
+    if options.zeroshot == "coco80":
+        if "coco" not in found:
+            raise UserError(f"{NEEDS_COCO}; add --datasets coco and the --data-root that holds it")
+        class_names_of(embedder, options)
+    for name, records in found.items() if options.protocol == "1k" else ():
+        for own in records.by_kind().values():
+            check_folds(name, len(own))
+
+
+def check_folds(name: str, count: int) -> None:
+    """Five folds of a thousand need as many items."""
+    if count < FOLDS * FOLD:
+        raise UserError(
+            f"--protocol 1k needs {FOLDS * FOLD} items, {count} of {name} are present; use --protocol first5, or name "
+            "the larger sets with --datasets"
+        )
+
+
 def measure_sets(
     embedder: "Embedder", options: Options, found: dict[str, Any]
 ) -> tuple[dict[str, "Split"], dict[str, "Record"]]:
@@ -129,7 +182,9 @@ def measure_sets(
 
     splits: dict[str, Split] = {}
     sources: dict[str, Record] = {}
-    for name, records in records_of(embedder, options).items():
+    present = records_of(embedder, options)
+    check_records(embedder, options, present)
+    for name, records in present.items():
         sources |= {record.id: record for record in records}
         seen = seen_in_training(embedder, name, records)
         kinds = records.by_kind()
@@ -143,17 +198,15 @@ def measure_sets(
             )
             splits[title] = split
             if split.captions_CE is not None:
-                found["retrieval"][title] = {**retrieval_of(split, options.protocol), "seen_in_training": seen}
+                found["retrieval"][title] = {**retrieval_of(split, options.protocol, title), "seen_in_training": seen}
             if split.class_logits is not None and split.labels is not None:
                 found["classification"][title] = classification(split)
             if options.zeroshot == "coco80" and name == "coco":
                 found["zeroshot"] = zeroshot_coco(embedder, options, split)
-    if options.zeroshot == "coco80" and "coco" not in splits:
-        raise UserError("--zeroshot coco80 is measured on coco; add --datasets coco and the --data-root that holds it")
     if not splits:
         raise UserError(
-            f"none of the data sets has a {options.split} split here; give --data-root, --set data.paths='{{NAME: "
-            "FOLDER}}', --datasets or --split"
+            f"none of the data sets has a {found['split']} split here; give --data-root, "
+            "--set data.paths='{NAME: FOLDER}', --datasets or --split"
         )
     if across := transfer(splits):
         found["picture_to_sound"] = across
@@ -168,7 +221,13 @@ def records_of(embedder: "Embedder", options: Options) -> dict[str, "Records"]:
 
     config = options.data.over(embedder.config)
     found: dict[str, Records] = {}
-    for name in options.datasets or config.data.datasets:
+    names = options.datasets or config.data.datasets
+    if unused := sorted(set(options.data.paths) - set(names)):
+        raise UserError(
+            f"--paths names {unused[0]}, which is not measured; add it to the data sets ({', '.join(names)}), or leave "
+            "it out"
+        )
+    for name in names:
         if options.datasets is None and name != "synthetic" and not data_folder(config, name).is_dir():
             continue
         split, karpathy = ("test", True) if options.protocol == "karpathy" else (options.split, config.data.karpathy)
@@ -210,14 +269,13 @@ def seen_in_training(embedder: "Embedder", name: str, records: "Records") -> int
     return count
 
 
-def retrieval_of(split: "Split", protocol: str) -> dict[str, Any]:
+def retrieval_of(split: "Split", protocol: str, name: str = "the data set") -> dict[str, Any]:
     """Both directions with chance levels; protocol 1k averages five folds of a thousand items."""
     from multimodal.evaluation.retrieval import chances, retrieval
 
     count, owners = len(split.items_IE), split.owners
     if protocol == "1k":
-        if count < FOLDS * FOLD:
-            raise UserError(f"--protocol 1k needs {FOLDS * FOLD} items, {count} are present; use --protocol first5")
+        check_folds(name, count)  # some may not have been readable
         parts = []
         for fold in range(FOLDS):
             items = range(fold * FOLD, (fold + 1) * FOLD)
@@ -247,14 +305,26 @@ def retrieval_of(split: "Split", protocol: str) -> dict[str, Any]:
     }
 
 
-def zeroshot_coco(embedder: "Embedder", options: Options, split: "Split") -> dict[str, float]:
-    """hit@1 and mAP of the 80 class names on pictures with instance labels."""
+NEEDS_INSTANCES = "--zeroshot coco80 needs annotations/instances_val2017.json in the coco folder"
+
+
+def class_names_of(embedder: "Embedder", options: Options) -> list[str]:
+    """COCO's class names; UserError where their file is not there."""
     from multimodal.data.sources import class_names
-    from multimodal.evaluation.zeroshot import class_vectors, multi_label
 
     names = class_names(options.data.over(embedder.config))
-    if names is None or split.labels is None:
-        raise UserError("--zeroshot coco80 needs annotations/instances_val2017.json in the coco folder")
+    if names is None:
+        raise UserError(NEEDS_INSTANCES)
+    return names
+
+
+def zeroshot_coco(embedder: "Embedder", options: Options, split: "Split") -> dict[str, float]:
+    """hit@1 and mAP of the 80 class names on pictures with instance labels."""
+    from multimodal.evaluation.zeroshot import class_vectors, multi_label
+
+    names = class_names_of(embedder, options)
+    if split.labels is None:
+        raise UserError(NEEDS_INSTANCES)
     return multi_label(split.items_IE, class_vectors(embedder, names, "image"), split.labels)
 
 

@@ -25,7 +25,7 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
 
 import torch
 
-from multimodal.data.sources import Data, PairedStream, data_folder, make_datasets, open_data
+from multimodal.data.sources import Data, PairedStream, data_folder, fingerprint_of, make_datasets, open_data
 from multimodal.data.text import TextTokenizer, find_glove, load_word_vectors
 from multimodal.evaluation.report import write_reports
 from multimodal.model import MultimodalModel
@@ -47,7 +47,7 @@ from multimodal.trainer import (
     metrics_of,
     parameter_groups,
 )
-from multimodal.weights.files import NAMES, load_start, put, read_payload, unpack_training
+from multimodal.weights.files import NAMES, load_start, missing_for_training, put, read_payload, unpack_training
 from shared.engine.checkpoint import CheckpointStore, find_checkpoint, frozen_digest
 from shared.engine.dist import barrier, from_main, init_distributed, shutdown
 from shared.engine.preflight import preflight
@@ -73,6 +73,8 @@ class Run:
             raise UserError(
                 "stage 1 trains on pictures and sounds with captions, none of the data sets has them; use --stages 3"
             )
+        if self.epochs.get(2) and not self.data.contrasted:
+            raise UserError("stage 2 compares voices with video frames, and there are none (mp4/); use --stages 3")
         self.start: dict[str, Any] | None = None  # of a checkpoint that --resume names
         self.resume = self._resume_points()
         self.info = init_distributed(config.run.device, 60 * config.run.timeout_minutes)
@@ -80,7 +82,7 @@ class Run:
         preflight(
             config,
             self.info,
-            metrics=metrics_of(config, self.data.val, classify=self.classify),
+            metrics=metrics_of(config, self.data.val, classify=self.classify, contrast=self.data.contrasted),
             checks_resume=not Path(config.run.resume).is_file(),  # a .pt of the guide: _resume_points has read it
         )
         self._check_batch()
@@ -234,7 +236,7 @@ class Run:
     def _stage_config(self, stage: int, epochs: int, stream: PairedStream, resume: str) -> Config:
         training: TrainingConfig = self.config.training
         steps = training.total_steps or epochs * stream.epoch_steps
-        metric, mode = best_metric_of(self.config, stage)
+        metric, mode = best_metric_of(self.config, stage, contrast=self.data.contrasted)
         before = self._resumed_from(stage, resume)
         if before is not None:
             # Scores of two metrics do not compare: a stage keeps the one that it began with.
@@ -300,15 +302,27 @@ class Run:
             )
         if path.is_file():
             payload, _ = read_payload(path)
+            lacking = missing_for_training(payload)
             folder = path.resolve().parent.parent / str(payload.get("training_state"))
             own = (folder / "manifest.json").exists() and folder.is_relative_to(self.output_dir.resolve())
             point = str(folder) if own else CARRIED
-            if not own and "optimizer_state_dict" not in payload:
+            if not own and lacking and lacking[0] != "optimizer_state_dict":
+                raise UserError(f"--resume {path}: has no {', '.join(lacking)}, so it is damaged; copy it again")
+            if not own and lacking:
                 raise UserError(
                     f"--resume {path}: holds no optimizer state; only checkpoint_epoch_N.pt does. --init-from {path} "
                     "starts from its weights alone"
                 )
         else:
+            if any((path / name).is_dir() for name in STAGE_NAMES.values()):
+                there = sorted(
+                    path.glob("checkpoints/checkpoint_epoch_*.pt"), key=lambda own: (len(own.name), own.name)
+                )
+                newest = f"one of its files, such as {there[-1]}" if there else "a checkpoint folder below its stages"
+                raise UserError(
+                    f"--resume {wish}: the folder of another run; give {newest}, or make it the --output-dir to go on "
+                    "in it"
+                )
             folder = find_checkpoint(path)
             payload, point = read_payload(folder)[0], str(folder)
         stage = payload["stage"]
@@ -377,6 +391,8 @@ class Run:
                     f"{what} was trained with other settings: {'; '.join(differing)}; use the same, or another "
                     "--output-dir"
                 )
+            if not is_over and not self.config.run.allow_data_change:
+                self._check_samples(stage, saved["run_state"]["fingerprint"], what)
             was = saved["run_state"]["global_batch"]
             if was not in (None, now) and not is_over:
                 raise UserError(
@@ -384,6 +400,15 @@ class Run:
                     f"could not be counted; use --global-batch-size {was}, or start another --output-dir with "
                     f"--init-from {what}"
                 )
+
+    def _check_samples(self, stage: int, was: str | None, what: Path) -> None:
+        """Refuse another list of samples than the one that a stage began with."""
+        datasets = make_datasets(self.config, self.data.train, self.tokenizer, stage=stage, training=False)
+        if was is not None and (now := fingerprint_of(datasets)) != was:
+            raise UserError(
+                f"{what} was trained on another list of samples (fingerprint {was}, now {now}); use the same data, or "
+                "--allow-data-change"
+            )
 
     def _grows(self, stage: int, epochs: int, done: Path) -> bool:
         """Whether a finished stage is now planned longer than it ran, and no later one has begun from it."""

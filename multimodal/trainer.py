@@ -99,10 +99,11 @@ def choose_trainable(
             name for name, present in (("image", has_image), ("text", has_text), ("audio", has_audio)) if present
         ]
         trained += (text if stage == 3 or config.training.train_words else text[1:]) if has_text else []
-        trained += [f"embed.{name}" for name in modalities]
         sigmoid = config.training.contrastive_loss == "siglip"
         trained += ["log_scale", *["bias"] * sigmoid] if "image" in kinds else []
         sounds = "audio" in kinds or ("voice" in kinds and framed)
+        # Voices without frames are compared with nothing: their speakers are told from the fusion alone.
+        trained += [f"embed.{name}" for name in modalities if name != "audio" or sounds]
         trained += ["audio_log_scale", *["audio_bias"] * sigmoid] if sounds else []
         if stage == 3:
             fused = [name for name in modalities if has_text or classify]
@@ -142,34 +143,35 @@ def adamw_of(training: TrainingConfig, stage: int) -> dict[str, float]:
     return {name: own if given[name] is None else given[name] for name, own in zip(names, ADAMW[stage], strict=True)}
 
 
-def best_metric_of(config: Config, stage: int) -> tuple[str, str]:
+def best_metric_of(config: Config, stage: int, *, contrast: bool = True) -> tuple[str, str]:
     """The metric that decides which checkpoint of a stage is best, and whether it should be small or large.
 
     auto: the masked loss in stage 1, retrieval after it. The contrastive loss would be a poor judge: with the
-    temperature it rises on held-out pairs while their retrieval still improves.
+    temperature it rises on held-out pairs while their retrieval still improves. contrast: there are pairs; speakers are
+    identified without any.
     """
     name, mode = config.training.best_metric, config.training.best_mode
     if name == "auto" or (
         stage == 1 and name not in ("val/loss", *(f"val/masked_{part}_loss" for part in _PART_NUMBER))
     ):
-        name = "val/loss" if stage == 1 else "val/retrieval"
+        name = "val/loss" if stage == 1 or not contrast else "val/retrieval"
     if mode == "auto" or (stage == 1 and config.training.best_metric != name):
         mode = "min" if name.endswith("loss") else "max"
     return name, mode
 
 
-def metrics_of(config: Config, kinds: Iterable[Kind], *, classify: bool) -> set[str]:
+def metrics_of(config: Config, kinds: Iterable[Kind], *, classify: bool, contrast: bool = True) -> set[str]:
     """The names, as they stand in the log, of what the validation of every stage gives that can choose by them: of
     stages 2 and 3, or of stage 1 where it runs alone; and auto.
 
-    kinds: of the validation data. classify: they have class labels, which stage 3 learns.
+    kinds: of the validation data. classify: they have class labels, which stage 3 learns. contrast: there are pairs.
     """
     stages = set(stage_epochs(config.training))
     if stages == {1}:
         parts = [*(kind for kind in kinds if kind != "voice"), *["text"] * (config.training.text_pretraining == "mlm")]
         return {"auto", "val/loss", *(f"val/masked_{part}_loss" for part in parts)}
-    found = {"loss", "retrieval"}
-    for kind in kinds:
+    found = {"loss", *["retrieval"] * contrast}
+    for kind in kinds if contrast else ():
         ways = [f"{kind}_{way}" for way in ("item_to_text", "text_to_item")]
         found |= {f"{kind}_loss", *(f"{way}_{name}" for way in ways for name in ("R@1", "R@10", "MRR"))}
         found |= {f"{kind}_match_loss"} if 2 not in stages and kind != "voice" else set()

@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -58,13 +59,13 @@ def command(main: Callable) -> Callable:
         except BrokenPipeError:
             _leave("error: the console was closed, such as by head; what was saved stays, the same command goes on")
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                place = error.filename or ("the console's output" if _console_fails() else "output folder")
-                _leave(f"error: {place}: the disk is full; free some space and run the same command again")
-            if error.filename is None and error.errno not in _OF_DISKS:
+            if error.errno not in _FULL and error.filename is None and error.errno not in _OF_DISKS:
                 raise
-            place = error.filename or "reading or writing failed"
-            _leave(f"error: {place}: {error.strerror}; look at that disk, or give another path")
+            _leave_for_disk(error)
+        except Exception as error:
+            if (of_disk := disk_error(error)) is None:
+                raise
+            _leave_for_disk(of_disk)
         finally:
             for action in _AT_END.pop():
                 action()
@@ -127,7 +128,34 @@ def at_end(action: Callable[[], object]) -> None:
     _AT_END[-1].append(action)
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _OF_DISKS = (errno.EIO, errno.EROFS, errno.ESTALE, errno.EFBIG, errno.ENODEV, errno.ENXIO, errno.EMFILE, errno.ENFILE)
+
+
+def disk_error(error: BaseException) -> OSError | None:
+    """What a disk said where a library raises an error of its own over it: torch's comes while the system's is handled,
+    that of safetensors quotes its number.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in _OF_WRITING:
+            return seen
+        quoted = re.search(r"\(os error (\d+)\)", str(seen))
+        if quoted and int(quoted[1]) in _OF_WRITING:
+            return OSError(int(quoted[1]), os.strerror(int(quoted[1])))
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
+    return None
+
+
+_OF_WRITING = (*_FULL, errno.EIO, errno.EROFS, errno.EFBIG)
+
+
+def _leave_for_disk(error: OSError) -> None:
+    if error.errno in _FULL:
+        place = error.filename or ("the console's output" if _console_fails() else "output folder")
+        _leave(f"error: {place}: the disk is full; free some space and run the same command again")
+    place = error.filename or "reading or writing failed"
+    _leave(f"error: {place}: {error.strerror}; look at that disk, or give another path")
 
 
 def _console_fails() -> bool:
@@ -258,7 +286,16 @@ def written_aside(path: Path | str) -> Iterator[Path]:
         _CLEARED.add(path.parent)
         remove_parts(path.parent)
     with own_folder(path.parent, path.name) as folder:
-        yield folder / "content.part"
+        try:
+            yield folder / "content.part"
+        except UserError:
+            raise
+        except Exception as error:
+            of_disk = disk_error(error)
+            if of_disk is None or of_disk.filename is not None:
+                raise
+            # A write does not say of which file, which need not be the command's output.
+            raise OSError(of_disk.errno, of_disk.strerror or str(of_disk), os.fspath(path)) from error
         try:
             os.replace(folder / "content.part", path)
         except OSError as error:
@@ -276,6 +313,8 @@ def remove_parts(folder: Path | str) -> None:
                 left.unlink()  # of an earlier version
         elif left not in _OWN:
             try:
+                if not (left / "lock").exists() and any(left.iterdir()):
+                    continue  # of another program, or somebody's own: a writer of ours makes its lock first
                 lock = _take_lock(left, wait=False)
             except OSError:
                 continue

@@ -18,13 +18,14 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif")
 
 
-def read_image(source: Path | bytes, *, max_side: int | None = None) -> Image.Image:
+def read_image(source: Path | bytes, *, max_side: int | None = None, name: str | None = None) -> Image.Image:
     """An RGB picture, turned upright; grey, palette, CMYK, 16-bit and transparent ones (over white) are converted.
 
-    max_side: a JPEG may be decoded at a smaller scale while its shorter side stays at least this (faster).
+    max_side: a JPEG may be decoded at a smaller scale while its shorter side stays at least this (faster). name: what
+    bytes are called where they cannot be read.
     Raises BadSample for what does not decode, is cut short, or has more than 100 million pixels.
     """
-    name = "image bytes" if isinstance(source, bytes) else str(source)
+    name = name or ("image bytes" if isinstance(source, bytes) else str(source))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the cap below decides
@@ -37,7 +38,9 @@ def read_image(source: Path | bytes, *, max_side: int | None = None) -> Image.Im
     except BadSample:
         raise
     except Exception as error:  # Pillow raises many kinds for broken files
-        raise BadSample(f"{name}: cannot be decoded as a picture ({error})") from None
+        # Of what it does not know Pillow says the name again, or where in memory it lies.
+        reason = "of no kind that is known" if "cannot identify" in str(error) else error
+        raise BadSample(f"{name}: cannot be decoded as a picture ({reason})") from None
 
 
 def normalise(pixels: Tensor) -> Tensor:

@@ -147,11 +147,13 @@ class PackedRecords(Records):
 
 
 class Packer:
-    """Collects rows for PackedRecords."""
+    """Collects rows for PackedRecords. repeated: how many have the name of an earlier one, as in lists with a caption a
+    line.
+    """
 
     def __init__(self, dataset: str):
         self.dataset, self.text, self.ends, self.kinds = dataset, bytearray(), array("q"), array("b")
-        self.labelled = True
+        self.labelled, self._names = True, array("q")
 
     def add(
         self,
@@ -169,6 +171,11 @@ class Packer:
         self.ends.append(len(self.text))
         self.kinds.append(KINDS.index(kind))
         self.labelled &= labels is not None
+        self._names.append(hash(name))
+
+    @property
+    def repeated(self) -> int:
+        return len(self._names) - len(np.unique(self._names))
 
     def records(self) -> PackedRecords:
         """What was added."""
@@ -252,6 +259,7 @@ class Found:
     records: Records
     missing: int = 0
     bad: list[str] = field(default_factory=list)
+    repeated: int = 0  # rows of a picture or sound that an earlier row has
 
     def checked(self, where: Path | str) -> "Found":
         """Itself; UserError when more than one row, and more than 1 %, cannot be used."""
@@ -313,7 +321,8 @@ class Folder:
     """The files of a folder by the names that lists give them.
 
     A list may write a name in another Unicode form than the disk (macOS decomposes letters), with blanks at its ends,
-    in another case, or with another suffix than the file has; an exact name always comes first.
+    in another case, or with another suffix than the file has, of a picture for a picture and of a sound for a sound; an
+    exact name always comes first.
     """
 
     def __init__(self, path: Path):
@@ -330,8 +339,9 @@ class Folder:
         for key in (base, wanted, wanted.strip(), wanted.strip().casefold()):
             if key in known:
                 return self.path / parent / known[key]
-        stem = Path(wanted.strip()).stem if Path(wanted.strip()).suffix.lower() in _SUFFIXES else wanted.strip()
-        other = known.get("\0" + stem.casefold())  # the same name with another suffix
+        kind = _kind_by_name(wanted.strip())
+        stem = Path(wanted.strip()).stem if kind else wanted.strip()
+        other = known.get(f"{kind}\0{stem.casefold()}")  # the same name with another suffix
         return None if other is None else self.path / parent / other
 
     def names(self) -> list[str]:
@@ -348,13 +358,16 @@ class Folder:
                 form = unicodedata.normalize("NFC", name)
                 for key in (form, form.strip(), form.strip().casefold()):
                     known.setdefault(key, name)
-                if Path(form).suffix.lower() in _SUFFIXES:
-                    known.setdefault("\0" + Path(form).stem.casefold(), name)
+                if kind := _kind_by_name(form):
+                    for wanted in (kind, ""):  # "": the list gives no suffix
+                        known.setdefault(f"{wanted}\0{Path(form).stem.casefold()}", name)
             self._places[parent] = known | {name: name for name in exact}
         return self._places[parent]
 
 
-_SUFFIXES = IMAGE_SUFFIXES + AUDIO_SUFFIXES
+def _kind_by_name(name: str) -> str:
+    suffix = Path(name).suffix.lower()
+    return "image" if suffix in IMAGE_SUFFIXES else "audio" if suffix in AUDIO_SUFFIXES else ""
 
 
 # --- whole files ------------------------------------------------------------------------------------------------------
@@ -409,6 +422,9 @@ def json_items(path: Path, keys: Iterable[str]) -> Iterator[tuple[str, Any]]:
                 else:
                     text.value(decoder)
                 text.separator("}")
+            text.skip(1)
+            if not text.is_over():
+                raise ValueError("something follows its end, as where two files were joined")
     except (ValueError, EOFError, RecursionError) as error:
         raise not_text(path, error, "JSON") from None
     for key in sorted(wanted - seen):
@@ -436,6 +452,13 @@ class _Text:
                 self.at += 1
             if not self._more(_CHUNK):
                 raise EOFError("it ends in the middle")
+
+    def is_over(self) -> bool:
+        """Whether nothing but blanks is left."""
+        try:
+            return not self.peek()
+        except EOFError:
+            return True
 
     def skip(self, count: int) -> None:
         self.at += count

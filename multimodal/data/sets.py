@@ -6,12 +6,16 @@ that cannot be used are left out, counted and named; rows whose file is not ther
 
 import hashlib
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from multimodal.data.audio import AUDIO_SUFFIXES
+from multimodal.data.image import IMAGE_SUFFIXES
 from multimodal.data.records import (
     CAPTION_KEYS,
     FILE_KEYS,
@@ -91,18 +95,28 @@ def read_coco(folder: Path, split: str) -> Found:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             bad.append(f"{kind} entry {place}: {_said(error)}")
     labels = read_coco_labels(folder / "annotations" / f"instances_{year}.json", bad)
-    files, packer, missing = Folder(folder / year), Packer("coco"), 0
+    files, packer, bases = Folder(folder / year), Packer("coco"), unique_bases(names.values())
+    missing = 0
     for key in sorted(names, key=lambda key: (isinstance(key, str), key)):
         texts = captions.get(key)
         if texts is None:  # in the list of pictures, without an entry of its own
             continue
-        file = (files.find(names[key]) or files.find(Path(names[key]).name)) if texts else None
+        file = (files.find(names[key]) or files.find(bases.get(names[key], ""))) if texts else None
         if file is None:
             missing += 1
         else:
             own = None if labels is None else labels.get(key, ())
             packer.add(f"coco/{coco_name(key)}", file, texts, "image", own)
     return Found(packer.records(), missing, bad).checked(path)
+
+
+def unique_bases(names: Iterable[str]) -> dict[str, str]:
+    """The last part of listed names, by the name: what lay in several folders may lie in one. Not where two names end
+    alike, since whose file it is cannot be told then.
+    """
+    ends = {name: re.split(r"[/\\]", name)[-1] for name in names}
+    counts = Counter(ends.values())
+    return {name: end for name, end in ends.items() if counts[end] == 1}
 
 
 def coco_name(key: int | str) -> str:
@@ -129,7 +143,8 @@ def read_coco_labels(path: Path, bad: list[str]) -> dict[int | str, tuple[int, .
                 pairs.setdefault(_number(entry["image_id"]), set()).add(_number(entry["category_id"]))
         except (KeyError, TypeError, ValueError) as error:
             bad.append(f"{path.name}: {kind}: {_said(error)}")
-    rank = {key: place for place, key in enumerate(sorted(categories, key=lambda key: (isinstance(key, str), key)))}
+    ordered = sorted(set(categories), key=lambda key: (isinstance(key, str), key))
+    rank = {key: place for place, key in enumerate(ordered)}
     unknown = {key for found in pairs.values() for key in found} - rank.keys()
     bad += [f"{path.name}: category {key!r} is not among its categories" for key in sorted(unknown, key=str)]
     return {key: tuple(sorted(rank[one] for one in found if one in rank)) for key, found in pairs.items()}
@@ -137,8 +152,12 @@ def read_coco_labels(path: Path, bad: list[str]) -> dict[int | str, tuple[int, .
 
 def coco_class_names(folder: Path) -> list[str]:
     """The 80 names in the order of the class indices."""
-    found = [entry for _, entry in json_items(folder / "annotations" / "instances_val2017.json", ("categories",))]
-    return [category["name"] for category in sorted(found, key=lambda category: category["id"])]
+    path = folder / "annotations" / "instances_val2017.json"
+    try:
+        found = {_number(entry["id"]): str(entry["name"]) for _, entry in json_items(path, ("categories",))}
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: a category {_said(error)}; download it again") from None
+    return [found[key] for key in sorted(found, key=lambda key: (isinstance(key, str), key))]
 
 
 def read_karpathy(folder: Path, split: str, name: str = "coco") -> Found:
@@ -186,10 +205,17 @@ def read_flickr30k(folder: Path, split: str) -> Found:
     if split != "train" or not path.exists():
         return no_file("flickr30k", path, split)
     captions: dict[str, list[str]] = {}
-    bad = []
+    bad, is_numbered = [], False
     for number, line in text_lines(path):
-        found = re.match(r"""\s*"?([^|,;\t#"]+?\.\w+)"?(?:\#\d+)?\s*(?:\|\s*\d+\s*\||,"\d+",|[,;\t|])(.*)""", line)
-        if found and (text := clean(found[2].strip(' "').replace('""', '"'))):
+        found = re.match(r"""\s*"?([^|,;\t#"]+?\.\w+)"?(?:\#\d+)?\s*(\|\s*\d+\s*\||,"\d+",|[,;\t|])(.*)""", line)
+        if (
+            number == 1 and not found
+        ):  # Kaggle's tables have a column for the number of a caption; one row lacks its end
+            is_numbered = re.search(r"""[|,;\t]\s*"?\w*number""", line.casefold()) is not None
+        rest = found[3] if found else ""
+        if found and is_numbered and len(found[2]) == 1:
+            rest = re.sub(r"^\s*\d+\s*[|,;\t]?", "", rest)
+        if found and (text := clean(rest.strip(' "').replace('""', '"'))):
             captions.setdefault(found[1], []).append(text)
         elif line.strip() and number > 1:  # the first may be a table's head
             bad.append(f"line {number} has no picture and caption")
@@ -214,14 +240,15 @@ def read_clotho(folder: Path, split: str) -> Found:
         return no_file("clotho", path, split)
     rows, bad = read_csv(path, ("file_name", "caption_1"))
     files, packer, missing = Folder(folder / name), Packer("clotho"), 0
+    bases = unique_bases(row["file_name"] for row in rows)
     for row in rows:
         texts = [clean(row[key] or "") for key in sorted(key for key in row if key and key.startswith("caption_"))]
-        file = files.find(row["file_name"])
+        file = files.find(row["file_name"]) or files.find(bases.get(row["file_name"], ""))
         if file is not None and any(texts):
             packer.add(f"clotho/{name}/{file.name}", file, filter(None, texts), "audio")
         else:
             missing += 1
-    return Found(packer.records(), missing, bad).checked(path)
+    return Found(packer.records(), missing, bad, packer.repeated).checked(path)
 
 
 def read_audiocaps(folder: Path, split: str) -> Found:
@@ -232,10 +259,11 @@ def read_audiocaps(folder: Path, split: str) -> Found:
     captions: dict[tuple[str, str], list[str]] = {}
     rows, bad = read_csv(path, ("youtube_id", "start_time", "caption"))
     numbers: dict[str, tuple[str, str]] = {}  # audiocap_id, another name of a clip
+    seen: dict[tuple[str, float], Clip] = {}
     for row in rows:
-        key = (row["youtube_id"], row["start_time"])
-        if _seconds(row["start_time"]) is None:
-            bad.append(f"{key[0]}: start_time {key[1]!r} is no number")
+        key = clip_of(row, seen)
+        if key is None:
+            bad.append(f"{row['youtube_id']}: start_time {row['start_time']!r} is no number")
         elif text := clean(row["caption"]):
             captions.setdefault(key, []).append(text)
             numbers[row.get("audiocap_id") or ""] = key
@@ -248,6 +276,12 @@ def read_audiocaps(folder: Path, split: str) -> Found:
 
 
 Clip = tuple[str, str]  # a video's id and the start of the clip in it, in seconds, as the table writes it
+
+
+def clip_of(row: dict[str, str], seen: dict[tuple[str, float], Clip]) -> Clip | None:
+    """The clip of a row, as the first row wrote it: 30 and 30.0 are one start. None where the start is no number."""
+    start, own = _seconds(row["start_time"]), (row["youtube_id"].strip(), row["start_time"].strip())
+    return None if start is None else seen.setdefault((own[0], start), own)
 
 
 def clips_below(
@@ -294,16 +328,18 @@ def _clip_of(stem: str, starts: dict[str, list[Clip]]) -> Clip | None:
 
 def _seconds(text: str) -> float | None:
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
         return None
+    return value if math.isfinite(value) else None
 
 
 def missing_clips(folder: Path, split: str) -> tuple[list[Clip], int]:
     """The clips that AudioCaps' table lists and that are not there, and how many it lists."""
     rows, _ = read_csv(folder / f"{split}.csv", ("youtube_id", "start_time", "caption"))
-    wanted = list(dict.fromkeys((row["youtube_id"], row["start_time"]) for row in rows))
-    numbers = {row.get("audiocap_id") or "": (row["youtube_id"], row["start_time"]) for row in rows}
+    seen: dict[tuple[str, float], Clip] = {}
+    listed = {row.get("audiocap_id") or "": clip for row in rows if (clip := clip_of(row, seen)) is not None}
+    wanted, numbers = list(seen.values()), listed
     present = clips_below(folder, split, wanted, numbers)
     return [clip for clip in wanted if clip not in present], len(wanted)
 
@@ -343,15 +379,19 @@ def read_audioset(folder: Path, split: str) -> Found:
     for clip, own in clips.items():
         if clip in present and own:
             text = sound_of(name for _, name in own)
+            if not text:
+                continue
             packer.add(
                 f"audioset/{clip[0]}_{clip[1]}", present[clip], [text], "audio", sorted(index for index, _ in own)
             )
-    return Found(packer.records(), len(clips) - len(packer.ends), bad).checked(folder)
+    records = packer.records()
+    return Found(records, len(clips) - len(records), bad).checked(folder)
 
 
 def sound_of(names: Iterable[str]) -> str:
-    """The caption of a sound that only has classes."""
-    return "the sound of " + " and ".join(name.replace("_", " ").lower() for name in names)
+    """The caption of a sound that only has classes; empty where none has a name."""
+    words = list(filter(None, (clean(name.replace("_", " ")).lower() for name in names)))
+    return "the sound of " + " and ".join(words) if words else ""
 
 
 ESC50_FOLDS: dict[int | str, str] = {1: "train", 2: "train", 3: "train", 4: "val", 5: "test"}
@@ -366,7 +406,9 @@ def read_esc50(folder: Path, split: str) -> Found:
     files, packer, missing = Folder(folder / "audio"), Packer("esc50"), 0
     for row in rows:
         fold, target = _number(row["fold"]), _number(row["target"])
-        if fold not in ESC50_FOLDS or not isinstance(target, int) or target < 0:
+        if not sound_of([row["category"]]):
+            bad.append(f"{row['filename']}: its category has no name")
+        elif fold not in ESC50_FOLDS or not isinstance(target, int) or target < 0:
             bad.append(
                 f"{row['filename']}: fold {row['fold']!r} and target {row['target']!r}, 1 to 5 and 0 to 49 wanted"
             )
@@ -395,10 +437,10 @@ def read_fsd50k(folder: Path, split: str) -> Found:
             continue
         if own == split:
             file = files.find(f"{row['fname']}.wav") or files.find(row["fname"])
-            if file is None or not row["labels"].strip():
+            if file is None or not (text := sound_of(row["labels"].split(","))):
                 missing += 1
             else:
-                packer.add(f"fsd50k/{part}/{file.name}", file, [sound_of(row["labels"].split(","))], "audio")
+                packer.add(f"fsd50k/{part}/{file.name}", file, [text], "audio")
     return Found(packer.records(), missing, bad).checked(path)
 
 
@@ -448,7 +490,9 @@ def _is_held_out(video: Path) -> bool:
 
 
 def read_jsonl(folder: Path, split: str) -> Found:
-    """{train,val,test}.jsonl: a file (FILE_KEYS), its captions (CAPTION_KEYS) and perhaps labels a line."""
+    """{train,val,test}.jsonl: a file (FILE_KEYS), its captions (CAPTION_KEYS) and perhaps labels a line. A line that
+    names a picture and a sound is one of each.
+    """
     paths = [folder / f"{name}.jsonl" for name in SPLIT_NAMES[split]]
     path = next((path for path in paths if path.exists()), None)
     if path is None:
@@ -459,22 +503,32 @@ def read_jsonl(folder: Path, split: str) -> Found:
             try:
                 if isinstance(row, Exception):
                     raise row
-                name = next((row[key] for key in FILE_KEYS if isinstance(row.get(key), str) and row[key].strip()), None)
-                if name is None:
+                named = [row[key] for key in FILE_KEYS if isinstance(row.get(key), str) and row[key].strip()]
+                if not named:
                     raise TypeError(f"no file under any of {', '.join(FILE_KEYS)}")
                 captions, labels = captions_of(row), labels_of(row)
                 if not captions:
                     raise TypeError("no caption")
-                file = files.find(name)
-                if file is None:
-                    missing += 1
-                else:
-                    packer.add(f"{split}/{name}", file, captions, kind_of(file.suffix), labels)
+                for name in one_of_each(named):
+                    file = files.find(name)
+                    if file is None:
+                        missing += 1
+                    else:
+                        packer.add(f"{split}/{name}", file, captions, kind_of(file.suffix), labels)
             except (ValueError, TypeError) as error:
                 bad.append(f"line {number}: {_said(error)}")
     except UnicodeError as error:
         raise not_text(path, error, "lines of JSON") from None
-    return Found(packer.records(), missing, bad).checked(path)
+    return Found(packer.records(), missing, bad, packer.repeated).checked(path)
+
+
+def one_of_each(names: list[str]) -> list[str]:
+    """The first name, which may have no suffix, and the first after it that is of the other kind: a list often gives
+    one file under several keys, and sometimes a picture and its sound.
+    """
+    kinds = [next((k for k in (IMAGE_SUFFIXES, AUDIO_SUFFIXES) if Path(n).suffix.lower() in k), None) for n in names]
+    other = (name for name, kind in zip(names, kinds, strict=True) if kinds[0] and kind and kind is not kinds[0])
+    return [names[0], *islice(other, 1)]
 
 
 def _number(value: Any) -> int | str:

@@ -152,6 +152,8 @@ def read_shards(folder: Path, split: str) -> Found:
     first hundred has a caption.
     """
     paths = shard_paths(folder, split)
+    if not paths and split == "train" and (packed := files_in(folder, "*.tar.*", "*.tgz", "*/*.tar.*", "*/*.tgz")):
+        raise UserError(f"{packed[0]}: a packed shard, in which no sample can be found; unpack it, as with gzip -d")
     if not paths:
         return no_file("shards", folder / f"{split}*.tar", split)
     shards, numbers = Shards(paths), {kind: array("q") for kind in KINDS}

@@ -74,6 +74,11 @@ class Data:
         """Whether voices come with video frames."""
         return "voice" in self.train and self.train["voice"][0].video is not None
 
+    @property
+    def contrasted(self) -> bool:
+        """Whether there is anything to compare: voices alone, without frames, are not."""
+        return self.framed or self.train.keys() != {"voice"}
+
 
 def data_folder(config: Config, name: str) -> Path:
     """Where a data set lies."""
@@ -118,6 +123,11 @@ def open_data(config: Config) -> Data:
         raise UserError(
             f"--data-root {root}: no such folder; {get if fetched else ''}--config small trains on the sample data"
         )
+    if unused := sorted(set(config.data.paths) - set(names)):
+        data.notes.append(
+            f"warning: data.paths names {', '.join(unused)}, which data.datasets ({', '.join(names)}) does not; it is "
+            "not read"
+        )
     absent = []
     for name in names:
         try:
@@ -149,6 +159,11 @@ def _add(config: Config, data: Data, name: str) -> None:
             row = {"dataset": name, "split": split, "items": len(found.records), "missing": found.missing}
             data.counts.append({**row, "bad_rows": len(found.bad)})
             rows = f"; {len(found.bad)} rows cannot be used, the first: {found.bad[0]}" if found.bad else ""
+            if found.repeated:
+                rows += (
+                    f"; warning: {found.repeated} rows are of a file that an earlier row has: put all captions of a "
+                    "file into one row, or it counts as several"
+                )
             data.notes.append(f"{name} {split}: {len(found.records)} of {total} present{rows}")
     if parts["val"] and name != "synthetic" and (both := overlap(parts["train"], parts["val"])):
         data.notes.append(f"warning: {both} samples of {name} are in its training and its validation split")
@@ -198,7 +213,7 @@ def _check_voice(config: Config, data: Data) -> None:
     elif config.training.label_set != "voxceleb1":
         sentence = (
             "voxceleb: no videos (mp4/) next to the sounds, so nothing to contrast the voices with; add the "
-            "mp4 files, or train speaker identification with --label-set voxceleb1 --num-classes 1251"
+            "mp4 files, or train speaker identification with --label-set voxceleb1 --num-classes 1251 --stages 3"
         )
         if len(data.train) == 1:
             raise UserError(sentence)
@@ -253,6 +268,11 @@ def make_datasets(
     }
 
 
+def fingerprint_of(datasets: dict[Kind, CaptionedDataset]) -> str:
+    """Stands for the lists of samples of all kinds; None in the place of what keeps no list, as in MapStream."""
+    return "+".join(f"{kind}:{getattr(dataset, 'fingerprint', None)}" for kind, dataset in datasets.items())
+
+
 class PairedStream:
     """One batch of every kind in each micro-step. The first kind sets the length of an epoch; the others go round.
 
@@ -279,7 +299,7 @@ class PairedStream:
         self.epoch_steps = first.plan.steps_per_epoch
         self.steps_per_epoch: int | None = self.epoch_steps
         self.samples_per_step = first.samples_per_step
-        self.fingerprint: str | None = "+".join(f"{kind}:{stream.fingerprint}" for kind, stream in self.streams.items())
+        self.fingerprint: str | None = fingerprint_of(datasets)
 
     def start(self, step: int, state: dict | None = None) -> None:
         """Go to the batches of `step`."""

@@ -19,6 +19,7 @@ class RemoteFile:
     query: str = ""
     base: str | None = None  # instead of the set's base address
     estimate: int = 0  # bytes, for the disk check where `size` is not known
+    other: str | None = None  # SHA-256 of the file of this name in another release, which is not this one
 
     @property
     def name(self) -> str:
@@ -150,7 +151,10 @@ AUDIOCAPS = RemoteSet(
 AUDIOCAPS_2 = RemoteSet(
     "audiocaps",
     "https://raw.githubusercontent.com/cdjkim/audiocaps/master/dataset2.0/",
-    tuple(RemoteFile(f"{split}.csv", split, estimate=8_000_000) for split in ("train", "val", "test")),
+    tuple(
+        RemoteFile(file.path, file.split, estimate=8_000_000, other=file.checksum and file.checksum[1])
+        for file in AUDIOCAPS.files
+    ),
     steps=AUDIOCAPS_STEPS,
     layout=AUDIOCAPS_LAYOUT,
 )

@@ -57,6 +57,8 @@ def fetch(
             problem = f"{here} bytes arrived, {expected or 'some'} were expected"
         elif checksum is not None and (found := digest(part, checksum[0])) != checksum[1]:
             problem = f"{checksum[0]} is {found}, expected {checksum[1]}"
+        elif checksum is None and _is_page(part):
+            problem = "a web page, as servers show it for a login or an error"
         else:
             with open(part, "rb") as file:
                 os.fsync(file.fileno())
@@ -70,6 +72,12 @@ def fetch(
                 f"{url}: wrong content twice: {problem}; the file on the server has changed or a proxy spoils it"
             )
     raise AssertionError
+
+
+def _is_page(path: Path) -> bool:
+    """Whether a file is HTML. None that is fetched here should be; most have a checksum that says so anyway."""
+    with open(path, "rb") as file:
+        return file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype html", b"<html"))
 
 
 def digest(path: Path, algorithm: str) -> str:
@@ -113,7 +121,8 @@ class _Rejected(Exception):
     def __init__(self, error: urllib.error.HTTPError):
         super().__init__(str(error))
         self.status, self.reason = error.code, " ".join(str(error.reason).split())
-        self.may_retry = error.code == 429 or error.code >= 500
+        # 2xx: not ready yet, or of a proxy's own making; 408 and 425 ask to come again
+        self.may_retry = error.code in (408, 425, 429) or error.code >= 500 or error.code < 300
         self.wait = _retry_after(error.headers.get("Retry-After"))
 
 
@@ -150,6 +159,9 @@ def _one_request(
         _restart(part)
         return False, total
     with response:
+        if response.status not in (200, 206):
+            answer = urllib.error.HTTPError(url, response.status, response.reason, response.headers, None)
+            raise _Rejected(answer)
         encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
         if encoding != "identity" and not url.endswith(".gz"):
             raise DownloadError(f"{url}: the server sends it encoded as {encoding}, which was not asked for")
@@ -158,10 +170,12 @@ def _one_request(
         if response.status == 206:
             started = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
             promised = _total_of_range(response.headers.get("Content-Range"))
+            now = _validator(response.headers)
             if (
                 not started
                 or int(started[1]) != have
                 or (facts.get("total") and promised and promised != facts["total"])
+                or (facts.get("validator") and now and now != facts["validator"])  # it does not heed If-Range
             ):
                 _restart(part)
                 return False, None
@@ -207,8 +221,12 @@ def _read_facts(part: Path) -> dict:
         return {}  # damaged, or of no download of ours: the server is asked without it
 
 
-def _write_facts(part: Path, headers: http.client.HTTPMessage, total: int | None) -> None:
-    """What tells whether a later answer continues the same file. A weak ETag does not (RFC 9110, 13.1.5)."""
+def _validator(headers: http.client.HTTPMessage) -> str | None:
+    """What stands for the content; a weak ETag does not (RFC 9110, 13.1.5)."""
     etag = headers.get("ETag")
-    validator = etag if etag and not etag.startswith("W/") else headers.get("Last-Modified")
-    _facts_path(part).write_text(json.dumps({"validator": validator, "total": total}))
+    return etag if etag and not etag.startswith("W/") else headers.get("Last-Modified")
+
+
+def _write_facts(part: Path, headers: http.client.HTTPMessage, total: int | None) -> None:
+    """What tells whether a later answer continues the same file."""
+    _facts_path(part).write_text(json.dumps({"validator": _validator(headers), "total": total}))

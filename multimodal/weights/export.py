@@ -25,7 +25,7 @@ from multimodal.data.text import CLS, MASK, PAD, SEP, UNKNOWN, TextTokenizer
 from multimodal.model import SIZES, MultimodalModel
 from multimodal.weights.files import load_model
 from shared.config import Section, load_config, setting
-from shared.errors import UserError, command, write_text, written_aside
+from shared.errors import UserError, check_output, command, own_folder, write_text, written_aside
 
 CODE = Path(__file__).resolve().parent.parent
 SPECIAL = {"pad_token": PAD, "cls_token": CLS, "sep_token": SEP, "mask_token": MASK, "unk_token": UNKNOWN}
@@ -90,18 +90,17 @@ class Options(Section):
 def main(argv: list[str] | None = None) -> Path:
     """Write the folder."""
     options = load_config(Options, argv=argv, description=__doc__)
-    output = Path(options.output)
+    output = check_output(options.output, folder=True)
     if output.exists():
         raise UserError(f"--output {output}: exists already; name a new folder")
     network, tokenizer, payload = load_model(options.checkpoint)
-    aside = output.with_name(f".{output.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        (to_transformers if options.form == "transformers" else to_open_clip)(network, tokenizer, payload, aside)
-        aside.rename(output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    if options.form == "open_clip":
+        check_open_clip(network)
+    with own_folder(output.parent, output.name) as own:
+        made = own / "content"
+        made.mkdir()
+        (to_transformers if options.form == "transformers" else to_open_clip)(network, tokenizer, payload, made)
+        made.rename(output)
     print(output)
     return output
 
@@ -185,6 +184,15 @@ def write_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
 # --- open_clip --------------------------------------------------------------------------------------------------------
 
 
+def check_open_clip(network: MultimodalModel) -> None:
+    """UserError for a model that has no place there."""
+    if network.config["linear_path"]:
+        raise UserError(
+            "--form open_clip: it has no linear path, which this model has; use --form transformers, or train with "
+            "--linear-path false"
+        )
+
+
 def to_open_clip(network: MultimodalModel, tokenizer: TextTokenizer, payload: dict[str, Any], folder: Path) -> None:
     """The picture and text towers as open_clip's CustomTextCLIP: open_clip_config.json and open_clip_model.safetensors.
 
@@ -193,12 +201,7 @@ def to_open_clip(network: MultimodalModel, tokenizer: TextTokenizer, payload: di
     its configuration cannot say.
     """
     config = network.config
-    if config["linear_path"]:
-        raise UserError(
-            "--form open_clip: it has no linear path, which this model has; use --form transformers, or train with "
-            "--linear-path false"
-        )
-    bias = None if config["contrastive_loss"] == "infonce" else float(network.bias)
+    bias = None if config["contrastive_loss"] == "infonce" else float(network.bias.detach())
     widths = SIZES[config["size"]]
     norm = {"eps": 1e-6}
     tree = {

@@ -10,8 +10,10 @@ import torch
 import yaml
 from torch import Tensor
 
+from multimodal.config import Config
 from multimodal.data.text import TextTokenizer
 from multimodal.model import MultimodalModel, create_model
+from shared.config import validate
 from shared.engine.checkpoint import CheckpointStore, load_strict, read_weights_file
 from shared.errors import UserError, write_text, written_aside
 
@@ -55,11 +57,40 @@ def read_payload(path: Path | str) -> tuple[dict[str, Any], Path]:
     """The dict of a checkpoint, and the file read."""
     file = checkpoint_file(path)
     payload = read_weights_file(file)
+    wanted = "a checkpoint of multimodal/train.py is wanted"
     if not isinstance(payload, dict) or "model_state_dict" not in payload or "model_config" not in payload:
-        raise UserError(
-            f"{file}: holds no model_state_dict and model_config; a checkpoint of multimodal/train.py is wanted"
-        )
+        raise UserError(f"{file}: holds no model_state_dict and model_config; {wanted}")
+    for name, kind in _KINDS.items():
+        if not isinstance(payload.get(name), kind):
+            found = "is missing" if name not in payload else f"is {type(payload[name]).__name__}, not {kind.__name__}"
+            raise UserError(f"{file}: its {name} {found}; {wanted}")
+    if payload["stage"] not in (1, 2, 3):
+        raise UserError(f"{file}: of stage {payload['stage']}, and there are 1, 2 and 3; {wanted}")
+    if not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in payload["model_state_dict"].items()
+    ):
+        raise UserError(f"{file}: its model_state_dict holds other things than named tensors; {wanted}")
     return payload, file
+
+
+# What every reader asks of a checkpoint; other systems' files have some of these names with other contents.
+_KINDS = {
+    "model_state_dict": dict,
+    "model_config": dict,
+    "config": dict,
+    "stage": int,
+    "epoch": int,
+    "tokenizer_sha256": str,
+}
+_TRAINING = (
+    *("optimizer_state_dict", "trainer_state", "trained_state_dict", "trained_names", "pretrain_state_dict"),
+    *("training_state", "stage_step"),
+)
+
+
+def missing_for_training(payload: dict[str, Any]) -> list[str]:
+    """What a checkpoint lacks that a run needs to go on from it alone."""
+    return [name for name in _TRAINING if name not in payload]
 
 
 def unpack_training(payload: dict[str, Any], store: CheckpointStore, frozen: str | None) -> Path:
@@ -98,10 +129,14 @@ def unpack_training(payload: dict[str, Any], store: CheckpointStore, frozen: str
     )
 
 
-def build(model_config: dict[str, Any]) -> MultimodalModel:
+def build(model_config: dict[str, Any], file: Path) -> MultimodalModel:
     """The model that a checkpoint's model_config describes."""
     settings = dict(model_config)
-    return create_model(settings.pop("size"), settings.pop("num_classes"), **settings)
+    try:
+        return create_model(settings.pop("size"), settings.pop("num_classes"), **settings)
+    except (KeyError, TypeError, ValueError) as error:
+        said = f"has no {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{file}: its model_config describes no model of this version ({said})") from None
 
 
 def load_model(
@@ -111,15 +146,14 @@ def load_model(
     refused.
     """
     payload, file = read_payload(path)
-    tokenizer = TextTokenizer(
-        tokenizer_file or payload["config"].get("tokenizer"), payload["config"]["model"]["max_text_length"]
-    )
+    config = validate(Config, payload["config"], f"the settings in {file}")
+    tokenizer = TextTokenizer(tokenizer_file or config.tokenizer, config.model.max_text_length)
     if tokenizer.sha256 != payload["tokenizer_sha256"]:
         raise UserError(
             f"{file} was trained with another tokenizer (SHA-256 {payload['tokenizer_sha256'][:12]}, {tokenizer.path} "
             f"has {tokenizer.sha256[:12]}); give the same with --tokenizer"
         )
-    network = build(payload["model_config"])
+    network = build(payload["model_config"], file)
     load_strict(network, payload["model_state_dict"], what=str(file))
     return network.eval(), tokenizer, payload
 

@@ -16,6 +16,8 @@ def as_rgb(image: Image.Image, *, upright: bool = True) -> Image.Image:
     """
     if image.width * image.height > MOST_PIXELS:
         raise UnidentifiedImageError(f"{image.width} x {image.height} pixels, more than {MOST_PIXELS:,}")
+    if image.format == "EPS":  # to draw it, Pillow would start Ghostscript, on whatever a web page called a .jpg
+        raise UnidentifiedImageError("it is PostScript, a program, which is not run")
     image.load()
     if upright:
         image = ImageOps.exif_transpose(image)

@@ -33,6 +33,8 @@ class Shards:
             raise UserError("no .tar shard was given; check the path or the pattern")
         self._indices = [_open_index(path, cache_dir) for path in self.paths]
         self._ends = np.cumsum([len(starts) - 1 for starts, _ in self._indices])
+        if not self._ends[-1]:  # one of many may be empty: img2dataset writes such where no download succeeded
+            raise UserError(f"{self.paths[0]}: the shard holds no files")
         self._files: dict[tuple[int, int], io.FileIO] = {}
 
     def __len__(self) -> int:
@@ -137,7 +139,7 @@ def _load_index(starts_file: Path, members_file: Path) -> tuple[np.ndarray, np.n
         starts, members = (np.load(file, mmap_mode="r") for file in (starts_file, members_file))
         names = members.dtype.names
         sound = starts.dtype == np.int64 and starts.ndim == members.ndim == 1 and names == ("offset", "size", "name")
-        sound = sound and len(starts) > 1 and starts[0] == 0 and starts[-1] == len(members)
+        sound = sound and len(starts) > 0 and starts[0] == 0 and starts[-1] == len(members)
         sound = sound and bool((np.diff(starts) > 0).all()) and bool((members["size"] >= 0).all())
         return (starts, members) if sound else None
     except (OSError, ValueError, EOFError):
@@ -148,6 +150,8 @@ def _read_headers(path: Path) -> tuple[np.ndarray, np.ndarray]:
     members: list[tuple[int, int, bytes]] = []
     starts: list[int] = []
     last = None
+    if packed := _compression(path):
+        raise UserError(f"{path}: packed by {packed}, so that no sample can be found in it; unpack it with {packed} -d")
     if path.stat().st_size % tarfile.BLOCKSIZE:  # tarfile takes a header cut short for the end
         raise UserError(f"{path}: cut short, its size is no multiple of 512 bytes; copy or make the shard again")
     files = _plain_files(path)
@@ -159,13 +163,21 @@ def _read_headers(path: Path) -> tuple[np.ndarray, np.ndarray]:
             starts.append(len(members))
             last = key
         members.append((offset, size, name.encode(errors="backslashreplace")))  # some are Latin-1
-    if not members:
-        raise UserError(f"{path}: the shard holds no files")
-    width = max(len(name) for _, _, name in members)
+    if not members and path.stat().st_size > tarfile.RECORDSIZE:  # what tar writes for no file is not longer
+        raise UserError(f"{path}: the shard holds no files in its {path.stat().st_size:,} bytes; copy or make it again")
+    width = max((len(name) for _, _, name in members), default=1)
     return (
         np.array([*starts, len(members)], dtype=np.int64),
         np.array(members, dtype=[("offset", np.int64), ("size", np.int64), ("name", f"S{width}")]),
     )
+
+
+def _compression(path: Path) -> str | None:
+    """The program that packed a file, by its first bytes."""
+    with open(path, "rb") as file:
+        head = file.read(6)
+    known = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+    return next((program for start, program in known.items() if head.startswith(start)), None)
 
 
 def _plain_files(path: Path) -> list[tuple[int, int, str]] | None:
@@ -193,6 +205,8 @@ def _plain_files(path: Path) -> list[tuple[int, int, str]] | None:
                 kind == tarfile.XHDTYPE and _PLAIN_EXTRAS.fullmatch(data[offset : offset + size])
             ):
                 return None
+        if any(data[start : start + (1 << 20)].strip(b"\0") for start in range(place, len(data), 1 << 20)):
+            return None  # it goes on after its end
     return found
 
 
@@ -203,12 +217,18 @@ def _sum_of_bytes(header: bytes) -> int:
 
 def check_end(archive: tarfile.TarFile) -> None:
     """After the last member of an open archive: tarfile.ReadError where the archive goes on. tarfile ends without a
-    word at a header that it cannot read, as if the members behind were not there.
+    word at a header that it cannot read, and at the end of the first of two archives that were joined by `cat`, as if
+    the members behind were not there.
     """
     assert archive.fileobj is not None, "it is open"
     archive.fileobj.seek(archive.offset)
     if any(archive.fileobj.read(tarfile.BLOCKSIZE)):
         raise tarfile.ReadError(f"at byte {archive.offset:,} stands neither a member nor the end")
+    while block := archive.fileobj.read(1 << 20):
+        if any(block):
+            raise tarfile.ReadError(
+                f"it goes on after its end at byte {archive.offset:,}, as if two were joined by cat"
+            )
 
 
 def _files(path: Path) -> Iterator[tuple[int, int, str]]:
@@ -216,6 +236,8 @@ def _files(path: Path) -> Iterator[tuple[int, int, str]]:
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
+                if member.issparse() or member.size < 0:
+                    raise tarfile.ReadError(f"{member.name} is stored with holes, as tar -S does, or has no size")
                 if member.isfile():
                     yield member.offset_data, member.size, member.name
                 archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise

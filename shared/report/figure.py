@@ -80,7 +80,7 @@ def write_figure(reports: list[Path], output: Path) -> None:
         page.paste(picture, (MARGIN, top + TITLE_HEIGHT))
         top += TITLE_HEIGHT + picture.height + MARGIN
     with written_aside(output) as temporary:
-        page.save(temporary, format="PNG" if output.suffix == ".png" else "JPEG", quality=85)
+        page.save(temporary, format="PNG" if output.suffix.lower() == ".png" else "JPEG", quality=85)
 
 
 @command

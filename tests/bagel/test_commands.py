@@ -128,6 +128,8 @@ def test_text_batches_and_edits(trained, tmp_path):
     assert Image.open(tmp_path / "held_out.png").height > Image.open(tmp_path / "grid.png").height
     generate.main([*common, "--prompt", "Say", "--output", str(tmp_path / "t.txt")])
     assert (tmp_path / "t.txt").exists() and not list(tmp_path.glob(".*"))
+    generate.main([*common, "--prompt", "Say", "--output", str(tmp_path / "T.TXT")])
+    assert (tmp_path / "T.TXT").read_text() == (tmp_path / "t.txt").read_text()
 
 
 @pytest.mark.parametrize(

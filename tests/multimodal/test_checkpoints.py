@@ -174,6 +174,10 @@ def test_a_checkpoint_that_is_not_there_is_named_with_those_that_are(slow_disk, 
     assert "model.embed_dim was 32, is 64" in error
     assert "8 pairs a step" in refused(tmp_path / "out", capsys, *LONG, "--batch-size", "4", "--resume", carried)
     assert "of stage 2" in refused(tmp_path / "out", capsys, "--stages", "3", "--resume", carried)
+    error = refused(tmp_path / "out", capsys, *LONG, "--synthetic-items", "72", "--resume", carried)
+    assert "another list of samples" in error and "--allow-data-change" in error
+    error = refused(tmp_path / "out", capsys, *LONG, "--resume", str(slow_disk))
+    assert "the folder of another run" in error and "checkpoint_epoch_6.pt" in error
     assert not (tmp_path / "out").exists()
 
 
@@ -182,6 +186,9 @@ def test_another_batch_size_in_the_middle_of_a_stage_is_refused(tmp_path, capsys
     folder = run(tmp_path / "out", *flags, "--max-steps", "3")
     (folder / TWO / "DONE").unlink()  # as a run that was killed
     assert "takes 8 pairs a step, now a step would take 16" in refused(folder, capsys, *flags, "--batch-size", "16")
+    before = (folder / "config.yaml").read_bytes()
+    assert "another list of samples" in refused(folder, capsys, *flags, "--synthetic-items", "72")
+    assert (folder / "config.yaml").read_bytes() == before
 
 
 def test_an_earlier_stage_is_not_trained_longer_for_nobody(tmp_path, capsys):

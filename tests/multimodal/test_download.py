@@ -5,6 +5,8 @@ import hashlib
 import io
 import shutil
 import stat
+import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -13,9 +15,10 @@ import numpy as np
 import pytest
 
 from multimodal import download_datasets
+from multimodal.download import archives
 from multimodal.download import fetch as fetching
 from multimodal.download.archives import ArchiveError, unpack
-from multimodal.download.catalogue import SETS, ManualFile, RemoteFile, RemoteSet
+from multimodal.download.catalogue import AUDIOCAPS, AUDIOCAPS_2, SETS, ManualFile, RemoteFile, RemoteSet
 from multimodal.download.fetch import DownloadError, Policy, fetch
 from tests.multimodal.server import Site, serving
 
@@ -154,6 +157,36 @@ def test_what_a_broken_server_says_is_no_crash_and_no_wrong_file(site: Site, tmp
     assert "\n" not in str(caught.value) and not (tmp_path / "a").exists()
 
 
+def test_a_range_of_another_version_is_not_appended(site: Site, tmp_path: Path):
+    """Some servers answer 206 whatever If-Range says; their ETag tells that it is another file."""
+    new = site.files["a"] = content(40_000, 1)
+    (tmp_path / "a.part").write_bytes(content(10_000, 0))
+    (tmp_path / "a.part.json").write_text('{"validator": "\\"old\\"", "total": 40000}')
+    body = b"".join(
+        (b"HTTP/1.1 206 Partial Content\r\nETag: \"new\"\r\nContent-Range: bytes 10000-39999/40000\r\n",
+         b"Content-Length: 30000\r\nConnection: close\r\n\r\n", new[10_000:])
+    )  # fmt: skip
+    site.raw = [body]
+    fetch(site.url + "a", tmp_path / "a", policy=QUICK)
+    assert (tmp_path / "a").read_bytes() == new
+
+
+@pytest.mark.parametrize("page", [b"<!DOCTYPE html><html>log in</html>", b"\xef\xbb\xbf\n <HTML>no</HTML>"])
+def test_a_web_page_is_no_file_even_without_a_checksum(site: Site, tmp_path: Path, page: bytes):
+    site.files["a"] = page
+    with pytest.raises(DownloadError, match="a web page"):
+        fetch(site.url + "a", tmp_path / "a", policy=QUICK)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("status", [202, 203, 408, 425])
+def test_an_answer_that_is_no_file_yet_is_waited_for(site: Site, tmp_path: Path, status: int):
+    site.files["a"] = content(500)
+    site.raw = [f"HTTP/1.1 {status} Later\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok".encode()]
+    fetch(site.url + "a", tmp_path / "a", policy=QUICK)
+    assert (tmp_path / "a").read_bytes() == site.files["a"]
+
+
 @pytest.mark.parametrize(
     "facts", ["[]", "3", '{"total": 9}', '{"validator": 5, "total": 9}', '{"validator": "a\\r\\nb: c"}']
 )
@@ -216,6 +249,94 @@ def test_links_and_devices_are_refused(tmp_path: Path):
         with pytest.raises(ArchiveError, match="link or a device"):
             unpack(tmp_path / "x.tar", tmp_path / "data", expected_bytes=100)
     assert not list((tmp_path / "data").iterdir())
+
+
+def joined_tars(path: Path) -> None:
+    for name in "ab":
+        with tarfile.open(path.with_suffix(f".{name}"), "w") as archive:
+            archive.addfile(tarfile.TarInfo(name))
+    path.write_bytes(b"".join(path.with_suffix(f".{name}").read_bytes() for name in "ab"))
+
+
+@pytest.mark.parametrize(
+    "make,said",
+    [
+        (lambda path: zipfile.ZipFile(path, "w").close(), "holds no file"),
+        (lambda path: tarfile.open(path, "w").close(), "holds no file"),
+        (lambda path: make_zip(path, {"folder/": b""}), "holds no file"),
+        (joined_tars, "goes on after its end"),
+        (lambda path: path.write_bytes(b"Rar!\x1a\x07\x01\x00" + bytes(600)), "RAR"),
+        (lambda path: path.write_bytes(b"\n<!DOCTYPE html><html></html>" * 30), "a web page"),
+        (lambda path: path.write_bytes(b""), "neither a zip nor a tar nor a 7z"),
+        (lambda path: path.write_bytes(make_zip(path, {"a": bytes(900)}).read_bytes()[:-30]), "without its end"),
+    ],
+)
+def test_what_is_no_archive_or_only_half_of_one_is_said(tmp_path: Path, make, said: str):
+    make(tmp_path / "x.zip")
+    with pytest.raises(ArchiveError, match=said):
+        unpack(tmp_path / "x.zip", tmp_path / "data", expected_bytes=10_000)
+    assert not list((tmp_path / "data").iterdir())
+
+
+def test_archives_are_what_their_bytes_say_and_backslashes_stand_between_folders(tmp_path: Path):
+    import py7zr
+
+    with py7zr.SevenZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr(b"1", "a/b")
+    assert unpack(tmp_path / "x.zip", tmp_path / "one", expected_bytes=100) == {"a": 1}
+    make_zip(tmp_path / "y.7z", {"a\\b\\c.txt": b"2", "a\\d\\": b""})
+    assert unpack(tmp_path / "y.7z", tmp_path / "two", expected_bytes=100) == {"a": 1}
+    assert (tmp_path / "two" / "a" / "b" / "c.txt").read_bytes() == b"2"
+
+
+def test_a_zip_with_a_password_says_so(tmp_path: Path):
+    data = bytearray(make_zip(tmp_path / "x.zip", {"a": b"1"}).read_bytes())
+    data[6] |= 1
+    data[data.index(b"PK\1\2") + 8] |= 1
+    (tmp_path / "x.zip").write_bytes(data)
+    with pytest.raises(ArchiveError, match="needs a password"):
+        unpack(tmp_path / "x.zip", tmp_path / "data", expected_bytes=100)
+
+
+def test_a_program_that_asks_for_a_password_is_not_waited_for(tmp_path: Path):
+    program = tmp_path / "7z"
+    program.write_text("#!/bin/sh\nread password || { echo 'Break signaled' >&2; exit 255; }\n")
+    program.chmod(0o755)
+    (tmp_path / "x.7z").write_bytes(b"7z\xbc\xaf\x27\x1c" + bytes(100))
+    command = (
+        "import importlib.util, os, sys; from pathlib import Path; from multimodal.download import archives; "
+        "found = importlib.util.find_spec; "
+        "importlib.util.find_spec = lambda name, *more: None if name == 'py7zr' else found(name, *more); "
+        f"os.environ['PATH'] = {str(tmp_path)!r} + ':' + os.environ['PATH']; "
+        f"archives.unpack(Path({str(tmp_path / 'x.7z')!r}), Path({str(tmp_path / 'data')!r}), expected_bytes=100)"
+    )
+    waiting = subprocess.Popen([sys.executable, "-c", command], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        waiting.wait(30)  # nobody types anything
+    finally:
+        waiting.kill()
+    assert b"ArchiveError" in waiting.communicate()[1]
+
+
+def test_two_that_unpack_at_once_leave_each_other_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The second begins, in another process, while the first is half done."""
+    archive, code = make_zip(tmp_path / "x.zip", {"a/1": b"1", "a/2": b"2"}), []
+    real = archives._write_member
+
+    def slowly(*given):
+        if not code:
+            command = (
+                "import sys; from pathlib import Path; from multimodal.download.archives import unpack; "
+                f"unpack(Path({str(archive)!r}), Path({str(tmp_path / 'data')!r}), expected_bytes=100)"
+            )
+            left = real(*given)
+            code.append(subprocess.run([sys.executable, "-c", command]).returncode)
+            return left
+        return real(*given)
+
+    monkeypatch.setattr(archives, "_write_member", slowly)
+    assert unpack(archive, tmp_path / "data", expected_bytes=100) == {"a": 2} and code == [0]
+    assert sorted(path.name for path in (tmp_path / "data").rglob("*")) == ["1", "2", "a"]
 
 
 def test_an_archive_that_grows_too_much_is_refused(tmp_path: Path):
@@ -418,6 +539,93 @@ def test_manual_sets_print_their_steps(
     assert (tmp_path / "data" / "voxceleb" / "wav" / "id1" / "v" / "00001.wav").exists()
 
 
+def test_a_part_that_is_missing_is_named_whatever_else_is_there(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    whole = make_zip(tmp_path / "w.zip", {"wav/id1/v/00001.wav": b"dev"}).read_bytes()
+    test = make_zip(tmp_path / "t.zip", {"wav/id9/v/00001.wav": b"test"}).read_bytes()
+    pieces = {"pa": whole[:50], "pb": whole[50:90], "pc": whole[90:]}
+    parts = tuple((name, hashlib.md5(piece).hexdigest()) for name, piece in pieces.items())
+    manual = (ManualFile("w.zip", None, parts), ManualFile("t.zip"))
+    monkeypatch.setitem(
+        SETS,
+        "voxceleb",
+        RemoteSet("voxceleb", site.url, (), manual=manual, steps=("ask",), layout=("wav/id*/*/*.wav",)),
+    )
+    folder = tmp_path / "data" / "voxceleb"
+    folder.mkdir(parents=True)
+    for name in ("pa", "pc"):
+        (folder / name).write_bytes(pieces[name])
+    (folder / "t.zip").write_bytes(test)
+    for _ in range(2):
+        assert run(tmp_path, "--datasets", "voxceleb", "--skip-existing") == 4
+        assert "w.zip: of its 3 parts pb is missing" in capsys.readouterr().out
+    (folder / "pb").write_bytes(pieces["pb"])
+    assert run(tmp_path, "--datasets", "voxceleb", "--skip-existing") == 0
+    assert (folder / "wav" / "id1" / "v" / "00001.wav").exists()
+    (folder / "pb").unlink()  # it is unpacked, so that nobody needs the parts
+    assert run(tmp_path, "--datasets", "voxceleb", "--skip-existing") == 0
+
+
+def test_an_archive_without_a_file_is_no_complete_set(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    zipfile.ZipFile(tmp_path / "e.zip", "w").close()
+    site.files["e.zip"] = (tmp_path / "e.zip").read_bytes()
+    monkeypatch.setitem(SETS, "glove", RemoteSet("glove", site.url, (RemoteFile("e.zip", "always", unpacked=100),)))
+    assert run(tmp_path, "--datasets", "glove") == 3
+
+
+def audiocaps_two(site: Site, monkeypatch: pytest.MonkeyPatch, table: bytes) -> None:
+    site.files["train.csv"] = table
+    file = RemoteFile("train.csv", "train", other=hashlib.sha256(b"release 1").hexdigest())
+    steps = {"steps": SETS["audiocaps"].steps, "layout": SETS["audiocaps"].layout}
+    monkeypatch.setattr(download_datasets, "AUDIOCAPS_2", RemoteSet("audiocaps", site.url, (file,), **steps))
+
+
+def test_a_table_that_is_none_does_not_keep_the_other_sets_back(
+    tiny: RemoteSet, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    audiocaps_two(site, monkeypatch, b"not found")
+    assert run(tmp_path, "--datasets", "audiocaps", "coco", "--audiocaps-version", "2.0") == 3
+    said = capsys.readouterr()
+    assert "train.csv: has no column youtube_id" in said.err and "delete it" in said.err
+    assert (tmp_path / "data" / "coco" / "table.csv").exists() and "complete" in said.out
+
+
+def test_a_table_of_another_release_is_not_taken_for_the_one_asked_for(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    audiocaps_two(site, monkeypatch, b"audiocap_id,youtube_id,start_time,caption\n")
+    folder = tmp_path / "data" / "audiocaps"
+    folder.mkdir(parents=True)
+    (folder / "train.csv").write_bytes(b"release 1")
+    assert run(tmp_path, "--datasets", "audiocaps", "--audiocaps-version", "2.0") == 3
+    assert "is there, but is not the published file" in capsys.readouterr().err
+    assert all(file.other == one.checksum[1] for file, one in zip(AUDIOCAPS_2.files, AUDIOCAPS.files, strict=True))
+
+
+@pytest.mark.parametrize(
+    "marker",
+    ['{"files": []}', '{"files": {"table.csv": 3}}', '{"files": {"table.csv": {"paths": {"table.csv": "x"}}}}'],
+)
+def test_a_damaged_marker_counts_as_none(tiny: RemoteSet, tmp_path: Path, marker: str):
+    (tmp_path / "data" / "coco").mkdir(parents=True)
+    (tmp_path / "data" / "coco" / ".complete.json").write_text(marker)
+    assert run(tmp_path, "--datasets", "coco", "--skip-existing") == 0
+    assert run(tmp_path, "--datasets", "coco", "--skip-existing") == 0
+
+
+def test_a_second_downloader_at_the_same_folder_is_told(tiny: RemoteSet, tmp_path: Path, capsys):
+    with download_datasets.alone(tmp_path / "data" / "coco"):
+        assert run(tmp_path, "--datasets", "coco") == 3
+    assert "another download_datasets.py is at work" in capsys.readouterr().err
+    assert run(tmp_path, "--datasets", "coco") == 0
+
+
+def test_mirrors_with_blanks_and_letters_in_their_folders(tiny: RemoteSet, site: Site, tmp_path: Path):
+    site.files = {f"D%C3%A4ta%20sets/{name}": data for name, data in site.files.items()}
+    assert run(tmp_path, "--datasets", "coco", "--base-url", f"coco={site.url}D\u00e4ta sets") == 0
+
+
 def test_what_is_done_is_not_fetched_again_when_a_later_file_fails(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -503,6 +711,10 @@ def test_a_damaged_archive_is_named_in_one_line(tmp_path: Path):
         (("--datasets", "cocoa"), "cocoa"),
         (("--datasets", "coco", "--base-url", "coco"), "NAME=URL"),
         (("--datasets", "coco", "--base-url", "coco=file:///etc"), "http"),
+        (("--datasets", "coco", "--base-url", "coco=http://host/a?token=x"), "a host and a folder"),
+        (("--datasets", "coco", "--base-url", "coco=http://[::1/"), "a host and a folder"),
+        (("--datasets", "coco", "--base-url", "coco=http:///x"), "a host and a folder"),
+        (("--datasets", "coco", "--base-url", "coco=http://host:99999/"), "a host and a folder"),
         (("--datasets", "audiocaps", "--splits", "karpathy"), "audiocaps has train, val, test"),
         (("--datasets", "coco", "clotho", "--splits", "test2017", "karpathy"), "clotho has train, val, test"),
     ],

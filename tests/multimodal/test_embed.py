@@ -1,5 +1,6 @@
 """Embedding folders with breaks, indexes in both formats, the search page; what metrics say of training data."""
 
+import errno
 import json
 import os
 import re
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from multimodal import embed, generate, metrics, train
+from multimodal.evaluation import showing
 from multimodal.evaluation.held_out import Split
 from multimodal.evaluation.transfer import names_of, transfer
 from multimodal.weights.open import Embedder
@@ -169,6 +172,81 @@ def test_files_that_are_no_index_are_named(out, tmp_path, capsys):
     assert "expected encode, search or page" in failing(capsys, embed, "find")
 
 
+VECTORS = torch.nn.functional.normalize(torch.arange(96.0).reshape(3, 32), dim=1)
+FOREIGN = {  # what other programs, and damaged disks, make of an index: its tensors, and what is said of them
+    "one row": ({"embeddings": VECTORS[0].clone()}, {}, "of shape (32,)"),
+    "three axes": ({"embeddings": VECTORS[None].clone()}, {}, "of shape (1, 3, 32)"),
+    "whole numbers": ({"embeddings": VECTORS.int()}, {}, "its vectors are torch.int32"),
+    "not finite": ({"embeddings": VECTORS * float("nan")}, {}, "not finite"),
+    "nothing": ({"embeddings": VECTORS[:0].clone()}, {"ids": "[]"}, "of shape (0, 32)"),
+    "few ids": ({"embeddings": VECTORS}, {"ids": '["a"]'}, "3 vectors need as many names"),
+    "many ids": ({"embeddings": VECTORS}, {"ids": '["a", "b", "c", "d"]'}, "3 vectors need as many names"),
+    "ids of numbers": ({"embeddings": VECTORS}, {"ids": "[1, 2, 3]"}, "3 vectors need as many names"),
+    "ids by name": ({"embeddings": VECTORS}, {"ids": '{"a": 1, "b": 2, "c": 3}'}, "3 vectors need as many names"),
+    "no ids": ({"embeddings": VECTORS}, {"ids": "null"}, "3 vectors need as many names"),
+    "other kind": ({"embeddings": VECTORS}, {"kind": "videos"}, "it holds videos"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_indexes_of_others_are_refused_by_search_and_page(out, tmp_path, capsys, case):
+    tensors, facts, said = FOREIGN[case]
+    mark = embed.weights_mark(Embedder.load(str(out), device="cpu"))
+    place = tmp_path / "i.safetensors"
+    save_file(tensors, place, {"ids": '["a", "b", "c"]', "kind": "texts", "model": mark, **facts})
+    search = ("search", "--checkpoint", str(out), "--query-text", "x")
+    for command in (search, ("page", "--output", str(tmp_path / "p.html"))):
+        assert said in failing(capsys, embed, *command, "--index", str(place))
+    assert not (tmp_path / "p.html").exists()
+
+
+def test_tables_of_others_and_other_widths_are_refused(out, tmp_path, capsys):
+    import pyarrow
+    import pyarrow.parquet
+
+    mark = embed.weights_mark(Embedder.load(str(out), device="cpu"))
+    search = ("search", "--checkpoint", str(out), "--query-text", "x", "--index")
+    embed.write_index(tmp_path / "i.parquet", VECTORS, ["a", "b", "c"], "texts", mark)
+    table = pyarrow.parquet.read_table(tmp_path / "i.parquet")
+    for name, column, said in (
+        ("ids", pyarrow.array([1, 2, 3]), "as many names"),
+        ("none", table["id"], "no 'model"),
+    ):
+        own = pyarrow.table({"id": column, "embedding": table["embedding"]})
+        own = own.replace_schema_metadata(table.schema.metadata if name == "ids" else None)
+        pyarrow.parquet.write_table(own, tmp_path / f"{name}.parquet")
+        assert said in failing(capsys, embed, *search, str(tmp_path / f"{name}.parquet"))
+    embed.write_index(tmp_path / "w.safetensors", VECTORS[:, :7].clone(), ["a", "b", "c"], "texts", mark)
+    assert "other weights" in failing(capsys, embed, *search, str(tmp_path / "w.safetensors"))
+    both = (str(tmp_path / "i.parquet"), str(tmp_path / "w.safetensors"))
+    assert "other weights" in failing(capsys, embed, "page", "--output", str(tmp_path / "p.html"), "--index", *both)
+
+
+def test_a_suffix_in_capitals_is_the_same_suffix(out, data, tmp_path):
+    (tmp_path / "t.txt").write_text("a dog")
+    texts = ("--checkpoint", str(out), "--texts", str(tmp_path / "t.txt"))
+    embed.main(["encode", *texts, "--output", str(tmp_path / "t.PARQUET")])
+    assert (tmp_path / "t.PARQUET").read_bytes()[:4] == b"PAR1"
+    assert embed.read_index(tmp_path / "t.PARQUET").ids == ["a dog"]
+    generate.main(["--checkpoint", str(out), "--output", str(tmp_path / "s.PNG")])
+    assert Image.open(tmp_path / "s.PNG").format == "PNG"
+
+
+def test_a_part_that_a_failing_disk_left_half_written_is_made_again(out, data, tmp_path, monkeypatch):
+    command = ["encode", "--checkpoint", str(out), "--images", str(data / "jsonl"), "--part-size", "5", "--output"]
+    monkeypatch.setattr(embed, "write_index", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        embed.main([*command, str(tmp_path / "e.safetensors")])
+    monkeypatch.undo()
+    parts = tmp_path / ".e.safetensors.parts"
+    (parts / "000000.safetensors").write_bytes(b"")
+    whole = (parts / "000002.safetensors").read_bytes()
+    (parts / "000002.safetensors").write_bytes(whole[:-40])
+    embed.main([*command, str(tmp_path / "e.safetensors")])
+    embed.main([*command, str(tmp_path / "w.safetensors")])
+    assert torch.equal(*(embed.read_index(tmp_path / f"{name}.safetensors").vectors for name in "ew"))
+
+
 def test_the_page_holds_everything_and_its_vectors_find_the_same(out, data, tmp_path):
     indexes = []
     for kind in ("images", "audio"):
@@ -278,6 +356,65 @@ def test_own_data_elsewhere_are_measured_and_shown(out, data, tmp_path):
     assert (out / "report.html").read_bytes() == shown  # which speaks of held-out data
     generate.main(["--checkpoint", str(out), "--set", place, "--output", str(tmp_path / "s.png")])
     assert (tmp_path / "s.png").stat().st_size > 1000
+
+
+def test_a_sheet_that_cannot_be_written_leaves_no_file(out, tmp_path, monkeypatch, capsys):
+    def full(self, target, *given, **named):
+        Path(target).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert "disk is full" in failing(capsys, generate, "--checkpoint", str(out), "--output", str(tmp_path / "s.png"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_prompt_has_its_row_however_many_there_are(out, tmp_path, capsys, monkeypatch):
+    drawn, own = [], showing.best_items
+    monkeypatch.setattr(
+        showing, "best_items", lambda split, text, *more: (drawn.append(text), own(split, text, *more))[1]
+    )
+    for count in (1, 2, 5, 12):  # of 12 pictures
+        prompts = [f"thing {number}" for number in range(count)]
+        drawn.clear()
+        generate.main(["--checkpoint", str(out), "--output", str(tmp_path / "s.png"), "--prompt", *prompts])
+        assert drawn == list(range(count)) and Image.open(tmp_path / "s.png").height == count * showing.CELL
+    sheet = ("--checkpoint", str(out), "--output", str(tmp_path / "t.png"))
+    error = failing(capsys, generate, *sheet, "--prompt", *map(str, range(13)))
+    assert "13 texts, and 12 pictures are searched" in error and not (tmp_path / "t.png").exists()
+
+
+def test_options_of_measuring_are_looked_at_before_the_work(out, data, tmp_path, capsys, monkeypatch):
+    common = ("--checkpoint", str(out), "--output", str(tmp_path / "m.json"))
+    for flags, said in (
+        (("--data-root", "nowhere"), "--data-root nowhere: no such folder"),
+        (("--data-root", ""), "data.data_root: is empty"),
+        (("--paths", "{foo: x}"), "no data set called foo"),
+        (("--paths", "{coco: x}"), "--paths names coco, which is not measured"),
+        (("--protocol", "karpathy", "--split", "train"), "leave --split train out"),
+        (("--zeroshot", ""), "neither coco80 nor a folder"),
+        (("--zeroshot", "coco80", "--datasets", "jsonl"), "measured on coco"),
+        (
+            ("--split", "test"),
+            "has a test split here; give --data-root, --set data.paths='{NAME: FOLDER}'",
+        ),
+    ):
+        assert said in failing(capsys, metrics, *common, *flags)
+    assert "called foo" in failing(capsys, generate, *common, "--paths", "{foo: x}")
+    monkeypatch.setattr(Embedder, "split", lambda *given, **named: 1 / 0)  # nothing is embedded
+    assert "12 of jsonl are present" in failing(capsys, metrics, *common, "--protocol", "1k")
+    assert "measured on coco" in failing(capsys, metrics, *common, "--zeroshot", "coco80")
+    assert not (tmp_path / "m.json").exists()
+
+
+def test_zero_shot_on_a_folder_says_what_it_does_not_use(out, data, tmp_path, capsys):
+    for name in "ab":
+        (tmp_path / "classes" / name).mkdir(parents=True)
+        shutil.copy(data / "jsonl" / "1.wav", tmp_path / "classes" / name)
+    common = ("--checkpoint", str(out), "--zeroshot", str(tmp_path / "classes"), "--output", str(tmp_path / "m.json"))
+    metrics.main(list(common))
+    assert "warning" not in capsys.readouterr().err
+    metrics.main([*common, "--audio-crops", "3", "--protocol", "1k"])
+    assert "whole: --protocol, --audio-crops is not used" in capsys.readouterr().err
 
 
 def test_pictures_find_sounds_above_chance_only_where_they_do():

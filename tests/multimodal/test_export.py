@@ -153,8 +153,13 @@ def test_open_clips_form_gives_the_same_embeddings(tmp_path, loss):
 
 def test_what_cannot_be_exported_leaves_nothing(tmp_path, capsys):
     path = checkpoint(tmp_path / "a.pt", linear_path=True)
+    (tmp_path / "link").symlink_to(tmp_path / "a disk that is not mounted")
     cases = [
         (("--form", "open_clip", "--output", str(tmp_path / "x")), "no linear path"),
+        (("--form", "open_clip", "--output", str(tmp_path / "new" / "folders" / "x")), "no linear path"),
+        (("--output", str(tmp_path / "link")), "link is not a folder"),
+        (("--output", str(path / "x")), "a.pt is not a folder"),
+        (("--output", ""), "--output is empty"),
         (("--form", "onnx", "--output", str(tmp_path / "x")), "form"),
         (("--output", str(tmp_path)), "exists already"),
     ]
@@ -162,4 +167,13 @@ def test_what_cannot_be_exported_leaves_nothing(tmp_path, capsys):
         with pytest.raises(SystemExit) as leaving:
             export.main(["--checkpoint", str(path), *flags])
         assert leaving.value.code == 2 and message in capsys.readouterr().err
-    assert [item.name for item in tmp_path.iterdir()] == ["a.pt"]
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["a.pt", "link"]
+
+
+def test_an_export_deletes_nothing_beside_it(tmp_path):
+    path, own = checkpoint(tmp_path / "a.pt"), tmp_path / ".x.part"
+    own.mkdir()
+    (own / "mine.txt").write_text("mine")
+    export.main(["--checkpoint", str(path), "--output", str(tmp_path / "x")])
+    assert (own / "mine.txt").read_text() == "mine" and (tmp_path / "x" / "config.json").exists()
+    assert sorted(item.name for item in tmp_path.iterdir()) == [".x.part", "a.pt", "x"]

@@ -10,6 +10,7 @@ import soundfile
 import torch
 from PIL import Image
 
+from multimodal.data import audio
 from multimodal.data.audio import read_audio
 from multimodal.data.image import center_crop, read_image
 from multimodal.data.records import ListRecords, Record
@@ -117,6 +118,41 @@ def test_folders_links_and_numbers_beyond_all_sound_are_bad_samples(tmp_path):
             read_audio(tmp_path / name)
 
 
+def test_a_header_from_before_the_sound_was_written_hides_none(tmp_path):
+    """A recorder that was killed leaves a length of 0."""
+    data = bytearray(wav(tmp_path / "a.wav").read_bytes())
+    data[40:44] = bytes(4)
+    (tmp_path / "a.wav").write_bytes(data)
+    assert len(read_audio(tmp_path / "a.wav")) == 16000
+
+
+@pytest.mark.parametrize("name,codec,form", FORMS[:1] + FORMS[2:3])
+@pytest.mark.parametrize("position", [0.0, 0.4, 1.0])
+def test_of_a_long_sound_only_the_stretch_is_decoded(tmp_path, monkeypatch, name, codec, form, position):
+    time = np.arange(80 * RATE) / RATE
+    sweep = 0.5 * np.sin(2 * np.pi * (200 * time + 10 * time**2))  # 200 Hz at first, 20 more each second
+    path, counted, real = encoded(tmp_path / name, sweep[None], codec, form), [], audio._mono
+
+    def counting(frames):
+        counted.extend(kept := list(frames))
+        return real(kept)
+
+    monkeypatch.setattr(audio, "_mono", counting)
+    found = read_audio(path, seconds=2.0, position=position)
+    assert 31_000 < len(found) <= 32_000 and sum(frame.samples for frame in counted) < 4 * RATE
+    middle = found[8000:24000]
+    frequency = np.abs(np.fft.rfft(middle * np.hanning(len(middle)))).argmax()
+    assert frequency == pytest.approx(200 + 20 * (position * 78 + 1), abs=20)
+
+
+def test_a_length_that_only_the_header_has_is_not_waited_for(tmp_path, monkeypatch):
+    path = encoded(tmp_path / "a.m4a", stereo()[:1], "aac", "mp4")
+    whole = read_audio(path)
+    monkeypatch.setattr(audio, "LONG", -9.0)  # so that a stretch is asked for where there is nothing
+    monkeypatch.setattr(audio, "_stretch", lambda *given: (np.zeros(0, np.float32), RATE))
+    assert np.array_equal(read_audio(path, seconds=9.0), whole)
+
+
 @pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000)])
 def test_a_line_of_pixels_is_not_blown_up(size):
     line = Image.new("RGB", size, 9)
@@ -130,6 +166,19 @@ def test_further_forms_of_pictures(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
     Image.new("RGB", (40, 30), (200, 40, 40)).save(path, {"jfif": "JPEG", "tif": "TIFF"}.get(suffix))
     assert read_image(path).size == (40, 30)
+
+
+@pytest.mark.parametrize("damage", [b"", b"x", b"cut", np.ones((5, 3), np.float16), np.full((5, 80), np.nan, "f2")])
+def test_a_damaged_spectrogram_of_the_cache_is_made_again(tmp_path, damage):
+    records = ListRecords([Record("a", wav(tmp_path / "a.wav"), ("x",), "jsonl", "audio")])
+    items = dataset(records, TextTokenizer(), data={"mel_cache": str(tmp_path / "cache")})
+    first = items[0]["audio"]
+    (stored,) = (tmp_path / "cache").glob("*.npy")
+    if isinstance(damage, bytes):
+        stored.write_bytes(stored.read_bytes()[:-100] if damage == b"cut" else damage)
+    else:
+        np.save(stored, damage)
+    assert torch.equal(items[0]["audio"], first) and np.load(stored).shape == (100, 80)
 
 
 def test_a_file_that_changes_is_not_served_from_the_cache(tmp_path):

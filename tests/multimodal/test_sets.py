@@ -9,7 +9,7 @@ import pytest
 
 from multimodal.config import Config
 from multimodal.data.records import Folder, MissingData, PackedRecords, json_items
-from multimodal.data.sets import missing_clips
+from multimodal.data.sets import coco_class_names, missing_clips
 from multimodal.data.sources import open_data, overlap, read_records
 from multimodal.data.text import TextTokenizer
 from shared.errors import UserError
@@ -53,6 +53,29 @@ def test_audiocaps_clips_under_the_names_that_people_give_them(tmp_path, name):
     found = read_records("audiocaps", tmp_path, "train")
     assert [record.source for record in found.records] == [tmp_path / name] and found.missing == 1
     assert missing_clips(tmp_path, "train") == ([("1PvkGXhqdKs", "10")], 2)
+
+
+def test_starts_of_one_clip_written_in_two_ways_are_one(tmp_path):
+    rows = b"1,abc,30,x\n2, abc ,30.0,y\n3,cde,nan,z\n"
+    touch(tmp_path / "train.csv", b"audiocap_id,youtube_id,start_time,caption\n" + rows)
+    touch(tmp_path / "train" / "abc_30.wav")
+    found = read_records("audiocaps", tmp_path, "train")
+    assert [record.captions for record in found.records] == [("x", "y")] and not found.missing
+    assert found.bad == ["cde: start_time 'nan' is no number"]
+    assert missing_clips(tmp_path, "train") == ([], 1)
+
+
+def test_classes_without_a_name_make_no_caption(tmp_path):
+    for name in ("a.wav", "b.wav"):
+        touch(tmp_path / "audio" / name)
+        touch(tmp_path / "FSD50K.dev_audio" / name)
+    touch(tmp_path / "meta" / "esc50.csv", b"filename,fold,target,category\na.wav,1,0,dog\nb.wav,1,1, \n")
+    found = read_records("esc50", tmp_path, "train")
+    assert [record.captions for record in found.records] == [("the sound of dog",)]
+    assert found.bad == ["b.wav: its category has no name"]
+    touch(tmp_path / "FSD50K.ground_truth" / "dev.csv", b'fname,labels,split\na,"Cat,,Big_dog",train\nb,",",train\n')
+    found = read_records("fsd50k", tmp_path, "train")
+    assert [record.captions for record in found.records] == [("the sound of cat and big dog",)] and found.missing == 1
 
 
 def test_clips_that_cannot_be_told_apart_or_are_empty_are_missing(tmp_path):
@@ -147,6 +170,45 @@ def test_coco_in_the_forms_that_people_write(tmp_path, image, entry, file, capti
         0
     ].source == tmp_path / "train2017" / file
     assert dataset(found.records, TextTokenizer()).tokenizer.encode(captions[0])
+
+
+def test_a_listed_folder_that_is_not_there_does_not_mix_pictures_up(tmp_path):
+    images = [
+        {"id": n, "file_name": name} for n, name in enumerate(("a/x.jpg", "b/x.jpg", "train2017\\y.jpg", "c/z.jpg"))
+    ]
+    entries = [{"image_id": n, "caption": f"of {n}"} for n in range(4)]
+    found = read_records("coco", coco(tmp_path, images, entries, ("x.jpg", "y.jpg", "z.jpg")), "train")
+    assert [(record.captions[0], record.source.name) for record in found.records] == [
+        ("of 2", "y.jpg"),
+        ("of 3", "z.jpg"),
+    ]
+    assert found.missing == 2  # whose x.jpg it is cannot be told
+
+
+@pytest.mark.parametrize("rest", ['{"images": [], "annotations": []}', "x"])
+def test_two_lists_joined_in_one_file_are_not_read_as_the_first(tmp_path, rest):
+    coco(tmp_path, [{"id": 1, "file_name": "1.jpg"}], [{"image_id": 1, "caption": "a dog"}])
+    path = tmp_path / "annotations" / "captions_train2017.json"
+    path.write_text(path.read_text() + " \n\n")
+    assert len(read_records("coco", tmp_path, "train").records) == 1
+    path.write_text(path.read_text() + rest)
+    with pytest.raises(UserError, match="captions_train2017.json: .*something follows its end"):
+        read_records("coco", tmp_path, "train")
+
+
+def test_categories_listed_twice_shift_no_class(tmp_path):
+    coco(tmp_path, [{"id": 1, "file_name": "1.jpg"}], [{"image_id": 1, "caption": "a dog"}])
+    categories = [{"id": 3, "name": "car"}, {"id": 1, "name": "person"}, {"id": "1", "name": "person"}]
+    for name in ("train", "val"):
+        touch(
+            tmp_path / "annotations" / f"instances_{name}2017.json",
+            json.dumps({"annotations": [{"image_id": 1, "category_id": 3}], "categories": categories}).encode(),
+        )
+    assert read_records("coco", tmp_path, "train").records[0].labels == (1,)
+    assert coco_class_names(tmp_path) == ["person", "car"]
+    touch(tmp_path / "annotations" / "instances_val2017.json", b'{"annotations": [], "categories": [{"id": 1}]}')
+    with pytest.raises(UserError, match="instances_val2017.json: a category has no name"):
+        coco_class_names(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -429,6 +491,12 @@ def test_audioset_says_what_its_lists_lack(tmp_path):
         ),
         ("captions.txt", 'image,caption\n1.jpg,"A dog , runs ."\n1.jpg,A cat\n2.jpg,gone\n'),
         ("captions.txt", "image;caption\n1.jpg;A dog , runs .\n1.jpg;A cat\n2.jpg;gone\n"),
+        (
+            "results.csv",  # one row of Kaggle's lacks the bar behind the number
+            "image_name| comment_number| comment\n1.jpg| 0| A dog , runs .\n1.jpg| 4   A cat\n2.jpg| 0| gone\n",
+        ),
+        ("captions.txt", "image_name,comment_number,comment\n1.jpg, 0, A dog , runs .\n1.jpg,1,A cat\n2.jpg,0,gone\n"),
+        ("captions.txt", "image\tcaption_number\tcaption\n1.jpg\t0\tA dog , runs .\n1.jpg\t1\tA cat\n2.jpg\t0\tgone\n"),
         ("results.csv", '"a","b","c"\n"1.jpg","0","A dog , runs ."\n"1.jpg","1","A cat"\n"2.jpg","0","gone"\n'),
     ],
 )
@@ -441,6 +509,16 @@ def test_flickr30k_lists(tmp_path, name, text):
         and found.missing == 1
         and not found.bad
     )
+
+
+def test_captions_that_begin_with_a_number_keep_it(tmp_path):
+    touch(tmp_path / "Images" / "1.jpg")
+    touch(tmp_path / "captions.txt", b"image,caption\n1.jpg,2 dogs\n1.jpg,7\n")
+    assert read_records("flickr30k", tmp_path, "train").records[0].captions == ("2 dogs", "7")
+    touch(tmp_path / "results.csv", b"image_name| comment_number| comment\n1.jpg| 0| 2 dogs\n1.jpg| 1 3 dogs\n")
+    assert read_records("flickr30k", tmp_path, "train").records[0].captions == ("2 dogs", "3 dogs")
+    touch(tmp_path / "results_20130124.token", b"1.jpg#0\tNumber 5 runs\n1.jpg#1\t2 dogs\n")
+    assert read_records("flickr30k", tmp_path, "train").records[0].captions == ("Number 5 runs", "2 dogs")
 
 
 def test_flickr30k_in_karpathys_splits(tmp_path):
@@ -476,6 +554,33 @@ def test_own_lists_in_the_forms_that_people_write(tmp_path, content, captions):
     (tmp_path / "train.jsonl").write_bytes(content)
     found = read_records("jsonl", tmp_path, "train")
     assert found.records[0].captions == captions and not found.bad
+
+
+def test_a_line_with_a_picture_and_a_sound_is_one_of_each(tmp_path):
+    picture(tmp_path / "a.png")
+    wav(tmp_path / "a.wav")
+    line = {"image": "a.png", "audio": "a.wav", "image_path": "/elsewhere/a.png", "text": "x"}
+    touch(tmp_path / "train.jsonl", json.dumps(line).encode())
+    found = read_records("jsonl", tmp_path, "train")
+    assert [(record.kind, record.captions) for record in found.records] == [("image", ("x",)), ("audio", ("x",))]
+    (tmp_path / "a.wav").unlink()
+    assert read_records("jsonl", tmp_path, "train").missing == 1
+
+
+def test_a_place_that_is_not_read_is_said(tmp_path):
+    data = {"datasets": ["synthetic"], "paths": {"shards": "nowhere", "jsonl": str(tmp_path)}}
+    notes = open_data(Config(data=data)).notes
+    assert any("data.paths names jsonl, shards" in note and "not read" in note for note in notes)
+
+
+def test_a_file_in_several_lines_is_said(tmp_path):
+    data = tmp_path / "jsonl"
+    for name in ("a.png", "b.png"):
+        picture(data / name)
+    lines = [{"file": name, "caption": f"{name} {number}"} for number in range(2) for name in ("a.png", "b.png")]
+    touch(data / "train.jsonl", "\n".join(map(json.dumps, lines)).encode())
+    notes = open_data(Config(data={"data_root": str(tmp_path), "datasets": ["jsonl"]})).notes
+    assert any("2 rows are of a file that an earlier row has" in note for note in notes)
 
 
 def test_one_bad_line_among_good_ones_is_counted_and_many_stop(tmp_path):
@@ -527,6 +632,14 @@ def test_what_is_in_two_splits_is_found(tmp_path):
     assert any(
         "warning: 1 samples of jsonl are in its training and its validation split" in note for note in data.notes
     )
+
+
+def test_a_cover_is_not_taken_for_the_sound_of_its_name(tmp_path):
+    for name in ("song.jpg", "other.png", "other.flac"):
+        touch(tmp_path / name)
+    folder = Folder(tmp_path)
+    assert folder.find("song.mp3") is None and folder.find("song.png") == tmp_path / "song.jpg"
+    assert folder.find("other.wav") == tmp_path / "other.flac" and folder.find("song") == tmp_path / "song.jpg"
 
 
 def test_a_folder_finds_the_exact_name_first(tmp_path):

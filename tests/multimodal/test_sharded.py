@@ -123,6 +123,24 @@ def test_incomplete_samples_are_left_out_and_counted(tmp_path):
         read_records("shards", folder, "train")
 
 
+def test_a_broken_file_of_a_shard_is_named(tmp_path):
+    members = pictures(0, 2) | {"k001.png": b"<html>"} | {"k002.wav": b"RIFF", "k002.txt": b"a sound"}
+    records = read_records("shards", write_shard(tmp_path / "train.tar", members), "train").records
+    tokenizer = TextTokenizer()
+    for place, name in ((1, "k001.png: cannot be decoded as a picture"), (2, "k002.wav: cannot be decoded as sound")):
+        with pytest.raises(BadSample, match=f"{tmp_path}: sample {name}") as caught:
+            dataset(records, tokenizer)[place]
+        assert " at 0x" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["train-0.tar.gz", "train/0.tgz", "train-0.tar.zst"])
+def test_packed_shards_are_not_said_to_be_missing(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"1")
+    with pytest.raises(UserError, match=f"{name}: a packed shard.*unpack"):
+        read_records("shards", tmp_path, "train")
+
+
 def test_names_of_another_encoding_are_names(tmp_path):
     members = {name.replace("k001", "caf\udce9"): data for name, data in pictures(0, 2).items()}
     records = read_records("shards", write_shard(tmp_path / "train.tar", members), "train").records

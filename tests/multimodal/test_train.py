@@ -341,6 +341,26 @@ def test_odd_texts_and_sets_are_named(whole, tmp_path, capsys):
         assert not (tmp_path / "x.parquet").exists()
 
 
+def test_speakers_are_identified_from_voices_alone(tmp_path, capsys):
+    """As the sentence about missing videos says; nothing is compared with anything then."""
+    for place in (f"id1000{speaker}/v{video}/00001.wav" for speaker in range(4) for video in range(30)):
+        wav(tmp_path / "voxceleb" / "wav" / place, 0.5)
+    common = ("--datasets", "voxceleb", "--data-root", str(tmp_path), "--label-set", "voxceleb1", "--num-classes", "4")
+    folder = run(tmp_path / "out", *common, "--stages", "3", "--max-steps", "2")
+    best = read_payload(folder)[0]
+    assert best["best_metric"] == "val/loss" and best["stage"] == 3
+    metrics.main(["--checkpoint", str(folder), "--output", str(tmp_path / "m.json")])
+    found = json.loads((tmp_path / "m.json").read_text())
+    assert 0 <= found["classification"]["voxceleb"]["speaker_accuracy"] <= 1 and not found["retrieval"]
+    for stages, flags, said in (
+        ("2", (), "stage 2 compares voices with video frames"),
+        ("3", ("--best-metric", "val/retrieval"), "val/retrieval"),
+    ):
+        with pytest.raises(SystemExit):
+            run(tmp_path / "none", *common, "--stages", stages, *flags)
+        assert said in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
 def test_another_number_of_classes_needs_reset_head(whole, tmp_path, capsys):
     flags = ("--stages", "3", "--max-steps", "1", "--init-from", str(whole), "--num-classes", "20")
     with pytest.raises(SystemExit):
@@ -362,6 +382,22 @@ def test_damaged_or_foreign_checkpoints_are_refused(whole, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             load_model(tmp_path / name)
+    sizes = payload["model_config"]
+    of_others = {  # other systems' files have some of the names, with other contents
+        **{name: ({key: own for key, own in payload.items() if key != name}, f"its {name} is missing")
+           for name in ("config", "stage", "epoch", "tokenizer_sha256")},
+        "text": ({**payload, "config": "x"}, "its config is str, not dict"),
+        "size": ({**payload, "model_config": {**sizes, "size": "giant"}}, "size 'giant' is not known"),
+        "more": ({**payload, "model_config": {**sizes, "foo": 1}}, "describes no model of this version"),
+        "none": ({**payload, "model_config": {}}, "has no 'size'"),
+        "nine": ({**payload, "stage": 9}, "of stage 9"),
+        "list": ({**payload, "model_state_dict": {"a": [1]}}, "other things than named tensors"),
+        "unnamed": ({**payload, "tokenizer_sha256": None}, "its tokenizer_sha256 is NoneType"),
+    }  # fmt: skip
+    for name, (own, message) in of_others.items():
+        torch.save(own, tmp_path / f"{name}.pt")
+        with pytest.raises(UserError, match=f"{name}.pt: .*{message}"):
+            load_model(tmp_path / f"{name}.pt")
     payload["config"]["data"]["gone_setting"] = 1  # made by another version
     torch.save(payload, tmp_path / "settings.pt")
     with pytest.raises(UserError, match="data.gone_setting: unknown"):

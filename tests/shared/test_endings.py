@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from shared.data import BadSamples, check_shared_memory
 from shared.engine.checkpoint import load_weights
-from shared.errors import CheckpointError, Stopped, UserError, command, write_text
+from shared.errors import CheckpointError, Stopped, UserError, command, write_text, written_aside
 from shared.report.page import write_report
 from tests.launching import ENVIRONMENT, ROOT, losses, newest
 from tests.shared.test_resume import TOY, case, write
@@ -60,6 +61,46 @@ def test_input_that_cannot_be_read_as_text_is_a_sentence(capsys, action, said):
     with pytest.raises(SystemExit) as left:
         command(lambda argv: action())([])
     assert left.value.code == 2 and said in capsys.readouterr().err
+
+
+def full(how: str, path: Path) -> None:
+    """What libraries make of a disk that is full."""
+    if how == "safetensors":  # as its Rust says it
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    with open("/dev/full", "wb") as file:
+        torch.save({"a": torch.zeros(100_000)}, file) if how == "torch" else file.write(bytes(100_000))
+
+
+@pytest.mark.parametrize("how", ["safetensors", "torch", "plain"])
+def test_a_full_disk_is_a_sentence_whatever_the_library_raises(tmp_path, capsys, how):
+    @command
+    def alone(argv):
+        full(how, tmp_path / "a")
+
+    @command
+    def aside(argv):
+        with written_aside(tmp_path / "a.bin") as temporary:
+            full(how, temporary)
+
+    for main, place in ((alone, "output folder"), (aside, f"{tmp_path}/a.bin")):
+        with pytest.raises(SystemExit) as leaving:
+            main([])
+        assert leaving.value.code == 2
+        assert f"error: {place}: the disk is full" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_an_error_that_only_follows_one_of_a_disk_stays_what_it_is(tmp_path):
+    with pytest.raises(UserError, match="not wanted"), written_aside(tmp_path / "a"):
+        try:
+            raise OSError(errno.EIO, "Input/output error")
+        except OSError:
+            raise UserError("not wanted") from None
+    with pytest.raises(KeyError), written_aside(tmp_path / "a"):
+        try:
+            raise OSError(errno.EIO, "Input/output error")
+        except OSError:
+            raise KeyError("a") from None
+    assert not list(tmp_path.iterdir())
 
 
 def test_other_errors_of_the_system_keep_their_traceback():

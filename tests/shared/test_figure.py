@@ -33,6 +33,12 @@ def test_every_report_gives_its_first_wide_picture(tmp_path):
     assert figure.getpixel((MARGIN + 5, figure.height - MARGIN - 5)) == (0, 255, 0)
 
 
+def test_a_suffix_in_capitals_is_the_same_kind_of_picture(tmp_path):
+    report = make_report(tmp_path / "one", {"a.png": (50, 50, "red")})
+    main.__wrapped__([str(report), "--output", str(tmp_path / "f.PNG")])
+    assert Image.open(tmp_path / "f.PNG").format == "PNG"
+
+
 def test_what_cannot_be_shown_is_said(tmp_path):
     report = make_report(tmp_path / "none", {})
     cases = (

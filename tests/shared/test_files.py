@@ -37,6 +37,15 @@ def test_what_a_killed_writer_left_is_removed(tmp_path):
     assert os.listdir(tmp_path) == ["notes.txt"]
 
 
+def test_a_folder_of_another_program_is_not_taken_for_a_dead_writers(tmp_path):
+    for name, files in ((".mine.part", ("a.txt",)), (".empty.part", ()), (".dead.part", ("lock", "half"))):
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).write_text("x")
+    write_text(tmp_path / "notes.txt", "whole")
+    assert sorted(os.listdir(tmp_path)) == [".mine.part", "notes.txt"] and (tmp_path / ".mine.part" / "a.txt").exists()
+
+
 WRITER = """
 import os, signal, sys, time
 from shared.errors import written_aside

@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from shared.errors import UserError
 from shared.media.pictures import as_rgb
@@ -63,6 +63,19 @@ def test_a_pixel_that_is_no_number_decides_no_scale(value):
     values[0, 0] = value
     found = np.asarray(as_rgb(Image.fromarray(values)))
     assert (found[1:] == 64).all() and (found[0, 0] == 0).all()
+
+
+def test_a_picture_is_never_a_program_that_is_run(tmp_path, monkeypatch):
+    """Pillow draws PostScript with Ghostscript where that is installed."""
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/was-run\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    text = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    with pytest.raises(OSError, match="PostScript"):
+        as_rgb(Image.open(io.BytesIO(text)))
+    assert not (tmp_path / "was-run").exists()
 
 
 def test_a_picture_too_large_to_decode_is_refused_by_every_system(tmp_path):

@@ -1,8 +1,10 @@
 """Random access to tar shards: keys, index, damage."""
 
+import gzip
 import io
 import os
 import pickle
+import subprocess
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -164,6 +166,45 @@ def test_what_is_no_shard_is_refused(tmp_path):
         Shards([tmp_path / "gone.tar"])
     with pytest.raises(UserError, match="no .tar shard was given"):
         Shards([])
+
+
+def test_an_empty_shard_among_others_is_passed_over(tmp_path):
+    """img2dataset leaves one where no download succeeded."""
+    shards = [make_shard(tmp_path / f"{n}.tar", numbered(0, 2) if n else {}) for n in range(2)]
+    for _ in range(2):  # the second time from the stored index
+        opened = Shards([shards[0], shards[1], shards[0]])
+        assert len(opened) == 2 and opened[0]["txt"] == b"caption 0" and [key for key, _ in opened.listing()]
+    (tmp_path / "zeros.tar").write_bytes(bytes(20480))  # longer than what tar writes for no file
+    with pytest.raises(UserError, match="zeros.tar: the shard holds no files in its 20,480 bytes"):
+        Shards([shards[1], tmp_path / "zeros.tar"])
+
+
+def test_what_follows_the_end_of_a_shard_is_not_lost_unsaid(tmp_path):
+    one, two = (make_shard(tmp_path / f"{n}.tar", numbered(n, 1)) for n in range(2))
+    (tmp_path / "both.tar").write_bytes(one.read_bytes() + two.read_bytes())
+    with pytest.raises(UserError, match="both.tar: .*goes on after its end"):
+        Shards([tmp_path / "both.tar"])
+
+
+@pytest.mark.parametrize("form", ["gnu", "posix"])
+def test_a_member_stored_with_holes_is_refused(tmp_path, form):
+    """Its bytes do not lie in one piece, so that others' would be read in their place."""
+    with open(tmp_path / "a.wav", "wb") as file:
+        file.write(b"head")
+        file.truncate(1 << 20)
+    (tmp_path / "a.txt").write_text("a sound")
+    made = subprocess.run(["tar", "-cS", f"--format={form}", "-f", "s.tar", "a.txt", "a.wav"], cwd=tmp_path)
+    if made.returncode or (tmp_path / "s.tar").stat().st_size > 1 << 20:
+        pytest.skip("this tar, or this disk, makes no holes")
+    with pytest.raises(UserError, match=r"s.tar: .*a.wav is stored with holes, as tar -S does"):
+        Shards([tmp_path / "s.tar"])
+
+
+def test_a_packed_shard_is_said_to_be_packed(tmp_path):
+    path = make_shard(tmp_path / "one.tar", numbered(0, 1))
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    with pytest.raises(UserError, match="one.tar: packed by gzip.*gzip -d"):
+        Shards([path])
 
 
 def test_shards_travel_to_other_processes(tmp_path):
