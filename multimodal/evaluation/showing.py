@@ -45,9 +45,11 @@ def picture_sheet(split: Split, sources: dict[str, Any], path: Path, *, rows: in
             source = sources[split.ids[found]]
             picture = center_crop(read_image(source if isinstance(source, Path) else source.read()), CELL - 12)
             left, top = TEXT_WIDTH + column * CELL, row * CELL
-            frame = RIGHT if found == item else WRONG
+            is_true = split.owners[caption] == found  # a user's text, of owner -1, belongs to none
             draw.rectangle(
-                (left + 2, top + 2, left + CELL - 3, top + CELL - 3), outline=frame, width=4 if found == item else 1
+                (left + 2, top + 2, left + CELL - 3, top + CELL - 3),
+                outline=RIGHT if is_true else WRONG,
+                width=4 if is_true else 1,
             )
             sheet.paste(picture, (left + 6, top + 6))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from multimodal.data.audio import AUDIO_SUFFIXES
 from multimodal.data.image import IMAGE_SUFFIXES
-from multimodal.data.records import Folder, Kind, clean, read_csv
+from multimodal.data.records import SPLIT_NAMES, Folder, Kind, clean, read_csv
 from multimodal.evaluation.retrieval import mean_average_precision
 from multimodal.weights.open import Embedder
 from shared.errors import UserError
@@ -76,6 +76,8 @@ def labelled_files(folder: Path) -> tuple[list[Path], list[int], list[str], Kind
         if not rows:
             raise UserError(f"--zeroshot {folder}: {path} lists no sound; fetch it again")
         classes = [clean(row["category"].replace("_", " ")) for row in rows]
+        if "" in classes:
+            raise UserError(f"--zeroshot {folder}: {path}: {rows[classes.index('')]['filename']} has no category")
         names, audio = sorted(set(classes)), Folder(folder / "audio")
         places = [audio.find(row["filename"]) or folder / "audio" / row["filename"] for row in rows]
         return places, [names.index(name) for name in classes], names, "audio"
@@ -93,12 +95,25 @@ def labelled_files(folder: Path) -> tuple[list[Path], list[int], list[str], Kind
             "is "
             f"wanted; found {' and '.join(sorted(kinds)) or 'no such file'}"
         )
-    return (
-        [path for path, _ in files],
-        [place for _, place in files],
-        [clean(own.name.replace("_", " ")) for own in folders],
-        kinds.pop(),
-    )
+    names = [clean(own.name.replace("_", " ")) for own in folders]
+    _check_names(folder, folders, names)
+    return [path for path, _ in files], [place for _, place in files], names, kinds.pop()
+
+
+def _check_names(folder: Path, folders: list[Path], names: list[str]) -> None:
+    """UserError where folders name no classes, or two the same: of those only one could ever be right."""
+    by_name: dict[str, Path] = {}
+    for own, name in zip(folders, names, strict=True):
+        if not any(letter.isalnum() for letter in name):
+            raise UserError(f"--zeroshot {folder}: folder {own.name!r} names no class; rename it")
+        other = by_name.setdefault(name.casefold(), own)
+        if other is not own:
+            raise UserError(f"--zeroshot {folder}: folders {other.name!r} and {own.name!r} name one class; join them")
+    splits = {word for words in SPLIT_NAMES.values() for word in words}
+    if set(by_name) <= splits:
+        raise UserError(
+            f"--zeroshot {folder}: its folders are splits ({', '.join(names)}), not classes; give one of them"
+        )
 
 
 def classify_folder(embedder: Embedder, folder: Path) -> dict[str, float]:

@@ -406,6 +406,30 @@ def test_options_of_measuring_are_looked_at_before_the_work(out, data, tmp_path,
     assert not (tmp_path / "m.json").exists()
 
 
+def test_a_users_text_has_no_true_picture(out, tmp_path):
+    """Whatever lies nearest, no frame of the sheet is green."""
+    generate.main(["--checkpoint", str(out), "--output", str(tmp_path / "s.png"), "--prompt", "thing 12", "thing 13"])
+    pixels = np.asarray(Image.open(tmp_path / "s.png").convert("RGB"))
+    corners = pixels[4 :: showing.CELL, showing.TEXT_WIDTH + 4 :: showing.CELL]
+    assert not (corners == np.array(showing.RIGHT)).all(-1).any()
+
+
+@pytest.mark.parametrize(
+    "folders,said",
+    [
+        (("Dog", "dog_"), "'Dog' and 'dog_' name one class"),
+        (("___", "cat"), "'___' names no class"),
+        (("train", "val"), "its folders are splits"),
+    ],
+)
+def test_folders_that_are_no_classes_are_refused(out, data, tmp_path, capsys, folders, said):
+    for name in folders:
+        (tmp_path / "z" / name).mkdir(parents=True)
+        shutil.copy(data / "jsonl" / "1.png", tmp_path / "z" / name)
+    common = ("--checkpoint", str(out), "--zeroshot", str(tmp_path / "z"), "--output", str(tmp_path / "m.json"))
+    assert said in failing(capsys, metrics, *common)
+
+
 def test_zero_shot_on_a_folder_says_what_it_does_not_use(out, data, tmp_path, capsys):
     for name in "ab":
         (tmp_path / "classes" / name).mkdir(parents=True)
