@@ -406,6 +406,13 @@ def test_options_of_measuring_are_looked_at_before_the_work(out, data, tmp_path,
     assert not (tmp_path / "m.json").exists()
 
 
+def test_a_sheet_shows_one_way_of_describing_after_the_other():
+    owners = [0, 0, 0, 1, 2, 2, 3, 3, 3]  # captions of four pictures
+    split = Split("image", list("abcd"), torch.zeros(4, 2), torch.zeros(9, 2), owners, [0, 3, 4, 6], [""] * 9)
+    assert showing.captions_in_turn(split, [0, 1, 2, 3]) == [0, 3, 4, 6]
+    assert showing.captions_in_turn(split, [3, 2, 0]) == [6, 5, 2]
+
+
 def test_a_users_text_has_no_true_picture(out, tmp_path):
     """Whatever lies nearest, no frame of the sheet is green."""
     generate.main(["--checkpoint", str(out), "--output", str(tmp_path / "s.png"), "--prompt", "thing 12", "thing 13"])
