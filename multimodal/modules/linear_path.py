@@ -4,6 +4,7 @@ Legend: n items, F features of an item, V words of the training captions, E embe
 """
 
 from collections import Counter
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -51,9 +52,7 @@ def fit_linear_path(network: MultimodalModel, datasets: dict) -> dict[str, Tenso
     count = torch.tensor([float(items_with[word]) for word in column], dtype=torch.float64)
     # Of a word of every item 0 exactly: rounding can make it less, and its root would be no number.
     weight_V = ((sum(map(len, captions.values())) + 1) / (count + 1)).log().clamp_min(0) ** RARITY
-    found = {
-        kind: _Regression.of(kind, datasets[kind], places[kind], captions[kind], column, weight_V) for kind in kinds
-    }
+    found = {kind: _regression(kind, datasets[kind], places[kind], captions[kind], column, weight_V) for kind in kinds}
     parts = {kind: one for kind, one in found.items() if one is not None}
     if not parts:
         return state
@@ -91,64 +90,66 @@ def _words(dataset: CaptionedDataset, index: int) -> list[list[int]]:
     return [[word for word in dataset.tokenizer.encode(text) if word > MASK_TOKEN] for text in captions]
 
 
+@dataclass
 class _Regression:
-    """Of one kind: B (F, V), and what its features and captions are measured from, in double precision."""
+    """Of one kind, in double precision."""
 
     b_FV: Tensor
-    mean_F: Tensor
-    scale_F: Tensor
-    mean_V: Tensor  # the mean caption, as the mean count of each word in it
+    mean_F: Tensor  # what its features are measured from,
+    scale_F: Tensor  # and by
+    mean_V: Tensor  # its mean caption: how many times each word stands in one, divided by its length
 
-    @classmethod
-    def of(
-        cls,
-        kind: str,
-        dataset: CaptionedDataset,
-        places: range,
-        captions: list[list[list[int]]],
-        column: dict[int, int],
-        weight_V: Tensor,
-    ) -> "_Regression | None":
-        """None where no item can be read."""
-        xs, rows, made = [], [], cls()
-        made.mean_V = torch.zeros_like(weight_V)
-        for index, own in zip(places, captions, strict=True):
-            try:
-                item = dataset[index] if any(own) else {}
-            except BadSample:  # training names and counts it
-                continue
-            if "images" in item:
-                xs.append(picture_statistics(item["images"][None]))
-            elif "audio" in item:
-                mask = item["audio_mask"]
-                xs.append(sound_statistics(item["audio"][None], None if mask is None else mask[None]))
-            else:
-                continue
-            y_V = torch.zeros_like(weight_V)
-            for caption in own:
-                counts = torch.bincount(
-                    torch.tensor([column[word] for word in caption], dtype=torch.long), minlength=len(y_V)
-                )
-                y_V += functional.normalize(counts * weight_V, dim=0) / len(own)
-                made.mean_V += counts / max(1, len(caption)) / len(own)
-            rows.append((words := y_V.nonzero()[:, 0], y_V[words]))  # some fifty of 16,000: Y itself would take 2.6 GB
-        if not rows:
-            return None
-        x_nF = torch.cat(xs).double()
-        made.mean_V /= len(rows)
-        made.mean_F = x_nF.mean(0)
-        x_nF -= made.mean_F
-        spreads = []
-        for part_nF in x_nF.split(PARTS[kind], 1):
-            square_F = part_nF.square().mean(0)
-            # Of a part that does not vary at all x is zero, and so is what it foretells.
-            least = (LEAST_SPREAD * square_F.mean().sqrt()).clamp_min(1e-8)
-            spreads.append((square_F.sqrt() + least) * (part_nF.shape[1] * len(PARTS[kind])) ** 0.5)
-        made.scale_F = 1 / torch.cat(spreads)
-        x_nF *= made.scale_F
-        yx_VF = torch.zeros(len(weight_V), x_nF.shape[1], dtype=torch.float64)
-        for x_F, (words, values) in zip(x_nF, rows, strict=True):
-            yx_VF[words] += torch.outer(values, x_F)
-        gram_FF = x_nF.T @ x_nF + RIDGE[kind] * torch.eye(x_nF.shape[1], dtype=torch.float64)
-        made.b_FV = torch.linalg.solve(gram_FF, yx_VF.T)
-        return made
+
+def _regression(
+    kind: str,
+    dataset: CaptionedDataset,
+    places: range,
+    captions: list[list[list[int]]],
+    column: dict[int, int],
+    weight_V: Tensor,
+) -> _Regression | None:
+    """None where no item can be read."""
+    xs, rows = [], []
+    mean_V = torch.zeros_like(weight_V)
+    for index, own in zip(places, captions, strict=True):
+        try:
+            item = dataset[index] if any(own) else {}
+        except BadSample:  # training names and counts it
+            continue
+        if "images" in item:
+            xs.append(picture_statistics(item["images"][None]))
+        elif "audio" in item:
+            mask = item["audio_mask"]
+            xs.append(sound_statistics(item["audio"][None], None if mask is None else mask[None]))
+        else:
+            continue
+        y_V = torch.zeros_like(weight_V)
+        for caption in own:
+            words = torch.tensor([column[word] for word in caption], dtype=torch.long)
+            counts = torch.bincount(words, minlength=len(y_V))
+            y_V += functional.normalize(counts * weight_V, dim=0) / len(own)
+            mean_V += counts / max(1, len(caption)) / len(own)
+        rows.append((found := y_V.nonzero()[:, 0], y_V[found]))  # some fifty of 16,000: Y itself would take 2.6 GB
+    if not rows:
+        return None
+    x_nF = torch.cat(xs).double()
+    mean_F = x_nF.mean(0)
+    x_nF -= mean_F
+    scale_F = _scale(x_nF, PARTS[kind])
+    x_nF *= scale_F
+    yx_VF = torch.zeros(len(weight_V), x_nF.shape[1], dtype=torch.float64)
+    for x_F, (words, values) in zip(x_nF, rows, strict=True):
+        yx_VF[words] += torch.outer(values, x_F)
+    gram_FF = x_nF.T @ x_nF + RIDGE[kind] * torch.eye(x_nF.shape[1], dtype=torch.float64)
+    return _Regression(torch.linalg.solve(gram_FF, yx_VF.T), mean_F, scale_F, mean_V / len(rows))
+
+
+def _scale(x_nF: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """(F,): by which features of mean 0 get about variance 1 within a part, each part of them the same share of 1."""
+    scales = []
+    for part_nF in x_nF.split(sizes, 1):
+        square_F = part_nF.square().mean(0)
+        # A part that does not vary at all stays zero, and so does what it foretells.
+        least = (LEAST_SPREAD * square_F.mean().sqrt()).clamp_min(1e-8)
+        scales.append(1 / (square_F.sqrt() + least) / (part_nF.shape[1] * len(sizes)) ** 0.5)
+    return torch.cat(scales)
