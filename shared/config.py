@@ -26,6 +26,7 @@ from shared.flags import (
     extra_of,
     from_text,
     full_key,
+    is_blank,
     leaves_of,
     make_parser,
     put,
@@ -342,6 +343,9 @@ def load_config(
         flags[full_key(key, leaves)] = value
     by_path = {leaf.path: leaf for leaf in leaves}
     for name, value in flags.items():
+        if is_blank(value, by_path[name]):
+            flag = name.rpartition(".")[2].replace("_", "-")
+            raise UserError(f"--{flag} is empty, as with a shell variable that is not set; give one, or leave it out")
         put(tree, name, from_text(value, by_path[name].annotation), schema)
         section = name.rpartition(".")[0]
         for other in extra_of(by_path[name].field).get("instead_of", ()):

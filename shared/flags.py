@@ -238,6 +238,17 @@ def from_text(value: Any, annotation: Any) -> Any:
     return text
 
 
+def is_blank(value: Any, leaf: Leaf) -> bool:
+    """Whether a flag for a single text got none, which would pass for `not given`: a folder of one's own would be left
+    out without a word. Words for a model (prompts, negative ones) may be empty.
+    """
+    kinds = _kinds(leaf.annotation)
+    if str not in kinds or any(word in leaf.path for word in ("prompt", "negative")):
+        return False
+    texts = value if isinstance(value, list) else [value]
+    return not any(isinstance(text, bool) or text.strip() for text in texts)
+
+
 def _is_list(kinds: tuple) -> bool:
     return any(typing.get_origin(kind) is list or kind is list for kind in kinds)
 

@@ -387,7 +387,7 @@ def test_options_of_measuring_are_looked_at_before_the_work(out, data, tmp_path,
     common = ("--checkpoint", str(out), "--output", str(tmp_path / "m.json"))
     for flags, said in (
         (("--data-root", "nowhere"), "--data-root nowhere: no such folder"),
-        (("--data-root", ""), "data.data_root: is empty"),
+        (("--data-root", ""), "--data-root is empty"),
         (("--paths", "{foo: x}"), "no data set called foo"),
         (("--paths", "{coco: x}"), "--paths names coco, which is not measured"),
         (("--protocol", "karpathy", "--split", "train"), "leave --split train out"),

@@ -225,6 +225,26 @@ def test_a_sentence_is_not_cut_at_its_commas():
     assert load("--set", "words=[cat, dog]").model.words == ["cat", "dog"]
 
 
+class _Words(Section):
+    data_root: str | None = setting("datasets", "a folder")
+    prompt: str | None = setting(None, "words")
+    negative: str = setting("", "words")
+
+
+@pytest.mark.parametrize("argv", [["--data-root", ""], ["--data-root= "], ["--set", "data_root="]])
+def test_an_empty_place_is_not_one_that_was_left_out(argv):
+    with pytest.raises(UserError, match="--data-root is empty, as with a shell variable that is not set"):
+        load_config(_Words, argv=argv)
+
+
+def test_words_for_a_model_may_be_empty():
+    assert load_config(_Words, argv=["--prompt", "", "--negative", ""]).model_dump() == {
+        "data_root": "datasets",
+        "prompt": "",
+        "negative": "",
+    }
+
+
 def test_mappings_are_read_as_yaml():
     assert load("--table", "{a: 1, b: 2}").model.table == {"a": 1, "b": 2}
     assert "not readable as YAML" in refusal("--table", "{a: 1")
