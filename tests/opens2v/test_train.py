@@ -292,7 +292,7 @@ def test_the_24_gb_preset_fits_and_its_work_agrees_with_the_table():
 @pytest.mark.parametrize(("form", "precision"), [("safetensors", "bf16"), ("pt", "bf16"), ("pt", "fp32")])
 def test_rank_0_holds_no_base_while_it_builds_the_model(tmp_path, form, precision):
     """Read from pages of its file and cast on the disk: one weight at a time is held (half of all or all before)."""
-    sizes = "--num-attention-heads 16 --attention-head-dim 64 --ffn-dim 2048 --num-layers 2 --base-dtype bf16"
+    sizes = "--num-attention-heads 16 --attention-head-dim 64 --ffn-dim 2048 --num-layers 6 --base-dtype bf16"
     config, path = train.parse([*SCENES, *sizes.split()]), tmp_path / f"base.{form}"
     state = {name: value for name, value in new_transformer(config).state_dict().items() if not is_reference_name(name)}
     save_file(state, path) if form == "safetensors" else torch.save({"generator": state}, path)
