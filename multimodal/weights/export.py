@@ -28,12 +28,21 @@ from shared.config import Section, load_config, setting
 from shared.errors import UserError, check_output, command, own_folder, write_text, written_aside
 
 CODE = Path(__file__).resolve().parent.parent
+SHARED = CODE.parent / "shared" / "engine"
 SPECIAL = {"pad_token": PAD, "cls_token": CLS, "sep_token": SEP, "mask_token": MASK, "unk_token": UNKNOWN}
+RECOMPUTE = '''"""Blocks computed again in the backward pass; written by weights/export.py."""
+
+from torch.utils import checkpoint as torch_checkpoint
+
+
+def checkpoint(block, *arguments):
+    return torch_checkpoint.checkpoint(block, *arguments, use_reentrant=False)
+'''
 MODELING = '''"""The towers as a transformers model; written by weights/export.py next to copies of their code."""
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .blocks import Tower  # noqa: F401  (so that the file travels with this one)
+from . import blocks, products, recompute  # noqa: F401  (so that the files travel with this one)
 from .towers import create_model
 
 
@@ -131,9 +140,7 @@ def to_transformers(network: MultimodalModel, tokenizer: TextTokenizer, payload:
         folder / "model.safetensors", {f"network.{name}": value for name, value in network.state_dict().items()}
     )
     write_text(folder / "modeling_multimodal.py", MODELING)
-    towers = (CODE / "model.py").read_text(encoding="utf-8")
-    write_text(folder / "towers.py", towers.replace("from multimodal.modules.blocks import", "from .blocks import"))
-    write_text(folder / "blocks.py", (CODE / "modules" / "blocks.py").read_text(encoding="utf-8"))
+    _write_code(folder)
     write_tokenizer(tokenizer, folder)
     settings = payload["config"]
     side = settings["model"]["image_size"]
@@ -164,6 +171,26 @@ def to_transformers(network: MultimodalModel, tokenizer: TextTokenizer, payload:
     }
     (folder / "audio").mkdir()
     write_text(folder / "audio" / "preprocessor_config.json", json.dumps(sound, indent=1))
+
+
+def _write_code(folder: Path) -> None:
+    """The network's own code with what it needs of this repository: it opens where that is not."""
+    sources = {
+        "towers": CODE / "model.py",
+        "blocks": CODE / "modules" / "blocks.py",
+        "products": SHARED / "products.py",
+    }
+    moved = {
+        "multimodal.modules.blocks": ".blocks",
+        "shared.engine.products": ".products",
+        "shared.engine.recompute": ".recompute",
+    }
+    for name, source in sources.items():
+        code = source.read_text(encoding="utf-8")
+        for module, beside in moved.items():
+            code = code.replace(f"from {module} import", f"from {beside} import")
+        write_text(folder / f"{name}.py", code)
+    write_text(folder / "recompute.py", RECOMPUTE)
 
 
 def write_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:

@@ -46,18 +46,18 @@ def checkpoint(path: Path, **more) -> Path:
 
 CHECK = """
 import json, sys
-sys.path.insert(0, sys.argv[1])
 import numpy as np, torch
 from PIL import Image
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoModel, AutoTokenizer
+folder, found = sys.argv[3], {}
+model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()  # where this repository is not
+sys.path.insert(0, sys.argv[1])
 from multimodal.data.audio import log_mel
 from multimodal.data.image import center_crop, normalise
 from multimodal.weights.files import load_model
 from shared.media.pictures import to_pixels
 
 network, tokenizer, _ = load_model(sys.argv[2])
-folder, found = sys.argv[3], {}
-model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
 texts = ["a red dog", "two birds on a very long wire near the sea [PAD] x", "\\u00e9t\\u00e9"]
 words = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(texts, padding=True, return_tensors="pt")
 ids, mask = tokenizer.batch(texts)
@@ -85,7 +85,12 @@ def test_transformers_loads_the_model_and_all_its_processors(tmp_path, linear_pa
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     words = [str(ROOT), str(path), str(tmp_path / "exported"), str(FRAMES - FRAMES % 16)]
     done = subprocess.run(
-        [sys.executable, "-c", CHECK, *words], capture_output=True, text=True, env=environment, timeout=200
+        [sys.executable, "-c", CHECK, *words],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
