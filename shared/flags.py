@@ -240,10 +240,10 @@ def from_text(value: Any, annotation: Any) -> Any:
 
 def is_blank(value: Any, leaf: Leaf) -> bool:
     """Whether a flag for a single text got none, which would pass for `not given`: a folder of one's own would be left
-    out without a word. Words for a model (prompts, negative ones) may be empty.
+    out without a word. Words for a model may be empty, or are looked at by whoever reads them.
     """
     kinds = _kinds(leaf.annotation)
-    if str not in kinds or any(word in leaf.path for word in ("prompt", "negative")):
+    if str not in kinds or any(word in leaf.path for word in ("prompt", "negative", "query_text")):
         return False
     texts = value if isinstance(value, list) else [value]
     return not any(isinstance(text, bool) or text.strip() for text in texts)

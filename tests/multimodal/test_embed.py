@@ -391,7 +391,7 @@ def test_options_of_measuring_are_looked_at_before_the_work(out, data, tmp_path,
         (("--paths", "{foo: x}"), "no data set called foo"),
         (("--paths", "{coco: x}"), "--paths names coco, which is not measured"),
         (("--protocol", "karpathy", "--split", "train"), "leave --split train out"),
-        (("--zeroshot", ""), "neither coco80 nor a folder"),
+        (("--zeroshot", ""), "--zeroshot is empty"),
         (("--zeroshot", "coco80", "--datasets", "jsonl"), "measured on coco"),
         (
             ("--split", "test"),
