@@ -7,7 +7,6 @@ E embedding.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -553,8 +552,10 @@ def _rate_edges(edges: tuple[int, ...], frames: int) -> list[int]:
 def _means(values: Tensor, edges: Sequence[int], dim: int) -> Tensor:
     """Means over the stretches between edges along dim, in their order; a stretch has one place at least."""
     last = values.shape[dim] - 1
-    starts = [(min(low, last), max(high, min(low, last) + 1)) for low, high in pairwise(edges)]
-    return torch.stack([values.narrow(dim, a, min(b, last + 1) - a).mean(dim) for a, b in starts], dim)
+    starts = [min(low, last) for low in edges[:-1]]
+    lengths = [max(1, min(high, last + 1) - start) for start, high in zip(starts, edges[1:], strict=True)]
+    parts = zip(starts, lengths, strict=True)
+    return torch.stack([values.narrow(dim, start, length).mean(dim) for start, length in parts], dim)
 
 
 # --- small parts ------------------------------------------------------------------------------------------------------
