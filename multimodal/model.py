@@ -492,7 +492,8 @@ def _of_the_thing(images_BCHW: Tensor) -> Tensor:
     thing = (distance / BORDER_DISTANCE).clamp(0, 1)  # B 1 H W
     levels = torch.linspace(0, 1, COLOURS, device=rgb.device)
     near = (-40 * (rgb.unsqueeze(2) - levels[:, None, None]).square()).softmax(2)
-    highest, saturation = rgb.amax(1, keepdim=True), rgb.amax(1, keepdim=True) - rgb.amin(1, keepdim=True)
+    highest = rgb.amax(1, keepdim=True)
+    saturation = highest - rgb.amin(1, keepdim=True)
     # The angle around the grey axis: red - green, and red + green - 2 blue, each of unit length.
     red, green, blue = rgb.unbind(1)
     hue = torch.atan2((red - green) / 2**0.5, (red + green - 2 * blue) / 6**0.5).unsqueeze(1)

@@ -339,7 +339,7 @@ class Folder:
         for key in (base, wanted, wanted.strip(), wanted.strip().casefold()):
             if key in known:
                 return self.path / parent / known[key]
-        kind = _kind_by_name(wanted.strip())
+        kind = kind_by_name(wanted.strip())
         stem = Path(wanted.strip()).stem if kind else wanted.strip()
         other = known.get(f"{kind}\0{stem.casefold()}")  # the same name with another suffix
         return None if other is None else self.path / parent / other
@@ -358,14 +358,15 @@ class Folder:
                 form = unicodedata.normalize("NFC", name)
                 for key in (form, form.strip(), form.strip().casefold()):
                     known.setdefault(key, name)
-                if kind := _kind_by_name(form):
+                if kind := kind_by_name(form):
                     for wanted in (kind, ""):  # "": the list gives no suffix
                         known.setdefault(f"{wanted}\0{Path(form).stem.casefold()}", name)
             self._places[parent] = known | {name: name for name in exact}
         return self._places[parent]
 
 
-def _kind_by_name(name: str) -> str:
+def kind_by_name(name: str) -> str:
+    """image or audio by the suffix of a name; empty for another, or none."""
     suffix = Path(name).suffix.lower()
     return "image" if suffix in IMAGE_SUFFIXES else "audio" if suffix in AUDIO_SUFFIXES else ""
 

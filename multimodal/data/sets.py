@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from multimodal.data.audio import AUDIO_SUFFIXES
-from multimodal.data.image import IMAGE_SUFFIXES
 from multimodal.data.records import (
     CAPTION_KEYS,
     FILE_KEYS,
@@ -29,6 +28,7 @@ from multimodal.data.records import (
     clean,
     json_items,
     jsonl_rows,
+    kind_by_name,
     kind_of,
     labels_of,
     not_text,
@@ -338,8 +338,8 @@ def missing_clips(folder: Path, split: str) -> tuple[list[Clip], int]:
     """The clips that AudioCaps' table lists and that are not there, and how many it lists."""
     rows, _ = read_csv(folder / f"{split}.csv", ("youtube_id", "start_time", "caption"))
     seen: dict[tuple[str, float], Clip] = {}
-    listed = {row.get("audiocap_id") or "": clip for row in rows if (clip := clip_of(row, seen)) is not None}
-    wanted, numbers = list(seen.values()), listed
+    numbers = {row.get("audiocap_id") or "": clip for row in rows if (clip := clip_of(row, seen)) is not None}
+    wanted = list(seen.values())
     present = clips_below(folder, split, wanted, numbers)
     return [clip for clip in wanted if clip not in present], len(wanted)
 
@@ -526,8 +526,8 @@ def one_of_each(names: list[str]) -> list[str]:
     """The first name, which may have no suffix, and the first after it that is of the other kind: a list often gives
     one file under several keys, and sometimes a picture and its sound.
     """
-    kinds = [next((k for k in (IMAGE_SUFFIXES, AUDIO_SUFFIXES) if Path(n).suffix.lower() in k), None) for n in names]
-    other = (name for name, kind in zip(names, kinds, strict=True) if kinds[0] and kind and kind is not kinds[0])
+    first = kind_by_name(names[0])
+    other = (name for name in names if first and kind_by_name(name) not in ("", first))
     return [names[0], *islice(other, 1)]
 
 
